@@ -1,0 +1,60 @@
+"""Pictures out: tensors to 8-bit files and grids."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.utils import make_grid
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3): clamped, then rounded."""
+    scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+    return scaled.byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images (B, 3, H, W) in [-1, 1] -> RGB pictures."""
+    return [Image.fromarray(array) for array in to_uint8(images)]
+
+
+def save_png(path: Path, image: Image.Image) -> None:
+    """Write a PNG that is either absent or whole; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.stem}-{os.getpid()}.png")
+    image.save(temporary)
+    os.replace(temporary, path)
+
+
+def image_grid(
+    images: Tensor,
+    columns: int,
+    *,
+    row_labels: Sequence[str] = (),
+    padding: int = 2,
+    scale: int = 1,
+) -> Image.Image:
+    """Images (B, 3, H, W) in [-1, 1], row by row on white; `scale` enlarges every pixel.
+
+    Args:
+        row_labels: one text per row, written at the left.
+    """
+    grid = make_grid(images.clamp(-1, 1), nrow=columns, padding=padding, pad_value=1.0)
+    picture = to_pil(grid[None])[0]
+    size = (picture.width * scale, picture.height * scale)
+    picture = picture.resize(size, resample=Image.Resampling.NEAREST)
+    return _with_labels(picture, row_labels) if row_labels else picture
+
+
+def _with_labels(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
+    margin = 8 + max(int(ImageDraw.Draw(picture).textlength(label)) for label in labels)
+    canvas = Image.new("RGB", (picture.width + margin, picture.height), "white")
+    canvas.paste(picture, (margin, 0))
+    draw = ImageDraw.Draw(canvas)
+    for row, label in enumerate(labels):
+        middle = round((row + 0.5) * picture.height / len(labels))
+        draw.text((4, middle), label, fill="black", anchor="lm")
+    return canvas

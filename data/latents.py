@@ -1,0 +1,54 @@
+"""What flows between the two stages: a complete description of a latent.
+
+Legend used for shapes everywhere in smalti: B batch, C channels, H W pixels, h w latent grid,
+L codes of one image, V vocabulary (codebook) size, D width, T text tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from smalti.errors import SmaltiError
+
+
+@dataclass(frozen=True)
+class CodeSpec:
+    """Discrete latents: codes (B, L) int64 in [0, vocab_size).
+
+    `grids` lists the (h, w) code grids from coarse to fine: one for a plain VQ tokenizer, ten for
+    VAR at 256 px. The codes of all grids lie end to end, each grid in raster order.
+    """
+
+    vocab_size: int
+    grids: tuple[tuple[int, int], ...]
+    kind: Literal["codes"] = "codes"
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1:
+            raise SmaltiError(f"vocab_size is {self.vocab_size}; a codebook needs at least 1 code")
+        if not self.grids or any(h < 1 or w < 1 for h, w in self.grids):
+            raise SmaltiError(f"grids is {self.grids}; give at least one (h, w) with sides >= 1")
+
+    @property
+    def length(self) -> int:
+        """Number of codes of one image, L."""
+        return sum(h * w for h, w in self.grids)
+
+
+@dataclass(frozen=True)
+class ContinuousSpec:
+    """Continuous latents: real (B, channels, height, width), about zero mean and unit variance."""
+
+    channels: int
+    height: int
+    width: int
+    kind: Literal["continuous"] = "continuous"
+
+    def __post_init__(self) -> None:
+        if min(self.channels, self.height, self.width) < 1:
+            raise SmaltiError(
+                f"channels, height, width are {self.channels}, {self.height}, {self.width};"
+                " each must be at least 1"
+            )
+
+
+LatentSpec = CodeSpec | ContinuousSpec

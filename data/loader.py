@@ -1,0 +1,91 @@
+"""Batches of any data set, in the order of `DataOrder`, from any step on."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader, Dataset
+
+from smalti.data.order import DataOrder, Key
+from smalti.errors import SmaltiError
+
+
+class Keyed(Protocol):
+    """A data set that makes a whole batch from keys (epoch, index)."""
+
+    def __getitems__(self, keys: Sequence[Key]) -> Any: ...
+
+
+class _BatchKeys:
+    """The keys of every micro-batch from a step on, one list each; endless."""
+
+    def __init__(
+        self, order: DataOrder, start_step: int, rank: int, world_size: int, micro_batches: int
+    ) -> None:
+        self.order, self.start_step = order, start_step
+        self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        step = self.start_step
+        while True:
+            keys = self.order.shard(step, self.rank, self.world_size)
+            size = len(keys) // self.micro_batches
+            for start in range(0, len(keys), size):
+                yield keys[start : start + size]
+            step += 1
+
+
+def stream_batches(
+    dataset: Keyed,
+    order: DataOrder,
+    *,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    micro_batches: int = 1,
+    num_workers: int = 0,
+) -> Iterator[list[Any]]:
+    """Yield, for each step from `start_step` on, a list of `micro_batches` equal batches.
+
+    Worker processes only prepare batches ahead: what they yield does not depend on their number.
+
+    Raises:
+        SmaltiError: the batch cannot be divided among processes and micro-batches.
+    """
+    size = order.global_batch_size
+    if size % (world_size * micro_batches):
+        raise SmaltiError(
+            f"the batch size {size} cannot be divided into {micro_batches} micro-batches on each of"
+            f" {world_size} processes: use a multiple of {world_size * micro_batches}"
+        )
+    keys = _BatchKeys(order, start_step, rank, world_size, micro_batches)
+    loader = DataLoader(
+        _AsDataset(dataset),
+        batch_sampler=keys,  # type: ignore[arg-type]
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
+    return _steps(loader, micro_batches)
+
+
+class _AsDataset(Dataset):
+    """Adapter: torch's loader calls `__getitems__` with the keys of one batch."""
+
+    def __init__(self, dataset: Keyed) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: Key) -> Any:
+        return self.dataset.__getitems__([key])
+
+    def __getitems__(self, keys: list[Key]) -> Any:
+        return self.dataset.__getitems__(keys)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _steps(loader: DataLoader, micro_batches: int) -> Iterator[list[Any]]:
+    batches = iter(loader)
+    while True:
+        yield [next(batches) for _ in range(micro_batches)]

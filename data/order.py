@@ -1,0 +1,53 @@
+"""The order of training samples as a pure function of the step.
+
+Nothing has to be saved to resume, and the order is the same on any number of processes.
+"""
+
+import hashlib
+from functools import lru_cache
+
+import torch
+
+from smalti.errors import SmaltiError
+
+Key = tuple[int, int]  # (epoch, index): which sample, and in which pass over the data
+
+
+class DataOrder:
+    """An endless shuffled stream of samples, cut into batches.
+
+    Position p of the stream is sample `permutation(epoch)[p % N]` of epoch p // N, so every epoch
+    holds each sample exactly once; batch k holds positions k G to (k + 1) G - 1.
+    """
+
+    def __init__(self, num_samples: int, global_batch_size: int, seed: int) -> None:
+        if num_samples < 1:
+            raise SmaltiError("there are no samples to train on")
+        if global_batch_size < 1:
+            raise SmaltiError(f"the batch size is {global_batch_size}; it must be at least 1")
+        self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self._permutation = lru_cache(maxsize=2)(self._shuffle)
+
+    def _shuffle(self, epoch: int) -> list[int]:
+        digest = hashlib.sha256(f"{self.seed}/order/{epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.randperm(self.num_samples, generator=generator).tolist()
+
+    def keys(self, step: int) -> list[Key]:
+        """The samples of a step, over all processes."""
+        first = step * self.global_batch_size
+        positions = range(first, first + self.global_batch_size)
+        split = (divmod(position, self.num_samples) for position in positions)
+        return [(epoch, self._permutation(epoch)[offset]) for epoch, offset in split]
+
+    def shard(self, step: int, rank: int, world_size: int) -> list[Key]:
+        """The samples of a step that one process works on: a contiguous part of `keys(step)`."""
+        if self.global_batch_size % world_size:
+            raise SmaltiError(
+                f"the batch size {self.global_batch_size} cannot be shared by {world_size} "
+                "processes: use a multiple"
+            )
+        size = self.global_batch_size // world_size
+        return self.keys(step)[rank * size : (rank + 1) * size]

@@ -1,0 +1,1 @@
+"""Metrics of pictures and features, each with the protocol that made it."""

@@ -1,0 +1,108 @@
+"""A small classifier trained on the real pictures, to ask of samples: is this the class that was
+wanted? It shares nothing with the generator: other weights, other seed, pixels only."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Residual(nn.Module):
+    """x + conv(relu(norm(conv(relu(norm(x)))))), halving the resolution if the width grows."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        stride = 1 if inputs == outputs else 2
+        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if stride > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.norm1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(hidden)
+        return shortcut + self.conv2(F.relu(self.norm2(self.conv1(hidden))))
+
+
+class ImageClassifier(nn.Module):
+    """A residual network for pictures (B, 3, S, S) in [-1, 1]; works at 32 px."""
+
+    side = 32
+
+    def __init__(self, num_classes: int, width: int = 48) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        widths = (width, 2 * width, 4 * width)
+        blocks = [Residual(i, o) for i, o in zip((width, *widths[:-1]), widths, strict=True)]
+        self.blocks = nn.Sequential(nn.MaxPool2d(2), *blocks)
+        self.norm = nn.BatchNorm2d(widths[-1])
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class logits (B, num_classes)."""
+        if images.shape[-1] != self.side:
+            size = (self.side, self.side)
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        x = self.blocks(self.stem(images))
+        return self.head(F.relu(self.norm(x)).mean((2, 3)))
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Most likely class of each picture, (B,)."""
+        self.eval()
+        device = self.head.weight.device
+        return torch.cat([self(part.to(device)).argmax(1).cpu() for part in images.split(256)])
+
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Share of the pictures (B, 3, S, S) whose predicted class is their label."""
+        return (self.predict(images) == labels).double().mean().item()
+
+
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    generator: torch.Generator,
+    epochs: int = 12,
+    batch_size: int = 128,
+    peak_learning_rate: float = 2e-3,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda steps: None,
+) -> ImageClassifier:
+    """Train on pictures (N, 3, S, S) in [-1, 1] with labels (N,), augmented by mirroring and
+    shifting. Reproducible: every random number comes from `generator` (on the CPU)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        model = ImageClassifier(num_classes).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_learning_rate, weight_decay=0.05)
+    steps = epochs * math.ceil(len(images) / batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_learning_rate, steps)
+    model.train()
+    for _ in range(epochs):
+        for rows in torch.randperm(len(images), generator=generator).split(batch_size):
+            batch = _augment(images[rows], generator).to(device)
+            with torch.autocast(batch.device.type, torch.bfloat16):
+                logits = model(batch)
+            target = labels[rows].to(device)
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress(1)
+    return model.eval()
+
+
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror half of the pictures; shift the batch's rows and columns by up to an eighth."""
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    images = torch.where(mirrored, images.flip(-1), images)
+    reach = images.shape[-1] // 8
+    padded = F.pad(images, (reach,) * 4, mode="replicate")
+    corners = torch.randint(2 * reach + 1, (len(images), 2), generator=generator).tolist()
+    side = images.shape[-1]
+    crops = [p[:, y : y + side, x : x + side] for p, (y, x) in zip(padded, corners, strict=True)]
+    return torch.stack(crops)

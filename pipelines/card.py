@@ -1,0 +1,62 @@
+"""The model card that is saved with a pipeline."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from smalti.prior.base import Prior
+from smalti.tokenizer.base import Tokenizer
+
+_TEMPLATE = """\
+---
+library_name: smalti
+pipeline_tag: unconditional-image-generation
+tags:
+- smalti
+- image-generation
+---
+
+# A two-stage image generator made with smalti
+{grid}
+```python
+import smalti
+
+pipe = smalti.Pipeline.from_pretrained("PATH OR HUB ID")
+images = pipe(class_labels=[{example}], num_images_per_prompt=4, guidance_scale=2.0).images
+```
+
+| part | type | parameters | latents |
+| --- | --- | --- | --- |
+| tokenizer | {tokenizer} | {tokenizer_size} | {spec} |
+| prior | {prior} | {prior_size} | |
+
+Images are {size} x {size} pixels. Classes: {classes}.
+
+{notes}"""
+
+
+def model_card(
+    tokenizer: Tokenizer, prior: Prior, classes: Sequence[str], has_grid: bool, notes: str
+) -> str:
+    """A README.md for a pipeline folder, with the YAML header that the Hub reads."""
+    return _TEMPLATE.format(
+        grid="\n![samples](samples.png)\n" if has_grid else "",
+        example=repr(classes[0]),
+        tokenizer=Tokenizer.registry.name_of(type(tokenizer)),
+        tokenizer_size=f"{_millions(tokenizer)} M",
+        prior=Prior.registry.name_of(type(prior)),
+        prior_size=f"{_millions(prior)} M",
+        spec=_plain(str(tokenizer.spec)),
+        size=tokenizer.image_size,
+        classes=", ".join(_plain(name) for name in classes),
+        notes=notes,
+    )
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f}"
+
+
+def _plain(text: str) -> str:
+    """Text from outside, with what Markdown and HTML would act on taken out."""
+    return "".join(c for c in text if c not in "<>`|[]\n\r")

@@ -1,0 +1,121 @@
+"""Batch generation that can be killed and restarted: picture i depends only on the model, the
+settings, the seed, i and its label.
+
+    out/
+        000000.png  000001.png ...
+        generation.json      the settings; another job may not write here
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from smalti.data.image_io import save_png
+from smalti.errors import SmaltiError
+from smalti.hub import write_json
+from smalti.pipelines.pipeline import Pipeline
+
+SETTINGS = "generation.json"
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """What decides every picture of a job."""
+
+    model: str  # fingerprints of tokenizer and prior
+    labels: tuple[int, ...]  # class of each picture
+    seed: int
+    guidance_scale: float
+    options: dict[str, Any]  # temperature, top_k, ...
+
+
+def picture_generator(seed: int, index: int) -> torch.Generator:
+    """The generator of picture `index`: the same at any batch size and on any worker."""
+    # Two different 32-bit halves: (seed, index) pairs never meet for indices below 2^32.
+    return torch.Generator().manual_seed((seed % 2**31) * 2**32 + index)
+
+
+def generate_folder(
+    pipeline: Pipeline,
+    folder: Path,
+    labels: Sequence[int],
+    *,
+    seed: int,
+    guidance_scale: float,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int], None] = lambda pictures: None,
+    **options: Any,
+) -> list[Path]:
+    """Write picture i of class `labels[i]` to `folder/{i:06d}.png`; keep those already there.
+
+    Args:
+        rank, world_size: this process takes every `world_size`-th missing picture.
+        progress: called with the number of pictures finished since the last call.
+
+    Returns:
+        The paths of all pictures, in order.
+
+    Raises:
+        SmaltiError: the folder holds something else, or pictures of a job with other settings.
+    """
+    job = GenerationJob(
+        model=f"{pipeline.tokenizer.fingerprint}/{pipeline.prior.fingerprint}",
+        labels=tuple(labels),
+        seed=seed,
+        guidance_scale=guidance_scale,
+        options=dict(sorted(options.items())),
+    )
+    _claim(folder, job)
+    paths = [folder / f"{index:06d}.png" for index in range(len(labels))]
+    missing = [index for index, path in enumerate(paths) if not _is_whole(path)]
+    progress(len(labels) - len(missing))
+    mine = missing[rank::world_size]
+    for start in range(0, len(mine), batch_size):
+        part = mine[start : start + batch_size]
+        output = pipeline(
+            [labels[index] for index in part],
+            guidance_scale=guidance_scale,
+            generator=[picture_generator(seed, index) for index in part],
+            **options,
+        )
+        for index, image in zip(part, output.images, strict=True):
+            save_png(paths[index], image)
+        progress(len(part))
+    return paths
+
+
+def _claim(folder: Path, job: GenerationJob) -> None:
+    settings = json.loads(json.dumps(asdict(job)))
+    path = folder / SETTINGS
+    if path.is_file():
+        found = json.loads(path.read_text())
+        different = [k for k in settings if found.get(k) != settings[k]]
+        if different:
+            raise SmaltiError(
+                f"{folder} holds pictures of another job (its {different[0]} differs): "
+                "choose another output folder"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise SmaltiError(f"{folder} is not empty and holds no {SETTINGS}: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def _is_whole(path: Path) -> bool:
+    """Pictures are renamed into place when complete; one that was cut later is made again."""
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path) as image:
+            image.verify()
+        return True
+    except (OSError, SyntaxError):
+        return False

@@ -1,0 +1,89 @@
+"""Stage two: what every prior promises."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from smalti.data.latents import LatentSpec
+from smalti.errors import SmaltiError
+from smalti.hub import Pretrained, Registry
+from smalti.prior.registry import PRIORS
+
+
+@dataclass
+class Loss:
+    """What a prior minimises."""
+
+    total: Tensor  # scalar
+    parts: dict[str, Tensor] = field(default_factory=dict)  # detached scalars for the log
+
+
+class Prior(nn.Module, Pretrained, ABC):
+    """A distribution over the latents described by `spec`, given a condition.
+
+    A condition is class labels (B,) int64 in [0, num_classes]; `num_classes` itself is the null
+    label: no condition. `forward` is the training objective, so that DDP, FSDP and compile wrap
+    the object itself.
+    """
+
+    registry: ClassVar[Registry] = PRIORS
+    config: Any
+
+    @property
+    def spec(self) -> LatentSpec:
+        """The latents that are modelled."""
+        return self.config.spec
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, without the null label."""
+        return self.config.num_classes
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the tokenizer whose latents were learned; None if unknown."""
+        return self.config.tokenizer_fingerprint
+
+    @abstractmethod
+    def forward(self, latents: Tensor, condition: Tensor) -> Loss:
+        """The training objective; drops labels at random in training mode."""
+
+    @abstractmethod
+    def sample(
+        self,
+        condition: Tensor,
+        *,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Draw latents for every condition (B,).
+
+        `generator` may be a list with one generator per sample: sample i then depends on its own
+        generator only. guidance_scale s means uncond + s (cond - uncond); 1 is off.
+        """
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise `SmaltiError` unless labels are (B,) integers in [0, num_classes]."""
+        if labels.ndim != 1 or labels.is_floating_point():
+            raise SmaltiError(
+                f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; give (B,) int64"
+            )
+        if labels.numel() and (labels.min() < 0 or labels.max() > self.num_classes):
+            wrong = labels.min().item() if labels.min() < 0 else labels.max().item()
+            raise SmaltiError(
+                f"class label {wrong} is out of range: use 0 to {self.num_classes - 1}, "
+                f"or {self.num_classes} for no class"
+            )
+
+    def drop_labels(self, labels: Tensor, probability: float) -> Tensor:
+        """In training, replace each label by the null label with a probability
+        (classifier-free guidance, Ho and Salimans, 2207.12598)."""
+        if not (self.training and probability):
+            return labels
+        dropped = torch.rand(labels.shape, device=labels.device) < probability
+        return torch.where(dropped, self.num_classes, labels)

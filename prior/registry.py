@@ -1,0 +1,10 @@
+"""The priors that smalti knows: one line each, resolved only when asked for."""
+
+from smalti.hub import Registry
+
+PRIORS = Registry(
+    "prior",
+    {
+        "next-token": "smalti.prior.next_token:NextTokenPrior",
+    },
+)

@@ -1,0 +1,1 @@
+"""One thin entry point per stage; the console command `smalti` runs them."""

@@ -1,0 +1,94 @@
+"""Between the stages: encode a set of pictures to a latent cache, once.
+
+smalti encode --tokenizer runs/tokenizer/tokenizer --data emoji --output_dir runs/latents
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from smalti.cli import parse_config, run_command
+from smalti.data.cache import VIEWS, CacheInfo, EncodedRange, write_cache
+from smalti.data.dataset import ImageDataset
+from smalti.scripts.options import DataOptions
+from smalti.tokenizer.base import Tokenizer
+
+SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class EncodeConfig(DataOptions):
+    """Encode pictures to a latent cache with one folder per split: train/ and heldout/."""
+
+    tokenizer: Path = Path("runs/tokenizer/tokenizer")
+    output_dir: Path = Path("runs/latents")
+    flip_view: bool = True  # also store the mirrored training pictures
+    batch_size: int = 128
+    shard_size: int = 8192  # samples per file
+
+
+def encode(config: EncodeConfig) -> Path:
+    """Write the caches of both splits, and return their folder."""
+    state = PartialState()
+    tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(state.device)
+    for split in SPLITS:
+        images = config.dataset(split, tokenizer.image_size)
+        views = VIEWS if config.flip_view and split == "train" else VIEWS[:1]
+        info = CacheInfo(
+            spec=tokenizer.spec,
+            classes=images.classes,
+            num_samples=len(images),
+            views=views,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            dataset_fingerprint=images.fingerprint,
+            shard_size=config.shard_size,
+        )
+        bar = tqdm(total=len(images), desc=f"encode {split}", disable=not state.is_main_process)
+        with bar:
+            write_cache(
+                config.output_dir / split,
+                info,
+                Encoder(tokenizer, images, views, config.batch_size, state.device),
+                rank=state.process_index,
+                world_size=state.num_processes,
+                barrier=state.wait_for_everyone,
+                progress=bar.update,
+            )
+    return config.output_dir
+
+
+@dataclass
+class Encoder:
+    """(start, stop) -> the encoded pictures of that range, all views."""
+
+    tokenizer: Tokenizer
+    images: ImageDataset
+    views: tuple[str, ...]
+    batch_size: int
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, start: int, stop: int) -> EncodedRange:
+        stored, labels = [], []
+        for batch in self.images.batches(self.batch_size, start=start, stop=stop):
+            images = batch.images.to(self.device)
+            flips = [images.flip(-1)] if "flip" in self.views else []
+            views = [self.tokenizer.store(view).cpu() for view in (images, *flips)]
+            stored.append(torch.stack(views, dim=1))  # (b, views, ...)
+            labels.append(batch.labels)
+        return EncodedRange(torch.cat(stored), torch.cat(labels))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `smalti encode`."""
+    print(f"latents: {encode(parse_config(EncodeConfig, argv, prog='smalti encode'))}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

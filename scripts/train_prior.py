@@ -1,0 +1,141 @@
+"""Stage two: train a prior on cached latents.
+
+smalti train-prior --latents runs/latents --tokenizer runs/tokenizer/tokenizer
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from smalti.cli import parse_config, run_command
+from smalti.data.cache import LatentBatch, LatentCache
+from smalti.data.image_io import image_grid, save_png
+from smalti.data.loader import stream_batches
+from smalti.data.order import DataOrder
+from smalti.errors import SmaltiError
+from smalti.prior.base import Prior
+from smalti.prior.next_token import PRESETS, NextTokenConfig
+from smalti.tokenizer.base import Tokenizer
+from smalti.training.checkpoint import OptimizerState
+from smalti.training.ema import EMA
+from smalti.training.log import mean_of
+from smalti.training.run import Run, RunConfig
+from smalti.training.seeding import generator
+
+VALIDATION_SAMPLES = 1024
+PREVIEW_PER_CLASS = 8
+
+
+@dataclass(frozen=True)
+class TrainPriorConfig(RunConfig):
+    """Train a prior: a distribution over latents, given a class."""
+
+    PRESETS: ClassVar[dict[str, Any]] = {"prior": PRESETS}
+
+    output_dir: Path = Path("runs/prior")
+    latents: Path = Path("runs/latents")  # folder written by `smalti encode`
+    tokenizer: Path = Path("runs/tokenizer/tokenizer")  # decodes the previews
+    # Latents, number of classes and tokenizer fingerprint are taken from the cache.
+    prior: NextTokenConfig = field(default_factory=lambda: PRESETS["gpt-nano"])
+    preview_guidance_scale: float = 2.0
+
+
+class Stage:
+    """The prior and one optimizer step of it."""
+
+    def __init__(self, run: Run, config: TrainPriorConfig, latents: LatentCache) -> None:
+        torch.manual_seed(config.seed)
+        self.run = run
+        self.tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(run.device)
+        if self.tokenizer.fingerprint != latents.info.tokenizer_fingerprint:
+            raise SmaltiError(
+                f"the latents in {config.latents} were made by another tokenizer than "
+                f"{config.tokenizer}: encode again, or give the tokenizer that made them"
+            )
+        fitted = config.prior.fitted(
+            latents.spec, latents.num_classes, latents.info.tokenizer_fingerprint
+        )
+        self.prior = Prior.registry.build(fitted).to(run.device)
+        self.optimizer = run.adamw(self.prior)
+        self.ema = EMA(self.prior, config.ema_decay)
+        run.track(model=self.prior, ema=self.ema, optimizer=OptimizerState(self.optimizer))
+        self.wrapped = run.accelerator.prepare(self.prior)
+
+    def train_step(self, micro_batches: list[LatentBatch], step: int) -> dict[str, torch.Tensor]:
+        """One optimizer step; returns losses for the log."""
+        self.wrapped.train()
+        parts = []
+        for index, batch in enumerate(micro_batches):
+            with self.run.micro_batch(index, self.wrapped):
+                loss = self.loss(self.wrapped, batch)
+                self.run.backward(loss.total)
+            parts.append({"loss": loss.total.detach(), **loss.parts})
+        norm = self.run.apply(self.optimizer, self.prior, step)
+        if self.run.count_step(norm, step):
+            self.ema.update(self.prior)
+        return {**mean_of(parts), "gradient_norm": torch.tensor(norm)}
+
+    def loss(self, prior, batch: LatentBatch):
+        latents = self.tokenizer.latents(batch.stored.to(self.run.device))
+        return prior(latents, batch.labels.to(self.run.device))
+
+    @torch.no_grad()
+    def validate(self, heldout: LatentCache) -> dict[str, float]:
+        """Loss of the EMA weights on the first held-out latents."""
+        count = min(len(heldout), VALIDATION_SAMPLES)
+        losses = []
+        for start in range(0, count, 128):
+            batch = heldout.first_view(range(start, min(start + 128, count)))
+            with self.run.accelerator.autocast():
+                losses.append(self.loss(self.ema.model, batch).total * len(batch.labels))
+        return {"val_loss": (sum(losses) / count).item()}
+
+    @torch.no_grad()
+    def preview(self, path: Path, guidance_scale: float) -> None:
+        """A grid of samples, a row per class."""
+        prior = self.ema.model
+        rows = min(prior.num_classes, 16)
+        labels = torch.arange(rows, device=self.run.device).repeat_interleave(PREVIEW_PER_CLASS)
+        drawn = prior.sample(labels, guidance_scale=guidance_scale, generator=generator("preview"))
+        images = self.tokenizer.decode(drawn).float().clamp(-1, 1).cpu()
+        save_png(path, image_grid(images, columns=PREVIEW_PER_CLASS))
+
+
+def train(config: TrainPriorConfig) -> Path:
+    """Train, and return the folder of the finished prior (EMA weights)."""
+    run = Run(config, kind="train-prior")
+    latents = LatentCache(config.latents / "train", seed=config.seed)
+    heldout = LatentCache(config.latents / "heldout")
+    stage = Stage(run, config, latents)
+    run.resume()
+    batches = stream_batches(
+        latents,
+        DataOrder(len(latents), config.train_batch_size, config.seed),
+        start_step=run.start_step,
+        rank=run.accelerator.process_index,
+        world_size=run.accelerator.num_processes,
+        micro_batches=config.gradient_accumulation_steps,
+        num_workers=config.dataloader_num_workers,
+    )
+    for step in run.steps():
+        parts = stage.train_step(next(batches), step)
+        if run.due(step, config.logging_steps):
+            run.log(step, {**parts, "learning_rate": run.learning_rate(step)})
+        if run.due(step, config.validation_steps) and run.accelerator.is_main_process:
+            run.log_alone(step, stage.validate(heldout))
+            picture = run.folder / "samples" / f"step_{step + 1:06d}.png"
+            stage.preview(picture, config.preview_guidance_scale)
+    return run.export(stage.ema.model, "prior")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `smalti train-prior`."""
+    print(f"prior: {train(parse_config(TrainPriorConfig, argv, prog='smalti train-prior'))}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

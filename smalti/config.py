@@ -1,0 +1,161 @@
+"""Strict configurations: plain frozen dataclasses <-> plain JSON or YAML values.
+
+Nothing is guessed: an unknown key, a missing key or a value of the wrong type is an error that
+names the file, the key and the nearest known name.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from smalti.errors import SmaltiError
+
+T = TypeVar("T")
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """A hint for a misspelt name: the nearest known one, or all that are known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f'did you mean "{close[0]}"?' if close else f"known are {', '.join(known) or 'none'}"
+
+
+def config_to_dict(config: Any) -> Any:
+    """A dataclass, with all that is nested in it, as values that JSON and YAML can hold."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {
+            field.name: config_to_dict(getattr(config, field.name))
+            for field in dataclasses.fields(config)
+        }
+    if isinstance(config, Mapping):
+        return {str(key): config_to_dict(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [config_to_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def config_from_dict(cls: type[T], data: Any, where: str, base: T | None = None) -> T:
+    """Rebuild a dataclass from plain values.
+
+    Args:
+        where: the file or option that the values come from, for messages.
+        base: values for the keys that `data` lacks; without it only declared defaults are used.
+
+    Raises:
+        SmaltiError: an unknown or missing key, or a value of the wrong type.
+    """
+    if not isinstance(data, Mapping):
+        raise SmaltiError(f"{where}: expected keys and values for {cls.__name__}, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            raise SmaltiError(f'{where}: unknown key "{key}"; {nearest(str(key), fields)}')
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        default = getattr(base, name) if base is not None else None
+        if name in data:
+            values[name] = _convert(data[name], hints[name], f"{where}: {name}", default)
+        elif base is not None:
+            values[name] = default
+        elif not _has_default(field):
+            raise SmaltiError(f'{where}: the key "{name}" is missing')
+    try:
+        return cls(**values)
+    except SmaltiError as error:
+        raise SmaltiError(f"{where}: {error}") from error
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
+
+
+def _convert(value: Any, hint: Any, where: str, base: Any = None) -> Any:
+    """`value` as the annotation `hint` wants it."""
+    origin = get_origin(hint)
+    if hint is Any:
+        return value
+    if origin is Literal:
+        if value not in get_args(hint):
+            choices = ", ".join(map(str, get_args(hint)))
+            raise SmaltiError(f"{where} is {value!r}; choose one of {choices}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, hint, where, base)
+    if dataclasses.is_dataclass(hint):
+        same = base if type(base) is hint else None
+        return config_from_dict(hint, value, where, same)  # type: ignore[arg-type]
+    if origin is tuple:
+        return _convert_tuple(value, get_args(hint), where)
+    if origin in (dict, Mapping) or hint is dict:
+        return _convert_mapping(value, get_args(hint), where)
+    return _convert_scalar(value, hint, where)
+
+
+def _convert_union(value: Any, hint: Any, where: str, base: Any) -> Any:
+    options = get_args(hint)
+    if value is None and type(None) in options:
+        return None
+    options = tuple(option for option in options if option is not type(None))
+    if isinstance(value, Mapping) and len(options) > 1:
+        return _convert(value, _by_kind(value, options, where), where, base)
+    for option in options:
+        try:
+            return _convert(value, option, where, base)
+        except SmaltiError:
+            if len(options) == 1:
+                raise
+    raise SmaltiError(f"{where} is {value!r}; expected {' or '.join(map(_name, options))}")
+
+
+def _by_kind(value: Mapping, options: tuple[Any, ...], where: str) -> Any:
+    """Among several dataclasses, the one whose `kind` the value names."""
+    kinds = {
+        get_args(typing.get_type_hints(option)["kind"])[0]: option
+        for option in options
+        if dataclasses.is_dataclass(option) and "kind" in typing.get_type_hints(option)
+    }
+    kind = value.get("kind")
+    if kind not in kinds:
+        raise SmaltiError(f"{where}: kind is {kind!r}; {nearest(str(kind), kinds)}")
+    return kinds[kind]
+
+
+def _convert_tuple(value: Any, hints: tuple[Any, ...], where: str) -> tuple:
+    if not isinstance(value, list | tuple):
+        raise SmaltiError(f"{where} is {value!r}; expected a list")
+    if len(hints) == 2 and hints[1] is Ellipsis:
+        hints = (hints[0],) * len(value)
+    if len(hints) != len(value):
+        raise SmaltiError(f"{where} has {len(value)} values; expected {len(hints)}")
+    pairs = zip(value, hints, strict=True)
+    return tuple(_convert(v, h, f"{where}[{i}]") for i, (v, h) in enumerate(pairs))
+
+
+def _convert_mapping(value: Any, hints: tuple[Any, ...], where: str) -> dict:
+    if not isinstance(value, Mapping):
+        raise SmaltiError(f"{where} is {value!r}; expected keys and values")
+    inner = hints[1] if len(hints) == 2 else Any
+    return {str(k): _convert(v, inner, f"{where}.{k}") for k, v in value.items()}
+
+
+def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            pass
+    elif hint is Path and isinstance(value, str | Path):
+        return Path(value)
+    elif type(value) is hint:  # exact: a bool is not an int
+        return value
+    raise SmaltiError(f"{where} is {value!r}; expected {_name(hint)}")
+
+
+def _name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint))

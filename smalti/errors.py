@@ -1,0 +1,10 @@
+"""The one exception for mistakes that a person can mend."""
+
+
+class SmaltiError(ValueError):
+    """Bad input, explained.
+
+    The message is one clear line: what was wrong, with the value, and what to do about it. The
+    command line prints it without a traceback and exits with status 2; in Python it is an
+    ordinary `ValueError`.
+    """

@@ -1,0 +1,95 @@
+"""Stage one: what every tokenizer promises."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from smalti.data.latents import LatentSpec
+from smalti.errors import SmaltiError
+from smalti.hub import Pretrained, Registry
+from smalti.tokenizer.registry import TOKENIZERS
+
+
+@dataclass
+class Reconstruction:
+    """What the training objective of stage one is made of."""
+
+    images: Tensor  # (B, 3, H, W), not clamped
+    losses: dict[str, Tensor]  # scalars, already weighted: codebook, commitment, kl, ...
+    codes: Tensor | None = None  # (B, L) int64 of a discrete tokenizer, for usage statistics
+    stats: dict[str, Tensor] = field(default_factory=dict)  # scalars for the log only
+
+
+class Tokenizer(nn.Module, Pretrained, ABC):
+    """Images (B, 3, H, W) in [-1, 1] <-> latents described by `spec`.
+
+    Three verbs carry pixels to a prior and back: `store` (pixels -> what the cache keeps),
+    `latents` (cached -> what a prior learns), `decode` (-> pixels). `forward` is the training
+    objective, so that DDP and compile wrap the object itself.
+    """
+
+    registry: ClassVar[Registry] = TOKENIZERS
+    config: Any
+
+    @property
+    @abstractmethod
+    def spec(self) -> LatentSpec:
+        """What `latents` returns and `decode` takes."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """Side of the square images that this tokenizer was made for, in pixels."""
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weight: where the adaptive adversarial weight compares gradients."""
+
+    @abstractmethod
+    def store(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> what a latent cache keeps, for example codes (B, L)."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> images (B, 3, H, W), about [-1, 1] but not clamped."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Reconstruction:
+        """Encode, quantize or sample, decode: the differentiable pass that training optimises."""
+
+    def latents(self, stored: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Cached -> what a prior learns. Codes pass unchanged and need no generator."""
+        del generator
+        return stored
+
+    def encode(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """`latents(store(images))`: images (B, 3, H, W) in [-1, 1] -> latents."""
+        return self.latents(self.store(images), generator=generator)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """`decode(encode(images))` clamped to [-1, 1], shape (B, 3, H, W)."""
+        return self.decode(self.encode(images)).clamp(-1, 1)
+
+    def after_step(self, generator: torch.Generator) -> None:
+        """Update what gradients do not: called once after every accepted optimizer step.
+
+        `generator` is equal on all processes, so that random choices agree.
+        """
+        del generator
+
+    def discard_step(self) -> None:
+        """Forget what `forward` collected for `after_step`: the step was skipped."""
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise `SmaltiError` unless images are (B, 3, image_size, image_size)."""
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise SmaltiError(
+                f"images have shape {tuple(images.shape)}; this tokenizer takes (B, 3, "
+                f"{self.image_size}, {self.image_size}): resize and crop them first"
+            )

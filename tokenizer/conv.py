@@ -1,0 +1,220 @@
+"""The convolutional encoder and decoder of VQGAN (Esser et al., 2012.09841), shared by the VQ and
+KL families. Module names follow taming-transformers, whose published weights they can hold.
+
+A *level* works at one resolution; each but the last ends in a 2x down-sampling. `patch_size`
+folds p x p pixels into channels first (1 in the published models): level 0 then works at
+H/p, which makes small images cheap.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smalti.errors import SmaltiError
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Sizes of encoder and decoder; the defaults are the published 16x down-sampling model."""
+
+    channels: int = 128  # width of level 0
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # width of each level, in `channels`
+    num_res_blocks: int = 2  # per level in the encoder; the decoder has one more
+    attention_levels: tuple[int, ...] = (4,)  # levels with self-attention after each block
+    mid_attention: bool = True  # self-attention at the lowest resolution, between two blocks
+    z_channels: int = 256  # encoder output and decoder input
+    patch_size: int = 1  # pixels per side folded into channels before level 0
+
+    def __post_init__(self) -> None:
+        if self.channels % 32 and self.channels not in (8, 16):
+            raise SmaltiError(f"channels is {self.channels}; use 8, 16 or a multiple of 32")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise SmaltiError(f"channel_mult is {self.channel_mult}; give at least one value >= 1")
+        wrong = [i for i in self.attention_levels if not 0 <= i < len(self.channel_mult)]
+        if wrong:
+            raise SmaltiError(
+                f"attention_levels names level {wrong[0]}, but channel_mult has levels"
+                f" 0 to {len(self.channel_mult) - 1}"
+            )
+        if min(self.num_res_blocks, self.z_channels, self.patch_size) < 1:
+            raise SmaltiError("num_res_blocks, z_channels and patch_size must be at least 1")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent position and side, f."""
+        return self.patch_size * 2 ** (len(self.channel_mult) - 1)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), a 1x1 shortcut where the width changes."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = _norm(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        same = channels_in == channels_out
+        self.nin_shortcut = None if same else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return hidden + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions of the grid, with a residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
+        normed = self.norm(x)
+        query, key, value = (
+            project(normed).flatten(2).mT.unsqueeze(1)  # (B, 1, h*w, C)
+            for project in (self.q, self.k, self.v)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return x + self.proj_out(attended.squeeze(1).mT.reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Strided convolution, padded on the right and bottom only (the published convention)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C, h/2, w/2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C, 2h, 2w)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by attention if asked for; then a change
+    of resolution, on all levels but one."""
+
+    def __init__(
+        self,
+        widths: list[int],
+        attention: bool,
+        downsample: Downsample | None = None,
+        upsample: Upsample | None = None,
+    ) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.upsample = upsample
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.block = nn.ModuleList(ResBlock(i, o) for i, o in pairs)
+        self.attn = nn.ModuleList(AttentionBlock(o) for _, o in pairs if attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[index](x)
+        for resample in (self.downsample, self.upsample):
+            if resample is not None:
+                x = resample(x)
+        return x
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int, attention: bool) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = AttentionBlock(channels) if attention else None
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block_1(x)
+        if self.attn_1 is not None:
+            x = self.attn_1(x)
+        return self.block_2(x)
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> features (B, out_channels, H/f, W/f)."""
+
+    def __init__(self, config: ConvConfig, out_channels: int | None = None) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        widths = [config.channels * m for m in config.channel_mult]
+        self.conv_in = nn.Conv2d(3 * config.patch_size**2, config.channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (before, width) in enumerate(
+            zip([config.channels, *widths[:-1]], widths, strict=True)
+        ):
+            blocks = [before] + [width] * config.num_res_blocks
+            downsample = Downsample(width) if i < len(widths) - 1 else None
+            self.down.append(Level(blocks, i in config.attention_levels, downsample=downsample))
+        self.mid = Middle(widths[-1], config.mid_attention)
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], out_channels or config.z_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(F.pixel_unshuffle(images, self.patch_size))
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Features (B, z_channels, h, w) -> images (B, 3, f h, f w).
+
+    `up[0]` is the highest resolution, as in the published weights; it runs last.
+    """
+
+    def __init__(self, config: ConvConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        widths = [config.channels * m for m in config.channel_mult]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.mid_attention)
+        self.up = nn.ModuleList()
+        for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
+            blocks = [before] + [width] * (config.num_res_blocks + 1)
+            upsample = Upsample(width) if i > 0 else None
+            self.up.append(Level(blocks, i in config.attention_levels, upsample=upsample))
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(features))
+        for level in reversed(self.up):
+            x = level(x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x, self.patch_size)
+
+
+def initialise(module: nn.Module) -> None:
+    """PyTorch's default initialisation, but the last convolution of every block starts small, so
+    that a deep stack starts near the identity and small models train fast from the first step."""
+    for block in module.modules():
+        if isinstance(block, ResBlock):
+            with torch.no_grad():
+                block.conv2.weight.mul_(0.1)

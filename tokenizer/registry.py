@@ -1,0 +1,10 @@
+"""The tokenizers that smalti knows: one line each, resolved only when asked for."""
+
+from smalti.hub import Registry
+
+TOKENIZERS = Registry(
+    "tokenizer",
+    {
+        "vq": "smalti.tokenizer.vq:VQTokenizer",
+    },
+)

@@ -1,0 +1,29 @@
+"""One-off: pack LPIPS weights (trunk and v0.1 heads) as half-precision safetensors.
+
+    python tools/pack_lpips.py lpips_alex_v0.1_full.pth tokenizer/assets
+
+The heads for VGG are taken from the installed `lpips` package.
+"""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def main(source: Path, out: Path) -> None:
+    alex = torch.load(source, map_location="cpu", weights_only=True)
+    weights = {k: v.half().contiguous() for k, v in alex.items() if k not in ("shift", "scale")}
+    save_file(weights, out / "lpips_alex.safetensors")
+    spec = find_spec("lpips")
+    assert spec is not None and spec.origin is not None, "pip install lpips"
+    heads = Path(spec.origin).parent / "weights" / "v0.1" / "vgg.pth"
+    vgg = torch.load(heads, map_location="cpu", weights_only=True)
+    renamed = {f"lins.{i}": vgg[f"lin{i}.model.1.weight"].contiguous() for i in range(5)}
+    save_file(renamed, out / "lpips_vgg_heads.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,1 @@
+"""What both stages share: the run, checkpoints, EMA, schedules, logs."""
