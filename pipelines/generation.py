@@ -50,7 +50,7 @@ def generate_folder(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
-    progress: Callable[[int], None] = lambda pictures: None,
+    progress: Callable[[int], object] = lambda pictures: None,
     **options: Any,
 ) -> list[Path]:
     """Write picture i of class `labels[i]` to `folder/{i:06d}.png`; keep those already there.

@@ -59,9 +59,8 @@ class Prior(nn.Module, Pretrained, ABC):
         *,
         guidance_scale: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        **options: Any,
     ) -> Tensor:
-        """Draw latents for every condition (B,).
+        """Draw latents for every condition (B,). Each prior adds keyword options of its own.
 
         `generator` may be a list with one generator per sample: sample i then depends on its own
         generator only. guidance_scale s means uncond + s (cond - uncond); 1 is off.

@@ -5,7 +5,7 @@ Module names are LlamaGen's, whose published weights fit.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -26,7 +26,7 @@ PREFIX = 1  # class tokens before the codes
 class NextTokenConfig:
     """Defaults: LlamaGen GPT-B for 256 px ImageNet codes."""
 
-    spec: CodeSpec = CodeSpec(16384, ((16, 16),))
+    spec: CodeSpec = field(default_factory=lambda: CodeSpec(16384, ((16, 16),)))
     num_classes: int = 1000
     depth: int = 12
     width: int = 768
@@ -250,7 +250,10 @@ class _Decoder:
         table = self.table[position : position + 1]
         hidden = self.prior._transform(self.next_input, table, self.cache)
         logits = self.prior.output(hidden[:, -1]).float()
-        return guide(*logits.chunk(2), scale) if self.guided else logits
+        if not self.guided:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return guide(conditional, unconditional, scale)
 
     def append(self, codes: Tensor) -> None:
         """The code just drawn for every sample, (B,), is the next input."""

@@ -53,7 +53,7 @@ def encode(config: EncodeConfig) -> Path:
             write_cache(
                 config.output_dir / split,
                 info,
-                Encoder(tokenizer, images, views, config.batch_size, state.device),
+                Encoder(tokenizer, images, views, config.batch_size),
                 rank=state.process_index,
                 world_size=state.num_processes,
                 barrier=state.wait_for_everyone,
@@ -70,13 +70,12 @@ class Encoder:
     images: ImageDataset
     views: tuple[str, ...]
     batch_size: int
-    device: torch.device
 
     @torch.no_grad()
     def __call__(self, start: int, stop: int) -> EncodedRange:
         stored, labels = [], []
         for batch in self.images.batches(self.batch_size, start=start, stop=stop):
-            images = batch.images.to(self.device)
+            images = batch.images.to(next(self.tokenizer.parameters()).device)
             flips = [images.flip(-1)] if "flip" in self.views else []
             views = [self.tokenizer.store(view).cpu() for view in (images, *flips)]
             stored.append(torch.stack(views, dim=1))  # (b, views, ...)

@@ -16,7 +16,7 @@ from smalti.data.image_io import image_grid, save_png
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import SmaltiError
-from smalti.prior.base import Prior
+from smalti.prior.base import Loss, Prior
 from smalti.prior.next_token import PRESETS, NextTokenConfig
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.checkpoint import OptimizerState
@@ -58,7 +58,7 @@ class Stage:
         fitted = config.prior.fitted(
             latents.spec, latents.num_classes, latents.info.tokenizer_fingerprint
         )
-        self.prior = Prior.registry.build(fitted).to(run.device)
+        self.prior: Prior = Prior.registry.build(fitted).to(run.device)
         self.optimizer = run.adamw(self.prior)
         self.ema = EMA(self.prior, config.ema_decay)
         run.track(model=self.prior, ema=self.ema, optimizer=OptimizerState(self.optimizer))
@@ -78,7 +78,8 @@ class Stage:
             self.ema.update(self.prior)
         return {**mean_of(parts), "gradient_norm": torch.tensor(norm)}
 
-    def loss(self, prior, batch: LatentBatch):
+    def loss(self, prior: torch.nn.Module, batch: LatentBatch) -> Loss:
+        """The loss of one batch under a prior, wrapped or not."""
         latents = self.tokenizer.latents(batch.stored.to(self.run.device))
         return prior(latents, batch.labels.to(self.run.device))
 
@@ -86,12 +87,13 @@ class Stage:
     def validate(self, heldout: LatentCache) -> dict[str, float]:
         """Loss of the EMA weights on the first held-out latents."""
         count = min(len(heldout), VALIDATION_SAMPLES)
-        losses = []
+        total = 0.0
         for start in range(0, count, 128):
             batch = heldout.first_view(range(start, min(start + 128, count)))
             with self.run.accelerator.autocast():
-                losses.append(self.loss(self.ema.model, batch).total * len(batch.labels))
-        return {"val_loss": (sum(losses) / count).item()}
+                loss = self.loss(self.ema.model, batch).total
+            total += loss.item() * len(batch.labels)
+        return {"val_loss": total / count}
 
     @torch.no_grad()
     def preview(self, path: Path, guidance_scale: float) -> None:

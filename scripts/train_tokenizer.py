@@ -14,6 +14,7 @@ import torch
 from smalti.cli import parse_config, run_command
 from smalti.data.dataset import ImageBatch, ImageDataset
 from smalti.data.image_io import image_grid, save_png
+from smalti.data.latents import CodeSpec
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.evaluation.codebook import code_counts, usage
@@ -58,7 +59,7 @@ class Stage:
         torch.manual_seed(config.seed)
         self.run = run
         self.objective = config.objective
-        self.tokenizer = Tokenizer.registry.build(config.tokenizer).to(run.device)
+        self.tokenizer: Tokenizer = Tokenizer.registry.build(config.tokenizer).to(run.device)
         self.critic = PatchGAN(config.objective.discriminator).to(run.device)
         self.perceptual = LPIPS.from_embedded().to(run.device)
         self.optimizer = run.adamw(self.tokenizer)
@@ -129,12 +130,15 @@ class Stage:
 @torch.no_grad()
 def validate(tokenizer: Tokenizer, images: ImageDataset, device: torch.device) -> dict[str, float]:
     """PSNR and codebook usage on the first held-out pictures."""
-    scores, counts = [], 0
+    scores, latents = [], []
     for batch in images.batches(64, stop=VALIDATION_IMAGES):
-        codes = tokenizer.encode(batch.images.to(device))
-        scores.append(psnr(tokenizer.decode(codes).float().cpu(), batch.images))
-        counts = counts + code_counts(codes.cpu(), tokenizer.spec.vocab_size)
-    return {"val_psnr": torch.cat(scores).mean().item(), "val_usage": usage(counts)}
+        latents.append(tokenizer.encode(batch.images.to(device)))
+        scores.append(psnr(tokenizer.decode(latents[-1]).float().cpu(), batch.images))
+    values = {"val_psnr": torch.cat(scores).mean().item()}
+    if isinstance(tokenizer.spec, CodeSpec):
+        counts = code_counts(torch.cat(latents), tokenizer.spec.vocab_size)
+        values["val_usage"] = usage(counts)
+    return values
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ folds p x p pixels into channels first (1 in the published models): level 0 then
 H/p, which makes small images cheap.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -126,7 +127,7 @@ class Level(nn.Module):
         super().__init__()
         self.downsample = downsample
         self.upsample = upsample
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.block = nn.ModuleList(ResBlock(i, o) for i, o in pairs)
         self.attn = nn.ModuleList(AttentionBlock(o) for _, o in pairs if attention)
 

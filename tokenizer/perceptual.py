@@ -5,6 +5,7 @@ learned heads and averaged. The AlexNet trunk and its v0.1 heads ship with smalt
 precision; VGG16 is read from a file. A network with random weights is never used.
 """
 
+import itertools
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -33,13 +34,18 @@ class Trunk:
 _VGG_WIDTHS = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 TRUNKS = {
     "alex": Trunk(
-        ((3, 64, 11, 4, 2), (64, 192, 5, 1, 2), (192, 384, 3, 1, 1), (384, 256, 3, 1, 1))
-        + ((256, 256, 3, 1, 1),),
+        (
+            (3, 64, 11, 4, 2),
+            (64, 192, 5, 1, 2),
+            (192, 384, 3, 1, 1),
+            (384, 256, 3, 1, 1),
+            (256, 256, 3, 1, 1),
+        ),
         pools={1: (3, 2), 2: (3, 2)},
         taps=(0, 1, 2, 3, 4),
     ),
     "vgg": Trunk(
-        tuple((i, o, 3, 1, 1) for i, o in zip(_VGG_WIDTHS[:-1], _VGG_WIDTHS[1:], strict=True)),
+        tuple((i, o, 3, 1, 1) for i, o in itertools.pairwise(_VGG_WIDTHS)),
         pools={2: (2, 2), 4: (2, 2), 7: (2, 2), 10: (2, 2)},
         taps=(1, 3, 6, 9, 12),
     ),

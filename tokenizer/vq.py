@@ -61,7 +61,7 @@ PRESETS: dict[str, VQConfig] = {
             z_channels=128,
             patch_size=2,
         ),
-        vocab_size=1024,
+        vocab_size=512,
         revive_after=50,
     ),
     # 64 px on one GPU.
@@ -146,7 +146,8 @@ class VQTokenizer(Tokenizer):
     def _check_codes(self, codes: Tensor) -> None:
         if codes.ndim != 2 or codes.shape[1] != self.spec.length:
             raise SmaltiError(
-                f"codes have shape {tuple(codes.shape)}; this tokenizer takes (B, {self.spec.length})"
+                f"codes have shape {tuple(codes.shape)};"
+                f" this tokenizer takes (B, {self.spec.length})"
             )
         if codes.is_floating_point():
             raise SmaltiError(f"codes are {codes.dtype}; this tokenizer takes int64 codes")

@@ -36,7 +36,7 @@ class Stateful(Protocol):
     """Anything with a flat state dict of tensors: a module, an EMA, a wrapped optimizer."""
 
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
 
 class OptimizerState:
@@ -57,7 +57,7 @@ class OptimizerState:
             for name, value in entries.items()
         }
 
-    def load_state_dict(self, flat: dict[str, Tensor]) -> None:
+    def load_state_dict(self, flat: dict[str, Tensor], /) -> None:
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in flat.items():
             index, name = key.split(".", 1)
@@ -90,7 +90,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, step: int, objects: Mapping[str, Stateful], state: Mapping[str, Any], *, keep: int
 ) -> Path:
-    """Write `folder/checkpoint-{step}` atomically, then prune all but the newest `keep` (0 = all)."""
+    """Write `folder/checkpoint-{step}` whole, then prune all but the newest `keep` (0 = all)."""
     target = folder / f"{PREFIX}{step:06d}"
     temporary = folder / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(parents=True)

@@ -147,17 +147,19 @@ class Run:
             found = verify(Path(wanted))
         if found is not None:
             self._check_same_run(found)
-        elif checkpoints(self.folder) or (self.folder / "metrics.jsonl").exists():
-            if wanted != "latest":
-                raise SmaltiError(
-                    f"{self.folder} already holds a run: continue it with "
-                    "--resume_from_checkpoint latest, or choose another --output_dir"
-                )
+        elif wanted is None and self._holds_a_run():
+            raise SmaltiError(
+                f"{self.folder} already holds a run: continue it with "
+                "--resume_from_checkpoint latest, or choose another --output_dir"
+            )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
         return found
+
+    def _holds_a_run(self) -> bool:
+        return bool(checkpoints(self.folder)) or (self.folder / "metrics.jsonl").exists()
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
         ours, theirs = config_to_dict(self.config), checkpoint.state["config"]
@@ -240,12 +242,19 @@ class Run:
     def _any_process(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
             return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device)) > 0)
+        return bool(self._mean(torch.tensor([float(flag)], device=self.device)).item() > 0)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Mean over all processes."""
+        reduced = self.accelerator.reduce(values, reduction="mean")
+        assert isinstance(reduced, Tensor)
+        return reduced
 
     def _say_how_to_go_on(self, step: int) -> None:
+        flag = "--resume_from_checkpoint latest"
+        how = "" if self.config.resume_from_checkpoint == "latest" else f" and {flag}"
         self.accelerator.print(
-            f"\nstopped after step {step}; saved in {self.folder}. "
-            "Go on with the same command and --resume_from_checkpoint latest"
+            f"\nstopped after step {step}; saved in {self.folder}. Go on with the same command{how}"
         )
 
     def due(self, step: int, every: int) -> bool:
@@ -318,8 +327,7 @@ class Run:
         """Average the values over all processes and write them; every process must call this."""
         names = sorted(values)
         stacked = torch.tensor([float(values[name]) for name in names], device=self.device)
-        mean = self.accelerator.reduce(stacked, reduction="mean")
-        self.log_alone(step, dict(zip(names, mean.tolist(), strict=True)))
+        self.log_alone(step, dict(zip(names, self._mean(stacked).tolist(), strict=True)))
 
     def log_alone(self, step: int, values: Mapping[str, float]) -> None:
         """Write values that the main process measured."""

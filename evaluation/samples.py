@@ -1,0 +1,113 @@
+"""What is measured of a tokenizer and of samples, put together from the single metrics."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smalti.evaluation.classifier import ImageClassifier
+from smalti.evaluation.codebook import perplexity, usage
+from smalti.evaluation.features import FeatureExtractor, extract
+from smalti.evaluation.frechet import FeatureStatistics, frechet_distance, real_floor
+from smalti.evaluation.kernel_distance import kernel_distance
+from smalti.evaluation.protocol import Metric
+from smalti.evaluation.reconstruction import psnr, ssim
+
+CHUNK = 128  # pictures per forward pass
+KID_SUBSETS, KID_SUBSET_SIZE = 50, 256
+
+
+def reconstruction_metrics(
+    images: Tensor, reference: Tensor, lpips: nn.Module, protocol: dict[str, Any]
+) -> dict[str, Metric]:
+    """PSNR, SSIM and LPIPS of reconstructions (N, 3, S, S) in [-1, 1], means over pictures."""
+    base = {**protocol, "pictures": len(images), "rounding": "uint8", "mean": "over pictures"}
+    pairs = list(zip(images.split(CHUNK), reference.split(CHUNK), strict=True))
+    with torch.no_grad():
+        perceptual = torch.cat([lpips(a, b).cpu() for a, b in pairs])
+    return {
+        "psnr": Metric(psnr(images, reference).mean().item(), {**base, "unit": "dB"}),
+        "ssim": Metric(ssim(images, reference).mean().item(), {**base, "window": 11}),
+        "lpips": Metric(perceptual.mean().item(), {**base, "trunk": "alex", "version": "0.1"}),
+    }
+
+
+def codebook_metrics(counts: Tensor, protocol: dict[str, Any]) -> dict[str, Metric]:
+    """Usage and perplexity of code counts (V,) over a whole set."""
+    base = {**protocol, "codes": int(counts.sum()), "vocab_size": len(counts)}
+    return {
+        "codebook_usage": Metric(usage(counts), base),
+        "codebook_perplexity": Metric(perplexity(counts), base),
+    }
+
+
+@dataclass(frozen=True)
+class PictureSets:
+    """What samples are held against; pictures (N, 3, S, S) in [-1, 1]."""
+
+    samples: Tensor
+    sample_labels: Tensor  # (N,), the classes that were asked for
+    heldout: Tensor
+    heldout_labels: Tensor
+    train: Tensor
+
+
+def distance_metrics(
+    sets: PictureSets,
+    extractor: FeatureExtractor,
+    protocol: dict[str, Any],
+    seed: Callable[[str], torch.Generator],
+) -> dict[str, Metric]:
+    """Frechet distance and KID between samples and training pictures, and the floor of each.
+
+    The floor is held-out against training pictures: real pictures of other glyphs.
+    """
+    train, heldout, samples = (
+        extract(extractor, part.split(CHUNK)) for part in (sets.train, sets.heldout, sets.samples)
+    )
+    base = {
+        **protocol,
+        "features": extractor.name,
+        "weights_sha256": extractor.weights_sha256,
+        "real": len(train),
+        "fake": len(samples),
+    }
+    reference = FeatureStatistics.of(train)
+    halves = {**base, "what": "two random halves of the training pictures", "fake": len(train) // 2}
+    other = {**base, "what": "held-out against training pictures", "fake": len(heldout)}
+    name = extractor.name
+    size = min(KID_SUBSET_SIZE, len(samples), len(heldout))
+    kid_base = {"subsets": KID_SUBSETS, "subset_size": size, "kernel": "(x.y / d + 1)^3"}
+
+    def kid(fake: Tensor, about: dict[str, Any]) -> Metric:
+        found = kernel_distance(
+            train, fake, subsets=KID_SUBSETS, subset_size=size, generator=seed("kid")
+        )
+        return Metric(found.mean, {**about, **kid_base, "std_over_subsets": found.std})
+
+    def frechet(fake: Tensor) -> float:
+        return frechet_distance(reference, FeatureStatistics.of(fake))
+
+    return {
+        f"fd_{name}": Metric(frechet(samples), base),
+        f"fd_{name}_heldout": Metric(frechet(heldout), other),
+        f"fd_{name}_floor": Metric(real_floor(train, seed("floor")), halves),
+        f"kid_{name}": kid(samples, base),
+        f"kid_{name}_heldout": kid(heldout, other),
+    }
+
+
+def classifier_metrics(
+    sets: PictureSets, classifier: ImageClassifier, protocol: dict[str, Any]
+) -> dict[str, Metric]:
+    """How often the classifier sees the class that was asked for, and how good it is itself."""
+    own = classifier.accuracy(sets.heldout, sets.heldout_labels)
+    on_samples = classifier.accuracy(sets.samples, sets.sample_labels)
+    base = {**protocol, "classifier": "residual network trained on the real training pictures"}
+    return {
+        "classifier_accuracy_heldout": Metric(own, {**base, "pictures": len(sets.heldout)}),
+        "classifier_accuracy_samples": Metric(on_samples, {**base, "pictures": len(sets.samples)}),
+        "classifier_accuracy_ratio": Metric(on_samples / own if own else 0.0, base),
+    }

@@ -1,0 +1,251 @@
+"""The whole way in one command: pictures -> tokenizer -> codes -> prior -> new pictures.
+
+    smalti demo                      emoji; under ten minutes on two CPU cores
+    smalti demo --quick              fashion; rougher, under two minutes
+    smalti demo --data my_pictures   a folder with one sub-folder per class
+
+Run it again and it goes on where it stopped.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from smalti.cli import parse_config, run_command
+from smalti.data.image_io import image_grid, save_png
+from smalti.errors import SmaltiError
+from smalti.hub import config_to_dict, write_json
+from smalti.pipelines.generation import picture_generator
+from smalti.pipelines.pipeline import Pipeline
+from smalti.prior import next_token
+from smalti.prior.base import Prior
+from smalti.scripts.encode import EncodeConfig, encode
+from smalti.scripts.evaluate import EvaluateConfig, evaluate, table
+from smalti.scripts.options import DataOptions
+from smalti.scripts.train_prior import TrainPriorConfig
+from smalti.scripts.train_prior import train as train_prior
+from smalti.scripts.train_tokenizer import TrainTokenizerConfig
+from smalti.scripts.train_tokenizer import train as train_tokenizer
+from smalti.tokenizer import vq
+from smalti.tokenizer.base import Tokenizer
+from smalti.tokenizer.discriminator import PatchGANConfig
+from smalti.tokenizer.objective import ObjectiveConfig
+
+SHOWN_PER_CLASS = 10
+SETTINGS = "demo.json"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much the demo does, chosen to fit the machine."""
+
+    tokenizer: TrainTokenizerConfig
+    prior: TrainPriorConfig
+    num_samples: int
+    classifier_epochs: int
+
+
+TOKENIZER_CPU = TrainTokenizerConfig(
+    tokenizer=vq.PRESETS["vq-32-tiny"],
+    objective=ObjectiveConfig(
+        perceptual_weight=0.3,
+        adversarial_weight=0.1,
+        adaptive=True,
+        adversarial_start=300,
+        adversarial_ramp=200,
+        discriminator=PatchGANConfig(channels=32, num_layers=2),
+    ),
+    max_train_steps=700,
+    train_batch_size=64,
+    learning_rate=1e-3,
+    lr_warmup_steps=50,
+    lr_final_ratio=0.05,
+    adam_beta2=0.99,
+    ema_decay=0.995,
+    validation_steps=175,
+    checkpointing_steps=175,
+)
+PRIOR_CPU = TrainPriorConfig(
+    prior=next_token.PRESETS["gpt-nano"],
+    max_train_steps=700,
+    train_batch_size=64,
+    learning_rate=1e-3,
+    lr_warmup_steps=40,
+    lr_final_ratio=0.05,
+    weight_decay=0.05,
+    ema_decay=0.99,
+    validation_steps=175,
+    checkpointing_steps=175,
+)
+SCALES = {
+    "quick": Scale(
+        replace(TOKENIZER_CPU, max_train_steps=150, validation_steps=150),
+        replace(PRIOR_CPU, max_train_steps=150, validation_steps=150),
+        num_samples=256,
+        classifier_epochs=3,
+    ),
+    "cpu": Scale(TOKENIZER_CPU, PRIOR_CPU, num_samples=1024, classifier_epochs=12),
+    "gpu": Scale(
+        replace(
+            TOKENIZER_CPU,
+            tokenizer=vq.PRESETS["vq-64-small"],
+            max_train_steps=6000,
+            train_batch_size=128,
+            learning_rate=4e-4,
+            ema_decay=0.999,
+            validation_steps=1000,
+            checkpointing_steps=1000,
+            objective=replace(
+                TOKENIZER_CPU.objective,
+                adversarial_start=2000,
+                adversarial_ramp=500,
+                discriminator=PatchGANConfig(channels=64, num_layers=3),
+            ),
+        ),
+        replace(
+            PRIOR_CPU,
+            prior=next_token.PRESETS["gpt-micro"],
+            max_train_steps=6000,
+            train_batch_size=256,
+            learning_rate=6e-4,
+            ema_decay=0.999,
+            validation_steps=1000,
+            checkpointing_steps=1000,
+        ),
+        num_samples=2048,
+        classifier_epochs=20,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class DemoConfig(DataOptions):
+    """From a set of pictures to new pictures, in one command."""
+
+    data: str = ""  # emoji, fashion or a folder; empty = emoji, or fashion with --quick
+    output_dir: Path = Path("runs/demo")
+    quick: bool = False  # rougher, in under two minutes
+    seed: int = 0
+    guidance_scale: float = 2.0
+    tokenizer_steps: int = 0  # 0 = what suits the machine
+    prior_steps: int = 0
+
+
+def demo(config: DemoConfig) -> Path:
+    """Run every stage that is not done yet; return the folder that holds the results."""
+    config = replace(config, data=config.data or ("fashion" if config.quick else "emoji"))
+    folder, scale = config.output_dir, _scale(config)
+    _claim(config)
+    shared = {
+        "data": config.data,
+        "heldout_fraction": config.heldout_fraction,
+        "split_seed": config.split_seed,
+        "folder": config.folder,
+    }
+    run = {"seed": config.seed, "resume_from_checkpoint": "latest"}
+    _announce(1, "train the tokenizer (images <-> codes)")
+    tokenizer = train_tokenizer(
+        replace(scale.tokenizer, output_dir=folder / "tokenizer", **run, **shared)
+    )
+    _announce(2, "encode the pictures to codes")
+    latents = encode(EncodeConfig(tokenizer=tokenizer, output_dir=folder / "latents", **shared))
+    _announce(3, "train the prior (a distribution over codes)")
+    prior = train_prior(
+        replace(
+            scale.prior, output_dir=folder / "prior", latents=latents, tokenizer=tokenizer, **run
+        )
+    )
+    _announce(4, "save a pipeline and sample every class")
+    pipeline = _pipeline(config, tokenizer, prior)
+    _announce(5, "evaluate")
+    metrics = evaluate(
+        EvaluateConfig(
+            model=str(pipeline),
+            output_dir=folder,
+            num_samples=scale.num_samples,
+            classifier_epochs=scale.classifier_epochs,
+            guidance_scale=config.guidance_scale,
+            seed=config.seed,
+            **shared,
+        )
+    )
+    print(f"\n{table(metrics)}\n")
+    return folder
+
+
+def _scale(config: DemoConfig) -> Scale:
+    name = "quick" if config.quick else "gpu" if torch.cuda.is_available() else "cpu"
+    scale = SCALES[name]
+    tokenizer, prior = scale.tokenizer, scale.prior
+    if config.tokenizer_steps:
+        tokenizer = replace(tokenizer, max_train_steps=config.tokenizer_steps)
+    if config.prior_steps:
+        prior = replace(prior, max_train_steps=config.prior_steps)
+    return replace(scale, tokenizer=tokenizer, prior=prior)
+
+
+def _claim(config: DemoConfig) -> None:
+    """Mark the folder as this demo's; refuse one that holds anything else."""
+    path, settings = config.output_dir / SETTINGS, config_to_dict(config)
+    del settings["output_dir"]
+    if path.is_file():
+        found = json.loads(path.read_text())
+        different = [name for name in settings if found.get(name) != settings[name]]
+        if different:
+            raise SmaltiError(
+                f"{config.output_dir} holds a demo with another {different[0]} "
+                f"({found.get(different[0])}): choose another --output_dir"
+            )
+        return
+    if config.output_dir.exists() and any(config.output_dir.iterdir()):
+        raise SmaltiError(f"{config.output_dir} is not empty: choose another --output_dir")
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def _pipeline(config: DemoConfig, tokenizer: Path, prior: Path) -> Path:
+    """Pair the two stages, draw a grid with a row per class, and save both."""
+    classes = config.dataset("train", 8).classes
+    pipeline = Pipeline(
+        Tokenizer.from_pretrained(str(tokenizer)), Prior.from_pretrained(str(prior)), classes
+    ).to("cuda" if torch.cuda.is_available() else "cpu")
+    shown = list(range(min(len(classes), 20)))
+    count = len(shown) * SHOWN_PER_CLASS
+    output = pipeline(
+        shown,
+        num_images_per_prompt=SHOWN_PER_CLASS,
+        guidance_scale=config.guidance_scale,
+        generator=[picture_generator(config.seed, i) for i in range(count)],
+        output_type="pt",
+        batch_size=128,
+    )
+    names = [classes[i] for i in shown]
+    grid = image_grid(output.images * 2 - 1, SHOWN_PER_CLASS, row_labels=names, scale=2)
+    save_png(config.output_dir / "samples.png", grid)
+    return pipeline.save_pretrained(config.output_dir / "pipeline", samples=grid)
+
+
+def _announce(number: int, what: str) -> None:
+    print(f"\n[{number}/5] {what}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `smalti demo`."""
+    folder = demo(parse_config(DemoConfig, argv, prog="smalti demo"))
+    print("Everything lies in", folder)
+    for name, what in (
+        ("samples.png", "new pictures, a row per class"),
+        ("reconstructions.png", "held-out pictures, encoded and decoded"),
+        ("neighbours.png", "samples and their nearest training pictures"),
+        ("summary.json", "every metric with its protocol"),
+        ("pipeline/", f'smalti.Pipeline.from_pretrained("{folder / "pipeline"}")'),
+    ):
+        print(f"  {name:20} {what}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
