@@ -113,6 +113,8 @@ class FolderSource(ImageSource):
             with _open(path) as image:
                 self._check_header(image)
                 image.load()
+        except Image.DecompressionBombError as error:  # too many even for Pillow to open
+            raise _Unusable(f"claims more pixels than can be trusted: {error}: remove it") from error
         except _READ_ERRORS as error:
             raise _Unusable(
                 f"cannot be decoded ({error}): replace or remove it, or pass --folder.bad_images"

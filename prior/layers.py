@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (1910.07467), the division in fp32."""
+    """x / rms(x) * weight (1910.07467); torch accumulates the mean in fp32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -14,8 +14,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim)
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -35,12 +34,12 @@ class SwiGLU(nn.Module):
 def rotary_table(
     grid: tuple[int, int], head_dim: int, base: float, prefix: int, prefix_is_zero: bool
 ) -> Tensor:
-    """Cosine and sine of every position's angles, (prefix + h*w, head_dim / 2, 2), fp32.
+    """e^(i angle) of every position and pair, (prefix + h*w, head_dim / 2) complex64.
 
     2D rotary positions (RoFormer, 2104.09864, per axis): of the head_dim / 2 pairs of a head, the
     first half turns with the row and the second with the column, at frequencies
-    base^(-2i / (head_dim / 2)). Prefix tokens do not turn: cosine 1, sine 0. LlamaGen's published
-    models instead have cosine 0 and sine 0 there, which blanks their queries and keys.
+    base^(-2i / (head_dim / 2)). Prefix tokens do not turn: their factor is 1. LlamaGen's published
+    models have the factor 0 there instead, which blanks the prefix's queries and keys.
     """
     height, width = grid
     quarter = head_dim // 4
@@ -49,17 +48,13 @@ def rotary_table(
     angles = torch.cat(
         [rows.flatten()[:, None] * frequencies, columns.flatten()[:, None] * frequencies], dim=-1
     )
-    table = torch.stack([angles.cos(), angles.sin()], dim=-1)  # (h*w, head_dim / 2, 2)
-    still = torch.zeros(prefix, head_dim // 2, 2)
-    if not prefix_is_zero:
-        still[..., 0] = 1
-    return torch.cat([still, table])
+    turning = torch.polar(torch.ones_like(angles), angles)  # (h*w, head_dim / 2)
+    still = torch.full((prefix, head_dim // 2), 0.0 if prefix_is_zero else 1.0)
+    return torch.cat([still.to(turning.dtype), turning])
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the interleaved pairs (x[2j], x[2j+1]) of x (B, heads, T, head_dim) by table
-    (T, head_dim / 2, 2); computed in fp32, returned in x's type."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = table.unbind(-1)
-    turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    """Turn the interleaved pairs x[2j] + i x[2j+1] of x (B, heads, T, head_dim) by table
+    (T, head_dim / 2) complex; computed in fp32, returned in x's type."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)

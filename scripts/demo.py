@@ -52,33 +52,33 @@ TOKENIZER_CPU = TrainTokenizerConfig(
     tokenizer=vq.PRESETS["vq-32-tiny"],
     objective=ObjectiveConfig(
         perceptual_weight=0.3,
-        adversarial_weight=0.1,
+        adversarial_weight=0.05,
         adaptive=True,
-        adversarial_start=300,
-        adversarial_ramp=200,
+        adversarial_start=250,
+        adversarial_ramp=150,
         discriminator=PatchGANConfig(channels=32, num_layers=2),
     ),
-    max_train_steps=700,
+    max_train_steps=550,
     train_batch_size=64,
     learning_rate=1e-3,
     lr_warmup_steps=50,
     lr_final_ratio=0.05,
     adam_beta2=0.99,
     ema_decay=0.995,
-    validation_steps=175,
-    checkpointing_steps=175,
+    validation_steps=275,
+    checkpointing_steps=275,
 )
 PRIOR_CPU = TrainPriorConfig(
     prior=next_token.PRESETS["gpt-nano"],
-    max_train_steps=700,
+    max_train_steps=1000,
     train_batch_size=64,
     learning_rate=1e-3,
     lr_warmup_steps=40,
     lr_final_ratio=0.05,
     weight_decay=0.05,
     ema_decay=0.99,
-    validation_steps=175,
-    checkpointing_steps=175,
+    validation_steps=250,
+    checkpointing_steps=250,
 )
 SCALES = {
     "quick": Scale(
@@ -87,7 +87,7 @@ SCALES = {
         num_samples=256,
         classifier_epochs=3,
     ),
-    "cpu": Scale(TOKENIZER_CPU, PRIOR_CPU, num_samples=1024, classifier_epochs=12),
+    "cpu": Scale(TOKENIZER_CPU, PRIOR_CPU, num_samples=768, classifier_epochs=8),
     "gpu": Scale(
         replace(
             TOKENIZER_CPU,

@@ -40,6 +40,7 @@ from smalti.training.seeding import generator
 
 SHOWN_PER_CLASS = 2  # samples beside their nearest training pictures
 SHOWN_RECONSTRUCTIONS = 12
+CLASSIFIER_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ class Evaluation:
     def classifier(self) -> ImageClassifier:
         """Trained on the real training pictures alone."""
         config = self.config
-        bar = tqdm(desc="train the judging classifier", unit="step")
+        steps = config.classifier_epochs * -(-len(self.train) // CLASSIFIER_BATCH)
+        bar = tqdm(total=steps, desc="train the judging classifier")
         with bar:
             return train_classifier(
                 self.train,
@@ -168,6 +170,7 @@ class Evaluation:
                 len(self.pipeline.classes),
                 generator=self.seed("classifier"),
                 epochs=config.classifier_epochs,
+                batch_size=CLASSIFIER_BATCH,
                 device=self.pipeline.device,
                 progress=bar.update,
             )

@@ -1,0 +1,57 @@
+"""Shared fixtures: tiny models, a folder of pictures, and no network."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smalti.data.latents import CodeSpec
+from smalti.prior.next_token import NextTokenConfig, NextTokenPrior
+from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.vq import VQConfig, VQTokenizer
+
+TINY_CONV = ConvConfig(
+    channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(1,), z_channels=8
+)
+TINY_VQ = VQConfig(image_size=16, conv=TINY_CONV, vocab_size=16, code_dim=4, revive_after=2)
+TINY_SPEC = CodeSpec(16, ((8, 8),))
+TINY_PRIOR = NextTokenConfig(
+    spec=TINY_SPEC, num_classes=3, depth=2, width=16, num_heads=2, hidden=32
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tokenizer() -> VQTokenizer:
+    return VQTokenizer(TINY_VQ).eval()
+
+
+@pytest.fixture
+def prior() -> NextTokenPrior:
+    """A prior with a random head: the zero head of a new one predicts every code alike."""
+    model = NextTokenPrior(TINY_PRIOR).eval()
+    torch.nn.init.normal_(model.output.weight, std=0.5)
+    return model
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of 24 noisy pictures, 40 x 36 px, in the classes blue, green and red."""
+    random = np.random.default_rng(0)
+    root = tmp_path / "pictures"
+    for channel, name in enumerate(("red", "green", "blue")):
+        (root / name).mkdir(parents=True)
+        for number in range(8):
+            array = random.integers(0, 80, (36, 40, 3), dtype=np.uint8)
+            array[..., channel] += 150
+            Image.fromarray(array).save(root / name / f"{number}.png")
+    return root

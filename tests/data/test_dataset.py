@@ -1,0 +1,119 @@
+"""Pictures as tensors: squared, in range, flipped reproducibly; the embedded sets are real."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smalti.data import dataset as dataset_module
+from smalti.data.dataset import ImageDataset
+from smalti.data.image_io import image_grid, save_png, to_pil, to_uint8
+from smalti.data.images import heldout_mask, open_source
+from smalti.data.transforms import center_crop, flips, to_float, to_tensor
+from smalti.errors import SmaltiError
+
+
+def test_center_crop_keeps_the_middle() -> None:
+    image = Image.new("RGB", (80, 40), "white")
+    image.paste((255, 0, 0), (20, 0, 60, 40))
+    square = np.asarray(center_crop(image, 10))
+    assert square.shape == (10, 10, 3)
+    assert (square[:, 1:-1] == [255, 0, 0]).all()
+    assert center_crop(Image.new("RGB", (5, 9)), 16).size == (16, 16)
+
+
+def test_float_and_uint8_are_inverse() -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    floats = to_float(values)
+    assert floats.min() == -1 and floats.max() == 1
+    assert torch.equal(torch.from_numpy(to_uint8(floats)).permute(0, 3, 1, 2), values)
+    assert to_uint8(torch.full((1, 3, 1, 1), 7.0)).max() == 255
+    assert torch.equal(to_tensor(to_pil(floats)[0]), values[0])
+
+
+def test_flips_are_fair_and_pure() -> None:
+    coins = [flips(0, epoch, index) for epoch in range(20) for index in range(100)]
+    assert 900 < sum(coins) < 1100
+    assert coins == [flips(0, epoch, index) for epoch in range(20) for index in range(100)]
+
+
+def test_flipped_samples_are_mirror_images(pictures) -> None:
+    source = open_source(str(pictures))
+    plain, flipped = (ImageDataset(source, 16, flip=f) for f in (False, True))
+    keys = [(epoch, 3) for epoch in range(8)]
+    originals, batch = plain.__getitems__(keys), flipped.__getitems__(keys)
+    for (epoch, index), a, b in zip(keys, originals.images, batch.images, strict=True):
+        assert torch.equal(b, a.flip(-1) if flips(0, epoch, index) else a)
+
+
+def test_decoding_once_or_each_time_gives_the_same(pictures, monkeypatch) -> None:
+    source = open_source(str(pictures))
+    kept = ImageDataset(source, 16, split="train")
+    monkeypatch.setattr(dataset_module, "MEMORY_LIMIT", 0)
+    fresh = ImageDataset(source, 16, split="train")
+    assert fresh._pixels is None and kept._pixels is not None
+    assert torch.equal(kept.all_images(), fresh.all_images())
+
+
+def test_splits_divide_the_set(pictures) -> None:
+    source = open_source(str(pictures))
+    sizes = {
+        split: len(ImageDataset(source, 16, split=split)) for split in ("train", "heldout", "all")
+    }
+    assert sizes["train"] + sizes["heldout"] == sizes["all"] == 24
+    with pytest.raises(SmaltiError, match="image_size is 4"):
+        ImageDataset(source, 4)
+
+
+EMOJI = {
+    "Smileys & Emotion": 504,
+    "People & Body": 1133,
+    "Animals & Nature": 475,
+    "Food & Drink": 390,
+    "Travel & Places": 654,
+    "Activities": 255,
+    "Objects": 789,
+    "Symbols": 671,
+    "Flags": 793,
+}
+
+
+def test_emoji_are_complete_and_split_by_glyph() -> None:
+    source = open_source("emoji")
+    assert dict(zip(source.classes, torch.bincount(source.labels).tolist(), strict=True)) == EMOJI
+    heldout = heldout_mask(source, 0.1).tolist()
+    sides: dict[str, set[bool]] = {}
+    for index, side in enumerate(heldout):
+        sides.setdefault(source.group(index), set()).add(side)
+    assert all(len(side) == 1 for side in sides.values())
+    assert 0.08 < sum(heldout) / len(heldout) < 0.12
+    assert len(sides) == 1906
+    assert source.read(0).size == (64, 64)
+    assert source.name(0).startswith("emoji/")
+
+
+def test_embedded_pixels_are_those_that_were_packed() -> None:
+    digests = {
+        name: hashlib.sha256(open_source(name).tiles.tobytes()).hexdigest()[:16]
+        for name in ("emoji", "fashion")
+    }
+    assert digests == {"emoji": "7bfed6a61e25f0ba", "fashion": "c174d56e9a0dd37b"}
+
+
+def test_fashion_keeps_its_published_split() -> None:
+    source = open_source("fashion")
+    assert len(source) == 12000 and len(source.classes) == 10
+    assert heldout_mask(source, 0.5).nonzero().flatten().tolist() == list(range(10000, 12000))
+
+
+def test_grids_and_atomic_files(tmp_path) -> None:
+    images = torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, 0.0, 1.0, -1.0)])
+    grid = image_grid(images, columns=2, padding=2)
+    assert grid.size == (22, 22)
+    assert grid.getpixel((0, 0)) == (255, 255, 255) and grid.getpixel((5, 5)) == (0, 0, 0)
+    labelled = image_grid(images, columns=2, row_labels=("first", "second"), scale=2)
+    assert labelled.height == 44 and labelled.width > 44
+    save_png(tmp_path / "new" / "grid.png", grid)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["grid.png"]

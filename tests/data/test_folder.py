@@ -1,0 +1,180 @@
+"""Folders of pictures: what is accepted, and how each kind of trouble is told."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smalti.data.folder import FolderOptions, FolderSource
+from smalti.data.images import heldout_mask, open_source
+from smalti.errors import SmaltiError
+
+
+def test_classes_are_the_sorted_sub_folders(pictures: Path) -> None:
+    source = open_source(str(pictures))
+    assert source.classes == ("blue", "green", "red")
+    assert torch.bincount(source.labels).tolist() == [8, 8, 8]
+    assert source.name(0) == "blue/0.png"
+    pixels = np.asarray(source.read(0))
+    assert pixels.shape == (36, 40, 3) and pixels[..., 2].mean() > 150
+
+
+def test_nested_folders_belong_to_their_top_class_and_hidden_files_are_ignored(
+    pictures: Path,
+) -> None:
+    (pictures / "red" / "deep er").mkdir()
+    (pictures / "red" / "0.png").rename(pictures / "red" / "deep er" / "ünïcode 0.png")
+    (pictures / "red" / ".DS_Store.png").write_bytes(b"junk")
+    (pictures / "red" / "notes.txt").write_text("not a picture")
+    source = open_source(str(pictures))
+    assert torch.bincount(source.labels).tolist() == [8, 8, 8]
+
+
+def test_the_fingerprint_follows_the_files(pictures: Path) -> None:
+    before = open_source(str(pictures)).fingerprint
+    assert open_source(str(pictures)).fingerprint == before
+    (pictures / "red" / "0.png").unlink()
+    assert open_source(str(pictures)).fingerprint != before
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A few bytes that claim to be a huge picture."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = zlib.compress(b"\0" * 1000)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", body), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+RGB = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8))
+GREY16 = Image.fromarray(np.full((20, 20), 40000, dtype=np.uint16))
+TROUBLE = {
+    "empty.png": (b"", "cannot be decoded"),
+    "text.jpg": (b"hello, I am text", "cannot be decoded"),
+    "cut.jpg": (saved(RGB, "JPEG")[:-60], "cannot be decoded"),
+    "cut.png": (saved(RGB, "PNG")[:-60], "cannot be decoded"),
+    "bomb.png": (png_that_claims(20000, 20000), "claims more pixels than can be trusted"),
+    "large.png": (png_that_claims(9000, 9000), "claims 9000 x 9000 pixels"),
+    "deep.png": (saved(GREY16, "PNG"), "is 16-bit"),
+    "print.jpg": (saved(RGB.convert("CMYK"), "JPEG"), "is CMYK"),
+    "palette.png": (saved(RGB.convert("P"), "PNG"), "is a palette image"),
+    "moving.gif": (
+        saved(RGB, "GIF", save_all=True, append_images=[RGB.rotate(90)]),
+        "is animated",
+    ),
+    "dot.png": (saved(RGB.crop((0, 0, 1, 1)), "PNG"), "is 1 x 1 pixels"),
+}
+UNUSUAL = ("deep.png", "print.jpg", "palette.png", "moving.gif")
+UNDECODABLE = ("empty.png", "text.jpg", "cut.jpg", "cut.png")
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_trouble_is_one_line_with_the_file_and_the_remedy(pictures: Path, name: str) -> None:
+    content, message = TROUBLE[name]
+    (pictures / "red" / name).write_bytes(content)
+    with pytest.raises(SmaltiError) as error:
+        open_source(str(pictures))
+    text = str(error.value)
+    assert f"red/{name}" in text and message in text and "\n" not in text
+    assert any(word in text for word in ("--folder", "remove", "replace", "shrink"))
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_pictures_can_be_converted(pictures: Path, name: str) -> None:
+    (pictures / "red" / name).write_bytes(TROUBLE[name][0])
+    source = FolderSource(pictures, FolderOptions(unusual_images="convert"))
+    (index,) = [i for i in range(len(source)) if source.name(i) == f"red/{name}"]
+    image = source.read(index)
+    assert image.mode == "RGB" and image.size == (20, 20)
+    if name == "deep.png":  # 40000 of 65535
+        assert np.asarray(image)[0, 0].tolist() == [155, 155, 155]
+
+
+@pytest.mark.parametrize("name", UNDECODABLE)
+def test_bad_pictures_can_be_skipped_and_are_counted(pictures: Path, name: str, caplog) -> None:
+    (pictures / "red" / name).write_bytes(TROUBLE[name][0])
+    source = FolderSource(pictures, FolderOptions(bad_images="skip"))
+    assert len(source) == 24
+    assert "skipped 1 of 25 pictures" in caplog.text and name in caplog.text
+
+
+def test_a_bomb_is_not_skipped_silently(pictures: Path) -> None:
+    (pictures / "red" / "bomb.png").write_bytes(TROUBLE["bomb.png"][0])
+    with pytest.raises(SmaltiError, match="claims"):
+        FolderSource(pictures, FolderOptions(bad_images="skip"))
+
+
+def test_one_class_needs_a_word(pictures: Path) -> None:
+    for name in ("red", "green"):
+        for path in (pictures / name).iterdir():
+            path.unlink()
+    with pytest.raises(SmaltiError, match=r'one class only \("blue"\).*--folder.single_class'):
+        open_source(str(pictures))
+    assert len(FolderSource(pictures, FolderOptions(single_class=True))) == 8
+
+
+def test_a_flat_folder_is_one_class(pictures: Path) -> None:
+    with pytest.raises(SmaltiError, match="no sub-folders"):
+        open_source(str(pictures / "red"))
+    assert FolderSource(pictures / "red", FolderOptions(single_class=True)).classes == ("",)
+
+
+def test_missing_empty_and_confused_folders(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(SmaltiError, match="does not exist"):
+        open_source(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SmaltiError, match="holds no pictures"):
+        open_source(str(tmp_path / "empty"))
+    with pytest.raises(SmaltiError, match="is a file"):
+        open_source(str(pictures / "red" / "0.png"))
+    (pictures / "loose.png").write_bytes((pictures / "red" / "0.png").read_bytes())
+    with pytest.raises(SmaltiError, match="lies beside the class folders"):
+        open_source(str(pictures))
+
+
+def test_a_misspelt_set_is_guessed() -> None:
+    with pytest.raises(SmaltiError, match='did you mean "emoji"'):
+        open_source("emojy")
+
+
+def test_alpha_lies_on_white_and_exif_turns(pictures: Path) -> None:
+    clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
+    (pictures / "red" / "clear.png").write_bytes(saved(clear, "PNG"))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter clockwise
+    wide = Image.new("RGB", (30, 20), "white")
+    (pictures / "red" / "turned.jpg").write_bytes(saved(wide, "JPEG", exif=exif))
+    source = open_source(str(pictures))
+    images = {source.name(i): source.read(i) for i in range(len(source))}
+    assert np.asarray(images["red/clear.png"]).min() == 255
+    assert images["red/turned.jpg"].size == (20, 30)
+
+
+def test_held_out_pictures_do_not_depend_on_the_others(pictures: Path) -> None:
+    source = open_source(str(pictures))
+    mask = heldout_mask(source, 0.3)
+    names = {source.name(i) for i in mask.nonzero().flatten().tolist()}
+    assert 0 < len(names) < 24
+    keep = next(i for i in range(24) if source.name(i) not in names)
+    (pictures / source.name(keep)).unlink()
+    fewer = open_source(str(pictures))
+    again = heldout_mask(fewer, 0.3)
+    assert {fewer.name(i) for i in again.nonzero().flatten().tolist()} == names
+    assert not torch.equal(heldout_mask(source, 0.3, seed=1), mask)
+    with pytest.raises(SmaltiError, match="between 0 and 1"):
+        heldout_mask(source, 1.5)

@@ -1,0 +1,73 @@
+"""The data order is a pure function of the step; how it is read does not matter."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from smalti.data.loader import stream_batches
+from smalti.data.order import DataOrder
+from smalti.errors import SmaltiError
+
+
+@dataclass
+class Numbers:
+    """A data set whose batches are the keys themselves."""
+
+    def __getitems__(self, keys):
+        return torch.tensor(keys)
+
+
+def take(steps: int, **options) -> list[list[list[int]]]:
+    stream = stream_batches(Numbers(), DataOrder(10, 4, seed=1), **options)
+    return [[batch.tolist() for batch in next(stream)] for _ in range(steps)]
+
+
+def test_every_epoch_holds_each_sample_once() -> None:
+    order = DataOrder(10, 4, seed=0)
+    keys = [key for step in range(5) for key in order.keys(step)]  # 20 samples: 2 epochs
+    assert Counter(epoch for epoch, _ in keys) == {0: 10, 1: 10}
+    for epoch in (0, 1):
+        assert sorted(i for e, i in keys if e == epoch) == list(range(10))
+
+
+def test_epochs_and_seeds_shuffle_differently() -> None:
+    order = DataOrder(50, 50, seed=0)
+    first, second = ([i for _, i in order.keys(step)] for step in (0, 1))
+    assert first != second
+    assert first != [i for _, i in DataOrder(50, 50, seed=1).keys(0)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_shards_are_the_global_batch_at_any_world_size(world_size: int) -> None:
+    order = DataOrder(10, 8, seed=0)
+    for step in range(4):
+        parts = [order.shard(step, rank, world_size) for rank in range(world_size)]
+        assert [key for part in parts for key in part] == order.keys(step)
+
+
+def test_a_batch_larger_than_the_data_spans_epochs() -> None:
+    keys = DataOrder(3, 8, seed=0).keys(0)
+    assert [epoch for epoch, _ in keys] == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_resuming_at_a_step_yields_what_was_left() -> None:
+    assert take(5)[3:] == take(2, start_step=3)
+
+
+def test_micro_batches_and_workers_change_nothing_but_the_packaging() -> None:
+    whole = take(4)
+    split = take(4, micro_batches=2)
+    assert [[*step[0], *step[1]] for step in split] == [step[0] for step in whole]
+    assert all(len(step) == 2 for step in split)
+    assert take(4, num_workers=2) == whole
+
+
+def test_indivisible_batches_are_refused() -> None:
+    with pytest.raises(SmaltiError, match="cannot be shared by 3"):
+        DataOrder(10, 4, seed=0).shard(0, 0, 3)
+    with pytest.raises(SmaltiError, match="multiple of 8"):
+        stream_batches(Numbers(), DataOrder(10, 4, 0), world_size=2, micro_batches=4)
+    with pytest.raises(SmaltiError, match="no samples"):
+        DataOrder(0, 4, seed=0)

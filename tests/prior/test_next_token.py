@@ -1,0 +1,226 @@
+"""The next-token prior: published sizes, causality, cached decoding, guidance, and learning."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smalti.data.latents import CodeSpec, ContinuousSpec
+from smalti.errors import SmaltiError
+from smalti.prior.layers import RMSNorm, rotary_table, rotate
+from smalti.prior.next_token import PRESETS, NextTokenConfig, NextTokenPrior
+
+CODES = torch.randint(16, (4, 64), generator=torch.Generator().manual_seed(1))
+LABELS = torch.tensor([0, 1, 2, 3])  # 3 is the null label
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("gpt-b", 110_888_448),
+        ("gpt-l", 342_910_976),
+        ("gpt-xl", 774_699_520),
+        ("gpt-xxl", 1_410_972_672),
+        ("gpt-3b", 3_096_659_200),
+        ("gpt-xxxl", 3_893_027_840),
+        ("gpt-7b", 6_614_589_440),
+    ],
+)
+def test_published_sizes(name: str, count: int) -> None:
+    with torch.device("meta"):
+        model = NextTokenPrior(PRESETS[name])
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_the_first_loss_is_the_log_of_the_vocabulary(prior) -> None:
+    fresh = NextTokenPrior(prior.config).eval()
+    assert fresh(CODES, LABELS).total.item() == pytest.approx(math.log(16), abs=1e-6)
+
+
+def test_a_code_changes_no_earlier_logits(prior) -> None:
+    changed = CODES.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 16
+    before, after = prior.logits(CODES, LABELS), prior.logits(changed, LABELS)
+    assert torch.equal(before[:, :21], after[:, :21])
+    assert not torch.allclose(before[:, 21:], after[:, 21:])
+
+
+@pytest.mark.parametrize("rotary", ["identity", "zero"])
+def test_cached_and_teacher_forced_logits_agree(rotary) -> None:
+    from smalti.prior.next_token import _Decoder
+
+    torch.manual_seed(0)
+    config = NextTokenConfig(CodeSpec(16, ((3, 5),)), 3, 2, 16, 2, hidden=32, prefix_rotary=rotary)
+    model = NextTokenPrior(config).eval()
+    torch.nn.init.normal_(model.output.weight)
+    codes = CODES[:, :15]
+    with torch.no_grad():
+        expected = model.logits(codes, LABELS)
+        decoder = _Decoder(model, LABELS, guided=False)
+        for j in range(15):
+            torch.testing.assert_close(decoder.logits(1.0), expected[:, j], rtol=1e-4, atol=1e-5)
+            decoder.append(codes[:, j])
+
+
+def test_greedy_sampling_follows_the_argmax_of_the_logits(prior) -> None:
+    drawn = prior.sample(LABELS, temperature=0)
+    assert torch.equal(drawn, prior.logits(drawn, LABELS).argmax(-1))
+
+
+def test_guided_greedy_sampling_follows_the_guided_logits(prior) -> None:
+    labels = LABELS[:3]
+    drawn = prior.sample(labels, temperature=0, guidance_scale=2.5, guidance_schedule="linear")
+    conditional = prior.logits(drawn, labels)
+    unconditional = prior.logits(drawn, torch.full_like(labels, 3))
+    scales = 1 + 1.5 * torch.arange(64) / 63
+    guided = unconditional + scales[:, None] * (conditional - unconditional)
+    assert torch.equal(drawn, guided.argmax(-1))
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(1.0, 4), (1.5, 8)])
+def test_guidance_one_costs_no_second_pass(prior, scale: float, rows: int) -> None:
+    seen = set()
+    prior.output.register_forward_pre_hook(lambda module, args: seen.add(len(args[0])))
+    prior.sample(LABELS, guidance_scale=scale)
+    assert seen == {rows}
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_with_a_list_of_generators_a_sample_does_not_see_its_neighbours(prior) -> None:
+    together = prior.sample(torch.tensor([0, 1, 2]), generator=generators(5, 6, 7))
+    alone = prior.sample(torch.tensor([1]), generator=generators(6))
+    other = prior.sample(torch.tensor([2, 1]), generator=generators(9, 6))
+    assert torch.equal(together[1], alone[0]) and torch.equal(together[1], other[1])
+
+
+def test_one_generator_repeats(prior) -> None:
+    first, second, third = (
+        prior.sample(LABELS, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+def test_sampling_leaves_the_mode_alone_and_reports_progress(prior) -> None:
+    steps = []
+    prior.train()
+    prior.sample(LABELS, on_step=lambda done, total: steps.append((done, total)))
+    assert prior.training and steps == [(j + 1, 64) for j in range(64)]
+
+
+def test_labels_are_dropped_in_training_only(prior) -> None:
+    many = torch.zeros(4000, dtype=torch.int64)
+    dropped = prior.train().drop_labels(many, 0.1)
+    assert 0.07 < (dropped == 3).float().mean() < 0.13
+    assert torch.equal(prior.eval().drop_labels(many, 0.1), many)
+
+
+def test_rotary_scores_depend_on_the_offset_alone() -> None:
+    table = rotary_table((6, 6), 16, 10000.0, 1, False)[1:].view(6, 6, 8)
+    query, key = torch.randn(2, 16)
+
+    def score(a: tuple[int, int], b: tuple[int, int]) -> float:
+        turned = [
+            rotate(x.view(1, 1, 1, 16), table[p].view(1, 8)).flatten()
+            for x, p in ((query, a), (key, b))
+        ]
+        return (turned[0] @ turned[1]).item()
+
+    assert score((1, 2), (3, 5)) == pytest.approx(score((2, 0), (4, 3)), rel=1e-4)
+    assert score((1, 2), (3, 5)) != pytest.approx(score((1, 2), (5, 3)), rel=1e-2)
+
+
+def test_the_rotary_table_is_llamagens() -> None:
+    """Pairs turn with the row first, then with the column; base^(-2i / (head_dim / 2))."""
+    table = rotary_table((2, 3), 8, 10000.0, 1, True)
+    assert table.shape == (7, 4) and not table[0].abs().any()
+    row, column = 1, 2
+    angles = torch.tensor([row * 1.0, row * 0.01, column * 1.0, column * 0.01])
+    torch.testing.assert_close(table[1 + row * 3 + column].angle(), angles)
+    assert (rotary_table((2, 3), 8, 10000.0, 1, False)[0] == 1).all()
+
+
+def test_rms_norm_is_its_definition() -> None:
+    norm, x = RMSNorm(8, 1e-5), torch.randn(3, 8)
+    torch.nn.init.normal_(norm.weight)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_fitting_a_preset_to_latents() -> None:
+    spec = CodeSpec(512, ((4, 6),))
+    fitted = PRESETS["gpt-nano"].fitted(spec, 7, "abc")
+    assert (fitted.spec, fitted.num_classes, fitted.tokenizer_fingerprint) == (spec, 7, "abc")
+    assert fitted.width == PRESETS["gpt-nano"].width
+    with pytest.raises(SmaltiError, match="use a flow prior"):
+        PRESETS["gpt-nano"].fitted(ContinuousSpec(4, 8, 8), 7, None)
+    with pytest.raises(SmaltiError, match="use a next-scale prior"):
+        PRESETS["gpt-nano"].fitted(CodeSpec(4, ((1, 1), (2, 2))), 7, None)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p.sample(torch.tensor([4])), "class label 4 is out of range: use 0 to 2"),
+        (lambda p: p.sample(torch.tensor([-1])), "class label -1"),
+        (lambda p: p.sample(torch.tensor([0.5])), "float32"),
+        (lambda p: p.sample(LABELS, temperature=-1), "temperature is -1"),
+        (lambda p: p.sample(LABELS, temperature=float("nan")), "temperature is nan"),
+        (lambda p: p.sample(LABELS, top_p=0), "top_p is 0"),
+        (lambda p: p.sample(LABELS, top_k=-2), "top_k is -2"),
+        (lambda p: p.sample(LABELS, guidance_schedule="liner"), 'did you mean "linear"'),
+        (lambda p: p.sample(LABELS, generator=generators(1)), "1 generators for 4 samples"),
+        (lambda p: p.logits(CODES[:, :5], LABELS), r"takes \(B, 64\)"),
+        (lambda p: p.logits(CODES + 10, LABELS), "knows 0 to 15"),
+    ],
+)
+def test_mistakes_are_explained(prior, call, message: str) -> None:
+    with pytest.raises(SmaltiError, match=message):
+        call(prior)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 18}, "each head needs a multiple of 4"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"depth": 0}, "at least 1"),
+    ],
+)
+def test_impossible_configs_are_refused(changes, message: str) -> None:
+    with pytest.raises(SmaltiError, match=message):
+        replace(NextTokenConfig(), **changes)
+
+
+@pytest.mark.slow
+def test_a_tiny_prior_recovers_a_known_distribution() -> None:
+    """Two codes: the first depends on the class, the second on the first. Chi-square of samples."""
+    first = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
+    second = torch.tensor([[0.1, 0.8, 0.1], [0.5, 0.0, 0.5], [0.3, 0.3, 0.4]])
+    config = NextTokenConfig(
+        CodeSpec(3, ((1, 2),)), 2, 2, 32, 2, hidden=64, dropout=0.0, label_dropout=0.0
+    )
+    torch.manual_seed(0)
+    model, rng = NextTokenPrior(config), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(600):
+        labels = torch.randint(2, (512,), generator=rng)
+        a = torch.multinomial(first[labels], 1, generator=rng)
+        b = torch.multinomial(second[a.flatten()], 1, generator=rng)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / 600)
+        loss = model(torch.cat([a, b], 1), labels).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for label in (0, 1):
+        drawn = model.sample(torch.full((4000,), label), generator=rng)
+        counts = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9).double()
+        expected = 4000 * (first[label][:, None] * second).flatten().double()
+        assert counts[expected == 0].sum() <= 8
+        likely = expected > 0
+        chi_square = ((counts - expected).square() / expected)[likely].sum()
+        assert chi_square < 40  # 7 degrees of freedom; the model is itself an estimate

@@ -1,0 +1,90 @@
+"""Filters, guidance and draws against closed forms."""
+
+import pytest
+import torch
+
+from smalti.errors import SmaltiError
+from smalti.prior.sampling import (
+    SamplingOptions,
+    draw,
+    draw_uniforms,
+    guide,
+    keep_top_k,
+    keep_top_p,
+)
+
+PROBABILITIES = torch.tensor([0.1, 0.4, 0.2, 0.3])
+LOGITS = PROBABILITIES.log()[None]
+
+
+def test_guidance_is_its_formula() -> None:
+    cond, uncond = torch.randn(2, 3, 5)
+    torch.testing.assert_close(guide(cond, uncond, 1.0), cond)
+    torch.testing.assert_close(guide(cond, uncond, 0.0), uncond)
+    torch.testing.assert_close(guide(cond, uncond, 3.0), 3 * cond - 2 * uncond)
+
+
+def test_top_k_keeps_the_k_likeliest_and_ties() -> None:
+    assert keep_top_k(LOGITS, 2).isfinite().tolist() == [[False, True, False, True]]
+    assert torch.equal(keep_top_k(LOGITS, 0), LOGITS)
+    assert torch.equal(keep_top_k(LOGITS, 99), LOGITS)
+    assert keep_top_k(torch.tensor([[1.0, 1.0, 0.0]]), 1).isfinite().sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("p", "kept"),
+    [(0.05, {1}), (0.39, {1}), (0.41, {1, 3}), (0.75, {1, 2, 3}), (1.0, {0, 1, 2, 3})],
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float, kept: set[int]) -> None:
+    left = keep_top_p(LOGITS, p)[0].isfinite().nonzero().flatten().tolist()
+    assert set(left) == kept
+
+
+def test_draw_inverts_the_cumulative_distribution() -> None:
+    uniforms = torch.tensor([0.0, 0.0999, 0.1001, 0.4999, 0.5001, 0.6999, 0.7001, 0.9999999])
+    codes = draw(LOGITS.expand(8, -1), uniforms, SamplingOptions())
+    assert codes.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_draws_have_the_right_frequencies() -> None:
+    uniforms = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    codes = draw(LOGITS.expand(20000, -1), uniforms, SamplingOptions())
+    frequencies = torch.bincount(codes, minlength=4) / 20000
+    chi_square = 20000 * ((frequencies - PROBABILITIES).square() / PROBABILITIES).sum()
+    assert chi_square < 16.3  # 3 degrees of freedom, 0.1 %
+
+
+def test_a_filtered_code_is_never_drawn() -> None:
+    uniforms = torch.linspace(0, 1 - 1e-9, 1001, dtype=torch.float64)
+    codes = draw(LOGITS.expand(1001, -1), uniforms, SamplingOptions(top_k=2))
+    assert set(codes.tolist()) == {1, 3}
+    assert (codes == 1).double().mean().item() == pytest.approx(4 / 7, abs=2e-3)
+
+
+def test_temperature_sharpens_and_zero_is_greedy() -> None:
+    uniforms = torch.linspace(0, 0.999, 1000)
+    cold = draw(LOGITS.expand(1000, -1), uniforms, SamplingOptions(temperature=0.5))
+    squared = PROBABILITIES.square() / PROBABILITIES.square().sum()
+    torch.testing.assert_close(torch.bincount(cold, minlength=4) / 1000, squared, atol=3e-3, rtol=0)
+    assert draw(LOGITS, torch.zeros(1), SamplingOptions(temperature=0)).item() == 1
+
+
+def test_schedules_begin_at_one_and_end_at_the_scale() -> None:
+    for name in ("linear", "cosine", "power-cosine"):
+        options = SamplingOptions(guidance_schedule=name)
+        scales = [options.scale(4.0, i, 11) for i in range(11)]
+        assert scales[0] == 1 and scales[-1] == pytest.approx(4.0)
+        assert scales == sorted(scales)
+    assert {SamplingOptions().scale(4.0, i, 11) for i in range(11)} == {4.0}
+    assert SamplingOptions(guidance_schedule="linear").scale(3.0, 5, 11) == 2.0
+
+
+def test_rows_of_uniforms_come_from_their_own_generators() -> None:
+    def fresh(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    rows = draw_uniforms(2, 5, [fresh(1), fresh(2)])
+    assert torch.equal(rows[1], draw_uniforms(1, 5, [fresh(2)])[0])
+    assert rows.min() >= 0 and rows.max() < 1
+    with pytest.raises(SmaltiError, match="3 generators for 2 samples"):
+        draw_uniforms(2, 5, [fresh(1)] * 3)

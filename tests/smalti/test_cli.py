@@ -1,0 +1,133 @@
+"""The command line: configuration in layers, and mistakes in one line."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+
+from smalti.cli import COMMANDS, main, parse_config, recipe_text, run_command
+from smalti.errors import SmaltiError
+
+
+@dataclass(frozen=True)
+class Model:
+    width: int = 1
+    depth: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """A command."""
+
+    PRESETS: ClassVar[dict[str, Any]] = {"model": {"big": Model(100, 100)}}
+
+    steps: int = 10
+    output_dir: Path = Path("out")
+    model: Model = field(default_factory=Model)
+
+
+def parse(*argv: str) -> Config:
+    return parse_config(Config, argv, prog="test")
+
+
+def recipe(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_then_recipe_then_flags(tmp_path: Path) -> None:
+    file = recipe(tmp_path, "steps: 20\nmodel: {width: 5}\n")
+    assert parse() == Config()
+    assert parse("--config", file) == Config(20, model=Model(5, 1))
+    assert parse("--config", file, "--model.width", "7").model == Model(7, 1)
+
+
+def test_a_preset_is_what_the_other_values_start_from(tmp_path: Path) -> None:
+    assert parse("--model.preset", "big").model == Model(100, 100)
+    assert parse("--model.preset=big", "--model.depth", "2").model == Model(100, 2)
+    file = recipe(tmp_path, "model: {preset: big, width: 3}\n")
+    assert parse("--config", file).model == Model(3, 100)
+
+
+def test_print_config_is_a_recipe(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("--steps", "3", "--output_dir", "a/b", "--print-config")
+    assert stop.value.code == 0
+    file = recipe(tmp_path, capsys.readouterr().out)
+    assert parse("--config", file) == Config(3, Path("a/b"))
+    assert yaml.safe_load(recipe_text(Config()))["model"] == {"width": 1, "depth": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stpes: 3\n", 'unknown key "stpes"; did you mean "steps"'),
+        ("steps: many\n", "expected int"),
+        ("model: {preset: bgi}\n", 'no preset is called "bgi"; did you mean "big"'),
+        ("[1, 2]\n", "not a recipe"),
+        ("a: [\n", "not valid YAML"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SmaltiError) as error:
+        parse("--config", recipe(tmp_path, text))
+    assert message in str(error.value)
+
+
+def test_a_missing_recipe_is_named() -> None:
+    with pytest.raises(SmaltiError, match=r"nowhere\.yaml does not exist"):
+        parse("--config", "nowhere.yaml")
+
+
+def test_a_misspelt_flag_exits_with_2(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("--stpes", "3")
+    assert stop.value.code == 2
+    assert "--steps" in capsys.readouterr().err
+
+
+def test_unknown_command(capsys) -> None:
+    assert main(["train-tokeniser"]) == 2
+    assert 'did you mean "train-tokenizer"?' in capsys.readouterr().err
+
+
+def test_version_and_help(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+
+
+def test_a_mistake_is_one_line_and_status_2(capsys) -> None:
+    def command(argv):
+        raise SmaltiError("the thing is\nwrong")
+
+    assert run_command(command) == 2
+    assert capsys.readouterr().err == "error: the thing is wrong\n"
+
+
+def test_a_full_disk_is_one_line_and_status_1(capsys) -> None:
+    def command(argv):
+        raise OSError(28, "No space left on device", "file")
+
+    assert run_command(command) == 1
+    assert capsys.readouterr().err == "error: No space left on device: file\n"
+
+
+def test_other_failures_keep_their_traceback() -> None:
+    def command(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command(command)
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_explains_itself(name: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert "--config FILE" in capsys.readouterr().out

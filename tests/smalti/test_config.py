@@ -1,0 +1,90 @@
+"""Configurations are strict, and survive the trip to plain values and back."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from smalti.config import config_from_dict, config_to_dict, nearest
+from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
+from smalti.errors import SmaltiError
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int = 3
+    pair: tuple[int, int] = (1, 2)
+
+
+@dataclass(frozen=True)
+class Outer:
+    required: int
+    rate: float = 0.5
+    flag: bool = False
+    name: str | None = None
+    mode: Literal["a", "b"] = "a"
+    where: Path = Path("x")
+    many: tuple[tuple[int, int], ...] = ((1, 1),)
+    inner: Inner = field(default_factory=Inner)
+    spec: LatentSpec = field(default_factory=lambda: CodeSpec(4, ((2, 2),)))
+    table: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.required < 0:
+            raise SmaltiError(f"required is {self.required}; it must not be negative")
+
+
+def test_round_trip_rebuilds_nested_dataclasses_tuples_paths_and_unions() -> None:
+    config = Outer(
+        1,
+        0.25,
+        True,
+        "n",
+        "b",
+        Path("a/b"),
+        ((1, 2), (3, 4)),
+        Inner(5),
+        ContinuousSpec(4, 8, 8),
+        {"k": 2},
+    )
+    plain = config_to_dict(config)
+    assert plain["many"] == [[1, 2], [3, 4]] and plain["where"] == "a/b"
+    assert config_from_dict(Outer, plain, "file") == config
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"required": 1, "raet": 1.0}, 'file: unknown key "raet"; did you mean "rate"'),
+        ({}, 'file: the key "required" is missing'),
+        ({"required": "one"}, "required is 'one'; expected int"),
+        ({"required": True}, "required is True; expected int"),
+        ({"required": 1.5}, "required is 1.5; expected int"),
+        ({"required": 1, "flag": 1}, "flag is 1; expected bool"),
+        ({"required": 1, "mode": "c"}, "mode is 'c'; choose one of a, b"),
+        ({"required": 1, "inner": {"siez": 1}}, 'file: inner: unknown key "siez"'),
+        ({"required": 1, "inner": {"pair": [1]}}, "pair has 1 values; expected 2"),
+        ({"required": 1, "spec": {"kind": "code"}}, "kind is 'code'; did you mean \"codes\""),
+        ({"required": -1}, "file: required is -1"),
+        ([1], "expected keys and values"),
+    ],
+)
+def test_mistakes_are_named(data, message: str) -> None:
+    with pytest.raises(SmaltiError) as error:
+        config_from_dict(Outer, data, "file")
+    assert message in str(error.value)
+
+
+def test_numbers_that_yaml_reads_as_text_are_floats() -> None:
+    assert config_from_dict(Outer, {"required": 1, "rate": "1e-4"}, "file").rate == 1e-4
+
+
+def test_a_base_supplies_what_the_data_lack() -> None:
+    base = Outer(7, inner=Inner(9, (8, 8)))
+    merged = config_from_dict(Outer, {"inner": {"size": 1}}, "file", base)
+    assert merged == Outer(7, inner=Inner(1, (8, 8)))
+
+
+def test_nearest_lists_all_when_nothing_is_near() -> None:
+    assert nearest("zzz", ["b", "a"]) == "known are a, b"

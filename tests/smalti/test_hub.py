@@ -1,0 +1,190 @@
+"""Saving and loading models: exact, strict, and deaf to code."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smalti import Prior, Tokenizer
+from smalti.errors import SmaltiError
+from smalti.hub import resolve_folder
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path: Path) -> Path:
+    return tokenizer.save_pretrained(tmp_path / "model")
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content.update(changes)
+    path.write_text(json.dumps(content))
+
+
+def edit_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def test_round_trip_is_exact(tokenizer, saved: Path) -> None:
+    loaded = Tokenizer.from_pretrained(saved)
+    assert type(loaded) is type(tokenizer) and loaded.config == tokenizer.config
+    assert not loaded.training
+    for name, value in tokenizer.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    assert loaded.fingerprint == tokenizer.fingerprint
+
+
+def test_fingerprint_follows_weights_and_config(tokenizer) -> None:
+    before = tokenizer.fingerprint
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.bias[0] += 1e-3
+    assert tokenizer.fingerprint != before
+
+
+def test_config_json_names_a_registered_type_and_no_module(saved: Path) -> None:
+    content = json.loads((saved / "config.json").read_text())
+    assert content["type"] == "vq"
+    assert "smalti." not in json.dumps(content)
+
+
+def test_dtype_and_subfolder(tokenizer, saved: Path) -> None:
+    loaded = Tokenizer.from_pretrained(saved.parent, subfolder="model", dtype=torch.bfloat16)
+    assert loaded.last_layer.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("encoder.conv_in.bias"), "lacks the tensor encoder.conv_in.bias"),
+        (lambda w: w.update(extra=torch.zeros(1)), "has a tensor extra that the model"),
+        (
+            lambda w: w.update({"quant_conv.bias": torch.zeros(5)}),
+            "quant_conv.bias has shape (5,); the config says (4,)",
+        ),
+    ],
+)
+def test_a_wrong_tensor_is_an_error(saved: Path, change, message: str) -> None:
+    edit_weights(saved, change)
+    with pytest.raises(SmaltiError) as error:
+        Tokenizer.from_pretrained(saved)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_sise": 3}, 'unknown key "vocab_sise"; did you mean "vocab_size"'),
+        ({"type": "vqq"}, 'no tokenizer is called "vqq"; did you mean "vq"'),
+        ({"type": "os.system"}, "no tokenizer is called"),
+        ({"type": "next-token"}, "no tokenizer is called"),
+        ({"format_version": 99}, "has format 99"),
+        ({"vocab_size": "many"}, "expected int"),
+        ({"vocab_size": 10**12}, "the config says"),
+    ],
+)
+def test_a_wrong_config_is_an_error(saved: Path, changes, message: str) -> None:
+    edit_config(saved, **changes)
+    with pytest.raises(SmaltiError) as error:
+        Tokenizer.from_pretrained(saved)
+    assert message in str(error.value)
+
+
+def test_a_prior_is_not_loaded_as_a_tokenizer(prior, tmp_path: Path) -> None:
+    prior.save_pretrained(tmp_path / "p")
+    with pytest.raises(SmaltiError, match="no tokenizer is called"):
+        Tokenizer.from_pretrained(tmp_path / "p")
+
+
+def test_truncated_weights_are_an_error(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(SmaltiError, match="is damaged"):
+        Tokenizer.from_pretrained(saved)
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_is_never_opened(saved: Path, tmp_path: Path) -> None:
+    fuse = tmp_path / "exploded"
+    (saved / "model.safetensors").unlink()
+    (saved / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(fuse)))
+    with pytest.raises(SmaltiError, match="is a pickle"):
+        Tokenizer.from_pretrained(saved)
+    (saved / "model.safetensors").write_bytes(pickle.dumps(Bomb(fuse)))
+    with pytest.raises(SmaltiError, match="is damaged"):
+        Tokenizer.from_pretrained(saved)
+    assert not fuse.exists()
+
+
+@pytest.mark.parametrize("missing", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c"])
+def test_a_missing_folder_is_not_looked_up_on_the_hub(missing: str, monkeypatch) -> None:
+    import huggingface_hub
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(SmaltiError, match="folder not found"):
+        Prior.from_pretrained(missing)
+
+
+def test_a_hub_id_is_downloaded_without_pickles(saved: Path, monkeypatch) -> None:
+    import huggingface_hub
+
+    asked = {}
+
+    def download(repo_id: str, **kwargs) -> str:
+        asked.update(kwargs, repo_id=repo_id)
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    loaded = Tokenizer.from_pretrained("someone/model", revision="main")
+    assert loaded.config.vocab_size == 16
+    assert asked["repo_id"] == "someone/model" and asked["revision"] == "main"
+    assert asked["allow_patterns"] == ["*.json", "*.safetensors", "*.md"]
+
+
+def test_an_unreachable_hub_is_one_clear_line(monkeypatch) -> None:
+    with pytest.raises(SmaltiError, match="the Hub did not give it"):
+        resolve_folder("someone/model", local_files_only=True)
+
+
+def test_push_to_hub_uploads_one_folder(tokenizer, monkeypatch) -> None:
+    import huggingface_hub
+
+    uploaded = {}
+
+    class Api:
+        def __init__(self, token=None) -> None:
+            self.token = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, *, folder_path, **kwargs):
+            uploaded.update(kwargs, files=sorted(p.name for p in Path(folder_path).iterdir()))
+            return "address"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert tokenizer.push_to_hub("tok", private=True) == "address"
+    assert uploaded["files"] == ["config.json", "model.safetensors"]
+    assert uploaded["repo_id"] == "me/tok"
+
+
+def test_saving_refuses_a_folder_of_something_else(tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SmaltiError, match="not a saved model"):
+        tokenizer.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,118 @@
+"""The house rules that a reader relies on, held by reading the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from smalti.prior.base import Prior
+from smalti.prior.registry import PRIORS
+from smalti.tokenizer.base import Tokenizer
+from smalti.tokenizer.registry import TOKENIZERS
+
+ROOT = Path(__file__).parent.parent
+BASE = {"smalti.errors", "smalti.config", "smalti.hub"}
+FOLDERS = ("data", "tokenizer", "prior", "pipelines", "training", "evaluation", "scripts")
+
+# folder -> what of smalti it may import, as prefixes of module names; itself is always allowed
+ALLOWED: dict[str, set[str]] = {
+    "data": BASE,
+    "tokenizer": BASE | {"smalti.data.latents"},
+    "prior": BASE | {"smalti.data.latents", "smalti.tokenizer.quantize"},
+    "pipelines": BASE | {"smalti.data", "smalti.tokenizer", "smalti.prior"},
+    "training": BASE,
+    "evaluation": BASE | {"smalti.data", "smalti.tokenizer.perceptual"},
+    "scripts": BASE
+    | {"smalti.cli"}
+    | {
+        f"smalti.{f}" for f in ("data", "tokenizer", "prior", "pipelines", "training", "evaluation")
+    },
+}
+FORBIDDEN_IN_MODELS = {"accelerate", "yaml", "PIL", "huggingface_hub", "argparse", "tyro"}
+MAX_FUNCTION, MAX_FILE = 80, 400
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).glob("*.py"))
+
+
+def imports(tree: ast.Module) -> list[tuple[str, int]]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(("." * node.level + (node.module or ""), node.lineno))
+    return found
+
+
+def violations(code: str, folder: str) -> list[str]:
+    """Imports in a file of `folder` that the house does not allow."""
+    wrong = []
+    for module, line in imports(ast.parse(code)):
+        top = module.split(".")[0]
+        if module.startswith(".") or top in FOLDERS:
+            wrong.append(f"line {line}: {module} (write smalti.*)")
+        elif top == "smalti" and module != "smalti":
+            allowed = {*ALLOWED[folder], f"smalti.{folder}"}
+            if not any(module == a or module.startswith(f"{a}.") for a in allowed):
+                wrong.append(f"line {line}: {module}")
+    return wrong
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_import_only_what_lies_below_them(folder: str) -> None:
+    found = {p.name: violations(p.read_text(), folder) for p in sources(folder)}
+    assert not {name: wrong for name, wrong in found.items() if wrong}
+
+
+@pytest.mark.parametrize(
+    ("folder", "line"),
+    [
+        ("data", "from smalti.prior.base import Prior"),
+        ("prior", "from smalti.tokenizer.vq import VQTokenizer"),
+        ("training", "import smalti.tokenizer.base"),
+        ("pipelines", "from smalti.scripts.demo import demo"),
+        ("tokenizer", "import data"),
+        ("tokenizer", "from .base import Tokenizer"),
+    ],
+)
+def test_a_planted_violation_is_caught(folder: str, line: str) -> None:
+    assert violations(line, folder)
+
+
+@pytest.mark.parametrize("folder", ["tokenizer", "prior"])
+def test_model_files_import_no_frameworks(folder: str) -> None:
+    for path in sources(folder):
+        tops = {module.split(".")[0] for module, _ in imports(ast.parse(path.read_text()))}
+        assert not tops & FORBIDDEN_IN_MODELS, path.name
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, "smalti"])
+def test_files_and_functions_can_be_read_in_one_sitting(folder: str) -> None:
+    for path in sources(folder):
+        text = path.read_text()
+        assert len(text.splitlines()) <= MAX_FILE, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= MAX_FUNCTION, f"{path}:{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, "smalti"])
+def test_public_things_have_docstrings(folder: str) -> None:
+    for path in sources(folder):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), f"{path} has no module docstring"
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+@pytest.mark.parametrize(("registry", "base"), [(TOKENIZERS, Tokenizer), (PRIORS, Prior)])
+def test_every_registered_name_resolves(registry, base) -> None:
+    for name in registry:
+        cls = registry.resolve(name)
+        assert issubclass(cls, base)
+        assert registry.name_of(cls) == name
+        assert cls.Config()

@@ -1,0 +1,116 @@
+"""LPIPS is the real one: the package `lpips`, fed the same trunk, agrees."""
+
+import lpips
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smalti.data.dataset import ImageDataset
+from smalti.data.images import open_source
+from smalti.errors import SmaltiError
+from smalti.tokenizer.perceptual import LPIPS
+
+
+@pytest.fixture(scope="module")
+def model() -> LPIPS:
+    return LPIPS.from_embedded()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    images = next(ImageDataset(open_source("emoji"), 64, split="heldout").batches(16)).images
+    return images
+
+
+def oracle(model: LPIPS) -> torch.nn.Module:
+    """The package's LPIPS with its own heads and our trunk."""
+    reference = lpips.LPIPS(net="alex", pretrained=True, pnet_rand=True, verbose=False).eval()
+    convs = [m for m in reference.net.modules() if isinstance(m, torch.nn.Conv2d)]
+    for theirs, ours in zip(convs, model.convs, strict=True):
+        theirs.load_state_dict(ours.state_dict())
+    return reference
+
+
+def test_oracle_lpips(model: LPIPS, pictures: torch.Tensor) -> None:
+    noisy = (pictures + 0.2 * torch.randn_like(pictures)).clamp(-1, 1)
+    reference = oracle(model)
+    with torch.no_grad():
+        for other in (noisy, pictures.flip(0)):
+            torch.testing.assert_close(
+                model(pictures, other),
+                reference(pictures, other).flatten(),
+                rtol=1e-3,  # the heads are stored in half precision
+                atol=1e-4,
+            )
+
+
+def test_it_is_a_distance_that_grows_with_noise(model: LPIPS, pictures: torch.Tensor) -> None:
+    assert model(pictures, pictures).abs().max() == 0
+    noise = torch.randn_like(pictures)
+    scores = [model(pictures + s * noise, pictures).mean() for s in (0.05, 0.2, 0.8)]
+    assert 0 < scores[0] < scores[1] < scores[2]
+    a, b = model(pictures, noise), model(noise, pictures)
+    torch.testing.assert_close(a, b)
+
+
+def test_it_never_trains_but_lets_gradients_through(model: LPIPS, pictures: torch.Tensor) -> None:
+    model.train()
+    assert not any(module.training for module in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    images = pictures.clone().requires_grad_()
+    model(images, pictures.flip(0)).sum().backward()
+    assert images.grad.isfinite().all() and images.grad.abs().sum() > 0
+    blank = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    model(blank, torch.zeros(1, 3, 32, 32)).sum().backward()
+    assert blank.grad.isfinite().all()
+
+
+def test_autocast_changes_nothing(model: LPIPS, pictures: torch.Tensor) -> None:
+    other = pictures.flip(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = model(pictures, other)
+    assert torch.equal(inside, model(pictures, other))
+
+
+def test_files_are_checked(model: LPIPS, tmp_path) -> None:
+    keys = {k: v for k, v in model.state_dict().items() if k not in ("shift", "scale")}
+    save_file(keys, tmp_path / "alex.safetensors")
+    again = LPIPS.from_file(tmp_path / "alex.safetensors", "alex")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    with pytest.raises(SmaltiError, match="does not hold LPIPS weights for vgg"):
+        LPIPS.from_file(tmp_path / "alex.safetensors", "vgg")
+    with pytest.raises(SmaltiError, match="do not exist"):
+        LPIPS.from_file(tmp_path / "nowhere", "alex")
+    (tmp_path / "cut").write_bytes((tmp_path / "alex.safetensors").read_bytes()[:100])
+    with pytest.raises(SmaltiError, match="are damaged"):
+        LPIPS.from_file(tmp_path / "cut", "alex")
+    assert len(load_file(tmp_path / "alex.safetensors")) == 15
+
+
+def test_vgg_is_the_network_of_the_package(tmp_path) -> None:
+    torch.manual_seed(0)
+    ours = LPIPS("vgg")
+    reference = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False).eval()
+    convs = [m for m in reference.net.modules() if isinstance(m, torch.nn.Conv2d)]
+    for theirs, conv in zip(convs, ours.convs, strict=True):
+        conv.load_state_dict(theirs.state_dict())
+    for head, weight in zip(reference.lins, ours.lins, strict=True):
+        weight.data.copy_(head.model[1].weight)
+    a, b = torch.randn(2, 2, 3, 48, 48).clamp(-1, 1)
+    torch.testing.assert_close(ours(a, b), reference(a, b).flatten(), rtol=1e-4, atol=1e-6)
+
+
+def test_tiny_images_are_refused(model: LPIPS) -> None:
+    with pytest.raises(SmaltiError, match="needs at least 32 x 32"):
+        model(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16))
+
+
+def test_a_missing_vgg_download_is_explained(monkeypatch) -> None:
+    import torchvision.models
+
+    def offline(**kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models, "vgg16", offline)
+    with pytest.raises(SmaltiError, match=r"cannot be downloaded \(no route to host\)"):
+        LPIPS.from_torchvision()
