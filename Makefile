@@ -1,9 +1,12 @@
 # make demo   train a generator on the embedded pictures and show what it makes
-# make test   lint, types and every test, slow ones too
+# make test   every test, slow ones too
+# make lint   style;   make types   type checks
 #
-# Both need Python 3.11 or newer, and nothing else.
+# Each needs Python 3.11 or newer and nothing else: what it uses is installed into .venv, once.
+# make demo ARGS=--quick and make test ARGS="-k hub" pass options on.
 
 PYTHON ?= python3
+ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := data tokenizer prior pipelines training evaluation scripts
@@ -11,10 +14,10 @@ PACKAGES := data tokenizer prior pipelines training evaluation scripts
 .PHONY: demo test lint types clean
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/smalti demo
+	$(BIN)/smalti demo $(ARGS)
 
-test: $(VENV)/.installed-test lint types
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -27,18 +30,24 @@ types: $(VENV)/.installed-test
 	cp -r $(PACKAGES) build/types/smalti/
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-$(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "smalti needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "smalti needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; \
+		exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) || { \
+		echo "Python's venv module is missing: install it (on Debian, apt install python3-venv)"; \
+		exit 1; }
+	@touch $@
 
-$(VENV)/.installed-demo: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed-demo: pyproject.toml $(VENV)/.created
+	@echo "Installing smalti and what it needs into $(VENV): once, a few minutes."
 	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
+	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed-test: pyproject.toml $(VENV)/.created
+	@echo "Installing smalti and what its tests need into $(VENV): once, a few minutes."
 	$(BIN)/python -m pip install --quiet --editable '.[test,eval]'
-	touch $@
+	@touch $@
 
 clean:
-	rm -rf $(VENV) .types build *.egg-info
+	rm -rf $(VENV) build *.egg-info

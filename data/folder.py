@@ -6,8 +6,9 @@ remedy, before any training starts.
 
 import logging
 import os
+import re
 import warnings
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,17 +61,18 @@ class FolderSource(ImageSource):
         found = _list_pictures(root)
         self._check_classes(found)
         found = self._usable(found)
+        self._check_classes(found)  # a class may have held nothing but bad pictures
         self.classes = tuple(sorted({name for name, _ in found}))
+        numbers = {name: number for number, name in enumerate(self.classes)}
         self.paths = [path for _, path in found]
-        self.labels = torch.tensor([self.classes.index(name) for name, _ in found])
-        relative = [str(path.relative_to(root)) for path in self.paths]
+        self.labels = torch.tensor([numbers[name] for name, _ in found])
         sizes = [path.stat().st_size for path in self.paths]
         self.fingerprint = fingerprint_of(
-            [f"{n}/{s}".encode() for n, s in zip(relative, sizes, strict=True)]
+            [os.fsencode(f"{self.name(index)}/{size}") for index, size in enumerate(sizes)]
         )
 
     def name(self, index: int) -> str:
-        return str(self.paths[index].relative_to(self.root))
+        return self.paths[index].relative_to(self.root).as_posix()
 
     def read(self, index: int) -> Image.Image:
         path = self.paths[index]
@@ -91,20 +93,23 @@ class FolderSource(ImageSource):
             )
 
     def _usable(self, found: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
-        kept, problems = [], Counter()
+        kept, refused, skipped = [], [], []
         for name, path in tqdm(found, desc="check pictures", disable=len(found) < 2000):
             try:
                 self._check(path)
                 kept.append((name, path))
             except _Unusable as problem:
-                if not (problem.undecodable and self.options.bad_images == "skip"):
-                    raise SmaltiError(f"{path} {problem}") from problem
-                problems[name] += 1
-                logger.warning("skipped %s: it %s", path, problem)
-        if problems:
-            logger.warning("skipped %d of %d pictures", sum(problems.values()), len(found))
+                skip = problem.undecodable and self.options.bad_images == "skip"
+                (skipped if skip else refused).append(f"{path} {problem}")
+        if refused:
+            more = f" (and {len(refused) - 1} more cannot be used)" if len(refused) > 1 else ""
+            raise SmaltiError(refused[0] + more)
+        for line in skipped:
+            logger.warning("skipped: %s", line)
+        if skipped:
+            logger.warning("skipped %d of %d pictures", len(skipped), len(found))
         if not kept:
-            raise SmaltiError(f"{self.root} has no picture that can be used")
+            raise SmaltiError(f"{self.root} has no picture that can be used: check --data")
         return kept
 
     def _check(self, path: Path) -> None:
@@ -112,9 +117,11 @@ class FolderSource(ImageSource):
         try:
             with _open(path) as image:
                 self._check_header(image)
-                image.load()
+                _to_rgb(image)
         except Image.DecompressionBombError as error:  # too many even for Pillow to open
-            raise _Unusable(f"claims more pixels than can be trusted: {error}: remove it") from error
+            raise _Unusable(
+                f"claims more pixels than can be trusted: {error}: remove it"
+            ) from error
         except _READ_ERRORS as error:
             raise _Unusable(
                 f"cannot be decoded ({error}): replace or remove it, or pass --folder.bad_images"
@@ -157,12 +164,10 @@ def _list_pictures(root: Path) -> list[tuple[str, Path]]:
     if not root.is_dir():
         raise SmaltiError(f"{root} is a file: --data takes a folder with a sub-folder per class")
     found = []
-    for folder, folders, files in os.walk(root, followlinks=False):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        parts = Path(folder).relative_to(root).parts
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
-                found.append((parts[0] if parts else "", Path(folder) / name))
+    for path in _files_below(root, ()):
+        if path.suffix.lower() in EXTENSIONS:
+            parts = path.relative_to(root).parts
+            found.append((parts[0] if len(parts) > 1 else "", path))
     if not found:
         raise SmaltiError(
             f"{root} holds no pictures ({', '.join(sorted(EXTENSIONS))}): check --data"
@@ -170,14 +175,42 @@ def _list_pictures(root: Path) -> list[tuple[str, Path]]:
     loose = [path for name, path in found if not name]
     if loose and len(loose) < len(found):
         raise SmaltiError(f"{loose[0]} lies beside the class folders: move it into one of them")
+    if not loose:
+        _check_every_folder_counts(root, {name for name, _ in found})
     return sorted(found, key=lambda item: str(item[1].relative_to(root)))
+
+
+def _check_every_folder_counts(root: Path, classes: set[str]) -> None:
+    """A class without pictures would shift the numbers of the classes after it."""
+    for entry in sorted(root.iterdir()):
+        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in classes:
+            raise SmaltiError(f"the class folder {entry} holds no pictures: add some or remove it")
+
+
+def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """Every file that is not hidden; links are followed, but not into a folder `above`."""
+    here = folder.resolve()
+    if here in above:  # a loop of links
+        return
+    for entry in folder.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _files_below(entry, (*above, here))
+        else:
+            yield entry
+
+
+# How Pillow calls 16-bit colour in a decoder's arguments; the mode says "RGB" all the same.
+_DEEP_COLOUR = re.compile(r"\b(LA?|RGB[AX]?|CMYK);16")
 
 
 def _unusual(image: Image.Image) -> str | None:
     """What about a picture could not be kept in 8-bit RGB, or None."""
     if getattr(image, "n_frames", 1) > 1:
         return "animated"
-    if image.mode.startswith(("I", "F")):
+    deep = any(_DEEP_COLOUR.search(str(tile[3])) for tile in getattr(image, "tile", ()))
+    if deep or image.mode.startswith(("I", "F")):
         return "16-bit (or deeper)"
     names = {"CMYK": "CMYK", "P": "a palette image", "PA": "a palette image", "LAB": "LAB"}
     if image.mode in names:
@@ -188,8 +221,8 @@ def _unusual(image: Image.Image) -> str | None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """First frame, upright, 8 bit, alpha laid on white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey: keep the high byte
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.mode.startswith("I"):  # 16-bit grey: 65535 becomes 255
+        image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
     elif image.mode == "F":
         image = image.point(lambda value: value * 255).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

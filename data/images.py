@@ -66,30 +66,44 @@ def open_source(spec: str, *, options: "FolderOptions | None" = None) -> ImageSo
 
 def heldout_mask(source: ImageSource, fraction: float, seed: int = 0) -> Tensor:
     """Which pictures are held out, (N,) bool: the set's own split, or about `fraction` of the
-    groups of every class, chosen by a hash of (seed, group).
+    groups, chosen by a hash of (seed, group).
 
-    The choice depends on nothing else: not on the order or number of the other pictures.
+    The choice for a group depends on nothing else, neither on the order nor on the number of the
+    other pictures, but for one rule: a class with two groups or more has some on either side, and
+    a class with a single group keeps it for training.
 
     Raises:
-        SmaltiError: the fraction is not in (0, 1), or one side would be empty.
+        SmaltiError: the fraction is not in (0, 1), or nothing could be held out.
     """
     if source.heldout is not None:
         return source.heldout
     if not 0 < fraction < 1:
         raise SmaltiError(f"heldout_fraction is {fraction}; it must lie between 0 and 1")
-    ranks = [_unit_hash(seed, source.group(index)) for index in range(len(source))]
-    mask = torch.tensor(ranks) < fraction
-    if not mask.any():  # a tiny set: hold out the group with the smallest hash
-        mask = torch.tensor(ranks) == min(ranks)
-    if mask.all():
+    groups = [source.group(index) for index in range(len(source))]
+    members: dict[int, set[str]] = {}
+    for label, group in zip(source.labels.tolist(), groups, strict=True):
+        members.setdefault(label, set()).add(group)
+    heldout = set[str]()
+    for _, of_class in sorted(members.items()):
+        heldout |= _held_out_of(of_class, fraction, seed)
+    if not heldout:
         raise SmaltiError(
             f"{len(source)} pictures are too few to hold out {fraction:.0%} of them: add pictures"
         )
-    return mask
+    return torch.tensor([group in heldout for group in groups])
+
+
+def _held_out_of(groups: set[str], fraction: float, seed: int) -> set[str]:
+    """The held-out groups of one class: those with a small hash, but neither none nor all."""
+    ranked = sorted((_unit_hash(seed, group), group) for group in groups)
+    count = sum(rank < fraction for rank, _ in ranked)
+    count = min(max(count, 1), len(ranked) - 1)
+    return {group for _, group in ranked[:count]}
 
 
 def _unit_hash(seed: int, text: str) -> float:
-    digest = hashlib.sha256(f"{seed}/split/{text}".encode()).digest()
+    # File names may hold bytes that are no Unicode.
+    digest = hashlib.sha256(f"{seed}/split/{text}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from smalti.data.order import DataOrder, Key
@@ -63,6 +64,7 @@ def stream_batches(
         batch_sampler=keys,  # type: ignore[arg-type]
         collate_fn=_as_is,
         num_workers=num_workers,
+        generator=torch.Generator(),  # or it would draw from the global one
         persistent_workers=num_workers > 0,
     )
     return _steps(loader, micro_batches)

@@ -3,6 +3,7 @@ wanted? It shares nothing with the generator: other weights, other seed, pixels 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class ImageClassifier(nn.Module):
         self.blocks = nn.Sequential(nn.MaxPool2d(2), *blocks)
         self.norm = nn.BatchNorm2d(widths[-1])
         self.head = nn.Linear(widths[-1], num_classes)
+        self.training_record: dict[str, Any] = {}  # how it was trained, for the protocol
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits (B, num_classes)."""
@@ -70,10 +72,17 @@ def train_classifier(
     batch_size: int,
     peak_learning_rate: float = 2e-3,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     progress: Callable[[int], object] = lambda steps: None,
 ) -> ImageClassifier:
     """Train on pictures (N, 3, S, S) in [-1, 1] with labels (N,), augmented by mirroring and
-    shifting. Reproducible: every random number comes from `generator` (on the CPU)."""
+    shifting. Reproducible: every random number comes from `generator` (on the CPU).
+
+    Args:
+        dtype: arithmetic of the convolutions. bfloat16 pays on GPUs and on CPUs with AMX (1.6
+            times as fast); on older CPUs it is emulated, up to 14 times slower than float32.
+        progress: called with 1 after every step.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         model = ImageClassifier(num_classes).to(device)
@@ -84,7 +93,7 @@ def train_classifier(
     for _ in range(epochs):
         for rows in torch.randperm(len(images), generator=generator).split(batch_size):
             batch = _augment(images[rows], generator).to(device)
-            with torch.autocast(batch.device.type, torch.bfloat16):
+            with torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(batch)
             target = labels[rows].to(device)
             loss = F.cross_entropy(logits.float(), target, label_smoothing=0.1)
@@ -93,6 +102,14 @@ def train_classifier(
             optimizer.step()
             schedule.step()
             progress(1)
+    model.training_record = {
+        "pictures": len(images),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "peak_learning_rate": peak_learning_rate,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": generator.initial_seed(),
+    }
     return model.eval()
 
 

@@ -3,9 +3,23 @@
 import torch
 from torch import Tensor
 
+from smalti.errors import SmaltiError
+
 
 def code_counts(codes: Tensor, vocab_size: int) -> Tensor:
-    """How often each code occurs, (V,) int64, in codes of any shape."""
+    """How often each code occurs, (V,) int64, in codes of any shape.
+
+    Raises:
+        SmaltiError: no codes, or one outside [0, vocab_size).
+    """
+    if not codes.numel():
+        raise SmaltiError("there are no codes to count: encode at least one picture")
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= vocab_size:
+        raise SmaltiError(
+            f"codes range from {low} to {high}; a codebook of {vocab_size} ends "
+            f"at {vocab_size - 1}: count them with the tokenizer that made them"
+        )
     return torch.bincount(codes.flatten(), minlength=vocab_size)
 
 

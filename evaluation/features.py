@@ -1,6 +1,7 @@
 """Networks that turn pictures into feature vectors, for distances between sets."""
 
 import hashlib
+import io
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
 from smalti.evaluation.efficientnet import EfficientNetLite0
@@ -22,6 +23,7 @@ class FeatureExtractor(Protocol):
     """Images (B, 3, H, W) in [-1, 1] -> features (B, d)."""
 
     name: str
+    side: int  # pictures are resized to side x side pixels first
     weights_sha256: str
 
     def __call__(self, images: Tensor) -> Tensor: ...
@@ -38,14 +40,12 @@ class AlexNetFeatures:
 
     def __init__(self, lpips: LPIPS) -> None:
         self.lpips = lpips
-        digest = hashlib.sha256()
-        for parameter in lpips.parameters():
-            digest.update(parameter.detach().cpu().numpy().tobytes())
-        self.weights_sha256 = digest.hexdigest()
+        self.weights_sha256 = weights_sha256(lpips)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        return self.lpips.features(_resize(images, self.side))[-1].mean((2, 3))
+        images = _resize(images.to(self.lpips.shift.device), self.side)
+        return self.lpips.features(images)[-1].mean((2, 3))
 
 
 class EfficientNetFeatures:
@@ -55,20 +55,23 @@ class EfficientNetFeatures:
     side = 160
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
-        self.weights_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        content = path.read_bytes()
+        self.weights_sha256 = hashlib.sha256(content).hexdigest()
         if self.weights_sha256 != EFFICIENTNET_SHA256:
             raise SmaltiError(
                 f"{path} is not the known EfficientNet-Lite0 file (its sha256 is "
                 f"{self.weights_sha256[:12]}): use the one in {EFFICIENTNET_PACKAGE}"
             )
         self.network = EfficientNetLite0()
-        weights = torch.load(path, map_location="cpu", weights_only=True)  # known bytes, see above
+        # A pickle, but of known bytes: the very ones that were hashed.
+        weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         self.network.load_state_dict(weights)
         self.network.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        return self.network.features(_resize(images, self.side))
+        device = self.network._fc.weight.device
+        return self.network.features(_resize(images.to(device), self.side))
 
 
 def find_efficientnet(path: Path | None) -> Path:
@@ -90,6 +93,14 @@ def find_efficientnet(path: Path | None) -> Path:
             "--feature_weights FILE, or use --features alexnet"
         )
     return found[0]
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """SHA-256 over the bytes of all parameters, in their order."""
+    digest = hashlib.sha256()
+    for parameter in module.parameters():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Tensor:

@@ -21,10 +21,20 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: Tensor) -> "FeatureStatistics":
-        """Statistics of features (N, d), N >= 2."""
+        """Statistics of features (N, d), N >= 2.
+
+        Raises:
+            SmaltiError: another shape, too few features, or one that is not finite.
+        """
         if features.ndim != 2 or len(features) < 2:
             raise SmaltiError(f"features have shape {tuple(features.shape)}; give (N, d), N >= 2")
-        return cls(features.double().mean(0), torch.cov(features.double().T), len(features))
+        broken = int((~features.isfinite()).any(1).sum())
+        if broken:
+            raise SmaltiError(
+                f"{broken} of {len(features)} feature vectors are not finite: check the pictures"
+            )
+        covariance = torch.atleast_2d(torch.cov(features.double().T))  # a number if d is 1
+        return cls(features.double().mean(0), covariance, len(features))
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -39,10 +49,19 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     return max(0.0, ((a.mean - b.mean).square().sum() + trace).item())
 
 
-def real_floor(features: Tensor, generator: torch.Generator) -> float:
-    """The distance between two random halves of the real features (N, d): what perfect samples
-    of N / 2 pictures would score, far above 0 when N is small."""
-    order = torch.randperm(len(features), generator=generator)
-    half = len(features) // 2
-    first, second = features[order[:half]], features[order[half : 2 * half]]
-    return frechet_distance(FeatureStatistics.of(first), FeatureStatistics.of(second))
+def real_floor(features: Tensor, count: int, generator: torch.Generator) -> float:
+    """The distance between `count` random ones of the real features (N, d) and the N - count
+    others: about what `count` perfect samples would score.
+
+    The distance falls with the number of features, far above 0 when they are few, so a floor
+    means something only at the number of samples it is held against.
+
+    Raises:
+        SmaltiError: fewer than 2 features on either side.
+    """
+    if not 2 <= count <= len(features) - 2:
+        raise SmaltiError(f"count is {count}; it must lie in [2, {len(features) - 2}]")
+    chosen, others = features[torch.randperm(len(features), generator=generator)].split(
+        [count, len(features) - count]
+    )
+    return frechet_distance(FeatureStatistics.of(chosen), FeatureStatistics.of(others))

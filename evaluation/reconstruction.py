@@ -14,6 +14,11 @@ def as_uint8(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
 
 
+def rounded(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> the same, as an 8-bit file would give them back."""
+    return as_uint8(images) / 127.5 - 1
+
+
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, (B,): 10 log10(255^2 / mean squared error).
 

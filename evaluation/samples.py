@@ -5,32 +5,40 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smalti.evaluation.classifier import ImageClassifier
 from smalti.evaluation.codebook import perplexity, usage
-from smalti.evaluation.features import FeatureExtractor, extract
+from smalti.evaluation.features import FeatureExtractor, extract, weights_sha256
 from smalti.evaluation.frechet import FeatureStatistics, frechet_distance, real_floor
 from smalti.evaluation.kernel_distance import kernel_distance
 from smalti.evaluation.protocol import Metric
-from smalti.evaluation.reconstruction import psnr, ssim
+from smalti.evaluation.reconstruction import psnr, rounded, ssim
+from smalti.tokenizer.perceptual import LPIPS
 
 CHUNK = 128  # pictures per forward pass
 KID_SUBSETS, KID_SUBSET_SIZE = 50, 256
+BEST_PSNR = 100.0  # dB; stands for the infinity of an exact copy, which no mean survives
 
 
 def reconstruction_metrics(
-    images: Tensor, reference: Tensor, lpips: nn.Module, protocol: dict[str, Any]
+    images: Tensor, reference: Tensor, lpips: LPIPS, protocol: dict[str, Any]
 ) -> dict[str, Metric]:
-    """PSNR, SSIM and LPIPS of reconstructions (N, 3, S, S) in [-1, 1], means over pictures."""
+    """PSNR, SSIM and LPIPS of reconstructions (N, 3, S, S) in [-1, 1], means over pictures.
+
+    Both sides are rounded to 8 bits first.
+    """
     base = {**protocol, "pictures": len(images), "rounding": "uint8", "mean": "over pictures"}
-    pairs = list(zip(images.split(CHUNK), reference.split(CHUNK), strict=True))
+    pairs = zip(rounded(images).split(CHUNK), rounded(reference).split(CHUNK), strict=True)
+    device = lpips.shift.device
     with torch.no_grad():
-        perceptual = torch.cat([lpips(a, b).cpu() for a, b in pairs])
+        perceptual = torch.cat([lpips(a.to(device), b.to(device)).cpu() for a, b in pairs])
+    fidelity = psnr(images, reference).clamp(max=BEST_PSNR).mean().item()
+    trunk = {"trunk": "alex", "version": "0.1", "weights_sha256": weights_sha256(lpips)}
     return {
-        "psnr": Metric(psnr(images, reference).mean().item(), {**base, "unit": "dB"}),
+        "psnr": Metric(fidelity, {**base, "unit": "dB", "exact_copy_counts_as": BEST_PSNR}),
         "ssim": Metric(ssim(images, reference).mean().item(), {**base, "window": 11}),
-        "lpips": Metric(perceptual.mean().item(), {**base, "trunk": "alex", "version": "0.1"}),
+        "lpips": Metric(perceptual.mean().item(), {**base, **trunk}),
     }
 
 
@@ -60,25 +68,35 @@ def distance_metrics(
     protocol: dict[str, Any],
     seed: Callable[[str], torch.Generator],
 ) -> dict[str, Metric]:
-    """Frechet distance and KID between samples and training pictures, and the floor of each.
-
-    The floor is held-out against training pictures: real pictures of other glyphs.
+    """Frechet distance and KID between samples and training pictures, beside two real yardsticks:
+    `floor`, training pictures against each other, and `heldout`, unseen against training pictures.
     """
     train, heldout, samples = (
-        extract(extractor, part.split(CHUNK)) for part in (sets.train, sets.heldout, sets.samples)
+        extract(extractor, rounded(part).split(CHUNK))
+        for part in (sets.train, sets.heldout, sets.samples)
     )
     base = {
         **protocol,
+        "split": "train",
+        "what": "samples against training pictures",
         "features": extractor.name,
         "weights_sha256": extractor.weights_sha256,
+        "resize": f"bicubic with antialiasing to {extractor.side} px",
+        "rounding": "uint8",
         "real": len(train),
         "fake": len(samples),
     }
     reference = FeatureStatistics.of(train)
-    halves = {**base, "what": "two random halves of the training pictures", "fake": len(train) // 2}
+    count = min(len(samples), len(train) // 2)
+    among = {
+        **base,
+        "what": "some training pictures, as many as samples, against the others",
+        "real": len(train) - count,
+        "fake": count,
+    }
     other = {**base, "what": "held-out against training pictures", "fake": len(heldout)}
     name = extractor.name
-    size = min(KID_SUBSET_SIZE, len(samples), len(heldout))
+    size = min(KID_SUBSET_SIZE, len(samples), len(heldout), len(train))
     kid_base = {"subsets": KID_SUBSETS, "subset_size": size, "kernel": "(x.y / d + 1)^3"}
 
     def kid(fake: Tensor, about: dict[str, Any]) -> Metric:
@@ -93,7 +111,7 @@ def distance_metrics(
     return {
         f"fd_{name}": Metric(frechet(samples), base),
         f"fd_{name}_heldout": Metric(frechet(heldout), other),
-        f"fd_{name}_floor": Metric(real_floor(train, seed("floor")), halves),
+        f"fd_{name}_floor": Metric(real_floor(train, count, seed("floor")), among),
         f"kid_{name}": kid(samples, base),
         f"kid_{name}_heldout": kid(heldout, other),
     }
@@ -103,9 +121,15 @@ def classifier_metrics(
     sets: PictureSets, classifier: ImageClassifier, protocol: dict[str, Any]
 ) -> dict[str, Metric]:
     """How often the classifier sees the class that was asked for, and how good it is itself."""
-    own = classifier.accuracy(sets.heldout, sets.heldout_labels)
-    on_samples = classifier.accuracy(sets.samples, sets.sample_labels)
-    base = {**protocol, "classifier": "residual network trained on the real training pictures"}
+    own = classifier.accuracy(rounded(sets.heldout), sets.heldout_labels)
+    on_samples = classifier.accuracy(rounded(sets.samples), sets.sample_labels)
+    base = {
+        **protocol,
+        "classifier": "residual network trained on the real training pictures",
+        "classifier_sha256": weights_sha256(classifier),
+        "training": classifier.training_record,
+        "rounding": "uint8",
+    }
     return {
         "classifier_accuracy_heldout": Metric(own, {**base, "pictures": len(sets.heldout)}),
         "classifier_accuracy_samples": Metric(on_samples, {**base, "pictures": len(sets.samples)}),

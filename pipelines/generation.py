@@ -6,6 +6,7 @@ settings, the seed, i and its label.
         generation.json      the settings; another job may not write here
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -36,8 +37,10 @@ class GenerationJob:
 
 def picture_generator(seed: int, index: int) -> torch.Generator:
     """The generator of picture `index`: the same at any batch size and on any worker."""
-    # Two different 32-bit halves: (seed, index) pairs never meet for indices below 2^32.
-    return torch.Generator().manual_seed((seed % 2**31) * 2**32 + index)
+    # A CPU generator keeps 32 bits of its seed. For a fixed job seed this is a bijection of the
+    # index (an odd factor modulo 2^32), so no two pictures of a job share their random numbers.
+    job = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+    return torch.Generator().manual_seed((index ^ job) * 0x9E3779B1 % 2**32)
 
 
 def generate_folder(
@@ -56,7 +59,7 @@ def generate_folder(
     """Write picture i of class `labels[i]` to `folder/{i:06d}.png`; keep those already there.
 
     Args:
-        rank, world_size: this process takes every `world_size`-th missing picture.
+        rank, world_size: this process makes every `world_size`-th picture.
         progress: called with the number of pictures finished since the last call.
 
     Returns:
@@ -74,11 +77,11 @@ def generate_folder(
     )
     _claim(folder, job)
     paths = [folder / f"{index:06d}.png" for index in range(len(labels))]
-    missing = [index for index, path in enumerate(paths) if not _is_whole(path)]
-    progress(len(labels) - len(missing))
-    mine = missing[rank::world_size]
-    for start in range(0, len(mine), batch_size):
-        part = mine[start : start + batch_size]
+    mine = range(rank, len(labels), world_size)
+    missing = [index for index in mine if not _is_whole(paths[index])]
+    progress(len(mine) - len(missing))
+    for start in range(0, len(missing), batch_size):
+        part = missing[start : start + batch_size]
         output = pipeline(
             [labels[index] for index in part],
             guidance_scale=guidance_scale,

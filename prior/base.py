@@ -1,7 +1,8 @@
 """Stage two: what every prior promises."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -68,16 +69,31 @@ class Prior(nn.Module, Pretrained, ABC):
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise `SmaltiError` unless labels are (B,) integers in [0, num_classes]."""
-        if labels.ndim != 1 or labels.is_floating_point():
+        if not isinstance(labels, Tensor):
+            raise SmaltiError(f"labels are a {type(labels).__name__}; give a tensor (B,) int64")
+        if labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32):
             raise SmaltiError(
                 f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; give (B,) int64"
             )
+        if torch.compiler.is_compiling():  # a branch on values would break the graph
+            return
         if labels.numel() and (labels.min() < 0 or labels.max() > self.num_classes):
             wrong = labels.min().item() if labels.min() < 0 else labels.max().item()
             raise SmaltiError(
                 f"class label {wrong} is out of range: use 0 to {self.num_classes - 1}, "
                 f"or {self.num_classes} for no class"
             )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode inside the block; afterwards every module is in the mode it was in."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     def drop_labels(self, labels: Tensor, probability: float) -> Tensor:
         """In training, replace each label by the null label with a probability

@@ -51,6 +51,8 @@ class NextTokenConfig:
             raise SmaltiError(
                 f"width {self.width} with {self.num_heads} heads: each head needs a multiple of 4"
             )
+        if self.hidden < 0 or not (self.norm_eps >= 0 and self.rotary_base > 1):
+            raise SmaltiError("hidden and norm_eps must be 0 or more, and rotary_base more than 1")
         for name in ("dropout", "label_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise SmaltiError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
@@ -165,11 +167,13 @@ class NextTokenPrior(Prior):
 
     def _check_codes(self, codes: Tensor) -> None:
         length, vocab_size = self.config.spec.length, self.config.spec.vocab_size
-        if codes.ndim != 2 or codes.shape[1] != length or codes.is_floating_point():
+        if codes.ndim != 2 or codes.shape[1] != length or codes.dtype != torch.int64:
             raise SmaltiError(
                 f"codes have shape {tuple(codes.shape)} and type {codes.dtype}; "
                 f"this prior takes (B, {length}) int64"
             )
+        if torch.compiler.is_compiling():  # a branch on values would break the graph
+            return
         if codes.numel() and (codes.min() < 0 or codes.max() >= vocab_size):
             raise SmaltiError(
                 f"codes lie in [{codes.min().item()}, {codes.max().item()}]; "
@@ -195,7 +199,9 @@ class NextTokenPrior(Prior):
 
         Args:
             guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass.
-            generator: one, or a list with one per sample: sample i then depends on its own only.
+            generator: one, or a list with one per sample: sample i then depends on its own only;
+                on any device. None is a new one with a random seed. (In bf16 a matrix product
+                rounds differently for other batch sizes, which can turn a draw; fp32 is safe.)
             guidance_schedule: how s_i grows over the codes: constant, linear, cosine, power-cosine.
             temperature: logits are divided by it; 0 is greedy.
             top_k: keep the k likeliest codes; 0 keeps all.
@@ -203,25 +209,24 @@ class NextTokenPrior(Prior):
             on_step: called with (codes drawn, L) after every code.
 
         Raises:
-            SmaltiError: a label or an option out of its range.
+            SmaltiError: a label or an option out of its range; the model's logits are not finite.
         """
         self.check_labels(condition)
-        options = SamplingOptions(temperature, top_k, top_p, guidance_schedule)
-        rows, length = len(condition), self.config.spec.length
-        uniforms = draw_uniforms(rows, length, generator).to(condition.device)
-        training = self.training
-        self.eval()
-        try:
-            decoder = _Decoder(self, condition, guided=guidance_scale != 1)
-            codes = torch.empty(rows, length, dtype=torch.int64, device=condition.device)
-            for step in range(length):
-                logits = decoder.logits(options.scale(guidance_scale, step, length))
+        options = SamplingOptions(temperature, top_k, top_p, guidance_scale, guidance_schedule)
+        labels = condition.to(self.output.weight.device)
+        rows, length = len(labels), self.config.spec.length
+        uniforms = draw_uniforms(rows, length, generator).to(labels.device)
+        scales = options.guidance_scales(length)
+        codes = torch.empty(rows, length, dtype=torch.int64, device=labels.device)
+        with self.evaluating():
+            decoder = _Decoder(self, labels, guided=any(scale != 1 for scale in scales))
+            for step, scale in enumerate(scales):
+                logits = decoder.logits(scale)
                 codes[:, step] = draw(logits, uniforms[:, step], options)
                 decoder.append(codes[:, step])
                 if on_step is not None:
                     on_step(step + 1, length)
-        finally:
-            self.train(training)
+            decoder.check_finite()
         return codes
 
 
@@ -234,6 +239,7 @@ class _Decoder:
             labels = torch.cat([labels, torch.full_like(labels, prior.num_classes)])
         config = prior.config
         self.next_input = prior.cls_embedding(labels)[:, None]  # (rows, 1, width)
+        self.hidden = self.next_input  # after the last layer
         self.table = prior._table(labels.device)
         self.cache = KeyValueCache(
             config.depth,
@@ -248,12 +254,17 @@ class _Decoder:
         """Guided logits (B, V) of the next code, fp32."""
         position = self.cache.length
         table = self.table[position : position + 1]
-        hidden = self.prior._transform(self.next_input, table, self.cache)
-        logits = self.prior.output(hidden[:, -1]).float()
+        self.hidden = self.prior._transform(self.next_input, table, self.cache)
+        logits = self.prior.output(self.hidden[:, -1]).float()
         if not self.guided:
             return logits
         conditional, unconditional = logits.chunk(2)
         return guide(conditional, unconditional, scale)
+
+    def check_finite(self) -> None:
+        """Once, at the end: what is not finite stays in the cache and reaches the last token."""
+        if not self.hidden.isfinite().all():
+            raise SmaltiError("the model gives NaN: its weights are damaged or overflow their type")
 
     def append(self, codes: Tensor) -> None:
         """The code just drawn for every sample, (B,), is the next input."""

@@ -31,13 +31,16 @@ class SamplingOptions:
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # keep the k likeliest codes; 0 keeps all
     top_p: float = 1.0  # keep the likeliest codes with this total probability
-    guidance_schedule: str = "constant"
+    guidance_scale: float = 1.0  # s in uncond + s (cond - uncond); 1 is off
+    guidance_schedule: str = "constant"  # a name in GUIDANCE_SCHEDULES
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance_scale):
+            raise SmaltiError(f"guidance_scale is {self.guidance_scale}; it must be finite")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise SmaltiError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise SmaltiError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise SmaltiError(f"top_k is {self.top_k}; it must be a whole number, 0 (off) or more")
         if not 0 < self.top_p <= 1:
             raise SmaltiError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
@@ -46,10 +49,11 @@ class SamplingOptions:
                 f"{nearest(self.guidance_schedule, GUIDANCE_SCHEDULES)}"
             )
 
-    def scale(self, guidance_scale: float, step: int, steps: int) -> float:
-        """s_i: the guidance scale at step i of n, from 1 to `guidance_scale`."""
-        progress = step / max(1, steps - 1)
-        return 1 + (guidance_scale - 1) * GUIDANCE_SCHEDULES[self.guidance_schedule](progress)
+    def guidance_scales(self, steps: int) -> list[float]:
+        """s_i for every step: all of it, or from 1 at the first step to all at the last."""
+        share = GUIDANCE_SCHEDULES[self.guidance_schedule]
+        progress = [step / (steps - 1) for step in range(steps)] if steps > 1 else [1.0]
+        return [1 + (self.guidance_scale - 1) * share(p) for p in progress]
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -67,10 +71,10 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Logits (B, V) with all at -inf but the smallest set of likeliest codes whose probabilities
-    reach p in total (nucleus sampling, 1904.09751)."""
+    reach p in total (nucleus sampling, 1904.09751); of codes that tie, the lower go first."""
     if p == 1:
         return logits
-    ordered, order = logits.sort(dim=-1, descending=True)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # total of all likelier codes
     return logits.masked_fill((before >= p).scatter(-1, order, before >= p), -torch.inf)
@@ -81,7 +85,7 @@ def draw(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
 
     Args:
         logits: (B, V).
-        uniforms: (B,) in [0, 1), one number per row: the inverse of the cumulative distribution
+        uniforms: (B,) in [0, 1], one number per row: the inverse of the cumulative distribution
             turns it into a code, so a row depends on nothing but its own logits and number.
 
     Returns:
@@ -92,13 +96,18 @@ def draw(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     logits = keep_top_p(
         keep_top_k(logits.float() / options.temperature, options.top_k), options.top_p
     )
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    target = uniforms.double()[:, None] * cumulative[:, -1:]  # rounding: the total is not quite 1
-    return (
-        torch.searchsorted(cumulative, target, right=True)
-        .squeeze(-1)
-        .clamp(max=logits.shape[-1] - 1)
-    )
+    dtype = exact_dtype(logits.device)
+    cumulative = logits.to(dtype).softmax(dim=-1).cumsum(dim=-1)
+    total = cumulative[:, -1:]  # not quite 1, by rounding
+    below = total.nextafter(torch.zeros_like(total))  # so that a code of probability 0 stays out
+    target = torch.minimum(uniforms[:, None].to(logits.device, dtype) * total, below)
+    found = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return found.clamp(max=logits.shape[-1] - 1)  # logits that are NaN find nothing
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """The most exact type of a device: float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def draw_uniforms(
@@ -107,20 +116,25 @@ def draw_uniforms(
     """All random numbers of a sampling call, (rows, length) in [0, 1).
 
     With a list of generators row i comes from generators[i] alone. They are drawn where the
-    generator lives, so a CPU generator gives the same codes on any device.
+    generator lives, so a CPU generator gives the same codes on any device. None is a new generator
+    with a random seed: sampling leaves torch's global random state, and so training, alone.
 
     Raises:
         SmaltiError: the list has another length than there are rows.
     """
-    if generator is None or isinstance(generator, torch.Generator):
-        device = "cpu" if generator is None else generator.device
-        return torch.rand(rows, length, generator=generator, device=device, dtype=torch.float64)
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    if isinstance(generator, torch.Generator):
+        return _uniforms((rows, length), generator)
     if len(generator) != rows:
         raise SmaltiError(
             f"{len(generator)} generators were given for {rows} samples: give one each"
         )
-    drawn = [
-        torch.rand(length, generator=g, device=g.device, dtype=torch.float64).cpu()
-        for g in generator
-    ]
-    return torch.stack(drawn)
+    drawn = [_uniforms((length,), own).cpu() for own in generator]
+    return torch.stack(drawn) if drawn else torch.empty(0, length)
+
+
+def _uniforms(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    dtype = exact_dtype(generator.device)
+    return torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)

@@ -3,12 +3,14 @@
 PRESETS  <-  strict YAML recipe (--config FILE)  <-  command-line flags
 """
 
+import contextlib
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,9 +29,27 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("smalti.scripts.evaluate", "measure a saved pipeline"),
 }
 
+BOX_FRAME = " ╭╮╰╯│─"  # around what tyro says
+
 EXIT_MISTAKE = 2  # something in the input is wrong, and the message says what to do
 EXIT_FAILURE = 1  # the machine failed: disk full, no permission
 EXIT_INTERRUPTED = 130
+
+# Faults that say enough in one line. Any other is a defect of ours and keeps its traceback.
+MACHINE_FAULTS = {
+    getattr(errno, name)
+    for name in (
+        "ENOSPC",
+        "EDQUOT",
+        "EACCES",
+        "EPERM",
+        "EROFS",
+        "ENAMETOOLONG",
+        "ENOTDIR",
+        "EISDIR",
+    )
+    if hasattr(errno, name)  # EDQUOT is unknown on Windows
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,23 +70,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(
-    command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None
+    command: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
 ) -> int:
-    """Run a command so that a mistake ends in one clear line, not in a traceback."""
+    """Run a command so that a mistake ends in one clear line, not in a traceback.
+
+    Returns:
+        The exit status: what the command returned, EXIT_MISTAKE, EXIT_FAILURE or EXIT_INTERRUPTED.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        return command(argv)
+        return command(argv) or 0
     except SmaltiError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _complain("interrupted", EXIT_INTERRUPTED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):
+        if error.errno not in MACHINE_FAULTS:
             raise
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
-        return EXIT_FAILURE
+        message = f"{error.strerror}: {error.filename or 'while writing'}"
+        return _complain(message, EXIT_FAILURE)
 
 
 def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str) -> T:
@@ -77,8 +100,8 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     `--print-config` prints the result as a recipe and exits.
 
     Raises:
-        SmaltiError: a mistake in the recipe.
-        SystemExit: a mistake in the flags (status 2), or --help, or --print-config.
+        SmaltiError: a mistake in the recipe or in the flags.
+        SystemExit: --help or --print-config.
     """
     import tyro
 
@@ -91,18 +114,45 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     base = _with_presets(config_class, recipe, arguments, where)
     default = config_from_dict(config_class, recipe, where, base)
     # tyro shows the comment beside each field as its help text.
-    config = tyro.cli(
-        config_class,
-        default=default,
-        args=arguments,
-        prog=prog,
-        description=_description(config_class),
-        use_underscores=True,
-    )
+    with _mistakes_as_one_line(prog):
+        config = tyro.cli(
+            config_class,
+            default=default,
+            args=arguments,
+            prog=prog,
+            description=_description(config_class),
+            use_underscores=True,
+            config=(tyro.conf.AvoidSubcommands,),  # a union keeps the type that its default has
+        )
+    config = config_from_dict(config_class, config_to_dict(config), "command line")
     if show:
         print(recipe_text(config), end="")
         raise SystemExit(0)
     return config
+
+
+@contextlib.contextmanager
+def _mistakes_as_one_line(prog: str) -> Iterator[None]:
+    """tyro frames a mistake in a box of several lines and exits: tell it as all our errors."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        cause: BaseException | None = stop
+        while cause is not None:  # what a config class itself found wrong
+            if isinstance(cause, SmaltiError):
+                raise cause from None
+            cause = cause.__context__
+        rows = [row.strip(BOX_FRAME) for row in box.getvalue().splitlines()[1:]]
+        text = (
+            " ".join(row for row in rows if row.strip("-"))
+            .partition("For full helptext")[0]
+            .strip()
+        )
+        raise SmaltiError(f"{text.rstrip('.')}; {prog} --help lists the options") from None
 
 
 def recipe_text(config: Any) -> str:
@@ -157,12 +207,29 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SmaltiError(f"the recipe {path} does not exist: check --config")
     try:
-        content = yaml.safe_load(path.read_text())
+        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        _refuse_repeated_keys(node, path)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SmaltiError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise SmaltiError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise SmaltiError(f"{path} holds no keys and values: it is not a recipe")
     return content
+
+
+def _refuse_repeated_keys(node: Any, path: Path) -> None:
+    """YAML would silently let the last of two equal keys win."""
+    import yaml
+
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        if str(key.value) in seen:
+            line = key.start_mark.line + 1
+            raise SmaltiError(f'{path}, line {line}: the key "{key.value}" stands twice')
+        seen.add(str(key.value))
+        _refuse_repeated_keys(value, path)
 
 
 def _description(config_class: type) -> str:
@@ -173,11 +240,15 @@ def _description(config_class: type) -> str:
     return "\n".join(lines)
 
 
-def _complain(message: str) -> int:
-    """One line on stderr, from one process only."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_MISTAKE
+def _complain(message: str, status: int = EXIT_MISTAKE) -> int:
+    """One line on stderr, from the first process of a job only; returns the status."""
+    if message.startswith("Caught "):  # torch wraps what a loader's worker raises in a traceback
+        message = message.rstrip().splitlines()[-1].partition(": ")[2]
+    line = " ".join(message.split())
+    shown = "".join(letter if letter.isprintable() else "?" for letter in line)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {shown}", file=sys.stderr)
+    return status
 
 
 def _usage() -> str:

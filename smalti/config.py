@@ -6,6 +6,8 @@ names the file, the key and the nearest known name.
 
 import dataclasses
 import difflib
+import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -46,10 +48,13 @@ def config_from_dict(cls: type[T], data: Any, where: str, base: T | None = None)
         base: values for the keys that `data` lacks; without it only declared defaults are used.
 
     Raises:
-        SmaltiError: an unknown or missing key, or a value of the wrong type.
+        SmaltiError: an unknown or missing key, a value of the wrong type, or one that the class
+            refuses.
     """
     if not isinstance(data, Mapping):
-        raise SmaltiError(f"{where}: expected keys and values for {cls.__name__}, got {data!r}")
+        raise SmaltiError(
+            f"{where}: expected keys and values for {cls.__name__}, got {_short(data)}"
+        )
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in data:
@@ -66,7 +71,7 @@ def config_from_dict(cls: type[T], data: Any, where: str, base: T | None = None)
             raise SmaltiError(f'{where}: the key "{name}" is missing')
     try:
         return cls(**values)
-    except SmaltiError as error:
+    except (ArithmeticError, ValueError) as error:  # what the class itself finds wrong
         raise SmaltiError(f"{where}: {error}") from error
 
 
@@ -83,7 +88,7 @@ def _convert(value: Any, hint: Any, where: str, base: Any = None) -> Any:
     if origin is Literal:
         if value not in get_args(hint):
             choices = ", ".join(map(str, get_args(hint)))
-            raise SmaltiError(f"{where} is {value!r}; choose one of {choices}")
+            raise SmaltiError(f"{where} is {_short(value)}; choose one of {choices}")
         return value
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, hint, where, base)
@@ -103,14 +108,15 @@ def _convert_union(value: Any, hint: Any, where: str, base: Any) -> Any:
         return None
     options = tuple(option for option in options if option is not type(None))
     if isinstance(value, Mapping) and len(options) > 1:
-        return _convert(value, _by_kind(value, options, where), where, base)
+        chosen = _by_kind({"kind": getattr(base, "kind", None), **value}, options, where)
+        return _convert(value, chosen, where, base)
     for option in options:
         try:
             return _convert(value, option, where, base)
         except SmaltiError:
             if len(options) == 1:
                 raise
-    raise SmaltiError(f"{where} is {value!r}; expected {' or '.join(map(_name, options))}")
+    raise SmaltiError(f"{where} is {_short(value)}; expected {' or '.join(map(_name, options))}")
 
 
 def _by_kind(value: Mapping, options: tuple[Any, ...], where: str) -> Any:
@@ -121,14 +127,14 @@ def _by_kind(value: Mapping, options: tuple[Any, ...], where: str) -> Any:
         if dataclasses.is_dataclass(option) and "kind" in typing.get_type_hints(option)
     }
     kind = value.get("kind")
-    if kind not in kinds:
-        raise SmaltiError(f"{where}: kind is {kind!r}; {nearest(str(kind), kinds)}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise SmaltiError(f"{where}: kind is {_short(kind)}; {nearest(str(kind), kinds)}")
     return kinds[kind]
 
 
 def _convert_tuple(value: Any, hints: tuple[Any, ...], where: str) -> tuple:
     if not isinstance(value, list | tuple):
-        raise SmaltiError(f"{where} is {value!r}; expected a list")
+        raise SmaltiError(f"{where} is {_short(value)}; expected a list")
     if len(hints) == 2 and hints[1] is Ellipsis:
         hints = (hints[0],) * len(value)
     if len(hints) != len(value):
@@ -139,23 +145,37 @@ def _convert_tuple(value: Any, hints: tuple[Any, ...], where: str) -> tuple:
 
 def _convert_mapping(value: Any, hints: tuple[Any, ...], where: str) -> dict:
     if not isinstance(value, Mapping):
-        raise SmaltiError(f"{where} is {value!r}; expected keys and values")
+        raise SmaltiError(f"{where} is {_short(value)}; expected keys and values")
     inner = hints[1] if len(hints) == 2 else Any
     return {str(k): _convert(v, inner, f"{where}.{k}") for k, v in value.items()}
 
 
 def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-4 as a string
-        except ValueError:
-            pass
+        number = _finite(value)
+        if number is not None:
+            return number
     elif hint is Path and isinstance(value, str | Path):
-        return Path(value)
+        return Path(os.path.expanduser(value))  # no shell expands ~ in a recipe
     elif type(value) is hint:  # exact: a bool is not an int
         return value
-    raise SmaltiError(f"{where} is {value!r}; expected {_name(hint)}")
+    raise SmaltiError(f"{where} is {_short(value)}; expected {_name(hint)}")
+
+
+def _finite(value: int | float | str) -> float | None:
+    """The value as a float, if it is one that JSON can hold; YAML reads 1e-4 as a string."""
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _name(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint))
+    return "a finite float" if hint is float else getattr(hint, "__name__", str(hint))
+
+
+def _short(value: Any) -> str:
+    """How a value stands in a message, which remains one readable line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

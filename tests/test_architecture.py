@@ -1,6 +1,7 @@
 """The house rules that a reader relies on, held by reading the source."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.registry import TOKENIZERS
 
 ROOT = Path(__file__).parent.parent
-BASE = {"smalti.errors", "smalti.config", "smalti.hub"}
+BASE = {"smalti.errors", "smalti.config", "smalti.files", "smalti.hub"}
 FOLDERS = ("data", "tokenizer", "prior", "pipelines", "training", "evaluation", "scripts")
 
 # folder -> what of smalti it may import, as prefixes of module names; itself is always allowed
@@ -94,9 +95,24 @@ def test_files_and_functions_can_be_read_in_one_sitting(folder: str) -> None:
         text = path.read_text()
         assert len(text.splitlines()) <= MAX_FILE, path
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1
                 assert length <= MAX_FUNCTION, f"{path}:{node.name} has {length} lines"
+
+
+def test_the_front_door_imports_nothing_behind_it() -> None:
+    """Only names that stand in strings lead from smalti/ to the folders; all is lazy."""
+    for path in sources("smalti"):
+        body = [n for n in ast.parse(path.read_text()).body if not isinstance(n, ast.If)]
+        for module, line in imports(ast.Module(body, [])):
+            own = module.split(".")[1:2]
+            assert not (module.startswith("smalti.") and own[0] in FOLDERS), f"{path}:{line}"
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, "smalti"])
+def test_nothing_is_left_to_do(folder: str) -> None:
+    for path in sources(folder):
+        assert not re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text()), path
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS, "smalti"])
@@ -114,5 +130,6 @@ def test_every_registered_name_resolves(registry, base) -> None:
     for name in registry:
         cls = registry.resolve(name)
         assert issubclass(cls, base)
+        assert cls.__doc__
         assert registry.name_of(cls) == name
         assert cls.Config()

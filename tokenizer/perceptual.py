@@ -111,7 +111,7 @@ class LPIPS(nn.Module):
 
         try:
             trunk = vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features.state_dict()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no connection; a file cut short
             raise SmaltiError(
                 f"torchvision's VGG16 weights cannot be downloaded ({error}): give a file of LPIPS "
                 "weights, or use the embedded AlexNet trunk"
@@ -148,6 +148,11 @@ class LPIPS(nn.Module):
         return taps
 
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:
+        if images.shape != reference.shape or images.ndim != 4 or images.shape[1] != 3:
+            raise SmaltiError(
+                f"images have shape {tuple(images.shape)}, the reference {tuple(reference.shape)}: "
+                "give two equal shapes (B, 3, H, W)"
+            )
         with torch.autocast(images.device.type, enabled=False):
             pairs = zip(
                 self.features(images.float()),

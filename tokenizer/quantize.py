@@ -53,7 +53,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("idle_steps", torch.full((vocab_size,), revive_after))
         self.idle_steps: Tensor
         self._pending_counts: Tensor | None = None  # (V,) hits since the last accepted step
-        self._pending_features: Tensor | None = None  # (N, d) candidates for revival
+        self._pending_features: list[Tensor] = []  # (N, d) each: candidates for revival
 
     @property
     def vocab_size(self) -> int:
@@ -101,21 +101,21 @@ class VectorQuantizer(nn.Module):
         counts = torch.bincount(codes.flatten(), minlength=self.vocab_size)
         pending = self._pending_counts
         self._pending_counts = counts if pending is None else pending + counts
-        self._pending_features = features.movedim(1, -1).flatten(0, -2)  # (N, d)
+        self._pending_features.append(features.movedim(1, -1).flatten(0, -2))  # (N, d)
 
     def discard_step(self) -> None:
         """Forget hits and candidates of a step whose update was skipped."""
-        self._pending_counts = self._pending_features = None
+        self._pending_counts, self._pending_features = None, []
 
     @torch.no_grad()
     def after_step(self, generator: torch.Generator) -> None:
-        """Age the codes over all processes, then replace the dead ones by current features.
+        """Age the codes over all processes, then replace the dead ones by features of this step.
 
         `generator` is a CPU generator, equal on all processes.
         """
-        counts, features = self._pending_counts, self._pending_features
+        counts, candidates = self._pending_counts, self._pending_features
         self.discard_step()
-        if counts is None or features is None or not self.revive_after:
+        if counts is None or not self.revive_after:
             return
         if dist.is_initialized():
             dist.all_reduce(counts)
@@ -123,12 +123,22 @@ class VectorQuantizer(nn.Module):
         dead = (self.idle_steps > self.revive_after).nonzero().flatten()
         # The number of dead codes is the same everywhere: so is the decision to communicate.
         if len(dead):
-            choice = torch.randint(len(features), (len(dead),), generator=generator)
-            fresh = features[choice.to(features.device)].contiguous()
-            if dist.is_initialized():
-                dist.broadcast(fresh, src=0)
+            fresh = _draw(torch.cat(candidates), len(dead), generator)
             self.embedding.weight[dead] = fresh.to(self.embedding.weight.dtype)
             self.idle_steps[dead] = 0
+
+
+def _draw(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` rows of the features (N, d) of all processes laid end to end, the same on each."""
+    size = len(features)
+    distributed = dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    choice = torch.randint(world * size, (count,), generator=generator).to(features.device)
+    mine = choice // size == rank
+    rows = torch.where(mine[:, None], features[choice % size], 0.0)
+    if distributed:
+        dist.all_reduce(rows)
+    return rows
 
 
 def nearest_codes(features: Tensor, codebook: Tensor) -> Tensor:

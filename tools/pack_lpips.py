@@ -1,8 +1,9 @@
-"""One-off: pack LPIPS weights (trunk and v0.1 heads) as half-precision safetensors.
+"""One-off: pack LPIPS weights as safetensors; `tokenizer/assets/README.md` says where from.
 
     python tools/pack_lpips.py lpips_alex_v0.1_full.pth tokenizer/assets
 
-The heads for VGG are taken from the installed `lpips` package.
+AlexNet's trunk and v0.1 heads become half precision; the heads for VGG are taken unchanged from
+the installed `lpips` package.
 """
 
 import sys

@@ -18,14 +18,15 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 class MetricsLog:
     """One JSON object per line: {"step": 100, "loss": 0.25, ...}. Only the main process writes.
 
-    On resume, lines at or after the resumed step are dropped, so that no step stands twice.
+    "step" counts finished steps. On resume, lines after the resumed step are dropped, so that no
+    step stands twice.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, resume_step: int = 0) -> None:
         self.path = path
         self.accelerator = accelerator
         if accelerator.is_main_process:
-            path.write_text("".join(_lines_before(path, resume_step)))
+            path.write_text("".join(_lines_up_to(path, resume_step)))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line; also send the values to the trackers."""
@@ -38,7 +39,7 @@ class MetricsLog:
         self.accelerator.log(values, step=step)
 
 
-def _lines_before(path: Path, step: int) -> list[str]:
+def _lines_up_to(path: Path, step: int) -> list[str]:
     if not path.is_file():
         return []
     kept = []
@@ -47,7 +48,7 @@ def _lines_before(path: Path, step: int) -> list[str]:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue  # the last line of a killed run may be cut
-        if entry["step"] < step:
+        if entry["step"] <= step:
             kept.append(line)
     return kept
 

@@ -27,8 +27,8 @@ def resolve_precision(requested: Precision, device: torch.device) -> Literal["no
 
 def _step_time(bf16: bool) -> float:
     """Best of three forward and backward passes of a small convolution, in seconds."""
-    block = nn.Conv2d(64, 64, 3, padding=1)
     with torch.random.fork_rng(devices=[]):
+        block = nn.Conv2d(64, 64, 3, padding=1)
         images = torch.randn(16, 64, 16, 16)
     best = float("inf")
     for _ in range(4):  # the first one warms up

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -121,6 +122,8 @@ class Run:
         use_cpu = os.environ.get("ACCELERATE_USE_CPU") in ("1", "true", "True") or None
         device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
         self.precision: Literal["no", "bf16"] = resolve_precision(config.mixed_precision, device)
+        # A process may train one stage after the other, each in its own precision.
+        AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             mixed_precision=self.precision,
             log_with=None if config.report_to == "none" else config.report_to,
@@ -336,7 +339,8 @@ class Run:
 
     def export(self, model: Saveable, name: str) -> Path:
         """Close the trackers and write the finished model to `output_dir/name`."""
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         if self.accelerator.is_main_process:
             model.save_pretrained(self.folder / name)
         self.accelerator.wait_for_everyone()

@@ -1,6 +1,8 @@
 """Pictures as tensors: squared, in range, flipped reproducibly; the embedded sets are real."""
 
 import hashlib
+import pickle
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from smalti.data import dataset as dataset_module
 from smalti.data.dataset import ImageDataset
 from smalti.data.image_io import image_grid, save_png, to_pil, to_uint8
 from smalti.data.images import heldout_mask, open_source
+from smalti.data.loader import stream_batches
+from smalti.data.order import DataOrder
 from smalti.data.transforms import center_crop, flips, to_float, to_tensor
 from smalti.errors import SmaltiError
 
@@ -22,6 +26,23 @@ def test_center_crop_keeps_the_middle() -> None:
     assert square.shape == (10, 10, 3)
     assert (square[:, 1:-1] == [255, 0, 0]).all()
     assert center_crop(Image.new("RGB", (5, 9)), 16).size == (16, 16)
+
+
+@pytest.mark.parametrize("shape", [(101, 67), (67, 101), (64, 64), (33, 200), (15, 16), (31, 32)])
+def test_center_crop_is_that_of_guided_diffusion(shape: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(0, 255, (*shape, 3), dtype=np.uint8))
+    halved = np.asarray(image)
+    while min(halved.shape[:2]) >= 32:  # twice the target of 16
+        size = (halved.shape[1] // 2, halved.shape[0] // 2)
+        halved = np.asarray(Image.fromarray(halved).resize(size, resample=Image.Resampling.BOX))
+    height, width = halved.shape[:2]
+    scale = 16 / min(height, width)
+    size = (round(width * scale), round(height * scale))
+    resized = np.asarray(Image.fromarray(halved).resize(size, resample=Image.Resampling.BICUBIC))
+    top, left = (resized.shape[0] - 16) // 2, (resized.shape[1] - 16) // 2
+    expected = resized[top : top + 16, left : left + 16]
+    assert np.array_equal(np.asarray(center_crop(image, 16)), expected)
 
 
 def test_float_and_uint8_are_inverse() -> None:
@@ -55,6 +76,19 @@ def test_decoding_once_or_each_time_gives_the_same(pictures, monkeypatch) -> Non
     fresh = ImageDataset(source, 16, split="train")
     assert fresh._pixels is None and kept._pixels is not None
     assert torch.equal(kept.all_images(), fresh.all_images())
+
+
+def test_a_data_set_can_be_sent_to_worker_processes(pictures) -> None:
+    original = ImageDataset(open_source(str(pictures)), 16, split="train", flip=True)
+    copy = pickle.loads(pickle.dumps(original))
+    order = DataOrder(len(original), 8, seed=0)
+    stream = stream_batches(original, order, num_workers=2)
+    for step in range(3):
+        here = original.__getitems__(order.keys(step))
+        (there,) = next(stream)
+        assert torch.equal(copy.__getitems__(order.keys(step)).images, here.images)
+        assert torch.equal(there.images, here.images)
+        assert torch.equal(there.labels, here.labels)
 
 
 def test_splits_divide_the_set(pictures) -> None:
@@ -100,6 +134,17 @@ def test_embedded_pixels_are_those_that_were_packed() -> None:
         for name in ("emoji", "fashion")
     }
     assert digests == {"emoji": "7bfed6a61e25f0ba", "fashion": "c174d56e9a0dd37b"}
+
+
+def test_the_embedded_sets_carry_their_licences() -> None:
+    assets = files("smalti.data") / "assets"
+    text = (assets / "README.md").read_text()
+    for line in ("Apache License 2.0", "CC-BY-4.0", "Changes", "emoji-0.webp", "fashion-0.webp"):
+        assert line in text
+    for name in ("fluent-emoji", "emoji-data", "fashion-mnist"):
+        licence = (assets / f"LICENCE-{name}.txt").read_text()
+        assert f"LICENCE-{name}.txt" in text
+        assert "Copyright" in licence and "Permission is hereby granted" in licence
 
 
 def test_fashion_keeps_its_published_split() -> None:

@@ -1,6 +1,8 @@
 """Folders of pictures: what is accepted, and how each kind of trouble is told."""
 
 import io
+import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -42,17 +44,22 @@ def test_the_fingerprint_follows_the_files(pictures: Path) -> None:
     assert open_source(str(pictures)).fingerprint != before
 
 
-def png_that_claims(width: int, height: int) -> bytes:
-    """A few bytes that claim to be a huge picture."""
+def handmade_png(width: int, height: int, pixels: bytes, depth: int = 8) -> bytes:
+    """A colour PNG, right or wrong: `pixels` are its rows, each after a zero byte."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(kind + body))
         return struct.pack(">I", len(body)) + kind + body + checksum
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = zlib.compress(b"\0" * 1000)
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    body = zlib.compress(pixels)
     parts = [chunk(b"IHDR", header), chunk(b"IDAT", body), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A few bytes that claim to be a huge picture."""
+    return handmade_png(width, height, b"\0" * 1000)
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -71,6 +78,10 @@ TROUBLE = {
     "bomb.png": (png_that_claims(20000, 20000), "claims more pixels than can be trusted"),
     "large.png": (png_that_claims(9000, 9000), "claims 9000 x 9000 pixels"),
     "deep.png": (saved(GREY16, "PNG"), "is 16-bit"),
+    "deep colour.png": (
+        handmade_png(20, 20, (b"\0" + struct.pack(">H", 40000) * 60) * 20, depth=16),
+        "is 16-bit",
+    ),
     "print.jpg": (saved(RGB.convert("CMYK"), "JPEG"), "is CMYK"),
     "palette.png": (saved(RGB.convert("P"), "PNG"), "is a palette image"),
     "moving.gif": (
@@ -79,7 +90,7 @@ TROUBLE = {
     ),
     "dot.png": (saved(RGB.crop((0, 0, 1, 1)), "PNG"), "is 1 x 1 pixels"),
 }
-UNUSUAL = ("deep.png", "print.jpg", "palette.png", "moving.gif")
+UNUSUAL = ("deep.png", "deep colour.png", "print.jpg", "palette.png", "moving.gif")
 UNDECODABLE = ("empty.png", "text.jpg", "cut.jpg", "cut.png")
 
 
@@ -102,7 +113,7 @@ def test_unusual_pictures_can_be_converted(pictures: Path, name: str) -> None:
     image = source.read(index)
     assert image.mode == "RGB" and image.size == (20, 20)
     if name == "deep.png":  # 40000 of 65535
-        assert np.asarray(image)[0, 0].tolist() == [155, 155, 155]
+        assert np.asarray(image)[0, 0].tolist() == [156, 156, 156]
 
 
 @pytest.mark.parametrize("name", UNDECODABLE)
@@ -119,10 +130,62 @@ def test_a_bomb_is_not_skipped_silently(pictures: Path) -> None:
         FolderSource(pictures, FolderOptions(bad_images="skip"))
 
 
-def test_one_class_needs_a_word(pictures: Path) -> None:
+def test_all_trouble_is_counted_at_once(pictures: Path) -> None:
+    for name in ("cut.png", "dot.png", "deep.png"):
+        (pictures / "red" / name).write_bytes(TROUBLE[name][0])
+    with pytest.raises(SmaltiError, match=r"red/cut.png.*\(and 2 more cannot be used\)"):
+        open_source(str(pictures))
+
+
+def test_a_picture_that_is_damaged_later_is_named(pictures: Path) -> None:
+    source = open_source(str(pictures))
+    (pictures / "blue" / "0.png").write_bytes(TROUBLE["cut.png"][0])
+    with pytest.raises(SmaltiError, match=r"blue/0.png cannot be decoded"):
+        source.read(0)
+
+
+def test_links_are_followed_but_not_in_circles(pictures: Path, tmp_path: Path) -> None:
+    root = tmp_path / "linked"
+    root.mkdir()
+    for name in ("red", "green"):
+        (root / name).symlink_to(pictures / name, target_is_directory=True)
+    (pictures / "red" / "again").symlink_to(pictures / "red", target_is_directory=True)
+    (pictures / "red" / "up").symlink_to(root, target_is_directory=True)
+    source = open_source(str(root))
+    assert source.classes == ("green", "red")
+    assert torch.bincount(source.labels).tolist() == [8, 8]
+    (root / "red" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(SmaltiError, match=r"gone.png cannot be decoded"):
+        open_source(str(root))
+
+
+def test_names_need_not_be_unicode(pictures: Path) -> None:
+    strange = os.fsencode(pictures / "red") + b"/\xff\xfe.png"
+    try:
+        os.rename(pictures / "red" / "0.png", strange)
+    except OSError:
+        pytest.skip("this file system has Unicode names only")
+    source = open_source(str(pictures))
+    assert len(source) == 24 and heldout_mask(source, 0.3).any()
+
+
+def test_a_class_without_pictures_is_refused(pictures: Path) -> None:
+    (pictures / "empty").mkdir()
+    with pytest.raises(SmaltiError, match=r"class folder .*/empty holds no pictures"):
+        open_source(str(pictures))
+
+
+def test_skipping_may_not_leave_one_class(pictures: Path) -> None:
     for name in ("red", "green"):
         for path in (pictures / name).iterdir():
-            path.unlink()
+            path.write_bytes(b"")
+    with pytest.raises(SmaltiError, match=r'one class only \("blue"\)'):
+        FolderSource(pictures, FolderOptions(bad_images="skip"))
+
+
+def test_one_class_needs_a_word(pictures: Path) -> None:
+    for name in ("red", "green"):
+        shutil.rmtree(pictures / name)
     with pytest.raises(SmaltiError, match=r'one class only \("blue"\).*--folder.single_class'):
         open_source(str(pictures))
     assert len(FolderSource(pictures, FolderOptions(single_class=True))) == 8
@@ -178,3 +241,29 @@ def test_held_out_pictures_do_not_depend_on_the_others(pictures: Path) -> None:
     assert not torch.equal(heldout_mask(source, 0.3, seed=1), mask)
     with pytest.raises(SmaltiError, match="between 0 and 1"):
         heldout_mask(source, 1.5)
+
+
+def test_every_class_is_on_both_sides_of_the_split(pictures: Path) -> None:
+    source = open_source(str(pictures))
+    for seed in range(20):
+        for fraction in (0.001, 0.5, 0.999):
+            mask = heldout_mask(source, fraction, seed)
+            counts = torch.bincount(source.labels[mask], minlength=3)
+            assert (counts >= 1).all() and (counts <= 7).all()
+
+
+def test_the_only_picture_of_a_class_is_for_training(pictures: Path) -> None:
+    for number in range(1, 8):
+        (pictures / "red" / f"{number}.png").unlink()
+    source = open_source(str(pictures))
+    red = source.labels == source.classes.index("red")
+    assert red.sum() == 1
+    assert not any(heldout_mask(source, 0.9, seed)[red].item() for seed in range(10))
+
+
+def test_a_set_that_cannot_be_divided_is_refused(pictures: Path) -> None:
+    for name in ("red", "green", "blue"):
+        for number in range(1, 8):
+            (pictures / name / f"{number}.png").unlink()
+    with pytest.raises(SmaltiError, match="3 pictures are too few"):
+        heldout_mask(open_source(str(pictures)), 0.1)

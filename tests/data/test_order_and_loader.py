@@ -64,6 +64,13 @@ def test_micro_batches_and_workers_change_nothing_but_the_packaging() -> None:
     assert take(4, num_workers=2) == whole
 
 
+def test_reading_leaves_the_global_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    take(3)
+    take(3, num_workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_indivisible_batches_are_refused() -> None:
     with pytest.raises(SmaltiError, match="cannot be shared by 3"):
         DataOrder(10, 4, seed=0).shard(0, 0, 3)

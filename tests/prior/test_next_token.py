@@ -13,6 +13,7 @@ from smalti.prior.next_token import PRESETS, NextTokenConfig, NextTokenPrior
 
 CODES = torch.randint(16, (4, 64), generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 3])  # 3 is the null label
+TINY = NextTokenConfig(CodeSpec(16, ((3, 5),)), 3, depth=2, width=16, num_heads=2, hidden=32)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,7 @@ LABELS = torch.tensor([0, 1, 2, 3])  # 3 is the null label
         ("gpt-l", 342_910_976),
         ("gpt-xl", 774_699_520),
         ("gpt-xxl", 1_410_972_672),
+        ("gpt-1b", 1_199_616_000),
         ("gpt-3b", 3_096_659_200),
         ("gpt-xxxl", 3_893_027_840),
         ("gpt-7b", 6_614_589_440),
@@ -46,14 +48,71 @@ def test_a_code_changes_no_earlier_logits(prior) -> None:
     assert not torch.allclose(before[:, 21:], after[:, 21:])
 
 
+def plain_logits(model: NextTokenPrior, codes: torch.Tensor, label: int) -> torch.Tensor:
+    """LlamaGen's forward pass for one sequence of codes (L,), written out: (L, V)."""
+    config, weights = model.config, model.state_dict()
+    heads, head_dim = config.num_heads, config.width // config.num_heads
+    columns, length = config.spec.grids[0][1], len(codes)
+
+    def rms(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[name]
+
+    def turn(x: torch.Tensor) -> torch.Tensor:  # (L, heads, head_dim)
+        out = x.clone()
+        for t in range(length):
+            for pair in range(head_dim // 2):
+                side, i = divmod(pair, head_dim // 4)
+                position = divmod(t - 1, columns)[side]
+                angle = position * 10000 ** (-2 * i / (head_dim / 2))
+                cos, sin = math.cos(angle), math.sin(angle)
+                if t == 0:
+                    cos, sin = (0, 0) if config.prefix_rotary == "zero" else (1, 0)
+                even, odd = x[t, :, 2 * pair], x[t, :, 2 * pair + 1]
+                out[t, :, 2 * pair] = even * cos - odd * sin
+                out[t, :, 2 * pair + 1] = even * sin + odd * cos
+        return out
+
+    x = torch.cat(
+        [weights["cls_embedding.weight"][label][None], weights["tok_embeddings.weight"][codes[:-1]]]
+    )
+    mask = torch.full((length, length), -torch.inf).triu(1)
+    for i in range(config.depth):
+        at = f"layers.{i}"
+        qkv = rms(x, f"{at}.attention_norm.weight") @ weights[f"{at}.attention.wqkv.weight"].T
+        query, key, value = qkv.view(length, 3, heads, head_dim).unbind(1)
+        scores = torch.einsum("qhd,khd->hqk", turn(query), turn(key)) / math.sqrt(head_dim)
+        attended = torch.einsum("hqk,khd->qhd", (scores + mask).softmax(-1), value).flatten(1)
+        x = x + attended @ weights[f"{at}.attention.wo.weight"].T
+        w1, w2, w3 = (weights[f"{at}.feed_forward.w{n}.weight"] for n in (1, 2, 3))
+        h = rms(x, f"{at}.ffn_norm.weight")
+        gate = h @ w1.T
+        x = x + (gate * gate.sigmoid() * (h @ w3.T)) @ w2.T
+    return rms(x, "norm.weight") @ weights["output.weight"].T
+
+
+def randomised(config: NextTokenConfig) -> NextTokenPrior:
+    """A model in which every weight matters: no zero head, no weights of one."""
+    model = NextTokenPrior(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=0.3 if parameter.ndim == 1 else 0.0, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("rotary", ["identity", "zero"])
+def test_logits_are_those_of_a_plain_llamagen(rotary) -> None:
+    model = randomised(replace(TINY, prefix_rotary=rotary))
+    with torch.no_grad():
+        logits = model.logits(CODES[:, :15], LABELS)
+        for row in range(4):
+            expected = plain_logits(model, CODES[row, :15], int(LABELS[row]))
+            torch.testing.assert_close(logits[row], expected, rtol=2e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("rotary", ["identity", "zero"])
 def test_cached_and_teacher_forced_logits_agree(rotary) -> None:
     from smalti.prior.next_token import _Decoder
 
-    torch.manual_seed(0)
-    config = NextTokenConfig(CodeSpec(16, ((3, 5),)), 3, 2, 16, 2, hidden=32, prefix_rotary=rotary)
-    model = NextTokenPrior(config).eval()
-    torch.nn.init.normal_(model.output.weight)
+    model = randomised(replace(TINY, prefix_rotary=rotary))
     codes = CODES[:, :15]
     with torch.no_grad():
         expected = model.logits(codes, LABELS)
@@ -107,8 +166,75 @@ def test_one_generator_repeats(prior) -> None:
 def test_sampling_leaves_the_mode_alone_and_reports_progress(prior) -> None:
     steps = []
     prior.train()
+    prior.norm.eval()
+    modes = {name: module.training for name, module in prior.named_modules()}
     prior.sample(LABELS, on_step=lambda done, total: steps.append((done, total)))
-    assert prior.training and steps == [(j + 1, 64) for j in range(64)]
+    assert modes == {name: module.training for name, module in prior.named_modules()}
+    assert steps == [(j + 1, 64) for j in range(64)]
+
+
+def test_sampling_in_training_mode_has_no_dropout(prior) -> None:
+    expected = prior.eval().sample(LABELS, generator=generators(1, 2, 3, 4))
+    assert torch.equal(prior.train().sample(LABELS, generator=generators(1, 2, 3, 4)), expected)
+
+
+def test_sampling_without_a_generator_leaves_the_global_random_state_alone(prior) -> None:
+    state = torch.get_rng_state()
+    first, second = prior.sample(LABELS), prior.sample(LABELS)
+    assert torch.equal(torch.get_rng_state(), state) and not torch.equal(first, second)
+
+
+def test_the_length_one_and_no_samples_at_all() -> None:
+    model = NextTokenPrior(replace(TINY, spec=CodeSpec(16, ((1, 1),)))).eval()
+    assert model.logits(CODES[:, :1], LABELS).shape == (4, 1, 16)
+    assert model.sample(LABELS, guidance_scale=2.0, guidance_schedule="linear").shape == (4, 1)
+    assert model.sample(LABELS[:0], generator=[]).shape == (0, 1)
+
+
+def test_a_model_that_overflows_is_not_sampled_from(prior) -> None:
+    prior.layers[0].feed_forward.w2.weight.data[0, 0] = math.nan
+    with pytest.raises(SmaltiError, match="the model gives NaN"):
+        prior.sample(LABELS)
+
+
+def test_save_and_load(prior, tmp_path) -> None:
+    fitted = NextTokenPrior(replace(TINY, tokenizer_fingerprint="abc", prefix_rotary="zero"))
+    loaded = NextTokenPrior.from_pretrained(fitted.save_pretrained(tmp_path / "prior"))
+    assert loaded.config == fitted.config and loaded.fingerprint == fitted.fingerprint
+    assert torch.equal(
+        loaded.logits(CODES[:, :15], LABELS), fitted.eval().logits(CODES[:, :15], LABELS)
+    )
+
+
+def test_autocast_changes_little_and_the_loss_stays_fp32(prior) -> None:
+    exact = prior(CODES, LABELS).total
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = prior(CODES, LABELS).total
+        drawn = prior.sample(LABELS, guidance_scale=2.0)
+    assert rough.dtype == torch.float32 and drawn.shape == (4, 64)
+    assert rough.item() == pytest.approx(exact.item(), rel=1e-2)
+
+
+def test_a_bf16_model_samples_and_has_a_loss(prior) -> None:
+    exact = prior(CODES, LABELS).total.item()
+    prior.to(torch.bfloat16)
+    assert prior(CODES, LABELS).total.item() == pytest.approx(exact, rel=2e-2)
+    assert prior.sample(LABELS, temperature=0).shape == (4, 64)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_logits_and_reaches_every_weight(prior) -> None:
+    loss = prior(CODES, LABELS)
+    picked = prior.logits(CODES, LABELS).log_softmax(-1).gather(-1, CODES[..., None])
+    torch.testing.assert_close(loss.total, -picked.mean())
+    accuracy = (prior.logits(CODES, LABELS).argmax(-1) == CODES).float().mean()
+    assert loss.parts["accuracy"] == accuracy
+    loss.total.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in prior.parameters())
+
+
+def test_the_objective_compiles_into_one_graph(prior) -> None:
+    compiled = torch.compile(prior.train(False), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(CODES, LABELS).total, prior(CODES, LABELS).total)
 
 
 def test_labels_are_dropped_in_training_only(prior) -> None:
@@ -116,6 +242,18 @@ def test_labels_are_dropped_in_training_only(prior) -> None:
     dropped = prior.train().drop_labels(many, 0.1)
     assert 0.07 < (dropped == 3).float().mean() < 0.13
     assert torch.equal(prior.eval().drop_labels(many, 0.1), many)
+
+
+def test_embeddings_attention_and_feed_forward_have_dropout_in_training_only(prior) -> None:
+    block, shares = prior.layers[0], []
+    for module in (prior.dropout, block.attention, block.feed_forward):
+        module.register_forward_hook(
+            lambda module, args, out: shares.append((out == 0).float().mean().item())
+        )
+    prior.eval()(CODES, LABELS)
+    assert shares == [0, 0, 0]
+    prior.train()(CODES, LABELS)
+    assert shares[3:] == [pytest.approx(0.1, abs=0.03)] * 3
 
 
 def test_rotary_scores_depend_on_the_offset_alone() -> None:
@@ -167,13 +305,18 @@ def test_fitting_a_preset_to_latents() -> None:
         (lambda p: p.sample(torch.tensor([4])), "class label 4 is out of range: use 0 to 2"),
         (lambda p: p.sample(torch.tensor([-1])), "class label -1"),
         (lambda p: p.sample(torch.tensor([0.5])), "float32"),
+        (lambda p: p.sample(torch.tensor([True])), "bool"),
+        (lambda p: p.sample([0, 1]), "labels are a list"),
+        (lambda p: p.sample(LABELS, guidance_scale=math.nan), "guidance_scale is nan"),
+        (lambda p: p.sample(LABELS, top_k=2.5), "top_k is 2.5"),
         (lambda p: p.sample(LABELS, temperature=-1), "temperature is -1"),
         (lambda p: p.sample(LABELS, temperature=float("nan")), "temperature is nan"),
         (lambda p: p.sample(LABELS, top_p=0), "top_p is 0"),
         (lambda p: p.sample(LABELS, top_k=-2), "top_k is -2"),
         (lambda p: p.sample(LABELS, guidance_schedule="liner"), 'did you mean "linear"'),
-        (lambda p: p.sample(LABELS, generator=generators(1)), "1 generators for 4 samples"),
+        (lambda p: p.sample(LABELS, generator=generators(1)), "1 generators were given for 4"),
         (lambda p: p.logits(CODES[:, :5], LABELS), r"takes \(B, 64\)"),
+        (lambda p: p.logits(CODES.int(), LABELS), "int32"),
         (lambda p: p.logits(CODES + 10, LABELS), "knows 0 to 15"),
     ],
 )
@@ -188,6 +331,8 @@ def test_mistakes_are_explained(prior, call, message: str) -> None:
         ({"width": 18}, "each head needs a multiple of 4"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"depth": 0}, "at least 1"),
+        ({"hidden": -1}, "0 or more"),
+        ({"rotary_base": 0.0}, "more than 1"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message: str) -> None:

@@ -69,14 +69,44 @@ def test_temperature_sharpens_and_zero_is_greedy() -> None:
     assert draw(LOGITS, torch.zeros(1), SamplingOptions(temperature=0)).item() == 1
 
 
+def test_the_last_number_draws_the_last_code_that_is_left() -> None:
+    """1 is what rounding may make of the largest number below it."""
+    assert draw(LOGITS, torch.ones(1), SamplingOptions()).item() == 3
+    assert draw(LOGITS, torch.ones(1), SamplingOptions(top_k=1)).item() == 1
+    assert draw(LOGITS, torch.zeros(1), SamplingOptions(top_k=1)).item() == 1
+
+
+def test_codes_that_tie_are_kept_by_top_p_in_their_order() -> None:
+    left = keep_top_p(torch.zeros(1, 64), 0.25)[0].isfinite().nonzero().flatten()
+    assert left.tolist() == list(range(16))
+
+
+def test_draws_agree_with_torch_multinomial_after_both_filters() -> None:
+    """Chi-square of two samples, one drawn by torch from the filtered distribution."""
+    rng = torch.Generator().manual_seed(3)
+    logits = torch.randn(1, 40, generator=rng)
+    options = SamplingOptions(temperature=0.8, top_k=20, top_p=0.9)
+    kept = keep_top_p(keep_top_k(logits / 0.8, 20), 0.9).softmax(-1)[0]
+    uniforms = torch.rand(30000, generator=rng, dtype=torch.float64)
+    ours = torch.bincount(draw(logits.expand(30000, -1), uniforms, options), minlength=40)
+    theirs = torch.bincount(kept.multinomial(30000, True, generator=rng), minlength=40)
+    both = ours + theirs
+    assert torch.equal(both > 0, kept > 0)
+    chi_square = ((ours - theirs).square() / both.clamp(min=1)).sum()
+    freedom = int((kept > 0).sum()) - 1
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+
+
 def test_schedules_begin_at_one_and_end_at_the_scale() -> None:
     for name in ("linear", "cosine", "power-cosine"):
-        options = SamplingOptions(guidance_schedule=name)
-        scales = [options.scale(4.0, i, 11) for i in range(11)]
+        options = SamplingOptions(guidance_scale=4.0, guidance_schedule=name)
+        scales = options.guidance_scales(11)
+        assert len(scales) == 11 and scales == sorted(scales)
         assert scales[0] == 1 and scales[-1] == pytest.approx(4.0)
-        assert scales == sorted(scales)
-    assert {SamplingOptions().scale(4.0, i, 11) for i in range(11)} == {4.0}
-    assert SamplingOptions(guidance_schedule="linear").scale(3.0, 5, 11) == 2.0
+        assert options.guidance_scales(1) == [pytest.approx(4.0)]
+    assert SamplingOptions(guidance_scale=4.0).guidance_scales(3) == [4.0] * 3
+    halfway = SamplingOptions(guidance_scale=3.0, guidance_schedule="linear").guidance_scales(11)[5]
+    assert halfway == 2.0
 
 
 def test_rows_of_uniforms_come_from_their_own_generators() -> None:
@@ -86,5 +116,5 @@ def test_rows_of_uniforms_come_from_their_own_generators() -> None:
     rows = draw_uniforms(2, 5, [fresh(1), fresh(2)])
     assert torch.equal(rows[1], draw_uniforms(1, 5, [fresh(2)])[0])
     assert rows.min() >= 0 and rows.max() < 1
-    with pytest.raises(SmaltiError, match="3 generators for 2 samples"):
+    with pytest.raises(SmaltiError, match="3 generators were given for 2 samples"):
         draw_uniforms(2, 5, [fresh(1)] * 3)

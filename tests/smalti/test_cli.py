@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import yaml
+from torch._utils import ExceptionWrapper
 
 from smalti.cli import COMMANDS, main, parse_config, recipe_text, run_command
 from smalti.errors import SmaltiError
@@ -16,6 +17,10 @@ class Model:
     width: int = 1
     depth: int = 1
 
+    def __post_init__(self) -> None:
+        if self.width < 0:
+            raise SmaltiError(f"width is {self.width}; it must be positive")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -24,8 +29,13 @@ class Config:
     PRESETS: ClassVar[dict[str, Any]] = {"model": {"big": Model(100, 100)}}
 
     steps: int = 10
+    rate: float = 0.5
     output_dir: Path = Path("out")
     model: Model = field(default_factory=Model)
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise SmaltiError(f"steps is {self.steps}; it must be positive")
 
 
 def parse(*argv: str) -> Config:
@@ -57,7 +67,7 @@ def test_print_config_is_a_recipe(tmp_path: Path, capsys) -> None:
         parse("--steps", "3", "--output_dir", "a/b", "--print-config")
     assert stop.value.code == 0
     file = recipe(tmp_path, capsys.readouterr().out)
-    assert parse("--config", file) == Config(3, Path("a/b"))
+    assert parse("--config", file) == Config(3, output_dir=Path("a/b"))
     assert yaml.safe_load(recipe_text(Config()))["model"] == {"width": 1, "depth": 1}
 
 
@@ -67,6 +77,9 @@ def test_print_config_is_a_recipe(tmp_path: Path, capsys) -> None:
         ("stpes: 3\n", 'unknown key "stpes"; did you mean "steps"'),
         ("steps: many\n", "expected int"),
         ("model: {preset: bgi}\n", 'no preset is called "bgi"; did you mean "big"'),
+        ("steps: 1\nsteps: 2\n", 'line 2: the key "steps" stands twice'),
+        ("model:\n  width: 1\n  width: 2\n", 'line 3: the key "width" stands twice'),
+        ("", "not a recipe"),
         ("[1, 2]\n", "not a recipe"),
         ("a: [\n", "not valid YAML"),
     ],
@@ -77,16 +90,31 @@ def test_mistakes_in_a_recipe_are_named(tmp_path: Path, text: str, message: str)
     assert message in str(error.value)
 
 
+def test_a_flag_that_no_recipe_could_hold_is_refused() -> None:
+    with pytest.raises(SmaltiError, match="command line: rate is nan"):
+        parse("--rate", "nan")
+
+
 def test_a_missing_recipe_is_named() -> None:
     with pytest.raises(SmaltiError, match=r"nowhere\.yaml does not exist"):
         parse("--config", "nowhere.yaml")
 
 
-def test_a_misspelt_flag_exits_with_2(capsys) -> None:
-    with pytest.raises(SystemExit) as stop:
-        parse("--stpes", "3")
-    assert stop.value.code == 2
-    assert "--steps" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--stpes", "3"), r"Unrecognized options: --stpes, 3 .*--steps"),
+        (("--steps", "three"), r"--steps: invalid literal for int\(\) with base 10: 'three'"),
+        (("--steps",), "--steps"),
+        (("--model.width", "-1"), r"^width is -1"),
+        (("--steps", "-1"), r"^steps is -1"),
+    ],
+)
+def test_a_mistake_in_a_flag_is_one_line(flags: tuple[str, ...], message: str, capsys) -> None:
+    with pytest.raises(SmaltiError, match=message) as error:
+        parse(*flags)
+    assert "\n" not in str(error.value) and "─" not in str(error.value)
+    assert capsys.readouterr().err == ""
 
 
 def test_unknown_command(capsys) -> None:
@@ -107,6 +135,35 @@ def test_a_mistake_is_one_line_and_status_2(capsys) -> None:
 
     assert run_command(command) == 2
     assert capsys.readouterr().err == "error: the thing is wrong\n"
+
+
+def test_a_mistake_found_by_a_loader_worker_is_one_line(capsys) -> None:
+    def command(argv):
+        try:  # what a worker does, and then the process that reads from it
+            raise SmaltiError("cat/3.png: is cut short")
+        except SmaltiError:
+            wrapper = ExceptionWrapper(where="in DataLoader worker process 0")
+        wrapper.reraise()
+
+    assert run_command(command) == 2
+    assert capsys.readouterr().err == "error: cat/3.png: is cut short\n"
+
+
+def test_only_the_first_process_of_a_job_speaks(capsys, monkeypatch) -> None:
+    def command(argv):
+        raise SmaltiError("wrong")
+
+    monkeypatch.setenv("RANK", "1")
+    assert run_command(command) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interrupt_is_one_line_and_status_130(capsys) -> None:
+    def command(argv):
+        raise KeyboardInterrupt
+
+    assert run_command(command) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 def test_a_full_disk_is_one_line_and_status_1(capsys) -> None:

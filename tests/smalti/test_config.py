@@ -66,6 +66,12 @@ def test_round_trip_rebuilds_nested_dataclasses_tuples_paths_and_unions() -> Non
         ({"required": 1, "inner": {"siez": 1}}, 'file: inner: unknown key "siez"'),
         ({"required": 1, "inner": {"pair": [1]}}, "pair has 1 values; expected 2"),
         ({"required": 1, "spec": {"kind": "code"}}, "kind is 'code'; did you mean \"codes\""),
+        ({"required": 1, "spec": {"kind": ["codes"]}}, "kind is ['codes']; did you mean"),
+        ({"required": 1, "rate": float("nan")}, "rate is nan; expected a finite float"),
+        ({"required": 1, "rate": 10**400}, "expected a finite float"),
+        ({"required": 1, "table": {"k": "v"}}, "table.k is 'v'; expected int"),
+        ({"required": 1, "many": [[1, 2], [3]]}, "many[1] has 1 values; expected 2"),
+        ({"required": "x" * 10_000}, "...; expected int"),
         ({"required": -1}, "file: required is -1"),
         ([1], "expected keys and values"),
     ],
@@ -84,6 +90,13 @@ def test_a_base_supplies_what_the_data_lack() -> None:
     base = Outer(7, inner=Inner(9, (8, 8)))
     merged = config_from_dict(Outer, {"inner": {"size": 1}}, "file", base)
     assert merged == Outer(7, inner=Inner(1, (8, 8)))
+    merged = config_from_dict(Outer, {"spec": {"vocab_size": 9}}, "file", base)
+    assert merged.spec == CodeSpec(9, ((2, 2),))
+
+
+def test_the_home_folder_is_found_without_a_shell() -> None:
+    where = config_from_dict(Outer, {"required": 1, "where": "~/x"}, "file").where
+    assert where == Path.home() / "x"
 
 
 def test_nearest_lists_all_when_nothing_is_near() -> None:

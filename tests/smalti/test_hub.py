@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from smalti import Prior, Tokenizer
 from smalti.errors import SmaltiError
-from smalti.hub import resolve_folder
+from smalti.hub import Registry, resolve_folder
 
 
 @pytest.fixture
@@ -44,7 +45,10 @@ def test_fingerprint_follows_weights_and_config(tokenizer) -> None:
     before = tokenizer.fingerprint
     with torch.no_grad():
         tokenizer.decoder.conv_out.bias[0] += 1e-3
-    assert tokenizer.fingerprint != before
+    changed = tokenizer.fingerprint
+    assert changed != before
+    tokenizer.config = replace(tokenizer.config, revive_after=tokenizer.config.revive_after + 1)
+    assert tokenizer.fingerprint not in (before, changed)
 
 
 def test_config_json_names_a_registered_type_and_no_module(saved: Path) -> None:
@@ -67,6 +71,10 @@ def test_dtype_and_subfolder(tokenizer, saved: Path) -> None:
             lambda w: w.update({"quant_conv.bias": torch.zeros(5)}),
             "quant_conv.bias has shape (5,); the config says (4,)",
         ),
+        (
+            lambda w: w.update({"quant_conv.bias": torch.zeros(4, dtype=torch.int64)}),
+            "quant_conv.bias holds integer numbers; the model takes float",
+        ),
     ],
 )
 def test_a_wrong_tensor_is_an_error(saved: Path, change, message: str) -> None:
@@ -82,10 +90,12 @@ def test_a_wrong_tensor_is_an_error(saved: Path, change, message: str) -> None:
         ({"vocab_sise": 3}, 'unknown key "vocab_sise"; did you mean "vocab_size"'),
         ({"type": "vqq"}, 'no tokenizer is called "vqq"; did you mean "vq"'),
         ({"type": "os.system"}, "no tokenizer is called"),
-        ({"type": "next-token"}, "no tokenizer is called"),
+        ({"type": "next-token"}, '"next-token" is a prior, not a tokenizer'),
         ({"format_version": 99}, "has format 99"),
         ({"vocab_size": "many"}, "expected int"),
         ({"vocab_size": 10**12}, "the config says"),
+        ({"vocab_size": 10**30}, "describes an impossible model"),
+        ({"code_dim": [4]}, "code_dim is [4]; expected int"),
     ],
 )
 def test_a_wrong_config_is_an_error(saved: Path, changes, message: str) -> None:
@@ -97,7 +107,7 @@ def test_a_wrong_config_is_an_error(saved: Path, changes, message: str) -> None:
 
 def test_a_prior_is_not_loaded_as_a_tokenizer(prior, tmp_path: Path) -> None:
     prior.save_pretrained(tmp_path / "p")
-    with pytest.raises(SmaltiError, match="no tokenizer is called"):
+    with pytest.raises(SmaltiError, match='"next-token" is a prior, not a tokenizer'):
         Tokenizer.from_pretrained(tmp_path / "p")
 
 
@@ -185,6 +195,72 @@ def test_push_to_hub_uploads_one_folder(tokenizer, monkeypatch) -> None:
 
 def test_saving_refuses_a_folder_of_something_else(tokenizer, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SmaltiError, match="not a saved model"):
+    with pytest.raises(SmaltiError, match="not a saved tokenizer"):
         tokenizer.save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_saving_refuses_a_folder_of_another_kind_of_model(tokenizer, prior, tmp_path: Path) -> None:
+    folder = prior.save_pretrained(tmp_path / "p")
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(SmaltiError, match="not a saved tokenizer"):
+        tokenizer.save_pretrained(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_saving_again_replaces_the_model(tokenizer, saved: Path) -> None:
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.bias += 1
+    tokenizer.save_pretrained(saved)
+    assert Tokenizer.from_pretrained(saved).fingerprint == tokenizer.fingerprint
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_failed_write_leaves_the_old_model(tokenizer, saved: Path, monkeypatch) -> None:
+    before = tokenizer.fingerprint
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.bias += 1
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        tokenizer.save_pretrained(saved)
+    assert Tokenizer.from_pretrained(saved).fingerprint == before
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_saved_files_can_be_read_by_whoever_may_read_the_folder(saved: Path) -> None:
+    plain = saved / "plain"
+    plain.touch()
+    assert (saved / "model.safetensors").stat().st_mode == plain.stat().st_mode
+
+
+def test_a_billion_layers_are_refused_before_they_are_built(prior, tmp_path: Path) -> None:
+    folder = prior.save_pretrained(tmp_path / "p")
+    edit_config(folder, depth=10**9)
+    with pytest.raises(SmaltiError, match="far fewer tensors"):
+        Prior.from_pretrained(folder)
+
+
+def test_a_config_nested_too_deep_is_damaged(saved: Path) -> None:
+    (saved / "config.json").write_text("[" * 100_000)
+    with pytest.raises(SmaltiError, match="is damaged"):
+        Tokenizer.from_pretrained(saved)
+
+
+def test_loading_leaves_the_random_state_alone(saved: Path) -> None:
+    before = torch.get_rng_state()
+    Tokenizer.from_pretrained(saved)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_registry_names_and_resolves() -> None:
+    registry = Registry("thing", {"path": "pathlib:Path", "part": "fractions:Fraction"})
+    assert registry.names() == list(registry) == ["path", "part"] and len(registry) == 2
+    assert registry.resolve("path") is Path
+    with pytest.raises(SmaltiError, match='no thing is called "pth"; did you mean "path"'):
+        registry.resolve("pth")
+    with pytest.raises(SmaltiError, match="dict is not registered as a thing"):
+        registry.name_of(dict)

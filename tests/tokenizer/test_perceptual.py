@@ -1,5 +1,9 @@
 """LPIPS is the real one: the package `lpips`, fed the same trunk, agrees."""
 
+import hashlib
+from importlib.resources import files
+from types import SimpleNamespace
+
 import lpips
 import pytest
 import torch
@@ -87,17 +91,55 @@ def test_files_are_checked(model: LPIPS, tmp_path) -> None:
     assert len(load_file(tmp_path / "alex.safetensors")) == 15
 
 
-def test_vgg_is_the_network_of_the_package(tmp_path) -> None:
+@pytest.fixture(scope="module")
+def package_vgg() -> torch.nn.Module:
+    """The package's VGG with its own heads and a random trunk."""
     torch.manual_seed(0)
-    ours = LPIPS("vgg")
-    reference = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False).eval()
-    convs = [m for m in reference.net.modules() if isinstance(m, torch.nn.Conv2d)]
-    for theirs, conv in zip(convs, ours.convs, strict=True):
-        conv.load_state_dict(theirs.state_dict())
-    for head, weight in zip(reference.lins, ours.lins, strict=True):
-        weight.data.copy_(head.model[1].weight)
+    return lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False).eval()
+
+
+def convolutions(module: torch.nn.Module) -> list[torch.nn.Conv2d]:
+    return [m for m in module.modules() if isinstance(m, torch.nn.Conv2d)]
+
+
+def test_vgg_is_the_network_of_the_package(package_vgg: torch.nn.Module, tmp_path) -> None:
+    weights = {f"lins.{i}": head.model[1].weight for i, head in enumerate(package_vgg.lins)}
+    for i, conv in enumerate(convolutions(package_vgg.net)):
+        weights |= {f"convs.{i}.weight": conv.weight, f"convs.{i}.bias": conv.bias}
+    save_file(weights, tmp_path / "vgg.safetensors")
+    ours = LPIPS.from_file(tmp_path / "vgg.safetensors", "vgg")
     a, b = torch.randn(2, 2, 3, 48, 48).clamp(-1, 1)
-    torch.testing.assert_close(ours(a, b), reference(a, b).flatten(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours(a, b), package_vgg(a, b).flatten(), rtol=1e-4, atol=1e-6)
+
+
+def test_vgg_takes_its_trunk_from_torchvision_and_its_heads_from_the_package(
+    package_vgg: torch.nn.Module, monkeypatch
+) -> None:
+    import torchvision.models
+    from torchvision.models.vgg import cfgs, make_layers
+
+    features = make_layers(cfgs["D"])  # stands for what would be downloaded
+    for theirs, conv in zip(convolutions(features), convolutions(package_vgg.net), strict=True):
+        theirs.load_state_dict(conv.state_dict())
+    trunk = SimpleNamespace(features=features)
+    monkeypatch.setattr(torchvision.models, "vgg16", lambda **kwargs: trunk)
+    ours = LPIPS.from_torchvision()
+    a, b = torch.randn(2, 2, 3, 48, 48).clamp(-1, 1)
+    torch.testing.assert_close(ours(a, b), package_vgg(a, b).flatten(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_embedded_file_is_the_one_its_readme_names() -> None:
+    assets = files("smalti.tokenizer") / "assets"
+    readme = (assets / "README.md").read_text()
+    for name in ("lpips_alex.safetensors", "lpips_vgg_heads.safetensors"):
+        assert hashlib.sha256((assets / name).read_bytes()).hexdigest() in readme
+
+
+def test_unequal_shapes_are_refused(model: LPIPS) -> None:
+    with pytest.raises(SmaltiError, match="give two equal shapes"):
+        model(torch.zeros(2, 3, 32, 32), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(SmaltiError, match="give two equal shapes"):
+        model(torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 32))
 
 
 def test_tiny_images_are_refused(model: LPIPS) -> None:

@@ -55,12 +55,12 @@ def test_losses_pull_only_their_own_side() -> None:
 
 def test_oracle_vector_quantize_pytorch() -> None:
     q, z = quantizer(), torch.randn(2, 4, 5, 5)
-    oracle = VectorQuantize(dim=4, codebook_size=32, use_cosine_sim=True, channel_last=False).eval()
+    oracle = VectorQuantize(dim=4, codebook_size=32, use_cosine_sim=True).eval()
     oracle._codebook.embed.data.copy_(q.codebook[None])
-    latents, codes, _ = oracle(z)
+    latents, codes, _ = oracle(z.flatten(2).mT)  # (B, h*w, d)
     out = q(z)
-    assert torch.equal(out.codes, codes)
-    torch.testing.assert_close(out.latents, latents)
+    assert torch.equal(out.codes.flatten(1), codes)
+    torch.testing.assert_close(out.latents.flatten(2).mT, latents)
 
 
 def test_codes_do_not_change_under_bf16_autocast() -> None:

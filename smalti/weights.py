@@ -1,0 +1,138 @@
+"""Weights on disk: one safetensors file, written whole and read strictly.
+
+A file from the Hub is a stranger's: its tensors are compared with the model, and the size of the
+model with its tensors, before any memory is taken. Pickle is never read.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smalti.config import nearest
+from smalti.errors import SmaltiError
+from smalti.files import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# How the dtype codes of safetensors begin (BOOL, BF16, F8_E4M3, I64, U8, C64) -> kind of number.
+KINDS = {"B": "float", "F": "float", "I": "integer", "U": "integer", "C": "complex"}
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What is known of a tensor before it is read; loading never converts between kinds."""
+
+    shape: tuple[int, ...]
+    kind: str  # "float", "integer", "bool" or "complex"
+
+
+def save_weights(path: Path, state: "Mapping[str, Tensor]") -> None:
+    """Write tensors, from any device, to a safetensors file."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format": "pt"})
+
+
+def load_weights(build: "Callable[[], nn.Module]", path: Path) -> "nn.Module":
+    """The model that `build` makes, with every parameter and buffer read from `path`.
+
+    Floating-point tensors are converted to the precision of the model. The global random state
+    stays as it was.
+
+    Raises:
+        SmaltiError: the file is missing or damaged; a tensor is missing, unknown, or of the wrong
+            shape or kind.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise SmaltiError(f"{path.parent} has no {path.name}{_pickle_hint(path.parent)}")
+    try:
+        found = _read_headers(path)
+        with torch.device("meta"), _registering_at_most(4 * len(found) + 64, path):
+            expected = {name: _header(value) for name, value in build().state_dict().items()}
+        _compare(expected, found, path)
+        with torch.random.fork_rng(devices=[]):
+            model = build()
+        model.load_state_dict(load_file(path))
+    except SafetensorError as error:
+        raise SmaltiError(f"{path} is damaged: {error}") from error
+    return model
+
+
+def _pickle_hint(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    return f" ({names[0]} is a pickle, which can run code and is not read)" if names else ""
+
+
+def _read_headers(path: Path) -> dict[str, _Header]:
+    """Shapes and kinds of the tensors in a file; none of them is read."""
+    from safetensors import safe_open
+
+    headers = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            part = file.get_slice(name)
+            code = part.get_dtype()
+            kind = "bool" if code == "BOOL" else KINDS[code[0]]
+            headers[name] = _Header(tuple(part.get_shape()), kind)
+    return headers
+
+
+def _header(tensor: "Tensor") -> _Header:
+    dtype = tensor.dtype
+    if dtype.is_floating_point or dtype.is_complex:
+        return _Header(tuple(tensor.shape), "complex" if dtype.is_complex else "float")
+    return _Header(tuple(tensor.shape), "bool" if str(dtype) == "torch.bool" else "integer")
+
+
+@contextmanager
+def _registering_at_most(limit: int, path: Path) -> Iterator[None]:
+    """Stop building a model once it has more than `limit` parameters.
+
+    A config that asks for a billion layers would otherwise never come to the comparison.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    count = 0
+
+    def on_parameter(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise SmaltiError(f"{path} has far fewer tensors than the model that the config names")
+
+    handle = register_module_parameter_registration_hook(on_parameter)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _compare(expected: dict[str, _Header], found: dict[str, _Header], path: Path) -> None:
+    missing, surplus = sorted(expected.keys() - found), sorted(found.keys() - expected)
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        hint = f"; it has {surplus[0]}, which is unknown" if surplus else ""
+        raise SmaltiError(f"{path} lacks the tensor {missing[0]}{more}{hint}")
+    if surplus:
+        hint = nearest(surplus[0], expected)
+        raise SmaltiError(f"{path} has a tensor {surplus[0]} that the model does not know; {hint}")
+    for name, header in expected.items():
+        if found[name].shape != header.shape:
+            raise SmaltiError(
+                f"{path}: {name} has shape {found[name].shape}; the config says {header.shape}"
+            )
+        if found[name].kind != header.kind:
+            raise SmaltiError(
+                f"{path}: {name} holds {found[name].kind} numbers; the model takes {header.kind}"
+            )

@@ -1,0 +1,199 @@
+"""Metrics against closed forms and other people's implementations."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torchmetrics.functional.image as oracle
+from torchmetrics.image.kid import poly_mmd
+
+from smalti.errors import SmaltiError
+from smalti.evaluation.codebook import code_counts, perplexity, usage
+from smalti.evaluation.frechet import FeatureStatistics, frechet_distance, real_floor
+from smalti.evaluation.kernel_distance import kernel_distance, squared_mmd
+from smalti.evaluation.neighbours import nearest_neighbours
+from smalti.evaluation.protocol import Metric, write_summary
+from smalti.evaluation.reconstruction import as_uint8, psnr, rounded, ssim
+
+
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    reference = torch.rand(3, 3, 32, 40, generator=rng) * 2 - 1
+    return reference + 0.2 * torch.randn(reference.shape, generator=rng), reference
+
+
+def test_psnr_of_a_constant_error_is_its_closed_form() -> None:
+    reference = torch.zeros(2, 3, 16, 16)
+    off_by_ten = reference + 2 * 10 / 255
+    expected = 20 * math.log10(255 / 10)
+    assert psnr(off_by_ten, reference).tolist() == pytest.approx([expected] * 2, rel=1e-5)
+    assert psnr(reference, reference).isinf().all()
+
+
+def test_oracle_torchmetrics_psnr_and_ssim() -> None:
+    images, reference = pair()
+    a, b = as_uint8(images), as_uint8(reference)
+    for i in range(3):
+        one = oracle.peak_signal_noise_ratio(a[i : i + 1], b[i : i + 1], data_range=255.0)
+        assert psnr(images, reference)[i].item() == pytest.approx(one.item(), rel=1e-5)
+    # torchmetrics pads by reflection; where its window fits inside the picture it is ours
+    _, full = oracle.structural_similarity_index_measure(
+        a, b, data_range=255.0, sigma=1.5, reduction="none", return_full_image=True
+    )
+    theirs = full[..., 5:-5, 5:-5].mean((1, 2, 3))
+    torch.testing.assert_close(ssim(images, reference), theirs, rtol=1e-4, atol=1e-5)
+    assert ssim(reference, reference).tolist() == pytest.approx([1.0] * 3)
+
+
+def test_rounding_gives_back_what_an_8_bit_file_would() -> None:
+    stored = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    images = stored.float() / 127.5 - 1  # as `data` makes them
+    assert torch.equal(as_uint8(images), stored.float()) and torch.equal(rounded(images), images)
+    assert as_uint8(torch.tensor([-3.0, 1.5, 0.4 / 127.5 - 1])).tolist() == [0, 255, 0]
+    assert psnr(images.expand(1, 3, -1, -1) + 0.3 / 127.5, images.expand(1, 3, -1, -1)).isinf()
+
+
+def test_wrong_shapes_are_refused() -> None:
+    with pytest.raises(SmaltiError, match="give two equal shapes"):
+        psnr(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 9, 8))
+    with pytest.raises(SmaltiError, match="at least 11"):
+        ssim(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+
+
+def test_usage_and_perplexity_of_known_codebooks() -> None:
+    uniform = code_counts(torch.arange(64).view(2, 32), 64)
+    assert usage(uniform) == 1.0 and perplexity(uniform) == pytest.approx(64)
+    collapsed = code_counts(torch.zeros(100, dtype=torch.int64), 64)
+    assert usage(collapsed) == 1 / 64 and perplexity(collapsed) == pytest.approx(1)
+    half = code_counts(torch.arange(32), 64)
+    assert usage(half) == 0.5 and perplexity(half) == pytest.approx(32)
+
+
+def test_codes_of_another_codebook_are_refused() -> None:
+    with pytest.raises(SmaltiError, match="range from 0 to 64; a codebook of 64 ends at 63"):
+        code_counts(torch.arange(65), 64)
+    with pytest.raises(SmaltiError, match="range from -1"):
+        code_counts(torch.tensor([-1, 3]), 64)
+    with pytest.raises(SmaltiError, match="no codes to count"):
+        code_counts(torch.zeros(0, dtype=torch.int64), 64)
+
+
+def gaussian(mean: list[float], variances: list[float]) -> FeatureStatistics:
+    return FeatureStatistics(
+        torch.tensor(mean).double(), torch.diag(torch.tensor(variances)).double(), 100
+    )
+
+
+def test_frechet_distance_of_commuting_gaussians_is_its_closed_form() -> None:
+    a, b = gaussian([0.0, 0.0], [1.0, 4.0]), gaussian([3.0, 4.0], [9.0, 1.0])
+    expected = 25 + (1 - 3) ** 2 + (2 - 1) ** 2
+    assert frechet_distance(a, b) == pytest.approx(expected)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
+
+
+def test_oracle_scipy_matrix_square_root() -> None:
+    x, y = np.random.default_rng(0).normal(size=(2, 200, 12))
+    y = y @ np.diag(np.linspace(0.5, 2, 12)) + 0.3
+    root = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T))
+    expected = np.square(x.mean(0) - y.mean(0)).sum()
+    expected += np.trace(np.cov(x.T) + np.cov(y.T) - 2 * np.real(root))
+    ours = [FeatureStatistics.of(torch.from_numpy(f)) for f in (x, y)]
+    assert frechet_distance(*ours) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_stays_real_with_fewer_samples_than_features() -> None:
+    features = torch.randn(20, 64)
+    value = frechet_distance(
+        FeatureStatistics.of(features[:10]), FeatureStatistics.of(features[10:])
+    )
+    assert value > 0 and math.isfinite(value)
+    with pytest.raises(SmaltiError, match="N >= 2"):
+        FeatureStatistics.of(features[:1])
+
+
+def test_the_floor_of_real_features_shrinks_with_their_number() -> None:
+    features = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
+
+    def floor(count: int) -> float:
+        return real_floor(features, count, torch.Generator().manual_seed(0))
+
+    assert 0 < floor(2000) < floor(200) < floor(20)
+    with pytest.raises(SmaltiError, match=r"count is 3999; it must lie in \[2, 3998\]"):
+        floor(3999)
+
+
+def test_the_floor_compares_two_parts_that_share_nothing() -> None:
+    far_apart = torch.tensor([[0.0], [0.0], [10.0], [10.0]])
+    floors = {
+        round(real_floor(far_apart, 2, torch.Generator().manual_seed(seed)), 6)
+        for seed in range(20)
+    }
+    # {0, 0} against {10, 10}: the means differ by 10; {0, 10} against {0, 10}: nothing differs
+    assert floors == {0.0, 100.0}
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    features = torch.randn(10, 4)
+    features[3, 1] = float("nan")
+    with pytest.raises(SmaltiError, match="1 of 10 feature vectors are not finite"):
+        FeatureStatistics.of(features)
+
+
+def test_kid_is_unbiased_and_grows_with_the_difference() -> None:
+    rng = torch.Generator().manual_seed(0)
+    real, same = torch.randn(2, 1000, 16, generator=rng)
+
+    def kid(fake: torch.Tensor) -> float:
+        return kernel_distance(
+            real, fake, subsets=50, subset_size=200, generator=torch.Generator().manual_seed(0)
+        ).mean
+
+    assert abs(kid(same)) < 0.01
+    assert kid(same) < kid(same + 0.2) < kid(same + 0.5)
+    with pytest.raises(SmaltiError, match=r"it must lie in \[2, 1000\]"):
+        kernel_distance(real, same, subsets=1, subset_size=2000, generator=rng)
+
+
+def test_oracle_torchmetrics_mmd() -> None:
+    x, y = torch.randn(2, 50, 16).double()
+    torch.testing.assert_close(squared_mmd(x, y), poly_mmd(x, y + 0), rtol=1e-8, atol=1e-10)
+
+
+def test_nearest_neighbours_find_copies() -> None:
+    references = torch.rand(50, 3, 4, 4)
+    queries = torch.cat([references[[7, 3]], references[[9]] + 0.01])
+    found = nearest_neighbours(queries, references, chunk=2)
+    assert found.indices.tolist() == [7, 3, 9]
+    assert found.distances[:2].tolist() == [0, 0]
+    assert found.distances[2].item() == pytest.approx(0.01 * 48**0.5, rel=1e-4)
+
+
+def test_oracle_nearest_neighbours_in_a_crowd_far_from_the_origin() -> None:
+    """Where a matrix product alone rounds away the distances, as it does for alike pictures."""
+    rng = torch.Generator().manual_seed(0)
+    references = 1 + 1e-3 * torch.randn(300, 3, 8, 8, generator=rng)
+    references[200] = references[17]
+    queries = torch.cat([references[[200]], references[:40] + 1e-4])
+    found = nearest_neighbours(queries, references, chunk=16)
+    differences = queries.flatten(1).double()[:, None] - references.flatten(1).double()
+    exact = differences.norm(dim=2).min(1)
+    assert found.indices.tolist() == [17, *range(40)]  # of two equal ones the first
+    assert torch.equal(found.indices[1:], exact.indices[1:])
+    torch.testing.assert_close(found.distances.double(), exact.values, rtol=1e-3, atol=0)
+
+
+def test_neighbours_need_references_of_the_same_shape() -> None:
+    for references in (torch.zeros(0, 3, 4, 4), torch.zeros(5, 3, 8, 8)):
+        with pytest.raises(SmaltiError, match="give at least one reference"):
+            nearest_neighbours(torch.zeros(2, 3, 4, 4), references)
+
+
+def test_a_summary_keeps_the_protocol(tmp_path) -> None:
+    write_summary(tmp_path / "s.json", {"psnr": Metric(20.5, {"split": "heldout"})}, model="m")
+    assert json.loads((tmp_path / "s.json").read_text()) == {
+        "model": "m",
+        "metrics": {"psnr": {"value": 20.5, "protocol": {"split": "heldout"}}},
+    }

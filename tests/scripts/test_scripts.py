@@ -1,0 +1,360 @@
+"""The stages as users run them: tiny, on a CPU, killed, resumed, on two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import smalti
+from smalti.cli import main as smalti_main
+from smalti.data.cache import LatentCache
+from smalti.prior.next_token import NextTokenConfig
+from smalti.scripts.encode import EncodeConfig, encode
+from smalti.scripts.train_prior import TrainPriorConfig
+from smalti.scripts.train_prior import train as train_prior
+from smalti.scripts.train_tokenizer import TrainTokenizerConfig
+from smalti.scripts.train_tokenizer import train as train_tokenizer
+from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.discriminator import PatchGANConfig
+from smalti.tokenizer.objective import ObjectiveConfig
+from smalti.tokenizer.vq import VQConfig
+from smalti.training.run import Run
+
+CONV = ConvConfig(
+    channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(1,), z_channels=8
+)
+VQ = VQConfig(image_size=32, conv=CONV, vocab_size=16, code_dim=4, revive_after=2)
+OBJECTIVE = ObjectiveConfig(
+    adaptive=True,
+    adversarial_start=3,
+    adversarial_ramp=3,
+    discriminator=PatchGANConfig(8, 1),
+)
+COMMON = {
+    "train_batch_size": 8,
+    "mixed_precision": "no",
+    "learning_rate": 1e-3,
+    "validation_steps": 100,
+    "logging_steps": 1,
+}
+
+
+def tokenizer_config(pictures: Path, out: Path, **changes) -> TrainTokenizerConfig:
+    base = TrainTokenizerConfig(
+        output_dir=out, data=str(pictures), tokenizer=VQ, objective=OBJECTIVE, **COMMON
+    )
+    return replace(base, max_train_steps=8, checkpointing_steps=100, **changes)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of every file of the last checkpoint."""
+    last = sorted(folder.glob("checkpoint-*"))[-1]
+    return {
+        f"{file.name}/{name}": value
+        for file in sorted(last.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+def losses(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Bitwise equal state and logged losses."""
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert [k for k in first if not torch.equal(first[k], second[k])] == []
+    assert losses(a) == losses(b)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Pictures, a tokenizer, latents and a prior, made once."""
+    root = tmp_path_factory.mktemp("stages")
+    make_pictures(root / "pictures")
+    tokenizer = train_tokenizer(tokenizer_config(root / "pictures", root / "tok"))
+    encode(EncodeConfig(data=str(root / "pictures"), tokenizer=tokenizer, output_dir=root / "lat"))
+    train_prior(prior_config(root, root / "prior"))
+    return root
+
+
+def make_pictures(root: Path) -> None:
+    from PIL import Image
+
+    for number, name in enumerate(("red", "green", "blue")):
+        (root / name).mkdir(parents=True)
+        for i in range(8):
+            colour = [20 * i] * 3
+            colour[number] = 255
+            Image.new("RGB", (40, 36), tuple(colour)).save(root / name / f"{i}.png")
+
+
+def prior_config(root: Path, out: Path, **changes) -> TrainPriorConfig:
+    base = TrainPriorConfig(
+        output_dir=out,
+        latents=root / "lat",
+        tokenizer=root / "tok" / "tokenizer",
+        prior=NextTokenConfig(depth=1, width=16, num_heads=2, hidden=32),
+        **COMMON,
+    )
+    return replace(base, max_train_steps=8, checkpointing_steps=100, **changes)
+
+
+def test_the_stages_leave_what_they_promise(trained: Path) -> None:
+    tokenizer = smalti.Tokenizer.from_pretrained(trained / "tok" / "tokenizer")
+    prior = smalti.Prior.from_pretrained(trained / "prior" / "prior")
+    cache = LatentCache(trained / "lat" / "train")
+    assert prior.tokenizer_fingerprint == tokenizer.fingerprint
+    assert prior.spec == tokenizer.spec == cache.spec
+    assert cache.info.views == ("identity", "flip")
+    assert (trained / "tok" / "reconstructions" / "step_000008.png").is_file()
+    assert (trained / "prior" / "samples" / "step_000008.png").is_file()
+    assert losses(trained / "tok")[-1].keys() == {"step", "val_psnr", "val_usage"}
+    pipe = smalti.Pipeline(tokenizer, prior, cache.classes)
+    assert pipe("red").images[0].size == (32, 32)
+
+
+def test_cached_codes_are_those_of_the_pictures(trained: Path) -> None:
+    from smalti.data.dataset import ImageDataset
+    from smalti.data.images import open_source
+
+    tokenizer = smalti.Tokenizer.from_pretrained(trained / "tok" / "tokenizer")
+    images = ImageDataset(open_source(str(trained / "pictures")), 32, split="train").all_images()
+    cache = LatentCache(trained / "lat" / "train")
+    assert torch.equal(cache.first_view(range(len(cache))).stored, tokenizer.encode(images))
+    assert torch.equal(
+        torch.from_numpy(cache._stored[:, 1].astype("int64")), tokenizer.encode(images.flip(-1))
+    )
+
+
+@pytest.mark.parametrize("cut", [2, 3, 5])  # before, at and after the critic is first heard
+def test_tokenizer_resume_is_bit_exact(trained: Path, tmp_path: Path, cut: int) -> None:
+    config = tokenizer_config(
+        trained / "pictures", tmp_path / "cut", resume_from_checkpoint="latest"
+    )
+    stop_after(config, cut, train_tokenizer)
+    train_tokenizer(config)
+    assert_same(trained / "tok", tmp_path / "cut")
+
+
+def test_prior_resume_is_bit_exact_even_twice(trained: Path, tmp_path: Path) -> None:
+    config = prior_config(trained, tmp_path / "cut", resume_from_checkpoint="latest")
+    for cut in (3, 5):
+        stop_after(config, cut, train_prior)
+    train_prior(config)
+    assert_same(trained / "prior", tmp_path / "cut")
+
+
+def stop_after(config, step: int, train) -> None:
+    """Run until a SIGINT arrives during a step, as if the user pressed Ctrl-C."""
+    original = Run.learning_rate
+    sent = []
+
+    def learning_rate(self, at: int) -> float:
+        if at == step - 1 and not sent:
+            sent.append(at)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "learning_rate", learning_rate)
+        with pytest.raises(SystemExit) as stop:
+            train(config)
+    assert stop.value.code == 130
+    assert (config.output_dir / f"checkpoint-{step:06d}").is_dir()
+
+
+def test_accumulation_equals_one_large_batch(trained: Path, tmp_path: Path) -> None:
+    config = replace(prior_config(trained, tmp_path / "one"), max_train_steps=3)
+    plain = replace(config.prior, dropout=0.0, label_dropout=0.0)
+    for name, micro in (("one", 1), ("four", 4)):
+        train_prior(
+            replace(
+                config, prior=plain, output_dir=tmp_path / name, gradient_accumulation_steps=micro
+            )
+        )
+    one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
+    for key in one:
+        torch.testing.assert_close(one[key], four[key], rtol=1e-4, atol=1e-6)
+
+
+def test_a_nan_skips_the_step_everywhere_and_stops_the_run_in_the_end(
+    trained: Path, tmp_path: Path, monkeypatch
+) -> None:
+    from smalti.errors import SmaltiError
+    from smalti.scripts import train_tokenizer as script
+
+    original = script.generator_loss
+
+    def poisoned(*args, step: int, **options):
+        loss = original(*args, step=step, **options)
+        if step >= 4:
+            loss.total = loss.total * float("nan")
+        return loss
+
+    monkeypatch.setattr(script, "generator_loss", poisoned)
+    config = tokenizer_config(trained / "pictures", tmp_path / "nan", max_skipped_steps=3)
+    with pytest.raises(SmaltiError, match="not finite in 3 steps in a row, up to step 6"):
+        train_tokenizer(replace(config, checkpointing_steps=4))
+    last = weights(tmp_path / "nan")
+    assert all(value.isfinite().all() for value in last.values())
+    assert (tmp_path / "nan" / "checkpoint-000004").is_dir()
+
+
+# -- the command line -------------------------------------------------------------------------
+
+TINY_FLAGS = [
+    "--tokenizer.conv.channels", "8", "--tokenizer.conv.channel_mult", "1", "2",
+    "--tokenizer.conv.attention_levels", "1", "--tokenizer.conv.z_channels", "8",
+    "--tokenizer.vocab_size", "16", "--objective.discriminator.channels", "8",
+    "--train_batch_size", "8", "--mixed_precision", "no",
+]  # fmt: skip
+
+
+def test_commands_from_pictures_to_metrics(trained: Path, tmp_path: Path, capsys) -> None:
+    tokenizer = smalti.Tokenizer.from_pretrained(trained / "tok" / "tokenizer")
+    prior = smalti.Prior.from_pretrained(trained / "prior" / "prior")
+    smalti.Pipeline(tokenizer, prior, ("blue", "green", "red")).save_pretrained(tmp_path / "pipe")
+    model = ["--model", str(tmp_path / "pipe")]
+    out = ["--output_dir", str(tmp_path / "samples"), "--num_images_per_class", "2"]
+    assert smalti_main(["generate", *model, *out, "--class_labels", "red", "0"]) == 0
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 4
+    arguments = ["--data", str(trained / "pictures"), "--num_samples", "16"]
+    folder = ["--output_dir", str(tmp_path / "eval"), "--classifier_epochs", "1"]
+    assert smalti_main(["evaluate", *model, *arguments, *folder]) == 0
+    summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
+    expected = {"psnr", "ssim", "lpips", "codebook_usage", "fd_alexnet", "kid_alexnet"}
+    assert expected < set(summary["metrics"])
+    assert all(metric["protocol"] for metric in summary["metrics"].values())
+    for name in ("reconstructions.png", "neighbours.png"):
+        assert (tmp_path / "eval" / name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train-tokenizer", "--data", "nowhere/at/all"], "does not exist: check --data"),
+        (["train-tokenizer", "--data", "emojj"], 'did you mean "emoji"'),
+        (["train-tokenizer", "--train_batch_size", "0"], "train_batch_size is 0"),
+        (["train-tokenizer", "--tokenizer.preset", "vq-f61"], "no preset is called"),
+        (["train-tokenizer", "--config", "nowhere.yaml"], "does not exist: check --config"),
+        (["train-prior", "--latents", "nowhere"], "does not exist"),
+        (["encode", "--tokenizer", "nowhere"], "folder not found: nowhere"),
+        (["generate", "--model", "./nowhere"], "folder not found"),
+        (["generate", "--temperature", "-1", "--model", "PIPE"], "temperature is -1"),
+        (["generate", "--class_labels", "7", "--model", "PIPE"], "class label 7 is out of range"),
+        (["generate", "--class_labels", "rad", "--model", "PIPE"], 'no class is named "rad"'),
+        (["evaluate", "--data", "fashion", "--model", "PIPE"], "give --data as in training"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_write_nothing(
+    trained: Path, tmp_path: Path, capsys, monkeypatch, arguments, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = smalti.Tokenizer.from_pretrained(trained / "tok" / "tokenizer")
+    prior = smalti.Prior.from_pretrained(trained / "prior" / "prior")
+    pipe = smalti.Pipeline(tokenizer, prior, ("blue", "green", "red")).save_pretrained("pipe")
+    capsys.readouterr()
+    arguments = [str(pipe) if a == "PIPE" else a for a in arguments]
+    status = smalti_main([*arguments, "--output_dir", "out"])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error.strip().splitlines()[-1]
+    assert "Traceback" not in error
+    assert not list(Path("out").rglob("*.png"))
+
+
+def test_another_run_is_never_overwritten(trained: Path, capsys) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (trained / "tok").rglob("*")}
+    arguments = ["--data", str(trained / "pictures"), "--output_dir", str(trained / "tok")]
+    assert smalti_main(["train-tokenizer", *arguments, *TINY_FLAGS]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    resume = ["--resume_from_checkpoint", "latest"]
+    assert smalti_main(["train-tokenizer", *arguments, *TINY_FLAGS, *resume]) == 2
+    assert "was made with" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in (trained / "tok").rglob("*")} == before
+
+
+def test_a_prior_refuses_latents_of_another_tokenizer(trained: Path, tmp_path: Path) -> None:
+    from smalti.errors import SmaltiError
+
+    other = train_tokenizer(tokenizer_config(trained / "pictures", tmp_path / "other", seed=5))
+    with pytest.raises(SmaltiError, match="were made by another tokenizer"):
+        train_prior(prior_config(trained, tmp_path / "prior", tokenizer=other))
+
+
+# -- two processes ----------------------------------------------------------------------------
+
+
+def launch(script: str, *arguments: str, processes: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--standalone", "-m", f"smalti.scripts.{script}", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(trained: Path, tmp_path: Path) -> None:
+    """The first gradients agree to rounding, and the codes revived are the same features."""
+    data = ["--data", str(trained / "pictures"), "--max_train_steps", "1"]
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        flags = [*data, *TINY_FLAGS, "--output_dir", str(out)]
+        launch("train_tokenizer", *flags, processes=processes)
+        state = json.loads((out / "checkpoint-000001" / "state.json").read_text())
+        assert state["num_processes"] == processes
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    compared = [key for key in one if key.endswith((".exp_avg", "quantize.embedding.weight"))]
+    assert {key.partition("/")[0] for key in compared} == {
+        "model.safetensors", "ema.safetensors",
+        "optimizer.safetensors", "discriminator_optimizer.safetensors",
+    }  # fmt: skip
+    for key in compared:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-6, msg=key)
+
+
+@pytest.mark.slow
+def test_two_processes_encode_the_same_files(trained: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--data", str(trained / "pictures"), "--output_dir", str(tmp_path / "lat"),
+        "--tokenizer", str(trained / "tok" / "tokenizer"), "--shard_size", "7",
+    ]  # fmt: skip
+    launch("encode", *arguments, processes=2)
+    one, two = (LatentCache(root / "lat" / "train") for root in (trained, tmp_path))
+    assert len(two.info.shards) > 1
+    keys = [(0, i) for i in range(len(one))]
+    assert torch.equal(one.__getitems__(keys).stored, two.__getitems__(keys).stored)
+
+
+@pytest.mark.slow
+def test_the_demo_runs_stops_and_goes_on(trained: Path, tmp_path: Path, capsys) -> None:
+    arguments = [
+        "demo", "--data", str(trained / "pictures"), "--output_dir", str(tmp_path / "demo"),
+        "--quick", "--tokenizer_steps", "2", "--prior_steps", "2",
+    ]  # fmt: skip
+    assert smalti_main(arguments) == 0
+    folder = tmp_path / "demo"
+    for name in ("samples.png", "reconstructions.png", "neighbours.png", "summary.json"):
+        assert (folder / name).is_file()
+    pipe = smalti.Pipeline.from_pretrained(folder / "pipeline")
+    assert pipe.classes == ("blue", "green", "red")
+    before = (folder / "summary.json").read_text()
+    assert smalti_main(arguments) == 0  # nothing left to train
+    assert (folder / "summary.json").read_text() == before
+    capsys.readouterr()
+    assert smalti_main([*arguments, "--seed", "3"]) == 2
+    assert "another seed" in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""Schedule, average, seeds, precision, interrupts and logs."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from smalti.errors import SmaltiError
+from smalti.training import precision
+from smalti.training.ema import EMA
+from smalti.training.interrupt import InterruptGuard
+from smalti.training.log import MetricsLog, check_tracker, mean_of
+from smalti.training.run import RunConfig
+from smalti.training.schedule import warmup_cosine
+from smalti.training.seeding import derive_seed, generator
+
+
+def rate(step: int, **changes) -> float:
+    options = {"peak": 1.0, "warmup": 10, "total": 110, "final_ratio": 0.1, **changes}
+    return warmup_cosine(step, **options)
+
+
+def test_the_learning_rate_rises_linearly_then_falls_along_a_cosine() -> None:
+    assert [rate(s) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert rate(10) == pytest.approx(1.0)
+    assert rate(60) == pytest.approx(0.55)  # half way between 1 and 0.1
+    assert rate(110) == rate(500) == pytest.approx(0.1)
+    assert [rate(s, warmup=0, final_ratio=1.0) for s in (0, 50)] == [1.0, 1.0]
+
+
+def test_the_average_is_its_recursion_and_copies_buffers() -> None:
+    model = nn.BatchNorm1d(2)
+    ema = EMA(model, decay=0.9)
+    expected = model.weight.detach().clone()
+    for n in range(30):
+        with torch.no_grad():
+            model.weight.normal_()
+            model.running_mean.normal_()
+        ema.update(model)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * model.weight
+    torch.testing.assert_close(ema.model.weight, expected)
+    assert torch.equal(ema.model.running_mean, model.running_mean)
+    assert not ema.model.training and not ema.model.weight.requires_grad
+
+
+def test_the_average_survives_saving() -> None:
+    model = nn.Linear(2, 2)
+    ema = EMA(model, 0.9)
+    ema.update(model)
+    again = EMA(nn.Linear(2, 2), 0.9)
+    again.load_state_dict(ema.state_dict())
+    assert again.updates == 1 and torch.equal(again.model.weight, ema.model.weight)
+
+
+def test_seeds_depend_on_every_part_and_fit_a_cpu_generator() -> None:
+    seeds = {derive_seed(a, b) for a in range(50) for b in range(50)}
+    assert len(seeds) == 2500 and max(seeds) < 2**32
+    assert derive_seed(1, 23) != derive_seed(12, 3)
+    a, b = generator("x", 1), generator("x", 1)
+    assert torch.equal(torch.rand(3, generator=a), torch.rand(3, generator=b))
+
+
+def test_bf16_is_chosen_where_it_pays(monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    for fast, expected in ((0.5, "bf16"), (1.0, "no"), (3.0, "no")):
+        monkeypatch.setattr(precision, "_step_time", lambda bf16, f=fast: f if bf16 else 1.0)
+        assert precision.resolve_precision("auto", cpu) == expected
+    assert precision.resolve_precision("bf16", cpu) == "bf16"
+    assert precision.resolve_precision("no", cpu) == "no"
+
+
+def test_measuring_precision_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    precision.resolve_precision("auto", torch.device("cpu"))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_first_signal_asks_and_the_second_stops() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with InterruptGuard() as guard:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert guard.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_resumed_log_has_every_step_once(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    accelerator = Accelerator(cpu=True)
+    log = MetricsLog(path, accelerator)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": float(step)})
+    path.write_text(path.read_text() + '{"step": 4, "lo')  # killed while writing
+    MetricsLog(path, accelerator, resume_step=2).write(3, {"loss": float("nan")})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["loss"] == "nan"
+
+
+def test_means_over_micro_batches() -> None:
+    parts = [{"a": torch.tensor(1.0)}, {"a": torch.tensor(3.0)}]
+    assert mean_of(parts) == {"a": torch.tensor(2.0)}
+
+
+def test_trackers_are_checked_before_training() -> None:
+    check_tracker("none")
+    with pytest.raises(SmaltiError, match="choose none, tensorboard"):
+        check_tracker("tensorbord")
+    with pytest.raises(SmaltiError, match=r"not installed|pip install|choose"):
+        check_tracker("a_tracker_that_does_not_exist")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_train_steps": 0}, "max_train_steps is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"report_to": "nowhere"}, "report_to"),
+    ],
+)
+def test_impossible_runs_are_refused(options, message: str) -> None:
+    with pytest.raises(SmaltiError, match=message):
+        RunConfig(**options)
