@@ -1,6 +1,5 @@
 """Pictures out: tensors to 8-bit files and grids."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import make_grid
+
+from smalti.files import replacing
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -24,9 +25,8 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def save_png(path: Path, image: Image.Image) -> None:
     """Write a PNG that is either absent or whole; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.stem}-{os.getpid()}.png")
-    image.save(temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 def image_grid(

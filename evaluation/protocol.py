@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smalti.hub import write_json
+from smalti.files import write_json
 
 
 @dataclass(frozen=True)

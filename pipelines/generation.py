@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from smalti.data.image_io import save_png
+from smalti.data.image_io import image_grid, save_png
 from smalti.errors import SmaltiError
-from smalti.hub import write_json
+from smalti.files import write_json
 from smalti.pipelines.pipeline import Pipeline
 
 SETTINGS = "generation.json"
+SHOWN_CLASSES = 20
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,29 @@ def picture_generator(seed: int, index: int) -> torch.Generator:
     # index (an odd factor modulo 2^32), so no two pictures of a job share their random numbers.
     job = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
     return torch.Generator().manual_seed((index ^ job) * 0x9E3779B1 % 2**32)
+
+
+def class_grid(
+    pipeline: Pipeline, *, per_class: int = 10, seed: int = 0, scale: int = 2, **options: Any
+) -> Image.Image:
+    """New pictures, a row for each of the first classes, as one picture.
+
+    Args:
+        scale: enlargement, pixels per pixel.
+        options: of the pipeline: `guidance_scale`, `temperature`, ...
+    """
+    shown = range(min(len(pipeline.classes), SHOWN_CLASSES))
+    generators = [picture_generator(seed, i) for i in range(len(shown) * per_class)]
+    output = pipeline(
+        list(shown),
+        num_images_per_prompt=per_class,
+        generator=generators,
+        output_type="pt",
+        batch_size=128,
+        **options,
+    )
+    names = [pipeline.classes[i] for i in shown]
+    return image_grid(output.images * 2 - 1, per_class, row_labels=names, scale=scale)
 
 
 def generate_folder(

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from smalti.data.image_io import to_pil
 from smalti.errors import SmaltiError
-from smalti.hub import resolve_folder, write_json
+from smalti.files import write_json
+from smalti.hub import resolve_folder
 from smalti.pipelines.card import model_card
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer

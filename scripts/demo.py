@@ -15,13 +15,10 @@ from pathlib import Path
 import torch
 
 from smalti.cli import parse_config, run_command
-from smalti.data.image_io import image_grid, save_png
+from smalti.config import config_to_dict
 from smalti.errors import SmaltiError
-from smalti.hub import config_to_dict, write_json
-from smalti.pipelines.generation import picture_generator
-from smalti.pipelines.pipeline import Pipeline
+from smalti.files import write_json
 from smalti.prior import next_token
-from smalti.prior.base import Prior
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.evaluate import EvaluateConfig, evaluate, table
 from smalti.scripts.options import DataOptions
@@ -30,11 +27,9 @@ from smalti.scripts.train_prior import train as train_prior
 from smalti.scripts.train_tokenizer import TrainTokenizerConfig
 from smalti.scripts.train_tokenizer import train as train_tokenizer
 from smalti.tokenizer import vq
-from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.discriminator import PatchGANConfig
 from smalti.tokenizer.objective import ObjectiveConfig
 
-SHOWN_PER_CLASS = 10
 SETTINGS = "demo.json"
 
 
@@ -153,14 +148,18 @@ def demo(config: DemoConfig) -> Path:
     _announce(2, "encode the pictures to codes")
     latents = encode(EncodeConfig(tokenizer=tokenizer, output_dir=folder / "latents", **shared))
     _announce(3, "train the prior (a distribution over codes)")
-    prior = train_prior(
+    pipeline = train_prior(
         replace(
-            scale.prior, output_dir=folder / "prior", latents=latents, tokenizer=tokenizer, **run
+            scale.prior,
+            output_dir=folder / "prior",
+            latents=latents,
+            tokenizer=tokenizer,
+            pipeline_dir=folder / "pipeline",
+            preview_guidance_scale=config.guidance_scale,
+            **run,
         )
     )
-    _announce(4, "save a pipeline and sample every class")
-    pipeline = _pipeline(config, tokenizer, prior)
-    _announce(5, "evaluate")
+    _announce(4, "sample and evaluate")
     metrics = evaluate(
         EvaluateConfig(
             model=str(pipeline),
@@ -206,30 +205,8 @@ def _claim(config: DemoConfig) -> None:
     write_json(path, settings)
 
 
-def _pipeline(config: DemoConfig, tokenizer: Path, prior: Path) -> Path:
-    """Pair the two stages, draw a grid with a row per class, and save both."""
-    classes = config.dataset("train", 8).classes
-    pipeline = Pipeline(
-        Tokenizer.from_pretrained(str(tokenizer)), Prior.from_pretrained(str(prior)), classes
-    ).to("cuda" if torch.cuda.is_available() else "cpu")
-    shown = list(range(min(len(classes), 20)))
-    count = len(shown) * SHOWN_PER_CLASS
-    output = pipeline(
-        shown,
-        num_images_per_prompt=SHOWN_PER_CLASS,
-        guidance_scale=config.guidance_scale,
-        generator=[picture_generator(config.seed, i) for i in range(count)],
-        output_type="pt",
-        batch_size=128,
-    )
-    names = [classes[i] for i in shown]
-    grid = image_grid(output.images * 2 - 1, SHOWN_PER_CLASS, row_labels=names, scale=2)
-    save_png(config.output_dir / "samples.png", grid)
-    return pipeline.save_pretrained(config.output_dir / "pipeline", samples=grid)
-
-
 def _announce(number: int, what: str) -> None:
-    print(f"\n[{number}/5] {what}", flush=True)
+    print(f"\n[{number}/4] {what}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,9 +6,10 @@ smalti evaluate --model runs/demo/pipeline --data emoji --output_dir runs/demo/e
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from smalti.cli import parse_config, run_command
@@ -25,6 +26,7 @@ from smalti.evaluation.features import (
 )
 from smalti.evaluation.neighbours import nearest_neighbours
 from smalti.evaluation.protocol import Metric, write_summary
+from smalti.evaluation.reconstruction import rounded
 from smalti.evaluation.samples import (
     PictureSets,
     classifier_metrics,
@@ -32,13 +34,14 @@ from smalti.evaluation.samples import (
     distance_metrics,
     reconstruction_metrics,
 )
-from smalti.pipelines.generation import picture_generator
+from smalti.pipelines.generation import class_grid, picture_generator
 from smalti.pipelines.pipeline import Pipeline
 from smalti.scripts.options import DataOptions
 from smalti.tokenizer.perceptual import LPIPS
+from smalti.training.precision import resolve_precision
 from smalti.training.seeding import generator
 
-SHOWN_PER_CLASS = 2  # samples beside their nearest training pictures
+NEIGHBOURS_PER_CLASS = 2  # samples shown beside their nearest training pictures
 SHOWN_RECONSTRUCTIONS = 12
 CLASSIFIER_BATCH = 128
 
@@ -91,6 +94,11 @@ class Evaluation:
                 f"{config.data} has the classes {', '.join(train.classes)}; the pipeline was "
                 f"trained on {', '.join(pipeline.classes)}: give --data as in training"
             )
+        if len(heldout) < 2:
+            raise SmaltiError(
+                f"{config.data} has {len(heldout)} held-out picture: evaluation needs at least 2; "
+                "raise --heldout_fraction in every stage, or add pictures"
+            )
         return cls(
             config,
             pipeline,
@@ -114,9 +122,16 @@ class Evaluation:
 
     @property
     def sampling_protocol(self) -> dict[str, object]:
-        names = ("num_samples", "guidance_scale", "temperature", "top_k", "top_p", "seed")
-        sampling = {name: getattr(self.config, name) for name in names}
+        """What every metric of samples shares."""
+        config = self.config
+        sampling = {"num_samples": config.num_samples, "seed": config.seed, **self.sampling}
         return {**self.protocol, "sampling": {**sampling, "labels": "as in the training pictures"}}
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Options of the pipeline."""
+        names = ("guidance_scale", "temperature", "top_k", "top_p")
+        return {name: getattr(self.config, name) for name in names}
 
     def seed(self, purpose: str) -> torch.Generator:
         return generator(self.config.seed, "evaluate", purpose)
@@ -139,6 +154,10 @@ class Evaluation:
             metrics |= codebook_metrics(counts, self.protocol)
         return metrics
 
+    def grid(self) -> Image.Image:
+        """New pictures, a row per class."""
+        return class_grid(self.pipeline, seed=self.config.seed, **self.sampling)
+
     def sample(self) -> PictureSets:
         """Fresh samples; picture i comes from its own generator."""
         config = self.config
@@ -147,13 +166,10 @@ class Evaluation:
         output = self.pipeline(
             labels,
             generator=[picture_generator(config.seed, i) for i in range(len(labels))],
-            guidance_scale=config.guidance_scale,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
             batch_size=config.batch_size,
             output_type="pt",
             progress=True,
+            **self.sampling,
         )
         samples = output.images * 2 - 1
         return PictureSets(samples, labels, self.heldout, self.heldout_labels, self.train)
@@ -162,8 +178,8 @@ class Evaluation:
         """Trained on the real training pictures alone."""
         config = self.config
         steps = config.classifier_epochs * -(-len(self.train) // CLASSIFIER_BATCH)
-        bar = tqdm(total=steps, desc="train the judging classifier")
-        with bar:
+        precision = resolve_precision("auto", self.pipeline.device)
+        with tqdm(total=steps, desc="train the judging classifier") as bar:
             return train_classifier(
                 self.train,
                 self.train_labels,
@@ -172,13 +188,14 @@ class Evaluation:
                 epochs=config.classifier_epochs,
                 batch_size=CLASSIFIER_BATCH,
                 device=self.pipeline.device,
+                dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
                 progress=bar.update,
             )
 
     def neighbours(self, sets: PictureSets, picture: Path) -> dict[str, Metric]:
         """Distance to the nearest training picture, mirrored ones included; some are shown."""
         references = torch.cat([self.train, self.train.flip(-1)])
-        found = nearest_neighbours(sets.samples, references)
+        found = nearest_neighbours(rounded(sets.samples), references)
         other = nearest_neighbours(self.heldout, references)
         shown = self._shown(sets.sample_labels)
         columns = torch.cat([sets.samples[shown], references[found.indices[shown]]])
@@ -201,8 +218,10 @@ class Evaluation:
 
     def _shown(self, labels: torch.Tensor) -> torch.Tensor:
         """The first samples of each class."""
-        rows = [(labels == c).nonzero().flatten()[:SHOWN_PER_CLASS] for c in labels.unique()[:12]]
-        return torch.cat(rows)
+        classes = labels.unique()[:12]
+        return torch.cat(
+            [(labels == c).nonzero().flatten()[:NEIGHBOURS_PER_CLASS] for c in classes]
+        )
 
     def extractors(self) -> list[FeatureExtractor]:
         """The networks named by `features`."""
@@ -216,10 +235,15 @@ class Evaluation:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
-    """Measure, write summary.json, reconstructions.png and neighbours.png; return the metrics."""
+    """Measure; write samples.png, reconstructions.png, neighbours.png and summary.json.
+
+    Returns:
+        The metrics by name.
+    """
     evaluation = Evaluation.load(config)
     extractors = evaluation.extractors()
     folder = config.output_dir
+    save_png(folder / "samples.png", evaluation.grid())
     metrics = evaluation.reconstruction(folder / "reconstructions.png")
     sets = evaluation.sample()
     metrics |= evaluation.neighbours(sets, folder / "neighbours.png")

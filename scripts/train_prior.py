@@ -1,4 +1,4 @@
-"""Stage two: train a prior on cached latents.
+"""Stage two: train a prior on cached latents; save it with its tokenizer as a pipeline.
 
 smalti train-prior --latents runs/latents --tokenizer runs/tokenizer/tokenizer
 """
@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 
 from smalti.cli import parse_config, run_command
 from smalti.data.cache import LatentBatch, LatentCache
-from smalti.data.image_io import image_grid, save_png
+from smalti.data.image_io import save_png
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import SmaltiError
+from smalti.pipelines.generation import class_grid
+from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Loss, Prior
 from smalti.prior.next_token import PRESETS, NextTokenConfig
 from smalti.tokenizer.base import Tokenizer
@@ -23,21 +26,20 @@ from smalti.training.checkpoint import OptimizerState
 from smalti.training.ema import EMA
 from smalti.training.log import mean_of
 from smalti.training.run import Run, RunConfig
-from smalti.training.seeding import generator
 
 VALIDATION_SAMPLES = 1024
-PREVIEW_PER_CLASS = 8
 
 
 @dataclass(frozen=True)
 class TrainPriorConfig(RunConfig):
-    """Train a prior: a distribution over latents, given a class."""
+    """Train a prior, a distribution over latents given a class; save a pipeline."""
 
     PRESETS: ClassVar[dict[str, Any]] = {"prior": PRESETS}
 
     output_dir: Path = Path("runs/prior")
     latents: Path = Path("runs/latents")  # folder written by `smalti encode`
-    tokenizer: Path = Path("runs/tokenizer/tokenizer")  # decodes the previews
+    tokenizer: Path = Path("runs/tokenizer/tokenizer")  # the one that made the latents
+    pipeline_dir: Path | None = None  # where the result goes; default: output_dir/pipeline
     # Latents, number of classes and tokenizer fingerprint are taken from the cache.
     prior: NextTokenConfig = field(default_factory=lambda: PRESETS["gpt-nano"])
     preview_guidance_scale: float = 2.0
@@ -48,7 +50,7 @@ class Stage:
 
     def __init__(self, run: Run, config: TrainPriorConfig, latents: LatentCache) -> None:
         torch.manual_seed(config.seed)
-        self.run = run
+        self.run, self.config = run, config
         self.tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(run.device)
         if self.tokenizer.fingerprint != latents.info.tokenizer_fingerprint:
             raise SmaltiError(
@@ -63,6 +65,7 @@ class Stage:
         self.ema = EMA(self.prior, config.ema_decay)
         run.track(model=self.prior, ema=self.ema, optimizer=OptimizerState(self.optimizer))
         self.wrapped = run.accelerator.prepare(self.prior)
+        self.pipeline = Pipeline(self.tokenizer, self.ema.model, latents.classes)
 
     def train_step(self, micro_batches: list[LatentBatch], step: int) -> dict[str, torch.Tensor]:
         """One optimizer step; returns losses for the log."""
@@ -95,19 +98,17 @@ class Stage:
             total += loss.item() * len(batch.labels)
         return {"val_loss": total / count}
 
-    @torch.no_grad()
-    def preview(self, path: Path, guidance_scale: float) -> None:
+    def preview(self) -> Image.Image:
         """A grid of samples, a row per class."""
-        prior = self.ema.model
-        rows = min(prior.num_classes, 16)
-        labels = torch.arange(rows, device=self.run.device).repeat_interleave(PREVIEW_PER_CLASS)
-        drawn = prior.sample(labels, guidance_scale=guidance_scale, generator=generator("preview"))
-        images = self.tokenizer.decode(drawn).float().clamp(-1, 1).cpu()
-        save_png(path, image_grid(images, columns=PREVIEW_PER_CLASS))
+        return class_grid(self.pipeline, guidance_scale=self.config.preview_guidance_scale)
+
+    def save_pipeline(self, folder: Path) -> None:
+        """Tokenizer and EMA weights of the prior, as `Pipeline.from_pretrained` reads them."""
+        self.pipeline.save_pretrained(folder, samples=self.preview())
 
 
 def train(config: TrainPriorConfig) -> Path:
-    """Train, and return the folder of the finished prior (EMA weights)."""
+    """Train, and return the folder of the finished pipeline (EMA weights)."""
     run = Run(config, kind="train-prior")
     latents = LatentCache(config.latents / "train", seed=config.seed)
     heldout = LatentCache(config.latents / "heldout")
@@ -129,13 +130,14 @@ def train(config: TrainPriorConfig) -> Path:
         if run.due(step, config.validation_steps) and run.accelerator.is_main_process:
             run.log_alone(step, stage.validate(heldout))
             picture = run.folder / "samples" / f"step_{step + 1:06d}.png"
-            stage.preview(picture, config.preview_guidance_scale)
-    return run.export(stage.ema.model, "prior")
+            save_png(picture, stage.preview())
+    return run.export(stage.save_pipeline, config.pipeline_dir or run.folder / "pipeline")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti train-prior`."""
-    print(f"prior: {train(parse_config(TrainPriorConfig, argv, prog='smalti train-prior'))}")
+    folder = train(parse_config(TrainPriorConfig, argv, prog="smalti train-prior"))
+    print(f"pipeline: {folder}")
     return 0
 
 

@@ -174,7 +174,7 @@ def train(config: TrainTokenizerConfig) -> Path:
             run.log_alone(step, validate(stage.ema.model, heldout, run.device))
             picture = run.folder / "reconstructions" / f"step_{step + 1:06d}.png"
             preview(stage.ema.model, heldout, picture, run.device)
-    return run.export(stage.ema.model, "tokenizer")
+    return run.export(stage.ema.model.save_pretrained, run.folder / "tokenizer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from smalti.config import config_from_dict, config_to_dict, nearest
+from smalti.config import config_from_dict, config_to_dict, nearest, recipe_text
 from smalti.errors import SmaltiError
 
 T = TypeVar("T")
@@ -153,13 +153,6 @@ def _mistakes_as_one_line(prog: str) -> Iterator[None]:
             .strip()
         )
         raise SmaltiError(f"{text.rstrip('.')}; {prog} --help lists the options") from None
-
-
-def recipe_text(config: Any) -> str:
-    """A configuration as YAML that `--config` reads back."""
-    import yaml
-
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
 
 
 def _with_presets(

@@ -40,6 +40,13 @@ def config_to_dict(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
+def recipe_text(config: Any) -> str:
+    """A configuration as YAML that `--config` reads back."""
+    import yaml
+
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+
+
 def config_from_dict(cls: type[T], data: Any, where: str, base: T | None = None) -> T:
     """Rebuild a dataclass from plain values.
 

@@ -27,8 +27,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON; NaN and infinity, which JSON cannot hold, raise `ValueError`."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON; NaN and infinity, which JSON cannot hold, raise `ValueError`."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

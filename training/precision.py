@@ -1,6 +1,7 @@
 """Which arithmetic to train in: bf16 autocast where it pays."""
 
 import time
+from functools import cache
 from typing import Literal
 
 import torch
@@ -21,8 +22,13 @@ def resolve_precision(requested: Precision, device: torch.device) -> Literal["no
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     if device.type == "cpu":
-        return "bf16" if _step_time(False) > 1.2 * _step_time(True) else "no"
+        return "bf16" if _cpu_gains_from_bf16() else "no"
     return "no"
+
+
+@cache
+def _cpu_gains_from_bf16() -> bool:
+    return _step_time(bf16=False) > 1.2 * _step_time(bf16=True)
 
 
 def _step_time(bf16: bool) -> float:

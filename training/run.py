@@ -13,10 +13,10 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -25,8 +25,9 @@ from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from smalti.config import config_to_dict, recipe_text
 from smalti.errors import SmaltiError
-from smalti.hub import config_to_dict
+from smalti.files import write_text
 from smalti.training.checkpoint import (
     Checkpoint,
     Stateful,
@@ -43,6 +44,8 @@ from smalti.training.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 
+RECIPE = "config.yaml"  # the resolved config of a run, valid as --config
+
 # May differ between a checkpoint and the run that resumes it; everything else must be equal.
 FREE_TO_CHANGE = {
     "output_dir",
@@ -55,12 +58,6 @@ FREE_TO_CHANGE = {
     "report_to",
     "dataloader_num_workers",
 }
-
-
-class Saveable(Protocol):
-    """A model that knows how to write its folder."""
-
-    def save_pretrained(self, path: Path) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -158,6 +155,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / RECIPE, recipe_text(self.config))
         self.accelerator.wait_for_everyone()
         return found
 
@@ -337,11 +335,11 @@ class Run:
         assert self._log is not None, "call resume() before log()"
         self._log.write(step + 1, dict(values))
 
-    def export(self, model: Saveable, name: str) -> Path:
-        """Close the trackers and write the finished model to `output_dir/name`."""
+    def export(self, save: Callable[[Path], Any], folder: Path) -> Path:
+        """Close the trackers; the main process writes the finished model by `save(folder)`."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if self.accelerator.is_main_process:
-            model.save_pretrained(self.folder / name)
+            save(folder)
         self.accelerator.wait_for_everyone()
-        return self.folder / name
+        return folder

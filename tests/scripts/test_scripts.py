@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import smalti
 from smalti.cli import main as smalti_main
+from smalti.cli import parse_config
 from smalti.data.cache import LatentCache
 from smalti.prior.next_token import NextTokenConfig
 from smalti.scripts.encode import EncodeConfig, encode
@@ -110,7 +111,7 @@ def prior_config(root: Path, out: Path, **changes) -> TrainPriorConfig:
 
 def test_the_stages_leave_what_they_promise(trained: Path) -> None:
     tokenizer = smalti.Tokenizer.from_pretrained(trained / "tok" / "tokenizer")
-    prior = smalti.Prior.from_pretrained(trained / "prior" / "prior")
+    prior = smalti.Prior.from_pretrained(trained / "prior" / "pipeline" / "prior")
     cache = LatentCache(trained / "lat" / "train")
     assert prior.tokenizer_fingerprint == tokenizer.fingerprint
     assert prior.spec == tokenizer.spec == cache.spec
@@ -120,6 +121,19 @@ def test_the_stages_leave_what_they_promise(trained: Path) -> None:
     assert losses(trained / "tok")[-1].keys() == {"step", "val_psnr", "val_usage"}
     pipe = smalti.Pipeline(tokenizer, prior, cache.classes)
     assert pipe("red").images[0].size == (32, 32)
+
+
+def test_the_resolved_config_of_a_run_is_a_recipe(trained: Path) -> None:
+    file = str(trained / "tok" / "config.yaml")
+    config = parse_config(TrainTokenizerConfig, ["--config", file], prog="test")
+    assert config == tokenizer_config(trained / "pictures", trained / "tok")
+
+
+def test_the_pipeline_of_a_run_shows_its_samples(trained: Path) -> None:
+    folder = trained / "prior" / "pipeline"
+    assert smalti.Pipeline.from_pretrained(folder).classes == ("blue", "green", "red")
+    assert (folder / "samples.png").is_file()
+    assert "![samples](samples.png)" in (folder / "README.md").read_text()
 
 
 def test_cached_codes_are_those_of_the_pictures(trained: Path) -> None:
@@ -220,10 +234,7 @@ TINY_FLAGS = [
 
 
 def test_commands_from_pictures_to_metrics(trained: Path, tmp_path: Path, capsys) -> None:
-    tokenizer = smalti.Tokenizer.from_pretrained(trained / "tok" / "tokenizer")
-    prior = smalti.Prior.from_pretrained(trained / "prior" / "prior")
-    smalti.Pipeline(tokenizer, prior, ("blue", "green", "red")).save_pretrained(tmp_path / "pipe")
-    model = ["--model", str(tmp_path / "pipe")]
+    model = ["--model", str(trained / "prior" / "pipeline")]
     out = ["--output_dir", str(tmp_path / "samples"), "--num_images_per_class", "2"]
     assert smalti_main(["generate", *model, *out, "--class_labels", "red", "0"]) == 0
     assert len(list((tmp_path / "samples").glob("*.png"))) == 4
@@ -234,7 +245,7 @@ def test_commands_from_pictures_to_metrics(trained: Path, tmp_path: Path, capsys
     expected = {"psnr", "ssim", "lpips", "codebook_usage", "fd_alexnet", "kid_alexnet"}
     assert expected < set(summary["metrics"])
     assert all(metric["protocol"] for metric in summary["metrics"].values())
-    for name in ("reconstructions.png", "neighbours.png"):
+    for name in ("samples.png", "reconstructions.png", "neighbours.png"):
         assert (tmp_path / "eval" / name).is_file()
 
 
@@ -259,10 +270,7 @@ def test_mistakes_end_in_one_line_and_write_nothing(
     trained: Path, tmp_path: Path, capsys, monkeypatch, arguments, message
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tokenizer = smalti.Tokenizer.from_pretrained(trained / "tok" / "tokenizer")
-    prior = smalti.Prior.from_pretrained(trained / "prior" / "prior")
-    pipe = smalti.Pipeline(tokenizer, prior, ("blue", "green", "red")).save_pretrained("pipe")
-    capsys.readouterr()
+    pipe = trained / "prior" / "pipeline"
     arguments = [str(pipe) if a == "PIPE" else a for a in arguments]
     status = smalti_main([*arguments, "--output_dir", "out"])
     error = capsys.readouterr().err

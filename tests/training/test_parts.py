@@ -68,16 +68,19 @@ def test_seeds_depend_on_every_part_and_fit_a_cpu_generator() -> None:
 def test_bf16_is_chosen_where_it_pays(monkeypatch) -> None:
     cpu = torch.device("cpu")
     for fast, expected in ((0.5, "bf16"), (1.0, "no"), (3.0, "no")):
+        precision._cpu_gains_from_bf16.cache_clear()
         monkeypatch.setattr(precision, "_step_time", lambda bf16, f=fast: f if bf16 else 1.0)
         assert precision.resolve_precision("auto", cpu) == expected
     assert precision.resolve_precision("bf16", cpu) == "bf16"
     assert precision.resolve_precision("no", cpu) == "no"
+    precision._cpu_gains_from_bf16.cache_clear()
 
 
 def test_measuring_precision_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
+    precision._cpu_gains_from_bf16.cache_clear()
     precision.resolve_precision("auto", torch.device("cpu"))
     assert torch.equal(torch.rand(1), expected)
 
