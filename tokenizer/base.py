@@ -54,8 +54,19 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         """Images (B, 3, H, W) in [-1, 1] -> what a latent cache keeps, for example codes (B, L)."""
 
     @abstractmethod
+    def vectors(self, latents: Tensor) -> Tensor:
+        """Latents -> the real features (B, d, h, w) that the decoder draws from.
+
+        Pictures can be blended and moved here, whatever the latents are: see `decode_vectors`.
+        """
+
+    @abstractmethod
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Features (B, d, h, w) -> images (B, 3, H, W), differentiable, not clamped."""
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> images (B, 3, H, W), about [-1, 1] but not clamped."""
+        return self.decode_vectors(self.vectors(latents))
 
     @abstractmethod
     def forward(self, images: Tensor) -> Reconstruction:

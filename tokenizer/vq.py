@@ -115,21 +115,24 @@ class VQTokenizer(Tokenizer):
         self.check_images(images)
         return self.quantize.search(self.quant_conv(self.encoder(images))).flatten(1)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Codes (B, L) -> images (B, 3, H, W), not clamped.
+    def vectors(self, latents: Tensor) -> Tensor:
+        """Codes (B, L) -> codebook vectors (B, d, h, w).
 
         Raises:
             SmaltiError: codes of another length, or outside [0, vocab_size).
         """
         self._check_codes(latents)
-        vectors = self.quantize.lookup(latents.unflatten(1, self.config.grid))  # (B, d, h, w)
+        return self.quantize.lookup(latents.unflatten(1, self.config.grid))
+
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Vectors (B, d, h, w) -> images (B, 3, H, W), not clamped."""
         return self.decoder(self.post_quant_conv(vectors.to(self.post_quant_conv.weight.dtype)))
 
     def forward(self, images: Tensor) -> Reconstruction:
         self.check_images(images)
         quantized = self.quantize(self.quant_conv(self.encoder(images)))
         return Reconstruction(
-            images=self.decoder(self.post_quant_conv(quantized.latents)),
+            images=self.decode_vectors(quantized.latents),
             losses={
                 "codebook": quantized.codebook_loss,
                 "commitment": self.config.commitment_weight * quantized.commitment_loss,
