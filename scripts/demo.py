@@ -8,6 +8,8 @@ Run it again and it goes on where it stopped.
 """
 
 import json
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -211,8 +213,10 @@ def _announce(number: int, what: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti demo`."""
+    started = time.monotonic()
     folder = demo(parse_config(DemoConfig, argv, prog="smalti demo"))
-    print("Everything lies in", folder)
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    print(f"Done in {minutes} min {seconds} s{_peak_memory()}. Everything lies in {folder}")
     for name, what in (
         ("samples.png", "new pictures, a row per class"),
         ("reconstructions.png", "held-out pictures, encoded and decoded"),
@@ -222,6 +226,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         print(f"  {name:20} {what}")
     return 0
+
+
+def _peak_memory() -> str:
+    """The most memory that this process held, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f" with {used / 1e9:.1f} GB of memory at most"
 
 
 if __name__ == "__main__":
