@@ -6,12 +6,11 @@
 
 Shards are cut by sample index, so any number of processes writes the same files. Every shard is
 written beside its place and renamed; the manifest comes last. An interrupted encoding goes on
-where it stopped.
+where it stopped, and makes damaged shards again: each holds the hash of its own content.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,13 +22,17 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from smalti.config import config_from_dict, config_to_dict
+from smalti.data.images import fingerprint_of
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
 from smalti.errors import SmaltiError
-from smalti.hub import config_from_dict, config_to_dict
+from smalti.files import read_json, replacing, sha256_of, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 VIEWS = ("identity", "flip")
+SHARD = "shard"  # key of a shard's metadata: identity of the cache, hash of the content
+DAMAGED = "damaged"
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def write_cache(
     barrier: Callable[[], None] = lambda: None,
     progress: Callable[[int], object] = lambda samples: None,
 ) -> None:
-    """Encode every sample into `folder`; shards that are already there are kept.
+    """Encode every sample into `folder`; shards that are already there and whole are kept.
 
     Args:
         encode: (start, stop) -> the encoded samples of that range.
@@ -99,14 +102,13 @@ def write_cache(
         start = number * info.shard_size
         stop = min(start + info.shard_size, info.num_samples)
         path = _shard_path(folder, number)
-        if not _is_shard_of(path, info):
+        if not _is_whole(path, info):
             _write_shard(path, info, encode(start, stop))
         progress(stop - start)
     barrier()
     if rank == 0:
-        hashes = tuple(_sha256(_shard_path(folder, n)) for n in range(info.num_shards))
-        whole = {**config_to_dict(info), "shards": list(hashes)}
-        _write_atomically(folder / MANIFEST, (json.dumps(whole, indent=2) + "\n").encode())
+        hashes = [sha256_of(_shard_path(folder, n)) for n in range(info.num_shards)]
+        write_json(folder / MANIFEST, {**config_to_dict(info), "shards": hashes})
     barrier()
 
 
@@ -126,7 +128,7 @@ def refuse_other_cache(folder: Path, info: CacheInfo) -> None:
     if strangers:
         raise SmaltiError(f"{folder} is no latent cache (it holds {strangers[0]}): choose another")
     for shard in folder.glob("shard-*.safetensors"):
-        if not _is_shard_of(shard, info):
+        if _identity_in(shard) not in (info.identity(), DAMAGED):
             raise SmaltiError(
                 f"{shard} was begun with another tokenizer, data set or layout: "
                 "choose another output folder, or remove this one"
@@ -143,11 +145,7 @@ def read_manifest(folder: Path) -> CacheInfo:
     if not path.is_file():
         why = "is not finished: run encode again" if folder.is_dir() else "does not exist"
         raise SmaltiError(f"the latent cache {folder} {why}")
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise SmaltiError(f"{path} is damaged: {error}") from error
-    info: CacheInfo = config_from_dict(CacheInfo, content, str(path))
+    info: CacheInfo = config_from_dict(CacheInfo, read_json(path), str(path))
     if info.format_version != FORMAT_VERSION:
         raise SmaltiError(
             f"{path} has format {info.format_version}; this smalti reads {FORMAT_VERSION}"
@@ -221,7 +219,7 @@ class LatentCache(Dataset):
         path = _shard_path(self.folder, number)
         if not path.is_file():
             raise SmaltiError(f"{path} is missing: encode again")
-        if _sha256(path) != self.info.shards[number]:
+        if sha256_of(path) != self.info.shards[number]:
             raise SmaltiError(
                 f"{path} is damaged (its sha256 differs from the manifest): encode again"
             )
@@ -244,12 +242,34 @@ def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def _is_shard_of(path: Path, info: CacheInfo) -> bool:
+def _identity_in(path: Path) -> str:
+    """The cache that a shard says it belongs to: "" if it says nothing, or `DAMAGED`."""
     try:
         with safe_open(path, framework="np") as shard:
-            return (shard.metadata() or {}).get("identity") == info.identity()
+            return (shard.metadata() or {}).get(SHARD, "").partition("/")[0]
+    except SafetensorError:
+        return DAMAGED
+
+
+def _is_whole(path: Path, info: CacheInfo) -> bool:
+    """Whether a shard is there, belongs to the cache, and holds what was once written."""
+    try:
+        with safe_open(path, framework="np") as shard:
+            found = shard.metadata() or {}
+            tensors = {name: shard.get_tensor(name) for name in ("stored", "labels")}
     except (FileNotFoundError, SafetensorError):
         return False
+    return found == _metadata(tensors, info)
+
+
+def _metadata(tensors: dict[str, np.ndarray], info: CacheInfo) -> dict[str, str]:
+    parts = [
+        part
+        for name, array in sorted(tensors.items())
+        for part in (f"{name}/{array.dtype}/{array.shape}".encode(), array.tobytes())
+    ]
+    # One key only: safetensors writes several in no certain order.
+    return {SHARD: f"{info.identity()}/{fingerprint_of(parts)}"}
 
 
 def _write_shard(path: Path, info: CacheInfo, part: EncodedRange) -> None:
@@ -257,17 +277,5 @@ def _write_shard(path: Path, info: CacheInfo, part: EncodedRange) -> None:
         "stored": part.stored.cpu().numpy().astype(_disk_type(info.spec)),
         "labels": part.labels.cpu().numpy().astype(np.int64),
     }
-    temporary = path.with_name(f".tmp-{path.name}")
-    save_file(tensors, temporary, metadata={"identity": info.identity()})
-    os.replace(temporary, path)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=_metadata(tensors, info))

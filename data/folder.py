@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +19,15 @@ from tqdm.auto import tqdm
 
 from smalti.data.images import ImageSource, fingerprint_of
 from smalti.errors import SmaltiError
+from smalti.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# Pictures too, but of kinds that are not read: passed over, and counted.
+PASSED_OVER = {".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".jxl", ".psd", ".svg"} | {
+    *(".ppm", ".pgm", ".tga", ".ico", ".exr", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,15 @@ class FolderOptions:
     def __post_init__(self) -> None:
         if self.min_side < 1 or self.max_pixels < 1:
             raise SmaltiError("min_side and max_pixels must be at least 1")
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A file and what is known of it."""
+
+    label: str  # name of the class, "" beside the class folders
+    path: Path
+    sha256: str = ""  # once it is checked
 
 
 class _Unusable(Exception):
@@ -62,13 +76,12 @@ class FolderSource(ImageSource):
         self._check_classes(found)
         found = self._usable(found)
         self._check_classes(found)  # a class may have held nothing but bad pictures
-        self.classes = tuple(sorted({name for name, _ in found}))
+        self.classes = tuple(sorted({picture.label for picture in found}))
         numbers = {name: number for number, name in enumerate(self.classes)}
-        self.paths = [path for _, path in found]
-        self.labels = torch.tensor([numbers[name] for name, _ in found])
-        sizes = [path.stat().st_size for path in self.paths]
+        self.paths = [picture.path for picture in found]
+        self.labels = torch.tensor([numbers[picture.label] for picture in found])
         self.fingerprint = fingerprint_of(
-            [os.fsencode(f"{self.name(index)}/{size}") for index, size in enumerate(sizes)]
+            [os.fsencode(f"{self.name(i)}/{picture.sha256}") for i, picture in enumerate(found)]
         )
 
     def name(self, index: int) -> str:
@@ -84,23 +97,27 @@ class FolderSource(ImageSource):
                 f"{path} cannot be decoded ({error}): replace or remove it"
             ) from error
 
-    def _check_classes(self, found: list[tuple[str, Path]]) -> None:
-        names = sorted({name for name, _ in found})
+    def _check_classes(self, found: list[_Picture]) -> None:
+        names = sorted({picture.label for picture in found})
         if len(names) < 2 and not self.options.single_class:
             raise SmaltiError(
                 f'{self.root} has one class only ("{names[0] or "no sub-folders"}"): put each class'
                 " into its own sub-folder, or pass --folder.single_class"
             )
 
-    def _usable(self, found: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    def _usable(self, found: list[_Picture]) -> list[_Picture]:
         kept, refused, skipped = [], [], []
-        for name, path in tqdm(found, desc="check pictures", disable=len(found) < 2000):
+        for picture in tqdm(found, desc="check pictures", disable=len(found) < 2000):
+            path = picture.path
             try:
-                self._check(path)
-                kept.append((name, path))
+                _read_checked(path, self.options)
+                kept.append(replace(picture, sha256=sha256_of(path)))
             except _Unusable as problem:
-                skip = problem.undecodable and self.options.bad_images == "skip"
-                (skipped if skip else refused).append(f"{path} {problem}")
+                if problem.undecodable and self.options.bad_images == "skip":
+                    skipped.append(f"{path} {problem}")
+                else:
+                    hint = ", or pass --folder.bad_images skip" if problem.undecodable else ""
+                    refused.append(f"{path} {problem}{hint}")
         if refused:
             more = f" (and {len(refused) - 1} more cannot be used)" if len(refused) > 1 else ""
             raise SmaltiError(refused[0] + more)
@@ -112,40 +129,51 @@ class FolderSource(ImageSource):
             raise SmaltiError(f"{self.root} has no picture that can be used: check --data")
         return kept
 
-    def _check(self, path: Path) -> None:
-        """Raise `_Unusable` unless the file is a picture this set accepts; decodes it once."""
-        try:
-            with _open(path) as image:
-                self._check_header(image)
-                _to_rgb(image)
-        except Image.DecompressionBombError as error:  # too many even for Pillow to open
-            raise _Unusable(
-                f"claims more pixels than can be trusted: {error}: remove it"
-            ) from error
-        except _READ_ERRORS as error:
-            raise _Unusable(
-                f"cannot be decoded ({error}): replace or remove it, or pass --folder.bad_images"
-                " skip",
-                undecodable=True,
-            ) from error
 
-    def _check_header(self, image: Image.Image) -> None:
-        width, height = image.size
-        if width * height > self.options.max_pixels:
-            raise _Unusable(
-                f"claims {width} x {height} pixels, more than {self.options.max_pixels}: shrink it,"
-                " or raise --folder.max_pixels"
-            )
-        if min(width, height) < self.options.min_side:
-            raise _Unusable(
-                f"is {width} x {height} pixels, less than {self.options.min_side} on a side: remove"
-                " it, or lower --folder.min_side"
-            )
-        kind = _unusual(image)
-        if kind and self.options.unusual_images == "refuse":
-            raise _Unusable(
-                f"is {kind}: save it as 8-bit RGB, or pass --folder.unusual_images convert"
-            )
+def read_picture(path: Path, options: FolderOptions) -> Image.Image:
+    """One picture by its file, RGB, under the rules that hold for a folder.
+
+    Raises:
+        SmaltiError: no such file, or one that cannot be used.
+    """
+    if not path.is_file():
+        wrong = "is not a file" if path.exists() else "does not exist"
+        raise SmaltiError(f"the picture {path} {wrong}: check the path")
+    try:
+        return _read_checked(path, options)
+    except _Unusable as problem:
+        raise SmaltiError(f"{path} {problem}") from problem
+
+
+def _read_checked(path: Path, options: FolderOptions) -> Image.Image:
+    """The picture in a file; raise `_Unusable` unless it is one that the options accept."""
+    try:
+        with _open(path) as image:
+            _check_header(image, options)
+            return _to_rgb(image)
+    except Image.DecompressionBombError as error:  # too many even for Pillow to open
+        raise _Unusable(f"claims more pixels than can be trusted: {error}: remove it") from error
+    except _READ_ERRORS as error:
+        raise _Unusable(
+            f"cannot be decoded ({error}): replace or remove it", undecodable=True
+        ) from error
+
+
+def _check_header(image: Image.Image, options: FolderOptions) -> None:
+    width, height = image.size
+    if width * height > options.max_pixels:
+        raise _Unusable(
+            f"claims {width} x {height} pixels, more than {options.max_pixels}: shrink it, or"
+            " raise --folder.max_pixels"
+        )
+    if min(width, height) < options.min_side:
+        raise _Unusable(
+            f"is {width} x {height} pixels, less than {options.min_side} on a side: remove it, or"
+            " lower --folder.min_side"
+        )
+    kind = _unusual(image)
+    if kind and options.unusual_images == "refuse":
+        raise _Unusable(f"is {kind}: save it as 8-bit RGB, or pass --folder.unusual_images convert")
 
 
 _READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -157,31 +185,55 @@ def _open(path: Path) -> Image.Image:
         return Image.open(path)
 
 
-def _list_pictures(root: Path) -> list[tuple[str, Path]]:
-    """(class name, path) of every picture below root, sorted; hidden files are left out."""
+def _list_pictures(root: Path) -> list[_Picture]:
+    """Every picture below root, sorted; hidden files are left out."""
     if not root.exists():
         raise SmaltiError(f"the folder {root} does not exist: check --data")
     if not root.is_dir():
         raise SmaltiError(f"{root} is a file: --data takes a folder with a sub-folder per class")
-    found = []
-    for path in _files_below(root, ()):
-        if path.suffix.lower() in EXTENSIONS:
-            parts = path.relative_to(root).parts
-            found.append((parts[0] if len(parts) > 1 else "", path))
+    files = list(_files_below(root, ()))
+    _tell_passed_over([path for path in files if path.suffix.lower() in PASSED_OVER])
+    found = [
+        _Picture(_class_of(path, root), path) for path in files if path.suffix.lower() in EXTENSIONS
+    ]
     if not found:
         raise SmaltiError(
             f"{root} holds no pictures ({', '.join(sorted(EXTENSIONS))}): check --data"
         )
-    loose = [path for name, path in found if not name]
+    loose = [picture.path for picture in found if not picture.label]
     if loose and len(loose) < len(found):
         raise SmaltiError(f"{loose[0]} lies beside the class folders: move it into one of them")
     if not loose:
-        _check_every_folder_counts(root, {name for name, _ in found})
-    return sorted(found, key=lambda item: str(item[1].relative_to(root)))
+        _check_every_folder_counts(root, {picture.path for picture in found})
+    return sorted(found, key=lambda picture: os.fsencode(picture.path.relative_to(root)))
 
 
-def _check_every_folder_counts(root: Path, classes: set[str]) -> None:
+def _class_of(path: Path, root: Path) -> str:
+    """The name of the sub-folder, "" if there is none; read as UTF-8 whatever the locale is."""
+    parts = path.relative_to(root).parts
+    if len(parts) == 1:
+        return ""
+    try:
+        return os.fsencode(parts[0]).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SmaltiError(
+            f"the name of the class folder {parts[0]!a} in {root} is not UTF-8: rename it"
+        ) from error
+
+
+def _tell_passed_over(paths: list[Path]) -> None:
+    if paths:
+        kinds = ", ".join(sorted({path.suffix.lower() for path in paths}))
+        logger.warning(
+            "passed over %d files of kinds that are not read (%s): save them as PNG or JPEG",
+            len(paths),
+            kinds,
+        )
+
+
+def _check_every_folder_counts(root: Path, pictures: set[Path]) -> None:
     """A class without pictures would shift the numbers of the classes after it."""
+    classes = {path.relative_to(root).parts[0] for path in pictures}
     for entry in sorted(root.iterdir()):
         if entry.is_dir() and not entry.name.startswith(".") and entry.name not in classes:
             raise SmaltiError(f"the class folder {entry} holds no pictures: add some or remove it")

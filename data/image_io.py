@@ -34,6 +34,7 @@ def image_grid(
     columns: int,
     *,
     row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
     padding: int = 2,
     scale: int = 1,
 ) -> Image.Image:
@@ -41,20 +42,27 @@ def image_grid(
 
     Args:
         row_labels: one text per row, written at the left.
+        column_labels: one text per column, written at the top.
     """
     grid = make_grid(images.clamp(-1, 1), nrow=columns, padding=padding, pad_value=1.0)
     picture = to_pil(grid[None])[0]
     size = (picture.width * scale, picture.height * scale)
     picture = picture.resize(size, resample=Image.Resampling.NEAREST)
-    return _with_labels(picture, row_labels) if row_labels else picture
+    return _with_labels(picture, row_labels, column_labels)
 
 
-def _with_labels(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
-    margin = 8 + max(int(ImageDraw.Draw(picture).textlength(label)) for label in labels)
-    canvas = Image.new("RGB", (picture.width + margin, picture.height), "white")
-    canvas.paste(picture, (margin, 0))
+def _with_labels(
+    picture: Image.Image, row_labels: Sequence[str], column_labels: Sequence[str]
+) -> Image.Image:
+    widths = [int(ImageDraw.Draw(picture).textlength(label)) for label in row_labels]
+    left, top = 8 + max(widths) if widths else 0, 16 if column_labels else 0
+    canvas = Image.new("RGB", (picture.width + left, picture.height + top), "white")
+    canvas.paste(picture, (left, top))
     draw = ImageDraw.Draw(canvas)
-    for row, label in enumerate(labels):
-        middle = round((row + 0.5) * picture.height / len(labels))
+    for row, label in enumerate(row_labels):
+        middle = top + round((row + 0.5) * picture.height / len(row_labels))
         draw.text((4, middle), label, fill="black", anchor="lm")
+    for column, label in enumerate(column_labels):
+        middle = left + round((column + 0.5) * picture.width / len(column_labels))
+        draw.text((middle, top // 2), label, fill="black", anchor="mm")
     return canvas

@@ -1,5 +1,6 @@
 """Batches of any data set, in the order of `DataOrder`, from any step on."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -64,6 +65,7 @@ def stream_batches(
         batch_sampler=keys,  # type: ignore[arg-type]
         collate_fn=_as_is,
         num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator(),  # or it would draw from the global one
         persistent_workers=num_workers > 0,
     )
@@ -85,6 +87,12 @@ class _AsDataset(Dataset):
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A signal to the whole process group must not kill a worker before the run has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _steps(loader: DataLoader, micro_batches: int) -> Iterator[list[Any]]:

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+MAX_ASPECT = 16  # of what is resized: longer pictures lose their ends first, for they may be bombs
+
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square of a picture, resized to size x size pixels.
@@ -15,6 +17,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     target with bicubic interpolation, then crop: ADM's pre-processing, which the published
     numbers of this field assume.
     """
+    image = _shorten(image, MAX_ASPECT * min(image.size))
     while min(image.size) >= 2 * size:
         half = (image.width // 2, image.height // 2)
         image = image.resize(half, resample=Image.Resampling.BOX)
@@ -24,6 +27,15 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize(target, resample=Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _shorten(image: Image.Image, longest: int) -> Image.Image:
+    """The middle of a picture, at most `longest` pixels on a side."""
+    width, height = min(image.width, longest), min(image.height, longest)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -59,9 +59,17 @@ def real_floor(features: Tensor, count: int, generator: torch.Generator) -> floa
     Raises:
         SmaltiError: fewer than 2 features on either side.
     """
+    chosen, others = parted(features, count, generator)
+    return frechet_distance(FeatureStatistics.of(chosen), FeatureStatistics.of(others))
+
+
+def parted(features: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`count` random ones of the features (N, d), and the N - count others.
+
+    Raises:
+        SmaltiError: fewer than 2 features on either side.
+    """
     if not 2 <= count <= len(features) - 2:
         raise SmaltiError(f"count is {count}; it must lie in [2, {len(features) - 2}]")
-    chosen, others = features[torch.randperm(len(features), generator=generator)].split(
-        [count, len(features) - count]
-    )
-    return frechet_distance(FeatureStatistics.of(chosen), FeatureStatistics.of(others))
+    shuffled = features[torch.randperm(len(features), generator=generator)]
+    return shuffled[:count], shuffled[count:]

@@ -1,6 +1,7 @@
 """A number and how it was made belong together."""
 
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ class Metric:
 
 
 def write_summary(path: Path, metrics: dict[str, Metric], **context: Any) -> None:
-    """Write {"metrics": {name: {"value", "protocol"}}, ...context} as JSON."""
+    """Write {"metrics": {name: {"value", "protocol"}}, "versions", ...context} as JSON."""
     content = {name: asdict(metric) for name, metric in sorted(metrics.items())}
-    write_json(path, {**context, "metrics": content})
+    versions = {package: version(package) for package in ("smalti", "torch", "torchvision")}
+    write_json(path, {**context, "versions": versions, "metrics": content})

@@ -1,5 +1,6 @@
 """What is measured of a tokenizer and of samples, put together from the single metrics."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from smalti.evaluation.classifier import ImageClassifier
 from smalti.evaluation.codebook import perplexity, usage
 from smalti.evaluation.features import FeatureExtractor, extract, weights_sha256
-from smalti.evaluation.frechet import FeatureStatistics, frechet_distance, real_floor
+from smalti.evaluation.frechet import FeatureStatistics, frechet_distance, parted, real_floor
 from smalti.evaluation.kernel_distance import kernel_distance
 from smalti.evaluation.protocol import Metric
 from smalti.evaluation.reconstruction import psnr, rounded, ssim
@@ -18,6 +19,11 @@ from smalti.tokenizer.perceptual import LPIPS
 
 CHUNK = 128  # pictures per forward pass
 KID_SUBSETS, KID_SUBSET_SIZE = 50, 256
+SSIM_PROTOCOL = {
+    "window": "Gaussian, 11 px, sigma 1.5",
+    "data_range": 255,
+    "positions": "where the window fits inside",
+}
 BEST_PSNR = 100.0  # dB; stands for the infinity of an exact copy, which no mean survives
 
 
@@ -37,15 +43,20 @@ def reconstruction_metrics(
     trunk = {"trunk": "alex", "version": "0.1", "weights_sha256": weights_sha256(lpips)}
     return {
         "psnr": Metric(fidelity, {**base, "unit": "dB", "exact_copy_counts_as": BEST_PSNR}),
-        "ssim": Metric(ssim(images, reference).mean().item(), {**base, "window": 11}),
+        "ssim": Metric(ssim(images, reference).mean().item(), {**base, **SSIM_PROTOCOL}),
         "lpips": Metric(perceptual.mean().item(), {**base, **trunk}),
     }
 
 
-def codebook_metrics(counts: Tensor, protocol: dict[str, Any]) -> dict[str, Metric]:
-    """Usage and perplexity of code counts (V,) over a whole set."""
+def codebook_metrics(
+    counts: Tensor, codes_per_picture: int, pixels: int, protocol: dict[str, Any]
+) -> dict[str, Metric]:
+    """Usage and perplexity of code counts (V,) over a whole set, and bits per pixel: what the codes
+    of a picture take without further compression, L log2(V) / (H W)."""
     base = {**protocol, "codes": int(counts.sum()), "vocab_size": len(counts)}
+    bits = codes_per_picture * math.log2(len(counts)) / pixels
     return {
+        "bits_per_pixel": Metric(bits, {**base, "codes_per_picture": codes_per_picture}),
         "codebook_usage": Metric(usage(counts), base),
         "codebook_perplexity": Metric(perplexity(counts), base),
     }
@@ -96,12 +107,14 @@ def distance_metrics(
     }
     other = {**base, "what": "held-out against training pictures", "fake": len(heldout)}
     name = extractor.name
-    size = min(KID_SUBSET_SIZE, len(samples), len(heldout), len(train))
+    size = min(KID_SUBSET_SIZE, len(samples), len(heldout), count)
     kid_base = {"subsets": KID_SUBSETS, "subset_size": size, "kernel": "(x.y / d + 1)^3"}
 
-    def kid(fake: Tensor, about: dict[str, Any]) -> Metric:
+    some, others = parted(train, count, seed("floor"))
+
+    def kid(fake: Tensor, about: dict[str, Any], real: Tensor = train) -> Metric:
         found = kernel_distance(
-            train, fake, subsets=KID_SUBSETS, subset_size=size, generator=seed("kid")
+            real, fake, subsets=KID_SUBSETS, subset_size=size, generator=seed("kid")
         )
         return Metric(found.mean, {**about, **kid_base, "std_over_subsets": found.std})
 
@@ -114,6 +127,7 @@ def distance_metrics(
         f"fd_{name}_floor": Metric(real_floor(train, count, seed("floor")), among),
         f"kid_{name}": kid(samples, base),
         f"kid_{name}_heldout": kid(heldout, other),
+        f"kid_{name}_floor": kid(some, among, real=others),
     }
 
 

@@ -7,6 +7,8 @@ from torch import nn
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
 
+SAMPLES = "samples.png"  # the grid that the card shows
+
 _TEMPLATE = """\
 ---
 library_name: smalti
@@ -40,7 +42,7 @@ def model_card(
 ) -> str:
     """A README.md for a pipeline folder, with the YAML header that the Hub reads."""
     return _TEMPLATE.format(
-        grid="\n![samples](samples.png)\n" if has_grid else "",
+        grid=f"\n![samples]({SAMPLES})\n" if has_grid else "",
         example=repr(classes[0]),
         tokenizer=Tokenizer.registry.name_of(type(tokenizer)),
         tokenizer_size=f"{_millions(tokenizer)} M",

@@ -18,8 +18,10 @@ from PIL import Image
 
 from smalti.data.image_io import image_grid, save_png
 from smalti.errors import SmaltiError
-from smalti.files import write_json
+from smalti.files import read_json, write_json
 from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.base import Prior
+from smalti.tokenizer.base import Tokenizer
 
 SETTINGS = "generation.json"
 SHOWN_CLASSES = 20
@@ -29,7 +31,7 @@ SHOWN_CLASSES = 20
 class GenerationJob:
     """What decides every picture of a job."""
 
-    model: str  # fingerprints of tokenizer and prior
+    model: str  # checksums of tokenizer and prior, and their precision
     labels: tuple[int, ...]  # class of each picture
     seed: int
     guidance_scale: float
@@ -77,13 +79,15 @@ def generate_folder(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
     progress: Callable[[int], object] = lambda pictures: None,
     **options: Any,
 ) -> list[Path]:
     """Write picture i of class `labels[i]` to `folder/{i:06d}.png`; keep those already there.
 
     Args:
-        rank, world_size: this process makes every `world_size`-th picture.
+        rank, world_size, barrier: this process, all processes, and how to wait for them; each
+            makes every `world_size`-th picture.
         progress: called with the number of pictures finished since the last call.
 
     Returns:
@@ -93,12 +97,17 @@ def generate_folder(
         SmaltiError: the folder holds something else, or pictures of a job with other settings.
     """
     job = GenerationJob(
-        model=f"{pipeline.tokenizer.fingerprint}/{pipeline.prior.fingerprint}",
+        model="/".join(map(_exact_name, (pipeline.tokenizer, pipeline.prior))),
         labels=tuple(labels),
         seed=seed,
         guidance_scale=guidance_scale,
         options=dict(sorted(options.items())),
     )
+    try:
+        if rank == 0:
+            _claim(folder, job)
+    finally:
+        barrier()
     _claim(folder, job)
     paths = [folder / f"{index:06d}.png" for index in range(len(labels))]
     mine = range(rank, len(labels), world_size)
@@ -118,22 +127,37 @@ def generate_folder(
     return paths
 
 
+def _exact_name(model: Tokenizer | Prior) -> str:
+    """What tells a model from all others, its copies in other precisions included."""
+    return f"{model.checksum}/{next(model.parameters()).dtype}"
+
+
 def _claim(folder: Path, job: GenerationJob) -> None:
+    """Make the folder that of the job, or find that it is.
+
+    Other processes of the job may be at it already. They write the settings before the pictures,
+    so that listing first, and looking for the settings then, never takes them for strangers.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise SmaltiError(f"{folder} is a file: choose a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    strangers = [path for path in folder.iterdir() if not path.name.startswith(".tmp-")]
     settings = json.loads(json.dumps(asdict(job)))
     path = folder / SETTINGS
     if path.is_file():
-        found = json.loads(path.read_text())
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise SmaltiError(f"{path} holds no settings: choose another output folder")
         different = [k for k in settings if found.get(k) != settings[k]]
         if different:
             raise SmaltiError(
                 f"{folder} holds pictures of another job (its {different[0]} differs): "
                 "choose another output folder"
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif strangers:
         raise SmaltiError(f"{folder} is not empty and holds no {SETTINGS}: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    else:
+        write_json(path, settings)
 
 
 def _is_whole(path: Path) -> bool:

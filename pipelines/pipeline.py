@@ -1,7 +1,7 @@
 """Tokenizer and prior as one object: labels in, pictures out."""
 
-import difflib
-import json
+import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +13,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from smalti.data.image_io import to_pil
+from smalti.data.image_io import save_png, to_pil
 from smalti.errors import SmaltiError
-from smalti.files import write_json
-from smalti.hub import resolve_folder
-from smalti.pipelines.card import model_card
+from smalti.files import replacing, write_text
+from smalti.hub import resolve_folder, upload
+from smalti.pipelines.card import SAMPLES, model_card
+from smalti.pipelines.index import INDEX, Components, PipelineIndex, read_index, write_index
+from smalti.pipelines.labels import ClassLabels, label_ids, whole_number
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
 
-FORMAT_VERSION = 1
-INDEX = "model_index.json"
-
 OutputType = Literal["pil", "np", "pt", "latent"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
-ClassLabels = int | str | Sequence[int | str] | Tensor
 
 
 @dataclass
@@ -43,7 +41,7 @@ class Pipeline:
 
     Raises:
         SmaltiError: the specs differ, the prior was trained on latents of another tokenizer, or
-            the number of names is not the prior's number of classes.
+            the number of names is not the prior's number of classes; a name stands twice.
     """
 
     def __init__(self, tokenizer: Tokenizer, prior: Prior, classes: Sequence[str]) -> None:
@@ -52,19 +50,19 @@ class Pipeline:
                 f"the tokenizer makes {tokenizer.spec}, the prior models {prior.spec}: "
                 "they do not belong together"
             )
-        expected = prior.tokenizer_fingerprint
-        if expected is not None and expected != tokenizer.fingerprint:
-            raise SmaltiError(
-                f"the prior was trained on the latents of tokenizer {expected[:12]}, "
-                f"this one is {tokenizer.fingerprint[:12]}: pair it with its own tokenizer"
-            )
+        _check_pair(tokenizer, prior)
         if len(classes) != prior.num_classes:
             raise SmaltiError(
                 f"{len(classes)} class names were given; the prior has {prior.num_classes} classes"
             )
+        name, count = Counter(classes).most_common(1)[0]
+        if count > 1:
+            raise SmaltiError(f'{count} classes are called "{name}": give each a name of its own')
         self.tokenizer = tokenizer.eval()
         self.prior = prior.eval()
         self.classes = tuple(classes)
+        self.notes = ""  # Markdown for the model card
+        self._samples: Path | None = None  # the grid that the model card shows
 
     # -- loading and saving -------------------------------------------------------------------
 
@@ -89,44 +87,61 @@ class Pipeline:
         folder = resolve_folder(
             path_or_hub_id, revision=revision, token=token, local_files_only=local_files_only
         )
-        index = _read_index(folder)
+        index = read_index(folder)
         tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
         prior = Prior.from_pretrained(folder / "prior")
-        return cls(tokenizer, prior, index["classes"]).to(device, dtype)
+        if _components(tokenizer, prior) != index.components:
+            raise SmaltiError(
+                f"{folder / INDEX} names {index.components}; the folder holds "
+                f"{_components(tokenizer, prior)}: it was put together from different pipelines"
+            )
+        pipeline = cls(tokenizer, prior, index.classes)
+        pipeline.notes = index.notes
+        pipeline._samples = folder / SAMPLES
+        return pipeline.to(device, dtype)
 
     def save_pretrained(
-        self, path: str | Path, *, samples: Image.Image | None = None, notes: str = ""
+        self, path: str | Path, *, samples: Image.Image | None = None, notes: str | None = None
     ) -> Path:
         """Write tokenizer/, prior/, a model card, and last `model_index.json`.
 
         Args:
-            samples: a grid of samples for the card, saved as samples.png.
-            notes: Markdown to stand in the card, for example measured numbers.
+            samples: a grid of samples for the card, saved as samples.png; None keeps the one that
+                the pipeline was loaded or last saved with.
+            notes: Markdown to stand in the card, for example measured numbers; None likewise.
 
         Raises:
-            SmaltiError: `path` exists and holds something that is not a pipeline.
+            SmaltiError: `path` exists and holds something that is not a pipeline; the tokenizer
+                was changed since it was paired with the prior.
         """
         folder = Path(path)
+        if folder.exists() and not folder.is_dir():
+            raise SmaltiError(f"{folder} is a file: choose a folder")
         if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).is_file():
             raise SmaltiError(f"{folder} exists and is not a pipeline: choose another folder")
+        _check_pair(self.tokenizer, self.prior)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.prior.save_pretrained(folder / "prior")
-        if samples is not None:
-            samples.save(folder / "samples.png")
-        card = model_card(self.tokenizer, self.prior, self.classes, samples is not None, notes)
-        (folder / "README.md").write_text(card)
-        index = {
-            "_class_name": "Pipeline",
-            "format_version": FORMAT_VERSION,
-            "components": {
-                "tokenizer": Tokenizer.registry.name_of(type(self.tokenizer)),
-                "prior": Prior.registry.name_of(type(self.prior)),
-            },
-            "classes": list(self.classes),
-        }
-        write_json(folder / INDEX, index)
+        self.notes = self.notes if notes is None else notes
+        has_grid = self._save_grid(folder / SAMPLES, samples)
+        card = model_card(self.tokenizer, self.prior, self.classes, has_grid, self.notes)
+        write_text(folder / "README.md", card)
+        index = PipelineIndex(_components(self.tokenizer, self.prior), self.classes, self.notes)
+        write_index(folder, index)
         return folder
+
+    def _save_grid(self, path: Path, samples: Image.Image | None) -> bool:
+        """Write a new grid, or copy the one there is; return whether there is one."""
+        if samples is not None:
+            save_png(path, samples)
+            self._samples = path
+        elif self._samples is None or not self._samples.is_file():
+            path.unlink(missing_ok=True)  # of the pipeline that was here before
+        elif not (path.is_file() and path.samefile(self._samples)):
+            with replacing(path) as temporary:
+                shutil.copyfile(self._samples, temporary)
+        return path.is_file()
 
     def push_to_hub(
         self,
@@ -138,8 +153,6 @@ class Pipeline:
         create_pr: bool = False,
     ) -> str:
         """Upload the folder that `save_pretrained` writes, in one commit; return its address."""
-        from smalti.hub import upload
-
         return upload(
             self.save_pretrained,
             repo_id,
@@ -150,11 +163,17 @@ class Pipeline:
         )
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
-        """Move both models; returns self."""
-        self.tokenizer.to(device=device, dtype=dtype)
-        self.prior.to(device=device, dtype=dtype)
+        """Move both models, change their precision, or both; returns self."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        for model in (self.tokenizer, self.prior):
+            if dtype is not None:
+                model.cast(dtype)
+            model.to(device=device)
         return self
 
     @property
@@ -192,19 +211,17 @@ class Pipeline:
             SmaltiError: an unknown class or output type, or a wrong number of generators.
         """
         labels = self.label_ids(class_labels)
-        labels = [label for label in labels for _ in range(num_images_per_prompt)]
+        per_class = whole_number("num_images_per_prompt", num_images_per_prompt)
+        labels = [label for label in labels for _ in range(per_class)]
         if output_type not in get_args(OutputType):
             raise SmaltiError(
                 f'output_type is "{output_type}"; choose one of {", ".join(get_args(OutputType))}'
             )
-        if batch_size is not None and batch_size < 1:
+        if batch_size is not None and whole_number("batch_size", batch_size) < 1:
             raise SmaltiError(f"batch_size is {batch_size}; it must be at least 1")
         if not labels:
             raise SmaltiError("no pictures were asked for: give a class and at least one per class")
-        if _is_list(generator) and len(generator) != len(labels):
-            raise SmaltiError(
-                f"{len(generator)} generators were given for {len(labels)} pictures: give one each"
-            )
+        _check_generators(generator, len(labels))
         chunk = batch_size or len(labels)
         latents, images = [], []
         for start in tqdm(range(0, len(labels), chunk), disable=not progress, unit="batch"):
@@ -228,30 +245,44 @@ class Pipeline:
         Raises:
             SmaltiError: no such class; the message lists near names.
         """
-        if isinstance(class_labels, Tensor):
-            class_labels = class_labels.flatten().tolist()
-        if isinstance(class_labels, int | str):
-            class_labels = [class_labels]
-        return [self._label_id(label) for label in class_labels]
+        return label_ids(class_labels, self.classes)
 
-    def _label_id(self, label: int | str) -> int:
-        if isinstance(label, str):
-            if label in self.classes:
-                return self.classes.index(label)
-            near = difflib.get_close_matches(label, self.classes, n=3, cutoff=0.3) or self.classes
-            raise SmaltiError(
-                f'no class is named "{label}"; known are for example {", ".join(near)}'
-            )
-        number = int(label)
-        if not 0 <= number < len(self.classes):
-            raise SmaltiError(
-                f"class label {number} is out of range: use 0 to {len(self.classes) - 1}"
-            )
-        return number
+
+def _check_pair(tokenizer: Tokenizer, prior: Prior) -> None:
+    """Raise `SmaltiError` if the prior was trained on the latents of another tokenizer."""
+    expected = prior.tokenizer_fingerprint
+    if expected is not None and expected != tokenizer.fingerprint:
+        raise SmaltiError(
+            f"the prior was trained on the latents of tokenizer {expected[:12]}, this one is "
+            f"{tokenizer.fingerprint[:12]}: pair it with its own tokenizer, and change the "
+            "precision with dtype= or cast()"
+        )
+
+
+def _components(tokenizer: Tokenizer, prior: Prior) -> Components:
+    return Components(
+        tokenizer=Tokenizer.registry.name_of(type(tokenizer)),
+        prior=Prior.registry.name_of(type(prior)),
+    )
+
+
+def _check_generators(generator: Generators, pictures: int) -> None:
+    if generator is None:
+        return
+    each = list(generator) if _is_list(generator) else [generator]
+    wrong = [value for value in each if not isinstance(value, torch.Generator)]
+    if wrong:
+        raise SmaltiError(
+            f"generator holds {wrong[0]!r}: give a torch.Generator, or a list with one per picture"
+        )
+    if _is_list(generator) and len(each) != pictures:
+        raise SmaltiError(
+            f"{len(each)} generators were given for {pictures} pictures: give one each"
+        )
 
 
 def _is_list(generator: Generators) -> TypeGuard[Sequence[torch.Generator]]:
-    return generator is not None and not isinstance(generator, torch.Generator)
+    return isinstance(generator, Sequence)
 
 
 def _as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:
@@ -260,21 +291,3 @@ def _as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | n
         return to_pil(images)
     unit = (images + 1) / 2
     return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).numpy()
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    if not path.is_file():
-        raise SmaltiError(f"{folder} has no {INDEX}: it is not a saved pipeline")
-    try:
-        index = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise SmaltiError(f"{path} is damaged: {error}") from error
-    classes = index.get("classes") if isinstance(index, dict) else None
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise SmaltiError(f"{path} has no list of class names: it is not a smalti pipeline")
-    if index.get("format_version") != FORMAT_VERSION:
-        raise SmaltiError(
-            f"{path} has format {index.get('format_version')}; this smalti reads {FORMAT_VERSION}"
-        )
-    return index

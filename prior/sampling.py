@@ -80,6 +80,31 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill((before >= p).scatter(-1, order, before >= p), -torch.inf)
 
 
+def filtered(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """Logits (B, V) divided by the temperature, with those at -inf that top-k and top-p leave out,
+    in the most exact type of the device; the likeliest of a row is 0.
+
+    Raises:
+        SmaltiError: the likeliest logit of a row is not finite.
+    """
+    dtype = exact_dtype(logits.device)
+    # Below the peak all are negative: a temperature near 0 makes them -inf, which is greedy.
+    below = logits.to(dtype) - _peak(logits)
+    logits = below / max(options.temperature, torch.finfo(dtype).tiny)
+    return keep_top_p(keep_top_k(logits, options.top_k), options.top_p)
+
+
+def _peak(logits: Tensor) -> Tensor:
+    """The likeliest logit of every row, (B, 1), which must be finite."""
+    peak = logits.amax(dim=-1, keepdim=True)  # NaN if any logit is
+    if not torch.compiler.is_compiling() and not peak.isfinite().all():
+        raise SmaltiError(
+            "the model gives NaN or infinity: its weights are damaged or overflow their type, or"
+            " guidance_scale is too large"
+        )
+    return peak
+
+
 def draw(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     """One code per row.
 
@@ -90,19 +115,21 @@ def draw(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
 
     Returns:
         (B,) int64.
+
+    Raises:
+        SmaltiError: the likeliest logit of a row is not finite.
     """
     if options.temperature == 0:
+        _peak(logits)
         return logits.argmax(dim=-1)
-    logits = keep_top_p(
-        keep_top_k(logits.float() / options.temperature, options.top_k), options.top_p
-    )
-    dtype = exact_dtype(logits.device)
-    cumulative = logits.to(dtype).softmax(dim=-1).cumsum(dim=-1)
+    logits = filtered(logits, options)
+    dtype = logits.dtype
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]  # not quite 1, by rounding
     below = total.nextafter(torch.zeros_like(total))  # so that a code of probability 0 stays out
     target = torch.minimum(uniforms[:, None].to(logits.device, dtype) * total, below)
     found = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return found.clamp(max=logits.shape[-1] - 1)  # logits that are NaN find nothing
+    return found.clamp(max=logits.shape[-1] - 1)
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:

@@ -7,19 +7,21 @@
 Run it again and it goes on where it stopped.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from smalti.cli import parse_config, run_command
-from smalti.config import config_to_dict
+from smalti.config import config_to_dict, nearest
+from smalti.data.images import open_source
+from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
-from smalti.files import write_json
+from smalti.files import read_json, write_json
 from smalti.prior import next_token
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.evaluate import EvaluateConfig, evaluate, table
@@ -28,9 +30,11 @@ from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
 from smalti.scripts.train_tokenizer import TrainTokenizerConfig
 from smalti.scripts.train_tokenizer import train as train_tokenizer
-from smalti.tokenizer import vq
+from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.discriminator import PatchGANConfig
 from smalti.tokenizer.objective import ObjectiveConfig
+from smalti.tokenizer.presets import PRESETS as TOKENIZERS
+from smalti.tokenizer.presets import TokenizerConfig
 
 SETTINGS = "demo.json"
 
@@ -46,7 +50,7 @@ class Scale:
 
 
 TOKENIZER_CPU = TrainTokenizerConfig(
-    tokenizer=vq.PRESETS["vq-32-tiny"],
+    tokenizer=TOKENIZERS["vq-32-tiny"],
     objective=ObjectiveConfig(
         perceptual_weight=0.3,
         adversarial_weight=0.05,
@@ -88,7 +92,7 @@ SCALES = {
     "gpu": Scale(
         replace(
             TOKENIZER_CPU,
-            tokenizer=vq.PRESETS["vq-64-small"],
+            tokenizer=TOKENIZERS["vq-64-small"],
             max_train_steps=6000,
             train_batch_size=128,
             learning_rate=4e-4,
@@ -127,6 +131,7 @@ class DemoConfig(DataOptions):
     quick: bool = False  # rougher, in under two minutes
     seed: int = 0
     guidance_scale: float = 2.0
+    tokenizer: str = ""  # a tokenizer preset; empty = what suits the machine
     tokenizer_steps: int = 0  # 0 = what suits the machine
     prior_steps: int = 0
 
@@ -135,7 +140,6 @@ def demo(config: DemoConfig) -> Path:
     """Run every stage that is not done yet; return the folder that holds the results."""
     config = replace(config, data=config.data or ("fashion" if config.quick else "emoji"))
     folder, scale = config.output_dir, _scale(config)
-    _claim(config)
     shared = {
         "data": config.data,
         "heldout_fraction": config.heldout_fraction,
@@ -143,10 +147,23 @@ def demo(config: DemoConfig) -> Path:
         "folder": config.folder,
     }
     run = {"seed": config.seed, "resume_from_checkpoint": "latest"}
+    stage_one = replace(scale.tokenizer, output_dir=folder / "tokenizer", **run, **shared)
+    open_source(config.data, options=config.folder)  # a mistake in it must not claim the folder
+    _claim(config)
     _announce(1, "train the tokenizer (images <-> codes)")
-    tokenizer = train_tokenizer(
-        replace(scale.tokenizer, output_dir=folder / "tokenizer", **run, **shared)
+    tokenizer = train_tokenizer(stage_one)
+    measure = EvaluateConfig(
+        output_dir=folder,
+        num_samples=scale.num_samples,
+        classifier_epochs=scale.classifier_epochs,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+        **shared,
     )
+    if not _has_a_prior(scale.tokenizer.tokenizer):
+        _announce(2, "evaluate the tokenizer; no prior models its latents yet")
+        print(f"\n{table(evaluate(replace(measure, model=str(tokenizer))))}\n")
+        return folder
     _announce(2, "encode the pictures to codes")
     latents = encode(EncodeConfig(tokenizer=tokenizer, output_dir=folder / "latents", **shared))
     _announce(3, "train the prior (a distribution over codes)")
@@ -162,18 +179,7 @@ def demo(config: DemoConfig) -> Path:
         )
     )
     _announce(4, "sample and evaluate")
-    metrics = evaluate(
-        EvaluateConfig(
-            model=str(pipeline),
-            output_dir=folder,
-            num_samples=scale.num_samples,
-            classifier_epochs=scale.classifier_epochs,
-            guidance_scale=config.guidance_scale,
-            seed=config.seed,
-            **shared,
-        )
-    )
-    print(f"\n{table(metrics)}\n")
+    print(f"\n{table(evaluate(replace(measure, model=str(pipeline))))}\n")
     return folder
 
 
@@ -181,6 +187,13 @@ def _scale(config: DemoConfig) -> Scale:
     name = "quick" if config.quick else "gpu" if torch.cuda.is_available() else "cpu"
     scale = SCALES[name]
     tokenizer, prior = scale.tokenizer, scale.prior
+    if config.tokenizer:
+        if config.tokenizer not in TOKENIZERS:
+            raise SmaltiError(
+                f'no tokenizer preset is called "{config.tokenizer}"; '
+                f"{nearest(config.tokenizer, TOKENIZERS)}"
+            )
+        tokenizer = replace(tokenizer, tokenizer=TOKENIZERS[config.tokenizer])
     if config.tokenizer_steps:
         tokenizer = replace(tokenizer, max_train_steps=config.tokenizer_steps)
     if config.prior_steps:
@@ -188,23 +201,39 @@ def _scale(config: DemoConfig) -> Scale:
     return replace(scale, tokenizer=tokenizer, prior=prior)
 
 
+def _has_a_prior(tokenizer: TokenizerConfig) -> bool:
+    """Whether stage two can learn its latents: codes of one grid."""
+    with torch.device("meta"):
+        spec = Tokenizer.registry.build(tokenizer).spec
+    return isinstance(spec, CodeSpec) and len(spec.grids) == 1
+
+
 def _claim(config: DemoConfig) -> None:
     """Mark the folder as this demo's; refuse one that holds anything else."""
-    path, settings = config.output_dir / SETTINGS, config_to_dict(config)
+    folder, settings = config.output_dir, config_to_dict(config)
     del settings["output_dir"]
-    if path.is_file():
-        found = json.loads(path.read_text())
-        different = [name for name in settings if found.get(name) != settings[name]]
-        if different:
-            raise SmaltiError(
-                f"{config.output_dir} holds a demo with another {different[0]} "
-                f"({found.get(different[0])}): choose another --output_dir"
-            )
-        return
-    if config.output_dir.exists() and any(config.output_dir.iterdir()):
-        raise SmaltiError(f"{config.output_dir} is not empty: choose another --output_dir")
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    if folder.exists() and not folder.is_dir():
+        raise SmaltiError(f"{folder} is a file, not a folder: choose another --output_dir")
+    held = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if held - {SETTINGS}:
+        _refuse_another_demo(folder, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SETTINGS, settings)
+
+
+def _refuse_another_demo(folder: Path, settings: dict[str, Any]) -> None:
+    path = folder / SETTINGS
+    if not path.is_file():
+        raise SmaltiError(f"{folder} is not empty: choose another --output_dir")
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise SmaltiError(f"{path} is damaged: choose another --output_dir")
+    different = [name for name in settings if found.get(name) != settings[name]]
+    if different:
+        raise SmaltiError(
+            f"{folder} holds a demo with another {different[0]} "
+            f"({found.get(different[0])}): choose another --output_dir"
+        )
 
 
 def _announce(number: int, what: str) -> None:
@@ -224,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("summary.json", "every metric with its protocol"),
         ("pipeline/", f'smalti.Pipeline.from_pretrained("{folder / "pipeline"}")'),
     ):
-        print(f"  {name:20} {what}")
+        if (folder / name).exists():
+            print(f"  {name:20} {what}")
     return 0
 
 

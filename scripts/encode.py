@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from smalti.cli import parse_config, run_command
 from smalti.data.cache import VIEWS, CacheInfo, EncodedRange, write_cache
 from smalti.data.dataset import ImageDataset
+from smalti.errors import SmaltiError
 from smalti.scripts.options import DataOptions
 from smalti.tokenizer.base import Tokenizer
 
@@ -30,6 +31,11 @@ class EncodeConfig(DataOptions):
     flip_view: bool = True  # also store the mirrored training pictures
     batch_size: int = 128
     shard_size: int = 8192  # samples per file
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise SmaltiError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 def encode(config: EncodeConfig) -> Path:

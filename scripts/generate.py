@@ -17,6 +17,7 @@ from smalti.cli import parse_config, run_command
 from smalti.errors import SmaltiError
 from smalti.pipelines.generation import generate_folder
 from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.sampling import SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,16 @@ class GenerateConfig:
         for name in ("num_images_per_class", "batch_size"):
             if getattr(self, name) < 1:
                 raise SmaltiError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        SamplingOptions(  # refuses what is out of range before the folder is claimed
+            self.temperature, self.top_k, self.top_p, self.guidance_scale, self.guidance_schedule
+        )
 
 
 def generate(config: GenerateConfig) -> list[Path]:
     """Write the pictures, class by class, and return their paths."""
     state = PartialState()
     pipeline = Pipeline.from_pretrained(config.model, device=state.device)
-    wanted = [int(c) if c.lstrip("-").isdigit() else c for c in config.class_labels]
-    ids = pipeline.label_ids(wanted or list(range(len(pipeline.classes))))
+    ids = pipeline.label_ids(config.class_labels or range(len(pipeline.classes)))
     labels = [label for label in ids for _ in range(config.num_images_per_class)]
     with tqdm(total=len(labels), desc="generate", disable=not state.is_main_process) as bar:
         paths = generate_folder(
@@ -58,6 +61,7 @@ def generate(config: GenerateConfig) -> list[Path]:
             batch_size=config.batch_size,
             rank=state.process_index,
             world_size=state.num_processes,
+            barrier=state.wait_for_everyone,
             progress=bar.update,
             guidance_schedule=config.guidance_schedule,
             temperature=config.temperature,

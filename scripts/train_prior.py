@@ -23,11 +23,13 @@ from smalti.prior.base import Loss, Prior
 from smalti.prior.next_token import PRESETS, NextTokenConfig
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.checkpoint import OptimizerState
+from smalti.training.config import RunConfig
 from smalti.training.ema import EMA
 from smalti.training.log import mean_of
-from smalti.training.run import Run, RunConfig
+from smalti.training.run import Run
 
 VALIDATION_SAMPLES = 1024
+FITTED = ("spec", "num_classes", "tokenizer_fingerprint")  # what the latents decide of a prior
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,19 @@ class TrainPriorConfig(RunConfig):
     latents: Path = Path("runs/latents")  # folder written by `smalti encode`
     tokenizer: Path = Path("runs/tokenizer/tokenizer")  # the one that made the latents
     pipeline_dir: Path | None = None  # where the result goes; default: output_dir/pipeline
-    # Latents, number of classes and tokenizer fingerprint are taken from the cache.
+    # Its latents, number of classes and tokenizer fingerprint are taken from the cache.
     prior: NextTokenConfig = field(default_factory=lambda: PRESETS["gpt-nano"])
     preview_guidance_scale: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        defaults = type(self.prior)()
+        for name in FITTED:
+            value = getattr(self.prior, name)
+            if value != getattr(defaults, name):
+                raise SmaltiError(
+                    f"prior.{name} is {value}, but it is taken from the latents: leave it out"
+                )
 
 
 class Stage:
@@ -109,11 +121,12 @@ class Stage:
 
 def train(config: TrainPriorConfig) -> Path:
     """Train, and return the folder of the finished pipeline (EMA weights)."""
-    run = Run(config, kind="train-prior")
+    result = config.pipeline_dir or config.output_dir / "pipeline"
+    run = Run(config, kind="train-prior", result=result)
     latents = LatentCache(config.latents / "train", seed=config.seed)
     heldout = LatentCache(config.latents / "heldout")
     stage = Stage(run, config, latents)
-    run.resume()
+    run.resume(latents.fingerprint)
     batches = stream_batches(
         latents,
         DataOrder(len(latents), config.train_batch_size, config.seed),
@@ -131,7 +144,7 @@ def train(config: TrainPriorConfig) -> Path:
             run.log_alone(step, stage.validate(heldout))
             picture = run.folder / "samples" / f"step_{step + 1:06d}.png"
             save_png(picture, stage.preview())
-    return run.export(stage.save_pipeline, config.pipeline_dir or run.folder / "pipeline")
+    return run.export(stage.save_pipeline)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

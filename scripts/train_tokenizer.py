@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from smalti.cli import parse_config, run_command
 from smalti.data.dataset import ImageBatch, ImageDataset
@@ -17,19 +18,24 @@ from smalti.data.image_io import image_grid, save_png
 from smalti.data.latents import CodeSpec
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
-from smalti.evaluation.codebook import code_counts, usage
+from smalti.evaluation.codebook import code_counts, perplexity, usage
 from smalti.evaluation.reconstruction import psnr
+from smalti.scripts.critic import CriticStage, critic_draws
 from smalti.scripts.options import DataOptions
-from smalti.tokenizer.base import Tokenizer
-from smalti.tokenizer.discriminator import PatchGAN
+from smalti.tokenizer.adversarial import adaptive_weight, last_layer_gradients
+from smalti.tokenizer.alignment import AlignedTokenizer, AlignmentConfig
+from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.objective import (
+    Judges,
     ObjectiveConfig,
     ObjectiveLoss,
-    discriminator_loss,
+    adversarial_loss,
+    fidelity_losses,
     generator_loss,
+    sum_of,
 )
 from smalti.tokenizer.perceptual import LPIPS
-from smalti.tokenizer.vq import PRESETS, VQConfig
+from smalti.tokenizer.presets import PRESETS, TokenizerConfig
 from smalti.training.checkpoint import OptimizerState
 from smalti.training.ema import EMA
 from smalti.training.log import mean_of
@@ -47,8 +53,10 @@ class TrainTokenizerConfig(RunConfig, DataOptions):
     output_dir: Path = Path("runs/tokenizer")
     PRESETS: ClassVar[dict[str, Any]] = {"tokenizer": PRESETS}
 
-    tokenizer: VQConfig = field(default_factory=lambda: PRESETS["vq-32-tiny"])
+    tokenizer: TokenizerConfig = field(default_factory=lambda: PRESETS["vq-32-tiny"])
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    # Draws a KL tokenizer's latents towards the features of a vision model; recipes only.
+    alignment: AlignmentConfig | None = None
     flip: bool = True  # mirror half of the pictures
 
 
@@ -60,62 +68,113 @@ class Stage:
         self.run = run
         self.objective = config.objective
         self.tokenizer: Tokenizer = Tokenizer.registry.build(config.tokenizer).to(run.device)
-        self.critic = PatchGAN(config.objective.discriminator).to(run.device)
-        self.perceptual = LPIPS.from_embedded().to(run.device)
-        self.optimizer = run.adamw(self.tokenizer)
-        self.critic_optimizer = run.adamw(self.critic)
+        self.trained: nn.Module = self.tokenizer
+        if config.alignment is not None:
+            self.trained = AlignedTokenizer.of(self.tokenizer, config.alignment).to(run.device)
+            run.track(alignment=self.trained.alignment.projection)
+        self.optimizer = run.adamw(self.trained)
         self.ema = EMA(self.tokenizer, config.ema_decay)
         run.track(
             model=self.tokenizer,
             ema=self.ema,
             optimizer=OptimizerState(self.optimizer),
-            discriminator=self.critic,
-            discriminator_optimizer=OptimizerState(self.critic_optimizer),
         )
-        # Gradients are synchronised by these wrappers alone, so every pass goes through them.
-        self.wrapped_tokenizer = run.accelerator.prepare(self.tokenizer)
-        self.wrapped_critic = run.accelerator.prepare(self.critic)
+        # Gradients are synchronised by this wrapper alone, so every pass that makes some uses it.
+        self.wrapped_tokenizer = run.accelerator.prepare(self.trained)
+        self.codes: list[torch.Tensor] = []  # of the last step, on this process
+        # A network whose weight is 0 is neither built nor trained nor saved.
+        objective = config.objective
+        size = config.tokenizer.image_size
+        self.critic = CriticStage(run, objective, size) if objective.needs_critic else None
+        perceptual = None
+        if objective.needs_features:
+            perceptual = LPIPS.of(objective.perceptual_network, objective.perceptual_weights)
+            perceptual.to(run.device)
+        self.judges = Judges(perceptual, self.critic.objective.critic if self.critic else None)
 
     def train_step(self, micro_batches: list[ImageBatch], step: int) -> dict[str, torch.Tensor]:
         """Tokenizer, then critic, on the same pictures; returns losses for the log."""
         self.wrapped_tokenizer.train()
-        parts = []
-        fakes = []
-        for index, batch in enumerate(micro_batches):
-            images = batch.images.to(self.run.device)
+        images = [batch.images.to(self.run.device) for batch in micro_batches]
+        draws = critic_draws(self.run, step)
+        balance = self.balance(images, draws, step)
+        parts, pairs, self.codes = [], [], []
+        for index, (real, numbers) in enumerate(zip(images, draws, strict=True)):
             with self.run.micro_batch(index, self.wrapped_tokenizer):
-                loss, reconstructed = self.generator_loss(images, step)
+                loss, output = self.generator_loss(real, numbers, step, balance)
                 self.run.backward(loss.total)
             parts.append(loss.parts)
-            fakes.append(reconstructed.detach())
-        norm = self.run.apply(self.optimizer, self.tokenizer, step)
+            pairs.append((output.targets, output.images.detach()))
+            if output.codes is not None:
+                self.codes.append(output.codes)
+        norm = self.run.apply(self.optimizer, self.trained, step)
         self.accept(norm, step)
-        for index, (batch, fake) in enumerate(zip(micro_batches, fakes, strict=True)):
-            images = batch.images.to(self.run.device)
-            with self.run.micro_batch(index, self.wrapped_critic):
-                loss = discriminator_loss(self.wrapped_critic, images, fake)
-                self.run.backward(loss.total)
-            parts[index] |= loss.parts
-        self.run.apply(self.critic_optimizer, self.critic, step)
-        return {**mean_of(parts), "gradient_norm": torch.tensor(norm)}
+        values = {**mean_of(parts), "gradient_norm": torch.tensor(norm)}
+        if self.critic is not None:
+            values |= self.critic.train_step(pairs, draws, step)
+        return values
 
-    def generator_loss(self, images: torch.Tensor, step: int) -> tuple[ObjectiveLoss, torch.Tensor]:
-        """The tokenizer's loss and its reconstructions (B, 3, H, W)."""
+    def generator_loss(
+        self,
+        images: torch.Tensor,
+        draws: torch.Tensor,
+        step: int,
+        balance: torch.Tensor | None = None,
+    ) -> tuple[ObjectiveLoss, Reconstruction]:
+        """The tokenizer's loss, and what it made of images (B, 3, H, W)."""
         reconstruction = self.wrapped_tokenizer(images)
-        # The unwrapped, frozen critic: no gradients of it are made, none are communicated.
-        self.critic.requires_grad_(False)
+        # The unwrapped critic: no gradients of it are made, none are communicated.
         with self.run.accelerator.autocast():
             loss = generator_loss(
                 self.objective,
+                self.judges,
                 reconstruction,
-                images,
-                perceptual=self.perceptual,
-                discriminator=self.critic,
+                draws=draws,
                 last_layer=self.tokenizer.last_layer,
                 step=step,
+                balance=balance,
             )
-        self.critic.requires_grad_(True)
-        return loss, reconstruction.images
+        return loss, reconstruction
+
+    def balance(
+        self, images: list[torch.Tensor], draws: list[torch.Tensor], step: int
+    ) -> torch.Tensor | None:
+        """The adaptive weight of the whole batch, if it is needed and comes in micro-batches.
+
+        It takes a pass of its own: the gradients of the first micro-batch cannot be weighed
+        before those of the last are known. That pass stops at the decoder's last layer.
+        """
+        config, critic = self.objective, self.judges.critic
+        heard = config.adversarial_strength(step) > 0
+        if critic is None or not (heard and config.adaptive and len(images) > 1):
+            return None
+        gradients = []
+        devices = [self.run.device] if self.run.device.type == "cuda" else []
+        # The same random numbers as in the pass that trains; what it collects is forgotten.
+        with (
+            torch.random.fork_rng(devices),
+            self.run.accelerator.no_sync(self.wrapped_tokenizer),
+            self.run.accelerator.autocast(),
+        ):
+            for real, numbers in zip(images, draws, strict=True):
+                output = self.wrapped_tokenizer(real)
+                fidelity = sum_of(fidelity_losses(config, self.judges, output))
+                adversarial = adversarial_loss(config, critic, output.images, numbers)
+                gradients.append(
+                    last_layer_gradients(fidelity, adversarial, self.tokenizer.last_layer)
+                )
+        self.tokenizer.discard_step()
+        return adaptive_weight(gradients)
+
+    def codebook_use(self) -> dict[str, float]:
+        """Usage and perplexity of the last step's codes on all processes; every process calls."""
+        if not self.codes:
+            return {}
+        assert isinstance(self.tokenizer.spec, CodeSpec)
+        counts = code_counts(torch.cat(self.codes), self.tokenizer.spec.vocab_size)
+        counts = self.run.accelerator.reduce(counts, reduction="sum")
+        assert isinstance(counts, torch.Tensor)
+        return {"code_usage": usage(counts), "code_perplexity": perplexity(counts)}
 
     def accept(self, gradient_norm: float, step: int) -> None:
         """Update codebook and EMA, or forget the step if its gradient was not finite."""
@@ -151,12 +210,12 @@ def preview(tokenizer: Tokenizer, images: ImageDataset, path: Path, device: torc
 
 def train(config: TrainTokenizerConfig) -> Path:
     """Train, and return the folder of the finished tokenizer (EMA weights)."""
-    run = Run(config, kind="train-tokenizer")
+    run = Run(config, kind="train-tokenizer", result=config.output_dir / "tokenizer")
     size = config.tokenizer.image_size
     images = config.dataset("train", size, flip=config.flip, seed=config.seed)
     heldout = config.dataset("heldout", size)
     stage = Stage(run, config)
-    run.resume()
+    run.resume(images.fingerprint)
     batches = stream_batches(
         images,
         DataOrder(len(images), config.train_batch_size, config.seed),
@@ -169,12 +228,19 @@ def train(config: TrainTokenizerConfig) -> Path:
     for step in run.steps():
         parts = stage.train_step(next(batches), step)
         if run.due(step, config.logging_steps):
-            run.log(step, {**parts, "learning_rate": run.learning_rate(step)})
+            values = {**parts, **stage.codebook_use(), "learning_rate": run.learning_rate(step)}
+            run.log(step, values)
         if run.due(step, config.validation_steps) and run.accelerator.is_main_process:
             run.log_alone(step, validate(stage.ema.model, heldout, run.device))
             picture = run.folder / "reconstructions" / f"step_{step + 1:06d}.png"
             preview(stage.ema.model, heldout, picture, run.device)
-    return run.export(stage.ema.model.save_pretrained, run.folder / "tokenizer")
+
+    def save(folder: Path) -> None:
+        tokenizer = stage.ema.model
+        tokenizer.calibrate(batch.images.to(run.device) for batch in images.batches(64))
+        tokenizer.save_pretrained(folder)
+
+    return run.export(save)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

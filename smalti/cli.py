@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from smalti.config import config_from_dict, config_to_dict, nearest, recipe_text
-from smalti.errors import SmaltiError
+from smalti.errors import EXIT_INTERRUPTED, SmaltiError
 
 T = TypeVar("T")
 
@@ -27,29 +27,38 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train-prior": ("smalti.scripts.train_prior", "stage two: a distribution over latents"),
     "generate": ("smalti.scripts.generate", "sample pictures with a saved pipeline"),
     "evaluate": ("smalti.scripts.evaluate", "measure a saved pipeline"),
+    "interpolate": ("smalti.scripts.interpolate", "blend two pictures in latent space"),
+    "attribute": ("smalti.scripts.attribute", "add the difference of two classes to pictures"),
+    "traverse": ("smalti.scripts.traverse", "vary single latent channels of a picture"),
+    "invert": ("smalti.scripts.invert", "search the latents that draw given pictures"),
 }
 
 BOX_FRAME = " ╭╮╰╯│─"  # around what tyro says
 
 EXIT_MISTAKE = 2  # something in the input is wrong, and the message says what to do
 EXIT_FAILURE = 1  # the machine failed: disk full, no permission
-EXIT_INTERRUPTED = 130
 
-# Faults that say enough in one line. Any other is a defect of ours and keeps its traceback.
+# Faults that one line can tell, and the remedy. Any other is a defect of ours and keeps its
+# traceback.
 MACHINE_FAULTS = {
-    getattr(errno, name)
-    for name in (
-        "ENOSPC",
-        "EDQUOT",
-        "EACCES",
-        "EPERM",
-        "EROFS",
-        "ENAMETOOLONG",
-        "ENOTDIR",
-        "EISDIR",
+    getattr(errno, name): remedy
+    for name, remedy in (
+        ("ENOSPC", "make room, or choose another disk"),
+        ("EDQUOT", "make room, or choose another disk"),
+        ("EACCES", "check the permissions, or choose another place"),
+        ("EPERM", "check the permissions, or choose another place"),
+        ("EROFS", "choose a place that can be written"),
+        ("ENAMETOOLONG", "choose a shorter name"),
+        ("EEXIST", "a file stands where a folder is needed; choose another place"),
+        ("ENOTDIR", "a file stands where a folder is needed; choose another place"),
+        ("EISDIR", "a folder stands where a file is needed; choose another place"),
     )
     if hasattr(errno, name)  # EDQUOT is unknown on Windows
 }
+
+# What PyYAML lets through on values like 2020-13-45, !!int x, !!bool x, !!timestamp x, or on a
+# recipe nested without end.
+UNTRANSLATED_BY_YAML = (ValueError, LookupError, AttributeError, RecursionError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,8 +97,9 @@ def run_command(
     except OSError as error:
         if error.errno not in MACHINE_FAULTS:
             raise
-        message = f"{error.strerror}: {error.filename or 'while writing'}"
-        return _complain(message, EXIT_FAILURE)
+        place = error.filename or "while writing"
+        remedy = MACHINE_FAULTS[error.errno]
+        return _complain(f"{error.strerror}: {place}: {remedy}", EXIT_FAILURE)
 
 
 def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str) -> T:
@@ -97,6 +107,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
 
     A class may have `PRESETS`, a mapping from a field to its named presets; `--field.preset NAME`
     or `preset: NAME` in the recipe then chooses what the other values of that field start from.
+    The flag is refused beside a recipe that gives values of the field, for those would win.
     `--print-config` prints the result as a recipe and exits.
 
     Raises:
@@ -163,11 +174,17 @@ def _with_presets(
     tables: Mapping[str, Mapping[str, Any]] = getattr(config_class, "PRESETS", {})
     for field, presets in tables.items():
         part = recipe.get(field)
-        named = part.pop("preset", None) if isinstance(part, dict) else None
-        name = _take(arguments, f"--{field}.preset") or named
+        name = part.pop("preset", None) if isinstance(part, dict) else None
+        flag = _take(arguments, f"--{field}.preset")
+        if flag is not None and part:
+            raise SmaltiError(
+                f"{where} gives values of {field}, which --{field}.preset {flag} would not "
+                f"replace: write preset: {flag} into a recipe without them, or leave the flag out"
+            )
+        name = name if flag is None else flag
         if name is None:
             continue
-        if name not in presets:
+        if not isinstance(name, str) or name not in presets:
             raise SmaltiError(
                 f'{where}: no preset is called "{name}"; {nearest(str(name), presets)}'
             )
@@ -203,7 +220,9 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
         _refuse_repeated_keys(node, path)
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except SmaltiError:
+        raise
+    except (yaml.YAMLError, *UNTRANSLATED_BY_YAML) as error:
         raise SmaltiError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise SmaltiError(f"{path} holds no keys and values: it is not a recipe")

@@ -1,4 +1,6 @@
-"""The one exception for mistakes that a person can mend."""
+"""The one exception for mistakes that a person can mend, and how an interrupted command ends."""
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, also used for SIGTERM: saved, and ready to go on
 
 
 class SmaltiError(ValueError):

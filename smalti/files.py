@@ -1,11 +1,14 @@
-"""Writing files so that a reader finds the old one or the new one, never half of one."""
+"""Files: written so that a reader finds the old one or the new one, read so that damage is told."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from smalti.errors import SmaltiError
 
 
 @contextmanager
@@ -36,3 +39,22 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON; NaN and infinity, which JSON cannot hold, raise `ValueError`."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        SmaltiError: the file is not UTF-8, or not JSON.
+        OSError: there is no such file, or it may not be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise SmaltiError(f"{path} is damaged: it is not valid JSON ({error})") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

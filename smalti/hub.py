@@ -9,19 +9,19 @@ registry, never imported; a missing, surplus or mis-shaped tensor is an error. A
 touches the network.
 """
 
-import hashlib
 import importlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from smalti.config import config_from_dict, config_to_dict, nearest
 from smalti.errors import SmaltiError
-from smalti.files import write_json
+from smalti.files import read_json, write_json
 from smalti.remote import resolve_folder, upload
-from smalti.weights import load_weights, save_weights
+from smalti.weights import hash_weights, load_weights, save_weights
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ __all__ = [
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+COPY = "copy_of"  # in config.json of a model whose precision was changed by `cast`
 
 # Every registry, looked into only to say what a model is that was loaded as something else.
 REGISTRIES = ("smalti.tokenizer.registry:TOKENIZERS", "smalti.prior.registry:PRIORS")
@@ -99,6 +100,14 @@ class Registry:
         raise SmaltiError(f"no {self.kind} is configured by {type(config).__name__}")
 
 
+@dataclass(frozen=True)
+class Copy:
+    """Says that weights with the hash `checksum` are those of the model `fingerprint`, rounded."""
+
+    fingerprint: str
+    checksum: str
+
+
 class Pretrained:
     """What makes an `nn.Module` saveable; a mixin.
 
@@ -109,6 +118,7 @@ class Pretrained:
     registry: ClassVar[Registry]
     Config: ClassVar[type]
     config: Any
+    _copy_of: Copy | None = None  # set by `cast`; void as soon as the weights change
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write config.json and model.safetensors into the folder `path`.
@@ -125,6 +135,8 @@ class Pretrained:
             "format_version": FORMAT_VERSION,
             "smalti_version": version("smalti"),
         }
+        if self._copy_of is not None and self._copy_of.checksum == self.checksum:
+            header[COPY] = config_to_dict(self._copy_of)
         write_json(folder / CONFIG, {**header, **config_to_dict(self.config)})
         return folder
 
@@ -151,12 +163,29 @@ class Pretrained:
         )
         folder = folder / subfolder if subfolder else folder
         content = _read_config(folder, cls.registry)
+        copy = content.pop(COPY, None)
         target: Any = cls.registry.resolve(content.pop("type"))
         if not issubclass(target, cls):
             raise SmaltiError(f"{folder} holds a {target.__name__}, not a {cls.__name__}")
         config = config_from_dict(target.Config, content, str(folder / CONFIG))
         model: Any = load_weights(lambda: _build(target, config, folder), folder / WEIGHTS)
-        return model.to(device=device, dtype=dtype).eval()
+        if copy is not None:
+            model._copy_of = _read_copy(copy, model, folder)
+        if dtype is not None:
+            model.cast(dtype)
+        return model.to(device=device).eval()
+
+    def cast(self, dtype: "torch.dtype") -> Self:
+        """Change the precision of all weights in place, and keep the fingerprint; return self.
+
+        `model.to(dtype)` rounds them too, but to smalti the result is another model.
+        """
+        model: Any = self
+        fingerprint = self.fingerprint
+        model.to(dtype)
+        checksum = self.checksum
+        self._copy_of = Copy(fingerprint, checksum) if checksum != fingerprint else None
+        return self
 
     def push_to_hub(
         self,
@@ -178,17 +207,19 @@ class Pretrained:
         )
 
     @property
-    def fingerprint(self) -> str:
-        """sha256 over config and weights: equal on any device, different if either differs."""
-        import torch
+    def checksum(self) -> str:
+        """sha256 over config and weights as they are, equal on any device."""
+        config = json.dumps(config_to_dict(self.config), sort_keys=True).encode()
+        return hash_weights(self.state_dict(), config)  # type: ignore[attr-defined]
 
-        digest = hashlib.sha256()
-        digest.update(json.dumps(config_to_dict(self.config), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):  # type: ignore[attr-defined]
-            raw = tensor.detach().cpu().contiguous().flatten()
-            digest.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
-            digest.update(raw.view(torch.uint8).numpy())
-        return digest.hexdigest()
+    @property
+    def fingerprint(self) -> str:
+        """The checksum, or in a copy made by `cast` that of the original: what a prior knows its
+        tokenizer by."""
+        checksum = self.checksum
+        if self._copy_of is not None and self._copy_of.checksum == checksum:
+            return self._copy_of.fingerprint
+        return checksum
 
 
 def _import(entry: str) -> Any:
@@ -216,10 +247,7 @@ def _read_config(folder: Path, registry: Registry) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise SmaltiError(f"{folder} has no {CONFIG}: it is not a saved {registry.kind}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SmaltiError(f"{path} is damaged: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("type"), str):
         raise SmaltiError(f'{path} has no "type": it is not a saved {registry.kind}')
     found = content.pop("format_version", None)
@@ -229,6 +257,17 @@ def _read_config(folder: Path, registry: Registry) -> dict[str, Any]:
     if content["type"] not in registry:
         raise SmaltiError(f"{path}: {_unknown_type(content['type'], registry)}")
     return content
+
+
+def _read_copy(content: Any, model: Pretrained, folder: Path) -> Copy:
+    """What config.json says the weights are a copy of, if they are still those that were saved."""
+    copy = config_from_dict(Copy, content, f"{folder / CONFIG}: {COPY}")
+    if copy.checksum != model.checksum:
+        raise SmaltiError(
+            f"{folder / WEIGHTS} is not the copy of {copy.fingerprint[:12]} that {CONFIG} speaks "
+            f'of: save it again, or remove "{COPY}" from {CONFIG} if it is another model now'
+        )
+    return copy
 
 
 def _unknown_type(name: str, registry: Registry) -> str:

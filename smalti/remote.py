@@ -16,7 +16,7 @@ def resolve_folder(
     token: str | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """A local folder, or the local copy of a Hub repository (JSON, safetensors and card only).
+    """A local folder, or the local copy of a Hub repository (JSON, safetensors and model card).
 
     Raises:
         SmaltiError: no such folder, or the Hub cannot give it.
@@ -37,7 +37,7 @@ def resolve_folder(
                 revision=revision,
                 token=token,
                 local_files_only=local_files_only,
-                allow_patterns=["*.json", "*.safetensors", "*.md"],
+                allow_patterns=["*.json", "*.safetensors", "*.md", "samples.png"],
             )
         )
     except Exception as error:  # the Hub client raises many kinds; all mean "not available"

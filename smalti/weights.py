@@ -4,6 +4,7 @@ A file from the Hub is a stranger's: its tensors are compared with the model, an
 model with its tensors, before any memory is taken. Pickle is never read.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,24 @@ def save_weights(path: Path, state: "Mapping[str, Tensor]") -> None:
     contiguous = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with replacing(path) as temporary:
         save_file(contiguous, temporary, metadata={"format": "pt"})
+
+
+def hash_weights(state: "Mapping[str, Tensor]", prefix: bytes = b"") -> str:
+    """sha256 over `prefix` and the names, shapes and values of tensors, on any device.
+
+    Half-precision numbers count as the 32-bit numbers that they are equal to, so that a model has
+    one hash in memory, on disk, and loaded again.
+    """
+    import torch
+
+    digest = hashlib.sha256(prefix)
+    for name, tensor in sorted(state.items()):
+        values = tensor.detach().cpu()
+        if values.dtype in (torch.bfloat16, torch.float16):
+            values = values.float()
+        digest.update(f"{name}/{values.dtype}/{tuple(values.shape)}".encode())
+        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_weights(build: "Callable[[], nn.Module]", path: Path) -> "nn.Module":

@@ -12,13 +12,16 @@ from PIL import Image
 
 from smalti.data.latents import CodeSpec
 from smalti.prior.next_token import NextTokenConfig, NextTokenPrior
+from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
 TINY_CONV = ConvConfig(
     channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(1,), z_channels=8
 )
-TINY_VQ = VQConfig(image_size=16, conv=TINY_CONV, vocab_size=16, code_dim=4, revive_after=2)
+TINY_QUANTIZER = NearestConfig(codebook=CodebookConfig(16, 4, revive_after=2))
+TINY_VQ = VQConfig(image_size=16, conv=TINY_CONV, quantizer=TINY_QUANTIZER)
 TINY_SPEC = CodeSpec(16, ((8, 8),))
 TINY_PRIOR = NextTokenConfig(
     spec=TINY_SPEC, num_classes=3, depth=2, width=16, num_heads=2, hidden=32

@@ -1,7 +1,8 @@
 """Stage one: what every tokenizer promises."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +19,10 @@ class Reconstruction:
     """What the training objective of stage one is made of."""
 
     images: Tensor  # (B, 3, H, W), not clamped
+    targets: Tensor  # (B, 3, H, W), what they should look like: as a rule, what was encoded
     losses: dict[str, Tensor]  # scalars, already weighted: codebook, commitment, kl, ...
-    codes: Tensor | None = None  # (B, L) int64 of a discrete tokenizer, for usage statistics
-    stats: dict[str, Tensor] = field(default_factory=dict)  # scalars for the log only
+    codes: Tensor | None = None  # (B, L) int64 of a discrete tokenizer
+    latents: Tensor | None = None  # (B, C, h, w) of a continuous one, in raw units
 
 
 class Tokenizer(nn.Module, Pretrained, ABC):
@@ -86,6 +88,11 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         """`decode(encode(images))` clamped to [-1, 1], shape (B, 3, H, W)."""
         return self.decode(self.encode(images)).clamp(-1, 1)
 
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Called once after training with all training images, (B, 3, H, W) each: measure what the
+        config must hold. A discrete tokenizer needs nothing."""
+        del batches
+
     def after_step(self, generator: torch.Generator) -> None:
         """Update what gradients do not: called once after every accepted optimizer step.
 
@@ -97,10 +104,18 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         """Forget what `forward` collected for `after_step`: the step was skipped."""
 
     def check_images(self, images: Tensor) -> None:
-        """Raise `SmaltiError` unless images are (B, 3, image_size, image_size)."""
+        """Raise `SmaltiError` unless images are (B, 3, image_size, image_size), of the type of the
+        weights or under autocast."""
         expected = (3, self.image_size, self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise SmaltiError(
                 f"images have shape {tuple(images.shape)}; this tokenizer takes (B, 3, "
                 f"{self.image_size}, {self.image_size}): resize and crop them first"
+            )
+        weights, device = self.last_layer.dtype, images.device.type
+        fits = images.dtype == weights or torch.is_autocast_enabled(device)
+        if not (fits and images.is_floating_point()):
+            raise SmaltiError(
+                f"images are {images.dtype}; this tokenizer takes {weights} in [-1, 1]: convert"
+                " them first"
             )

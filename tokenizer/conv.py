@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
 
+# No model of this kind is larger; a config.json from a stranger could ask for any number of layers.
+MAX_LEVELS, MAX_BLOCKS, MAX_WIDTH, MAX_PATCH = 12, 64, 2**16, 64
+
 
 @dataclass(frozen=True)
 class ConvConfig:
@@ -27,9 +30,12 @@ class ConvConfig:
     mid_attention: bool = True  # self-attention at the lowest resolution, between two blocks
     z_channels: int = 256  # encoder output and decoder input
     patch_size: int = 1  # pixels per side folded into channels before level 0
+    # Every change of resolution learns a correction to averaging or repeating pixels (DC-AE,
+    # 2410.10733): deep models, 32x and more, need it.
+    residual_resampling: bool = False
 
     def __post_init__(self) -> None:
-        if self.channels % 32 and self.channels not in (8, 16):
+        if self.channels < 1 or (self.channels % 32 and self.channels not in (8, 16)):
             raise SmaltiError(f"channels is {self.channels}; use 8, 16 or a multiple of 32")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise SmaltiError(f"channel_mult is {self.channel_mult}; give at least one value >= 1")
@@ -41,6 +47,15 @@ class ConvConfig:
             )
         if min(self.num_res_blocks, self.z_channels, self.patch_size) < 1:
             raise SmaltiError("num_res_blocks, z_channels and patch_size must be at least 1")
+        for name, value, most in (
+            ("the number of levels", len(self.channel_mult), MAX_LEVELS),
+            ("num_res_blocks", self.num_res_blocks, MAX_BLOCKS),
+            ("the width of a level", self.channels * max(self.channel_mult), MAX_WIDTH),
+            ("z_channels", self.z_channels, MAX_WIDTH),
+            ("patch_size", self.patch_size, MAX_PATCH),
+        ):
+            if value > most:
+                raise SmaltiError(f"{name} is {value}; it must be at most {most}")
 
     @property
     def downsampling(self) -> int:
@@ -94,23 +109,27 @@ class AttentionBlock(nn.Module):
 class Downsample(nn.Module):
     """Strided convolution, padded on the right and bottom only (the published convention)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, residual: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C, h/2, w/2)
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        small = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return small + F.avg_pool2d(x, 2) if self.residual else small
 
 
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, residual: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C, 2h, 2w)
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        large = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(large) + large if self.residual else self.conv(large)
 
 
 class Level(nn.Module):
@@ -171,7 +190,8 @@ class Encoder(nn.Module):
             zip([config.channels, *widths[:-1]], widths, strict=True)
         ):
             blocks = [before] + [width] * config.num_res_blocks
-            downsample = Downsample(width) if i < len(widths) - 1 else None
+            last = i == len(widths) - 1
+            downsample = None if last else Downsample(width, config.residual_resampling)
             self.down.append(Level(blocks, i in config.attention_levels, downsample=downsample))
         self.mid = Middle(widths[-1], config.mid_attention)
         self.norm_out = _norm(widths[-1])
@@ -199,7 +219,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
             blocks = [before] + [width] * (config.num_res_blocks + 1)
-            upsample = Upsample(width) if i > 0 else None
+            upsample = Upsample(width, config.residual_resampling) if i > 0 else None
             self.up.append(Level(blocks, i in config.attention_levels, upsample=upsample))
         self.norm_out = _norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)

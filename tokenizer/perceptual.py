@@ -74,6 +74,18 @@ class LPIPS(nn.Module):
         super().train(False)
 
     @classmethod
+    def of(cls, network: Literal["alex", "vgg"], path: Path | None) -> Self:
+        """LPIPS of a network with the weights of a file, or without one AlexNet's embedded or
+        VGG16's downloaded ones.
+
+        Raises:
+            SmaltiError: the file is wrong, or nothing can be downloaded.
+        """
+        if path is not None:
+            return cls.from_file(path, network)
+        return cls.from_embedded() if network == "alex" else cls.from_torchvision()
+
+    @classmethod
     def from_embedded(cls) -> Self:
         """LPIPS with the AlexNet trunk that ships with smalti."""
         with as_file(files("smalti.tokenizer") / "assets" / "lpips_alex.safetensors") as path:
@@ -81,7 +93,9 @@ class LPIPS(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path, network: Literal["alex", "vgg"]) -> Self:
-        """LPIPS from a safetensors file with keys convs.{i}.weight, convs.{i}.bias, lins.{i}.
+        """LPIPS from a safetensors file with keys convs.{i}.weight, convs.{i}.bias, lins.{i}; or,
+        for VGG16, with torchvision's keys features.{i}.weight and .bias, to which the embedded
+        heads are added.
 
         Raises:
             SmaltiError: no such file, a damaged one, or one of another network.
@@ -93,6 +107,10 @@ class LPIPS(nn.Module):
             weights = {name: value.float() for name, value in load_file(path).items()}
         except SafetensorError as error:
             raise SmaltiError(f"the LPIPS weights {path} are damaged: {error}") from error
+        if network == "vgg" and "features.0.weight" in weights:
+            weights = _with_heads(
+                {k.removeprefix("features."): v for k, v in weights.items() if "features." in k}
+            )
         model = cls(network)
         try:
             model.load_state_dict({**weights, "shift": model.shift, "scale": model.scale})
@@ -116,12 +134,8 @@ class LPIPS(nn.Module):
                 f"torchvision's VGG16 weights cannot be downloaded ({error}): give a file of LPIPS "
                 "weights, or use the embedded AlexNet trunk"
             ) from error
-        with as_file(files("smalti.tokenizer") / "assets" / "lpips_vgg_heads.safetensors") as path:
-            weights = load_file(path)
-        for conv, layer in enumerate(_VGG_FEATURES):
-            for part in ("weight", "bias"):
-                weights[f"convs.{conv}.{part}"] = trunk[f"{layer}.{part}"]
         model = cls("vgg")
+        weights = _with_heads(trunk)
         model.load_state_dict({**weights, "shift": model.shift, "scale": model.scale})
         return model
 
@@ -154,19 +168,32 @@ class LPIPS(nn.Module):
                 "give two equal shapes (B, 3, H, W)"
             )
         with torch.autocast(images.device.type, enabled=False):
-            pairs = zip(
-                self.features(images.float()),
-                self.features(reference.float()),
-                self.lins,
-                strict=True,
-            )
-            return sum(
-                ((_unit(a) - _unit(b)).square() * weight).sum(1).mean((1, 2))
-                for a, b, weight in pairs
-            )  # type: ignore[return-value]
+            return self.distance(self.features(images.float()), self.features(reference.float()))
+
+    def distance(self, features: list[Tensor], reference: list[Tensor]) -> Tensor:
+        """The distance (B,) between pictures whose `features` are given, in fp32."""
+        return sum(
+            ((_unit(a) - _unit(b)).square() * weight).sum(1).mean((1, 2))
+            for a, b, weight in zip(features, reference, self.lins, strict=True)
+        )  # type: ignore[return-value]
 
 
 def _unit(features: Tensor) -> Tensor:
     """Features (B, C, h, w) with length 1 at every position."""
     # The epsilon inside the root keeps the gradient finite where all features are 0.
     return features / (features.square().sum(1, keepdim=True) + 1e-20).sqrt().add(1e-10)
+
+
+def _with_heads(trunk: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of LPIPS from torchvision's VGG16 convolutions and the embedded v0.1 heads."""
+    with as_file(files("smalti.tokenizer") / "assets" / "lpips_vgg_heads.safetensors") as path:
+        weights = load_file(path)
+    for conv, layer in enumerate(_VGG_FEATURES):
+        for part in ("weight", "bias"):
+            name = f"{layer}.{part}"
+            if name not in trunk:
+                raise SmaltiError(
+                    f"the VGG16 weights lack features.{name}: they are of another network"
+                )
+            weights[f"convs.{conv}.{part}"] = trunk[name]
+    return weights

@@ -6,5 +6,6 @@ TOKENIZERS = Registry(
     "tokenizer",
     {
         "vq": "smalti.tokenizer.vq:VQTokenizer",
+        "kl": "smalti.tokenizer.kl:KLTokenizer",
     },
 )

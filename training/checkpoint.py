@@ -6,16 +6,15 @@
         MANIFEST.json   size and sha256 of every other file, written last
 
 A checkpoint is written into a hidden folder beside its target, flushed to disk, then renamed;
-older ones are removed only after that. A folder whose manifest does not verify is not a checkpoint.
+older ones are removed only after that, and never this one. A folder whose manifest does not verify
+is not a checkpoint.
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smalti.errors import SmaltiError
+from smalti.files import read_json, sha256_of, write_json
 
 PREFIX = "checkpoint-"
 MANIFEST = "MANIFEST.json"
@@ -88,9 +88,20 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, objects: Mapping[str, Stateful], state: Mapping[str, Any], *, keep: int
+    folder: Path,
+    step: int,
+    objects: Mapping[str, Stateful],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    replaces: Sequence[Path] = (),
 ) -> Path:
-    """Write `folder/checkpoint-{step}` whole, then prune all but the newest `keep` (0 = all)."""
+    """Write `folder/checkpoint-{step}` whole, then prune all but the newest `keep` (0 = all).
+
+    Args:
+        replaces: checkpoints that the run went back behind, because they are damaged or by wish.
+            They go as soon as this one is written, whatever `keep` is.
+    """
     target = folder / f"{PREFIX}{step:06d}"
     temporary = folder / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(parents=True)
@@ -98,8 +109,8 @@ def save_checkpoint(
         for name, source in objects.items():
             tensors = {k: v.detach().contiguous() for k, v in source.state_dict().items()}
             save_file(tensors, temporary / f"{name}.safetensors")
-        _write_json(temporary / STATE, {"step": step, **state})
-        _write_json(temporary / MANIFEST, {"files": _describe(temporary)})
+        write_json(temporary / STATE, {"step": step, **state})
+        write_json(temporary / MANIFEST, {"files": _describe(temporary)})
         for file in temporary.iterdir():
             _flush(file)
         _flush(temporary)
@@ -110,7 +121,10 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    prune(folder, keep)
+    for path in replaces:
+        if path != target:
+            shutil.rmtree(path, ignore_errors=True)
+    prune(folder, keep, spare=target)
     return target
 
 
@@ -124,7 +138,7 @@ def verify(path: Path) -> Checkpoint:
     if not manifest_file.is_file():
         raise SmaltiError(f"{path} has no {MANIFEST}: it was never finished, or is no checkpoint")
     try:
-        expected = json.loads(manifest_file.read_text())["files"]
+        expected = read_json(manifest_file)["files"]
         found = _describe(path)
         for name in sorted(expected.keys() | found.keys()):
             if name not in found:
@@ -133,16 +147,18 @@ def verify(path: Path) -> Checkpoint:
                 raise SmaltiError(f"{path} holds {name}, which is not in its {MANIFEST}")
             if expected[name] != found[name]:
                 raise SmaltiError(f"{path / name} is damaged: it differs from its {MANIFEST}")
-        state = json.loads((path / STATE).read_text())
+        state = read_json(path / STATE)
         return Checkpoint(path, int(state["step"]), state)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except SmaltiError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise SmaltiError(f"{path} is damaged: {MANIFEST} or {STATE} cannot be read") from error
 
 
 def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint in `folder` that verifies, and why newer ones were skipped."""
     skipped: list[str] = []
-    for path in sorted(checkpoints(folder), key=_step_of, reverse=True):
+    for path in reversed(checkpoints(folder)):
         try:
             return verify(path), skipped
         except SmaltiError as error:
@@ -152,36 +168,32 @@ def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders below `folder`, oldest first, valid or not."""
-    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and _step_of(p) >= 0]
-    return sorted(found, key=_step_of)
+    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and step_of(p) >= 0]
+    return sorted(found, key=step_of)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove unfinished leftovers and all but the newest `keep` checkpoints (0 keeps all)."""
+def prune(folder: Path, keep: int, spare: Path) -> None:
+    """Remove unfinished leftovers and all but the newest `keep` checkpoints (0 keeps all).
+
+    `spare`, the one that was just written, is never removed.
+    """
     for leftover in folder.glob(f".tmp-{PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if keep:
         for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old != spare:
+                shutil.rmtree(old, ignore_errors=True)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint folder; -1 if the name is of something else."""
     digits = path.name.removeprefix(PREFIX)
-    return int(digits) if digits.isdigit() else -1
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _describe(folder: Path) -> dict[str, dict[str, Any]]:
     files = [f for f in sorted(folder.iterdir()) if f.name != MANIFEST]
-    return {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    return {f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in files}
 
 
 def _flush(path: Path) -> None:

@@ -3,8 +3,6 @@
 import signal
 from types import FrameType, TracebackType
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, also used for SIGTERM: saved, and ready to go on
-
 
 class InterruptGuard:
     """Context in which `requested` turns true on the first signal instead of raising."""

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from smalti.errors import SmaltiError
+from smalti.files import write_text
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -18,15 +19,15 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 class MetricsLog:
     """One JSON object per line: {"step": 100, "loss": 0.25, ...}. Only the main process writes.
 
-    "step" counts finished steps. On resume, lines after the resumed step are dropped, so that no
-    step stands twice.
+    "step" counts finished steps. Lines after `resume_step` are dropped, so that no step stands
+    twice.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, resume_step: int = 0) -> None:
         self.path = path
         self.accelerator = accelerator
-        if accelerator.is_main_process:
-            path.write_text("".join(_lines_up_to(path, resume_step)))
+        if accelerator.is_main_process and path.is_file():
+            write_text(path, "".join(_lines_up_to(path, resume_step)))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line; also send the values to the trackers."""
@@ -34,22 +35,19 @@ class MetricsLog:
             return
         # JSON has no NaN: a value that is not finite is written as a string, never lost.
         safe = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-        with self.path.open("a") as stream:
+        with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **safe}) + "\n")
         self.accelerator.log(values, step=step)
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
-    if not path.is_file():
-        return []
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+        except (ValueError, KeyError, TypeError):
             continue  # the last line of a killed run may be cut
-        if entry["step"] <= step:
-            kept.append(line)
     return kept
 
 
@@ -68,7 +66,8 @@ def check_tracker(report_to: str) -> None:
         return
     if report_to not in TRACKERS:
         raise SmaltiError(f'report_to is "{report_to}"; choose none, {", ".join(TRACKERS)}')
-    if importlib.util.find_spec(report_to) is None:
+    package = importlib.util.find_spec(report_to)
+    if package is None or package.origin is None:  # no origin: any folder of that name
         raise SmaltiError(
             f'report_to is "{report_to}" but that package is not installed: '
             f"pip install {report_to}, or use --report_to none"

@@ -1,11 +1,10 @@
 """Which arithmetic to train in: bf16 autocast where it pays."""
 
-import time
-from functools import cache
 from typing import Literal
 
 import torch
-from torch import nn
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from smalti.errors import SmaltiError
 
@@ -14,7 +13,7 @@ Precision = Literal["auto", "no", "bf16"]
 
 def resolve_precision(requested: Precision, device: torch.device) -> Literal["no", "bf16"]:
     """ "auto" becomes "bf16" where that is faster on this device: GPUs that support it, and CPUs
-    on which a convolution block measures at least 1.2 times as fast as in fp32."""
+    with matrix units for it."""
     if requested != "auto":
         if requested == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise SmaltiError("mixed_precision is bf16 but this GPU lacks bf16: use no")
@@ -22,25 +21,28 @@ def resolve_precision(requested: Precision, device: torch.device) -> Literal["no
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     if device.type == "cpu":
-        return "bf16" if _cpu_gains_from_bf16() else "no"
+        return "bf16" if cpu_multiplies_bf16() else "no"
     return "no"
 
 
-@cache
-def _cpu_gains_from_bf16() -> bool:
-    return _step_time(bf16=False) > 1.2 * _step_time(bf16=True)
+def agreed_precision(requested: Precision) -> Literal["no", "bf16"]:
+    """What `resolve_precision` says on the main process: the machines of a job may differ."""
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    assert state.device is not None, "PartialState always has a device"
+    choice: list[Literal["no", "bf16"]] = ["no"]
+    if state.is_main_process:
+        choice = [resolve_precision(requested, state.device)]
+    broadcast_object_list(choice)
+    return choice[0]
 
 
-def _step_time(bf16: bool) -> float:
-    """Best of three forward and backward passes of a small convolution, in seconds."""
-    with torch.random.fork_rng(devices=[]):
-        block = nn.Conv2d(64, 64, 3, padding=1)
-        images = torch.randn(16, 64, 16, 16)
-    best = float("inf")
-    for _ in range(4):  # the first one warms up
-        start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            output = block(images)
-        output.float().sum().backward()
-        best = min(best, time.perf_counter() - start)
-    return best
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has matrix units for bf16 (Intel's AMX).
+
+    There, convolutions and matrix products take half the time; CPUs without them emulate bf16 or
+    gain little. It is asked, not timed: a timing depends on what else the machine is doing, and a
+    run would not repeat.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return torch.cpu._is_amx_tile_supported()  # older torch

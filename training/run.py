@@ -1,20 +1,19 @@
 """A training run: its folder, its processes, its clock. The loop itself stays in the script.
 
-run = Run(config, kind="train-prior")
+run = Run(config, kind="train-prior", result=config.output_dir / "pipeline")
 run.track(model=model, ema=ema, optimizer=OptimizerState(optimizer))
-run.resume()
+run.resume(data.fingerprint)
 for step in run.steps():
     ...
     run.log(step, values)
+run.export(model.save_pretrained)
 """
 
 import contextlib
 import logging
 import math
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,99 +25,55 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from smalti.config import config_to_dict, recipe_text
-from smalti.errors import SmaltiError
+from smalti.errors import EXIT_INTERRUPTED, SmaltiError
 from smalti.files import write_text
-from smalti.training.checkpoint import (
-    Checkpoint,
-    Stateful,
-    checkpoints,
-    newest_valid,
-    save_checkpoint,
-    verify,
+from smalti.training.checkpoint import Checkpoint, Stateful, save_checkpoint
+from smalti.training.config import RunConfig
+from smalti.training.folder import (
+    METRICS,
+    RECIPE,
+    export,
+    find_checkpoint,
+    later_checkpoints,
+    refuse_other_settings,
+    refuse_target,
 )
-from smalti.training.interrupt import EXIT_INTERRUPTED, InterruptGuard
-from smalti.training.log import MetricsLog, check_tracker, start_trackers
-from smalti.training.precision import Precision, resolve_precision
+from smalti.training.interrupt import InterruptGuard
+from smalti.training.log import MetricsLog, start_trackers
+from smalti.training.precision import Precision, agreed_precision
 from smalti.training.schedule import warmup_cosine
 from smalti.training.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 
-RECIPE = "config.yaml"  # the resolved config of a run, valid as --config
-
-# May differ between a checkpoint and the run that resumes it; everything else must be equal.
-FREE_TO_CHANGE = {
-    "output_dir",
-    "max_train_steps",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "resume_from_checkpoint",
-    "validation_steps",
-    "logging_steps",
-    "report_to",
-    "dataloader_num_workers",
-}
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Settings that both stages share; the flag names are those of Diffusers' scripts."""
-
-    output_dir: Path = Path("runs/run")
-    seed: int = 0
-    max_train_steps: int = 100_000  # optimizer steps
-    train_batch_size: int = 64  # images per optimizer step, over all processes and accumulation
-    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
-    learning_rate: float = 1e-4  # peak
-    lr_warmup_steps: int = 0
-    lr_final_ratio: float = 1.0  # learning rate at the last step / peak; 1 = constant
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    weight_decay: float = 0.0  # on matrices only
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    mixed_precision: Precision = "auto"
-    checkpointing_steps: int = 1000
-    checkpoints_total_limit: int = 2  # 0 keeps all
-    resume_from_checkpoint: str | None = None  # "latest", or the path of a checkpoint folder
-    validation_steps: int = 1000  # between pictures and held-out losses
-    logging_steps: int = 20
-    max_skipped_steps: int = 20  # steps in a row with a non-finite gradient until the run stops
-    report_to: str = "none"  # none, tensorboard, wandb or trackio
-    dataloader_num_workers: int = 0
-
-    def __post_init__(self) -> None:
-        positive = (
-            "max_train_steps",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "checkpointing_steps",
-            "validation_steps",
-            "logging_steps",
-            "max_skipped_steps",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise SmaltiError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise SmaltiError(f"{name} is {value}; it must be positive")
-        if not 0 <= self.ema_decay < 1:
-            raise SmaltiError(f"ema_decay is {self.ema_decay}; it must lie in [0, 1)")
-        check_tracker(self.report_to)
-
 
 class Run:
-    """One training run in `config.output_dir`, on one process or many."""
+    """One training run in `config.output_dir`, on one process or many.
 
-    def __init__(self, config: RunConfig, kind: str) -> None:
+    Args:
+        kind: the command, so that no run goes on from a checkpoint of another command.
+        result: the folder that the finished model will go to, checked before any work.
+
+    Raises:
+        SmaltiError: a folder holds what is not this run's, or no such run can be resumed.
+    """
+
+    def __init__(self, config: RunConfig, kind: str, result: Path) -> None:
         self.config = config
         self.kind = kind
         self.folder = Path(config.output_dir)
-        use_cpu = os.environ.get("ACCELERATE_USE_CPU") in ("1", "true", "True") or None
-        device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
-        self.precision: Literal["no", "bf16"] = resolve_precision(config.mixed_precision, device)
+        self.result = result
+        settings = config_to_dict(config)
+        found = find_checkpoint(self.folder, config.resume_from_checkpoint, settings)
+        refuse_target(self.folder, result)
+        self._to_replace: list[Path] = []
+        requested: Precision = config.mixed_precision
+        if found is not None:
+            self._check_same_run(found)
+            self._to_replace = later_checkpoints(self.folder, found.step)
+            if requested == "auto":  # another machine might choose otherwise
+                requested = found.state["precision"]
+        self.precision: Literal["no", "bf16"] = agreed_precision(requested)
         # A process may train one stage after the other, each in its own precision.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
@@ -129,56 +84,28 @@ class Run:
         self.device = self.accelerator.device
         self.start_step = 0
         self.skipped_in_a_row = 0
+        self._checkpoint = found
+        self._data_fingerprint = ""
         self._tracked: dict[str, Stateful] = {}
-        self._checkpoint = self._open_folder()
         self._log: MetricsLog | None = None
-
-    # -- the folder ---------------------------------------------------------------------------
-
-    def _open_folder(self) -> Checkpoint | None:
-        """Find what to resume; refuse to overwrite another run. All processes decide alike."""
-        wanted = self.config.resume_from_checkpoint
-        found: Checkpoint | None = None
-        if wanted == "latest":
-            found, skipped = newest_valid(self.folder)
-            for reason in skipped:
-                logger.warning("skipped a checkpoint: %s", reason)
-        elif wanted is not None:
-            found = verify(Path(wanted))
-        if found is not None:
-            self._check_same_run(found)
-        elif wanted is None and self._holds_a_run():
-            raise SmaltiError(
-                f"{self.folder} already holds a run: continue it with "
-                "--resume_from_checkpoint latest, or choose another --output_dir"
-            )
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / RECIPE, recipe_text(self.config))
-        self.accelerator.wait_for_everyone()
-        return found
-
-    def _holds_a_run(self) -> bool:
-        return bool(checkpoints(self.folder)) or (self.folder / "metrics.jsonl").exists()
+        self.accelerator.wait_for_everyone()  # all have seen the folder as it was
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        ours, theirs = config_to_dict(self.config), checkpoint.state["config"]
         if checkpoint.state["kind"] != self.kind:
             raise SmaltiError(f"{checkpoint.path} is of a {checkpoint.state['kind']} run")
-        for name in sorted(ours.keys() | theirs.keys()):
-            if name not in FREE_TO_CHANGE and ours.get(name) != theirs.get(name):
-                raise SmaltiError(
-                    f"{checkpoint.path} was made with {name} = {theirs.get(name)}, this run has "
-                    f"{ours.get(name)}: use the same value, or another --output_dir"
-                )
-        world = checkpoint.state["num_processes"]
-        if world != self.accelerator.num_processes:
+        ours, theirs = config_to_dict(self.config), checkpoint.state["config"]
+        refuse_other_settings(ours, theirs, checkpoint.path)
+        if checkpoint.step > self.config.max_train_steps:
+            raise SmaltiError(
+                f"{checkpoint.path} is beyond max_train_steps {self.config.max_train_steps}: "
+                "give at least its step, or resume an earlier checkpoint by its path"
+            )
+        replaced = later_checkpoints(self.folder, checkpoint.step)
+        if replaced:
             logger.warning(
-                "resuming on %d processes what ran on %d: the data order is the same, "
-                "rounding and dropout are not",
-                self.accelerator.num_processes,
-                world,
+                "going back to step %d: the next checkpoint replaces %s",
+                checkpoint.step,
+                ", ".join(path.name for path in replaced),
             )
 
     # -- state --------------------------------------------------------------------------------
@@ -187,30 +114,61 @@ class Run:
         """Name what a checkpoint must hold. Modules are tracked unwrapped."""
         self._tracked.update(objects)
 
-    def resume(self) -> None:
-        """Restore the tracked objects if there is a checkpoint; open the logs."""
+    def resume(self, data_fingerprint: str) -> None:
+        """Restore the tracked objects if there is a checkpoint.
+
+        Args:
+            data_fingerprint: of what the run learns from; a checkpoint of other data is refused.
+        """
+        self._data_fingerprint = data_fingerprint
         if self._checkpoint is not None:
+            if self._checkpoint.state["data_fingerprint"] != data_fingerprint:
+                raise SmaltiError(
+                    f"{self._checkpoint.path} was trained on other data than these: put back what "
+                    "has changed since, or choose another --output_dir"
+                )
             self._checkpoint.restore(self._tracked)
             self.start_step = self._checkpoint.step
             self.skipped_in_a_row = int(self._checkpoint.state["skipped_in_a_row"])
             logger.info("resumed from %s", self._checkpoint.path)
-        metrics_file = self.folder / "metrics.jsonl"
-        self._log = MetricsLog(metrics_file, self.accelerator, self.start_step)
-        start_trackers(self.accelerator, self.config.report_to, config_to_dict(self.config))
+            self._warn_of_other_processes(self._checkpoint.state["num_processes"])
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _warn_of_other_processes(self, before: int) -> None:
+        if before != self.accelerator.num_processes:
+            logger.warning(
+                "resuming on %d processes what ran on %d: the data order is the same, "
+                "rounding and dropout are not",
+                self.accelerator.num_processes,
+                before,
+            )
 
     def save(self, step: int) -> None:
         """Write a checkpoint after `step` optimizer steps."""
         if self.accelerator.is_main_process:
+            self._metrics()
             state = {
                 "kind": self.kind,
                 "config": config_to_dict(self.config),
+                "data_fingerprint": self._data_fingerprint,
+                "precision": self.precision,
                 "num_processes": self.accelerator.num_processes,
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
             }
             keep = self.config.checkpoints_total_limit
-            save_checkpoint(self.folder, step, self._tracked, state, keep=keep)
+            replaces = self._to_replace
+            save_checkpoint(self.folder, step, self._tracked, state, keep=keep, replaces=replaces)
+            self._to_replace = []
         self.accelerator.wait_for_everyone()
+
+    def _metrics(self) -> MetricsLog:
+        """The log; the first call, in the first step of the main process, claims the folder."""
+        if self._log is None:
+            start_trackers(self.accelerator, self.config.report_to, config_to_dict(self.config))
+            write_text(self.folder / RECIPE, recipe_text(self.config))
+            self._log = MetricsLog(self.folder / METRICS, self.accelerator, self.start_step)
+        return self._log
 
     # -- the clock ----------------------------------------------------------------------------
 
@@ -231,6 +189,8 @@ class Run:
             for step in range(self.start_step, config.max_train_steps):
                 torch.manual_seed(derive_seed(config.seed, step, self.accelerator.process_index))
                 yield step
+                if self.accelerator.is_main_process:
+                    self._metrics()
                 bar.update()
                 stop = self._any_process(guard.requested)
                 done = step + 1
@@ -332,14 +292,14 @@ class Run:
 
     def log_alone(self, step: int, values: Mapping[str, float]) -> None:
         """Write values that the main process measured."""
-        assert self._log is not None, "call resume() before log()"
-        self._log.write(step + 1, dict(values))
+        if self.accelerator.is_main_process:
+            self._metrics().write(step + 1, dict(values))
 
-    def export(self, save: Callable[[Path], Any], folder: Path) -> Path:
+    def export(self, save: Callable[[Path], Any]) -> Path:
         """Close the trackers; the main process writes the finished model by `save(folder)`."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if self.accelerator.is_main_process:
-            save(folder)
+            export(self.folder, self.result, save)
         self.accelerator.wait_for_everyone()
-        return folder
+        return self.result

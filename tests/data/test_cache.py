@@ -79,6 +79,38 @@ def test_an_interrupted_encoding_goes_on(tmp_path: Path) -> None:
     assert len(LatentCache(tmp_path / "c")) == 10
 
 
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("byte", [-1, -110, 10], ids=["stored", "labels", "header"])
+def test_a_damaged_shard_is_encoded_again(tmp_path: Path, finished: bool, byte: int) -> None:
+    write_cache(tmp_path / "c", INFO, encode)
+    before = files(tmp_path / "c")
+    content = bytearray(before["shard-00001.safetensors"])
+    content[byte] ^= 1
+    (tmp_path / "c" / "shard-00001.safetensors").write_bytes(bytes(content))
+    if not finished:
+        (tmp_path / "c" / "manifest.json").unlink()
+    again = []
+    write_cache(tmp_path / "c", INFO, lambda a, b: again.append(a) or encode(a, b))
+    assert again == [4] and files(tmp_path / "c") == before
+    LatentCache(tmp_path / "c")
+
+
+def test_a_shard_that_cannot_be_opened_is_encoded_again(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "shard-00000.safetensors").write_bytes(b"cut")
+    write_cache(tmp_path / "c", INFO, encode)
+    assert len(LatentCache(tmp_path / "c")) == 10
+
+
+def test_shards_of_another_cache_without_a_manifest_are_refused(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c", INFO, encode)
+    (tmp_path / "c" / "manifest.json").unlink()
+    before = files(tmp_path / "c")
+    with pytest.raises(SmaltiError, match="begun with another tokenizer"):
+        write_cache(tmp_path / "c", replace(INFO, dataset_fingerprint="other"), encode)
+    assert files(tmp_path / "c") == before
+
+
 def test_another_tokenizer_or_stranger_is_refused(tmp_path: Path) -> None:
     write_cache(tmp_path / "c", INFO, encode)
     before = files(tmp_path / "c")
@@ -104,9 +136,10 @@ def test_damage_is_named(tmp_path: Path) -> None:
         LatentCache(tmp_path / "c")
     with pytest.raises(SmaltiError, match="does not exist"):
         LatentCache(tmp_path / "nowhere")
-    (tmp_path / "c" / "manifest.json").write_text("{")
-    with pytest.raises(SmaltiError, match=r"manifest\.json is damaged"):
-        read_manifest(tmp_path / "c")
+    for text in (b"{", b'{"spec": "\xff"}'):  # no JSON; no UTF-8
+        (tmp_path / "c" / "manifest.json").write_bytes(text)
+        with pytest.raises(SmaltiError, match=r"manifest\.json is damaged"):
+            read_manifest(tmp_path / "c")
 
 
 def test_small_vocabularies_take_two_bytes_per_code(tmp_path: Path) -> None:

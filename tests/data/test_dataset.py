@@ -45,6 +45,27 @@ def test_center_crop_is_that_of_guided_diffusion(shape: tuple[int, int]) -> None
     assert np.array_equal(np.asarray(center_crop(image, 16)), expected)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_long_strip_takes_no_memory(turned: bool, monkeypatch) -> None:
+    """A few kB of PNG may be 8 x 1,000,000 pixels; 64 times as many after resizing."""
+    strip = Image.new("RGB", (1_000_000, 8), "white")
+    strip.paste((255, 0, 0), (499_990, 0, 500_010, 8))
+    if turned:
+        strip = strip.transpose(Image.Transpose.TRANSPOSE)
+    largest = []
+    resize = Image.Image.resize
+
+    def watched(self, size, *args, **kwargs):
+        largest.append(size[0] * size[1])
+        return resize(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    for size in (64, 4):
+        square = np.asarray(center_crop(strip, size))
+        assert square.shape == (size, size, 3) and (square == [255, 0, 0]).all()
+    assert max(largest) <= 16 * 64**2
+
+
 def test_float_and_uint8_are_inverse() -> None:
     values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     floats = to_float(values)

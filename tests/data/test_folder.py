@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from smalti.data.folder import FolderOptions, FolderSource
+from smalti.data.folder import FolderOptions, FolderSource, read_picture
 from smalti.data.images import heldout_mask, open_source
 from smalti.errors import SmaltiError
 
@@ -42,6 +42,36 @@ def test_the_fingerprint_follows_the_files(pictures: Path) -> None:
     assert open_source(str(pictures)).fingerprint == before
     (pictures / "red" / "0.png").unlink()
     assert open_source(str(pictures)).fingerprint != before
+
+
+def test_a_picture_that_changes_changes_the_fingerprint(pictures: Path) -> None:
+    """Even if its size does not."""
+    before = open_source(str(pictures)).fingerprint
+    path = pictures / "red" / "0.bmp"
+    (pictures / "red" / "0.png").unlink()
+    fingerprints = {before}
+    for colour in ("red", "green"):
+        path.write_bytes(saved(Image.new("RGB", (20, 20), colour), "BMP"))
+        fingerprints.add(open_source(str(pictures)).fingerprint)
+    assert len(fingerprints) == 3
+
+
+def test_pictures_of_unknown_kinds_are_counted(pictures: Path, caplog) -> None:
+    for name in ("a.heic", "b.HEIC", "c.jfif", "notes.txt", ".d.avif"):
+        (pictures / "red" / name).write_bytes(b"")
+    assert len(open_source(str(pictures))) == 24
+    assert "passed over 3 files of kinds that are not read (.heic, .jfif)" in caplog.text
+
+
+def test_a_class_name_must_be_unicode(pictures: Path) -> None:
+    (pictures / "red").rename(pictures / "grün")
+    assert open_source(str(pictures)).classes == ("blue", "green", "grün")
+    try:
+        os.rename(pictures / "grün", os.fsencode(pictures) + b"/gr\xfcn")
+    except OSError:
+        pytest.skip("this file system has Unicode names only")
+    with pytest.raises(SmaltiError, match=r"class folder 'gr\\udcfcn' in .* is not UTF-8: rename"):
+        open_source(str(pictures))
 
 
 def handmade_png(width: int, height: int, pixels: bytes, depth: int = 8) -> bytes:
@@ -103,6 +133,16 @@ def test_trouble_is_one_line_with_the_file_and_the_remedy(pictures: Path, name: 
     text = str(error.value)
     assert f"red/{name}" in text and message in text and "\n" not in text
     assert any(word in text for word in ("--folder", "remove", "replace", "shrink"))
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_a_single_file_is_held_to_the_same_rules(tmp_path: Path, name: str) -> None:
+    content, message = TROUBLE[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SmaltiError) as error:
+        read_picture(tmp_path / name, FolderOptions())
+    assert name in str(error.value) and message in str(error.value)
+    assert "skip" not in str(error.value)  # a file that was named is not passed over
 
 
 @pytest.mark.parametrize("name", UNUSUAL)

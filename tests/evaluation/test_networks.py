@@ -156,6 +156,7 @@ def test_each_distance_says_what_is_compared_with_what(lpips: LPIPS) -> None:
     counts = {n: (m.protocol["real"], m.protocol["fake"]) for n, m in metrics.items()}
     assert counts["fd_alexnet"] == counts["kid_alexnet"] == (40, 12)
     assert counts["fd_alexnet_floor"] == (28, 12)  # as many as samples: comparable
+    assert counts["kid_alexnet_floor"] == (28, 12)
     assert counts["fd_alexnet_heldout"] == (40, 9)
     for metric in metrics.values():
         assert metric.protocol["seed"] == 7 and metric.protocol["split"] == "train"

@@ -1,6 +1,9 @@
 """A pipeline pairs what belongs together, and image i depends on its own seed alone."""
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 import smalti
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
+from smalti.pipelines import generation
 from smalti.pipelines.generation import generate_folder, picture_generator
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.next_token import NextTokenPrior
@@ -29,6 +33,26 @@ def test_labels_by_name_and_number_each_give_their_pictures(pipe) -> None:
     assert len(out.images) == 4 and out.images[0].size == (16, 16)
     assert out.latents.shape == (4, 64)
     assert pipe("emu").labels == [2] and pipe(torch.tensor([0, 1])).labels == [0, 1]
+
+
+def test_classes_that_are_called_by_numbers(tokenizer, prior) -> None:
+    pipe = Pipeline(tokenizer, prior, ("0", "10", "2"))
+    assert pipe.label_ids(["2", 2, "10", "0"]) == [2, 2, 1, 0]
+    with pytest.raises(SmaltiError, match='no class is named "1"'):
+        pipe.label_ids("1")
+
+
+def test_text_is_a_number_where_no_class_is_called_by_one(pipe) -> None:
+    assert pipe.label_ids(["1", "emu"]) == [1, 2]
+    for text in ("²", "-1", "1.0", ""):
+        with pytest.raises(SmaltiError, match="no class is named"):
+            pipe.label_ids(text)
+
+
+def test_whole_numbers_of_any_kind_are_labels(pipe) -> None:
+    wanted = (np.int64(1), np.array([1]), torch.tensor(1), torch.tensor([1], dtype=torch.int32))
+    assert all(pipe.label_ids(label) == [1] for label in wanted)
+    assert pipe.label_ids(range(3)) == [0, 1, 2]
 
 
 def test_output_types_show_the_same_pictures(pipe) -> None:
@@ -81,6 +105,54 @@ def test_save_and_load(pipe, tmp_path) -> None:
     pipe.save_pretrained(folder)  # the same kind of folder may be overwritten
 
 
+def test_the_grid_and_the_notes_are_carried_along(pipe, tmp_path, monkeypatch) -> None:
+    grid = Image.new("RGB", (8, 8), "red")
+    first = pipe.save_pretrained(tmp_path / "a", samples=grid, notes="FID 3.5")
+    second = Pipeline.from_pretrained(first).save_pretrained(tmp_path / "b")
+    pushed = {}
+
+    def upload(save, *args, **kwargs) -> str:
+        pushed.update({p.name: p.read_bytes() for p in save(tmp_path / "c").glob("*.*")})
+        return "address"
+
+    monkeypatch.setattr("smalti.pipelines.pipeline.upload", upload)
+    for source in (pipe, Pipeline.from_pretrained(second)):
+        source.push_to_hub("me/model")
+        assert pushed["samples.png"] == (first / "samples.png").read_bytes()
+        assert b"samples.png" in pushed["README.md"] and b"FID 3.5" in pushed["README.md"]
+    Pipeline(pipe.tokenizer, pipe.prior, CLASSES).save_pretrained(second)  # another one
+    assert not (second / "samples.png").exists()
+    assert "FID" not in (second / "README.md").read_text()
+
+
+@pytest.fixture
+def paired(tokenizer, prior) -> Pipeline:
+    config = replace(prior.config, tokenizer_fingerprint=tokenizer.fingerprint)
+    return Pipeline(tokenizer, NextTokenPrior(config), CLASSES)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_folder_keeps_the_pair(paired, tmp_path, dtype) -> None:
+    fingerprint = paired.tokenizer.fingerprint
+    whole = paired.save_pretrained(tmp_path / "whole")
+    half = paired.to(dtype).save_pretrained(tmp_path / "half")
+    sizes = [(p / "prior" / "model.safetensors").stat().st_size for p in (half, whole)]
+    assert sizes[0] < 0.6 * sizes[1]
+    for folder, changed in ((half, None), (half, dtype), (whole, dtype)):
+        loaded = Pipeline.from_pretrained(folder, dtype=changed)
+        assert loaded.tokenizer.fingerprint == fingerprint
+        assert loaded(0, output_type="pt").images.isfinite().all()
+    tokenizer = smalti.Tokenizer.from_pretrained(whole / "tokenizer", dtype=dtype)
+    Pipeline(tokenizer, smalti.Prior.from_pretrained(whole / "prior"), CLASSES)
+
+
+def test_a_changed_tokenizer_is_refused_before_it_is_saved(paired, tmp_path) -> None:
+    paired.tokenizer.to(torch.bfloat16)
+    with pytest.raises(SmaltiError, match=r"pair it with its own tokenizer.*cast\(\)"):
+        paired.save_pretrained(tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
 def test_a_prior_of_another_tokenizer_is_refused(tokenizer, prior) -> None:
     def with_fingerprint(value):
         return NextTokenPrior(replace(prior.config, tokenizer_fingerprint=value))
@@ -96,6 +168,8 @@ def test_parts_that_do_not_fit_are_refused(tokenizer, prior) -> None:
         Pipeline(tokenizer, other, CLASSES)
     with pytest.raises(SmaltiError, match="2 class names were given; the prior has 3"):
         Pipeline(tokenizer, prior, CLASSES[:2])
+    with pytest.raises(SmaltiError, match='2 classes are called "cat"'):
+        Pipeline(tokenizer, prior, ("cat", "dog", "cat"))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +182,15 @@ def test_parts_that_do_not_fit_are_refused(tokenizer, prior) -> None:
         ({"class_labels": 0, "num_images_per_prompt": 0}, "no pictures were asked for"),
         ({"class_labels": 0, "output_type": "jpeg"}, 'output_type is "jpeg"'),
         ({"class_labels": 0, "batch_size": 0}, "batch_size is 0"),
+        ({"class_labels": 0, "batch_size": 1.5}, "batch_size 1.5 is no whole number"),
+        ({"class_labels": 0, "num_images_per_prompt": 1.5}, "num_images_per_prompt 1.5 is no"),
+        ({"class_labels": [1.9]}, "class label 1.9 is no whole number"),
+        ({"class_labels": torch.tensor([0.9])}, "class label 0.89.* is no whole number"),
+        ({"class_labels": torch.tensor([True])}, "class label True is no whole number"),
+        ({"class_labels": [True]}, "class label True is no whole number"),
+        ({"class_labels": None}, "class label None is no whole number"),
+        ({"class_labels": 0, "generator": 0}, "generator holds 0: give a torch.Generator"),
+        ({"class_labels": 0, "generator": [0]}, "generator holds 0: give a torch.Generator"),
         (
             {"class_labels": [0, 1], "generator": [torch.Generator()]},
             "1 generators were given for 2",
@@ -130,9 +213,25 @@ def test_broken_folders_are_named(pipe, tmp_path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(SmaltiError, match="not a saved pipeline"):
         Pipeline.from_pretrained(tmp_path / "other")
-    (folder / "model_index.json").write_text("[]")
-    with pytest.raises(SmaltiError, match="no list of class names"):
-        Pipeline.from_pretrained(folder)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SmaltiError, match="is a file"):
+        pipe.save_pretrained(tmp_path / "file")
+    good = json.loads((folder / "model_index.json").read_text())
+    swapped = {"tokenizer": "vq", "prior": "flow"}
+    for content, message in (
+        (b"[]", "no list of class names"),
+        (b"{", "is damaged"),
+        (b'{"classes": ["\xff"]}', "is damaged"),
+        ({**good, "format_version": 2}, "has format 2"),
+        ({**good, "clases": []}, 'unknown key "clases"; did you mean "classes"'),
+        ({**good, "_class_name": "DiTPipeline"}, "choose one of Pipeline"),
+        ({**good, "components": swapped}, "put together from different pipelines"),
+        ({**good, "classes": ["cat", "cat", "dog"]}, '2 classes are called "cat"'),
+    ):
+        text = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (folder / "model_index.json").write_bytes(text)
+        with pytest.raises(SmaltiError, match=message):
+            Pipeline.from_pretrained(folder)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
     with pytest.raises(SmaltiError, match="is not a pipeline"):
@@ -180,3 +279,56 @@ def test_another_job_may_not_write_into_the_folder(pipe, tmp_path) -> None:
     (tmp_path / "mine" / "holiday.png").write_bytes(b"x")
     with pytest.raises(SmaltiError, match="not empty"):
         generate(pipe, tmp_path / "mine")
+
+
+def test_any_number_of_processes_may_begin_at_once(pipe, tmp_path, monkeypatch) -> None:
+    """Rank 0 claims the folder while the others wait; here it is slow."""
+    together = threading.Barrier(3)
+    written = generation.write_json
+
+    def slowly(*arguments) -> None:
+        time.sleep(0.1)
+        written(*arguments)
+
+    monkeypatch.setattr(generation, "write_json", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [
+            pool.submit(generate, pipe, tmp_path / "a", rank=r, world_size=3, barrier=together.wait)
+            for r in range(3)
+        ]
+        assert all(len(run.result(timeout=60)) == 5 for run in runs)
+    assert len(contents(tmp_path / "a")) == 5
+
+
+def test_a_refusal_reaches_every_process(pipe, tmp_path) -> None:
+    (tmp_path / "holiday.png").write_bytes(b"x")
+    waited = []
+    for rank in range(2):
+        with pytest.raises(SmaltiError, match="not empty"):
+            generate(pipe, tmp_path, rank=rank, world_size=2, barrier=lambda: waited.append(1))
+    assert len(waited) == 2
+
+
+def test_what_another_process_is_writing_is_no_stranger(pipe, tmp_path) -> None:
+    (tmp_path / ".tmp-generation.json-1").write_text("{")
+    assert len(generate(pipe, tmp_path)) == 5
+
+
+def test_settings_that_cannot_be_read_are_named(pipe, tmp_path) -> None:
+    folder = tmp_path / "a"
+    generate(pipe, folder)
+    for content, message in ((b"{", "is damaged"), (b"\xff", "is damaged"), (b"[]", "no settings")):
+        (folder / "generation.json").write_bytes(content)
+        with pytest.raises(SmaltiError, match=rf"generation\.json.*{message}"):
+            generate(pipe, folder)
+    with pytest.raises(SmaltiError, match=r"a/000000\.png is a file: choose a folder"):
+        generate(pipe, folder / "000000.png")
+
+
+def test_a_job_is_not_continued_in_another_precision(pipe, tmp_path) -> None:
+    pipe.save_pretrained(tmp_path / "p")
+    generate(pipe, tmp_path / "a")
+    for other in (pipe.to(torch.bfloat16), pipe.to(torch.float32)):
+        with pytest.raises(SmaltiError, match="its model differs"):
+            generate(other, tmp_path / "a")
+    generate(Pipeline.from_pretrained(tmp_path / "p"), tmp_path / "a")

@@ -69,6 +69,30 @@ def test_temperature_sharpens_and_zero_is_greedy() -> None:
     assert draw(LOGITS, torch.zeros(1), SamplingOptions(temperature=0)).item() == 1
 
 
+def test_a_temperature_next_to_zero_is_greedy() -> None:
+    uniforms = torch.linspace(0, 1, 100)
+    for temperature in (1e-45, 1e-320, 1e-9):
+        options = SamplingOptions(temperature=temperature, top_k=3, top_p=0.9)
+        assert set(draw(LOGITS.expand(100, -1), uniforms, options).tolist()) == {1}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "row",
+    [[0.0, torch.nan, 0.0], [0.0, torch.inf, 0.0], [-torch.inf] * 3],
+    ids=["nan", "infinity", "nothing"],
+)
+def test_logits_that_say_nothing_are_refused(row: list[float], temperature: float) -> None:
+    logits = torch.stack([torch.zeros(3), torch.tensor(row)])
+    with pytest.raises(SmaltiError, match="the model gives NaN or infinity"):
+        draw(logits, torch.full((2,), 0.5), SamplingOptions(temperature=temperature))
+
+
+def test_a_code_may_be_impossible() -> None:
+    logits = torch.tensor([[0.0, -torch.inf, 0.0]]).expand(100, -1)
+    assert set(draw(logits, torch.linspace(0, 1, 100), SamplingOptions()).tolist()) == {0, 2}
+
+
 def test_the_last_number_draws_the_last_code_that_is_left() -> None:
     """1 is what rounding may make of the largest number below it."""
     assert draw(LOGITS, torch.ones(1), SamplingOptions()).item() == 3

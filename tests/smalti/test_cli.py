@@ -62,6 +62,18 @@ def test_a_preset_is_what_the_other_values_start_from(tmp_path: Path) -> None:
     assert parse("--config", file).model == Model(3, 100)
 
 
+def test_a_preset_never_has_half_an_effect(tmp_path: Path) -> None:
+    spelt_out = recipe(tmp_path, recipe_text(Config()))
+    message = "gives values of model, which --model.preset big would not replace"
+    with pytest.raises(SmaltiError, match=message):
+        parse("--config", spelt_out, "--model.preset", "big")
+    with pytest.raises(SmaltiError, match=message):
+        file = recipe(tmp_path, "model: {preset: big, width: 3}\n")
+        parse("--config", file, "--model.preset", "big")
+    file = recipe(tmp_path, "steps: 3\nmodel: {preset: bgi}\n")  # one name against the other
+    assert parse("--config", file, "--model.preset", "big") == Config(3, model=Model(100, 100))
+
+
 def test_print_config_is_a_recipe(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         parse("--steps", "3", "--output_dir", "a/b", "--print-config")
@@ -82,6 +94,13 @@ def test_print_config_is_a_recipe(tmp_path: Path, capsys) -> None:
         ("", "not a recipe"),
         ("[1, 2]\n", "not a recipe"),
         ("a: [\n", "not valid YAML"),
+        ("steps: 2020-13-45\n", "not valid YAML: month must be in 1..12"),
+        ('steps: !!int "x"\n', "not valid YAML: invalid literal"),
+        ("steps: !!bool x\n", "not valid YAML"),
+        ("steps: !!timestamp x\n", "not valid YAML"),
+        ("&a {steps: *a}\n", "not valid YAML"),
+        ("model: " + "[" * 3000, "not valid YAML"),
+        ("model: {preset: [a]}\n", "no preset is called \"['a']\"; known are big"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -171,7 +190,21 @@ def test_a_full_disk_is_one_line_and_status_1(capsys) -> None:
         raise OSError(28, "No space left on device", "file")
 
     assert run_command(command) == 1
-    assert capsys.readouterr().err == "error: No space left on device: file\n"
+    told = "error: No space left on device: file: make room, or choose another disk\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("below", [".", "folder"])
+def test_a_file_in_the_way_is_one_line_with_a_remedy(tmp_path: Path, capsys, below: str) -> None:
+    (tmp_path / "file").touch()
+
+    def command(argv):
+        (tmp_path / "file" / below).mkdir(exist_ok=True)
+
+    assert run_command(command) == 1
+    told = capsys.readouterr().err
+    assert "a file stands where a folder is needed; choose another place" in told
+    assert len(told.splitlines()) == 1 and str(tmp_path / "file") in told
 
 
 def test_other_failures_keep_their_traceback() -> None:
@@ -188,3 +221,16 @@ def test_every_command_explains_itself(name: str, capsys) -> None:
         main([name, "--help"])
     assert stop.value.code == 0
     assert "--config FILE" in capsys.readouterr().out
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "scripts" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path: Path) -> None:
+    from smalti.scripts.train_prior import TrainPriorConfig
+    from smalti.scripts.train_tokenizer import TrainTokenizerConfig
+
+    config_class = TrainPriorConfig if path.stem.endswith("prior") else TrainTokenizerConfig
+    config = parse_config(config_class, ["--config", str(path)], prog="test")
+    assert config.output_dir != config_class().output_dir

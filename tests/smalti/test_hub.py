@@ -20,9 +20,15 @@ def saved(tokenizer, tmp_path: Path) -> Path:
 
 
 def edit_config(folder: Path, **changes) -> None:
+    """Set keys of config.json; "a__b" is the key b inside a."""
     path = folder / "config.json"
     content = json.loads(path.read_text())
-    content.update(changes)
+    for key, value in changes.items():
+        *above, last = key.split("__")
+        inner = content
+        for name in above:
+            inner = inner[name]
+        inner[last] = value
     path.write_text(json.dumps(content))
 
 
@@ -47,7 +53,7 @@ def test_fingerprint_follows_weights_and_config(tokenizer) -> None:
         tokenizer.decoder.conv_out.bias[0] += 1e-3
     changed = tokenizer.fingerprint
     assert changed != before
-    tokenizer.config = replace(tokenizer.config, revive_after=tokenizer.config.revive_after + 1)
+    tokenizer.config = replace(tokenizer.config, quant_kernel=3)
     assert tokenizer.fingerprint not in (before, changed)
 
 
@@ -60,6 +66,50 @@ def test_config_json_names_a_registered_type_and_no_module(saved: Path) -> None:
 def test_dtype_and_subfolder(tokenizer, saved: Path) -> None:
     loaded = Tokenizer.from_pretrained(saved.parent, subfolder="model", dtype=torch.bfloat16)
     assert loaded.last_layer.dtype == torch.bfloat16
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_copy_in_half_precision_keeps_the_fingerprint(tokenizer, saved: Path, dtype) -> None:
+    original = tokenizer.fingerprint
+    loaded = Tokenizer.from_pretrained(saved, dtype=dtype)
+    assert loaded.fingerprint == original and loaded.checksum != original
+    half = loaded.save_pretrained(saved.parent / "half")
+    assert load_file(half / "model.safetensors")["quant_conv.bias"].dtype == dtype
+    for again in (None, dtype, torch.bfloat16):  # in fp32, as saved, and rounded once more
+        copy = Tokenizer.from_pretrained(half, dtype=again)
+        assert copy.fingerprint == original
+        assert copy.last_layer.dtype == (again or torch.float32)
+    plain = Tokenizer.from_pretrained(half)
+    assert plain.checksum == loaded.checksum
+    assert Tokenizer.from_pretrained(plain.save_pretrained(half)).fingerprint == original
+
+
+def test_a_copy_that_is_trained_is_another_model(tokenizer, saved: Path) -> None:
+    copy = Tokenizer.from_pretrained(saved, dtype=torch.bfloat16)
+    with torch.no_grad():
+        copy.last_layer.add_(1)
+    assert copy.fingerprint == copy.checksum != tokenizer.fingerprint
+    copy.save_pretrained(saved)
+    assert "copy_of" not in json.loads((saved / "config.json").read_text())
+    assert Tokenizer.from_pretrained(saved).fingerprint == copy.fingerprint
+
+
+def test_a_cast_that_changes_nothing_makes_no_copy(tokenizer) -> None:
+    before = tokenizer.fingerprint
+    assert tokenizer.cast(torch.float32).fingerprint == tokenizer.checksum == before
+
+
+def test_a_copy_whose_weights_were_exchanged_is_refused(tokenizer, saved: Path) -> None:
+    tokenizer.cast(torch.bfloat16).save_pretrained(saved)
+    edit_weights(saved, lambda weights: weights["quant_conv.bias"].add_(1))
+    with pytest.raises(SmaltiError, match=r'not the copy of .*"copy_of"'):
+        Tokenizer.from_pretrained(saved)
+    edit_config(saved, copy_of={"fingerprint": 3})
+    with pytest.raises(SmaltiError, match="fingerprint is 3; expected str"):
+        Tokenizer.from_pretrained(saved)
 
 
 @pytest.mark.parametrize(
@@ -87,15 +137,18 @@ def test_a_wrong_tensor_is_an_error(saved: Path, change, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_sise": 3}, 'unknown key "vocab_sise"; did you mean "vocab_size"'),
+        (
+            {"quantizer__codebook__vocab_sise": 3},
+            'unknown key "vocab_sise"; did you mean "vocab_size"',
+        ),
         ({"type": "vqq"}, 'no tokenizer is called "vqq"; did you mean "vq"'),
         ({"type": "os.system"}, "no tokenizer is called"),
         ({"type": "next-token"}, '"next-token" is a prior, not a tokenizer'),
         ({"format_version": 99}, "has format 99"),
-        ({"vocab_size": "many"}, "expected int"),
-        ({"vocab_size": 10**12}, "the config says"),
-        ({"vocab_size": 10**30}, "describes an impossible model"),
-        ({"code_dim": [4]}, "code_dim is [4]; expected int"),
+        ({"quantizer__codebook__vocab_size": "many"}, "expected int"),
+        ({"quantizer__codebook__vocab_size": 10**12}, "the config says"),
+        ({"quantizer__codebook__vocab_size": 10**30}, "describes an impossible model"),
+        ({"quantizer__codebook__code_dim": [4]}, "code_dim is [4]; expected int"),
     ],
 )
 def test_a_wrong_config_is_an_error(saved: Path, changes, message: str) -> None:
@@ -161,9 +214,9 @@ def test_a_hub_id_is_downloaded_without_pickles(saved: Path, monkeypatch) -> Non
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     loaded = Tokenizer.from_pretrained("someone/model", revision="main")
-    assert loaded.config.vocab_size == 16
+    assert loaded.spec.vocab_size == 16
     assert asked["repo_id"] == "someone/model" and asked["revision"] == "main"
-    assert asked["allow_patterns"] == ["*.json", "*.safetensors", "*.md"]
+    assert asked["allow_patterns"] == ["*.json", "*.safetensors", "*.md", "samples.png"]
 
 
 def test_an_unreachable_hub_is_one_clear_line(monkeypatch) -> None:
@@ -244,10 +297,29 @@ def test_a_billion_layers_are_refused_before_they_are_built(prior, tmp_path: Pat
         Prior.from_pretrained(folder)
 
 
-def test_a_config_nested_too_deep_is_damaged(saved: Path) -> None:
-    (saved / "config.json").write_text("[" * 100_000)
-    with pytest.raises(SmaltiError, match="is damaged"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conv__num_res_blocks": 10**9}, "num_res_blocks is 1000000000; it must be at most 64"),
+        ({"conv__channel_mult": [1] * 10_000}, "number of levels is 10000; it must be at most 12"),
+        ({"conv__channels": 2**40}, "width of a level is 2199023255552; it must be at most"),
+        ({"conv__channels": -32}, "channels is -32"),
+        ({"conv__z_channels": 10**9}, "z_channels is 1000000000"),
+        ({"conv__patch_size": 10**6}, "patch_size is 1000000"),
+    ],
+)
+def test_a_tokenizer_of_any_size_is_not_built(saved: Path, changes, message: str) -> None:
+    edit_config(saved, **changes)
+    with pytest.raises(SmaltiError) as error:
         Tokenizer.from_pretrained(saved)
+    assert message in str(error.value)
+
+
+def test_a_config_that_is_no_json_is_damaged(saved: Path) -> None:
+    for content in (b"[" * 100_000, b'{"type": "\xff"}'):  # the second is no UTF-8
+        (saved / "config.json").write_bytes(content)
+        with pytest.raises(SmaltiError, match="is damaged"):
+            Tokenizer.from_pretrained(saved)
 
 
 def test_loading_leaves_the_random_state_alone(saved: Path) -> None:

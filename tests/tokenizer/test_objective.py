@@ -1,4 +1,4 @@
-"""Losses of stage one: signs, magnitudes, schedule and weights from their definitions."""
+"""Losses of stage one: schedule, weights and parts from their definitions."""
 
 from dataclasses import replace
 
@@ -7,41 +7,26 @@ import torch
 from torch import nn
 
 from smalti.errors import SmaltiError
-from smalti.tokenizer.adversarial import (
-    adaptive_weight,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-    round_to_uint8,
-)
+from smalti.tokenizer.adversarial import GAMES, adaptive_weight, round_to_uint8
+from smalti.tokenizer.augment import AugmentConfig, augment
 from smalti.tokenizer.base import Reconstruction
+from smalti.tokenizer.critic_objective import DRAWS, CriticObjective
+from smalti.tokenizer.critic_regularisers import PenaltyConfig
 from smalti.tokenizer.discriminator import PatchGAN, PatchGANConfig
-from smalti.tokenizer.objective import ObjectiveConfig, discriminator_loss, generator_loss
+from smalti.tokenizer.gram import gram_distance, gram_matrices
+from smalti.tokenizer.objective import (
+    Judges,
+    ObjectiveConfig,
+    ObjectiveLoss,
+    frozen,
+    generator_loss,
+)
+from smalti.tokenizer.perceptual import LPIPS
 
 CONFIG = ObjectiveConfig(
     l1_weight=0.5, adversarial_start=10, adversarial_ramp=4, discriminator=PatchGANConfig(8, 1)
 )
-
-
-def test_hinge_gradients_have_the_right_sign_and_saturate() -> None:
-    real = torch.tensor([-2.0, 0.0, 2.0], requires_grad=True)
-    fake = torch.tensor([-2.0, 0.0, 2.0], requires_grad=True)
-    hinge_discriminator_loss(real, fake).backward()
-    # Averages over 3 logits and 2 terms; past the margin of 1 there is nothing left to learn.
-    assert real.grad.tolist() == pytest.approx([-1 / 6, -1 / 6, 0])
-    assert fake.grad.tolist() == pytest.approx([0, 1 / 6, 1 / 6])
-    logits = torch.zeros(4, requires_grad=True)
-    hinge_generator_loss(logits).backward()
-    assert logits.grad.tolist() == pytest.approx([-0.25] * 4)
-
-
-def test_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
-    layer = nn.Parameter(torch.randn(3, 4))
-    a, b = (layer.square().sum(), (3 * layer).sum())
-    expected = (2 * layer).norm() / ((torch.full_like(layer, 3.0)).norm() + 1e-4)
-    weight = adaptive_weight(a, b, layer)
-    torch.testing.assert_close(weight, expected.detach())
-    assert not weight.requires_grad
-    assert adaptive_weight(1e9 * a, 1e-9 * b, layer) == 1e4  # clamped
+DRAWN = torch.rand(2, DRAWS, generator=torch.Generator().manual_seed(5))
 
 
 def test_the_critic_is_heard_late_and_gradually() -> None:
@@ -50,30 +35,36 @@ def test_the_critic_is_heard_late_and_gradually() -> None:
     assert replace(CONFIG, adversarial_weight=0.0).adversarial_strength(99) == 0
 
 
+def test_networks_are_asked_only_where_their_weight_counts() -> None:
+    assert CONFIG.needs_critic and CONFIG.needs_features
+    plain = replace(CONFIG, adversarial_weight=0.0, perceptual_weight=0.0)
+    assert not plain.needs_critic and not plain.needs_features
+    assert replace(plain, gram_weight=1.0).needs_features
+
+
 class Setup:
-    """A one-layer decoder, its output, a critic and a stand-in for LPIPS."""
+    """A one-layer decoder, its output, a critic and LPIPS."""
 
     def __init__(self) -> None:
         self.layer = nn.Conv2d(3, 3, 1)
-        self.images = torch.rand(2, 3, 16, 16) * 2 - 1
-        self.critic = PatchGAN(CONFIG.discriminator).requires_grad_(False)
+        self.images = torch.rand(2, 3, 32, 32) * 2 - 1
+        self.judges = Judges(LPIPS.from_embedded(), PatchGAN(PatchGANConfig(8, 1), 32))
 
-    def loss(self, config: ObjectiveConfig, step: int):
-        output = Reconstruction(self.layer(self.images), {"codebook": torch.tensor(0.25)})
-        distance = lambda a, b: (a - b).abs().mean((1, 2, 3))  # noqa: E731
+    def loss(self, config: ObjectiveConfig, step: int, **options) -> ObjectiveLoss:
+        output = self.layer(self.images)
         return generator_loss(
             config,
-            output,
-            self.images,
-            perceptual=distance,  # type: ignore[arg-type]
-            discriminator=self.critic,
+            self.judges,
+            Reconstruction(output, self.images, {"codebook": torch.tensor(0.25)}),
+            draws=DRAWN,
             last_layer=self.layer.weight,
             step=step,
+            **options,
         )
 
-    def gradient(self, config: ObjectiveConfig, step: int) -> torch.Tensor:
+    def gradient(self, config: ObjectiveConfig, step: int, **options) -> torch.Tensor:
         self.layer.zero_grad()
-        self.loss(config, step).total.backward()
+        self.loss(config, step, **options).total.backward()
         assert self.layer.weight.grad is not None
         return self.layer.weight.grad.clone()
 
@@ -84,14 +75,41 @@ class Setup:
         {"l1_weight": 2.0},
         {"l2_weight": 2.0},
         {"perceptual_weight": 2.0},
+        {"gram_weight": 2.0},
         {"adversarial_weight": 2.0},
+        {"adversarial_loss": "vanilla"},
+        {"adversarial_loss": "non-saturating"},
+        {"augment": AugmentConfig(colour=1.0)},
+        {"augment": AugmentConfig(translation=0.125)},
+        {"augment": AugmentConfig(cutout=0.5)},
         {"adaptive": True},
     ],
 )
-def test_every_weight_changes_the_gradient_of_the_decoder(change) -> None:
+def test_every_option_changes_the_gradient_of_the_decoder(change) -> None:
     setup = Setup()
     base = setup.gradient(CONFIG, step=100)
     assert not torch.allclose(base, setup.gradient(replace(CONFIG, **change), step=100))
+
+
+def test_the_wasserstein_generator_follows_the_critic_as_hinge_does() -> None:
+    setup = Setup()
+    penalties = PenaltyConfig(gradient_penalty_weight=10.0)
+    config = replace(CONFIG, adversarial_loss="wasserstein", penalties=penalties)
+    assert torch.equal(setup.gradient(config, 100), setup.gradient(CONFIG, 100))
+
+
+def test_the_gradient_is_the_weighted_sum_of_its_terms() -> None:
+    """Each weight scales its own gradient and no other's."""
+    setup = Setup()
+    off = {"l1_weight": 0.0, "l2_weight": 0.0, "perceptual_weight": 0.0, "adversarial_weight": 0.0}
+    weights = {"l1_weight": 0.5, "l2_weight": 2.0, "perceptual_weight": 0.7, "gram_weight": 0.3}
+    alone = {name: setup.gradient(replace(CONFIG, **{**off, name: 1.0}), 100) for name in weights}
+    heard = replace(CONFIG, **{**off, "l1_weight": 1.0, "adversarial_weight": 1.0})
+    alone["adversarial_weight"] = setup.gradient(heard, 100) - alone["l1_weight"]
+    weights["adversarial_weight"] = 0.9
+    together = setup.gradient(replace(CONFIG, **weights), 100)
+    expected = sum(weights[name] * alone[name] for name in weights)
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_total_is_the_sum_of_the_parts_and_parts_appear_when_they_count() -> None:
@@ -99,49 +117,213 @@ def test_total_is_the_sum_of_the_parts_and_parts_appear_when_they_count() -> Non
     early, late = setup.loss(CONFIG, 0), setup.loss(CONFIG, 100)
     assert set(early.parts) == {"l1", "l2", "perceptual", "codebook"}
     assert set(late.parts) == {*early.parts, "adversarial"}
+    assert set(setup.loss(replace(CONFIG, gram_weight=1.0), 0).parts) == {*early.parts, "gram"}
     torch.testing.assert_close(late.total.detach(), sum(late.parts.values()))
+
+
+def test_adaptive_weight_balances_reconstruction_and_critic() -> None:
+    """With weight 1 the adversarial gradient is as long as the reconstruction's."""
+    setup = Setup()
+    config = replace(CONFIG, adversarial_weight=1.0, adaptive=True, adversarial_loss="vanilla")
+    fidelity = setup.gradient(config, 0)
+    both = setup.gradient(config, 100)
+    torch.testing.assert_close((both - fidelity).norm(), fidelity.norm(), rtol=1e-2, atol=0)
+    given = setup.gradient(config, 100, balance=torch.tensor(3.0))
+    plain = setup.gradient(replace(config, adaptive=False), 100)
+    torch.testing.assert_close(given - fidelity, 3 * (plain - fidelity), rtol=1e-3, atol=1e-5)
+
+
+def test_adaptive_weight_is_not_measured_before_the_critic_is_heard(monkeypatch) -> None:
+    from smalti.tokenizer import objective
+
+    asked = []
+
+    def measured(gradients):
+        asked.append(True)
+        return adaptive_weight(gradients)
+
+    monkeypatch.setattr(objective, "adaptive_weight", measured)
+    setup, config = Setup(), replace(CONFIG, adaptive=True)
+    setup.loss(config, 9)
+    assert not asked
+    setup.loss(config, 10)
+    assert asked
+
+
+def test_the_generator_makes_no_gradients_of_the_critic() -> None:
+    setup = Setup()
+    setup.gradient(CONFIG, 100)
+    assert setup.judges.critic is not None
+    assert all(p.grad is None and p.requires_grad for p in setup.judges.critic.parameters())
+
+
+def test_what_was_frozen_stays_frozen() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    with pytest.raises(KeyError), frozen(network):
+        assert not any(p.requires_grad for p in network.parameters())
+        raise KeyError
+    assert [p.requires_grad for p in network.parameters()] == [True, True, False, False]
+
+
+# -- the critic's side --------------------------------------------------------------------------
+
+
+def critic_of(**changes) -> CriticObjective:
+    torch.manual_seed(3)
+    return CriticObjective(replace(CONFIG, **changes), 32)
+
+
+def pictures() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_the_critic_minimises_its_game_on_eight_bit_pictures(name) -> None:
+    objective = critic_of(
+        adversarial_loss=name, penalties=PenaltyConfig(gradient_penalty_weight=1.0)
+    )
+    images, fakes = pictures()
+    loss = objective(images, fakes, DRAWN, 0)
+    real, fake = (objective.critic(round_to_uint8(x)) for x in (images, fakes))
+    expected = GAMES[name].discriminator(real, fake)
+    torch.testing.assert_close(loss.parts["discriminator"], expected.detach())
+    torch.testing.assert_close(loss.parts["logits_real"], real.detach().mean())
+    torch.testing.assert_close(loss.parts["logits_fake"], fake.detach().mean())
 
 
 def test_the_critic_sees_detached_eight_bit_fakes() -> None:
     seen = []
-    critic = PatchGAN(CONFIG.discriminator)
-    critic.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    images = round_to_uint8(torch.rand(2, 3, 16, 16) * 2 - 1)
-    fakes = torch.randn(2, 3, 16, 16, requires_grad=True)
-    discriminator_loss(critic, images, fakes).total.backward()
+    objective = critic_of()
+    objective.critic.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    images, fakes = pictures()
+    images = round_to_uint8(images)
+    fakes.requires_grad_()
+    objective(images, fakes, DRAWN, 0).total.backward()
     assert fakes.grad is None
     torch.testing.assert_close(seen[0], round_to_uint8(seen[0]))
     assert torch.equal(seen[0][:2], images) and seen[0].abs().max() <= 1
-    assert all(p.grad is not None for p in critic.parameters())
+    assert all(p.grad is not None for p in objective.parameters())
 
 
-@pytest.mark.parametrize("norm", ["group", "spectral"])
-def test_a_critic_learns_to_tell_dark_from_bright(norm) -> None:
-    critic = PatchGAN(PatchGANConfig(8, 1, norm))
-    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2)
-    images, fakes = torch.full((4, 3, 16, 16), 0.5), torch.full((4, 3, 16, 16), -0.5)
-    fakes = fakes + 0.1 * torch.randn_like(fakes)
-    for _ in range(60):
-        loss = discriminator_loss(critic, images, fakes).total
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.3
-    assert critic(images).mean() > 0 > critic(fakes).mean()
+def test_both_sides_see_the_same_augmentation() -> None:
+    seen = []
+    setup, config = Setup(), replace(CONFIG, augment=AugmentConfig(1.0, 0.125, 0.5))
+    objective = CriticObjective(config, 32)
+    setup.judges.critic = objective.critic
+    objective.critic.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    setup.loss(config, 100)
+    output = setup.layer(setup.images).detach()
+    objective(setup.images, output, DRAWN, 0)
+    assert torch.equal(seen[0], augment(output, config.augment, DRAWN))
+    assert torch.equal(seen[1][:2], augment(round_to_uint8(setup.images), config.augment, DRAWN))
+    assert torch.equal(seen[1][2:], augment(round_to_uint8(output), config.augment, DRAWN))
 
 
-def test_critic_judges_patches() -> None:
-    assert PatchGAN(PatchGANConfig(8, 3))(torch.zeros(1, 3, 64, 64)).shape == (1, 1, 6, 6)
-    with pytest.raises(SmaltiError, match="num_layers is 9"):
-        PatchGANConfig(num_layers=9)
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"r1_weight": 1.0}, "r1"),
+        ({"gradient_penalty_weight": 1.0}, "gradient_penalty"),
+        ({"lecam_weight": 1.0}, "lecam"),
+    ],
+)
+def test_every_penalty_changes_the_gradient_of_the_critic(changes, part: str) -> None:
+    images, fakes = pictures()
+
+    def gradient(**options):
+        objective = critic_of(penalties=PenaltyConfig(**options))
+        loss = objective(images, fakes, DRAWN, 15)  # a step at which R1 is due
+        loss.total.backward()
+        return torch.cat([p.grad.flatten() for p in objective.parameters()]), loss  # type: ignore[union-attr]
+
+    plain, without = gradient()
+    once, loss = gradient(**changes)
+    (name,) = changes
+    twice, _ = gradient(**{name: 2.0})
+    assert part in loss.parts and part not in without.parts
+    torch.testing.assert_close(loss.total, without.total + loss.parts[part])
+    assert not torch.allclose(once, plain)
+    torch.testing.assert_close(twice - plain, 2 * (once - plain), rtol=1e-3, atol=1e-4)
+
+
+def test_r1_is_due_every_interval() -> None:
+    objective, (images, fakes) = critic_of(penalties=PenaltyConfig(1.0, 4)), pictures()
+    due = ["r1" in objective(images, fakes, DRAWN, step).parts for step in range(8)]
+    assert due == [False, False, False, True] * 2
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
+    """With every penalty, every augmentation and spectral norms."""
+    objective = critic_of(
+        discriminator=PatchGANConfig(8, 1, "spectral"),
+        augment=AugmentConfig(1.0, 0.125, 0.5),
+        penalties=PenaltyConfig(1.0, 1, 1.0, 1.0),
+    )
+    images, fakes = torch.rand(8, 3, 32, 32) * 2 - 1, torch.rand(8, 3, 32, 32) * 2 - 1
+    batch = images, fakes, torch.rand(8, DRAWS)
+
+    def step(chunks: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        objective.zero_grad()
+        for part in zip(*(x.chunk(chunks) for x in batch), strict=True):
+            (objective(*part, 0).total / chunks).backward()
+        assert objective.lecam is not None
+        pending = torch.stack(objective.lecam._pending).mean(0)
+        objective.discard_step()
+        return [p.grad.clone() for p in objective.parameters()], pending  # type: ignore[union-attr]
+
+    (whole, means), (parts, means_of_parts) = step(1), step(4)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(means_of_parts, means)
+
+
+def test_what_moves_besides_the_weights_moves_after_the_step_and_is_saved() -> None:
+    objective = critic_of(
+        discriminator=PatchGANConfig(8, 1, "spectral"), penalties=PenaltyConfig(lecam_weight=0.1)
+    )
+    images, fakes = pictures()
+    before = {k: v.clone() for k, v in objective.state_dict().items()}
+    objective(images, fakes, DRAWN, 0)
+    assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
+    objective.after_step()
+    moved = {k for k, v in objective.state_dict().items() if not torch.equal(v, before[k])}
+    assert {"lecam.anchors", "lecam.updates", "critic.main.0.u", "critic.main.0.v"} <= moved
+    assert not any(k.endswith("weight") for k in moved)
+
+
+# -- gram ---------------------------------------------------------------------------------------
+
+
+def test_gram_matrices_are_mean_products() -> None:
+    features = torch.randn(2, 3, 4, 5)
+    expected = torch.zeros(2, 3, 3)
+    for row in range(4):
+        for column in range(5):
+            at = features[:, :, row, column]
+            expected += at[:, :, None] * at[:, None, :] / 20
+    torch.testing.assert_close(gram_matrices(features), expected)
+
+
+def test_gram_distance_is_gatys_and_blind_to_places() -> None:
+    a, b = [torch.randn(2, 3, 4, 5), torch.randn(2, 6, 2, 2)], [torch.randn(2, 3, 4, 5)] * 2
+    b[1] = torch.randn(2, 6, 2, 2)
+    expected = torch.zeros(2)
+    for x, y in zip(a, b, strict=True):
+        channels, positions = x.shape[1], x[0, 0].numel()
+        difference = torch.einsum("bchw,bdhw->bcd", x, x) - torch.einsum("bchw,bdhw->bcd", y, y)
+        expected += difference.square().sum((1, 2)) / (4 * channels**2 * positions**2) / 2
+    torch.testing.assert_close(gram_distance(a, b), expected)
+    shuffled = [x.flatten(2)[..., torch.randperm(x[0, 0].numel())].view_as(x) for x in a]
+    torch.testing.assert_close(gram_distance(a, shuffled), torch.zeros(2), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"l1_weight": -1.0}, "negative"),
+        ({"gram_weight": -1.0}, "negative"),
         ({"l2_weight": 0.0, "perceptual_weight": 0.0}, "nothing to learn"),
         ({"adversarial_start": -1}, "must not be negative"),
+        ({"adversarial_loss": "wasserstein"}, "gradient_penalty_weight"),
     ],
 )
 def test_impossible_objectives_are_refused(options, message: str) -> None:

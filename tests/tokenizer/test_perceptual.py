@@ -128,6 +128,30 @@ def test_vgg_takes_its_trunk_from_torchvision_and_its_heads_from_the_package(
     torch.testing.assert_close(ours(a, b), package_vgg(a, b).flatten(), rtol=1e-4, atol=1e-6)
 
 
+def test_vgg_takes_its_trunk_from_a_file_of_torchvision(
+    package_vgg: torch.nn.Module, tmp_path
+) -> None:
+    trunk = {}
+    layers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+    for layer, conv in zip(layers, convolutions(package_vgg.net), strict=True):
+        trunk |= {f"features.{layer}.weight": conv.weight, f"features.{layer}.bias": conv.bias}
+    save_file({**trunk, "classifier.0.bias": torch.zeros(3)}, tmp_path / "vgg16.safetensors")
+    ours = LPIPS.of("vgg", tmp_path / "vgg16.safetensors")
+    a, b = torch.randn(2, 2, 3, 48, 48).clamp(-1, 1)
+    torch.testing.assert_close(ours(a, b), package_vgg(a, b).flatten(), rtol=1e-4, atol=1e-6)
+    del trunk["features.28.bias"]
+    save_file(trunk, tmp_path / "cut.safetensors")
+    with pytest.raises(SmaltiError, match=r"lack features\.28\.bias"):
+        LPIPS.of("vgg", tmp_path / "cut.safetensors")
+
+
+def test_the_network_is_a_choice(model: LPIPS, tmp_path) -> None:
+    a, b = torch.randn(2, 2, 3, 48, 48).clamp(-1, 1)
+    assert torch.equal(LPIPS.of("alex", None)(a, b), model(a, b))
+    with pytest.raises(SmaltiError, match="do not exist"):
+        LPIPS.of("vgg", tmp_path / "nowhere.safetensors")
+
+
 def test_the_embedded_file_is_the_one_its_readme_names() -> None:
     assets = files("smalti.tokenizer") / "assets"
     readme = (assets / "README.md").read_text()

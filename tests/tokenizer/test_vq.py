@@ -6,9 +6,12 @@ import diffusers
 import pytest
 import torch
 
+from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
+from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder
-from smalti.tokenizer.vq import PRESETS, VQConfig, VQTokenizer
+from smalti.tokenizer.presets import PRESETS
+from smalti.tokenizer.vq import VQConfig
 
 
 def test_verbs_agree_with_one_another(tokenizer) -> None:
@@ -21,20 +24,33 @@ def test_verbs_agree_with_one_another(tokenizer) -> None:
     assert torch.equal(tokenizer.reconstruct(images), decoded.clamp(-1, 1))
 
 
-@pytest.mark.parametrize(("name", "millions"), [("vq-f16", 71.88), ("vq-f8", 70.11)])
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("vq-f16", 71.88),
+        ("vq-f8", 70.11),
+        ("vqgan-f16-1024", 72.14),
+        ("var-f16", 108.95),
+        ("kl-f8", 83.65),
+    ],
+)
 def test_published_sizes(name: str, millions: float) -> None:
     with torch.device("meta"):
-        model = VQTokenizer(PRESETS[name])
+        model = Tokenizer.registry.build(PRESETS[name])
     count = sum(p.numel() for p in model.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.005)
-    side = 256 // PRESETS[name].conv.downsampling
-    assert model.spec.grids == ((side, side),)
+    assert model.image_size == 256
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_fit_their_image_size(name: str) -> None:
     config = PRESETS[name]
-    assert config.grid[0] * config.conv.downsampling == config.image_size
+    with torch.device("meta"):
+        spec = Tokenizer.registry.build(config).spec
+    height, width = spec.grids[-1] if isinstance(spec, CodeSpec) else (spec.height, spec.width)
+    assert (
+        height * config.conv.downsampling == width * config.conv.downsampling == config.image_size
+    )
 
 
 def test_encoder_and_decoder_are_those_of_diffusers() -> None:
@@ -134,8 +150,7 @@ def test_wrong_images_are_refused(tokenizer) -> None:
     ("changes", "message"),
     [
         ({"image_size": 18}, "not a multiple of the down-sampling factor"),
-        ({"vocab_size": 1}, "need at least 2"),
-        ({"commitment_weight": -1.0}, "must not be negative"),
+        ({"quant_kernel": 2}, "use an odd number"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message: str) -> None:

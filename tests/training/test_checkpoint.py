@@ -59,6 +59,21 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-000002", "checkpoint-000010"]
 
 
+def test_what_was_just_written_is_never_removed(tmp_path: Path) -> None:
+    for step in (4, 6):
+        damage_flip(save(tmp_path, step))
+    save(tmp_path, 3, keep=2)
+    assert verify(tmp_path / "checkpoint-000003").step == 3
+
+
+def test_what_a_checkpoint_replaces_goes_after_it_is_written(tmp_path: Path) -> None:
+    good, *damaged = [save(tmp_path, step) for step in (2, 4, 6)]
+    model, _ = trained(1)
+    save_checkpoint(tmp_path, 3, {"model": model}, {}, keep=0, replaces=damaged)
+    assert checkpoints(tmp_path) == [good, tmp_path / "checkpoint-000003"]
+    assert newest_valid(tmp_path)[1] == []
+
+
 def damage_flip(path: Path) -> None:
     content = bytearray((path / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -71,7 +86,9 @@ DAMAGE = {
     "missing": (lambda p: (p / "model.safetensors").unlink(), "lacks model.safetensors"),
     "surplus": (lambda p: (p / "virus.pkl").write_bytes(b"x"), "holds virus.pkl"),
     "unfinished": (lambda p: (p / "MANIFEST.json").unlink(), "never finished"),
-    "scribbled": (lambda p: (p / "MANIFEST.json").write_text("{"), "cannot be read"),
+    "scribbled": (lambda p: (p / "MANIFEST.json").write_text("{"), "not valid JSON"),
+    "garbage": (lambda p: (p / "MANIFEST.json").write_bytes(b"\xff\xfe\x80"), "not valid JSON"),
+    "folder": (lambda p: (p / "nested").mkdir(), "cannot be read"),
     "list": (lambda p: (p / "MANIFEST.json").write_text("[]"), "cannot be read"),
 }
 
@@ -89,7 +106,7 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path: Path, kind: str) 
     assert len(skipped) == 1 and message in skipped[0]
 
 
-@pytest.mark.parametrize("point", ["save_file", "_write_json", "_flush"])
+@pytest.mark.parametrize("point", ["save_file", "write_json", "_flush"])
 def test_a_failure_while_writing_leaves_the_old_ones(tmp_path: Path, monkeypatch, point) -> None:
     save(tmp_path, 1, keep=1)
 

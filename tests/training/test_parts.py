@@ -1,20 +1,24 @@
 """Schedule, average, seeds, precision, interrupts and logs."""
 
 import json
+import multiprocessing
 import os
 import signal
+import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from smalti.data.loader import stream_batches
+from smalti.data.order import DataOrder
 from smalti.errors import SmaltiError
 from smalti.training import precision
+from smalti.training.config import RunConfig
 from smalti.training.ema import EMA
 from smalti.training.interrupt import InterruptGuard
 from smalti.training.log import MetricsLog, check_tracker, mean_of
-from smalti.training.run import RunConfig
 from smalti.training.schedule import warmup_cosine
 from smalti.training.seeding import derive_seed, generator
 
@@ -67,22 +71,15 @@ def test_seeds_depend_on_every_part_and_fit_a_cpu_generator() -> None:
 
 def test_bf16_is_chosen_where_it_pays(monkeypatch) -> None:
     cpu = torch.device("cpu")
-    for fast, expected in ((0.5, "bf16"), (1.0, "no"), (3.0, "no")):
-        precision._cpu_gains_from_bf16.cache_clear()
-        monkeypatch.setattr(precision, "_step_time", lambda bf16, f=fast: f if bf16 else 1.0)
+    for amx, expected in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda a=amx: {"amx_bf16": a}, False)
         assert precision.resolve_precision("auto", cpu) == expected
-    assert precision.resolve_precision("bf16", cpu) == "bf16"
-    assert precision.resolve_precision("no", cpu) == "no"
-    precision._cpu_gains_from_bf16.cache_clear()
-
-
-def test_measuring_precision_leaves_the_global_generator_alone() -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    precision._cpu_gains_from_bf16.cache_clear()
-    precision.resolve_precision("auto", torch.device("cpu"))
-    assert torch.equal(torch.rand(1), expected)
+        assert precision.resolve_precision("bf16", cpu) == "bf16"
+        assert precision.resolve_precision("no", cpu) == "no"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    for amx, expected in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda a=amx: a)
+        assert precision.resolve_precision("auto", cpu) == expected
 
 
 def test_the_first_signal_asks_and_the_second_stops() -> None:
@@ -95,17 +92,50 @@ def test_the_first_signal_asks_and_the_second_stops() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+class Numbers:
+    """A data set whose batches are its keys."""
+
+    def __getitems__(self, keys):
+        return list(keys)
+
+
+def test_a_signal_to_all_processes_leaves_the_loader_working() -> None:
+    batches = stream_batches(Numbers(), DataOrder(8, 2, seed=0), num_workers=1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    for _ in range(4):  # more than a worker prepares ahead
+        assert len(next(batches)[0]) == 2
+    assert worker.is_alive()
+    batches.close()
+
+
 def test_a_resumed_log_has_every_step_once(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     accelerator = Accelerator(cpu=True)
     log = MetricsLog(path, accelerator)
     for step in (1, 2, 3):
         log.write(step, {"loss": float(step)})
-    path.write_text(path.read_text() + '{"step": 4, "lo')  # killed while writing
+    path.write_text(path.read_text() + '3\n{"step": 4, "lo')  # killed while writing
     MetricsLog(path, accelerator, resume_step=2).write(3, {"loss": float("nan")})
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[-1]["loss"] == "nan"
+
+
+def test_a_log_is_rewritten_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n')
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        MetricsLog(path, Accelerator(cpu=True), resume_step=1)
+    assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def full_disk(*args, **kwargs) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def test_means_over_micro_batches() -> None:
@@ -121,6 +151,15 @@ def test_trackers_are_checked_before_training() -> None:
         check_tracker("a_tracker_that_does_not_exist")
 
 
+def test_a_folder_named_like_a_tracker_is_no_tracker(tmp_path, monkeypatch) -> None:
+    (tmp_path / "trackio").mkdir()  # python -m puts the working directory on the path
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SmaltiError, match="not installed"):
+        check_tracker("trackio")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -128,6 +167,16 @@ def test_trackers_are_checked_before_training() -> None:
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"adam_beta1": 2.0}, "adam_beta1 is 2.0"),
+        ({"adam_beta2": -0.1}, "adam_beta2 is -0.1"),
+        ({"seed": 10**20}, "seed is 100000000000000000000"),
+        ({"seed": -1}, "seed is -1"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan"),
+        ({"lr_warmup_steps": -5}, "lr_warmup_steps is -5"),
+        ({"lr_final_ratio": -1.0}, "lr_final_ratio is -1.0"),
+        ({"checkpoints_total_limit": -1}, "checkpoints_total_limit is -1"),
         ({"report_to": "nowhere"}, "report_to"),
     ],
 )

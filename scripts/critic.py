@@ -1,0 +1,67 @@
+"""The critic of stage one: how it is trained beside a tokenizer."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smalti.tokenizer.critic_objective import DRAWS, CriticObjective
+from smalti.tokenizer.objective import ObjectiveConfig
+from smalti.training.checkpoint import OptimizerState
+from smalti.training.log import mean_of
+from smalti.training.run import Run
+from smalti.training.seeding import generator
+
+
+class CriticStage:
+    """A critic, its optimizer, and one step of both."""
+
+    def __init__(self, run: Run, config: ObjectiveConfig, image_size: int) -> None:
+        self.run = run
+        self.objective = CriticObjective(config, image_size).to(run.device)
+        self.optimizer = run.adamw(self.objective)
+        run.track(
+            discriminator=self.objective, discriminator_optimizer=OptimizerState(self.optimizer)
+        )
+        # Gradients are synchronised by this wrapper alone, so every pass that makes some uses it.
+        self.wrapped = run.accelerator.prepare(self.objective)
+
+    def train_step(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        draws: Sequence[Tensor],
+        step: int,
+    ) -> dict[str, Tensor]:
+        """One optimizer step; returns losses for the log.
+
+        Args:
+            pairs: pictures and reconstructions, (B, 3, H, W) each, of every micro-batch.
+            draws: (B, DRAWS) of every micro-batch, see `critic_draws`.
+        """
+        parts = []
+        for index, ((images, fakes), numbers) in enumerate(zip(pairs, draws, strict=True)):
+            with self.run.micro_batch(index, self.wrapped):
+                loss = self.wrapped(images, fakes, numbers, step)
+                self.run.backward(loss.total)
+            parts.append(loss.parts)
+        norm = self.run.apply(self.optimizer, self.objective, step)
+        if math.isfinite(norm):
+            self.objective.after_step()
+        else:
+            self.objective.discard_step()
+        return {**mean_of(parts), "discriminator_gradient_norm": torch.tensor(norm)}
+
+
+def critic_draws(run: Run, step: int) -> list[Tensor]:
+    """Uniform numbers (B, DRAWS) for the pictures of each micro-batch of this process.
+
+    A picture's numbers depend on its place in the whole batch of the step alone, not on how that
+    is shared among processes or cut into micro-batches.
+    """
+    config = run.config
+    whole = torch.rand(
+        config.train_batch_size, DRAWS, generator=generator(config.seed, "critic", step)
+    )
+    mine = whole.chunk(run.accelerator.num_processes)[run.accelerator.process_index]
+    return list(mine.to(run.device).chunk(config.gradient_accumulation_steps))

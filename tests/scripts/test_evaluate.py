@@ -1,0 +1,116 @@
+"""The evaluate command: what counts as a copy, and whose folder it writes to."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from smalti.data.latents import CodeSpec
+from smalti.errors import SmaltiError
+from smalti.evaluation.samples import PictureSets
+from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.next_token import NextTokenConfig, NextTokenPrior
+from smalti.scripts.evaluate import EvaluateConfig, evaluate
+from smalti.scripts.measure import PipelineEvaluation, first_of_each, spread
+from smalti.tokenizer.codebook import CodebookConfig
+from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.nearest import NearestConfig
+from smalti.tokenizer.vq import VQConfig, VQTokenizer
+
+CONV = ConvConfig(
+    channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, attention_levels=(), z_channels=8
+)
+
+
+@pytest.fixture
+def pipeline() -> Pipeline:
+    book = NearestConfig(codebook=CodebookConfig(32, 4))
+    tokenizer = VQTokenizer(VQConfig(image_size=32, conv=CONV, quantizer=book))
+    prior = NextTokenPrior(
+        NextTokenConfig(CodeSpec(32, ((8, 8),)), 3, depth=1, width=16, num_heads=2, hidden=32)
+    )
+    return Pipeline(tokenizer, prior, ("blue", "green", "red"))
+
+
+@pytest.fixture
+def config(pipeline: Pipeline, pictures: Path, tmp_path: Path) -> EvaluateConfig:
+    model = pipeline.save_pretrained(tmp_path / "pipe")
+    return EvaluateConfig(
+        model=str(model),
+        data=str(pictures),
+        output_dir=tmp_path / "out",
+        num_samples=16,
+        classifier_epochs=1,
+    )
+
+
+def test_a_memoriser_is_caught_and_noise_is_not(config, pipeline, tmp_path: Path) -> None:
+    """What a prior that learned the training set by heart would draw: its reconstructions."""
+    evaluation = PipelineEvaluation(config, pipeline)
+    _, known = evaluation.round_trip(evaluation.train)
+    labels = evaluation.train_labels
+
+    def share(samples: torch.Tensor) -> float:
+        sets = PictureSets(
+            samples, labels, evaluation.heldout, evaluation.heldout_labels, evaluation.train
+        )
+        metrics = evaluation.neighbours(sets, tmp_path / "n.png")
+        return metrics["share_of_near_copies"].value
+
+    assert share(known) == 1.0
+    assert share(torch.rand_like(known) * 2 - 1) == 0.0
+
+
+def test_the_same_evaluation_may_run_again_but_no_other(config, tmp_path: Path) -> None:
+    first = evaluate(config)
+    before = {p.name: p.read_bytes() for p in config.output_dir.iterdir()}
+    assert evaluate(config) == first
+    assert {p.name: p.read_bytes() for p in config.output_dir.iterdir()} == before
+    with pytest.raises(SmaltiError, match="its num_samples differs"):
+        evaluate(replace(config, num_samples=17))
+    assert {p.name: p.read_bytes() for p in config.output_dir.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["samples.png", "summary.json"])
+def test_files_from_elsewhere_are_not_overwritten(config, name: str) -> None:
+    config.output_dir.mkdir()
+    (config.output_dir / name).write_text("precious")
+    with pytest.raises(SmaltiError, match=f"already holds a {name}"):
+        evaluate(config)
+    assert (config.output_dir / name).read_text() == "precious"
+
+
+def test_every_metric_names_its_pictures(config) -> None:
+    evaluate(config)
+    summary = json.loads((config.output_dir / "summary.json").read_text())
+    prints = {m["protocol"]["heldout_fingerprint"] for m in summary["metrics"].values()}
+    assert len(prints) == 1 and len(prints.pop()) == 64
+
+
+def test_few_references_are_spread_over_the_set(config) -> None:
+    dataset = config.dataset("train", 32)
+    images, labels = spread(dataset, 5)
+    assert len(images) == 5 and labels.tolist() == sorted(labels.tolist())
+    assert set(labels.tolist()) == {0, 1, 2}
+    everything, _ = spread(dataset, 1000)
+    assert torch.equal(everything, dataset.all_images())
+
+
+def test_the_first_of_each_class_are_shown() -> None:
+    labels = torch.tensor([2, 0, 2, 1, 2, 0])
+    assert first_of_each(labels, 2).tolist() == [1, 5, 3, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 2}, "use at least 16"),
+        ({"num_references": 2}, "use at least 16"),
+        ({"classifier_epochs": 0}, "must be at least 1"),
+    ],
+)
+def test_impossible_evaluations_are_refused(config, changes, message: str) -> None:
+    with pytest.raises(SmaltiError, match=message):
+        replace(config, **changes)

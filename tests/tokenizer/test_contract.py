@@ -1,0 +1,132 @@
+"""What every tokenizer promises, whatever its latents; run over every quantizer and codebook."""
+
+import pytest
+import torch
+
+from smalti.data.latents import CodeSpec
+from smalti.tokenizer.base import Tokenizer
+from smalti.tokenizer.codebook import CodebookConfig
+from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.fsq import FSQConfig
+from smalti.tokenizer.kl import KLConfig
+from smalti.tokenizer.lookup_free import LookupFreeConfig
+from smalti.tokenizer.multi_scale import MultiScaleConfig
+from smalti.tokenizer.nearest import NearestConfig
+from smalti.tokenizer.quantizers import QUANTIZERS
+from smalti.tokenizer.registry import TOKENIZERS
+from smalti.tokenizer.vq import VQConfig
+
+CONV = ConvConfig(
+    channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=4
+)
+BOOK = CodebookConfig(16, 4, revive_after=2)
+EMA_BOOK = CodebookConfig(16, 4, learning="ema", revive_after=2)
+SCALES = ((1, 1), (3, 2), (8, 8))
+CONFIGS = {
+    "nearest": NearestConfig(codebook=BOOK),
+    "ema": NearestConfig(codebook=EMA_BOOK),
+    "simvq": NearestConfig(codebook=CodebookConfig(16, 4, learning="simvq", revive_after=0)),
+    "rotation": NearestConfig(codebook=BOOK, estimator="rotation"),
+    "entropy": NearestConfig(codebook=BOOK, entropy_weight=0.1),
+    "fsq": FSQConfig(levels=(4, 4)),
+    "lookup-free": LookupFreeConfig(bits=4),
+    "spherical": LookupFreeConfig(bits=4, spherical=True),
+    "multi-scale": MultiScaleConfig(codebook=BOOK, scales=SCALES, convolutions=2),
+    "multi-scale-ema": MultiScaleConfig(
+        codebook=EMA_BOOK, scales=SCALES, convolutions=1, scale_dropout=0.5, scale_dropout_keeps=1
+    ),
+}
+ALL = {
+    **{name: VQConfig(image_size=16, conv=CONV, quantizer=q) for name, q in CONFIGS.items()},
+    "kl": KLConfig(image_size=16, conv=CONV),
+}
+
+
+@pytest.fixture(params=ALL)
+def model(request) -> Tokenizer:
+    torch.manual_seed(0)
+    return TOKENIZERS.build(ALL[request.param]).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_every_registered_name_is_here() -> None:
+    assert {config.kind for config in CONFIGS.values()} == set(QUANTIZERS)
+    assert {config.kind for config in ALL.values()} == set(TOKENIZERS)
+
+
+@torch.no_grad()
+def test_verbs_agree(model, images) -> None:
+    latents = model.encode(images)
+    assert torch.equal(latents, model.latents(model.store(images)))
+    spec = model.spec
+    if isinstance(spec, CodeSpec):
+        assert latents.shape == (3, spec.length) and latents.dtype == torch.int64
+        assert latents.min() >= 0 and latents.max() < spec.vocab_size
+    else:
+        assert latents.shape == (3, spec.channels, spec.height, spec.width)
+    decoded = model.decode(latents)
+    assert decoded.shape == images.shape
+    torch.testing.assert_close(model.decode_vectors(model.vectors(latents)), decoded)
+    assert torch.equal(model.reconstruct(images), decoded.clamp(-1, 1))
+    torch.testing.assert_close(model.encode(images[1:2]), latents[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_the_training_pass_decodes_what_was_encoded(model, images) -> None:
+    output = model(images)
+    assert output.images.shape == output.targets.shape == images.shape
+    assert torch.equal(output.targets, images)
+    if isinstance(model.spec, CodeSpec):
+        assert torch.equal(output.codes, model.encode(images))
+        torch.testing.assert_close(output.images, model.decode(output.codes), rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_step_reaches_every_parameter(model, images) -> None:
+    model.train()
+    for step in range(2):  # the second one with what `after_step` left
+        output = model(images)
+        loss = (output.images - output.targets).square().mean() + sum(output.losses.values())
+        model.zero_grad()
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        model.after_step(torch.Generator().manual_seed(step))
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(torch.isfinite(v).all() for v in model.state_dict().values())
+
+
+def test_a_skipped_step_leaves_no_trace(model, images) -> None:
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model(images)
+    model.discard_step()
+    model.after_step(torch.Generator().manual_seed(0))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_save_and_load(model, images, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert type(again) is type(model) and again.config == model.config
+    assert again.fingerprint == model.fingerprint
+    assert torch.equal(again.encode(images), model.encode(images))
+
+
+@torch.no_grad()
+def test_codes_and_their_meaning_are_those_of_fp32_under_autocast(model, images) -> None:
+    if not isinstance(model.spec, CodeSpec):
+        pytest.skip("no codes")
+    features = 0.1 * torch.randn(8, model.quantizer.dim, 8, 8)
+    codes = model.quantizer.search(features)
+    vectors = model.vectors(codes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.quantizer.search(features), codes)
+        assert torch.equal(model.quantizer(features).codes, codes)
+        assert torch.equal(model.vectors(codes), vectors)
+
+
+def test_wrong_images_are_refused(model) -> None:
+    with pytest.raises(ValueError, match="resize and crop"):
+        model.encode(torch.zeros(1, 3, 8, 8))

@@ -1,0 +1,161 @@
+"""The KL-VAE: its posterior, its normalised latents, its equivariance."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch.distributions import Normal, kl_divergence
+
+from smalti.data.latents import ContinuousSpec
+from smalti.errors import SmaltiError
+from smalti.tokenizer.base import Tokenizer
+from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.equivariance import random_transform
+from smalti.tokenizer.gaussian import DiagonalGaussian
+from smalti.tokenizer.kl import KLConfig, KLTokenizer
+
+CONV = ConvConfig(
+    channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=4
+)
+CONFIG = KLConfig(image_size=16, conv=CONV)
+
+
+@pytest.fixture
+def kl() -> KLTokenizer:
+    torch.manual_seed(0)
+    return KLTokenizer(CONFIG).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_divergence_is_that_of_torch_distributions() -> None:
+    gaussian = DiagonalGaussian.of(torch.randn(3, 8, 2, 2))
+    oracle = kl_divergence(Normal(gaussian.mean, gaussian.std), Normal(0.0, 1.0))
+    torch.testing.assert_close(gaussian.kl(), oracle.flatten(1).sum(1))
+
+
+def test_oracle_posterior_of_diffusers() -> None:
+    moments = 20 * torch.randn(2, 8, 3, 3)
+    ours, theirs = DiagonalGaussian.of(moments), DiagonalGaussianDistribution(moments)
+    torch.testing.assert_close(ours.kl(), theirs.kl())
+    torch.testing.assert_close(ours.std, theirs.std)
+    a = ours.sample(torch.Generator().manual_seed(3))
+    b = theirs.sample(torch.Generator().manual_seed(3))
+    torch.testing.assert_close(a, b)
+
+
+def test_samples_have_the_moments_and_carry_gradients() -> None:
+    moments = torch.zeros(1, 2, 100, 100)
+    moments[:, 0], moments[:, 1] = 3.0, -2.0
+    moments.requires_grad_()
+    sample = DiagonalGaussian.of(moments).sample(torch.Generator().manual_seed(0))
+    assert sample.mean().item() == pytest.approx(3.0, abs=0.02)
+    assert sample.std().item() == pytest.approx(torch.tensor(-1.0).exp().item(), rel=0.05)
+    sample.sum().backward()
+    assert moments.grad[:, 0].eq(1).all() and moments.grad[:, 1].any()
+
+
+def test_verbs_agree_with_one_another(kl, images) -> None:
+    stored = kl.store(images)
+    assert stored.shape == (3, 8, 8, 8)
+    mean, logvar = kl.posterior(images)
+    torch.testing.assert_close(stored, torch.cat([mean, (0.5 * logvar).exp()], 1))
+    z = kl.encode(images)
+    assert kl.spec == ContinuousSpec(4, 8, 8) and z.shape == (3, 4, 8, 8)
+    assert torch.equal(z, kl.latents(stored))
+    assert torch.equal(kl.reconstruct(images), kl.decode(z).clamp(-1, 1))
+    drawn = kl.latents(stored, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(drawn, mean + (0.5 * logvar).exp() * noise)
+
+
+def test_calibrated_latents_have_zero_mean_and_unit_variance(kl, images) -> None:
+    before = kl.fingerprint
+    reconstructed = kl.reconstruct(images)
+    kl.calibrate(iter([images[:2], images[2:]]))
+    stored = kl.store(images)
+    draws = torch.cat(
+        [kl.latents(stored, generator=torch.Generator().manual_seed(s)) for s in range(200)]
+    )
+    torch.testing.assert_close(draws.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.02)
+    torch.testing.assert_close(draws.std((0, 2, 3)), torch.ones(4), rtol=0.02, atol=0)
+    torch.testing.assert_close(kl.reconstruct(images), reconstructed, rtol=1e-4, atol=1e-5)
+    assert kl.fingerprint != before
+    with pytest.raises(SmaltiError, match="no images"):
+        kl.calibrate(iter([]))
+
+
+def test_statistics_are_saved_in_the_config(kl, images, tmp_path) -> None:
+    kl.calibrate(iter([images]))
+    kl.save_pretrained(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert again.config == kl.config and len(again.config.latent_std) == 4
+    assert torch.equal(again.encode(images), kl.encode(images))
+
+
+def test_every_parameter_learns(kl, images) -> None:
+    kl.train()
+    out = kl(images)
+    (out.images.square().mean() + 1e3 * out.losses["kl"]).backward()
+    assert [n for n, p in kl.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_the_weight_scales_the_divergence(images) -> None:
+    torch.manual_seed(0)
+    model = KLTokenizer(replace(CONFIG, kl_weight=0.5))
+    expected = 0.5 * model.gaussian(images).kl().mean()
+    torch.testing.assert_close(model(images).losses["kl"], expected)
+
+
+def test_equivariance_transforms_latents_and_targets_alike() -> None:
+    images = torch.nn.functional.interpolate(torch.randn(2, 3, 2, 2), (64, 64), mode="bilinear")
+    z = torch.nn.functional.interpolate(images, (16, 16), mode="area")
+    shapes = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        moved, target = random_transform(z, images)
+        assert target.shape[2] == 4 * moved.shape[2] and target.shape[3] == 4 * moved.shape[3]
+        assert target.shape[2] >= 32
+        small = torch.nn.functional.interpolate(target, moved.shape[2:], mode="area")
+        assert (small - moved).abs().mean() < 0.1 * z.abs().mean()
+        shapes.add(tuple(moved.shape[2:]))
+    assert len(shapes) > 3
+
+
+def test_equivariance_is_for_training_only(images) -> None:
+    torch.manual_seed(0)
+    large = torch.nn.functional.interpolate(images, (64, 64))
+    model = KLTokenizer(replace(CONFIG, image_size=64, equivariance=1.0))
+    changed = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        out = model.train()(large)
+        assert out.images.shape == out.targets.shape
+        changed += not torch.equal(out.targets, large)
+    assert changed > 3
+    assert torch.equal(model.eval()(large).targets, large)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 18 + 1}, "not a multiple"),
+        ({"kl_weight": -1.0}, "must not be negative"),
+        ({"equivariance": 2.0}, r"in \[0, 1\]"),
+        ({"latent_mean": (0.0,)}, "has 1 numbers; there are 4 latent channels"),
+        ({"latent_std": (1.0, 1.0, 0.0, 1.0)}, "must be positive"),
+    ],
+)
+def test_impossible_configs_are_refused(changes, message: str) -> None:
+    with pytest.raises(SmaltiError, match=message):
+        replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8), (1, 3, 8, 8), (1, 4, 4, 8)])
+def test_wrong_latents_are_refused(kl, shape) -> None:
+    with pytest.raises(SmaltiError, match=r"takes \(B, 4, 8, 8\)"):
+        kl.decode(torch.zeros(shape))

@@ -1,0 +1,175 @@
+"""The KL-VAE: continuous latents with a Gaussian posterior (latent diffusion, 2112.10752)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from smalti.data.latents import ContinuousSpec
+from smalti.errors import SmaltiError
+from smalti.tokenizer.base import Reconstruction, Tokenizer
+from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
+from smalti.tokenizer.equivariance import random_transform
+from smalti.tokenizer.gaussian import DiagonalGaussian, standard_normal
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """Defaults: the 8x down-sampling auto-encoder of Stable Diffusion."""
+
+    kind: Literal["kl"] = "kl"
+    image_size: int = 256  # pixels, square
+    conv: ConvConfig = field(
+        default_factory=lambda: ConvConfig(
+            channel_mult=(1, 2, 4, 4), attention_levels=(), z_channels=4
+        )
+    )
+    kl_weight: float = 1e-6  # of the KL divergence, summed over the numbers of a latent
+    # Probability that a batch asks for tau(image) from tau(latents), see `equivariance`.
+    equivariance: float = 0.0
+    # Of the latents over the training set, per channel: `latents` gives (z - mean) / std. Measured
+    # after training; empty until then.
+    latent_mean: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or self.image_size % self.conv.downsampling:
+            raise SmaltiError(
+                f"image_size {self.image_size} is not a multiple of the down-sampling factor"
+                f" {self.conv.downsampling}"
+            )
+        if self.kl_weight < 0 or not 0 <= self.equivariance <= 1:
+            raise SmaltiError("kl_weight must not be negative; equivariance must lie in [0, 1]")
+        for name in ("latent_mean", "latent_std"):
+            if len(getattr(self, name)) not in (0, self.conv.z_channels):
+                raise SmaltiError(
+                    f"{name} has {len(getattr(self, name))} numbers; there are "
+                    f"{self.conv.z_channels} latent channels"
+                )
+        if any(std <= 0 for std in self.latent_std):
+            raise SmaltiError(f"latent_std is {self.latent_std}; each must be positive")
+
+
+class KLTokenizer(Tokenizer):
+    """Images <-> real latents (B, C, h, w) of zero mean and unit variance over the training set."""
+
+    Config: ClassVar[type] = KLConfig
+    config: KLConfig
+
+    def __init__(self, config: KLConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.conv.z_channels
+        self.encoder = Encoder(config.conv, out_channels=2 * channels)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+        self.decoder = Decoder(config.conv)
+        initialise(self)
+        self.register_buffer("shift", torch.zeros(1, channels, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.ones(1, channels, 1, 1), persistent=False)
+        self.shift: Tensor
+        self.scale: Tensor
+        self._apply_statistics()
+
+    def _apply_statistics(self) -> None:
+        for buffer, values in (
+            (self.shift, self.config.latent_mean),
+            (self.scale, self.config.latent_std),
+        ):
+            if values:
+                buffer.copy_(torch.tensor(values).view_as(buffer))
+
+    @property
+    def spec(self) -> ContinuousSpec:
+        side = self.config.image_size // self.config.conv.downsampling
+        return ContinuousSpec(self.config.conv.z_channels, side, side)
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.decoder.conv_out.weight  # type: ignore[return-value]
+
+    def gaussian(self, images: Tensor) -> DiagonalGaussian:
+        """q(z | image) for images (B, 3, H, W) in [-1, 1], in raw units."""
+        self.check_images(images)
+        return DiagonalGaussian.of(self.quant_conv(self.encoder(images)))
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (B, C, h, w) of q(z | image), in raw, un-normalised units."""
+        gaussian = self.gaussian(images)
+        return gaussian.mean, gaussian.logvar
+
+    def store(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> posterior mean and std (B, 2C, h, w), raw units."""
+        gaussian = self.gaussian(images)
+        return torch.cat([gaussian.mean, gaussian.std], 1)
+
+    def latents(self, stored: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Stored (B, 2C, h, w) -> normalised latents (B, C, h, w).
+
+        Args:
+            generator: gives a draw from the posterior; without it, its mean.
+        """
+        z, std = stored.float().chunk(2, dim=1)
+        if generator is not None:
+            z = z + std * standard_normal(z, generator)
+        return (z - self.shift) / self.scale
+
+    def vectors(self, latents: Tensor) -> Tensor:
+        """The latents themselves, (B, C, h, w).
+
+        Raises:
+            SmaltiError: they have another shape.
+        """
+        spec = self.spec
+        expected = (spec.channels, spec.height, spec.width)
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
+            raise SmaltiError(
+                f"latents have shape {tuple(latents.shape)}; this tokenizer takes (B, "
+                f"{spec.channels}, {spec.height}, {spec.width})"
+            )
+        return latents
+
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Normalised latents (B, C, h, w) -> images (B, 3, H, W), not clamped."""
+        return self._decode_raw(vectors * self.scale + self.shift)
+
+    def _decode_raw(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        gaussian = self.gaussian(images)
+        latents = gaussian.sample()
+        z, targets = latents, images
+        if self.training and float(torch.rand(())) < self.config.equivariance:
+            z, targets = random_transform(latents, images)
+        return Reconstruction(
+            images=self._decode_raw(z),
+            targets=targets,
+            losses={"kl": self.config.kl_weight * gaussian.kl().mean()},
+            latents=latents,
+        )
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Measure mean and std of the latents of all images and keep them in the config."""
+        count, total, squares = 0, 0.0, 0.0
+        for images in batches:
+            gaussian = self.gaussian(images)
+            mean, variance = gaussian.mean.double(), gaussian.logvar.double().exp()
+            count += mean.numel() // mean.shape[1]
+            total = total + mean.sum((0, 2, 3))
+            squares = squares + (mean.square() + variance).sum((0, 2, 3))
+        if count == 0:
+            raise SmaltiError("there are no images to measure the latents of")
+        mean = torch.as_tensor(total) / count
+        std = (torch.as_tensor(squares) / count - mean.square()).clamp_min(1e-12).sqrt()
+        self.config = replace(
+            self.config, latent_mean=tuple(mean.tolist()), latent_std=tuple(std.tolist())
+        )
+        self._apply_statistics()

@@ -1,0 +1,88 @@
+"""The settings of a training run that both stages share."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from smalti.errors import SmaltiError
+from smalti.training.log import check_tracker
+from smalti.training.precision import Precision
+
+# May differ between a checkpoint and the run that resumes it; everything else must be equal.
+FREE_TO_CHANGE = {
+    "output_dir",
+    "max_train_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "validation_steps",
+    "logging_steps",
+    "report_to",
+    "dataloader_num_workers",
+}
+
+AT_LEAST_ONE = (
+    "max_train_steps",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "checkpointing_steps",
+    "validation_steps",
+    "logging_steps",
+    "max_skipped_steps",
+)
+AT_LEAST_ZERO = (
+    "lr_warmup_steps",
+    "weight_decay",
+    "checkpoints_total_limit",
+    "dataloader_num_workers",
+)
+MAX_SEED = 2**63 - 1  # what torch takes
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings that both stages share; the flag names are those of Diffusers' scripts."""
+
+    output_dir: Path = Path("runs/run")
+    seed: int = 0
+    max_train_steps: int = 100_000  # optimizer steps
+    train_batch_size: int = 64  # images per optimizer step, over all processes and accumulation
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
+    learning_rate: float = 1e-4  # peak
+    lr_warmup_steps: int = 0
+    lr_final_ratio: float = 1.0  # learning rate at the last step / peak; 1 = constant
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    weight_decay: float = 0.0  # on matrices only
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    mixed_precision: Precision = "auto"
+    checkpointing_steps: int = 1000
+    checkpoints_total_limit: int = 2  # checkpoints that are kept; 0 keeps all
+    resume_from_checkpoint: str | None = None  # "latest", or the path of a checkpoint folder
+    validation_steps: int = 1000  # between pictures and held-out losses
+    logging_steps: int = 20
+    max_skipped_steps: int = 20  # steps in a row with a non-finite gradient until the run stops
+    report_to: str = "none"  # none, tensorboard, wandb or trackio
+    dataloader_num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise SmaltiError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in AT_LEAST_ZERO:
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise SmaltiError(f"{name} is {value}; it must be 0 or more")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise SmaltiError(f"{name} is {value}; it must be positive")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SmaltiError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        if not 0 <= self.lr_final_ratio <= 1:
+            raise SmaltiError(f"lr_final_ratio is {self.lr_final_ratio}; it must lie in [0, 1]")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise SmaltiError(f"seed is {self.seed}; it must lie between 0 and 2^63 - 1")
+        check_tracker(self.report_to)

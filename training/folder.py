@@ -1,0 +1,168 @@
+"""The folder of a run: what to resume in it, and what must not be overwritten there.
+
+    config.yaml        the resolved config, valid as --config
+    metrics.jsonl      what was measured
+    checkpoint-000300/ see checkpoint.py
+    exported.json      where the finished model went, and its hashes
+
+A run writes nothing into its folder before it has done a step, so one that fails earlier does not
+stand in the way of the next. Names that begin with a dot do not count as contents.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from smalti.errors import SmaltiError
+from smalti.files import read_json, sha256_of, write_json
+from smalti.training.checkpoint import Checkpoint, checkpoints, newest_valid, step_of, verify
+from smalti.training.config import FREE_TO_CHANGE
+
+logger = logging.getLogger(__name__)
+
+RECIPE = "config.yaml"
+METRICS = "metrics.jsonl"
+EXPORTED = "exported.json"
+
+# All that a run may leave before its first checkpoint: pictures, and what trackers write, too.
+BEFORE_A_CHECKPOINT = {RECIPE, METRICS, "reconstructions", "samples", "smalti"}
+
+
+def find_checkpoint(
+    folder: Path, wanted: str | None, settings: Mapping[str, Any]
+) -> Checkpoint | None:
+    """The checkpoint to go on from; None for a run that starts at the first step.
+
+    Args:
+        wanted: None for a new run, "latest", or the path of a checkpoint.
+        settings: the config of this run, in plain values.
+
+    Raises:
+        SmaltiError: the run would overwrite another one, or files that are not its own.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise SmaltiError(f"{folder} is a file, not a folder: choose another --output_dir")
+    if wanted is None:
+        _refuse_contents(folder)
+        return None
+    if wanted == "latest":
+        return _latest(folder, settings)
+    found = verify(Path(wanted))
+    if found.path.resolve().parent != folder.resolve() and contents(folder):
+        _refuse_unless_begun_alike(folder, settings)
+    return found
+
+
+def contents(folder: Path) -> list[str]:
+    """The names in a folder, hidden ones left out; none if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def later_checkpoints(folder: Path, step: int) -> list[Path]:
+    """Checkpoints after a step: a run that goes on from it replaces them."""
+    return [path for path in checkpoints(folder) if step_of(path) > step]
+
+
+def refuse_other_settings(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], where: Path | str
+) -> None:
+    """Raise `SmaltiError` if a run with other settings made `where`."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in FREE_TO_CHANGE and ours.get(name) != theirs.get(name):
+            raise SmaltiError(
+                f"{where} was made with {name} = {theirs.get(name)}, this run has "
+                f"{ours.get(name)}: use the same value, or another --output_dir"
+            )
+
+
+def _refuse_contents(folder: Path) -> None:
+    held = contents(folder)
+    if checkpoints(folder) or {RECIPE, METRICS} & set(held):
+        raise SmaltiError(
+            f"{folder} already holds a run: continue it with "
+            "--resume_from_checkpoint latest, or choose another --output_dir"
+        )
+    if held:
+        raise SmaltiError(
+            f"{folder} is not empty and holds no run (it holds {held[0]}): "
+            "choose another --output_dir"
+        )
+
+
+def _latest(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | None:
+    found, skipped = newest_valid(folder)
+    for reason in skipped:
+        logger.warning("skipped a checkpoint: %s", reason)
+    if found is None and skipped:
+        raise SmaltiError(
+            f"no checkpoint in {folder} can be read ({skipped[0]}): put back a copy of one, "
+            "or choose another --output_dir"
+        )
+    if found is None and contents(folder):
+        _refuse_unless_begun_alike(folder, settings)
+    return found
+
+
+def _refuse_unless_begun_alike(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Let pass what this very run left when it was killed before its first checkpoint."""
+    import yaml
+
+    held = contents(folder)
+    strangers = [name for name in held if name not in BEFORE_A_CHECKPOINT]
+    if strangers:
+        raise SmaltiError(
+            f"{folder} holds {strangers[0]}, but no checkpoint to go on from was asked for or "
+            "found there: choose another --output_dir"
+        )
+    recipe = folder / RECIPE
+    try:
+        theirs = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SmaltiError(
+            f"{folder} is not empty (it holds {held[0]}), and no readable {RECIPE} says that it "
+            "is of this run: choose another --output_dir"
+        ) from error
+    refuse_other_settings(settings, theirs if isinstance(theirs, dict) else {}, recipe)
+    logger.warning("the run in %s has no checkpoint yet: it starts at the first step", folder)
+
+
+# -- the finished model -----------------------------------------------------------------------
+
+
+def refuse_target(folder: Path, target: Path) -> None:
+    """Raise `SmaltiError` if the result of the run in `folder` must not go to `target`.
+
+    Below `folder` all is the run's own. Elsewhere it replaces nothing but what it exported itself.
+    """
+    run, place = folder.resolve(), target.resolve()
+    if run.is_relative_to(place):
+        raise SmaltiError(f"the result cannot go to {target}: the run in {folder} stands there")
+    if place.is_relative_to(run) or not (place.is_file() or contents(place)):
+        return
+    record = read_json(folder / EXPORTED) if (folder / EXPORTED).is_file() else None
+    if isinstance(record, dict):
+        weights = record.get("weights")
+        if weights is None and record.get("folder") == str(place):
+            return
+        if weights and weights == _weights(place):
+            return
+    raise SmaltiError(
+        f"{target} exists and was not saved by this run: choose another folder, or remove it"
+    )
+
+
+def export(folder: Path, target: Path, save: Callable[[Path], Any]) -> None:
+    """Write a finished model by `save(target)`, and note in `folder` what was written."""
+    record: dict[str, Any] = {"folder": str(target.resolve()), "weights": None}
+    write_json(folder / EXPORTED, record)  # killed while saving, the run may save again
+    save(target)
+    write_json(folder / EXPORTED, {**record, "weights": _weights(target)})
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    """sha256 of every file of weights below a folder; cards and pictures may be edited."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {file.relative_to(folder).as_posix(): sha256_of(file) for file in files}
