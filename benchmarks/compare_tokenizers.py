@@ -27,6 +27,7 @@ COLUMNS = ("preset", "latents", "bits/pixel", "PSNR", "SSIM", "LPIPS", "usage", 
 DEFAULT = (
     "vq-1024-tiny",
     "ema-32-tiny",
+    "vqvae-32-tiny",
     "simvq-32-tiny",
     "rotation-32-tiny",
     "fsq-32-tiny",

@@ -27,6 +27,7 @@ class PipelineIndex:
     components: Components
     classes: tuple[str, ...]
     notes: str = ""  # Markdown for the model card
+    training_pictures: str = ""  # fingerprint of what the prior learned from; empty = not known
     _class_name: Literal["Pipeline"] = "Pipeline"
     format_version: int = FORMAT_VERSION
 

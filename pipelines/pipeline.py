@@ -62,6 +62,7 @@ class Pipeline:
         self.prior = prior.eval()
         self.classes = tuple(classes)
         self.notes = ""  # Markdown for the model card
+        self.training_pictures = ""  # fingerprint of what the prior learned from, if known
         self._samples: Path | None = None  # the grid that the model card shows
 
     # -- loading and saving -------------------------------------------------------------------
@@ -97,6 +98,7 @@ class Pipeline:
             )
         pipeline = cls(tokenizer, prior, index.classes)
         pipeline.notes = index.notes
+        pipeline.training_pictures = index.training_pictures
         pipeline._samples = folder / SAMPLES
         return pipeline.to(device, dtype)
 
@@ -127,8 +129,10 @@ class Pipeline:
         has_grid = self._save_grid(folder / SAMPLES, samples)
         card = model_card(self.tokenizer, self.prior, self.classes, has_grid, self.notes)
         write_text(folder / "README.md", card)
-        index = PipelineIndex(_components(self.tokenizer, self.prior), self.classes, self.notes)
-        write_index(folder, index)
+        components = _components(self.tokenizer, self.prior)
+        write_index(
+            folder, PipelineIndex(components, self.classes, self.notes, self.training_pictures)
+        )
         return folder
 
     def _save_grid(self, path: Path, samples: Image.Image | None) -> bool:

@@ -47,6 +47,7 @@ class Scale:
     prior: TrainPriorConfig
     num_samples: int
     classifier_epochs: int
+    num_references: int = 20_000  # training pictures that samples are held against
 
 
 TOKENIZER_CPU = TrainTokenizerConfig(
@@ -83,10 +84,11 @@ PRIOR_CPU = TrainPriorConfig(
 )
 SCALES = {
     "quick": Scale(
-        replace(TOKENIZER_CPU, max_train_steps=150, validation_steps=150),
-        replace(PRIOR_CPU, max_train_steps=150, validation_steps=150),
+        replace(TOKENIZER_CPU, max_train_steps=120, validation_steps=120),
+        replace(PRIOR_CPU, max_train_steps=200, validation_steps=200),
         num_samples=256,
-        classifier_epochs=3,
+        num_references=2000,
+        classifier_epochs=6,
     ),
     "cpu": Scale(TOKENIZER_CPU, PRIOR_CPU, num_samples=768, classifier_epochs=8),
     "gpu": Scale(
@@ -155,6 +157,7 @@ def demo(config: DemoConfig) -> Path:
     measure = EvaluateConfig(
         output_dir=folder,
         num_samples=scale.num_samples,
+        num_references=scale.num_references,
         classifier_epochs=scale.classifier_epochs,
         guidance_scale=config.guidance_scale,
         seed=config.seed,
@@ -165,7 +168,14 @@ def demo(config: DemoConfig) -> Path:
         print(f"\n{table(evaluate(replace(measure, model=str(tokenizer))))}\n")
         return folder
     _announce(2, "encode the pictures to codes")
-    latents = encode(EncodeConfig(tokenizer=tokenizer, output_dir=folder / "latents", **shared))
+    latents = encode(
+        EncodeConfig(
+            tokenizer=tokenizer,
+            output_dir=folder / "latents",
+            flip_view=not config.quick,
+            **shared,
+        )
+    )
     _announce(3, "train the prior (a distribution over codes)")
     pipeline = train_prior(
         replace(

@@ -28,6 +28,8 @@ class EvaluateConfig(DataOptions):
 
     model: str = "runs/demo/pipeline"  # folder of a pipeline or of a tokenizer, or on the Hub
     output_dir: Path = Path("runs/evaluation")
+    # Accept pictures that the pipeline was not trained on; then none are held out from it.
+    other_data: bool = False
     num_samples: int = 1024  # classes in the proportions of the training pictures
     num_references: int = 20_000  # training pictures at most, evenly spread
     guidance_scale: float = 2.0

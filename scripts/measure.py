@@ -116,6 +116,14 @@ class PipelineEvaluation(TokenizerEvaluation):
                 f"{config.data} has the classes {', '.join(train.classes)}; the pipeline was "
                 f"trained on {', '.join(pipeline.classes)}: give --data as in training"
             )
+        known = pipeline.training_pictures
+        if known and known != train.fingerprint and not config.other_data:
+            raise SmaltiError(
+                f"{config.data}, divided so, gives other training pictures than the pipeline's: "
+                "what is held out here it may have learned; give --data, --heldout_fraction and "
+                "--split_seed as in training, or --other_data"
+            )
+        self.saw_training = {"": "not known", train.fingerprint: "yes"}.get(known, "no")
         super().__init__(config, pipeline.tokenizer)
         self.class_counts = train.labels.bincount(minlength=len(train.classes))
         self.train, self.train_labels = spread(train, config.num_references)
@@ -124,6 +132,11 @@ class PipelineEvaluation(TokenizerEvaluation):
     def load(cls, config: "EvaluateConfig", folder: Path) -> Self:
         """From a pipeline's folder."""
         return cls(config, Pipeline.from_pretrained(folder, device=best_device()))
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        """What every metric shares."""
+        return {**super().protocol, "trained_on_the_rest": self.saw_training}
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -78,6 +78,7 @@ class Stage:
         run.track(model=self.prior, ema=self.ema, optimizer=OptimizerState(self.optimizer))
         self.wrapped = run.accelerator.prepare(self.prior)
         self.pipeline = Pipeline(self.tokenizer, self.ema.model, latents.classes)
+        self.pipeline.training_pictures = latents.info.dataset_fingerprint
 
     def train_step(self, micro_batches: list[LatentBatch], step: int) -> dict[str, torch.Tensor]:
         """One optimizer step; returns losses for the log."""

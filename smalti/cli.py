@@ -107,7 +107,8 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
 
     A class may have `PRESETS`, a mapping from a field to its named presets; `--field.preset NAME`
     or `preset: NAME` in the recipe then chooses what the other values of that field start from.
-    The flag is refused beside a recipe that gives values of the field, for those would win.
+    The flag is refused beside a recipe that gives values of the field, for those would win. Where
+    a field may hold configurations of several kinds, `--field.kind NAME` begins with another one.
     `--print-config` prints the result as a recipe and exits.
 
     Raises:
@@ -124,6 +125,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     where = file or "defaults"
     base = _with_presets(config_class, recipe, arguments, where)
     default = config_from_dict(config_class, recipe, where, base)
+    default = config_from_dict(config_class, _take_kinds(arguments), "command line", default)
     # tyro shows the comment beside each field as its help text.
     with _mistakes_as_one_line(prog):
         config = tyro.cli(
@@ -190,6 +192,19 @@ def _with_presets(
             )
         chosen[field] = presets[name]
     return config_class(**chosen)
+
+
+def _take_kinds(arguments: list[str]) -> dict[str, Any]:
+    """Remove all `--a.b.kind NAME`; return them as {"a": {"b": {"kind": NAME}}}."""
+    kinds: dict[str, Any] = {}
+    flags = {a.partition("=")[0] for a in arguments if a.startswith("--")}
+    for flag in sorted(flag for flag in flags if flag.endswith(".kind")):
+        *path, last = flag.removeprefix("--").split(".")
+        part = kinds
+        for name in path:
+            part = part.setdefault(name, {})
+        part[last] = _take(arguments, flag)
+    return kinds
 
 
 def _take(arguments: list[str], flag: str) -> str | None:

@@ -80,7 +80,8 @@ class ResidualConvolution(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, d, h, w)
-        return (1 - self.ratio) * x + self.ratio * self.conv(x)
+        mended = self.conv(x.to(self.conv.weight.dtype)).to(x.dtype)
+        return (1 - self.ratio) * x + self.ratio * mended
 
 
 class MultiScaleQuantizer(Quantizer):

@@ -71,6 +71,15 @@ _TINY_CONV = ConvConfig(
 _TINY_CODEBOOK = CodebookConfig(vocab_size=512, revive_after=50)
 _TINY_SCALES = tuple((side, side) for side in (1, 2, 3, 4, 6, 8))
 
+_SMALL_CONV = ConvConfig(
+    channels=128,
+    channel_mult=(1, 2, 4),
+    num_res_blocks=2,
+    attention_levels=(),
+    z_channels=256,
+)
+_SMALL_CODEBOOK = CodebookConfig(vocab_size=2048, revive_after=100)
+
 
 def _tiny(quantizer: QuantizerConfig) -> VQConfig:
     return VQConfig(image_size=32, conv=_TINY_CONV, quantizer=quantizer)
@@ -84,6 +93,11 @@ SMALL: dict[str, TokenizerConfig] = {
     "vq-32-tiny": _nearest(),
     "vq-1024-tiny": _nearest(vocab_size=1024),
     "ema-32-tiny": _nearest(learning="ema", vocab_size=1024),
+    "vqvae-32-tiny": _tiny(
+        NearestConfig(
+            codebook=CodebookConfig(1024, 16, l2_normalise=False, learning="ema", revive_after=50)
+        )
+    ),
     "simvq-32-tiny": _nearest(learning="simvq", vocab_size=1024, revive_after=0),
     "rotation-32-tiny": _tiny(
         NearestConfig(codebook=replace(_TINY_CODEBOOK, vocab_size=1024), estimator="rotation")
@@ -98,17 +112,22 @@ SMALL: dict[str, TokenizerConfig] = {
         )
     ),
     "kl-32-tiny": KLConfig(image_size=32, conv=replace(_TINY_CONV, z_channels=8)),
-    # 64 px on one GPU.
+    # 64 and 128 px on one GPU: 16 x 16 grids.
     "vq-64-small": VQConfig(
+        image_size=64, conv=_SMALL_CONV, quantizer=NearestConfig(codebook=_SMALL_CODEBOOK)
+    ),
+    "var-64-small": VQConfig(
         image_size=64,
-        conv=ConvConfig(
-            channels=128,
-            channel_mult=(1, 2, 4),
-            num_res_blocks=2,
-            attention_levels=(),
-            z_channels=256,
+        conv=_SMALL_CONV,
+        quantizer=MultiScaleConfig(
+            codebook=CodebookConfig(2048, 16, l2_normalise=False, revive_after=100)
         ),
-        quantizer=NearestConfig(codebook=CodebookConfig(vocab_size=2048, revive_after=100)),
+    ),
+    "kl-64-small": KLConfig(image_size=64, conv=replace(_SMALL_CONV, z_channels=8)),
+    "vq-128-small": VQConfig(
+        image_size=128,
+        conv=replace(_SMALL_CONV, channel_mult=(1, 2, 2, 4)),
+        quantizer=NearestConfig(codebook=_SMALL_CODEBOOK),
     ),
 }
 

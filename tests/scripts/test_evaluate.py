@@ -89,6 +89,18 @@ def test_every_metric_names_its_pictures(config) -> None:
     assert len(prints) == 1 and len(prints.pop()) == 64
 
 
+def test_what_was_trained_on_is_not_held_out(config, pipeline) -> None:
+    pipeline.training_pictures = config.dataset("train", 32).fingerprint
+    pipeline.save_pretrained(config.model)
+    metrics = evaluate(config)
+    assert {m.protocol["trained_on_the_rest"] for m in metrics.values()} == {"yes"}
+    other = replace(config, split_seed=1, output_dir=config.output_dir / "other")
+    with pytest.raises(SmaltiError, match="it may have learned"):
+        evaluate(other)
+    metrics = evaluate(replace(other, other_data=True))
+    assert {m.protocol["trained_on_the_rest"] for m in metrics.values()} == {"no"}
+
+
 def test_few_references_are_spread_over_the_set(config) -> None:
     dataset = config.dataset("train", 32)
     images, labels = spread(dataset, 5)

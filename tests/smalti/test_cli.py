@@ -74,6 +74,23 @@ def test_a_preset_never_has_half_an_effect(tmp_path: Path) -> None:
     assert parse("--config", file, "--model.preset", "big") == Config(3, model=Model(100, 100))
 
 
+def test_a_kind_is_what_the_other_values_start_from() -> None:
+    from smalti.scripts.train_tokenizer import TrainTokenizerConfig
+    from smalti.tokenizer.fsq import FSQConfig
+    from smalti.tokenizer.stylegan_discriminator import StyleGANCriticConfig
+
+    def train_config(*argv: str) -> TrainTokenizerConfig:
+        return parse_config(TrainTokenizerConfig, argv, prog="test")
+
+    flags = ("--objective.discriminator.kind", "stylegan", "--objective.discriminator.channels=16")
+    critic = train_config(*flags).objective.discriminator
+    assert critic == StyleGANCriticConfig(channels=16)
+    both = train_config("--tokenizer.quantizer.kind=fsq", *flags)
+    assert both.tokenizer.quantizer == FSQConfig() and both.objective.discriminator == critic
+    with pytest.raises(SmaltiError, match=r'quantizer: kind is .fsk.; did you mean "fsq"'):
+        train_config("--tokenizer.quantizer.kind", "fsk")
+
+
 def test_print_config_is_a_recipe(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         parse("--steps", "3", "--output_dir", "a/b", "--print-config")

@@ -127,6 +127,15 @@ def test_codes_and_their_meaning_are_those_of_fp32_under_autocast(model, images)
         assert torch.equal(model.vectors(codes), vectors)
 
 
+@torch.no_grad()
+def test_half_precision_copies_decode(model, images) -> None:
+    expected = model.decode(model.encode(images))
+    latents = model.encode(images)
+    decoded = model.cast(torch.bfloat16).decode(latents)
+    assert decoded.dtype == torch.bfloat16
+    assert (decoded - expected).abs().mean() < 0.05 * expected.abs().mean() + 0.02
+
+
 def test_wrong_images_are_refused(model) -> None:
     with pytest.raises(ValueError, match="resize and crop"):
         model.encode(torch.zeros(1, 3, 8, 8))
