@@ -85,7 +85,13 @@ PRIOR_CPU = TrainPriorConfig(
 SCALES = {
     "quick": Scale(
         replace(TOKENIZER_CPU, max_train_steps=120, validation_steps=120),
-        replace(PRIOR_CPU, max_train_steps=200, validation_steps=200),
+        replace(
+            PRIOR_CPU,
+            prior=replace(next_token.PRESETS["gpt-nano"], depth=4, width=192, num_heads=3),
+            learning_rate=2e-3,
+            max_train_steps=260,
+            validation_steps=260,
+        ),
         num_samples=256,
         num_references=2000,
         classifier_epochs=6,
