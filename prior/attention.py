@@ -51,14 +51,33 @@ class CausalAttention(nn.Module):
         return self.dropout(self.wo(attended.transpose(1, 2).flatten(2)))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Softmax attention, (B, heads, T, head_dim).
 
     On a CPU always in fp32: torch's bf16 kernel is several times slower there.
+
+    Args:
+        causal: whether query i sees keys 0 to i alone.
+        mask: (T, keys) bool, True where a query may see a key.
+        scale: what scores are multiplied by; None is 1 / sqrt(head_dim).
     """
     if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scale
+        )
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(
-            query.float(), key.float(), value.float(), is_causal=causal
+            query.float(),
+            key.float(),
+            value.float(),
+            attn_mask=mask,
+            is_causal=causal,
+            scale=scale,
         ).to(query.dtype)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from smalti.data.latents import LatentSpec
+from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.errors import SmaltiError
 from smalti.hub import Pretrained, Registry
 from smalti.prior.registry import PRIORS
@@ -102,3 +102,19 @@ class Prior(nn.Module, Pretrained, ABC):
             return labels
         dropped = torch.rand(labels.shape, device=labels.device) < probability
         return torch.where(dropped, self.num_classes, labels)
+
+
+def check_codes(codes: Tensor, spec: CodeSpec) -> None:
+    """Raise `SmaltiError` unless codes are (B, L) int64 in [0, vocab_size)."""
+    if codes.ndim != 2 or codes.shape[1] != spec.length or codes.dtype != torch.int64:
+        raise SmaltiError(
+            f"codes have shape {tuple(codes.shape)} and type {codes.dtype}; "
+            f"this prior takes (B, {spec.length}) int64"
+        )
+    if torch.compiler.is_compiling():  # a branch on values would break the graph
+        return
+    if codes.numel() and (codes.min() < 0 or codes.max() >= spec.vocab_size):
+        raise SmaltiError(
+            f"codes lie in [{codes.min().item()}, {codes.max().item()}]; "
+            f"this prior knows 0 to {spec.vocab_size - 1}"
+        )

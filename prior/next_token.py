@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.errors import SmaltiError
 from smalti.prior.attention import CausalAttention, KeyValueCache
-from smalti.prior.base import Loss, Prior
+from smalti.prior.base import Loss, Prior, check_codes
 from smalti.prior.layers import RMSNorm, SwiGLU, rotary_table
 from smalti.prior.sampling import SamplingOptions, draw, draw_uniforms, guide
 
@@ -143,7 +143,7 @@ class NextTokenPrior(Prior):
     def logits(self, codes: Tensor, condition: Tensor) -> Tensor:
         """Teacher-forced logits (B, L, V) of codes (B, L) given labels (B,)."""
         self.check_labels(condition)
-        self._check_codes(codes)
+        check_codes(codes, self.config.spec)
         tokens = torch.cat(
             [self.cls_embedding(condition)[:, None], self.tok_embeddings(codes[:, :-1])], dim=1
         )
@@ -164,21 +164,6 @@ class NextTokenPrior(Prior):
         head_dim = config.width // config.num_heads
         table = rotary_table(config.spec.grids[0], head_dim, config.rotary_base, PREFIX, zero)
         return table[: config.spec.length].to(device)
-
-    def _check_codes(self, codes: Tensor) -> None:
-        length, vocab_size = self.config.spec.length, self.config.spec.vocab_size
-        if codes.ndim != 2 or codes.shape[1] != length or codes.dtype != torch.int64:
-            raise SmaltiError(
-                f"codes have shape {tuple(codes.shape)} and type {codes.dtype}; "
-                f"this prior takes (B, {length}) int64"
-            )
-        if torch.compiler.is_compiling():  # a branch on values would break the graph
-            return
-        if codes.numel() and (codes.min() < 0 or codes.max() >= vocab_size):
-            raise SmaltiError(
-                f"codes lie in [{codes.min().item()}, {codes.max().item()}]; "
-                f"this prior knows 0 to {vocab_size - 1}"
-            )
 
     # -- sampling -----------------------------------------------------------------------------
 

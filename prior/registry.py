@@ -6,5 +6,7 @@ PRIORS = Registry(
     "prior",
     {
         "next-token": "smalti.prior.next_token:NextTokenPrior",
+        "next-scale": "smalti.prior.next_scale:NextScalePrior",
+        "flow": "smalti.prior.flow:FlowPrior",
     },
 )

@@ -120,7 +120,7 @@ def draw(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
         SmaltiError: the likeliest logit of a row is not finite.
     """
     if options.temperature == 0:
-        _peak(logits)
+        _peak(logits)  # refuses what is not finite
         return logits.argmax(dim=-1)
     logits = filtered(logits, options)
     dtype = logits.dtype

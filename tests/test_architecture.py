@@ -19,7 +19,11 @@ FOLDERS = ("data", "tokenizer", "prior", "pipelines", "training", "evaluation", 
 ALLOWED: dict[str, set[str]] = {
     "data": BASE,
     "tokenizer": BASE | {"smalti.data.latents"},
-    "prior": BASE | {"smalti.data.latents", "smalti.tokenizer.quantize"},
+    # Of stage one only the pure quantizer files, none of which knows an encoder or a decoder: a
+    # next-scale prior owns a frozen copy of the tokenizer's multi-scale quantizer.
+    "prior": BASE
+    | {"smalti.data.latents"}
+    | {"smalti.tokenizer.quantize", "smalti.tokenizer.multi_scale"},
     "pipelines": BASE | {"smalti.data", "smalti.tokenizer", "smalti.prior"},
     "training": BASE,
     "evaluation": BASE | {"smalti.data", "smalti.tokenizer.perceptual"},

@@ -1,5 +1,6 @@
 """The benchmarks run, at sizes that say nothing about speed."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -33,3 +34,10 @@ def test_tokenizers_are_compared_in_a_table(tmp_path: Path) -> None:
     assert rows[0].startswith("| preset | latents")
     assert rows[-2].startswith("| `vq-32-tiny` | 64 codes of 512 | 0.56 |")
     assert rows[-1].startswith("| `kl-32-tiny` | 8 x 8 x 8 numbers | - |")
+
+
+@pytest.mark.slow
+def test_next_scale_speed_is_a_share_of_time() -> None:
+    arguments = ("--preset", "var-nano", "--sides", "1", "2", "--rounds", "1", "--device", "cpu")
+    line = json.loads(run("next_scale_speed.py", *arguments))
+    assert line["seconds_per_image"] > 0 and line["saved_by_projecting_once"] < 1

@@ -1,0 +1,161 @@
+"""Time grids of sampling: where between noise and data the solver steps.
+
+A grid of N steps has N + 1 ascending times. A schedule is a small configuration: `Uniform()`,
+`Shifted(3.0)`, `Karras()`, `DDPMSpaced("leading")`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from smalti.config import config_from_dict
+from smalti.errors import SmaltiError
+from smalti.hub import Registry
+from smalti.prior.paths import DDPMPath, GaussianPath
+from smalti.prior.predictions import TimeRange
+from smalti.prior.times import check_shift, shift_times
+
+SCHEDULES = Registry(
+    "schedule",
+    {
+        "uniform": "smalti.prior.schedules:Uniform",
+        "shifted": "smalti.prior.schedules:Shifted",
+        "karras": "smalti.prior.schedules:Karras",
+        "ddpm": "smalti.prior.schedules:DDPMSpaced",
+    },
+)
+BISECTIONS = 60  # halvings of [0, 1]: to the last bit of a float64
+
+
+class Schedule(ABC):
+    """Chooses the times of N steps."""
+
+    @abstractmethod
+    def times(self, steps: int, path: GaussianPath, within: TimeRange) -> Tensor:
+        """(steps + 1,) float64, ascending; the last is `within.end`.
+
+        Raises:
+            SmaltiError: the schedule is not made for such a path.
+        """
+
+
+@dataclass(frozen=True)
+class Uniform(Schedule):
+    """Equal steps. On a DDPM path that ends at 1 this is the spacing called "trailing"."""
+
+    def times(self, steps: int, path: GaussianPath, within: TimeRange) -> Tensor:
+        return torch.linspace(within.start, within.end, steps + 1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Shifted(Schedule):
+    """Smaller steps near noise, as `times.shift_times` has it (2403.03206, eq. 23)."""
+
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_shift(self.shift)
+
+    def times(self, steps: int, path: GaussianPath, within: TimeRange) -> Tensor:
+        unit = shift_times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), self.shift)
+        return within.start + (within.end - within.start) * unit
+
+
+@dataclass(frozen=True)
+class Karras(Schedule):
+    """(sigma / alpha)^(1 / rho) falls in equal steps (EDM, 2206.00364, eq. 5) from its value at
+    the start, at most `ratio_max`, to that at the end, or to `ratio_min` and then in one step to
+    the end."""
+
+    rho: float = 7.0
+    ratio_min: float = 0.002
+    ratio_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        if not (self.rho > 0 and 0 < self.ratio_min < self.ratio_max):
+            raise SmaltiError(
+                f"rho, ratio_min and ratio_max are {self.rho}, {self.ratio_min} and "
+                f"{self.ratio_max}; use rho > 0 and 0 < ratio_min < ratio_max"
+            )
+
+    def times(self, steps: int, path: GaussianPath, within: TimeRange) -> Tensor:
+        ends = torch.tensor([within.start, within.end], dtype=torch.float64)
+        first, last = (-path.log_snr(ends) / 2).exp().tolist()
+        largest, smallest = min(first, self.ratio_max), max(last, self.ratio_min)
+        if smallest >= largest:
+            return Uniform().times(steps, path, within)
+        beyond = last < smallest  # one more step leads from the last ratio to the end
+        share = torch.linspace(0, 1, steps if beyond else steps + 1, dtype=torch.float64)
+        ratios = largest ** (1 / self.rho) * (1 - share) + smallest ** (1 / self.rho) * share
+        inner = time_of_ratio(path, ratios**self.rho)
+        return torch.cat([ends[:1], inner[1:] if beyond else inner[1:-1], ends[1:]])
+
+
+def time_of_ratio(path: GaussianPath, ratios: Tensor) -> Tensor:
+    """The times at which sigma / alpha has these values, float64, by bisection."""
+    target = -2 * ratios.double().log()  # log SNR, which ascends
+    low, high = torch.zeros_like(target), torch.ones_like(target)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        below = path.log_snr(middle) < target
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
+
+
+Spacing = Literal["leading", "linspace", "trailing"]
+
+
+@dataclass(frozen=True)
+class DDPMSpaced(Schedule):
+    """N of the T indices of a discrete chain, then the data: "leading" (0, T/N, 2 T/N, ...; DiT's
+    `ddimN`), "linspace" (0 to T - 1, rounded; DiT's `N`) or "trailing" (from T - 1 down)
+    (2305.08891, table 2)."""
+
+    spacing: Spacing = "leading"
+
+    def __post_init__(self) -> None:
+        if self.spacing not in get_args(Spacing):
+            raise SmaltiError(
+                f'spacing is "{self.spacing}"; choose one of {", ".join(get_args(Spacing))}'
+            )
+
+    def times(self, steps: int, path: GaussianPath, within: TimeRange) -> Tensor:
+        if not isinstance(path, DDPMPath):
+            raise SmaltiError(
+                f"the schedule ddpm is for a ddpm path; this is {path}: use another schedule"
+            )
+        total = path.num_train_timesteps
+        if steps > total:
+            raise SmaltiError(f"{steps} steps of a chain of {total} were asked for: use at most it")
+        index = torch.arange(steps, dtype=torch.float64)
+        if self.spacing == "leading":
+            index = index * (total // steps)
+        elif self.spacing == "linspace":
+            index = (index * ((total - 1) / max(steps - 1, 1))).round()
+        else:
+            index = (total - (steps - 1 - index) * (total / steps)).round() - 1
+            index = index.sort().values
+        times = path.time_of_index(index.flip(0))
+        end = torch.tensor([within.end], dtype=torch.float64)
+        return torch.cat([times, end[end > times[-1]]])
+
+
+def make_schedule(schedule: str | Mapping[str, Any] | Schedule) -> Schedule:
+    """A schedule by name, by name and options, {"kind": "shifted", "shift": 3.0}, or itself.
+
+    Raises:
+        SmaltiError: no such schedule, option or value.
+    """
+    if isinstance(schedule, Schedule):
+        return schedule
+    options = {"kind": schedule} if isinstance(schedule, str) else dict(schedule)
+    kind = options.pop("kind", None)
+    if not isinstance(kind, str):
+        raise SmaltiError(
+            f'schedule is {schedule!r}; give a name, or {{"kind": name, option: value, ...}}'
+        )
+    return config_from_dict(SCHEDULES.resolve(kind), options, f"schedule {kind}")
