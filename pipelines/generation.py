@@ -7,7 +7,6 @@ settings, the seed, i and its label.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from PIL import Image
 
 from smalti.data.image_io import image_grid, save_png
 from smalti.errors import SmaltiError
-from smalti.files import read_json, write_json
+from smalti.files import first_difference, write_json
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
@@ -142,13 +141,9 @@ def _claim(folder: Path, job: GenerationJob) -> None:
         raise SmaltiError(f"{folder} is a file: choose a folder")
     folder.mkdir(parents=True, exist_ok=True)
     strangers = [path for path in folder.iterdir() if not path.name.startswith(".tmp-")]
-    settings = json.loads(json.dumps(asdict(job)))
-    path = folder / SETTINGS
+    settings, path = asdict(job), folder / SETTINGS
     if path.is_file():
-        found = read_json(path)
-        if not isinstance(found, dict):
-            raise SmaltiError(f"{path} holds no settings: choose another output folder")
-        different = [k for k in settings if found.get(k) != settings[k]]
+        different = first_difference(path, settings)
         if different:
             raise SmaltiError(
                 f"{folder} holds pictures of another job (its {different[0]} differs): "

@@ -1,13 +1,9 @@
 """Standard normal numbers for a batch of samples, each from a generator of its own if wanted."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from smalti.errors import SmaltiError
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
+from smalti.prior.sampling import Generators, given_or_new
 
 
 class NormalSource:
@@ -23,14 +19,7 @@ class NormalSource:
     """
 
     def __init__(self, generator: Generators, rows: int) -> None:
-        if generator is None:
-            generator = torch.Generator()
-            generator.seed()
-        if not isinstance(generator, torch.Generator) and len(generator) != rows:
-            raise SmaltiError(
-                f"{len(generator)} generators were given for {rows} samples: give one each"
-            )
-        self.generator = generator
+        self.generator = given_or_new(generator, rows)
 
     def __call__(self, like: Tensor) -> Tensor:
         """Numbers with the shape (rows, ...), type and device of `like`."""

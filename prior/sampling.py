@@ -10,6 +10,8 @@ from torch import Tensor
 from smalti.config import nearest
 from smalti.errors import SmaltiError
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
 # progress in [0, 1] -> share of the way from no guidance (1) to the full scale
 GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -137,9 +139,7 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def draw_uniforms(
-    rows: int, length: int, generator: torch.Generator | Sequence[torch.Generator] | None
-) -> Tensor:
+def draw_uniforms(rows: int, length: int, generator: Generators) -> Tensor:
     """All random numbers of a sampling call, (rows, length) in [0, 1).
 
     With a list of generators row i comes from generators[i] alone. They are drawn where the
@@ -149,17 +149,27 @@ def draw_uniforms(
     Raises:
         SmaltiError: the list has another length than there are rows.
     """
+    generator = given_or_new(generator, rows)
+    if isinstance(generator, torch.Generator):
+        return _uniforms((rows, length), generator)
+    drawn = [_uniforms((length,), own).cpu() for own in generator]
+    return torch.stack(drawn) if drawn else torch.empty(0, length)
+
+
+def given_or_new(generator: Generators, rows: int) -> torch.Generator | Sequence[torch.Generator]:
+    """The generators of a sampling call of `rows` samples; for None a new, randomly seeded one.
+
+    Raises:
+        SmaltiError: a list of another length than there are samples.
+    """
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    if isinstance(generator, torch.Generator):
-        return _uniforms((rows, length), generator)
-    if len(generator) != rows:
+    elif not isinstance(generator, torch.Generator) and len(generator) != rows:
         raise SmaltiError(
             f"{len(generator)} generators were given for {rows} samples: give one each"
         )
-    drawn = [_uniforms((length,), own).cpu() for own in generator]
-    return torch.stack(drawn) if drawn else torch.empty(0, length)
+    return generator
 
 
 def _uniforms(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

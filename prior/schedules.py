@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from smalti.config import config_from_dict
 from smalti.errors import SmaltiError
 from smalti.hub import Registry
 from smalti.prior.paths import DDPMPath, GaussianPath
@@ -150,12 +149,4 @@ def make_schedule(schedule: str | Mapping[str, Any] | Schedule) -> Schedule:
     Raises:
         SmaltiError: no such schedule, option or value.
     """
-    if isinstance(schedule, Schedule):
-        return schedule
-    options = {"kind": schedule} if isinstance(schedule, str) else dict(schedule)
-    kind = options.pop("kind", None)
-    if not isinstance(kind, str):
-        raise SmaltiError(
-            f'schedule is {schedule!r}; give a name, or {{"kind": name, option: value, ...}}'
-        )
-    return config_from_dict(SCHEDULES.resolve(kind), options, f"schedule {kind}")
+    return schedule if isinstance(schedule, Schedule) else SCHEDULES.configured(schedule)

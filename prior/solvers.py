@@ -17,8 +17,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from smalti.config import config_from_dict
-from smalti.errors import SmaltiError
 from smalti.hub import Registry
 from smalti.prior.dynamics import Dynamics, Field
 from smalti.prior.normal import NormalSource
@@ -114,12 +112,4 @@ def make_solver(solver: str | Mapping[str, Any] | Solver) -> Solver:
     Raises:
         SmaltiError: no such solver, option or value.
     """
-    if isinstance(solver, Solver):
-        return solver
-    options = {"kind": solver} if isinstance(solver, str) else dict(solver)
-    kind = options.pop("kind", None)
-    if not isinstance(kind, str):
-        raise SmaltiError(
-            f'solver is {solver!r}; give a name, or {{"kind": name, option: value, ...}}'
-        )
-    return config_from_dict(SOLVERS.resolve(kind), options, f"solver {kind}")
+    return solver if isinstance(solver, Solver) else SOLVERS.configured(solver)

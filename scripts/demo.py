@@ -21,7 +21,7 @@ from smalti.config import config_to_dict, nearest
 from smalti.data.images import open_source
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
-from smalti.files import read_json, write_json
+from smalti.files import first_difference, write_json
 from smalti.prior import next_token
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.evaluate import EvaluateConfig, evaluate, table
@@ -241,14 +241,11 @@ def _refuse_another_demo(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     if not path.is_file():
         raise SmaltiError(f"{folder} is not empty: choose another --output_dir")
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise SmaltiError(f"{path} is damaged: choose another --output_dir")
-    different = [name for name in settings if found.get(name) != settings[name]]
+    different = first_difference(path, settings)
     if different:
+        name, value = different
         raise SmaltiError(
-            f"{folder} holds a demo with another {different[0]} "
-            f"({found.get(different[0])}): choose another --output_dir"
+            f"{folder} holds a demo with another {name} ({value}): choose another --output_dir"
         )
 
 

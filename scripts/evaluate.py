@@ -12,7 +12,7 @@ from smalti.cli import parse_config, run_command
 from smalti.config import config_to_dict
 from smalti.errors import SmaltiError
 from smalti.evaluation.protocol import Metric, write_summary
-from smalti.files import read_json, write_json
+from smalti.files import first_difference, write_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.pipeline import INDEX
 from smalti.scripts.measure import PipelineEvaluation, TokenizerEvaluation
@@ -103,8 +103,7 @@ def claim(config: EvaluateConfig, *fingerprints: str) -> None:
     settings = {**config_to_dict(config), "models": list(fingerprints)}
     del settings["output_dir"]
     if path.is_file():
-        found = read_json(path)
-        different = [name for name in settings if found.get(name) != settings[name]]
+        different = first_difference(path, settings)
         if different:
             raise SmaltiError(
                 f"{config.output_dir} holds another evaluation (its {different[0]} differs): "

@@ -54,6 +54,19 @@ def read_json(path: Path) -> Any:
         raise SmaltiError(f"{path} is damaged: it is not valid JSON ({error})") from error
 
 
+def first_difference(path: Path, settings: dict[str, Any]) -> tuple[str, Any] | None:
+    """Name and stored value of the first of `settings` that a JSON file has otherwise, or None.
+
+    Raises:
+        SmaltiError: the file is damaged, or holds no settings.
+    """
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise SmaltiError(f"{path} holds no settings: choose another output folder")
+    wanted = json.loads(json.dumps(settings))  # a tuple comes back as a list
+    return next(((k, stored.get(k)) for k in wanted if stored.get(k) != wanted[k]), None)
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:

@@ -87,6 +87,20 @@ class Registry:
                 return name
         raise SmaltiError(f"{cls.__name__} is not registered as a {self.kind}")
 
+    def configured(self, wanted: str | Mapping[str, Any]) -> Any:
+        """A registered dataclass by name, "heun", or with options, {"kind": "ddim", "eta": 1}.
+
+        Raises:
+            SmaltiError: no such name, option or value.
+        """
+        options = {"kind": wanted} if isinstance(wanted, str) else dict(wanted)
+        name = options.pop("kind", None)
+        if not isinstance(name, str):
+            raise SmaltiError(
+                f'{self.kind} is {wanted!r}; give a name, or {{"kind": name, option: value, ...}}'
+            )
+        return config_from_dict(self.resolve(name), options, f"{self.kind} {name}")
+
     def build(self, config: Any) -> Any:
         """A new model of the class whose `Config` is the type of `config`.
 
