@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Literal, Self
 
 from smalti.data.latents import ContinuousSpec, LatentSpec
 from smalti.errors import SmaltiError
@@ -19,6 +19,7 @@ LATENTS = ContinuousSpec(4, 32, 32)  # of 256 px ImageNet, which all presets are
 class FlowConfig:
     """Defaults: SiT-B/2, with straight paths and their velocity."""
 
+    kind: Literal["flow"] = "flow"
     network: DiTConfig = field(default_factory=lambda: NETWORKS["dit-b/2"])
     path: PathConfig = field(default_factory=LinearPath)
     prediction: Prediction = "velocity"  # what the network's output means
@@ -80,9 +81,13 @@ def _published() -> dict[str, FlowConfig]:
     presets = {}
     for name, network in NETWORKS.items():
         if "/" in name:
-            presets[name.replace("dit", "sit")] = FlowConfig(network)
+            presets[name.replace("dit", "sit")] = FlowConfig(network=network)
             presets[name] = FlowConfig(
-                network, DDPMPath(), "noise", time_scale=-1000.0, time_shift=999.0
+                network=network,
+                path=DDPMPath(),
+                prediction="noise",
+                time_scale=-1000.0,
+                time_shift=999.0,
             )
     return presets
 
@@ -90,7 +95,7 @@ def _published() -> dict[str, FlowConfig]:
 def _small(network: str) -> FlowConfig:
     """With the cheap wins of LightningDiT (2501.01423)."""
     small = NETWORKS[network].fitted(LATENTS, 1000)
-    return FlowConfig(small, times=LogitNormalTimes(), time_scale=1000.0)
+    return FlowConfig(network=small, times=LogitNormalTimes(), time_scale=1000.0)
 
 
 PRESETS: dict[str, FlowConfig] = {

@@ -26,6 +26,7 @@ PREFIX = 1  # class tokens before the codes
 class NextTokenConfig:
     """Defaults: LlamaGen GPT-B for 256 px ImageNet codes."""
 
+    kind: Literal["next-token"] = "next-token"
     spec: CodeSpec = field(default_factory=lambda: CodeSpec(16384, ((16, 16),)))
     num_classes: int = 1000
     depth: int = 12

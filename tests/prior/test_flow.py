@@ -35,7 +35,7 @@ NETWORK = DiTConfig(
     num_classes=3,
     frequency_size=16,
 )
-TINY = FlowConfig(NETWORK)
+TINY = FlowConfig(network=NETWORK)
 PATHS = [
     LinearPath(),
     LinearPath(sigma_min=0.01),

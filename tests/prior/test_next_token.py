@@ -13,7 +13,9 @@ from smalti.prior.next_token import PRESETS, NextTokenConfig, NextTokenPrior
 
 CODES = torch.randint(16, (4, 64), generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 3])  # 3 is the null label
-TINY = NextTokenConfig(CodeSpec(16, ((3, 5),)), 3, depth=2, width=16, num_heads=2, hidden=32)
+TINY = NextTokenConfig(
+    spec=CodeSpec(16, ((3, 5),)), num_classes=3, depth=2, width=16, num_heads=2, hidden=32
+)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +348,14 @@ def test_a_tiny_prior_recovers_a_known_distribution() -> None:
     first = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
     second = torch.tensor([[0.1, 0.8, 0.1], [0.5, 0.0, 0.5], [0.3, 0.3, 0.4]])
     config = NextTokenConfig(
-        CodeSpec(3, ((1, 2),)), 2, 2, 32, 2, hidden=64, dropout=0.0, label_dropout=0.0
+        spec=CodeSpec(3, ((1, 2),)),
+        num_classes=2,
+        depth=2,
+        width=32,
+        num_heads=2,
+        hidden=64,
+        dropout=0.0,
+        label_dropout=0.0,
     )
     torch.manual_seed(0)
     model, rng = NextTokenPrior(config), torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ from smalti.prior.runge_kutta import RK4, Heun
 
 DOUBLE = torch.float64
 GRID = torch.linspace(0, 1, 41, dtype=DOUBLE)
-TINY = FlowConfig(DiTConfig(2, 2, (4, 4), 2, 16, 1, 2, num_classes=3, frequency_size=16))
+TINY = FlowConfig(network=DiTConfig(2, 2, (4, 4), 2, 16, 1, 2, num_classes=3, frequency_size=16))
 
 
 def prior(config: FlowConfig = TINY) -> FlowPrior:
@@ -77,7 +77,7 @@ def test_the_reflow_loss_is_the_objective_with_the_noise_given() -> None:
     predicted = model.network(t * pairs.data + (1 - t) * pairs.noise, u, pairs.labels)
     expected = (predicted - (pairs.data - pairs.noise)).square().mean()
     torch.testing.assert_close(reflow_loss(model, pairs).total, expected)
-    bent = prior(FlowConfig(TINY.network, TrigonometricPath()))
+    bent = prior(FlowConfig(network=TINY.network, path=TrigonometricPath()))
     with pytest.raises(SmaltiError, match="rectified flow needs the linear path"):
         reflow_loss(bent, pairs)
 

@@ -29,7 +29,9 @@ def pipeline() -> Pipeline:
     book = NearestConfig(codebook=CodebookConfig(32, 4))
     tokenizer = VQTokenizer(VQConfig(image_size=32, conv=CONV, quantizer=book))
     prior = NextTokenPrior(
-        NextTokenConfig(CodeSpec(32, ((8, 8),)), 3, depth=1, width=16, num_heads=2, hidden=32)
+        NextTokenConfig(
+            spec=CodeSpec(32, ((8, 8),)), num_classes=3, depth=1, width=16, num_heads=2, hidden=32
+        )
     )
     return Pipeline(tokenizer, prior, ("blue", "green", "red"))
 
