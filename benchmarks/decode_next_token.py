@@ -98,7 +98,13 @@ def measure(prior: NextTokenPrior, labels: Tensor, guidance_scale: float) -> Res
         step_seconds=statistics.median(steps[WARM_UP:]),
         probe_seconds=statistics.median(probes[WARM_UP:]),
         weight_bytes=matrix_bytes(prior),
-        cache_bytes=rows * (length // 2) * 2 * config.depth * config.width * dtype.itemsize,
+        cache_bytes=rows
+        * (length // 2)
+        * 2
+        * config.depth
+        * config.kv_heads
+        * config.head_dim
+        * dtype.itemsize,
         probe_bytes=probe.matrix.numel() * dtype.itemsize,
     )
 

@@ -10,60 +10,42 @@ where it stopped, and makes damaged shards again: each holds the hash of its own
 """
 
 import hashlib
-import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smalti.config import config_from_dict, config_to_dict
-from smalti.data.images import fingerprint_of
+from smalti.config import config_to_dict
+from smalti.data.cache_info import MANIFEST, CacheInfo, read_manifest
+from smalti.data.cache_shard import (
+    DAMAGED,
+    identity_in,
+    is_whole,
+    map_shard,
+    shard_path,
+    write_shard,
+)
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
+from smalti.data.verification import in_threads
 from smalti.errors import SmaltiError
-from smalti.files import read_json, replacing, sha256_of, write_json
+from smalti.files import sha256_of, write_json
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-VIEWS = ("identity", "flip")
-SHARD = "shard"  # key of a shard's metadata: identity of the cache, hash of the content
-DAMAGED = "damaged"
-
-
-@dataclass(frozen=True)
-class CacheInfo:
-    """The manifest: everything needed to know what a cache holds and whether it is whole."""
-
-    spec: LatentSpec
-    classes: tuple[str, ...]
-    num_samples: int
-    views: tuple[str, ...]  # stored versions of each image: ("identity",) or with "flip"
-    tokenizer_fingerprint: str
-    dataset_fingerprint: str
-    shard_size: int  # samples per shard
-    shards: tuple[str, ...] = ()  # sha256 of each shard file, in order
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.num_samples // self.shard_size)
-
-    def identity(self) -> str:
-        """Hash of all that decides a shard's content; stands inside every shard."""
-        content = {**asdict(self), "shards": ()}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+LARGEST = float(np.finfo(np.float16).max)  # of the numbers that a cache can hold
+MEMORY_TYPE = {"codes": np.int64, "continuous": np.float32}
 
 
 @dataclass
 class LatentBatch:
-    """Cached latents as `Tokenizer.latents` takes them."""
+    """Cached latents as `Tokenizer.latents` takes them, or pairs."""
 
-    stored: Tensor  # (B, L) int64, or (B, 2C, h, w) float32
+    stored: Tensor  # (B, L) int64, or (B, 2C, h, w) float32: mean | std, or data | noise
     labels: Tensor  # (B,) int64
     indices: Tensor  # (B,) int64, positions in the cache
 
@@ -99,17 +81,62 @@ def write_cache(
     refuse_other_cache(folder, info)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(rank, info.num_shards, world_size):
-        start = number * info.shard_size
-        stop = min(start + info.shard_size, info.num_samples)
-        path = _shard_path(folder, number)
-        if not _is_whole(path, info):
-            _write_shard(path, info, encode(start, stop))
+        start, stop = info.shard_range(number)
+        path = shard_path(folder, number)
+        if not is_whole(path, info.identity()):
+            write_shard(path, on_disk(info, start, stop, encode(start, stop)), info.identity())
         progress(stop - start)
     barrier()
     if rank == 0:
-        hashes = [sha256_of(_shard_path(folder, n)) for n in range(info.num_shards)]
+        hashes = _hashes(folder, info, "hash latents")
         write_json(folder / MANIFEST, {**config_to_dict(info), "shards": hashes})
     barrier()
+
+
+def on_disk(info: CacheInfo, start: int, stop: int, part: EncodedRange) -> dict[str, np.ndarray]:
+    """The samples [start, stop) as a shard stores them.
+
+    Raises:
+        SmaltiError: they have another shape, or a value that the cache cannot hold.
+    """
+    stored, labels = part.stored.cpu(), part.labels.cpu()
+    expected = (stop - start, len(info.views), *info.shape)
+    if tuple(stored.shape) != expected or tuple(labels.shape) != expected[:1]:
+        raise SmaltiError(
+            f"the latents of the samples {start} to {stop - 1} have shape {tuple(stored.shape)} "
+            f"and labels {tuple(labels.shape)}; the cache takes {expected} and {expected[:1]}"
+        )
+    _refuse_outside(labels, start, len(info.classes), "label", "classes")
+    match info.spec:
+        case CodeSpec():
+            _refuse_outside(stored, start, info.spec.vocab_size, "code", "codes of the tokenizer")
+        case ContinuousSpec():
+            stored = stored.float()
+            bad = (~(stored.abs() <= LARGEST)).nonzero()
+            if len(bad):
+                raise SmaltiError(
+                    f"sample {start + bad[0][0]} has the latent {stored[tuple(bad[0])]:g}, and a "
+                    f"cache holds half-precision numbers up to {LARGEST:g}: check the tokenizer, "
+                    "whose latents should be near 1"
+                )
+    return {
+        "stored": stored.numpy().astype(info.disk_type),
+        "labels": labels.numpy().astype(np.int64),
+    }
+
+
+def _refuse_outside(values: Tensor, start: int, count: int, name: str, of: str) -> None:
+    bad = ((values < 0) | (values >= count)).nonzero()
+    if len(bad):
+        raise SmaltiError(
+            f"sample {start + bad[0][0]} has the {name} {values[tuple(bad[0])]}, which is none of "
+            f"the {count} {of}: 0 to {count - 1}"
+        )
+
+
+def _hashes(folder: Path, info: CacheInfo, title: str) -> list[str]:
+    """sha256 of each shard; a progress bar appears if it takes long."""
+    return in_threads(lambda n: sha256_of(shard_path(folder, n)), info.num_shards, title)
 
 
 def refuse_other_cache(folder: Path, info: CacheInfo) -> None:
@@ -128,35 +155,18 @@ def refuse_other_cache(folder: Path, info: CacheInfo) -> None:
     if strangers:
         raise SmaltiError(f"{folder} is no latent cache (it holds {strangers[0]}): choose another")
     for shard in folder.glob("shard-*.safetensors"):
-        if _identity_in(shard) not in (info.identity(), DAMAGED):
+        if identity_in(shard) not in (info.identity(), DAMAGED):
             raise SmaltiError(
                 f"{shard} was begun with another tokenizer, data set or layout: "
                 "choose another output folder, or remove this one"
             )
 
 
-def read_manifest(folder: Path) -> CacheInfo:
-    """The manifest of a finished cache.
-
-    Raises:
-        SmaltiError: no such folder, encoding never finished, or the manifest is damaged.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        why = "is not finished: run encode again" if folder.is_dir() else "does not exist"
-        raise SmaltiError(f"the latent cache {folder} {why}")
-    info: CacheInfo = config_from_dict(CacheInfo, read_json(path), str(path))
-    if info.format_version != FORMAT_VERSION:
-        raise SmaltiError(
-            f"{path} has format {info.format_version}; this smalti reads {FORMAT_VERSION}"
-        )
-    return info
-
-
 class LatentCache(Dataset):
-    """A finished cache, read into memory. Index with keys (epoch, index).
+    """A finished cache, verified once, then read where it lies: it may be larger than memory.
 
-    The view (for example flipped or not) of a sample is a pure function of (seed, epoch, index).
+    Index with keys (epoch, index). The view (for example flipped or not) of a sample is a pure
+    function of (seed, epoch, index).
 
     Raises:
         SmaltiError: a shard is missing, cut or damaged; the message names it.
@@ -166,14 +176,13 @@ class LatentCache(Dataset):
         self.folder = Path(folder)
         self.info = read_manifest(self.folder)
         self.seed = seed
-        parts = [self._read_shard(number) for number in range(self.info.num_shards)]
-        self._stored = np.concatenate([stored for stored, _ in parts])  # (N, views, ...)
-        self.labels = torch.from_numpy(np.concatenate([labels for _, labels in parts]))
-        if len(self._stored) != self.info.num_samples:
-            raise SmaltiError(
-                f"{self.folder} holds {len(self._stored)} samples; its manifest promises "
-                f"{self.info.num_samples}: encode again"
-            )
+        self._verify()
+        shards = (self._map(number) for number in range(self.info.num_shards))
+        self.labels = torch.from_numpy(np.concatenate([shard["labels"] for shard in shards]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker process maps the files anew; pickled, a map would become its content."""
+        return {name: value for name, value in self.__dict__.items() if name != "_stored"}
 
     @property
     def spec(self) -> LatentSpec:
@@ -201,7 +210,7 @@ class LatentCache(Dataset):
         return self._batch(indices, views)
 
     def first_view(self, indices: Sequence[int]) -> LatentBatch:
-        """The un-augmented view of some samples, for evaluation."""
+        """The first view of some samples, for evaluation: the picture itself, or its centre."""
         array = np.asarray(indices)
         return self._batch(array, np.zeros_like(array))
 
@@ -211,71 +220,55 @@ class LatentCache(Dataset):
         digest = hashlib.blake2b(f"{self.seed}/view/{epoch}/{index}".encode(), digest_size=4)
         return int.from_bytes(digest.digest(), "big") % len(self.info.views)
 
+    def all_views(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Every view of some samples as the files hold them: (n, views, L) uint16 or int32 codes,
+        or (n, views, 2C, h, w) numbers of half precision."""
+        shards, rows = np.divmod(np.asarray(indices), self.info.shard_size)
+        views = len(self.info.views)
+        maps = [self._stored[shard] for shard in shards]
+        parts = [m[row * views : row * views + views] for m, row in zip(maps, rows, strict=True)]
+        return np.stack(parts).reshape(-1, views, *self.info.shape)
+
     def _batch(self, indices: np.ndarray, views: np.ndarray) -> LatentBatch:
-        stored = torch.from_numpy(self._stored[indices, views].astype(_MEMORY_TYPE[self.spec.kind]))
+        shards, rows = np.divmod(indices, self.info.shard_size)
+        rows = rows * len(self.info.views) + views
+        maps = self._stored
+        chosen = [maps[n][row] for n, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+        joined = np.concatenate(chosen).astype(MEMORY_TYPE[self.spec.kind])
+        stored = torch.from_numpy(joined).view(-1, *self.info.shape)
         return LatentBatch(stored, self.labels[indices], torch.from_numpy(indices))
 
-    def _read_shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        path = _shard_path(self.folder, number)
-        if not path.is_file():
-            raise SmaltiError(f"{path} is missing: encode again")
-        if sha256_of(path) != self.info.shards[number]:
+    @cached_property
+    def _stored(self) -> list[np.ndarray]:
+        """Of each shard, all views of all samples in one line: (n * views, values)."""
+        width = math.prod(self.info.shape)
+        numbers = range(self.info.num_shards)
+        return [self._map(number)["stored"].reshape(-1, width) for number in numbers]
+
+    def _map(self, number: int) -> dict[str, np.ndarray]:
+        """A shard of the cache; what is in it must be what the manifest says."""
+        path = shard_path(self.folder, number)
+        shard = map_shard(path)
+        start, stop = self.info.shard_range(number)
+        shape = (stop - start, len(self.info.views), *self.info.shape)
+        found = shard["stored"]
+        if (found.shape, found.dtype) != (shape, self.info.disk_type) or (
+            shard["labels"].shape != shape[:1]
+        ):
             raise SmaltiError(
-                f"{path} is damaged (its sha256 differs from the manifest): encode again"
+                f"{path} holds {found.dtype} {found.shape}; the manifest promises "
+                f"{np.dtype(self.info.disk_type)} {shape}: encode again"
             )
-        with safe_open(path, framework="np") as shard:
-            return shard.get_tensor("stored"), shard.get_tensor("labels")
+        return shard
 
-
-_MEMORY_TYPE = {"codes": np.int64, "continuous": np.float32}
-
-
-def _disk_type(spec: LatentSpec) -> type[np.generic]:
-    match spec:
-        case CodeSpec():
-            return np.uint16 if spec.vocab_size <= 2**16 else np.int32
-        case ContinuousSpec():
-            return np.float16
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.safetensors"
-
-
-def _identity_in(path: Path) -> str:
-    """The cache that a shard says it belongs to: "" if it says nothing, or `DAMAGED`."""
-    try:
-        with safe_open(path, framework="np") as shard:
-            return (shard.metadata() or {}).get(SHARD, "").partition("/")[0]
-    except SafetensorError:
-        return DAMAGED
-
-
-def _is_whole(path: Path, info: CacheInfo) -> bool:
-    """Whether a shard is there, belongs to the cache, and holds what was once written."""
-    try:
-        with safe_open(path, framework="np") as shard:
-            found = shard.metadata() or {}
-            tensors = {name: shard.get_tensor(name) for name in ("stored", "labels")}
-    except (FileNotFoundError, SafetensorError):
-        return False
-    return found == _metadata(tensors, info)
-
-
-def _metadata(tensors: dict[str, np.ndarray], info: CacheInfo) -> dict[str, str]:
-    parts = [
-        part
-        for name, array in sorted(tensors.items())
-        for part in (f"{name}/{array.dtype}/{array.shape}".encode(), array.tobytes())
-    ]
-    # One key only: safetensors writes several in no certain order.
-    return {SHARD: f"{info.identity()}/{fingerprint_of(parts)}"}
-
-
-def _write_shard(path: Path, info: CacheInfo, part: EncodedRange) -> None:
-    tensors = {
-        "stored": part.stored.cpu().numpy().astype(_disk_type(info.spec)),
-        "labels": part.labels.cpu().numpy().astype(np.int64),
-    }
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=_metadata(tensors, info))
+    def _verify(self) -> None:
+        for number in range(self.info.num_shards):
+            if not shard_path(self.folder, number).is_file():
+                raise SmaltiError(f"{shard_path(self.folder, number)} is missing: encode again")
+        hashes = _hashes(self.folder, self.info, "verify latents")
+        for number, (found, expected) in enumerate(zip(hashes, self.info.shards, strict=True)):
+            if found != expected:
+                raise SmaltiError(
+                    f"{shard_path(self.folder, number)} is damaged (its sha256 differs from the "
+                    "manifest): encode again"
+                )

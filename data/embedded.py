@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from smalti.data.images import ImageSource, fingerprint_of
+from smalti.data.images import ImageSource, SourceOptions, fingerprint_of
 
 ASSETS = files("smalti.data") / "assets"
 
@@ -54,13 +54,11 @@ def _load(title: str) -> EmbeddedSource:
     return EmbeddedSource(title, index, np.concatenate(sheets)[:count])
 
 
-def emoji() -> ImageSource:
-    """5,664 emoji at 64 px, 9 classes, 3 artists. Grouped by glyph: a held-out emoji was never
-    seen from any artist."""
-    return _load("emoji")
+def open_embedded(spec: str, options: SourceOptions) -> ImageSource:
+    """emoji: 5,664 emoji at 64 px, 9 classes, 3 artists. Grouped by glyph: a held-out emoji was
+    never seen from any artist.
 
-
-def fashion() -> ImageSource:
-    """Fashion-MNIST: the first 10,000 training and, held out, the first 2,000 test pictures;
-    28 px, grey, 10 classes."""
-    return _load("fashion")
+    fashion: Fashion-MNIST, the first 10,000 training and, held out, the first 2,000 test pictures;
+    28 px, grey, 10 classes.
+    """
+    return _load(spec)

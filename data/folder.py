@@ -1,25 +1,19 @@
-"""Pictures in a folder: one sub-folder per class.
-
-Everything that can be wrong with a file is found here, in one line that names the file and the
-remedy, before any training starts.
-"""
+"""Pictures in a folder: one sub-folder per class."""
 
 import logging
 import os
-import re
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO
 
 import torch
-from PIL import Image, ImageOps
-from tqdm.auto import tqdm
+from PIL import Image
 
-from smalti.data.images import ImageSource, fingerprint_of
+from smalti.data.decoding import FolderOptions, Unusable, decode, our_own_pixel_cap
+from smalti.data.images import SourceOptions
+from smalti.data.verification import EncodedPictures
 from smalti.errors import SmaltiError
-from smalti.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,103 +25,44 @@ PASSED_OVER = {".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".jxl", ".psd
 
 
 @dataclass(frozen=True)
-class FolderOptions:
-    """What a folder may hold. The defaults refuse whatever would change silently."""
-
-    # 16-bit, CMYK, palette and animated files: refuse, or convert to 8-bit RGB (first frame).
-    unusual_images: Literal["refuse", "convert"] = "refuse"
-    bad_images: Literal["refuse", "skip"] = "refuse"  # files that cannot be decoded
-    single_class: bool = False  # accept a folder with one class, or with no sub-folders
-    min_side: int = 8  # pixels
-    max_pixels: int = 50_000_000  # larger ones are refused undecoded: they may be bombs
-
-    def __post_init__(self) -> None:
-        if self.min_side < 1 or self.max_pixels < 1:
-            raise SmaltiError("min_side and max_pixels must be at least 1")
-
-
-@dataclass(frozen=True)
 class _Picture:
-    """A file and what is known of it."""
+    """A file and the class that its place gives it."""
 
     label: str  # name of the class, "" beside the class folders
     path: Path
-    sha256: str = ""  # once it is checked
 
 
-class _Unusable(Exception):
-    """Why one file cannot be used, and whether skipping is an option."""
-
-    def __init__(self, reason: str, *, undecodable: bool = False) -> None:
-        super().__init__(reason)
-        self.undecodable = undecodable
-
-
-class FolderSource(ImageSource):
+class FolderPictures(EncodedPictures):
     """root/class/.../picture.png; classes are the sub-folders, sorted by name.
 
     Raises:
-        SmaltiError: no folder, no pictures, one class only, or a picture that cannot be used.
+        SmaltiError: no folder, no pictures, or pictures where they belong to no class.
     """
 
-    def __init__(self, root: Path, options: FolderOptions) -> None:
-        self.root, self.options = root, options
+    def __init__(self, root: Path) -> None:
         found = _list_pictures(root)
-        self._check_classes(found)
-        found = self._usable(found)
-        self._check_classes(found)  # a class may have held nothing but bad pictures
+        self.root, self.title = root, str(root)
+        self.paths = [picture.path for picture in found]
         self.classes = tuple(sorted({picture.label for picture in found}))
         numbers = {name: number for number, name in enumerate(self.classes)}
-        self.paths = [picture.path for picture in found]
         self.labels = torch.tensor([numbers[picture.label] for picture in found])
-        self.fingerprint = fingerprint_of(
-            [os.fsencode(f"{self.name(i)}/{picture.sha256}") for i, picture in enumerate(found)]
-        )
+
+    def open(self, index: int) -> BinaryIO:
+        return self.paths[index].open("rb")
+
+    def size(self, index: int) -> int:
+        return self.paths[index].stat().st_size
 
     def name(self, index: int) -> str:
         return self.paths[index].relative_to(self.root).as_posix()
 
-    def read(self, index: int) -> Image.Image:
-        path = self.paths[index]
-        try:
-            with _open(path) as image:
-                return _to_rgb(image)
-        except _READ_ERRORS as error:
-            raise SmaltiError(
-                f"{path} cannot be decoded ({error}): replace or remove it"
-            ) from error
+    def place(self, index: int) -> str:
+        return str(self.paths[index])
 
-    def _check_classes(self, found: list[_Picture]) -> None:
-        names = sorted({picture.label for picture in found})
-        if len(names) < 2 and not self.options.single_class:
-            raise SmaltiError(
-                f'{self.root} has one class only ("{names[0] or "no sub-folders"}"): put each class'
-                " into its own sub-folder, or pass --folder.single_class"
-            )
 
-    def _usable(self, found: list[_Picture]) -> list[_Picture]:
-        kept, refused, skipped = [], [], []
-        for picture in tqdm(found, desc="check pictures", disable=len(found) < 2000):
-            path = picture.path
-            try:
-                _read_checked(path, self.options)
-                kept.append(replace(picture, sha256=sha256_of(path)))
-            except _Unusable as problem:
-                if problem.undecodable and self.options.bad_images == "skip":
-                    skipped.append(f"{path} {problem}")
-                else:
-                    hint = ", or pass --folder.bad_images skip" if problem.undecodable else ""
-                    refused.append(f"{path} {problem}{hint}")
-        if refused:
-            more = f" (and {len(refused) - 1} more cannot be used)" if len(refused) > 1 else ""
-            raise SmaltiError(refused[0] + more)
-        for line in skipped:
-            logger.warning("skipped: %s", line)
-        if skipped:
-            logger.warning("skipped %d of %d pictures", len(skipped), len(found))
-        if not kept:
-            raise SmaltiError(f"{self.root} has no picture that can be used: check --data")
-        return kept
+def open_folder(spec: str, options: SourceOptions) -> FolderPictures:
+    """A folder with a sub-folder of pictures per class."""
+    return FolderPictures(Path(spec).expanduser())
 
 
 def read_picture(path: Path, options: FolderOptions) -> Image.Image:
@@ -140,49 +75,10 @@ def read_picture(path: Path, options: FolderOptions) -> Image.Image:
         wrong = "is not a file" if path.exists() else "does not exist"
         raise SmaltiError(f"the picture {path} {wrong}: check the path")
     try:
-        return _read_checked(path, options)
-    except _Unusable as problem:
+        with our_own_pixel_cap():
+            return decode(path, options).image
+    except Unusable as problem:
         raise SmaltiError(f"{path} {problem}") from problem
-
-
-def _read_checked(path: Path, options: FolderOptions) -> Image.Image:
-    """The picture in a file; raise `_Unusable` unless it is one that the options accept."""
-    try:
-        with _open(path) as image:
-            _check_header(image, options)
-            return _to_rgb(image)
-    except Image.DecompressionBombError as error:  # too many even for Pillow to open
-        raise _Unusable(f"claims more pixels than can be trusted: {error}: remove it") from error
-    except _READ_ERRORS as error:
-        raise _Unusable(
-            f"cannot be decoded ({error}): replace or remove it", undecodable=True
-        ) from error
-
-
-def _check_header(image: Image.Image, options: FolderOptions) -> None:
-    width, height = image.size
-    if width * height > options.max_pixels:
-        raise _Unusable(
-            f"claims {width} x {height} pixels, more than {options.max_pixels}: shrink it, or"
-            " raise --folder.max_pixels"
-        )
-    if min(width, height) < options.min_side:
-        raise _Unusable(
-            f"is {width} x {height} pixels, less than {options.min_side} on a side: remove it, or"
-            " lower --folder.min_side"
-        )
-    kind = _unusual(image)
-    if kind and options.unusual_images == "refuse":
-        raise _Unusable(f"is {kind}: save it as 8-bit RGB, or pass --folder.unusual_images convert")
-
-
-_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
-
-def _open(path: Path) -> Image.Image:
-    with warnings.catch_warnings():  # the pixel cap is ours: `max_pixels`
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(path)
 
 
 def _list_pictures(root: Path) -> list[_Picture]:
@@ -251,35 +147,3 @@ def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
             yield from _files_below(entry, (*above, here))
         else:
             yield entry
-
-
-# How Pillow calls 16-bit colour in a decoder's arguments; the mode says "RGB" all the same.
-_DEEP_COLOUR = re.compile(r"\b(LA?|RGB[AX]?|CMYK);16")
-
-
-def _unusual(image: Image.Image) -> str | None:
-    """What about a picture could not be kept in 8-bit RGB, or None."""
-    if getattr(image, "n_frames", 1) > 1:
-        return "animated"
-    deep = any(_DEEP_COLOUR.search(str(tile[3])) for tile in getattr(image, "tile", ()))
-    if deep or image.mode.startswith(("I", "F")):
-        return "16-bit (or deeper)"
-    names = {"CMYK": "CMYK", "P": "a palette image", "PA": "a palette image", "LAB": "LAB"}
-    if image.mode in names:
-        return names[image.mode]
-    return None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """First frame, upright, 8 bit, alpha laid on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey: 65535 becomes 255
-        image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
-    elif image.mode == "F":
-        image = image.point(lambda value: value * 255).convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image)
-        image = canvas
-    return image.convert("RGB")

@@ -1,5 +1,7 @@
 """Batches of any data set, in the order of `DataOrder`, from any step on."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -96,6 +98,22 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 def _steps(loader: DataLoader, micro_batches: int) -> Iterator[list[Any]]:
+    others = {process.pid for process in multiprocessing.active_children()}
     batches = iter(loader)
-    while True:
-        yield [next(batches) for _ in range(micro_batches)]
+    workers = [p for p in multiprocessing.active_children() if p.pid not in others]
+
+    def end() -> None:
+        if workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]
+        for worker in workers:  # one that is stuck, and deaf to SIGTERM
+            worker.kill()
+
+    # With the batches, or with the program, whichever ends first. Left to itself, Python would send
+    # SIGTERM and wait; and once the iterator is garbage, its queues tell the workers nothing more.
+    atexit.register(end)
+    try:
+        while True:
+            yield [next(batches) for _ in range(micro_batches)]
+    finally:
+        atexit.unregister(end)
+        end()

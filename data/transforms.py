@@ -1,13 +1,41 @@
 """From a picture of any size to a square one, as in guided diffusion (ADM, 2105.05233)."""
 
 import hashlib
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from smalti.errors import SmaltiError
+
 MAX_ASPECT = 16  # of what is resized: longer pictures lose their ends first, for they may be bombs
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """How much of a picture a random crop shows; the defaults are ADM's."""
+
+    min_fraction: float = 0.8  # side of the crop / shorter side of the picture, at least
+    max_fraction: float = 1.0  # and at most
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_fraction <= self.max_fraction <= 1:
+            raise SmaltiError(
+                f"a crop's fractions are {self.min_fraction} to {self.max_fraction}; they must lie "
+                "in (0, 1], the smaller first"
+            )
+
+
+@dataclass(frozen=True)
+class CropDraw:
+    """What is random about a crop, each uniform in [0, 1)."""
+
+    scale: float
+    top: float
+    left: float
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -17,15 +45,46 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     target with bicubic interpolation, then crop: ADM's pre-processing, which the published
     numbers of this field assume.
     """
+    image = _resize_shorter_side(image, size)
+    return _crop(image, size, (image.height - size) // 2, (image.width - size) // 2)
+
+
+def random_crop(image: Image.Image, size: int, limits: RandomCrop, draw: CropDraw) -> Image.Image:
+    """A square of size x size pixels from a random place of a picture resized to a random size.
+
+    ADM's `random_crop_arr`: the shorter side becomes a whole number of pixels, all equally likely
+    between size / max_fraction and size / min_fraction, both rounded up.
+    """
+    smallest = math.ceil(size / limits.max_fraction)
+    largest = math.ceil(size / limits.min_fraction)
+    image = _resize_shorter_side(image, smallest + int(draw.scale * (largest - smallest + 1)))
+    top = int(draw.top * (image.height - size + 1))
+    left = int(draw.left * (image.width - size + 1))
+    return _crop(image, size, top, left)
+
+
+def crop_draw(seed: int, epoch: int, index: int) -> CropDraw:
+    """The random numbers of a sample's crop in an epoch: a pure function of its arguments."""
+    key = f"{seed}/crop/{epoch}/{index}".encode()
+    digest = hashlib.blake2b(key, digest_size=18).digest()
+    # 48 bits each: exact as a float, and below 1
+    parts = (int.from_bytes(digest[i : i + 6], "big") / 2**48 for i in (0, 6, 12))
+    return CropDraw(*parts)
+
+
+def _resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
     image = _shorten(image, MAX_ASPECT * min(image.size))
-    while min(image.size) >= 2 * size:
+    while min(image.size) >= 2 * side:
         half = (image.width // 2, image.height // 2)
         image = image.resize(half, resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
-    if scale != 1:
-        target = (round(image.width * scale), round(image.height * scale))
-        image = image.resize(target, resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    scale = side / min(image.size)
+    if scale == 1:
+        return image
+    target = (round(image.width * scale), round(image.height * scale))
+    return image.resize(target, resample=Image.Resampling.BICUBIC)
+
+
+def _crop(image: Image.Image, size: int, top: int, left: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 

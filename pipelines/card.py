@@ -24,7 +24,7 @@ tags:
 import smalti
 
 pipe = smalti.Pipeline.from_pretrained("PATH OR HUB ID")
-images = pipe(class_labels=[{example}], num_images_per_prompt=4, guidance_scale=2.0).images
+images = pipe({example}, num_images_per_prompt=4, guidance_scale=2.0).images
 ```
 
 | part | type | parameters | latents |
@@ -32,7 +32,7 @@ images = pipe(class_labels=[{example}], num_images_per_prompt=4, guidance_scale=
 | tokenizer | {tokenizer} | {tokenizer_size} | {spec} |
 | prior | {prior} | {prior_size} | |
 
-Images are {size} x {size} pixels. Classes: {classes}.
+Images are {size} x {size} pixels. {conditions}
 
 {notes}"""
 
@@ -43,16 +43,22 @@ def model_card(
     """A README.md for a pipeline folder, with the YAML header that the Hub reads."""
     return _TEMPLATE.format(
         grid=f"\n![samples]({SAMPLES})\n" if has_grid else "",
-        example=repr(classes[0]),
+        example=f"class_labels=[{classes[0]!r}]" if classes else "prompt_embeds=features",
         tokenizer=Tokenizer.registry.name_of(type(tokenizer)),
         tokenizer_size=f"{_millions(tokenizer)} M",
         prior=Prior.registry.name_of(type(prior)),
         prior_size=f"{_millions(prior)} M",
         spec=_plain(str(tokenizer.spec)),
         size=tokenizer.image_size,
-        classes=", ".join(_plain(name) for name in classes),
+        conditions=_conditions(classes),
         notes=notes,
     )
+
+
+def _conditions(classes: Sequence[str]) -> str:
+    if not classes:
+        return "They are drawn from the features of captions."
+    return f"Classes: {', '.join(_plain(name) for name in classes)}."
 
 
 def _millions(module: nn.Module) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 from smalti.data.image_io import image_grid, save_png
 from smalti.errors import SmaltiError
 from smalti.files import first_difference, write_json
+from smalti.pipelines.options import check_options
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
@@ -34,7 +35,7 @@ class GenerationJob:
     labels: tuple[int, ...]  # class of each picture
     seed: int
     guidance_scale: float
-    options: dict[str, Any]  # temperature, top_k, ...
+    options: dict[str, Any]  # temperature, solver, ...
 
 
 def picture_generator(seed: int, index: int) -> torch.Generator:
@@ -52,7 +53,7 @@ def class_grid(
 
     Args:
         scale: enlargement, pixels per pixel.
-        options: of the pipeline: `guidance_scale`, `temperature`, ...
+        options: of the pipeline: `guidance_scale`, `temperature`, `solver`, ...
     """
     shown = range(min(len(pipeline.classes), SHOWN_CLASSES))
     generators = [picture_generator(seed, i) for i in range(len(shown) * per_class)]
@@ -93,8 +94,10 @@ def generate_folder(
         The paths of all pictures, in order.
 
     Raises:
-        SmaltiError: the folder holds something else, or pictures of a job with other settings.
+        SmaltiError: an option that the prior does not have; the folder holds something else, or
+            pictures of a job with other settings.
     """
+    check_options(pipeline.prior, {"guidance_scale": guidance_scale, **options})
     job = GenerationJob(
         model="/".join(map(_exact_name, (pipeline.tokenizer, pipeline.prior))),
         labels=tuple(labels),

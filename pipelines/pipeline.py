@@ -18,8 +18,10 @@ from smalti.errors import SmaltiError
 from smalti.files import replacing, write_text
 from smalti.hub import resolve_folder, upload
 from smalti.pipelines.card import SAMPLES, model_card
+from smalti.pipelines.conditions import Conditions
 from smalti.pipelines.index import INDEX, Components, PipelineIndex, read_index, write_index
 from smalti.pipelines.labels import ClassLabels, label_ids, whole_number
+from smalti.pipelines.options import check_names
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
 
@@ -33,7 +35,7 @@ class PipelineOutput:
 
     images: Any  # "pil": list; "np": (B, H, W, 3) in [0, 1]; "pt": (B, 3, H, W) in [0, 1]; or None
     latents: Tensor  # what the prior sampled
-    labels: list[int]  # class of each image
+    labels: list[int]  # class of each image; empty where captions were given
 
 
 class Pipeline:
@@ -55,9 +57,11 @@ class Pipeline:
             raise SmaltiError(
                 f"{len(classes)} class names were given; the prior has {prior.num_classes} classes"
             )
-        name, count = Counter(classes).most_common(1)[0]
-        if count > 1:
-            raise SmaltiError(f'{count} classes are called "{name}": give each a name of its own')
+        for name, count in Counter(classes).most_common(1):
+            if count > 1:
+                raise SmaltiError(
+                    f'{count} classes are called "{name}": give each a name of its own'
+                )
         self.tokenizer = tokenizer.eval()
         self.prior = prior.eval()
         self.classes = tuple(classes)
@@ -189,8 +193,10 @@ class Pipeline:
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: ClassLabels,
+        class_labels: ClassLabels | None = None,
         *,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float = 1.0,
         generator: Generators = None,
@@ -199,40 +205,41 @@ class Pipeline:
         progress: bool = False,
         **options: Any,
     ) -> PipelineOutput:
-        """Sample pictures of the given classes.
+        """Sample pictures of the given classes, or of captions where the prior knows text.
 
         Args:
             class_labels: a class, or several, by number or name; each gives
                 `num_images_per_prompt` pictures, in order.
+            prompt_embeds: instead of classes, what a text encoder says of captions, (B, T, D) as
+                the prior was trained with, padded anywhere.
+            prompt_attention_mask: (B, T), not 0 at their tokens; None: nothing is padding.
             guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass.
             generator: one generator, or a list with one per picture; with a list, picture i does
                 not depend on its neighbours or on `batch_size`.
             output_type: "pil", "np", "pt" or "latent" (nothing is decoded).
             batch_size: pictures sampled at once; None takes all at once.
-            options: what the prior's `sample` takes: `temperature`, `top_k`, ...
+            options: what the prior's `sample` takes: `temperature`, `solver`, ...
 
         Raises:
-            SmaltiError: an unknown class or output type, or a wrong number of generators.
+            SmaltiError: an unknown class, output type or option, or a wrong number of generators.
         """
-        labels = self.label_ids(class_labels)
-        per_class = whole_number("num_images_per_prompt", num_images_per_prompt)
-        labels = [label for label in labels for _ in range(per_class)]
+        check_names(self.prior, options)
+        wanted = self._conditions(
+            class_labels, prompt_embeds, prompt_attention_mask, num_images_per_prompt
+        )
         if output_type not in get_args(OutputType):
             raise SmaltiError(
                 f'output_type is "{output_type}"; choose one of {", ".join(get_args(OutputType))}'
             )
         if batch_size is not None and whole_number("batch_size", batch_size) < 1:
             raise SmaltiError(f"batch_size is {batch_size}; it must be at least 1")
-        if not labels:
-            raise SmaltiError("no pictures were asked for: give a class and at least one per class")
-        _check_generators(generator, len(labels))
-        chunk = batch_size or len(labels)
+        _check_generators(generator, len(wanted))
+        chunk = batch_size or len(wanted)
         latents, images = [], []
-        for start in tqdm(range(0, len(labels), chunk), disable=not progress, unit="batch"):
+        for start in tqdm(range(0, len(wanted), chunk), disable=not progress, unit="batch"):
             part = slice(start, start + chunk)
-            condition = torch.tensor(labels[part], device=self.device)
             drawn = self.prior.sample(
-                condition,
+                wanted.part(part, self.device),
                 guidance_scale=guidance_scale,
                 generator=generator[part] if _is_list(generator) else generator,
                 **options,
@@ -241,7 +248,19 @@ class Pipeline:
             if output_type != "latent":
                 images.append(self.tokenizer.decode(drawn).float().clamp(-1, 1).cpu())
         decoded = _as_output(torch.cat(images), output_type) if images else None
-        return PipelineOutput(decoded, torch.cat(latents), labels)
+        return PipelineOutput(decoded, torch.cat(latents), wanted.labels)
+
+    def _conditions(
+        self, labels: ClassLabels | None, features: Tensor | None, mask: Tensor | None, each: int
+    ) -> Conditions:
+        """Classes or captions, whichever the prior knows."""
+        if self.classes:
+            if labels is None or features is not None or mask is not None:
+                raise SmaltiError("this pipeline draws classes: give class_labels, and no prompts")
+            return Conditions.of_classes(labels, self.classes, each)
+        if features is None or labels is not None:
+            raise SmaltiError("this pipeline draws from text: give prompt_embeds, and no classes")
+        return Conditions.of_captions(features, mask, each)
 
     def label_ids(self, class_labels: ClassLabels) -> list[int]:
         """Class numbers of numbers or names.

@@ -1,10 +1,10 @@
-"""Causal self-attention, and the cache that makes decoding linear in what has been written."""
+"""Softmax attention, and the cache that makes decoding linear in what has been written."""
+
+import copy
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from smalti.prior.layers import rotate
+from torch import Tensor
 
 
 class KeyValueCache:
@@ -25,30 +25,11 @@ class KeyValueCache:
         self.values[layer, :, :, start:stop] = values
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
-
-class CausalAttention(nn.Module):
-    """Each token attends to itself and to earlier ones."""
-
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.wqkv = nn.Linear(dim, 3 * dim, bias=False)  # rows q | k | v, each head-major
-        self.wo = nn.Linear(dim, dim, bias=False)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self, x: Tensor, table: Tensor, layer: int, cache: KeyValueCache | None
-    ) -> Tensor:  # (B, T, dim)
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, T, head_dim)
-            for part in self.wqkv(x).chunk(3, dim=-1)
-        )
-        query, key = rotate(query, table), rotate(key, table)
-        if cache is not None:
-            key, value = cache.write(layer, key, value)
-        # A single new token may see everything; several start an empty cache or have none.
-        attended = attend(query, key, value, causal=query.shape[2] > 1)
-        return self.dropout(self.wo(attended.transpose(1, 2).flatten(2)))
+    def part(self, rows: slice) -> "KeyValueCache":
+        """Some of the rows in the same memory, with a length of their own from now on."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, rows], self.values[:, rows]
+        return part
 
 
 def attend(
@@ -58,26 +39,36 @@ def attend(
     causal: bool = False,
     mask: Tensor | None = None,
     scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Softmax attention, (B, heads, T, head_dim).
+    """Softmax attention of queries (B, heads, T, head_dim) to keys and values (B, kv_heads, n,
+    head_dim); heads / kv_heads neighbouring heads share theirs.
 
     On a CPU always in fp32: torch's bf16 kernel is several times slower there.
 
     Args:
         causal: whether query i sees keys 0 to i alone.
-        mask: (T, keys) bool, True where a query may see a key.
+        mask: (T, n) or (B, 1, T, n) bool, True where a query may see a key.
         scale: what scores are multiplied by; None is 1 / sqrt(head_dim).
+        dropout: the probability with which an attention weight is left out.
     """
+    shape, kv_heads = query.shape, key.shape[1]
+    if shape[2] == 1:  # heads that share keys become queries of one head: no key is repeated
+        query = query.reshape(shape[0], kv_heads, -1, shape[3])
+    shared = query.shape[1] != kv_heads
     if query.device.type != "cpu":
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=scale
-        )
+            query, key, value, mask, dropout, causal, scale=scale, enable_gqa=shared
+        ).view(shape)
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(
+        attended = F.scaled_dot_product_attention(
             query.float(),
             key.float(),
             value.float(),
-            attn_mask=mask,
-            is_causal=causal,
+            mask,
+            dropout,
+            causal,
             scale=scale,
-        ).to(query.dtype)
+            enable_gqa=shared,
+        )
+    return attended.to(query.dtype).view(shape)

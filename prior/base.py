@@ -27,11 +27,14 @@ class Prior(nn.Module, Pretrained, ABC):
     """A distribution over the latents described by `spec`, given a condition.
 
     A condition is class labels (B,) int64 in [0, num_classes]; `num_classes` itself is the null
-    label: no condition. `forward` is the training objective, so that DDP, FSDP and compile wrap
-    the object itself.
+    label: no condition. (A next-token prior may take a `TextCondition` instead, and has no classes
+    then.) `forward` is the training objective, so that DDP, FSDP and compile wrap the object
+    itself.
     """
 
     registry: ClassVar[Registry] = PRIORS
+    class_table: ClassVar[str]  # name of the weight whose rows are the classes, the last one null
+    undecayed: ClassVar[tuple[str, ...]] = ()  # weights of layers that weight decay must spare
     config: Any
 
     @property
@@ -50,13 +53,13 @@ class Prior(nn.Module, Pretrained, ABC):
         return self.config.tokenizer_fingerprint
 
     @abstractmethod
-    def forward(self, latents: Tensor, condition: Tensor) -> Loss:
+    def forward(self, latents: Tensor, condition: Any) -> Loss:
         """The training objective; drops labels at random in training mode."""
 
     @abstractmethod
     def sample(
         self,
-        condition: Tensor,
+        condition: Any,
         *,
         guidance_scale: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -66,6 +69,28 @@ class Prior(nn.Module, Pretrained, ABC):
         `generator` may be a list with one generator per sample: sample i then depends on its own
         generator only. guidance_scale s means uncond + s (cond - uncond); 1 is off.
         """
+
+    def set_progress(self, progress: float) -> None:
+        """Tell the prior the share of the training that is done, before every training step.
+
+        It is no part of the state: a function of the step alone, which a resumed run gives again.
+        A prior whose objective changes as training goes on overrides this; others need no call.
+
+        Raises:
+            SmaltiError: it does not lie in [0, 1].
+        """
+        if not 0 <= progress <= 1:
+            raise SmaltiError(f"progress is {progress}; it is a share of the training, 0 to 1")
+
+    @abstractmethod
+    def bits_per_dimension(
+        self,
+        latents: Tensor,
+        condition: Any,
+        *,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """-log2 p(latents | condition) per code, or per number of continuous latents, (B,)."""
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise `SmaltiError` unless labels are (B,) integers in [0, num_classes]."""

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 MAX_PERIOD = 10000.0
 
 
-def sinusoids(t: Tensor, size: int) -> Tensor:
-    """cos(t w_i), then sin(t w_i), with w_i = 10000^(-i / (size / 2)): (B,) -> (B, size) fp32.
+def sinusoids(t: Tensor, size: int, shift: int = 0) -> Tensor:
+    """cos(t w_i), then sin(t w_i), with w_i = 10000^(-i / (size / 2 - shift)): (B,) -> (B, size)
+    fp32.
 
-    The embedding of DDPM (2006.11239) as in guided diffusion and DiT (2212.09748). `t` is taken as
-    it is: steps from 0 to 999 in DiT, times from 0 to 1 in SiT (2401.08740).
+    The embedding of DDPM (2006.11239) as in guided diffusion and DiT (2212.09748), where shift is
+    0; in DDPM's own code and in Diffusers' DiT it is 1. `t` is taken as it is: steps from 0 to 999
+    in DiT, times from 0 to 1 in SiT (2401.08740).
     """
     half = size // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
     angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -28,9 +30,10 @@ class TimestepEmbedder(nn.Module):
     [0, 1] differ by less than bf16 resolves.
     """
 
-    def __init__(self, frequency_size: int, width: int) -> None:
+    def __init__(self, frequency_size: int, width: int, frequency_shift: int = 0) -> None:
         super().__init__()
         self.frequency_size = frequency_size
+        self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(
             nn.Linear(frequency_size, width), nn.SiLU(), nn.Linear(width, width)
         )
@@ -38,7 +41,8 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:  # (B,) -> (B, width)
         weight1, bias1, weight2, bias2 = self.mlp.parameters()
         with torch.autocast(t.device.type, enabled=False):
-            hidden = F.linear(sinusoids(t, self.frequency_size), weight1.float(), bias1.float())
+            waves = sinusoids(t, self.frequency_size, self.frequency_shift)
+            hidden = F.linear(waves, weight1.float(), bias1.float())
             embedded = F.linear(F.silu(hidden), weight2.float(), bias2.float())
         return embedded.to(weight2.dtype)
 

@@ -52,6 +52,9 @@ class DiTConfig:
     norm: Norm = "layer"
     qk_norm: bool = False  # RMS norm of each head's queries and keys: keeps large models stable
     frequency_size: int = 256  # sinusoids of the time, which is given in the network's own units
+    # Their frequencies are 10000^(-i / (frequency_size / 2 - frequency_shift)); Diffusers' DiT: 1
+    frequency_shift: int = 0
+    mlp_norm_eps: float = NORM_EPS  # of the norms before the feed-forward; Diffusers' DiT: 1e-5
 
     def __post_init__(self) -> None:
         choices = {"positions": Positions, "feed_forward": FeedForward, "norm": Norm}
@@ -75,6 +78,12 @@ class DiTConfig:
             raise SmaltiError(f"mlp_ratio is {self.mlp_ratio}; it must be more than 0, like 4")
         if self.frequency_size < 2 or self.frequency_size % 2:
             raise SmaltiError(f"frequency_size is {self.frequency_size}; it must be even, from 2")
+        if not 0 <= self.frequency_shift < self.frequency_size // 2:
+            raise SmaltiError(
+                f"frequency_shift is {self.frequency_shift}; use 0, or 1 as in Diffusers' DiT"
+            )
+        if not 0 <= self.mlp_norm_eps < 1:
+            raise SmaltiError(f"mlp_norm_eps is {self.mlp_norm_eps}; use a small number, like 1e-6")
 
     @property
     def head_dim(self) -> int:
@@ -93,11 +102,11 @@ class DiTConfig:
         return int(hidden) if self.feed_forward == "gelu" else -(-int(hidden * 2 / 3) // 32) * 32
 
     def fitted(self, spec: ContinuousSpec, num_classes: int) -> Self:
-        """This size of network for other latents, with one output per latent channel."""
+        """This size of network for other latents, with or without a variance as before."""
         return replace(
             self,
             in_channels=spec.channels,
-            out_channels=spec.channels,
+            out_channels=spec.channels * (self.out_channels // self.in_channels),
             grid=(spec.height, spec.width),
             num_classes=num_classes,
         )
@@ -173,10 +182,10 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def _norm(config: DiTConfig) -> nn.Module:
+def _norm(config: DiTConfig, eps: float = NORM_EPS) -> nn.Module:
     """Without gain and bias, which the modulation supplies."""
     kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(config.width, eps=NORM_EPS, elementwise_affine=False)
+    return kind(config.width, eps=eps, elementwise_affine=False)
 
 
 class Block(nn.Module):
@@ -186,7 +195,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = _norm(config)
         self.attn = Attention(config)
-        self.norm2 = _norm(config)
+        self.norm2 = _norm(config, config.mlp_norm_eps)
         gelu = config.feed_forward == "gelu"
         self.mlp = (
             MLP(config.width, config.hidden) if gelu else SwiGLU(config.width, config.hidden, 0.0)
@@ -225,7 +234,9 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.x_embedder = PatchEmbedder(config.in_channels, config.patch_size, config.width)
-        self.t_embedder = TimestepEmbedder(config.frequency_size, config.width)
+        self.t_embedder = TimestepEmbedder(
+            config.frequency_size, config.width, config.frequency_shift
+        )
         self.y_embedder = LabelEmbedder(config.num_classes, config.width)
         added, turned = config.positions != "rotary", config.positions != "sin-cos"
         self.pos_embed = FixedTable.sin_cos(config.token_grid, config.width) if added else None

@@ -26,7 +26,7 @@ from smalti.prior.likelihood import (
     signs,
 )
 from smalti.prior.normal import Generators, NormalSource
-from smalti.prior.paths import spread
+from smalti.prior.paths import DDPMPath, spread
 from smalti.prior.predictions import exact_times, of_data_and_noise, time_range
 from smalti.prior.schedules import Schedule, make_schedule
 from smalti.prior.solvers import ODESolver, Solver, make_solver, times_of
@@ -39,6 +39,7 @@ class FlowPrior(Prior):
     """p(latents | class), as the end of a flow that begins in Gaussian noise."""
 
     Config: ClassVar[type] = FlowConfig
+    class_table: ClassVar[str] = "network.y_embedder.embedding_table.weight"
     config: FlowConfig
 
     def __init__(self, config: FlowConfig) -> None:
@@ -131,7 +132,7 @@ class FlowPrior(Prior):
         self,
         steps: int,
         solver: Solver,
-        schedule: str | Mapping[str, Any] | Schedule = "uniform",
+        schedule: str | Mapping[str, Any] | Schedule | None = None,
     ) -> Tensor:
         """The times (steps + 1,) float64 at which a solver steps, ascending."""
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
@@ -139,6 +140,9 @@ class FlowPrior(Prior):
         within = self.time_range
         if solver.lands_on_data:
             within = replace(within, end=1.0)
+        if schedule is None:
+            chain = solver.lands_on_data and isinstance(self.config.path, DDPMPath)
+            schedule = "ddpm" if chain else "uniform"
         return make_schedule(schedule).times(steps, self.config.path, within)
 
     # -- sampling -----------------------------------------------------------------------------
@@ -152,7 +156,7 @@ class FlowPrior(Prior):
         generator: Generators = None,
         num_inference_steps: int = 50,
         solver: str | Mapping[str, Any] | Solver = "heun",
-        schedule: str | Mapping[str, Any] | Schedule = "uniform",
+        schedule: str | Mapping[str, Any] | Schedule | None = None,
         noise: Tensor | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         classifier: Classifier | None = None,
@@ -167,7 +171,9 @@ class FlowPrior(Prior):
             num_inference_steps: intervals of the time grid; a solver of order n evaluates the
                 network n times in each. Adaptive solvers choose their own.
             solver: a name in `SOLVERS`, {"kind": name, option: value}, or a solver.
-            schedule: a name in `SCHEDULES`, {"kind": name, option: value}, or a schedule.
+            schedule: a name in `SCHEDULES`, {"kind": name, option: value}, or a schedule; None:
+                the steps of the chain, 0, 100, ..., 900 for ten, where a DDPM path is walked by
+                ddpm or ddim, and else uniform times.
             noise: standard normal x_0 (B, C, h, w); None draws it.
             guidance_interval: times, from 0, noise, to 1, data, between which s applies.
             classifier: guides as well, where given.
@@ -181,6 +187,8 @@ class FlowPrior(Prior):
         times = self.time_grid(num_inference_steps, solver, schedule)
         normal = NormalSource(generator, len(condition))
         x = dynamics.path.marginal_std(times[0]).item() * self._noise(noise, condition, normal)
+        if not len(x):
+            return x
         with self.evaluating():
             for done, state in enumerate(solver.states(dynamics, x, times, normal), start=1):
                 x = state
@@ -209,7 +217,7 @@ class FlowPrior(Prior):
         latents: Tensor,
         condition: Tensor,
         *,
-        num_inference_steps: int = 50,
+        num_inference_steps: int = 20,
         solver: str | Mapping[str, Any] | Solver = "heun",
         num_probes: int | None = 1,
         generator: Generators = None,

@@ -55,6 +55,7 @@ def rotary_table(
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn the interleaved pairs x[2j] + i x[2j+1] of x (B, heads, T, head_dim) by table
-    (T, head_dim / 2) complex; computed in fp32, returned in x's type."""
+    (T, head_dim / 2) complex, or (B, 1, T, head_dim / 2) for positions that differ by sample;
+    computed in fp32, returned in x's type."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from smalti.errors import SmaltiError
 from smalti.prior.adaptive_norm import HeadNorm, condition_projection
 from smalti.prior.attention import KeyValueCache
-from smalti.prior.base import Loss, Prior, check_codes
+from smalti.prior.base import Loss, check_codes
+from smalti.prior.code_prior import CodePrior
+from smalti.prior.drop_path import drop_path_rates
 from smalti.prior.frozen_quantizer import FrozenQuantizer
 from smalti.prior.next_scale_config import PRESETS, NextScaleConfig
 from smalti.prior.noisy_context import noisy_context, true_context
@@ -50,11 +52,13 @@ class Modulation:
     head: Tensor  # (B, 1, 2, width)
 
 
-class NextScalePrior(Prior):
+class NextScalePrior(CodePrior):
     """p(codes | class) = prod_k p(codes of scale k | class, codes of the scales before k), with the
     codes of one scale independent of each other."""
 
     Config: ClassVar[type] = NextScaleConfig
+    undecayed: ClassVar[tuple[str, ...]] = ("lvl_embed.weight",)  # positions do not decay, either
+    class_table: ClassVar[str] = "class_emb.weight"
     config: NextScaleConfig
 
     def __init__(self, config: NextScaleConfig) -> None:
@@ -69,7 +73,7 @@ class NextScalePrior(Prior):
         self.word_embed = nn.Linear(config.quantizer.codebook.code_dim, width)
         shared = config.shared_adaln
         self.shared_ada_lin = condition_projection(width, PARTS) if shared else nn.Identity()
-        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        rates = drop_path_rates(config.drop_path, config.depth)
         block = SharedBlock if shared else OwnBlock
         self.blocks = nn.ModuleList(block(config, rate) for rate in rates)
         self.head_nm = HeadNorm(width, config.norm_eps)
@@ -215,6 +219,7 @@ class NextScalePrior(Prior):
         guidance_scale: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         guidance_schedule: str = "linear",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -230,6 +235,8 @@ class NextScalePrior(Prior):
                 rounds differently for other batch sizes, which can turn a draw; fp32 is safe.)
             guidance_schedule: how s_i grows over the scales: constant, linear (VAR's), cosine,
                 power-cosine.
+            guidance_interval: shares of the sampling, from 0, the first scale, to 1, the last,
+                between which s_i applies; after it there is no second pass.
             temperature: logits are divided by it; 0 is greedy.
             top_k: keep the k likeliest codes; 0 keeps all.
             top_p: keep the likeliest codes with this total probability.
@@ -244,7 +251,9 @@ class NextScalePrior(Prior):
         """
         self._check_bound()
         self.check_labels(condition)
-        options = SamplingOptions(temperature, top_k, top_p, guidance_scale, guidance_schedule)
+        options = SamplingOptions(
+            temperature, top_k, top_p, guidance_scale, guidance_schedule, guidance_interval
+        )
         if smooth and temperature == 0:
             raise SmaltiError("smooth sampling needs a temperature above 0; it is 0, greedy")
         labels = condition.to(self.head.weight.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.prior.base import Loss
+from smalti.prior.base import Loss, Prior
 from smalti.prior.dynamics import Dynamics
 from smalti.prior.flow import FlowPrior
 from smalti.prior.normal import Generators, NormalSource
@@ -58,9 +58,16 @@ def reflow_loss(prior: FlowPrior, pairs: Pairs) -> Loss:
     Raises:
         SmaltiError: the prior's path is not straight.
     """
+    check_straight(prior)
+    return prior(pairs.data, pairs.labels, pairs.noise)
+
+
+def check_straight(prior: Prior) -> None:
+    """Raise `SmaltiError` unless it is a flow whose path is a straight line."""
+    if not isinstance(prior, FlowPrior):
+        raise SmaltiError(f"pairs are for a flow prior, not a {type(prior).__name__}")
     if not isinstance(prior.config.path, LinearPath):
         raise SmaltiError(f"the path is {prior.config.path}; rectified flow needs the linear path")
-    return prior(pairs.data, pairs.labels, pairs.noise)
 
 
 @torch.no_grad()

@@ -35,6 +35,8 @@ class SamplingOptions:
     top_p: float = 1.0  # keep the likeliest codes with this total probability
     guidance_scale: float = 1.0  # s in uncond + s (cond - uncond); 1 is off
     guidance_schedule: str = "constant"  # a name in GUIDANCE_SCHEDULES
+    # Shares of the steps, 0 the first and 1 the last, between which there is guidance (2404.07724).
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.guidance_scale):
@@ -50,12 +52,32 @@ class SamplingOptions:
                 f'no guidance schedule is called "{self.guidance_schedule}"; '
                 f"{nearest(self.guidance_schedule, GUIDANCE_SCHEDULES)}"
             )
+        if not _is_interval(self.guidance_interval):
+            raise SmaltiError(
+                f"guidance_interval is {self.guidance_interval}; give two shares of the sampling, "
+                "0 <= from <= to <= 1"
+            )
 
     def guidance_scales(self, steps: int) -> list[float]:
-        """s_i for every step: all of it, or from 1 at the first step to all at the last."""
+        """s_i for every step: all of it, or from 1 at the first step to all at the last; 1 outside
+        the interval."""
         share = GUIDANCE_SCHEDULES[self.guidance_schedule]
+        begin, end = self.guidance_interval
         progress = [step / (steps - 1) for step in range(steps)] if steps > 1 else [1.0]
-        return [1 + (self.guidance_scale - 1) * share(p) for p in progress]
+        return [
+            1 + (self.guidance_scale - 1) * share(p) if begin <= p <= end else 1.0 for p in progress
+        ]
+
+    def guided_steps(self, steps: int) -> range:
+        """The steps with guidance, s_i != 1; they follow each other, as every schedule grows."""
+        guided = [step for step, scale in enumerate(self.guidance_scales(steps)) if scale != 1]
+        return range(guided[0], guided[-1] + 1) if guided else range(0)
+
+
+def _is_interval(value: object) -> bool:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        return False
+    return all(isinstance(x, int | float) for x in value) and 0 <= value[0] <= value[1] <= 1
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from smalti.prior.adaptive_norm import as_parts, condition_projection, modulate
 from smalti.prior.attention import KeyValueCache, attend
+from smalti.prior.drop_path import DropPath
 from smalti.prior.next_scale_config import NextScaleConfig
 
 PARTS = 6  # of a block's modulation: gate, scale and shift of attention and feed-forward
@@ -68,21 +69,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, width)
         return self.dropout(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
-
-
-class DropPath(nn.Module):
-    """In training, a residual branch is left out of a sample with a probability, and multiplied by
-    1 / (1 - p) elsewhere (stochastic depth, 1603.09382)."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, width)
-        if not (self.training and self.probability):
-            return x
-        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.probability
-        return x * kept / (1 - self.probability)
 
 
 class Block(nn.Module):

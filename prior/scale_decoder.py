@@ -1,6 +1,7 @@
 """Decoding of a next-scale prior: scale by scale, with a cache of keys and values."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ Progress = Callable[[int, int], None] | None
 
 
 class ScaleDecoder:
-    """One call of `sample`. With guidance, the second half of the rows has no class.
+    """One call of `sample`. Until the last guided scale, a second half of the rows has no class.
 
     What the class says to norms and gates is computed here, once for all scales.
     """
@@ -27,7 +28,7 @@ class ScaleDecoder:
         self.prior, self.options = prior, options
         config = prior.config
         self.scales = options.guidance_scales(len(config.spec.grids))
-        self.guided = any(scale != 1 for scale in self.scales)
+        self.guided = options.guided_steps(len(config.spec.grids))
         self.batch = len(labels)
         if self.guided:
             labels = torch.cat([labels, torch.full_like(labels, prior.num_classes)])
@@ -89,8 +90,8 @@ class ScaleDecoder:
     def logits(self, hidden: Tensor, scale: int) -> Tensor:
         """Guided logits (B, n, V) fp32 of tokens (rows, n, width) of a scale."""
         logits = self.prior.read(hidden, self.modulation).float()
-        if not self.guided:
-            return logits
+        if scale not in self.guided:
+            return logits[: self.batch]
         conditional, unconditional = logits.chunk(2)
         return guide(conditional, unconditional, self.scales[scale])
 
@@ -99,7 +100,16 @@ class ScaleDecoder:
         self.total = self.total + added
         if scale + 1 < len(self.lengths):
             seen = self.prior.embed(self.prior.quantizer.scale_input(self.total, scale + 1))
-            self.tokens = torch.cat([seen, seen]) if self.guided else seen
+            if scale + 1 == self.guided.stop:
+                self._end_guidance()
+            self.tokens = torch.cat([seen, seen]) if scale + 1 < self.guided.stop else seen
+
+    def _end_guidance(self) -> None:
+        """Leave the rows that have no class."""
+        rows = slice(self.batch)
+        self.cache = self.cache.part(rows)
+        blocks = [parts[rows] for parts in self.modulation.blocks]
+        self.modulation = replace(self.modulation, blocks=blocks, head=self.modulation.head[rows])
 
     def _draw(self, hidden: Tensor, numbers: Tensor, scale: int) -> Tensor:
         """Codes (B, n) of tokens (rows, n, width), drawn with numbers (B, n)."""

@@ -1,6 +1,5 @@
 """The critic of stage one: how it is trained beside a tokenizer."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +24,7 @@ class CriticStage:
             discriminator=self.objective, discriminator_optimizer=OptimizerState(self.optimizer)
         )
         # Gradients are synchronised by this wrapper alone, so every pass that makes some uses it.
-        self.wrapped = run.accelerator.prepare(self.objective)
+        self.wrapped = run.replicate(self.objective)
 
     def train_step(
         self,
@@ -46,7 +45,7 @@ class CriticStage:
                 self.run.backward(loss.total)
             parts.append(loss.parts)
         norm = self.run.apply(self.optimizer, self.objective, step)
-        if math.isfinite(norm):
+        if self.run.count_step(norm, step, "critic"):
             self.objective.after_step()
         else:
             self.objective.discard_step()

@@ -3,6 +3,7 @@
     smalti demo                      emoji; under ten minutes on two CPU cores
     smalti demo --quick              fashion; rougher, under two minutes
     smalti demo --data my_pictures   a folder with one sub-folder per class
+    smalti demo --prior var-nano     another family of priors, with the tokenizer that it needs
 
 Run it again and it goes on where it stopped.
 """
@@ -10,7 +11,7 @@ Run it again and it goes on where it stopped.
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,116 +19,21 @@ import torch
 
 from smalti.cli import parse_config, run_command
 from smalti.config import config_to_dict, nearest
-from smalti.data.images import open_source
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
 from smalti.files import first_difference, write_json
-from smalti.prior import next_token
+from smalti.prior.presets import PRESETS as PRIORS
+from smalti.scripts.demo_scales import SCALES, Scale
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.evaluate import EvaluateConfig, evaluate, table
 from smalti.scripts.options import DataOptions
-from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
-from smalti.scripts.train_tokenizer import TrainTokenizerConfig
 from smalti.scripts.train_tokenizer import train as train_tokenizer
 from smalti.tokenizer.base import Tokenizer
-from smalti.tokenizer.discriminator import PatchGANConfig
-from smalti.tokenizer.objective import ObjectiveConfig
 from smalti.tokenizer.presets import PRESETS as TOKENIZERS
 from smalti.tokenizer.presets import TokenizerConfig
 
 SETTINGS = "demo.json"
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much the demo does, chosen to fit the machine."""
-
-    tokenizer: TrainTokenizerConfig
-    prior: TrainPriorConfig
-    num_samples: int
-    classifier_epochs: int
-    num_references: int = 20_000  # training pictures that samples are held against
-
-
-TOKENIZER_CPU = TrainTokenizerConfig(
-    tokenizer=TOKENIZERS["vq-32-tiny"],
-    objective=ObjectiveConfig(
-        perceptual_weight=0.3,
-        adversarial_weight=0.05,
-        adaptive=True,
-        adversarial_start=250,
-        adversarial_ramp=150,
-        discriminator=PatchGANConfig(channels=32, num_layers=2),
-    ),
-    max_train_steps=550,
-    train_batch_size=64,
-    learning_rate=1e-3,
-    lr_warmup_steps=50,
-    lr_final_ratio=0.05,
-    adam_beta2=0.99,
-    ema_decay=0.995,
-    validation_steps=275,
-    checkpointing_steps=275,
-)
-PRIOR_CPU = TrainPriorConfig(
-    prior=next_token.PRESETS["gpt-nano"],
-    max_train_steps=1000,
-    train_batch_size=64,
-    learning_rate=1e-3,
-    lr_warmup_steps=40,
-    lr_final_ratio=0.05,
-    weight_decay=0.05,
-    ema_decay=0.99,
-    validation_steps=250,
-    checkpointing_steps=250,
-)
-SCALES = {
-    "quick": Scale(
-        replace(TOKENIZER_CPU, max_train_steps=120, validation_steps=120),
-        replace(
-            PRIOR_CPU,
-            prior=replace(next_token.PRESETS["gpt-nano"], depth=4, width=192, num_heads=3),
-            learning_rate=2e-3,
-            max_train_steps=260,
-            validation_steps=260,
-        ),
-        num_samples=256,
-        num_references=2000,
-        classifier_epochs=6,
-    ),
-    "cpu": Scale(TOKENIZER_CPU, PRIOR_CPU, num_samples=768, classifier_epochs=8),
-    "gpu": Scale(
-        replace(
-            TOKENIZER_CPU,
-            tokenizer=TOKENIZERS["vq-64-small"],
-            max_train_steps=6000,
-            train_batch_size=128,
-            learning_rate=4e-4,
-            ema_decay=0.999,
-            validation_steps=1000,
-            checkpointing_steps=1000,
-            objective=replace(
-                TOKENIZER_CPU.objective,
-                adversarial_start=2000,
-                adversarial_ramp=500,
-                discriminator=PatchGANConfig(channels=64, num_layers=3),
-            ),
-        ),
-        replace(
-            PRIOR_CPU,
-            prior=next_token.PRESETS["gpt-micro"],
-            max_train_steps=6000,
-            train_batch_size=256,
-            learning_rate=6e-4,
-            ema_decay=0.999,
-            validation_steps=1000,
-            checkpointing_steps=1000,
-        ),
-        num_samples=2048,
-        classifier_epochs=20,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -139,7 +45,8 @@ class DemoConfig(DataOptions):
     quick: bool = False  # rougher, in under two minutes
     seed: int = 0
     guidance_scale: float = 2.0
-    tokenizer: str = ""  # a tokenizer preset; empty = what suits the machine
+    tokenizer: str = ""  # a tokenizer preset; empty = what suits prior and machine
+    prior: str = ""  # a prior preset; empty = what suits tokenizer and machine
     tokenizer_steps: int = 0  # 0 = what suits the machine
     prior_steps: int = 0
 
@@ -147,42 +54,34 @@ class DemoConfig(DataOptions):
 def demo(config: DemoConfig) -> Path:
     """Run every stage that is not done yet; return the folder that holds the results."""
     config = replace(config, data=config.data or ("fashion" if config.quick else "emoji"))
-    folder, scale = config.output_dir, _scale(config)
-    shared = {
-        "data": config.data,
-        "heldout_fraction": config.heldout_fraction,
-        "split_seed": config.split_seed,
-        "folder": config.folder,
-    }
+    folder, scale = config.output_dir, chosen_scale(config)
+    sampling = replace(scale.sampling, guidance_scale=config.guidance_scale)
+    shared = {field.name: getattr(config, field.name) for field in fields(DataOptions)}
     run = {"seed": config.seed, "resume_from_checkpoint": "latest"}
     stage_one = replace(scale.tokenizer, output_dir=folder / "tokenizer", **run, **shared)
-    open_source(config.data, options=config.folder)  # a mistake in it must not claim the folder
+    config.source()  # a mistake in it must not claim the folder
     _claim(config)
-    _announce(1, "train the tokenizer (images <-> codes)")
+    _announce(1, "train the tokenizer (images <-> latents)")
     tokenizer = train_tokenizer(stage_one)
     measure = EvaluateConfig(
         output_dir=folder,
         num_samples=scale.num_samples,
         num_references=scale.num_references,
         classifier_epochs=scale.classifier_epochs,
-        guidance_scale=config.guidance_scale,
         seed=config.seed,
+        **sampling.options,
         **shared,
     )
-    if not _has_a_prior(scale.tokenizer.tokenizer):
-        _announce(2, "evaluate the tokenizer; no prior models its latents yet")
-        print(f"\n{table(evaluate(replace(measure, model=str(tokenizer))))}\n")
-        return folder
-    _announce(2, "encode the pictures to codes")
+    _announce(2, "encode the pictures to latents")
     latents = encode(
         EncodeConfig(
             tokenizer=tokenizer,
             output_dir=folder / "latents",
-            flip_view=not config.quick,
+            views="identity" if config.quick else "flip",
             **shared,
         )
     )
-    _announce(3, "train the prior (a distribution over codes)")
+    _announce(3, "train the prior (a distribution over latents)")
     pipeline = train_prior(
         replace(
             scale.prior,
@@ -190,7 +89,7 @@ def demo(config: DemoConfig) -> Path:
             latents=latents,
             tokenizer=tokenizer,
             pipeline_dir=folder / "pipeline",
-            preview_guidance_scale=config.guidance_scale,
+            preview=sampling,
             **run,
         )
     )
@@ -199,17 +98,20 @@ def demo(config: DemoConfig) -> Path:
     return folder
 
 
-def _scale(config: DemoConfig) -> Scale:
+def chosen_scale(config: DemoConfig) -> Scale:
+    """What to do on this machine, with the tokenizer and the prior that were asked for.
+
+    Raises:
+        SmaltiError: no such tokenizer or prior, or the two do not fit.
+    """
     name = "quick" if config.quick else "gpu" if torch.cuda.is_available() else "cpu"
-    scale = SCALES[name]
+    kind = _kind(config)
+    scale = SCALES[name].of_kind(kind)
     tokenizer, prior = scale.tokenizer, scale.prior
     if config.tokenizer:
-        if config.tokenizer not in TOKENIZERS:
-            raise SmaltiError(
-                f'no tokenizer preset is called "{config.tokenizer}"; '
-                f"{nearest(config.tokenizer, TOKENIZERS)}"
-            )
         tokenizer = replace(tokenizer, tokenizer=TOKENIZERS[config.tokenizer])
+    if config.prior:
+        prior = replace(prior, prior=PRIORS[config.prior])
     if config.tokenizer_steps:
         tokenizer = replace(tokenizer, max_train_steps=config.tokenizer_steps)
     if config.prior_steps:
@@ -217,11 +119,33 @@ def _scale(config: DemoConfig) -> Scale:
     return replace(scale, tokenizer=tokenizer, prior=prior)
 
 
-def _has_a_prior(tokenizer: TokenizerConfig) -> bool:
-    """Whether stage two can learn its latents: codes of one grid."""
+def _kind(config: DemoConfig) -> str:
+    """The kind of prior: as asked for, or what models the latents of the tokenizer."""
+    for what, name, known in (
+        ("tokenizer", config.tokenizer, TOKENIZERS),
+        ("prior", config.prior, PRIORS),
+    ):
+        if name and name not in known:
+            raise SmaltiError(f'no {what} preset is called "{name}"; {nearest(name, known)}')
+    wanted = PRIORS[config.prior].kind if config.prior else ""
+    if not config.tokenizer:
+        return wanted or "next-token"
+    fitting = _kind_for(TOKENIZERS[config.tokenizer])
+    if wanted and wanted != fitting:
+        raise SmaltiError(
+            f"{config.prior} is a {wanted} prior; the latents of {config.tokenizer} need a "
+            f"{fitting} prior: leave out --tokenizer or --prior"
+        )
+    return fitting
+
+
+def _kind_for(tokenizer: TokenizerConfig) -> str:
+    """The kind of prior that models its latents."""
     with torch.device("meta"):
         spec = Tokenizer.registry.build(tokenizer).spec
-    return isinstance(spec, CodeSpec) and len(spec.grids) == 1
+    if not isinstance(spec, CodeSpec):
+        return "flow"
+    return "next-token" if len(spec.grids) == 1 else "next-scale"
 
 
 def _claim(config: DemoConfig) -> None:

@@ -1,6 +1,8 @@
 """Between the stages: encode a set of pictures to a latent cache, once.
 
 smalti encode --tokenizer runs/tokenizer/tokenizer --data emoji --output_dir runs/latents
+
+Killed? The same command goes on where it stopped.
 """
 
 from collections.abc import Sequence
@@ -13,8 +15,9 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from smalti.cli import parse_config, run_command
-from smalti.data.cache import VIEWS, CacheInfo, EncodedRange, write_cache
+from smalti.data.cache import CacheInfo, EncodedRange, write_cache
 from smalti.data.dataset import ImageDataset
+from smalti.data.views import VIEW_SETS, ViewSet, decoded_size, views_of
 from smalti.errors import SmaltiError
 from smalti.scripts.options import DataOptions
 from smalti.tokenizer.base import Tokenizer
@@ -28,7 +31,9 @@ class EncodeConfig(DataOptions):
 
     tokenizer: Path = Path("runs/tokenizer/tokenizer")
     output_dir: Path = Path("runs/latents")
-    flip_view: bool = True  # also store the mirrored training pictures
+    # Of each training picture: itself (identity), mirrored, too (flip), or LlamaGen's ten crops,
+    # five places and their mirrors (ten-crop). Of a held-out picture: itself.
+    views: ViewSet = "flip"
     batch_size: int = 128
     shard_size: int = 8192  # samples per file
 
@@ -43,13 +48,15 @@ def encode(config: EncodeConfig) -> Path:
     state = PartialState()
     tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(state.device)
     for split in SPLITS:
+        views: ViewSet = config.views if split == "train" else "identity"
+        side = decoded_size(views, tokenizer.image_size)
         images = config.dataset(split, tokenizer.image_size)
-        views = VIEWS if config.flip_view and split == "train" else VIEWS[:1]
+        larger = images if side == tokenizer.image_size else config.dataset(split, side)
         info = CacheInfo(
             spec=tokenizer.spec,
             classes=images.classes,
             num_samples=len(images),
-            views=views,
+            views=VIEW_SETS[views],
             tokenizer_fingerprint=tokenizer.fingerprint,
             dataset_fingerprint=images.fingerprint,
             shard_size=config.shard_size,
@@ -59,7 +66,7 @@ def encode(config: EncodeConfig) -> Path:
             write_cache(
                 config.output_dir / split,
                 info,
-                Encoder(tokenizer, images, views, config.batch_size),
+                Encoder(tokenizer, larger, info.views, config.batch_size),
                 rank=state.process_index,
                 world_size=state.num_processes,
                 barrier=state.wait_for_everyone,
@@ -73,18 +80,18 @@ class Encoder:
     """(start, stop) -> the encoded pictures of that range, all views."""
 
     tokenizer: Tokenizer
-    images: ImageDataset
+    images: ImageDataset  # as large as the views ask for
     views: tuple[str, ...]
     batch_size: int
 
     @torch.no_grad()
     def __call__(self, start: int, stop: int) -> EncodedRange:
         stored, labels = [], []
+        size, device = self.tokenizer.image_size, next(self.tokenizer.parameters()).device
         for batch in self.images.batches(self.batch_size, start=start, stop=stop):
-            images = batch.images.to(next(self.tokenizer.parameters()).device)
-            flips = [images.flip(-1)] if "flip" in self.views else []
-            views = [self.tokenizer.store(view).cpu() for view in (images, *flips)]
-            stored.append(torch.stack(views, dim=1))  # (b, views, ...)
+            views = views_of(batch.images.to(device), self.views, size)
+            encoded = [self.tokenizer.store(view).cpu() for view in views]
+            stored.append(torch.stack(encoded, dim=1))  # (b, views, ...)
             labels.append(batch.labels)
         return EncodedRange(torch.cat(stored), torch.cat(labels))
 

@@ -14,16 +14,18 @@ from smalti.errors import SmaltiError
 from smalti.evaluation.protocol import Metric, write_summary
 from smalti.files import first_difference, write_json
 from smalti.hub import resolve_folder
+from smalti.pipelines.options import check_options
 from smalti.pipelines.pipeline import INDEX
 from smalti.scripts.measure import PipelineEvaluation, TokenizerEvaluation
 from smalti.scripts.options import DataOptions
+from smalti.scripts.sampling import Sampling
 
 SETTINGS = "evaluation.json"
 PRODUCTS = ("samples.png", "reconstructions.png", "neighbours.png", "summary.json")
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(DataOptions):
+class EvaluateConfig(DataOptions, Sampling):
     """Measure a saved tokenizer or pipeline on held-out pictures, and a pipeline's samples."""
 
     model: str = "runs/demo/pipeline"  # folder of a pipeline or of a tokenizer, or on the Hub
@@ -32,10 +34,6 @@ class EvaluateConfig(DataOptions):
     other_data: bool = False
     num_samples: int = 1024  # classes in the proportions of the training pictures
     num_references: int = 20_000  # training pictures at most, evenly spread
-    guidance_scale: float = 2.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
     seed: int = 0
     batch_size: int = 128
     # Networks behind Frechet distance and KID; efflite0 needs smalti[eval] or --feature_weights.
@@ -75,10 +73,12 @@ def evaluate_pipeline(config: EvaluateConfig, folder: Path) -> dict[str, Metric]
     """Reconstruction, samples, and how near they are to training pictures."""
     evaluation = PipelineEvaluation.load(config, folder)
     extractors = evaluation.extractors()
+    check_options(evaluation.pipeline.prior, config.options)
     claim(config, evaluation.tokenizer.fingerprint, evaluation.pipeline.prior.fingerprint)
     out = config.output_dir
     evaluation.show(out / "samples.png")
     metrics = evaluation.reconstruction(out / "reconstructions.png")
+    metrics |= evaluation.likelihood()
     sets = evaluation.sample()
     metrics |= evaluation.neighbours(sets, out / "neighbours.png")
     for extractor in extractors:

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 NEIGHBOURS_PER_CLASS = 2  # samples shown beside their nearest training pictures
 SHOWN_RECONSTRUCTIONS = 12
-CLASSIFIER_BATCH = 128
+BATCH = 128  # of measurements that depend on it: the judging classifier's training, likelihoods
+LIKELIHOOD_PICTURES = 128
 NEAR_COPY = 2.0  # grey levels
 
 
@@ -141,8 +142,7 @@ class PipelineEvaluation(TokenizerEvaluation):
     @property
     def sampling(self) -> dict[str, Any]:
         """Options of the pipeline."""
-        names = ("guidance_scale", "temperature", "top_k", "top_p")
-        return {name: getattr(self.config, name) for name in names}
+        return self.config.options
 
     @property
     def sampling_protocol(self) -> dict[str, object]:
@@ -177,6 +177,23 @@ class PipelineEvaluation(TokenizerEvaluation):
         samples = output.images * 2 - 1
         return PictureSets(samples, labels, self.heldout, self.heldout_labels, self.train)
 
+    @torch.no_grad()
+    def likelihood(self) -> dict[str, Metric]:
+        """How well the prior foretells held-out latents of their class."""
+        count = min(len(self.heldout), LIKELIHOOD_PICTURES)
+        images, labels = self.heldout[:count], self.heldout_labels[:count]
+        draws, prior = self.seed("posterior"), self.pipeline.prior
+        bits = []
+        for batch, classes in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+            latents = self.tokenizer.encode(batch.to(self.device), generator=draws)
+            probes = self.seed("likelihood")
+            bits.append(
+                prior.bits_per_dimension(latents, classes.to(self.device), generator=probes)
+            )
+        dimension = "a code" if isinstance(prior.spec, CodeSpec) else "a number; of a density"
+        protocol = {**self.protocol, "dimension": dimension, "num_pictures": count}
+        return {"heldout_bits_per_dimension": Metric(torch.cat(bits).mean().item(), protocol)}
+
     def distances(self, sets: PictureSets, extractor: FeatureExtractor) -> dict[str, Metric]:
         """Frechet distance and KID on the features of one network."""
         return distance_metrics(sets, extractor, self.sampling_protocol, self.seed)
@@ -188,7 +205,7 @@ class PipelineEvaluation(TokenizerEvaluation):
     def _classifier(self) -> ImageClassifier:
         """Trained on the real training pictures alone."""
         config = self.config
-        steps = config.classifier_epochs * -(-len(self.train) // CLASSIFIER_BATCH)
+        steps = config.classifier_epochs * -(-len(self.train) // BATCH)
         precision = resolve_precision("auto", self.device)
         with tqdm(total=steps, desc="train the judging classifier") as bar:
             return train_classifier(
@@ -197,7 +214,7 @@ class PipelineEvaluation(TokenizerEvaluation):
                 len(self.pipeline.classes),
                 generator=self.seed("classifier"),
                 epochs=config.classifier_epochs,
-                batch_size=CLASSIFIER_BATCH,
+                batch_size=BATCH,
                 device=self.device,
                 dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
                 progress=bar.update,

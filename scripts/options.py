@@ -1,21 +1,28 @@
 """Options that several commands share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from smalti.data.dataset import ImageDataset
-from smalti.data.folder import FolderOptions
-from smalti.data.images import open_source
+from smalti.data.images import ImageSource, SourceOptions, open_source
+from smalti.data.transforms import RandomCrop
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(SourceOptions):
     """Which pictures, and how they are divided."""
 
-    data: str = "emoji"  # emoji, fashion, or a folder with one sub-folder of pictures per class
+    # emoji, fashion, a folder with one sub-folder of pictures per class, hf:owner/name, parquet or
+    # arrow files, WebDataset shards (path/{000..009}.tar, or URLs), or arrays (.npz, .npy)
+    data: str = "emoji"
     heldout_fraction: float = 0.1  # kept from training; ignored where a set has a fixed split
     split_seed: int = 0
-    folder: FolderOptions = field(default_factory=FolderOptions)
+
+    def source(self) -> ImageSource:
+        """The pictures, not divided."""
+        return open_source(
+            self.data, options=self.folder, hf=self.hf, stream_cache=self.stream_cache
+        )
 
     def dataset(
         self,
@@ -23,15 +30,18 @@ class DataOptions:
         image_size: int,
         *,
         flip: bool = False,
+        crop: RandomCrop | None = None,
         seed: int = 0,
     ) -> ImageDataset:
-        """One split of the pictures, squared to image_size pixels; `flip` mirrors half of them."""
+        """One split of the pictures, squared to image_size pixels; `flip` mirrors half of them,
+        `crop` shows a random part of each."""
         return ImageDataset(
-            open_source(self.data, options=self.folder),
+            self.source(),
             image_size,
             split=split,
             heldout_fraction=self.heldout_fraction,
             split_seed=self.split_seed,
             flip=flip,
+            crop=crop,
             seed=seed,
         )

@@ -4,7 +4,7 @@ smalti train-prior --latents runs/latents --tokenizer runs/tokenizer/tokenizer
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,18 +18,23 @@ from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import SmaltiError
 from smalti.pipelines.generation import class_grid
+from smalti.pipelines.options import check_options
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Loss, Prior
-from smalti.prior.next_token import PRESETS, NextTokenConfig
+from smalti.prior.next_scale import NextScaleConfig, NextScalePrior
+from smalti.prior.presets import PRESETS, PriorConfig
+from smalti.prior.rectified import check_straight
+from smalti.scripts.initial import begin_from
+from smalti.scripts.sampling import Sampling
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.checkpoint import OptimizerState
 from smalti.training.config import RunConfig
 from smalti.training.ema import EMA
 from smalti.training.log import mean_of
 from smalti.training.run import Run
+from smalti.training.seeding import generator
 
 VALIDATION_SAMPLES = 1024
-FITTED = ("spec", "num_classes", "tokenizer_fingerprint")  # what the latents decide of a prior
 
 
 @dataclass(frozen=True)
@@ -42,19 +47,36 @@ class TrainPriorConfig(RunConfig):
     latents: Path = Path("runs/latents")  # folder written by `smalti encode`
     tokenizer: Path = Path("runs/tokenizer/tokenizer")  # the one that made the latents
     pipeline_dir: Path | None = None  # where the result goes; default: output_dir/pipeline
-    # Its latents, number of classes and tokenizer fingerprint are taken from the cache.
-    prior: NextTokenConfig = field(default_factory=lambda: PRESETS["gpt-nano"])
-    preview_guidance_scale: float = 2.0
+    # What it says of latents, classes and the tokenizer is replaced by what the cache says.
+    prior: PriorConfig = field(default_factory=lambda: PRESETS["gpt-nano"])
+    initial: str = ""  # a pipeline or prior whose weights training begins with; empty = new ones
+    preview: Sampling = field(default_factory=Sampling)  # of the grids of samples
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        defaults = type(self.prior)()
-        for name in FITTED:
-            value = getattr(self.prior, name)
-            if value != getattr(defaults, name):
-                raise SmaltiError(
-                    f"prior.{name} is {value}, but it is taken from the latents: leave it out"
-                )
+        default = type(self.prior)()
+        about = (default.spec, default.num_classes, default.tokenizer_fingerprint)
+        quantizer = getattr(default, "quantizer", None)
+        given = first_other(self.prior, refitted(self.prior, *about, quantizer), "prior")
+        if given:
+            name, value = given
+            raise SmaltiError(f"{name} is {value}, but it is taken from the latents: leave it out")
+
+
+def refitted(config: PriorConfig, *about: Any) -> PriorConfig:
+    """This size of prior for the latents described by (spec, num_classes, tokenizer_fingerprint,
+    config of the tokenizer's quantizer); only a next-scale prior asks for the last."""
+    return config.fitted(*(about if isinstance(config, NextScaleConfig) else about[:3]))
+
+
+def first_other(config: Any, other: Any, name: str) -> tuple[str, Any] | None:
+    """Dotted name and value of the first in which a config differs from another of its type."""
+    for part in fields(config):
+        mine, others = getattr(config, part.name), getattr(other, part.name)
+        if mine != others:
+            inner = f"{name}.{part.name}"
+            return first_other(mine, others, inner) if is_dataclass(mine) else (inner, mine)
+    return None
 
 
 class Stage:
@@ -69,24 +91,31 @@ class Stage:
                 f"the latents in {config.latents} were made by another tokenizer than "
                 f"{config.tokenizer}: encode again, or give the tokenizer that made them"
             )
-        fitted = config.prior.fitted(
-            latents.spec, latents.num_classes, latents.info.tokenizer_fingerprint
-        )
-        self.prior: Prior = Prior.registry.build(fitted).to(run.device)
+        self.prior = build_prior(config.prior, latents, self.tokenizer).to(run.device)
+        if config.initial:
+            begin_from(self.prior, config.initial)
+        self.pairs = bool(latents.info.pairs)
+        if self.pairs:
+            check_straight(self.prior)
+        check_options(self.prior, config.preview.options)
         self.optimizer = run.adamw(self.prior)
         self.ema = EMA(self.prior, config.ema_decay)
         run.track(model=self.prior, ema=self.ema, optimizer=OptimizerState(self.optimizer))
-        self.wrapped = run.accelerator.prepare(self.prior)
+        self.wrapped = run.shard(self.prior, self.optimizer)
         self.pipeline = Pipeline(self.tokenizer, self.ema.model, latents.classes)
         self.pipeline.training_pictures = latents.info.dataset_fingerprint
 
     def train_step(self, micro_batches: list[LatentBatch], step: int) -> dict[str, torch.Tensor]:
         """One optimizer step; returns losses for the log."""
         self.wrapped.train()
+        self.prior.set_progress(step / self.config.max_train_steps)
         parts = []
         for index, batch in enumerate(micro_batches):
             with self.run.micro_batch(index, self.wrapped):
-                loss = self.loss(self.wrapped, batch)
+                draws = generator(
+                    self.config.seed, "posterior", step, index, self.run.accelerator.process_index
+                )
+                loss = self.loss(self.wrapped, batch, draws)
                 self.run.backward(loss.total)
             parts.append({"loss": loss.total.detach(), **loss.parts})
         norm = self.run.apply(self.optimizer, self.prior, step)
@@ -94,10 +123,19 @@ class Stage:
             self.ema.update(self.prior)
         return {**mean_of(parts), "gradient_norm": torch.tensor(norm)}
 
-    def loss(self, prior: torch.nn.Module, batch: LatentBatch) -> Loss:
-        """The loss of one batch under a prior, wrapped or not."""
-        latents = self.tokenizer.latents(batch.stored.to(self.run.device))
-        return prior(latents, batch.labels.to(self.run.device))
+    def loss(
+        self, prior: torch.nn.Module, batch: LatentBatch, draws: torch.Generator | None = None
+    ) -> Loss:
+        """The loss of one batch under a prior, wrapped or not.
+
+        Args:
+            draws: draws continuous latents from their posterior; None takes its mean.
+        """
+        stored, labels = batch.stored.to(self.run.device), batch.labels.to(self.run.device)
+        if self.pairs:
+            data, noise = stored.chunk(2, dim=1)
+            return prior(data, labels, noise)
+        return prior(self.tokenizer.latents(stored, generator=draws), labels)
 
     @torch.no_grad()
     def validate(self, heldout: LatentCache) -> dict[str, float]:
@@ -113,11 +151,25 @@ class Stage:
 
     def preview(self) -> Image.Image:
         """A grid of samples, a row per class."""
-        return class_grid(self.pipeline, guidance_scale=self.config.preview_guidance_scale)
+        return class_grid(self.pipeline, **self.config.preview.options)
 
     def save_pipeline(self, folder: Path) -> None:
         """Tokenizer and EMA weights of the prior, as `Pipeline.from_pretrained` reads them."""
         self.pipeline.save_pretrained(folder, samples=self.preview())
+
+
+def build_prior(config: PriorConfig, latents: LatentCache, tokenizer: Tokenizer) -> Prior:
+    """A new prior of this size for these latents.
+
+    Raises:
+        SmaltiError: it does not model such latents.
+    """
+    quantizer: Any = getattr(tokenizer, "quantizer", None)
+    about = (latents.spec, latents.num_classes, latents.info.tokenizer_fingerprint)
+    prior = Prior.registry.build(refitted(config, *about, getattr(quantizer, "config", None)))
+    if isinstance(prior, NextScalePrior):
+        prior.bind(quantizer)
+    return prior
 
 
 def train(config: TrainPriorConfig) -> Path:
@@ -141,7 +193,7 @@ def train(config: TrainPriorConfig) -> Path:
         parts = stage.train_step(next(batches), step)
         if run.due(step, config.logging_steps):
             run.log(step, {**parts, "learning_rate": run.learning_rate(step)})
-        if run.due(step, config.validation_steps) and run.accelerator.is_main_process:
+        if run.validates(step):
             run.log_alone(step, stage.validate(heldout))
             picture = run.folder / "samples" / f"step_{step + 1:06d}.png"
             save_png(picture, stage.preview())

@@ -80,7 +80,7 @@ class Stage:
             optimizer=OptimizerState(self.optimizer),
         )
         # Gradients are synchronised by this wrapper alone, so every pass that makes some uses it.
-        self.wrapped_tokenizer = run.accelerator.prepare(self.trained)
+        self.wrapped_tokenizer = run.replicate(self.trained)
         self.codes: list[torch.Tensor] = []  # of the last step, on this process
         # A network whose weight is 0 is neither built nor trained nor saved.
         objective = config.objective
@@ -178,7 +178,7 @@ class Stage:
 
     def accept(self, gradient_norm: float, step: int) -> None:
         """Update codebook and EMA, or forget the step if its gradient was not finite."""
-        accepted = self.run.count_step(gradient_norm, step)
+        accepted = self.run.count_step(gradient_norm, step, "tokenizer")
         if accepted:
             self.tokenizer.after_step(generator(self.run.config.seed, "after_step", step))
             self.ema.update(self.tokenizer)
@@ -230,7 +230,7 @@ def train(config: TrainTokenizerConfig) -> Path:
         if run.due(step, config.logging_steps):
             values = {**parts, **stage.codebook_use(), "learning_rate": run.learning_rate(step)}
             run.log(step, values)
-        if run.due(step, config.validation_steps) and run.accelerator.is_main_process:
+        if run.validates(step):
             run.log_alone(step, validate(stage.ema.model, heldout, run.device))
             picture = run.folder / "reconstructions" / f"step_{step + 1:06d}.png"
             preview(stage.ema.model, heldout, picture, run.device)

@@ -1,12 +1,16 @@
 """Files: written so that a reader finds the old one or the new one, read so that damage is told."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from smalti.errors import SmaltiError
 
@@ -21,13 +25,37 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
-        yield temporary
+        with write_errors(path):
+            yield temporary
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn what safetensors says of a full or failing disk into the `OSError` that it was."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def flush(path: Path) -> None:
+    """fsync a file or a folder; folders cannot be opened on some systems."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

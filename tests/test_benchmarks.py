@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +35,42 @@ def test_tokenizers_are_compared_in_a_table(tmp_path: Path) -> None:
     assert rows[0].startswith("| preset | latents")
     assert rows[-2].startswith("| `vq-32-tiny` | 64 codes of 512 | 0.56 |")
     assert rows[-1].startswith("| `kl-32-tiny` | 8 x 8 x 8 numbers | - |")
+
+
+@pytest.mark.slow
+def test_priors_are_compared_in_a_table_and_a_picture(tmp_path: Path) -> None:
+    for name in ("light", "dark"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(30):
+            shade = i + (200 if name == "light" else 0)
+            Image.new("RGB", (32, 32), (shade, 90, 2 * i)).save(tmp_path / f"data/{name}/{i}.png")
+    out = run(
+        "compare_priors.py",
+        *("--data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "runs"), "--quick"),
+        *("--tokenizer_steps", "1", "--prior_steps", "1", "--columns", "2"),
+    )
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| `")]
+    assert [row[:2] for row in rows] == [
+        ["| `gpt-nano`", "next-token"],
+        ["| `var-nano`", "next-scale"],
+        ["| `flow-nano`", "flow"],
+    ]
+    assert [row[-2] for row in rows] == ["65", "6", "24"]  # evaluations of the network
+    assert (tmp_path / "runs" / "side_by_side.png").is_file()
+
+
+@pytest.mark.slow
+def test_dit_speed_is_a_ratio_to_diffusers() -> None:
+    out = run("dit_speed.py", "--preset=dit-s/8", "--batch_size=1", "--rounds=1")
+    lines = out.splitlines()
+    assert len(lines) == 3
+    assert all(float(line.rpartition("= ")[2]) > 0 for line in lines)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_held_against_a_plain_file() -> None:
+    out = run("checkpoint_stall.py", "--parameters", "2e6", "--rounds", "1")
+    assert float(out.rpartition("= ")[2]) > 0
 
 
 @pytest.mark.slow

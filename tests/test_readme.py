@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from smalti.cli import COMMANDS
-from smalti.prior.next_token import PRESETS as PRIORS
+from smalti.prior.presets import PRESETS as PRIORS
 from smalti.tokenizer.presets import PRESETS as TOKENIZERS
 
 ROOT = Path(__file__).parents[1]
@@ -27,9 +27,9 @@ def test_every_command_and_file_exists() -> None:
 
 
 def test_every_preset_exists() -> None:
-    named = set(re.findall(r"`([a-z]+-[a-z0-9-]+)`", README))
+    named = set(re.findall(r"`([a-z]+-[a-z0-9/-]+)`", README))
     known = set(TOKENIZERS) | set(PRIORS)
-    like = {n for n in named if re.match(r"(vq|vqgan|vqvae|var|kl|fsq|lfq|bsq|ema|gpt)-", n)}
+    like = {n for n in named if re.match(r"(vq|vqgan|vqvae|var|kl|fsq|lfq|bsq|ema|gpt|sit|dit|flow)-", n)}
     assert len(like) > 5 and like <= known
 
 

@@ -30,13 +30,23 @@ class ConvConfig:
     mid_attention: bool = True  # self-attention at the lowest resolution, between two blocks
     z_channels: int = 256  # encoder output and decoder input
     patch_size: int = 1  # pixels per side folded into channels before level 0
+    # Groups of every normalisation; None: 32, and fewer on levels narrower than 128. Published
+    # models have 32 whatever their width.
+    norm_groups: int | None = None
     # Every change of resolution learns a correction to averaging or repeating pixels (DC-AE,
     # 2410.10733): deep models, 32x and more, need it.
     residual_resampling: bool = False
 
     def __post_init__(self) -> None:
-        if self.channels < 1 or (self.channels % 32 and self.channels not in (8, 16)):
+        groups = self.norm_groups
+        if groups is not None and (groups < 1 or self.channels % groups):
+            raise SmaltiError(
+                f"channels is {self.channels}; use a multiple of norm_groups {groups}"
+            )
+        if groups is None and (self.channels % 32 and self.channels not in (8, 16)):
             raise SmaltiError(f"channels is {self.channels}; use 8, 16 or a multiple of 32")
+        if self.channels < 1:
+            raise SmaltiError(f"channels is {self.channels}; it must be at least 1")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise SmaltiError(f"channel_mult is {self.channel_mult}; give at least one value >= 1")
         wrong = [i for i in self.attention_levels if not 0 <= i < len(self.channel_mult)]
@@ -63,18 +73,18 @@ class ConvConfig:
         return self.patch_size * 2 ** (len(self.channel_mult) - 1)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+def _norm(channels: int, groups: int | None) -> nn.GroupNorm:
+    return nn.GroupNorm(groups or min(32, channels // 4), channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), a 1x1 shortcut where the width changes."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, norm_groups: int | None) -> None:
         super().__init__()
-        self.norm1 = _norm(channels_in)
+        self.norm1 = _norm(channels_in, norm_groups)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = _norm(channels_out)
+        self.norm2 = _norm(channels_out, norm_groups)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         same = channels_in == channels_out
         self.nin_shortcut = None if same else nn.Conv2d(channels_in, channels_out, 1)
@@ -88,9 +98,9 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions of the grid, with a residual."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm_groups: int | None) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, norm_groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -140,6 +150,7 @@ class Level(nn.Module):
         self,
         widths: list[int],
         attention: bool,
+        norm_groups: int | None,
         downsample: Downsample | None = None,
         upsample: Upsample | None = None,
     ) -> None:
@@ -147,8 +158,8 @@ class Level(nn.Module):
         self.downsample = downsample
         self.upsample = upsample
         pairs = list(itertools.pairwise(widths))
-        self.block = nn.ModuleList(ResBlock(i, o) for i, o in pairs)
-        self.attn = nn.ModuleList(AttentionBlock(o) for _, o in pairs if attention)
+        self.block = nn.ModuleList(ResBlock(i, o, norm_groups) for i, o in pairs)
+        self.attn = nn.ModuleList(AttentionBlock(o, norm_groups) for _, o in pairs if attention)
 
     def forward(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.block):
@@ -164,11 +175,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Block, attention, block at the lowest resolution."""
 
-    def __init__(self, channels: int, attention: bool) -> None:
+    def __init__(self, channels: int, attention: bool, norm_groups: int | None) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels)
-        self.attn_1 = AttentionBlock(channels) if attention else None
-        self.block_2 = ResBlock(channels, channels)
+        self.block_1 = ResBlock(channels, channels, norm_groups)
+        self.attn_1 = AttentionBlock(channels, norm_groups) if attention else None
+        self.block_2 = ResBlock(channels, channels, norm_groups)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block_1(x)
@@ -192,9 +203,10 @@ class Encoder(nn.Module):
             blocks = [before] + [width] * config.num_res_blocks
             last = i == len(widths) - 1
             downsample = None if last else Downsample(width, config.residual_resampling)
-            self.down.append(Level(blocks, i in config.attention_levels, downsample=downsample))
-        self.mid = Middle(widths[-1], config.mid_attention)
-        self.norm_out = _norm(widths[-1])
+            attention = i in config.attention_levels
+            self.down.append(Level(blocks, attention, config.norm_groups, downsample=downsample))
+        self.mid = Middle(widths[-1], config.mid_attention, config.norm_groups)
+        self.norm_out = _norm(widths[-1], config.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels or config.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -215,13 +227,14 @@ class Decoder(nn.Module):
         self.patch_size = config.patch_size
         widths = [config.channels * m for m in config.channel_mult]
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], config.mid_attention)
+        self.mid = Middle(widths[-1], config.mid_attention, config.norm_groups)
         self.up = nn.ModuleList()
         for i, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
             blocks = [before] + [width] * (config.num_res_blocks + 1)
             upsample = Upsample(width, config.residual_resampling) if i > 0 else None
-            self.up.append(Level(blocks, i in config.attention_levels, upsample=upsample))
-        self.norm_out = _norm(widths[0])
+            attention = i in config.attention_levels
+            self.up.append(Level(blocks, attention, config.norm_groups, upsample=upsample))
+        self.norm_out = _norm(widths[0], config.norm_groups)
         self.conv_out = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:

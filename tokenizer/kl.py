@@ -26,6 +26,10 @@ class KLConfig:
             channel_mult=(1, 2, 4, 4), attention_levels=(), z_channels=4
         )
     )
+    latent_channels: int | None = None  # of the latents; None: conv.z_channels
+    # 1x1 convolutions between encoder, posterior and decoder. Where there are none (Stable
+    # Diffusion 3), latent_channels must be conv.z_channels.
+    quant_convs: bool = True
     kl_weight: float = 1e-6  # of the KL divergence, summed over the numbers of a latent
     # Probability that a batch asks for tau(image) from tau(latents), see `equivariance`.
     equivariance: float = 0.0
@@ -42,14 +46,24 @@ class KLConfig:
             )
         if self.kl_weight < 0 or not 0 <= self.equivariance <= 1:
             raise SmaltiError("kl_weight must not be negative; equivariance must lie in [0, 1]")
+        if self.channels < 1 or not (self.quant_convs or self.channels == self.conv.z_channels):
+            raise SmaltiError(
+                f"latent_channels is {self.latent_channels}; it must be positive, and without "
+                f"quant_convs the {self.conv.z_channels} of conv.z_channels"
+            )
         for name in ("latent_mean", "latent_std"):
-            if len(getattr(self, name)) not in (0, self.conv.z_channels):
+            if len(getattr(self, name)) not in (0, self.channels):
                 raise SmaltiError(
                     f"{name} has {len(getattr(self, name))} numbers; there are "
-                    f"{self.conv.z_channels} latent channels"
+                    f"{self.channels} latent channels"
                 )
         if any(std <= 0 for std in self.latent_std):
             raise SmaltiError(f"latent_std is {self.latent_std}; each must be positive")
+
+    @property
+    def channels(self) -> int:
+        """Of the latents, C."""
+        return self.conv.z_channels if self.latent_channels is None else self.latent_channels
 
 
 class KLTokenizer(Tokenizer):
@@ -61,10 +75,10 @@ class KLTokenizer(Tokenizer):
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
         self.config = config
-        channels = config.conv.z_channels
-        self.encoder = Encoder(config.conv, out_channels=2 * channels)
-        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
-        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+        channels, z = config.channels, config.conv.z_channels
+        self.encoder = Encoder(config.conv, out_channels=2 * z)
+        self.quant_conv = nn.Conv2d(2 * z, 2 * channels, 1) if config.quant_convs else None
+        self.post_quant_conv = nn.Conv2d(channels, z, 1) if config.quant_convs else None
         self.decoder = Decoder(config.conv)
         initialise(self)
         self.register_buffer("shift", torch.zeros(1, channels, 1, 1), persistent=False)
@@ -84,7 +98,7 @@ class KLTokenizer(Tokenizer):
     @property
     def spec(self) -> ContinuousSpec:
         side = self.config.image_size // self.config.conv.downsampling
-        return ContinuousSpec(self.config.conv.z_channels, side, side)
+        return ContinuousSpec(self.config.channels, side, side)
 
     @property
     def image_size(self) -> int:
@@ -97,7 +111,8 @@ class KLTokenizer(Tokenizer):
     def gaussian(self, images: Tensor) -> DiagonalGaussian:
         """q(z | image) for images (B, 3, H, W) in [-1, 1], in raw units."""
         self.check_images(images)
-        return DiagonalGaussian.of(self.quant_conv(self.encoder(images)))
+        moments = self.encoder(images)
+        return DiagonalGaussian.of(self.quant_conv(moments) if self.quant_conv else moments)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (B, C, h, w) of q(z | image), in raw, un-normalised units."""
@@ -140,7 +155,8 @@ class KLTokenizer(Tokenizer):
         return self._decode_raw(vectors * self.scale + self.shift)
 
     def _decode_raw(self, z: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+        z = z.to(self.last_layer.dtype)
+        return self.decoder(self.post_quant_conv(z) if self.post_quant_conv else z)
 
     def forward(self, images: Tensor) -> Reconstruction:
         gaussian = self.gaussian(images)

@@ -10,11 +10,12 @@ older ones are removed only after that, and never this one. A folder whose manif
 is not a checkpoint.
 """
 
-import contextlib
+import errno
 import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.files import read_json, sha256_of, write_json
+from smalti.files import flush, read_json, sha256_of, write_errors, write_json
+from smalti.training.sharding import sharded_like, whole
 
 PREFIX = "checkpoint-"
 MANIFEST = "MANIFEST.json"
@@ -58,12 +60,31 @@ class OptimizerState:
         }
 
     def load_state_dict(self, flat: dict[str, Tensor], /) -> None:
+        groups = self.optimizer.state_dict()["param_groups"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in flat.items():
             index, name = key.split(".", 1)
+            if value.shape == parameters[int(index)].shape:
+                value = sharded_like(value, parameters[int(index)])
             state.setdefault(int(index), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def collect(objects: Mapping[str, Stateful], *, keep: bool) -> dict[str, dict[str, Tensor]]:
+    """The tensors of every object, sharded ones put together; every process must call this.
+
+    Args:
+        keep: whether this process needs them; the others only send their shards.
+    """
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, source in objects.items():
+        states[name] = {}
+        for key, value in source.state_dict().items():
+            tensor = whole(value.detach())
+            if keep:
+                states[name][key] = tensor.contiguous()
+    return states
 
 
 @dataclass(frozen=True)
@@ -81,8 +102,12 @@ class Checkpoint:
             if not file.is_file():
                 raise SmaltiError(f"{self.path} has no {file.name}: it is of another kind of run")
             try:
-                target.load_state_dict(load_file(file))
-            except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+                tensors = load_file(file)
+                if isinstance(target, torch.nn.Module):
+                    own = target.state_dict()
+                    tensors = {k: sharded_like(v, own.get(k, v)) for k, v in tensors.items()}
+                target.load_state_dict(tensors)
+            except (RuntimeError, LookupError, ValueError, SafetensorError) as error:
                 first_line = str(error).splitlines()[0]
                 raise SmaltiError(f"{file} does not fit this run: {first_line}") from error
 
@@ -90,7 +115,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path,
     step: int,
-    objects: Mapping[str, Stateful],
+    states: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     *,
     keep: int,
@@ -99,25 +124,28 @@ def save_checkpoint(
     """Write `folder/checkpoint-{step}` whole, then prune all but the newest `keep` (0 = all).
 
     Args:
+        states: the tensors of each file, see `collect`.
+        state: what else goes into state.json, plain values.
         replaces: checkpoints that the run went back behind, because they are damaged or by wish.
             They go as soon as this one is written, whatever `keep` is.
+
+    Raises:
+        OSError: the disk is full or cannot be written; what was there before is untouched.
     """
     target = folder / f"{PREFIX}{step:06d}"
     temporary = folder / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir(parents=True)
     try:
-        for name, source in objects.items():
-            tensors = {k: v.detach().contiguous() for k, v in source.state_dict().items()}
-            save_file(tensors, temporary / f"{name}.safetensors")
+        temporary.mkdir(parents=True)
+        refuse_full_disk(folder, target.name, sum(map(_bytes, states.values())))
+        described = _write_tensors(temporary, states)
         write_json(temporary / STATE, {"step": step, **state})
-        write_json(temporary / MANIFEST, {"files": _describe(temporary)})
-        for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
-        if target.exists():  # a re-run of the same step after an invalid checkpoint
+        described[STATE] = _describe(temporary / STATE)
+        write_json(temporary / MANIFEST, {"files": dict(sorted(described.items()))})
+        flush(temporary)
+        if target.exists():  # damaged, or gone back behind: the run goes on from an earlier one
             shutil.rmtree(target)
         os.replace(temporary, target)
-        _flush(folder)
+        flush(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -126,6 +154,39 @@ def save_checkpoint(
             shutil.rmtree(path, ignore_errors=True)
     prune(folder, keep, spare=target)
     return target
+
+
+def refuse_full_disk(folder: Path, name: str, size: int) -> None:
+    """Raise `OSError` if `size` bytes do not fit; the message says so, and what is kept."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        kept = checkpoints(folder)
+        raise OSError(
+            errno.ENOSPC,
+            f"{name} takes {size / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
+            + (f"; {kept[-1].name} is kept" if kept else ""),
+            str(folder),
+        )
+
+
+def _write_tensors(
+    folder: Path, states: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Any]]:
+    """Write a file for each object; return what the manifest says of them.
+
+    While one file is written, those before it are hashed and flushed to disk.
+    """
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        flushed, described = [], {}
+        for name, tensors in states.items():
+            file = folder / f"{name}.safetensors"
+            with write_errors(file):
+                save_file(dict(tensors), file)
+            flushed.append(pool.submit(flush, file))
+            described[file.name] = pool.submit(_describe, file)
+        for job in flushed:
+            job.result()
+        return {name: job.result() for name, job in described.items()}
 
 
 def verify(path: Path) -> Checkpoint:
@@ -139,7 +200,7 @@ def verify(path: Path) -> Checkpoint:
         raise SmaltiError(f"{path} has no {MANIFEST}: it was never finished, or is no checkpoint")
     try:
         expected = read_json(manifest_file)["files"]
-        found = _describe(path)
+        found = {f.name: _describe(f) for f in sorted(path.iterdir()) if f.name != MANIFEST}
         for name in sorted(expected.keys() | found.keys()):
             if name not in found:
                 raise SmaltiError(f"{path} lacks {name}: the checkpoint is incomplete")
@@ -177,12 +238,20 @@ def prune(folder: Path, keep: int, spare: Path) -> None:
 
     `spare`, the one that was just written, is never removed.
     """
-    for leftover in folder.glob(f".tmp-{PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(folder)
     if keep:
         for old in checkpoints(folder)[:-keep]:
             if old != spare:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run was writing when it ended."""
+    for leftover in folder.glob(".tmp-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def step_of(path: Path) -> int:
@@ -191,16 +260,9 @@ def step_of(path: Path) -> int:
     return int(digits) if digits.isdecimal() else -1
 
 
-def _describe(folder: Path) -> dict[str, dict[str, Any]]:
-    files = [f for f in sorted(folder.iterdir()) if f.name != MANIFEST]
-    return {f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in files}
+def _describe(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
-def _flush(path: Path) -> None:
-    """fsync a file or a folder; folders cannot be opened on some systems."""
-    with contextlib.suppress(PermissionError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

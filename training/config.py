@@ -19,6 +19,7 @@ FREE_TO_CHANGE = {
     "logging_steps",
     "report_to",
     "dataloader_num_workers",
+    "process_timeout",
 }
 
 AT_LEAST_ONE = (
@@ -29,6 +30,7 @@ AT_LEAST_ONE = (
     "validation_steps",
     "logging_steps",
     "max_skipped_steps",
+    "process_timeout",
 )
 AT_LEAST_ZERO = (
     "lr_warmup_steps",
@@ -62,7 +64,8 @@ class RunConfig:
     resume_from_checkpoint: str | None = None  # "latest", or the path of a checkpoint folder
     validation_steps: int = 1000  # between pictures and held-out losses
     logging_steps: int = 20
-    max_skipped_steps: int = 20  # steps in a row with a non-finite gradient until the run stops
+    max_skipped_steps: int = 20  # steps in a row, not finite, until the run stops
+    process_timeout: int = 1800  # seconds that a process waits for the others until the job ends
     report_to: str = "none"  # none, tensorboard, wandb or trackio
     dataloader_num_workers: int = 0
 

@@ -4,7 +4,9 @@ import copy
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from smalti.training.sharding import is_sharded, sharded_like, whole
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -14,27 +16,51 @@ class EMA(Generic[Model]):
 
     The warm-up of d forgets the random start quickly. Buffers (an EMA codebook, counters) are
     copied, not averaged. `model` is the averaged module, in eval mode, ready to use.
+
+    If the model is sharded after this was made (FSDP2), so is the average: then `gather` brings
+    `model` up to date on the first process, and the others keep no whole copy of it.
     """
 
     def __init__(self, model: Model, decay: float) -> None:
         self.decay = decay
         self.updates = 0
         self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._shards: list[Tensor] = []
 
     @torch.no_grad()
     def update(self, model: Model) -> None:
         """Move the average towards `model`; call once after every accepted optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        for average, current in zip(self.model.parameters(), model.parameters(), strict=True):
+        for average, current in zip(self._averages(model), model.parameters(), strict=True):
             average.lerp_(current, 1 - decay)
         for average, current in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(current)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Bring `model` up to date on the first process; every process must call this."""
+        for average, shard in zip(self.model.parameters(), self._shards, strict=False):
+            average.copy_(whole(shard))
+
+    def _averages(self, model: Model) -> list[Tensor]:
+        """What this process averages: all parameters, or its shards of them."""
+        if not is_sharded(model):
+            return list(self.model.parameters())
+        if not self._shards:
+            pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+            self._shards = [sharded_like(average, current).clone() for average, current in pairs]
+            if torch.distributed.get_rank() > 0:
+                self.model.to("meta")
+        return self._shards
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged model as a flat dict; every process of a sharded run must call this."""
+        self.gather()
         return {**self.model.state_dict(), "ema.updates": torch.tensor(self.updates)}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """What `state_dict` returned, before the first update."""
         state = dict(state)
         self.updates = int(state.pop("ema.updates"))
         self.model.load_state_dict(state)

@@ -2,6 +2,8 @@
 
     config.yaml        the resolved config, valid as --config
     metrics.jsonl      what was measured
+    timing.jsonl       how fast it went
+    report.html        both, and the pictures, as a page
     checkpoint-000300/ see checkpoint.py
     exported.json      where the finished model went, and its hashes
 
@@ -23,10 +25,12 @@ logger = logging.getLogger(__name__)
 
 RECIPE = "config.yaml"
 METRICS = "metrics.jsonl"
+TIMING = "timing.jsonl"
+REPORT = "report.html"
 EXPORTED = "exported.json"
 
 # All that a run may leave before its first checkpoint: pictures, and what trackers write, too.
-BEFORE_A_CHECKPOINT = {RECIPE, METRICS, "reconstructions", "samples", "smalti"}
+BEFORE_A_CHECKPOINT = {RECIPE, METRICS, TIMING, REPORT, "reconstructions", "samples", "smalti"}
 
 
 def find_checkpoint(

@@ -1,17 +1,22 @@
 """Where a run writes what it measures: always `metrics.jsonl`, trackers if asked for."""
 
+import contextlib
 import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from torch import Tensor
 
 from smalti.errors import SmaltiError
 from smalti.files import write_text
+
+logger = logging.getLogger(__name__)
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -20,14 +25,14 @@ class MetricsLog:
     """One JSON object per line: {"step": 100, "loss": 0.25, ...}. Only the main process writes.
 
     "step" counts finished steps. Lines after `resume_step` are dropped, so that no step stands
-    twice.
+    twice. A tracker that fails is left out from then on, and said so once: the file has it all.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, resume_step: int = 0) -> None:
         self.path = path
         self.accelerator = accelerator
-        if accelerator.is_main_process and path.is_file():
-            write_text(path, "".join(_lines_up_to(path, resume_step)))
+        if accelerator.is_main_process:
+            drop_lines_after(path, resume_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line; also send the values to the trackers."""
@@ -35,27 +40,58 @@ class MetricsLog:
             return
         # JSON has no NaN: a value that is not finite is written as a string, never lost.
         safe = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **safe}) + "\n")
-        self.accelerator.log(values, step=step)
+        append_line(self.path, {"step": step, **safe})
+        for tracker in list(self.accelerator.trackers):
+            with leaving_out(tracker, self.accelerator):
+                tracker.log(values, step=step)
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+@contextlib.contextmanager
+def leaving_out(tracker: GeneralTracker, accelerator: Accelerator) -> Iterator[None]:
+    """A context in which whatever a tracker raises costs that tracker, not the run."""
+    try:
+        yield
+    except Exception as error:
+        accelerator.trackers = [other for other in accelerator.trackers if other is not tracker]
+        name = getattr(tracker, "name", type(tracker).__name__)
+        logger.warning("the tracker %s failed and is left out: %s", name, error)
+
+
+def append_line(path: Path, content: dict[str, Any]) -> None:
+    """Append one line of JSON to a file."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(content) + "\n")
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines of a log, if there is one, up to a step."""
+    if path.is_file():
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; damaged ones, as a killed run leaves them, are left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(f"{line}\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # the last line of a killed run may be cut
-    return kept
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
 
 
 def start_trackers(accelerator: Accelerator, report_to: str, config: dict[str, Any]) -> None:
     """Initialise the tracker named by `report_to` ("none" starts nothing)."""
     if report_to != "none":
         flat = {k: v for k, v in config.items() if isinstance(v, int | float | str | bool)}
-        accelerator.init_trackers("smalti", config=flat)
+        try:
+            accelerator.init_trackers("smalti", config=flat)
+        except Exception as error:
+            accelerator.trackers = []
+            logger.warning("the tracker %s does not start, the run goes on: %s", report_to, error)
 
 
 def check_tracker(report_to: str) -> None:

@@ -3,8 +3,6 @@
 from typing import Literal
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from smalti.errors import SmaltiError
 
@@ -23,17 +21,6 @@ def resolve_precision(requested: Precision, device: torch.device) -> Literal["no
     if device.type == "cpu":
         return "bf16" if cpu_multiplies_bf16() else "no"
     return "no"
-
-
-def agreed_precision(requested: Precision) -> Literal["no", "bf16"]:
-    """What `resolve_precision` says on the main process: the machines of a job may differ."""
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    assert state.device is not None, "PartialState always has a device"
-    choice: list[Literal["no", "bf16"]] = ["no"]
-    if state.is_main_process:
-        choice = [resolve_precision(requested, state.device)]
-    broadcast_object_list(choice)
-    return choice[0]
 
 
 def cpu_multiplies_bf16() -> bool:

@@ -1,13 +1,19 @@
 """The latent cache: written once whatever the world size, resumable, refused when damaged."""
 
+import json
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from smalti.data.cache import CacheInfo, EncodedRange, LatentCache, read_manifest, write_cache
 from smalti.data.latents import CodeSpec, ContinuousSpec
+from smalti.data.views import VIEW_SETS
 from smalti.errors import SmaltiError
 
 INFO = CacheInfo(
@@ -51,6 +57,71 @@ def test_views_are_a_pure_function_of_seed_epoch_and_index(tmp_path: Path) -> No
     assert torch.equal(once, again) and not torch.equal(once, other)
     flipped = (once[:, 0] % 1000 == 100).float().mean()
     assert 0.35 < flipped < 0.65
+
+
+def test_every_one_of_ten_views_is_shown_and_the_first_to_evaluation(tmp_path: Path) -> None:
+    info = replace(INFO, views=VIEW_SETS["ten-crop"], num_samples=4)
+    codes = (100 * torch.arange(4)[:, None, None] + torch.arange(10)[:, None]).expand(4, 10, 6)
+    labels = torch.zeros(4, dtype=torch.int64)
+    write_cache(tmp_path / "c", info, lambda a, b: EncodedRange(codes, labels))
+    cache = LatentCache(tmp_path / "c")
+    shown = [cache.__getitems__([(e, i) for i in range(4)]).stored[:, 0] for e in range(60)]
+    counts = (torch.stack(shown) % 100).flatten().bincount(minlength=10)
+    assert counts.min() > 10 and counts.max() < 40  # 24 each on average
+    assert cache.first_view(range(4)).stored[:, 0].tolist() == [0, 100, 200, 300]
+
+
+def test_a_batch_joins_samples_of_all_shards_in_the_order_of_its_keys(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c", INFO, encode)
+    cache = LatentCache(tmp_path / "c")
+    wanted = [9, 0, 5, 4, 3, 9]
+    batch = cache.__getitems__([(3, i) for i in wanted])
+    assert (batch.stored[:, 0] // 1000).tolist() == wanted == batch.indices.tolist()
+    assert batch.labels.tolist() == [i % 2 for i in wanted]
+    everything = cache.all_views(range(10))
+    assert everything.dtype == np.int32
+    assert np.array_equal(everything, encode(0, 10).stored.numpy())
+
+
+def test_a_worker_process_maps_the_files_anew(tmp_path: Path) -> None:
+    info = replace(INFO, num_samples=4000, shard_size=1000)
+    write_cache(tmp_path / "c", info, encode_small)
+    cache = LatentCache(tmp_path / "c")
+    cache.first_view([0])
+    content = pickle.dumps(cache)
+    assert len(content) < 4000 * (8 + 4)  # labels, but no codes
+    assert torch.equal(
+        pickle.loads(content).first_view([7, 3999]).stored, cache.first_view([7, 3999]).stored
+    )
+
+
+def encode_small(start: int, stop: int) -> EncodedRange:
+    return EncodedRange(encode(start, stop).stored % 70000, torch.arange(start, stop) % 2)
+
+
+READ_WITHIN = """
+import resource, sys
+from smalti.data.cache import LatentCache
+with open("/proc/self/status") as status:
+    used = next(int(line.split()[1]) for line in status if line.startswith("VmData"))
+limit = (used << 10) + (48 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+cache = LatentCache(sys.argv[1])
+print(cache.first_view(range(0, len(cache), 64)).stored.mean().item())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_a_cache_larger_than_memory_is_read(tmp_path: Path) -> None:
+    """128 MiB of latents, by a process that may allocate 48 MiB more than its imports did."""
+    info = replace(INFO, spec=ContinuousSpec(4, 32, 32), views=("identity",))
+    info = replace(info, num_samples=8192, shard_size=2048)
+    ones = EncodedRange(torch.ones(2048, 1, 8, 32, 32), torch.zeros(2048, dtype=torch.int64))
+    write_cache(tmp_path / "c", info, lambda a, b: ones)
+    assert sum(p.stat().st_size for p in (tmp_path / "c").glob("shard-*")) > 2 * 48 << 20
+    command = [sys.executable, "-c", READ_WITHIN, str(tmp_path / "c")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.strip() == "1.0", done.stderr[-2000:]
 
 
 def test_any_world_size_writes_the_same_files(tmp_path: Path) -> None:
@@ -142,6 +213,16 @@ def test_damage_is_named(tmp_path: Path) -> None:
             read_manifest(tmp_path / "c")
 
 
+def test_latents_may_lie_in_memory_in_any_order(tmp_path: Path) -> None:
+    def strided(start: int, stop: int) -> EncodedRange:
+        part = encode(start, stop)
+        return EncodedRange(part.stored.permute(2, 1, 0).contiguous().permute(2, 1, 0), part.labels)
+
+    write_cache(tmp_path / "one", INFO, encode)
+    write_cache(tmp_path / "two", INFO, strided)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
 def test_small_vocabularies_take_two_bytes_per_code(tmp_path: Path) -> None:
     small = replace(INFO, spec=CodeSpec(65536, ((2, 3),)))
     top = EncodedRange(torch.full((4, 2, 6), 65535), torch.zeros(4, dtype=torch.int64))
@@ -160,6 +241,65 @@ def test_continuous_latents_come_back_as_float32(tmp_path: Path) -> None:
     batch = LatentCache(tmp_path / "c").first_view([0, 1, 2, 3])
     assert batch.stored.dtype == torch.float32
     torch.testing.assert_close(batch.stored, values[:, 0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [65520.0, -70000.0, float("inf"), float("nan")])
+def test_a_latent_beyond_half_precision_is_an_error_naming_it(tmp_path: Path, value: float) -> None:
+    info = replace(INFO, spec=ContinuousSpec(1, 1, 1), views=("identity",))
+
+    def one_large(start: int, stop: int) -> EncodedRange:
+        stored = torch.arange(start, stop).float().view(-1, 1, 1, 1, 1).repeat(1, 1, 2, 1, 1)
+        stored[stored == 6] = value
+        return EncodedRange(stored, torch.zeros(stop - start, dtype=torch.int64))
+
+    with pytest.raises(SmaltiError, match=f"sample 6 has the latent {value:g}"):
+        write_cache(tmp_path / "c", info, one_large)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["shard-00000.safetensors"]
+
+
+def test_the_largest_half_is_kept(tmp_path: Path) -> None:
+    info = replace(INFO, spec=ContinuousSpec(1, 1, 1), views=("identity",), num_samples=1)
+    top = EncodedRange(torch.full((1, 1, 2, 1, 1), -65504.0), torch.zeros(1, dtype=torch.int64))
+    write_cache(tmp_path / "c", info, lambda a, b: top)
+    assert LatentCache(tmp_path / "c").first_view([0]).stored.unique().tolist() == [-65504.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stored": 70000}, "sample 5 has the code 70000, which is none of the 70000"),
+        ({"stored": -1}, "sample 5 has the code -1"),
+        ({"labels": 2}, "sample 5 has the label 2, which is none of the 2 classes"),
+    ],
+)
+def test_what_the_manifest_cannot_describe_is_never_written(tmp_path, change, message) -> None:
+    def wrong(start: int, stop: int) -> EncodedRange:
+        part = encode(start, stop)
+        if start == 4:
+            part.labels[1] = change.get("labels", 0)
+            part.stored[1, 1, 3] = change.get("stored", 0)
+        return part
+
+    with pytest.raises(SmaltiError, match=message):
+        write_cache(tmp_path / "c", INFO, wrong)
+    with pytest.raises(SmaltiError, match=r"have shape \(3, 2, 6\)"):
+        write_cache(tmp_path / "d", INFO, lambda a, b: encode(a, b - 1))
+
+
+def test_a_manifest_that_does_not_describe_its_shards_is_an_error(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c", INFO, encode)
+    manifest = tmp_path / "c" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for change, message in (
+        ({"shards": content["shards"][:2]}, "names 2 shards"),
+        ({"num_samples": 13}, "names 3 shards"),
+        ({"num_samples": 11}, r"shard-00002\.safetensors holds int32 \(2, 2, 6\)"),
+        ({"spec": {**content["spec"], "vocab_size": 9}}, "the manifest promises uint16"),
+        ({"shard_size": 0}, "0 to a file, would be empty"),
+    ):
+        manifest.write_text(json.dumps({**content, **change}))
+        with pytest.raises(SmaltiError, match=message):
+            LatentCache(tmp_path / "c")
 
 
 def test_specs_check_their_sizes() -> None:

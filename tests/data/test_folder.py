@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from smalti.data.folder import FolderOptions, FolderSource, read_picture
-from smalti.data.images import heldout_mask, open_source
+from smalti.data.decoding import FolderOptions
+from smalti.data.folder import read_picture
+from smalti.data.images import divide, heldout_mask, open_source
 from smalti.errors import SmaltiError
 
 
@@ -148,7 +149,7 @@ def test_a_single_file_is_held_to_the_same_rules(tmp_path: Path, name: str) -> N
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_pictures_can_be_converted(pictures: Path, name: str) -> None:
     (pictures / "red" / name).write_bytes(TROUBLE[name][0])
-    source = FolderSource(pictures, FolderOptions(unusual_images="convert"))
+    source = open_source(str(pictures), options=FolderOptions(unusual_images="convert"))
     (index,) = [i for i in range(len(source)) if source.name(i) == f"red/{name}"]
     image = source.read(index)
     assert image.mode == "RGB" and image.size == (20, 20)
@@ -159,7 +160,7 @@ def test_unusual_pictures_can_be_converted(pictures: Path, name: str) -> None:
 @pytest.mark.parametrize("name", UNDECODABLE)
 def test_bad_pictures_can_be_skipped_and_are_counted(pictures: Path, name: str, caplog) -> None:
     (pictures / "red" / name).write_bytes(TROUBLE[name][0])
-    source = FolderSource(pictures, FolderOptions(bad_images="skip"))
+    source = open_source(str(pictures), options=FolderOptions(bad_images="skip"))
     assert len(source) == 24
     assert "skipped 1 of 25 pictures" in caplog.text and name in caplog.text
 
@@ -167,7 +168,7 @@ def test_bad_pictures_can_be_skipped_and_are_counted(pictures: Path, name: str, 
 def test_a_bomb_is_not_skipped_silently(pictures: Path) -> None:
     (pictures / "red" / "bomb.png").write_bytes(TROUBLE["bomb.png"][0])
     with pytest.raises(SmaltiError, match="claims"):
-        FolderSource(pictures, FolderOptions(bad_images="skip"))
+        open_source(str(pictures), options=FolderOptions(bad_images="skip"))
 
 
 def test_all_trouble_is_counted_at_once(pictures: Path) -> None:
@@ -215,12 +216,11 @@ def test_a_class_without_pictures_is_refused(pictures: Path) -> None:
         open_source(str(pictures))
 
 
-def test_skipping_may_not_leave_one_class(pictures: Path) -> None:
-    for name in ("red", "green"):
-        for path in (pictures / name).iterdir():
-            path.write_bytes(b"")
-    with pytest.raises(SmaltiError, match=r'one class only \("blue"\)'):
-        FolderSource(pictures, FolderOptions(bad_images="skip"))
+def test_skipping_may_not_leave_a_class_without_pictures(pictures: Path) -> None:
+    for path in (pictures / "green").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(SmaltiError, match=r'no picture of the class "green"'):
+        open_source(str(pictures), options=FolderOptions(bad_images="skip"))
 
 
 def test_one_class_needs_a_word(pictures: Path) -> None:
@@ -228,13 +228,15 @@ def test_one_class_needs_a_word(pictures: Path) -> None:
         shutil.rmtree(pictures / name)
     with pytest.raises(SmaltiError, match=r'one class only \("blue"\).*--folder.single_class'):
         open_source(str(pictures))
-    assert len(FolderSource(pictures, FolderOptions(single_class=True))) == 8
+    assert len(open_source(str(pictures), options=FolderOptions(single_class=True))) == 8
 
 
 def test_a_flat_folder_is_one_class(pictures: Path) -> None:
-    with pytest.raises(SmaltiError, match="no sub-folders"):
+    with pytest.raises(SmaltiError, match=r"one class only.*a sub-folder for each"):
         open_source(str(pictures / "red"))
-    assert FolderSource(pictures / "red", FolderOptions(single_class=True)).classes == ("",)
+    assert open_source(str(pictures / "red"), options=FolderOptions(single_class=True)).classes == (
+        "",
+    )
 
 
 def test_missing_empty_and_confused_folders(pictures: Path, tmp_path: Path) -> None:
@@ -299,6 +301,17 @@ def test_the_only_picture_of_a_class_is_for_training(pictures: Path) -> None:
     red = source.labels == source.classes.index("red")
     assert red.sum() == 1
     assert not any(heldout_mask(source, 0.9, seed)[red].item() for seed in range(10))
+
+
+def test_a_group_of_two_classes_leaves_each_something_to_train_on() -> None:
+    """Class 1 has one group only, which class 0 alone might well hold out."""
+    labels = torch.tensor([0] * 8 + [1, 1])
+    groups = [*"abcdefgh", "a", "a"]
+    alone = [divide(labels[:8], groups[:8], 0.5, seed)[0].item() for seed in range(20)]
+    assert any(alone)  # without class 1, "a" is held out at times
+    for seed in range(20):
+        mask = divide(labels, groups, 0.5, seed)
+        assert not mask[8:].any() and not mask[0]
 
 
 def test_a_set_that_cannot_be_divided_is_refused(pictures: Path) -> None:

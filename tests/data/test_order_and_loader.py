@@ -1,5 +1,8 @@
 """The data order is a pure function of the step; how it is read does not matter."""
 
+import multiprocessing
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -69,6 +72,44 @@ def test_reading_leaves_the_global_random_state_alone() -> None:
     take(3)
     take(3, num_workers=1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_program_that_fails_does_not_wait_for_its_workers() -> None:
+    """Though they ignore the signals with which Python would end them."""
+    code = (
+        "import sys, torch\n"
+        "from smalti.data.loader import stream_batches\n"
+        "from smalti.data.order import DataOrder\n"
+        "class Numbers:\n"
+        "    def __getitems__(self, keys): return torch.tensor(keys)\n"
+        "stream = stream_batches(Numbers(), DataOrder(10, 4, 0), num_workers=1)\n"
+        "sys.stream = stream  # what a traceback holds outlives the program's last line\n"
+        "next(stream)\n"
+        "raise RuntimeError('out of memory')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == b"RuntimeError: out of memory"
+
+
+class Failing:
+    """A data set that cannot be read."""
+
+    def __getitems__(self, keys):
+        raise SmaltiError("the disk is gone")
+
+
+def test_workers_end_with_the_batches_even_after_an_error() -> None:
+    others = set(multiprocessing.active_children())
+    for dataset in (Numbers(), Failing()):
+        stream = stream_batches(dataset, DataOrder(10, 4, 0), num_workers=2)
+        try:
+            next(stream)
+            assert set(multiprocessing.active_children()) > others
+            stream.close()
+        except SmaltiError as error:
+            assert "the disk is gone" in str(error)
+        assert set(multiprocessing.active_children()) == others
 
 
 def test_indivisible_batches_are_refused() -> None:

@@ -188,7 +188,7 @@ def test_parts_that_do_not_fit_are_refused(tokenizer, prior) -> None:
         ({"class_labels": torch.tensor([0.9])}, "class label 0.89.* is no whole number"),
         ({"class_labels": torch.tensor([True])}, "class label True is no whole number"),
         ({"class_labels": [True]}, "class label True is no whole number"),
-        ({"class_labels": None}, "class label None is no whole number"),
+        ({"class_labels": None}, "give class_labels"),
         ({"class_labels": 0, "generator": 0}, "generator holds 0: give a torch.Generator"),
         ({"class_labels": 0, "generator": [0]}, "generator holds 0: give a torch.Generator"),
         (
@@ -204,7 +204,7 @@ def test_mistakes_are_explained_before_any_work(pipe, monkeypatch, arguments, me
 
 
 def test_an_unknown_option_is_a_type_error(pipe) -> None:
-    with pytest.raises(TypeError, match="tempersture"):
+    with pytest.raises(TypeError, match='"tempersture"; did you mean "temperature"'):
         pipe(0, tempersture=1.0)
 
 

@@ -491,7 +491,9 @@ def test_there_is_a_preset_for_every_size_and_patch() -> None:
 
 def test_fitting_a_preset_to_latents() -> None:
     fitted = PRESETS["dit-s/2"].fitted(ContinuousSpec(16, 12, 8), 7)
-    assert (fitted.in_channels, fitted.out_channels) == (16, 16)
+    assert (fitted.in_channels, fitted.out_channels) == (16, 32)  # a variance, as before
+    nano = PRESETS["dit-nano"].fitted(ContinuousSpec(16, 12, 8), 7)
+    assert (nano.in_channels, nano.out_channels) == (16, 16)
     assert (fitted.grid, fitted.token_grid, fitted.num_classes) == ((12, 8), (6, 4), 7)
     assert fitted.width == PRESETS["dit-s/2"].width
     with pytest.raises(SmaltiError, match="choose a patch_size that divides both"):

@@ -21,7 +21,7 @@ from smalti.prior.paths import (
     VPLinearPath,
 )
 from smalti.prior.predictions import PREDICTIONS
-from smalti.prior.solvers import SOLVERS
+from smalti.prior.solvers import SOLVERS, make_solver
 from smalti.prior.times import LogitNormalTimes
 
 NETWORK = DiTConfig(
@@ -323,7 +323,7 @@ def test_presets_are_for_the_same_latents_until_fitted() -> None:
         assert (preset.spec, preset.num_classes) == (default.spec, default.num_classes), name
         fitted = preset.fitted(spec, 7, "abc")
         assert (fitted.spec, fitted.num_classes, fitted.tokenizer_fingerprint) == (spec, 7, "abc")
-        assert fitted.network.out_channels == 8
+        assert fitted.network.out_channels == (8 if name.startswith("flow") else 16)
         assert config_from_dict(FlowConfig, config_to_dict(fitted), name) == fitted
     with pytest.raises(SmaltiError, match="use a next-token prior"):
         PRESETS["flow-nano"].fitted(CodeSpec(16, ((4, 4),)), 7, None)
@@ -335,6 +335,19 @@ def test_save_and_load(tmp_path) -> None:
     loaded = FlowPrior.from_pretrained(saved.save_pretrained(tmp_path / "prior"))
     assert loaded.config == saved.config and loaded.fingerprint == saved.fingerprint
     torch.testing.assert_close(loaded(LATENTS, LABELS).total, saved(LATENTS, LABELS).total)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+def test_a_chain_is_walked_in_even_strides_from_its_first_step(solver: str) -> None:
+    chain = FlowPrior(replace(TINY, path=DDPMPath(), prediction="noise"))
+    times = chain.time_grid(10, make_solver(solver))
+    assert torch.equal(times, chain.time_grid(10, make_solver(solver), "ddpm"))
+    steps = [round(999 - 1000 * t) for t in times.tolist()]
+    assert steps == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0, -1]  # -1: the data
+    assert torch.equal(
+        chain.time_grid(10, make_solver("heun")),
+        chain.time_grid(10, make_solver("heun"), "uniform"),
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.errors import SmaltiError
 from smalti.prior.layers import RMSNorm, rotary_table, rotate
 from smalti.prior.next_token import PRESETS, NextTokenConfig, NextTokenPrior
+from smalti.prior.sampling import SamplingOptions
+from smalti.prior.token_decoder import TokenDecoder
 
 CODES = torch.randint(16, (4, 64), generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 3])  # 3 is the null label
@@ -112,16 +114,14 @@ def test_logits_are_those_of_a_plain_llamagen(rotary) -> None:
 
 @pytest.mark.parametrize("rotary", ["identity", "zero"])
 def test_cached_and_teacher_forced_logits_agree(rotary) -> None:
-    from smalti.prior.next_token import _Decoder
-
     model = randomised(replace(TINY, prefix_rotary=rotary))
     codes = CODES[:, :15]
     with torch.no_grad():
         expected = model.logits(codes, LABELS)
-        decoder = _Decoder(model, LABELS, guided=False)
+        decoder = TokenDecoder(model, LABELS, SamplingOptions())
         for j in range(15):
-            torch.testing.assert_close(decoder.logits(1.0), expected[:, j], rtol=1e-4, atol=1e-5)
-            decoder.append(codes[:, j])
+            torch.testing.assert_close(decoder.logits(j), expected[:, j], rtol=1e-4, atol=1e-5)
+            decoder.append(codes[:, j], j)
 
 
 def test_greedy_sampling_follows_the_argmax_of_the_logits(prior) -> None:
@@ -139,12 +139,12 @@ def test_guided_greedy_sampling_follows_the_guided_logits(prior) -> None:
     assert torch.equal(drawn, guided.argmax(-1))
 
 
-@pytest.mark.parametrize(("scale", "rows"), [(1.0, 4), (1.5, 8)])
-def test_guidance_one_costs_no_second_pass(prior, scale: float, rows: int) -> None:
-    seen = set()
-    prior.output.register_forward_pre_hook(lambda module, args: seen.add(len(args[0])))
+@pytest.mark.parametrize(("scale", "passes"), [(1.0, 64 * [4]), (1.5, [4, 4] + 63 * [8])])
+def test_guidance_one_costs_no_second_pass(prior, scale: float, passes: list[int]) -> None:
+    seen = []
+    prior.output.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     prior.sample(LABELS, guidance_scale=scale)
-    assert seen == {rows}
+    assert seen == passes
 
 
 def generators(*seeds: int) -> list[torch.Generator]:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from runs import assert_same, losses, stop_after, weights
+from safetensors.torch import save_file
 
 import smalti
 from smalti.cli import main as smalti_main
@@ -38,7 +39,6 @@ from smalti.tokenizer.nearest import NearestConfig
 from smalti.tokenizer.objective import ObjectiveConfig
 from smalti.tokenizer.vit import FrozenViT, ViTSizes
 from smalti.tokenizer.vq import VQConfig
-from smalti.training.run import Run
 
 CONV = ConvConfig(
     channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(1,), z_channels=8
@@ -65,28 +65,6 @@ def tokenizer_config(pictures: Path, out: Path, **changes) -> TrainTokenizerConf
         output_dir=out, data=str(pictures), tokenizer=VQ, objective=OBJECTIVE, **COMMON
     )
     return replace(base, max_train_steps=8, checkpointing_steps=100, **changes)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every file of the last checkpoint."""
-    last = sorted(folder.glob("checkpoint-*"))[-1]
-    return {
-        f"{file.name}/{name}": value
-        for file in sorted(last.glob("*.safetensors"))
-        for name, value in load_file(file).items()
-    }
-
-
-def losses(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same(a: Path, b: Path) -> None:
-    """Bitwise equal state and logged losses."""
-    first, second = weights(a), weights(b)
-    assert first.keys() == second.keys()
-    assert [k for k in first if not torch.equal(first[k], second[k])] == []
-    assert losses(a) == losses(b)
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +135,9 @@ def test_cached_codes_are_those_of_the_pictures(trained: Path) -> None:
     images = ImageDataset(open_source(str(trained / "pictures")), 32, split="train").all_images()
     cache = LatentCache(trained / "lat" / "train")
     assert torch.equal(cache.first_view(range(len(cache))).stored, tokenizer.encode(images))
+    mirrored = cache.all_views(range(len(cache)))[:, 1]
     assert torch.equal(
-        torch.from_numpy(cache._stored[:, 1].astype("int64")), tokenizer.encode(images.flip(-1))
+        torch.from_numpy(mirrored.astype("int64")), tokenizer.encode(images.flip(-1))
     )
 
 
@@ -240,25 +219,6 @@ def test_prior_resume_is_bit_exact_even_twice(trained: Path, tmp_path: Path) -> 
         stop_after(config, cut, train_prior)
     train_prior(config)
     assert_same(trained / "prior", tmp_path / "cut")
-
-
-def stop_after(config, step: int, train) -> None:
-    """Run until a SIGINT arrives during a step, as if the user pressed Ctrl-C."""
-    original = Run.learning_rate
-    sent = []
-
-    def learning_rate(self, at: int) -> float:
-        if at == step - 1 and not sent:
-            sent.append(at)
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, at)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "learning_rate", learning_rate)
-        with pytest.raises(SystemExit) as stop:
-            train(config)
-    assert stop.value.code == 130
-    assert (config.output_dir / f"checkpoint-{step:06d}").is_dir()
 
 
 def test_accumulation_equals_one_large_batch(trained: Path, tmp_path: Path) -> None:
@@ -438,7 +398,7 @@ def test_a_prior_does_not_go_on_with_other_latents(trained: Path, tmp_path: Path
             data=str(root / "pictures"),
             tokenizer=root / "tok" / "tokenizer",
             output_dir=root / "lat",
-            flip_view=False,
+            views="identity",
         )
     )
     again = prior_config(root, root / "run", resume_from_checkpoint="latest", max_train_steps=9)

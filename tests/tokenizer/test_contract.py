@@ -8,6 +8,7 @@ from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.fsq import FSQConfig
+from smalti.tokenizer.gumbel import GumbelConfig
 from smalti.tokenizer.kl import KLConfig
 from smalti.tokenizer.lookup_free import LookupFreeConfig
 from smalti.tokenizer.multi_scale import MultiScaleConfig
@@ -31,6 +32,7 @@ CONFIGS = {
     "fsq": FSQConfig(levels=(4, 4)),
     "lookup-free": LookupFreeConfig(bits=4),
     "spherical": LookupFreeConfig(bits=4, spherical=True),
+    "gumbel": GumbelConfig(vocab_size=16, code_dim=4, kl_weight=0.1),
     "multi-scale": MultiScaleConfig(codebook=BOOK, scales=SCALES, convolutions=2),
     "multi-scale-ema": MultiScaleConfig(
         codebook=EMA_BOOK, scales=SCALES, convolutions=1, scale_dropout=0.5, scale_dropout_keeps=1

@@ -162,6 +162,9 @@ def test_impossible_configs_are_refused(changes, message: str) -> None:
     ("options", "message"),
     [
         ({"channels": 7}, "channels is 7"),
+        ({"channels": 24, "norm_groups": 5}, "multiple of norm_groups 5"),
+        ({"norm_groups": 0}, "multiple of norm_groups 0"),
+        ({"channels": 0, "norm_groups": 5}, "channels is 0; it must be at least 1"),
         ({"channel_mult": ()}, "channel_mult"),
         ({"attention_levels": (9,)}, "names level 9"),
         ({"z_channels": 0}, "at least 1"),

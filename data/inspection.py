@@ -1,0 +1,195 @@
+"""What a set of pictures holds, and what is wrong with it, without training on it."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from statistics import median
+
+from torch import Tensor
+
+from smalti.data.decoding import FolderOptions
+from smalti.data.images import ImageSource, divide
+from smalti.data.verification import EncodedPictures, Finding, in_threads, verify
+from smalti.errors import SmaltiError
+
+SHOWN_CLASSES = 20  # of a summary; the report has them all
+SMALL_CLASS = 10  # pictures; less are hardly learned
+
+
+@dataclass(frozen=True)
+class BadFile:
+    """A picture that training would refuse."""
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Range:
+    """Of a side of all usable pictures, in pixels."""
+
+    min: int
+    median: float
+    max: int
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Pictures whose files are equal, byte for byte."""
+
+    extra: int  # pictures that could go without a loss
+    across_classes: int  # of these, copies under another label
+    groups: list[list[str]]  # where the equal ones lie
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of one set; plain values, as the JSON file holds them."""
+
+    data: str
+    pictures: int  # files, bad ones too
+    bad: list[BadFile]
+    classes: dict[str, int]  # usable pictures of each
+    width: Range | None  # None: no picture can be used
+    height: Range | None
+    modes: dict[str, int]  # how the colours are stored, in Pillow's names
+    duplicates: Duplicates
+    train: int  # sizes of the splits, without bad pictures
+    heldout: int
+    remarks: list[str] = field(default_factory=list)  # what is no error, but worth a look
+
+
+def inspect(
+    data: str,
+    pictures: ImageSource | EncodedPictures,
+    options: FolderOptions,
+    *,
+    heldout_fraction: float,
+    split_seed: int,
+) -> Report:
+    """Decode everything, count, and compare."""
+    findings = findings_of(pictures, options)
+    good = [row for row, found in enumerate(findings) if not found.problem]
+    used = [findings[row] for row in good]
+    labels = pictures.labels[good]
+    remarks: list[str] = []
+    counts = Counter(labels.tolist())
+    classes = {name: counts[number] for number, name in enumerate(pictures.classes)}
+    duplicates = _duplicates(pictures, good, used, labels)
+    heldout = _num_heldout(pictures, good, used, heldout_fraction, split_seed, remarks)
+    remarks += _remarks(classes, duplicates, options)
+    return Report(
+        data=data,
+        pictures=len(findings),
+        bad=[
+            BadFile(_place(pictures, row), found.problem)
+            for row, found in enumerate(findings)
+            if found.problem
+        ],
+        classes=classes,
+        width=_range([found.width for found in used]),
+        height=_range([found.height for found in used]),
+        modes=dict(Counter(found.mode for found in used).most_common()),
+        duplicates=duplicates,
+        train=len(good) - heldout,
+        heldout=heldout,
+        remarks=remarks,
+    )
+
+
+def findings_of(pictures: ImageSource | EncodedPictures, options: FolderOptions) -> list[Finding]:
+    """What decoding shows of every picture; of arrays, their pixels take the place of a file."""
+    if isinstance(pictures, EncodedPictures):
+        return verify(pictures, options)
+
+    def examine(index: int) -> Finding:
+        image = pictures.read(index)
+        digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes())
+        return Finding(digest.hexdigest(), None, False, *image.size, image.mode)
+
+    return in_threads(examine, len(pictures), "check pictures")
+
+
+def summary(report: Report) -> str:
+    """The report as a person reads it: a few lines."""
+    shown = list(report.classes.items())[:SHOWN_CLASSES]
+    more = len(report.classes) - len(shown)
+    lines = [
+        f"{report.data}: {report.pictures} pictures, {len(report.bad)} of them bad",
+        f"classes: {len(report.classes)}",
+        *(f"  {count:8}  {name or '(none)'}" for name, count in shown),
+        *([f"  and {more} more"] if more else []),
+    ]
+    for side, values in (("width", report.width), ("height", report.height)):
+        if values:
+            lines.append(f"{side}: {values.min} to {values.max} pixels, median {values.median:g}")
+    modes = ", ".join(f"{count} {mode}" for mode, count in report.modes.items())
+    lines += [
+        f"colours: {modes or 'none'}",
+        f"copies: {report.duplicates.extra}, under another label "
+        f"{report.duplicates.across_classes}",
+        f"split: {report.train} to train on, {report.heldout} held out",
+        *(f"note: {remark}" for remark in report.remarks),
+    ]
+    return "\n".join(lines)
+
+
+def _place(pictures: ImageSource | EncodedPictures, row: int) -> str:
+    return pictures.place(row) if isinstance(pictures, EncodedPictures) else pictures.name(row)
+
+
+def _range(sides: list[int]) -> Range | None:
+    return Range(min(sides), median(sides), max(sides)) if sides else None
+
+
+def _duplicates(
+    pictures: ImageSource | EncodedPictures, good: list[int], used: list[Finding], labels: Tensor
+) -> Duplicates:
+    same: dict[str, list[int]] = {}
+    for number, found in enumerate(used):
+        same.setdefault(found.sha256, []).append(number)
+    groups = [numbers for numbers in same.values() if len(numbers) > 1]
+    across = sum(
+        sum(labels[number].item() != labels[numbers[0]].item() for number in numbers)
+        for numbers in groups
+    )
+    places = [[_place(pictures, good[number]) for number in numbers] for numbers in groups]
+    return Duplicates(sum(len(numbers) - 1 for numbers in groups), across, places)
+
+
+def _num_heldout(
+    pictures: ImageSource | EncodedPictures,
+    good: list[int],
+    used: list[Finding],
+    fraction: float,
+    seed: int,
+    remarks: list[str],
+) -> int:
+    if not good:
+        return 0
+    if pictures.heldout is not None:
+        return int(pictures.heldout[good].sum())
+    # As the sources group them: equal files together, or what the set itself says.
+    if isinstance(pictures, ImageSource):
+        groups = [pictures.group(row) for row in good]
+    else:
+        groups = [found.sha256 for found in used]
+    try:
+        return int(divide(pictures.labels[good], groups, fraction, seed).sum())
+    except SmaltiError as error:
+        remarks.append(str(error))
+        return 0
+
+
+def _remarks(classes: dict[str, int], duplicates: Duplicates, options: FolderOptions) -> list[str]:
+    remarks = []
+    present = [name for name, count in classes.items() if count]
+    if len(present) < 2 and not options.single_class:
+        remarks.append("there is one class only: training needs --folder.single_class")
+    small = [name for name, count in classes.items() if count < SMALL_CLASS]
+    if small:
+        named = ", ".join(small[:SHOWN_CLASSES]) + (", ..." if len(small) > SHOWN_CLASSES else "")
+        remarks.append(f"{len(small)} classes with less than {SMALL_CLASS} pictures: {named}")
+    if duplicates.across_classes:
+        remarks.append("the same picture stands under two labels: see duplicates in --json")
+    return remarks

@@ -1,0 +1,80 @@
+"""What the pictures of one call are of: classes, or captions as a text encoder gives them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from smalti.errors import SmaltiError
+from smalti.pipelines.labels import ClassLabels, label_ids, whole_number
+from smalti.prior.base import Prior
+from smalti.prior.text_condition import Condition, TextCondition
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The condition of each picture."""
+
+    labels: list[int] = field(default_factory=list)  # classes; empty where captions are given
+    captions: TextCondition | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels) if self.captions is None else len(self.captions)
+
+    def part(self, rows: slice, device: torch.device) -> Condition:
+        """Those of some pictures, as a prior takes them."""
+        if self.captions is None:
+            return torch.tensor(self.labels[rows], dtype=torch.int64, device=device)
+        return self.captions[rows].to(device)
+
+    @classmethod
+    def of_classes(cls, labels: ClassLabels, classes: Sequence[str], each: int) -> Self:
+        """`each` pictures of every class that is named, in order.
+
+        Raises:
+            SmaltiError: no such class; `each` is no whole number, or nothing is asked for.
+        """
+        each = whole_number("num_images_per_prompt", each)
+        found = [label for label in label_ids(labels, classes) for _ in range(each)]
+        if not found:
+            raise SmaltiError("no pictures were asked for: give a class and at least one per class")
+        return cls(found)
+
+    @classmethod
+    def of_captions(cls, features: Tensor, mask: Tensor | None, each: int) -> Self:
+        """`each` pictures of every caption, in order.
+
+        Args:
+            features: (B, T, D), padded anywhere.
+            mask: (B, T), not 0 at tokens; None where nothing is padding.
+
+        Raises:
+            SmaltiError: shapes or types are wrong; nothing is asked for.
+        """
+        each = whole_number("num_images_per_prompt", each)
+        if each < 1 or not len(features):
+            raise SmaltiError("no pictures were asked for: give a caption and at least one for it")
+        if mask is None:
+            mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        TextCondition(features, torch.ones_like(mask, dtype=torch.bool))  # checks the shapes
+        captions = TextCondition.left_padded(features, mask.bool())
+        return cls(
+            captions=TextCondition(
+                captions.features.repeat_interleave(each, 0),
+                captions.mask.repeat_interleave(each, 0),
+            )
+        )
+
+
+def nothing(prior: Prior) -> Condition:
+    """The condition of no pictures at all."""
+    device = next(prior.parameters()).device
+    config = prior.config
+    if getattr(config, "condition", "class") == "class":
+        return torch.empty(0, dtype=torch.int64, device=device)
+    shape = (0, config.text_length, config.text_dim)
+    return TextCondition(
+        torch.empty(shape, device=device), torch.empty(shape[:2], dtype=torch.bool, device=device)
+    )

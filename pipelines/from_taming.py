@@ -1,0 +1,54 @@
+"""VQGAN of taming-transformers (Esser et al., 2012.09841), and its variant with Gumbel-softmax."""
+
+from typing import Any
+
+from smalti.pipelines.checkpoint_reader import Checkpoint
+from smalti.pipelines.conv_names import ConvNames
+from smalti.pipelines.conv_source import OneCodebook
+from smalti.pipelines.source import Options
+from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.gumbel import GumbelConfig
+from smalti.tokenizer.quantizers import QuantizerConfig
+from smalti.tokenizer.vq import VQConfig
+
+NAMES = ConvNames(
+    rules=(
+        (r"^quantizer\.codebook\.weight$", "quantize.embedding.weight"),
+        (r"^quantizer\.(proj|embed)\.", r"quantize.\1."),
+    ),
+)
+
+
+class TamingVQGAN(OneCodebook):
+    """The Gumbel variant has a map from features to scores beside the table of vectors."""
+
+    title = "taming-transformers VQGAN"
+    names = NAMES
+    l2_normalise = False
+    export_wrapper = "state_dict"
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        return looks_like_taming(checkpoint) and checkpoint.has("quantize.")
+
+    def infer_quantizer(
+        self, checkpoint: Checkpoint, options: Options, conv: ConvConfig
+    ) -> tuple[QuantizerConfig, dict[str, object], dict[str, object]]:
+        if not checkpoint.has("quantize.embed."):
+            return super().infer_quantizer(checkpoint, options, conv)
+        vocab_size, code_dim = checkpoint.shape("quantize.embed.weight", 2)
+        config = GumbelConfig(vocab_size=vocab_size, code_dim=code_dim)
+        return config, {"codebook": f"{vocab_size} codes of {code_dim} numbers (Gumbel)"}, {}
+
+    def fits(self, config: Any) -> bool:
+        if not isinstance(config, VQConfig) or not config.conv.mid_attention:
+            return False
+        if not isinstance(config.quantizer, GumbelConfig):
+            return super().fits(config)
+        square = config.quantizer.code_dim == config.conv.z_channels  # its only way to be built
+        return self.published_conv(config.conv) and config.quant_kernel == 1 and square
+
+
+def looks_like_taming(checkpoint: Checkpoint) -> bool:
+    """Whether encoder or decoder are called as in taming-transformers, and are not VAR's."""
+    named = checkpoint.has("encoder.down.") or checkpoint.has("decoder.up.")
+    return named and not checkpoint.has("quantize.quant_resi.")

@@ -1,0 +1,138 @@
+"""Sizes of the next-token prior: the published ones, and small ones that train in minutes."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
+
+from smalti.data.latents import CodeSpec, LatentSpec
+from smalti.errors import SmaltiError
+
+
+@dataclass(frozen=True)
+class NextTokenConfig:
+    """Defaults: LlamaGen GPT-B for 256 px ImageNet codes."""
+
+    kind: Literal["next-token"] = "next-token"
+    spec: CodeSpec = field(default_factory=lambda: CodeSpec(16384, ((16, 16),)))
+    num_classes: int = 1000  # 0 for text
+    condition: Literal["class", "text"] = "class"
+    text_length: int = 120  # tokens of a caption, padded
+    text_dim: int = 2048  # of a caption token's features
+    depth: int = 12
+    width: int = 768
+    num_heads: int = 12
+    num_kv_heads: int = 0  # heads of keys and values; 0 = num_heads, fewer shrink the cache
+    hidden: int = 0  # of the feed-forward; 0 = 8/3 width, rounded up to a multiple of 256
+    qk_norm: bool = False  # RMSNorm of every head's queries and keys
+    dropout: float = 0.1  # of attention and feed-forward outputs
+    token_dropout: float | None = None  # of embeddings; None = dropout
+    attention_dropout: float = 0.0  # of attention weights
+    drop_path: float = 0.0  # of the last block; from 0 at the first it grows linearly
+    label_dropout: float = 0.1  # probability of training without the condition
+    token_corruption: float = 0.0  # in training, this share of the codes shown is random
+    # Shares of the training until which every order is random, and from which on all is raster;
+    # (0.5, 0.75) in RAR. None trains in raster order.
+    random_order: tuple[float, float] | None = None
+    norm_eps: float = 1e-5
+    rotary_base: float = 10000.0
+    prefix_rotary: Literal["identity", "zero"] = "identity"  # zero: as LlamaGen's weights expect
+    tokenizer_fingerprint: str | None = None  # of the tokenizer that made the training latents
+
+    def __post_init__(self) -> None:
+        if len(self.spec.grids) != 1:
+            raise SmaltiError(
+                f"a next-token prior models one code grid; the latents have {len(self.spec.grids)}:"
+                " use a next-scale prior"
+            )
+        if min(self.depth, self.width, self.num_heads) < 1:
+            raise SmaltiError("depth, width and num_heads must be at least 1")
+        if self.width % self.num_heads or self.head_dim % 4:
+            raise SmaltiError(
+                f"width {self.width} with {self.num_heads} heads: each head needs a multiple of 4"
+            )
+        if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
+            raise SmaltiError(
+                f"num_kv_heads is {self.num_kv_heads}; it must divide num_heads {self.num_heads}, "
+                "or be 0 for as many"
+            )
+        if self.hidden < 0 or not (self.norm_eps >= 0 and self.rotary_base > 1):
+            raise SmaltiError("hidden and norm_eps must be 0 or more, and rotary_base more than 1")
+        self._check_condition()
+        self._check_training()
+
+    def _check_condition(self) -> None:
+        if self.condition == "text" and self.num_classes:
+            raise SmaltiError(
+                f"a prior of text has no classes, but num_classes is {self.num_classes}: set it to"
+                " 0"
+            )
+        if self.condition == "class" and self.num_classes < 1:
+            raise SmaltiError(f"num_classes is {self.num_classes}; it must be at least 1")
+        if min(self.text_length, self.text_dim) < 1:
+            raise SmaltiError("text_length and text_dim must be at least 1")
+
+    def _check_training(self) -> None:
+        for name in ("dropout", "token_dropout", "attention_dropout", "drop_path", "label_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise SmaltiError(f"{name} is {value}; it must lie in [0, 1)")
+        if not 0 <= self.token_corruption <= 1:
+            raise SmaltiError(f"token_corruption is {self.token_corruption}; it must lie in [0, 1]")
+        if self.random_order is not None:
+            begin, end = self.random_order
+            if not 0 <= begin <= end <= 1:
+                raise SmaltiError(
+                    f"random_order is {self.random_order}; give two shares of the training, "
+                    "0 <= from <= to <= 1"
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def feed_forward_hidden(self) -> int:
+        """Width of the feed-forward's hidden layer."""
+        return self.hidden or -(-int(8 * self.width / 3) // 256) * 256
+
+    @property
+    def prefix_length(self) -> int:
+        """Number of condition tokens before the codes."""
+        return self.text_length if self.condition == "text" else 1
+
+    def fitted(self, spec: LatentSpec, num_classes: int, tokenizer_fingerprint: str | None) -> Self:
+        """This size of model for other latents; one of text has no classes whatever they have.
+
+        Raises:
+            SmaltiError: the latents are not codes of one grid.
+        """
+        if not isinstance(spec, CodeSpec):
+            raise SmaltiError(f"a next-token prior models codes, not {spec}: use a flow prior")
+        return replace(
+            self,
+            spec=spec,
+            num_classes=0 if self.condition == "text" else num_classes,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+
+
+PRESETS: dict[str, NextTokenConfig] = {
+    # Published sizes (LlamaGen, table 1 and repository).
+    "gpt-b": NextTokenConfig(),
+    "gpt-l": NextTokenConfig(depth=24, width=1024, num_heads=16),
+    "gpt-xl": NextTokenConfig(depth=36, width=1280, num_heads=20),
+    "gpt-xxl": NextTokenConfig(depth=48, width=1536, num_heads=24),
+    "gpt-xxxl": NextTokenConfig(depth=48, width=2560, num_heads=40),
+    "gpt-1b": NextTokenConfig(depth=22, width=2048, num_heads=32),
+    "gpt-3b": NextTokenConfig(depth=24, width=3200, num_heads=32),
+    "gpt-7b": NextTokenConfig(depth=32, width=4096, num_heads=32),
+    # Small ones, for a CPU or minutes on a GPU.
+    "gpt-nano": NextTokenConfig(depth=6, width=256, num_heads=4, dropout=0.0),
+    "gpt-micro": NextTokenConfig(depth=8, width=384, num_heads=6),
+    "gpt-mini": NextTokenConfig(depth=12, width=512, num_heads=8),
+}

@@ -1,0 +1,127 @@
+"""Text as a condition: the features of captions, and how a prior is told them (LlamaGen)."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smalti.errors import SmaltiError
+
+
+@dataclass(frozen=True, eq=False)
+class TextCondition:
+    """Captions as a text encoder gives them, padded on the left to one length.
+
+    Raises:
+        SmaltiError: the shapes or types differ from those below; a caption has no token, or its
+            padding is not on the left.
+    """
+
+    features: Tensor  # (B, T, D) floating point; what stands at padding has no influence
+    mask: Tensor  # (B, T) bool, True at tokens
+
+    def __post_init__(self) -> None:
+        features, mask = self.features, self.mask
+        if features.ndim != 3 or not features.dtype.is_floating_point:
+            raise SmaltiError(
+                f"text features have shape {tuple(features.shape)} and type {features.dtype}; "
+                "give (B, T, D) of a floating-point type"
+            )
+        if mask.shape != features.shape[:2] or mask.dtype != torch.bool:
+            raise SmaltiError(
+                f"the mask has shape {tuple(mask.shape)} and type {mask.dtype}; "
+                f"give {tuple(features.shape[:2])} bool, True at tokens"
+            )
+        if torch.compiler.is_compiling():  # a branch on values would break the graph
+            return
+        if not mask.any(1).all():
+            raise SmaltiError("a caption has no token: even an empty text has its end token")
+        if (mask[:, :-1] & ~mask[:, 1:]).any():
+            raise SmaltiError("a caption is not padded on the left: use TextCondition.left_padded")
+
+    @classmethod
+    def left_padded(cls, features: Tensor, mask: Tensor) -> Self:
+        """From features (B, T, D) and a mask (B, T) bool with padding anywhere; tokens stay in
+        their order."""
+        order = mask.int().argsort(dim=1, stable=True)  # padding first
+        return cls(features.take_along_dim(order[..., None], 1), mask.gather(1, order))
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: slice) -> Self:
+        return type(self)(self.features[rows], self.mask[rows])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        return type(self)(self.features.to(device), self.mask.to(device))
+
+    def attention_mask(self, start: int, stop: int) -> Tensor:
+        """Which of the tokens 0 to stop the tokens start to stop attend to, (B, 1, stop - start,
+        stop) bool, where the caption is the first T of a sequence.
+
+        Each attends to itself and to earlier ones, but not to padding. (Padding attends to itself,
+        so that no softmax is empty.)
+        """
+        keys = torch.arange(stop, device=self.mask.device)
+        queries = keys[start:, None]
+        tokens = F.pad(self.mask, (0, max(0, stop - self.mask.shape[1])), value=True)[:, :stop]
+        return ((keys < queries) & tokens[:, None, None]) | (keys == queries)
+
+
+Condition = Tensor | TextCondition  # class labels (B,), or captions
+
+
+class CaptionProjection(nn.Module):
+    """fc2(gelu(fc1 x)), with the tanh approximation of GELU and no biases."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, width, bias=False)
+        self.fc2 = nn.Linear(width, width, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:  # (B, T, dim) -> (B, T, width)
+        hidden = self.fc1(features.to(self.fc1.weight.dtype))
+        return self.fc2(F.gelu(hidden, approximate="tanh"))
+
+
+class CaptionEmbedding(nn.Module):
+    """Features of captions to prefix tokens, and a learned caption for no text.
+
+    Module names are LlamaGen's. (Its null caption is a buffer that was never trained.)
+    """
+
+    def __init__(self, length: int, dim: int, width: int) -> None:
+        super().__init__()
+        self.cap_proj = CaptionProjection(dim, width)
+        self.uncond_embedding = nn.Parameter(torch.randn(length, dim) / dim**0.5)
+
+    def forward(self, condition: TextCondition) -> Tensor:  # (B, T, width)
+        features = condition.features.masked_fill(~condition.mask[..., None], 0)
+        return self.cap_proj(features)
+
+    def null(self, condition: TextCondition) -> TextCondition:
+        """No text, of the lengths of these captions."""
+        features = self.uncond_embedding.expand(len(condition), -1, -1)
+        return TextCondition(features, condition.mask)
+
+    def drop(self, condition: TextCondition, probability: float) -> TextCondition:
+        """Replace each caption by no text with a probability."""
+        dropped = torch.rand(len(condition), 1, 1, device=condition.features.device) < probability
+        features = torch.where(dropped, self.uncond_embedding, condition.features)
+        return TextCondition(features, condition.mask)
+
+    def check(self, condition: object) -> None:
+        """Raise `SmaltiError` unless these are captions of the length and width that it takes."""
+        if not isinstance(condition, TextCondition):
+            raise SmaltiError(
+                f"this prior takes text, not a {type(condition).__name__}: give a TextCondition"
+            )
+        if condition.features.shape[1:] != self.uncond_embedding.shape:
+            expected = ", ".join(map(str, self.uncond_embedding.shape))
+            raise SmaltiError(
+                f"text features have shape {tuple(condition.features.shape)}; "
+                f"this prior takes (B, {expected})"
+            )

@@ -1,0 +1,80 @@
+"""Before the stages: look at every picture of a set, and say what is wrong with it.
+
+smalti check-data --data my_pictures --json report.json
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from smalti.cli import parse_config, run_command
+from smalti.config import config_to_dict
+from smalti.data.images import SourceOptions, open_unverified
+from smalti.data.inspection import BadFile, Report, inspect, summary
+from smalti.data.shards import ShardPictures
+from smalti.errors import SmaltiError
+from smalti.files import replacing, write_json
+from smalti.scripts.options import DataOptions
+
+EXIT_BAD_FILES = 1
+
+
+@dataclass(frozen=True)
+class CheckDataConfig(DataOptions):
+    """Decode every picture of a set; report what it holds and which files are bad.
+
+    Bad is what training with the same options would refuse, replace or leave out. The exit status
+    is 1 if there is any.
+    """
+
+    bad_files: Path = Path("bad_files.txt")  # their list: a file and the reason on each line
+    json: Path | None = None  # the whole report, as JSON
+    write_manifest: bool = False  # beside shards: note how many samples each holds
+
+
+def check_data(config: CheckDataConfig) -> Report:
+    """Write the list of bad files and the report; return the latter."""
+    pictures = open_unverified(
+        config.data, SourceOptions(config.folder, config.hf, config.stream_cache)
+    )
+    if config.write_manifest and not isinstance(pictures, ShardPictures):
+        raise SmaltiError(f"--write_manifest is for shards; {config.data} has none: leave it out")
+    report = inspect(
+        config.data,
+        pictures,
+        config.folder,
+        heldout_fraction=config.heldout_fraction,
+        split_seed=config.split_seed,
+    )
+    write_list(config.bad_files, report.bad)
+    if config.json is not None:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(config.json, config_to_dict(report))
+    if config.write_manifest and isinstance(pictures, ShardPictures):
+        for path in pictures.write_manifests():
+            print(f"manifest: {path}")
+    return report
+
+
+def write_list(path: Path, bad: Sequence[BadFile]) -> None:
+    """One line for each bad file: its place, a tab, the reason. Names may be no Unicode."""
+    lines = [
+        f"{file.place}\t{file.reason}".replace("\n", " ").encode(errors="surrogateescape")
+        for file in bad
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in lines))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `smalti check-data`."""
+    config = parse_config(CheckDataConfig, argv, prog="smalti check-data")
+    report = check_data(config)
+    print(summary(report))
+    print(f"bad files: {len(report.bad)}, listed in {config.bad_files}")
+    return EXIT_BAD_FILES if report.bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

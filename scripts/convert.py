@@ -1,0 +1,74 @@
+"""Import: published weights -> a folder of smalti's, ready to sample, evaluate and fine-tune.
+
+    smalti convert llamagen-tokenizer vq_ds16_c2i.pt models/vq16
+    smalti convert llamagen-prior c2i_B_256.pt models/llamagen-b --tokenizer models/vq16
+
+Tensors are read, code never runs; sizes come from shapes, and what shapes cannot tell from flags.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from smalti.cli import parse_config, run_command
+from smalti.errors import SmaltiError
+from smalti.pipelines.convert import convert
+from smalti.pipelines.source import Options
+from smalti.pipelines.sources import SOURCES
+from smalti.tokenizer.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Import published weights."""
+
+    # whose weights they are
+    source: Positional[Annotated[str, arg(metavar="SOURCE")]] = ""
+    # a .safetensors, .pt, .pth or .ckpt file, or a folder
+    checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]] = Path()
+    # a new folder: of a tokenizer, a prior, or a pipeline
+    out: Positional[Annotated[Path, arg(metavar="OUT")]] = Path()
+    tokenizer: Path | None = None  # folder of the one that a prior belongs to; makes a pipeline
+    heads: int | None = None  # attention heads of a prior
+    scales: str | None = None  # sides of the code grids: 1,2,3,4 or one number for a single grid
+    image_size: int | None = None  # pixels per side of a tokenizer
+    scaling_factor: float | None = None  # what the latents of a KL autoencoder are multiplied by
+
+    @property
+    def sides(self) -> tuple[int, ...] | None:
+        """The scales as numbers."""
+        if self.scales is None:
+            return None
+        parts = [part.strip() for part in self.scales.split(",")]
+        if not all(part.isascii() and part.isdecimal() and len(part) < 6 for part in parts):
+            raise SmaltiError(f"scales is {self.scales!r}; give numbers and commas, 1,2,3,4")
+        return tuple(map(int, parts))
+
+
+ConvertConfig.__doc__ = f"{ConvertConfig.__doc__}\n\nSOURCE is one of: {', '.join(SOURCES)}."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `smalti convert`."""
+    config = parse_config(ConvertConfig, argv, prog="smalti convert")
+    if not config.source or Path() in (config.checkpoint, config.out):
+        raise SmaltiError("give three things: smalti convert SOURCE CHECKPOINT OUT")
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer) if config.tokenizer else None
+    options = Options(
+        heads=config.heads,
+        scales=config.sides,
+        image_size=config.image_size,
+        scaling_factor=config.scaling_factor,
+        tokenizer=tokenizer,
+    )
+    for line in convert(config.source, config.checkpoint, config.out, options):
+        print(line)
+    print(f"model: {config.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

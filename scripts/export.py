@@ -1,0 +1,67 @@
+"""Export: a model -> the file or folder that the original code, or Diffusers, reads.
+
+smalti export models/kl models/kl_diffusers          # a Diffusers folder
+smalti export models/vq16 vq16.pt                    # LlamaGen's layout
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from smalti.cli import parse_config, run_command
+from smalti.errors import SmaltiError
+from smalti.files import read_json
+from smalti.hub import resolve_folder
+from smalti.pipelines.convert import export
+from smalti.pipelines.index import INDEX
+from smalti.pipelines.sources import SOURCES
+from smalti.prior.base import Prior
+from smalti.prior.registry import PRIORS
+from smalti.tokenizer.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model in a published layout."""
+
+    # folder or repository of a tokenizer or a prior
+    model: Positional[Annotated[str, arg(metavar="MODEL")]] = ""
+    # a new folder, or a new .safetensors, .pt, .pth or .ckpt file
+    out: Positional[Annotated[Path, arg(metavar="OUT")]] = Path()
+    format: str | None = None  # whose layout; the first that holds the model by default
+
+
+def load_model(name: str) -> Tokenizer | Prior:
+    """The tokenizer or prior in a folder or repository.
+
+    Raises:
+        SmaltiError: there is none, or a whole pipeline.
+    """
+    folder = resolve_folder(name)
+    if (folder / INDEX).is_file():
+        raise SmaltiError(f"{name} is a pipeline: export {name}/tokenizer and {name}/prior")
+    config = folder / "config.json"
+    content = read_json(config) if config.is_file() else {}
+    is_prior = isinstance(content, dict) and str(content.get("type")) in PRIORS
+    return (Prior if is_prior else Tokenizer).from_pretrained(folder)
+
+
+ExportConfig.__doc__ = f"{ExportConfig.__doc__}\n\nFORMAT is one of: {', '.join(SOURCES)}."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `smalti export`."""
+    config = parse_config(ExportConfig, argv, prog="smalti export")
+    if not config.model or config.out == Path():
+        raise SmaltiError("give two things: smalti export MODEL OUT")
+    for line in export(load_model(config.model), config.out, config.format):
+        print(line)
+    print(f"written: {config.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,142 @@
+"""Rectified flow: pairs of noise and what a trained flow makes of it, to train a straighter one on.
+
+    smalti reflow --model runs/flow/pipeline --output_dir runs/pairs
+    smalti train-prior --latents runs/pairs --tokenizer runs/flow/pipeline/tokenizer \\
+        --initial runs/flow/pipeline --prior.preset flow-nano --output_dir runs/straight
+
+Killed? The same command goes on where it stopped.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from smalti.cli import parse_config, run_command
+from smalti.data.cache import CacheInfo, EncodedRange, write_cache
+from smalti.errors import SmaltiError
+from smalti.pipelines.generation import picture_generator
+from smalti.pipelines.options import check_options
+from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.flow import FlowPrior
+from smalti.prior.normal import NormalSource
+from smalti.prior.rectified import check_straight, generate_pairs, straightness
+from smalti.prior.solvers import ODESolver, make_solver
+from smalti.scripts.sampling import Sampling
+from smalti.training.seeding import derive_seed
+
+MEASURED_PAIRS = 64
+
+
+@dataclass(frozen=True)
+class ReflowConfig(Sampling):
+    """Draw pairs with a trained flow, and measure how straight it is."""
+
+    model: str = "runs/demo/pipeline"  # with a flow prior on the linear path
+    output_dir: Path = Path("runs/pairs")
+    num_pairs: int = 20_000  # classes in turn
+    num_heldout: int = 512  # more of them, for validation
+    seed: int = 0
+    guidance_scale: float = 1.0
+    batch_size: int = 128
+    shard_size: int = 8192  # pairs per file
+
+    def __post_init__(self) -> None:
+        for name in ("num_pairs", "num_heldout", "batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise SmaltiError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass
+class PairMaker:
+    """(start, stop) -> pairs of that range, data | noise; pair i has a generator of its own."""
+
+    prior: FlowPrior
+    config: ReflowConfig
+    split: str
+
+    @torch.no_grad()
+    def __call__(self, start: int, stop: int) -> EncodedRange:
+        parts, labels = [], torch.arange(start, stop) % self.prior.num_classes
+        device = next(self.prior.parameters()).device
+        job = derive_seed(self.config.seed, "reflow", self.split)
+        for indices in torch.arange(start, stop).split(self.config.batch_size):
+            pairs = generate_pairs(
+                self.prior,
+                (indices % self.prior.num_classes).to(device),
+                generator=[picture_generator(job, i) for i in indices.tolist()],
+                **self.config.options,
+            )
+            parts.append(torch.cat([pairs.data, pairs.noise], 1)[:, None].cpu())
+        return EncodedRange(torch.cat(parts), labels)
+
+
+def reflow(config: ReflowConfig) -> Path:
+    """Write pairs as a latent cache, train/ and heldout/, and return its folder."""
+    state = PartialState()
+    pipeline = Pipeline.from_pretrained(config.model, device=state.device)
+    prior = pipeline.prior
+    check_straight(prior)
+    assert isinstance(prior, FlowPrior)
+    check_options(prior, config.options)
+    generate_pairs(prior, torch.empty(0, dtype=torch.int64), **config.options)  # by an ODE solver?
+    recipe = json.dumps([prior.checksum, config.seed, config.options], sort_keys=True)
+    for split, count in (("train", config.num_pairs), ("heldout", config.num_heldout)):
+        info = CacheInfo(
+            spec=prior.spec,
+            classes=pipeline.classes,
+            num_samples=count,
+            views=("identity",),
+            tokenizer_fingerprint=pipeline.tokenizer.fingerprint,
+            dataset_fingerprint=pipeline.training_pictures,
+            shard_size=config.shard_size,
+            pairs=hashlib.sha256(recipe.encode()).hexdigest(),
+        )
+        bar = tqdm(total=count, desc=f"pairs {split}", disable=not state.is_main_process)
+        with bar:
+            write_cache(
+                config.output_dir / split,
+                info,
+                PairMaker(prior, config, split),
+                rank=state.process_index,
+                world_size=state.num_processes,
+                barrier=state.wait_for_everyone,
+                progress=bar.update,
+            )
+    return config.output_dir
+
+
+@torch.no_grad()
+def bend(config: ReflowConfig) -> float:
+    """Mean straightness of the flow, 0 for straight lines, over some noises of all classes."""
+    prior = Pipeline.from_pretrained(config.model).prior
+    assert isinstance(prior, FlowPrior)
+    solver = make_solver(config.options.get("solver", "heun"))
+    assert isinstance(solver, ODESolver)
+    labels = torch.arange(MEASURED_PAIRS) % prior.num_classes
+    spec = prior.config.spec
+    normal = NormalSource(
+        [picture_generator(config.seed, i) for i in range(MEASURED_PAIRS)], MEASURED_PAIRS
+    )
+    noise = normal(torch.empty(MEASURED_PAIRS, spec.channels, spec.height, spec.width))
+    times = prior.time_grid(config.options.get("num_inference_steps", 50), solver)
+    dynamics = prior.dynamics(labels, config.guidance_scale)
+    return straightness(dynamics, noise, times, solver).mean().item()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `smalti reflow`."""
+    config = parse_config(ReflowConfig, argv, prog="smalti reflow")
+    print(f"pairs: {reflow(config)}")
+    if PartialState().is_main_process:
+        print(f"straightness of {config.model}: {bend(config):.4f} (0 is straight)")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,91 @@
+"""Array files: mapped, checked, and never unpickled."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smalti.data.decoding import FolderOptions
+from smalti.data.images import open_source
+from smalti.errors import SmaltiError
+
+IMAGES = np.random.default_rng(0).integers(0, 255, (12, 10, 9, 3), dtype=np.uint8)
+LABELS = np.arange(12) % 3
+
+
+def npz(path: Path, **arrays) -> str:
+    np.savez(path, **{"images": IMAGES, "labels": LABELS, **arrays})
+    return str(path)
+
+
+def test_rows_are_the_pictures_and_stay_on_disk(tmp_path: Path) -> None:
+    source = open_source(npz(tmp_path / "a.npz"))
+    assert isinstance(source.images, np.memmap)
+    assert source.classes == ("0", "1", "2") and source.labels.tolist() == LABELS.tolist()
+    for index in (0, 7, 11):
+        assert np.array_equal(np.asarray(source.read(index)), IMAGES[index])
+
+
+def test_evaluation_archives_and_grey_pictures_are_read(tmp_path: Path) -> None:
+    grey = IMAGES[..., 0]
+    for name, images in {"flat": grey, "one channel": grey[..., None]}.items():
+        np.savez(tmp_path / f"{name}.npz", images, labels=LABELS)  # arr_0
+        pixels = np.asarray(open_source(str(tmp_path / f"{name}.npz")).read(3))
+        assert np.array_equal(pixels, np.repeat(grey[3][..., None], 3, axis=2))
+
+
+def test_equal_rows_fall_on_one_side_of_the_split(tmp_path: Path) -> None:
+    source = open_source(npz(tmp_path / "a.npz", images=IMAGES[[0, 0, *range(2, 12)]]))
+    assert source.group(0) == source.group(1) != source.group(2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": IMAGES / 255}, "float64"),
+        ({"images": IMAGES.transpose(0, 3, 1, 2)}, r"uint8 \(12, 3, 10, 9\)"),
+        ({"images": IMAGES[:0]}, "no pictures"),
+        ({"images": IMAGES[:, :4]}, "9 x 4 pixels, less than 8"),
+        ({"labels": LABELS[:3]}, "one for each of the 12"),
+        ({"labels": LABELS - 1}, "integers from 0 on"),
+        ({"labels": LABELS / 2}, "float64"),
+        ({"classes": np.array(["a", "b"])}, "labels go up to 2"),
+        ({"classes": np.array(["a", "b", "a"])}, "a name of its own"),
+        ({"labels": np.array([None] * 12)}, "no array of plain numbers"),
+        ({"images": np.array([{}] * 12)}, "no array of plain numbers"),
+    ],
+)
+def test_what_is_not_a_set_of_pictures_is_refused(tmp_path: Path, changes, message: str) -> None:
+    with pytest.raises(SmaltiError, match=message):
+        open_source(npz(tmp_path / "a.npz", **changes))
+
+
+def test_missing_parts_are_named(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", IMAGES)
+    with pytest.raises(SmaltiError, match=r"images.npy has no labels.*labels.npy"):
+        open_source(str(tmp_path / "images.npy"))
+    np.savez(tmp_path / "a.npz", pictures=IMAGES, labels=LABELS)
+    with pytest.raises(SmaltiError, match=r"holds pictures, labels: call the pictures images"):
+        open_source(str(tmp_path / "a.npz"))
+    with pytest.raises(SmaltiError, match=r"gone.npz does not exist"):
+        open_source(str(tmp_path / "gone.npz"))
+
+
+@pytest.mark.parametrize("name", ["a.npz", "images.npy"])
+def test_cut_files_are_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    np.save(tmp_path / "labels.npy", LABELS)
+    if name == "a.npz":
+        npz(path)
+    else:
+        np.save(path, IMAGES)
+    content = path.read_bytes()
+    for cut in (0, 5, 60, 200, len(content) - 100):
+        path.write_bytes(content[:cut])
+        with pytest.raises(SmaltiError, match=rf"{name} .*damaged|{name} is not an archive"):
+            open_source(str(path))
+
+
+def test_a_large_array_is_told_by_its_shape_alone(tmp_path: Path) -> None:
+    source = open_source(npz(tmp_path / "a.npz"), options=FolderOptions(verify_up_to=3))
+    assert source.group(4) == source.name(4) == "a.npz/4"

@@ -1,0 +1,219 @@
+"""Hugging Face data sets: columns, splits, streams, and faults in one line."""
+
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from smalti.data import stream as stream_module
+from smalti.data.huggingface import find_columns
+from smalti.data.images import HuggingFaceOptions, open_source
+from smalti.data.stream import Sample, copy_stream
+from smalti.errors import SmaltiError
+
+
+def png(value: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (12, 12), (value, value, value)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+PICTURES = [{"bytes": png(value), "path": None} for value in range(10)]
+
+
+def save(
+    folder: Path, labels: list | None = None, feature=None, name: str = "label", **other
+) -> Path:
+    """Ten pictures with labels, as `save_to_disk` writes them."""
+    columns = {"image": PICTURES, **other}
+    features = {"image": datasets.Image(), **{key: datasets.Value("int64") for key in other}}
+    if labels is not None:
+        columns[name], features[name] = labels, feature or datasets.Value("int64")
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    table.save_to_disk(folder)
+    return folder
+
+
+def test_labels_are_class_labels_numbers_or_names(tmp_path: Path) -> None:
+    names = datasets.ClassLabel(names=["cat", "dog", "eel"])
+    cases = {
+        "named": ([0, 1] * 5, names, ("cat", "dog", "eel"), [0, 1]),
+        "numbers": ([3, 1] * 5, None, ("0", "1", "2", "3"), [3, 1]),
+        "text": (["b", "a"] * 5, datasets.Value("string"), ("a", "b"), [1, 0]),
+    }
+    for name, (labels, feature, classes, first) in cases.items():
+        source = open_source(str(save(tmp_path / name, labels, feature)))
+        assert source.classes == classes and source.labels[:2].tolist() == first
+        assert source.read(7).getpixel((0, 0)) == (7, 7, 7)
+    for name, labels in {"minus": [-1] * 10, "none": [None] * 10}.items():
+        with pytest.raises(SmaltiError, match=r"row 0 has the label .*choose another --hf.split"):
+            open_source(str(save(tmp_path / name, labels)))
+
+
+def test_columns_are_found_by_type_then_by_name() -> None:
+    value, image = datasets.Value("int64"), datasets.Image()
+    label = datasets.ClassLabel(names=["a"])
+    options = HuggingFaceOptions()
+
+    def found(options: HuggingFaceOptions = options, **features) -> tuple[str, str | None]:
+        columns = find_columns("x", datasets.Features(features), options)
+        return columns.image, columns.label
+
+    assert found(photo=image, kind=label, label=value) == ("photo", "kind")
+    assert found(img=datasets.Value("binary"), labels=value) == ("img", "labels")
+    assert found(image=image, caption=datasets.Value("string")) == ("image", None)
+    with pytest.raises(SmaltiError, match=r"fine_label, coarse_label.*--hf.label_column"):
+        found(img=image, fine_label=label, coarse_label=label)
+    chosen = HuggingFaceOptions(label_column="coarse_label")
+    assert found(chosen, img=image, fine_label=label, coarse_label=label)[1] == "coarse_label"
+    with pytest.raises(SmaltiError, match=r'no column "labell"; did you mean "label"'):
+        found(HuggingFaceOptions(label_column="labell"), image=image, label=label)
+    with pytest.raises(SmaltiError, match=r"name that of the pictures in --hf.image_column"):
+        found(photograph=value, label=label)
+
+
+def test_a_column_without_pictures_is_refused(tmp_path: Path) -> None:
+    folder = str(save(tmp_path / "set", [0, 1] * 5, width=list(range(10))))
+    with pytest.raises(SmaltiError, match=r'column "width" holds no pictures'):
+        open_source(folder, hf=HuggingFaceOptions(image_column="width"))
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> str:
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    parts = {
+        name: datasets.Dataset.from_dict(
+            {"image": PICTURES[:count], "label": [0, 1] * (count // 2)}, features=features
+        )
+        for name, count in (("train", 10), ("validation", 4))
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "splits")
+    return str(tmp_path / "splits")
+
+
+def test_splits_are_chosen_and_may_be_held_out(splits: str) -> None:
+    assert len(open_source(splits)) == 10
+    assert len(open_source(splits, hf=HuggingFaceOptions(split="validation"))) == 4
+    both = open_source(splits, hf=HuggingFaceOptions(heldout_split="validation"))
+    assert both.heldout is not None
+    assert both.heldout.tolist() == [False] * 10 + [True] * 4
+    with pytest.raises(SmaltiError, match=r'no split "valid".*did you mean "validation"'):
+        open_source(splits, hf=HuggingFaceOptions(split="valid"))
+
+
+def test_a_set_on_the_hub_that_cannot_be_had_is_one_line() -> None:
+    with pytest.raises(SmaltiError, match=r"^hf:nobody/nothing cannot be read: [^\n]+$"):
+        open_source("hf:nobody/nothing")
+    with pytest.raises(SmaltiError, match="does not exist"):
+        open_source("hf:./nowhere/at/all")
+
+
+def test_damaged_files_are_one_line(tmp_path: Path) -> None:
+    for name in ("bad.parquet", "bad.arrow"):
+        (tmp_path / name).write_bytes(b"nothing of the kind")
+        with pytest.raises(SmaltiError, match=r"bad.\w+ cannot be read: [^\n]+$"):
+            open_source(str(tmp_path / name), stream_cache=tmp_path / "cache")
+    with pytest.raises(SmaltiError, match=r"gone.parquet does not exist"):
+        open_source(str(tmp_path / "gone.parquet"))
+
+
+# -- streams ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> str:
+    folder = save(tmp_path / "set", [0, 1] * 5, datasets.ClassLabel(names=["a", "b"]))
+    (tmp_path / "files").mkdir()
+    table = datasets.load_from_disk(folder)
+    assert isinstance(table, datasets.Dataset)
+    table.to_parquet(tmp_path / "files" / "train.parquet")
+    return f"{tmp_path}/files/train.parquet"
+
+
+def test_a_stream_is_copied_once_and_then_read_at_random(
+    parquet: str, tmp_path: Path, monkeypatch
+) -> None:
+    options = HuggingFaceOptions(streaming=True)
+    source = open_source(parquet, hf=options, stream_cache=tmp_path / "cache")
+    assert source.classes == ("a", "b") and source.labels.tolist() == [0, 1] * 5
+    assert [source.read(index).getpixel((0, 0))[0] for index in (7, 2)] == [7, 2]
+    monkeypatch.setattr(datasets, "load_dataset", None)  # it would be called for a new copy
+    again = open_source(parquet, hf=options, stream_cache=tmp_path / "cache")
+    assert again.fingerprint == source.fingerprint
+
+
+def test_a_part_of_a_stream_is_enough(parquet: str, tmp_path: Path) -> None:
+    options = HuggingFaceOptions(streaming=True, max_samples=4)
+    assert len(open_source(parquet, hf=options, stream_cache=tmp_path / "cache")) == 4
+    whole = HuggingFaceOptions(streaming=True)
+    assert len(open_source(parquet, hf=whole, stream_cache=tmp_path / "cache")) == 10
+
+
+def test_streams_that_could_not_be_exact_are_refused(parquet: str, tmp_path: Path) -> None:
+    with pytest.raises(SmaltiError, match="--stream_cache"):
+        open_source(parquet, hf=HuggingFaceOptions(streaming=True))
+    with pytest.raises(SmaltiError, match="read in place already"):
+        open_source(str(tmp_path / "set"), hf=HuggingFaceOptions(streaming=True))
+    with pytest.raises(SmaltiError, match=r"pass --hf.streaming, too"):
+        HuggingFaceOptions(max_samples=3)
+    with pytest.raises(SmaltiError, match="heldout_split cannot be streamed"):
+        HuggingFaceOptions(streaming=True, heldout_split="test")
+
+
+def test_a_copy_that_was_interrupted_goes_on_after_its_last_whole_shard(tmp_path: Path) -> None:
+    begun = []
+
+    def samples(start: int, stop_at: int = 100):
+        begun.append(start)
+        for number in range(start, 10):
+            if number == stop_at:
+                raise KeyboardInterrupt
+            yield Sample(png(number), number % 2)
+
+    def copy(folder: Path, stop_at: int = 100):
+        return copy_stream(
+            folder,
+            lambda start: samples(start, stop_at),
+            title="numbers",
+            classes=lambda: None,
+            request={},
+            shard_size=4,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        copy(tmp_path / "cut", stop_at=6)
+    assert [path.name for path in (tmp_path / "cut").glob("[0-9]*")] == ["000000.tar"]
+    cut, whole = copy(tmp_path / "cut"), copy(tmp_path / "whole")
+    assert begun == [0, 4, 0] and len(cut) == 10
+    for path in sorted((tmp_path / "whole").glob("*.*")):
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+    assert np.array_equal(cut.labels, whole.labels)
+    copy(tmp_path / "whole")
+    assert begun == [0, 4, 0]
+
+
+def test_a_stream_that_breaks_off_is_one_line(parquet: str, tmp_path: Path, monkeypatch) -> None:
+    def broken(self):
+        yield {"image": PICTURES[0], "label": 0}
+        raise ConnectionError("the line is dead\nand more")
+
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", broken)
+    with pytest.raises(SmaltiError, match=r"from sample 1 on, cannot be read: the line is dead$"):
+        open_source(parquet, hf=HuggingFaceOptions(streaming=True), stream_cache=tmp_path / "cache")
+
+
+def test_an_empty_stream_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SmaltiError, match="holds no pictures"):
+        copy_stream(
+            tmp_path / "none",
+            lambda start: iter(()),
+            title="nothing",
+            classes=lambda: None,
+            request={},
+        )
+    assert stream_module.SHARD_SIZE >= 100

@@ -1,0 +1,326 @@
+"""WebDataset shards: nothing is lost silently, nothing in them is run."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from smalti.data.folder import EXTENSIONS
+from smalti.data.images import open_source
+from smalti.data.patterns import expand_braces, expand_shards
+from smalti.data.shards import BLOCK, list_members, read_manifest
+from smalti.errors import SmaltiError
+
+COUNT = 6
+
+
+def png(value: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (12, 12), (value, value, value)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def samples(first: int = 0, count: int = COUNT) -> dict[str, bytes]:
+    members = {}
+    for number in range(first, first + count):
+        members[f"{number:03d}.png"] = png(number)
+        members[f"{number:03d}.cls"] = str(number % 2).encode()
+    return members
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    for number in range(2):
+        write_tar(tmp_path / "set" / f"{number:03d}.tar", samples(COUNT * number))
+    return tmp_path / "set"
+
+
+def test_samples_are_those_that_webdataset_reads(shards: Path) -> None:
+    source = open_source(f"{shards}/{{000..001}}.tar")
+    files = [str(path) for path in sorted(shards.glob("*.tar"))]
+    theirs = list(webdataset.WebDataset(files, shardshuffle=False).decode("rgb8"))
+    assert len(source) == len(theirs) == 2 * COUNT
+    for index, sample in enumerate(theirs):
+        assert np.array_equal(np.asarray(source.read(index)), sample["png"])
+        assert source.labels[index] == int(sample["cls"])
+    assert source.name(COUNT) == "001.tar/006.png"
+
+
+@pytest.mark.parametrize("manifest", [False, True])
+def test_a_shard_cut_anywhere_is_an_error_and_never_fewer_samples(
+    tmp_path: Path, manifest: bool
+) -> None:
+    """At every block, so also exactly between two members, where tar readers notice nothing."""
+    whole = write_tar(tmp_path / "000.tar", samples())
+    content = whole.read_bytes()
+    end = max(m.offset + m.size for m in list_members(whole))
+    if manifest:
+        (tmp_path / "manifest.json").write_text(json.dumps({"000.tar": COUNT}))
+    cuts = [*range(0, len(content), BLOCK), end + 7, end - 7, end - BLOCK + 1]
+    for cut in cuts:
+        whole.write_bytes(content[:cut])
+        try:
+            found = len(open_source(str(whole)))
+        except SmaltiError as error:
+            assert "000.tar" in str(error) and "\n" not in str(error)
+        else:
+            assert found == COUNT  # nothing but padding was lost
+            assert cut > end
+    assert sum(cut <= end for cut in cuts) > 10
+
+
+def test_a_shard_that_lost_samples_is_told_by_the_manifest(shards: Path) -> None:
+    (shards / "sizes.json").write_text(json.dumps({"000.tar": COUNT, "001.tar": COUNT}))
+    assert len(open_source(str(shards))) == 2 * COUNT
+    write_tar(shards / "001.tar", samples(COUNT, COUNT - 1))  # properly closed
+    with pytest.raises(SmaltiError, match=r"001.tar holds 5 samples, the manifest .* says 6"):
+        open_source(str(shards))
+
+
+def test_a_missing_shard_is_named(shards: Path) -> None:
+    (shards / "manifest.json").write_text(json.dumps({"shards": {"000.tar": 6, "001.tar": 6}}))
+    (shards / "001.tar").unlink()
+    for spec in (str(shards), f"{shards}/*.tar", f"{shards}/{{000..001}}.tar"):
+        with pytest.raises(SmaltiError, match=r"001.tar"):
+            open_source(spec)
+    assert len(open_source(f"{shards}/000.tar")) == COUNT
+
+
+def test_manifests_of_other_tools_are_understood(shards: Path) -> None:
+    listed = [{"url": f"http://x/{name}", "nsamples": 6} for name in ("000.tar", "001.tar")]
+    (shards / "_shards.json").write_text(json.dumps({"shardlist": listed, "wids_version": 1}))
+    assert read_manifest(shards) == {"000.tar": 6, "001.tar": 6}
+    (shards / "_shards.json").write_text(json.dumps({"000.tar": "six"}))
+    with pytest.raises(SmaltiError, match=r"_shards.json does not tell how many"):
+        open_source(str(shards))
+    (shards / "_shards.json").write_text(json.dumps({"000.tar": 6}))
+    with pytest.raises(SmaltiError, match=r"manifest beside .*001.tar does not name it"):
+        open_source(str(shards))
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("suffix", ["pyd", "pkl", "pickle", "pth", "npy", "cls.pyd", "json.pkl"])
+def test_pickled_members_are_never_opened(tmp_path: Path, suffix: str) -> None:
+    target = tmp_path / "exploded"
+    bombs = {f"{n:03d}.{suffix}": pickle.dumps(Bomb(target)) for n in range(COUNT)}
+    source = open_source(str(write_tar(tmp_path / "000.tar", {**samples(), **bombs})))
+    for index in range(len(source)):
+        source.read(index)
+    assert len(source) == COUNT and not target.exists()
+
+
+def test_a_pickle_in_the_place_of_a_label_is_no_label(tmp_path: Path) -> None:
+    target = tmp_path / "exploded"
+    members = {**samples(), "000.cls": pickle.dumps(Bomb(target))}
+    with pytest.raises(SmaltiError, match=r"000.cls .* holds no label"):
+        open_source(str(write_tar(tmp_path / "000.tar", members)))
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("spec", ["pipe:touch {}", "pipe:touch {} .tar", "{}.tar::x.tar"])
+def test_commands_are_refused(tmp_path: Path, spec: str) -> None:
+    target = tmp_path / "ran"
+    with pytest.raises(SmaltiError, match="are not run"):
+        open_source(spec.format(target))
+    assert not target.exists()
+
+
+def test_names_that_lead_elsewhere_unpack_nothing(tmp_path: Path) -> None:
+    members = {"../../up.png": png(1), "../../up.cls": b"0", "/abs.png": png(2), "/abs.cls": b"1"}
+    source = open_source(str(write_tar(tmp_path / "a" / "b" / "000.tar", members)))
+    assert [source.read(index).getpixel((0, 0))[0] for index in range(2)] == [1, 2]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["000.tar"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_are_refused(tmp_path: Path, kind: bytes) -> None:
+    path = tmp_path / "000.tar"
+    with tarfile.open(path, "w") as archive:
+        member = tarfile.TarInfo("000.png")
+        member.type, member.linkname = kind, "/etc/passwd"
+        archive.addfile(member)
+    with pytest.raises(SmaltiError, match=r"000.png in .*000.tar is a link"):
+        open_source(str(path))
+
+
+def test_halves_and_doubles_are_named(tmp_path: Path) -> None:
+    def opened(**changes: bytes):
+        members = {**samples(), **{name.replace("_", "."): c for name, c in changes.items()}}
+        return open_source(str(write_tar(tmp_path / "000.tar", members)))
+
+    with pytest.raises(SmaltiError, match=r"a label for extra, but no picture"):
+        opened(extra_cls=b"1")
+    with pytest.raises(SmaltiError, match=r"extra in .* has no label: add extra.cls"):
+        opened(extra_png=png(0))
+    with tarfile.open(tmp_path / "twice.tar", "w") as archive:
+        for name in ("0.png", "0.jpg"):
+            archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(SmaltiError, match="two pictures for 0"):
+        open_source(str(tmp_path / "twice.tar"))
+
+
+def test_parts_of_a_sample_need_not_lie_together(tmp_path: Path) -> None:
+    members = samples()
+    apart = dict(sorted(members.items(), key=lambda pair: pair[0][-3:]))  # all .cls first
+    source = open_source(str(write_tar(tmp_path / "000.tar", apart)))
+    assert len(source) == COUNT and source.labels.tolist() == [0, 1] * 3
+
+
+def test_labels_are_numbers_names_or_json(tmp_path: Path) -> None:
+    def classes(*labels: tuple[str, bytes]):
+        members = {}
+        for number, (suffix, content) in enumerate(labels):
+            members |= {f"{number}.png": png(number), f"{number}.{suffix}": content}
+        source = open_source(str(write_tar(tmp_path / "000.tar", members)))
+        return source.classes, source.labels.tolist()
+
+    assert classes(("cls", b"2"), ("cls", b"0\n")) == (("0", "1", "2"), [2, 0])
+    assert classes(("cls", b"dog"), ("cls", b"cat")) == (("cat", "dog"), [1, 0])
+    assert classes(("json", b'{"label": 1}'), ("cls", b"0")) == (("0", "1"), [1, 0])
+    with pytest.raises(SmaltiError, match=r"0.cls .* holds no label"):
+        classes(("cls", b"-1"), ("cls", b"0"))
+    with pytest.raises(SmaltiError, match="has no label"):
+        classes(("json", b'{"width": 3}'), ("cls", b"0"))
+    (tmp_path / "classes.json").write_text('["a", "b"]')
+    assert classes(("cls", b"1"), ("cls", b"0")) == (("a", "b"), [1, 0])
+    with pytest.raises(SmaltiError, match="labels go up to 2"):
+        classes(("cls", b"2"), ("cls", b"0"))
+
+
+def test_patterns_count_and_list() -> None:
+    assert expand_braces("a{08..11}.tar") == [f"a{n:02d}.tar" for n in (8, 9, 10, 11)]
+    assert expand_braces("{9..10}") == ["9", "10"]
+    assert expand_braces("{x,y}/{0..1}") == ["x/0", "x/1", "y/0", "y/1"]
+    assert expand_braces("plain") == ["plain"]
+    for wrong in ("{3..1}.tar", "{abc}.tar", "{0..999}{0..9999}.tar"):
+        with pytest.raises(SmaltiError):
+            expand_braces(wrong)
+    with pytest.raises(SmaltiError, match="no shards fit"):
+        expand_shards("/nowhere/*.tar")
+    with pytest.raises(SmaltiError, match="decompress"):
+        open_source("/nowhere/0.tar.gz")
+    assert ".pkl" not in EXTENSIONS and ".pyd" not in EXTENSIONS
+
+
+# -- behind a URL -----------------------------------------------------------------------------
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves a folder; what it was asked for is kept, and answers may be cut short."""
+
+    asked: list[str]
+    cut: dict[str, int]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        short = self.cut.get(self.path)
+        if short is None:
+            return super().do_GET()
+        content = Path(self.translate_path(self.path)).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:short])
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.fixture
+def served(shards: Path, monkeypatch):
+    """The shards behind http, and the handler that serves them."""
+    monkeypatch.setattr("smalti.data.download.time.sleep", lambda seconds: None)
+    Handler.asked, Handler.cut = [], {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(shards)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/{{000..001}}.tar"
+    server.shutdown()
+    server.server_close()
+
+
+def test_shards_behind_a_url_are_copied_once(served: str, shards: Path, tmp_path: Path) -> None:
+    here = open_source(str(shards))
+    cache = tmp_path / "cache"
+    there = open_source(served, stream_cache=cache)
+    assert there.fingerprint == here.fingerprint
+    assert there.labels.tolist() == here.labels.tolist()
+    Handler.asked.clear()
+    assert len(open_source(served, stream_cache=cache)) == 2 * COUNT
+    assert Handler.asked == []
+    with pytest.raises(SmaltiError, match="--stream_cache"):
+        open_source(served)
+
+
+def test_the_manifest_behind_a_url_counts(served: str, shards: Path, tmp_path: Path) -> None:
+    (shards / "sizes.json").write_text(json.dumps({"000.tar": COUNT, "001.tar": COUNT + 1}))
+    with pytest.raises(SmaltiError, match=r"001.tar holds 6 samples, the manifest .* says 7"):
+        open_source(served, stream_cache=tmp_path / "cache")
+
+
+def test_a_copy_that_breaks_off_is_no_copy(served: str, tmp_path: Path) -> None:
+    Handler.cut["/001.tar"] = 3 * BLOCK
+    with pytest.raises(SmaltiError, match=r"001.tar cannot be fetched: 1536 of \d+ bytes arrived"):
+        open_source(served, stream_cache=tmp_path / "cache")
+    assert Handler.asked.count("/001.tar") == 3  # it was tried again
+    assert [path.name for path in (tmp_path / "cache").rglob("*.tar")] in (["000.tar"], [])
+    assert not list((tmp_path / "cache").rglob(".tmp-*"))
+    Handler.cut.clear()
+    assert len(open_source(served, stream_cache=tmp_path / "cache")) == 2 * COUNT
+
+
+def test_a_shard_that_is_cut_at_its_origin_is_not_kept(
+    served: str, shards: Path, tmp_path: Path
+) -> None:
+    path = shards / "001.tar"
+    path.write_bytes(path.read_bytes()[: 4 * BLOCK])  # between two members
+    with pytest.raises(SmaltiError, match=r"http://.*/001.tar: .*no end-of-archive mark"):
+        open_source(served, stream_cache=tmp_path / "cache")
+    path.unlink()
+    with pytest.raises(SmaltiError, match=r"there is no shard http://.*001.tar"):
+        open_source(served, stream_cache=tmp_path / "cache")
+
+
+def test_urls_of_unknown_kinds_are_refused(tmp_path: Path) -> None:
+    for url in ("ftp://x/0.tar", "python://os/0.tar", "http://x/"):
+        with pytest.raises(SmaltiError):
+            open_source(url, stream_cache=tmp_path)
+
+
+def test_stores_are_read_through_fsspec(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    import fsspec
+
+    monkeypatch.setitem(__import__("smalti.data.download").data.download.STORES, "memory", "none")
+    memory = fsspec.filesystem("memory")
+    for path in shards.glob("*.tar"):
+        memory.pipe(f"/bucket/{path.name}", path.read_bytes())
+    source = open_source("memory://bucket/{000..001}.tar", stream_cache=tmp_path / "cache")
+    assert len(source) == 2 * COUNT

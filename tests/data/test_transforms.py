@@ -1,0 +1,158 @@
+"""Random crops as in guided diffusion, and every way in which colours are stored."""
+
+import io
+import math
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smalti.data.dataset import ImageDataset
+from smalti.data.decoding import FolderOptions, decode
+from smalti.data.images import open_source
+from smalti.data.transforms import CropDraw, RandomCrop, center_crop, crop_draw, random_crop
+from smalti.errors import SmaltiError
+
+
+def noise(width: int, height: int) -> Image.Image:
+    generator = np.random.default_rng(0)
+    return Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [(101, 67), (67, 101), (64, 64), (33, 200), (20, 17)])
+def test_a_random_crop_is_that_of_guided_diffusion(size: tuple[int, int]) -> None:
+    """Its procedure, written out with the same random numbers."""
+    draws = random.Random(0)
+    image, side, limits = noise(*size), 16, RandomCrop(0.6, 0.9)
+    for _ in range(20):
+        draw = CropDraw(draws.random(), draws.random(), draws.random())
+        low, high = math.ceil(side / 0.9), math.ceil(side / 0.6)  # 18 and 27
+        shorter = low + math.floor(draw.scale * (high + 1 - low))
+        step = image
+        while min(step.size) >= 2 * shorter:
+            step = step.resize((step.width // 2, step.height // 2), Image.Resampling.BOX)
+        scale = shorter / min(step.size)
+        target = (round(step.width * scale), round(step.height * scale))
+        pixels = np.asarray(step.resize(target, Image.Resampling.BICUBIC))
+        top = math.floor(draw.top * (pixels.shape[0] - side + 1))
+        left = math.floor(draw.left * (pixels.shape[1] - side + 1))
+        expected = pixels[top : top + side, left : left + side]
+        assert np.array_equal(np.asarray(random_crop(image, side, limits, draw)), expected)
+
+
+def test_every_place_and_size_is_reached_and_none_beyond() -> None:
+    """In a picture whose pixels tell their place."""
+    places = np.arange(20 * 20, dtype=np.uint16).reshape(20, 20)
+    pixels = np.stack([places % 256, places // 256, places * 0], axis=-1).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    corners = Counter()
+    for index in range(4000):
+        crop = np.asarray(random_crop(image, 16, RandomCrop(0.8, 0.8), crop_draw(0, 0, index)))
+        assert crop.shape == (16, 16, 3)
+        corners[int(crop[0, 0, 0]) + 256 * int(crop[0, 0, 1])] += 1
+    assert sorted(corners) == sorted(20 * top + left for top in range(5) for left in range(5))
+    assert min(corners.values()) > 100  # 160 on average
+
+
+def test_crop_draws_are_uniform_and_pure() -> None:
+    draws = [crop_draw(0, epoch, index) for epoch in range(10) for index in range(200)]
+    assert draws == [crop_draw(0, epoch, index) for epoch in range(10) for index in range(200)]
+    assert crop_draw(1, 0, 0) != draws[0] != draws[1] != draws[200]
+    numbers = np.array([[draw.scale, draw.top, draw.left] for draw in draws])
+    assert numbers.min() >= 0 and numbers.max() < 1
+    assert np.abs(numbers.mean(0) - 0.5).max() < 0.02
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(3)).max() < 0.07
+
+
+def test_a_crop_of_the_whole_at_the_centre_is_the_centre_crop() -> None:
+    image = noise(50, 30)
+    crop = random_crop(image, 16, RandomCrop(1.0, 1.0), CropDraw(0.3, 0.0, 0.49))
+    assert np.array_equal(np.asarray(crop), np.asarray(center_crop(image, 16)))
+
+
+def test_impossible_crops_are_refused() -> None:
+    for fractions in ((0.0, 1.0), (0.9, 0.8), (0.5, 1.1), (float("nan"), 1.0)):
+        with pytest.raises(SmaltiError, match="fractions"):
+            RandomCrop(*fractions)
+
+
+def test_crops_depend_on_seed_epoch_and_index_alone(pictures: Path) -> None:
+    source = open_source(str(pictures))
+    images = ImageDataset(source, 16, crop=RandomCrop(0.5, 1.0), flip=True)
+    keys = [(epoch, index) for epoch in range(3) for index in range(4)]
+    together = images.__getitems__(keys).images
+    alone = torch.cat([images.__getitems__([key]).images for key in reversed(keys)]).flip(0)
+    assert torch.equal(together, alone)
+    assert len({image.numpy().tobytes() for image in together}) == len(keys)
+    other = ImageDataset(source, 16, crop=RandomCrop(0.5, 1.0), flip=True, seed=1)
+    assert not torch.equal(other.__getitems__(keys).images, together)
+    plain = ImageDataset(source, 16)
+    assert torch.equal(images.all_images(), plain.all_images())  # never of what is measured
+    assert images.fingerprint == plain.fingerprint
+
+
+# -- colours ----------------------------------------------------------------------------------
+
+CONVERT = FolderOptions(unusual_images="convert")
+RED = (200, 40, 10)
+
+
+def stored(image: Image.Image, kind: str = "PNG", **options) -> io.BytesIO:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    stream.seek(0)
+    return stream
+
+
+def flat(mode: str, colour) -> Image.Image:
+    return Image.new(mode, (16, 16), colour)
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"),
+    [
+        (stored(flat("L", 90)), (90, 90, 90)),
+        (stored(flat("1", 1)), (255, 255, 255)),
+        (stored(flat("LA", (90, 255))), (90, 90, 90)),
+        (stored(flat("LA", (90, 0))), (255, 255, 255)),
+        (stored(flat("RGBA", (*RED, 255))), RED),
+        (stored(flat("RGBA", (0, 0, 0, 128))), (127, 127, 127)),
+        (stored(flat("RGB", RED).convert("P", palette=Image.Palette.ADAPTIVE)), RED),
+        (stored(flat("RGB", RED).convert("CMYK"), "TIFF"), RED),
+        (stored(Image.fromarray(np.full((16, 16), 0, np.uint16))), (0, 0, 0)),
+        (stored(Image.fromarray(np.full((16, 16), 65535, np.uint16))), (255, 255, 255)),
+        (stored(Image.fromarray(np.full((16, 16), 128 * 257, np.uint16))), (128, 128, 128)),
+        (stored(Image.fromarray(np.full((16, 16), 0.5, np.float32)), "TIFF"), (127, 127, 127)),
+    ],
+)
+def test_every_colour_mode_becomes_rgb(stream: io.BytesIO, expected: tuple[int, ...]) -> None:
+    found = decode(stream, CONVERT)
+    assert found.image.mode == "RGB"
+    assert found.image.getpixel((3, 3)) == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_their_exif_says(orientation: int) -> None:
+    """A white corner ends where a viewer would show it, whichever way the camera was held."""
+    upright = Image.new("L", (24, 16))
+    upright.paste(255, (0, 0, 8, 8))
+    undo = {  # from upright to how a camera stores it
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    kept = upright.transpose(undo[orientation]) if orientation in undo else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = decode(stored(kept, "JPEG", exif=exif, quality=95), FolderOptions()).image
+    assert found.size == (24, 16)
+    pixels = np.asarray(found)[..., 0]
+    assert pixels[:7, :7].min() > 200 and pixels[9:, :].max() < 50 and pixels[:, 10:].max() < 50

@@ -1,0 +1,147 @@
+"""The first gradients of every kind of stage, as each process holds them after they are averaged.
+
+    torchrun --nproc_per_node=2 tests/first_gradients.py ROOT OUT [sharded]
+
+What is random by process (times, noise, draws from a posterior) is made a function of the sample.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from toy_run import shard_on_cpu
+
+from smalti.prior.dit import DiTConfig
+from smalti.prior.flow import FlowConfig, FlowPrior
+from smalti.prior.next_scale import NextScaleConfig
+from smalti.prior.next_token import NextTokenConfig
+from smalti.scripts import train_prior, train_tokenizer
+from smalti.scripts.encode import EncodeConfig, encode
+from smalti.tokenizer.base import Tokenizer
+from smalti.tokenizer.codebook import CodebookConfig
+from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.discriminator import PatchGANConfig
+from smalti.tokenizer.kl import KLConfig, KLTokenizer
+from smalti.tokenizer.multi_scale import MultiScaleConfig
+from smalti.tokenizer.nearest import NearestConfig
+from smalti.tokenizer.objective import ObjectiveConfig
+from smalti.tokenizer.vq import VQConfig
+from smalti.training.run import Run
+from smalti.training.sharding import is_sharded, whole
+
+CONV = ConvConfig(
+    channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=8
+)
+CODEBOOK = CodebookConfig(16, 4)
+SCALES = MultiScaleConfig(codebook=CODEBOOK, scales=((1, 1), (3, 3), (8, 8)), convolutions=1)
+TOKENIZERS = {
+    "nearest": VQConfig(image_size=16, conv=CONV, quantizer=NearestConfig(codebook=CODEBOOK)),
+    "ema": VQConfig(
+        image_size=16,
+        conv=CONV,
+        quantizer=NearestConfig(codebook=replace(CODEBOOK, learning="ema")),
+    ),
+    "multi-scale": VQConfig(image_size=16, conv=CONV, quantizer=SCALES),
+    "kl": KLConfig(image_size=16, conv=replace(CONV, z_channels=2)),
+}
+PRIORS = {
+    "next-token": ("nearest", NextTokenConfig(depth=2, width=16, num_heads=2, hidden=32)),
+    "next-scale": ("multi-scale", NextScaleConfig(depth=2, width=16, num_heads=2)),
+    "flow": (
+        "kl",
+        FlowConfig(
+            network=DiTConfig(patch_size=2, depth=2, width=16, num_heads=1, frequency_size=16)
+        ),
+    ),
+}
+COMMON = {
+    "max_train_steps": 1,
+    "train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "mixed_precision": "no",
+    "max_grad_norm": 1e-3,
+}
+
+
+def tokenizer_config(root: Path, out: Path, name: str) -> train_tokenizer.TrainTokenizerConfig:
+    """The critic is heard from the first step on, weighed against the gradients of the whole."""
+    return train_tokenizer.TrainTokenizerConfig(
+        output_dir=out / "run" / name,
+        data=str(root / "pictures"),
+        tokenizer=TOKENIZERS[name],
+        objective=ObjectiveConfig(
+            adaptive=True,
+            adversarial_start=0,
+            perceptual_weight=0.0,
+            discriminator=PatchGANConfig(8, 1),
+        ),
+        **COMMON,
+    )
+
+
+def prior_config(root: Path, out: Path, name: str) -> train_prior.TrainPriorConfig:
+    tokenizer, prior = PRIORS[name]
+    without = {f: 0.0 for f in ("dropout", "label_dropout", "drop_path") if hasattr(prior, f)}
+    return train_prior.TrainPriorConfig(
+        output_dir=out / "run" / name,
+        latents=root / f"{tokenizer}-latents",
+        tokenizer=root / tokenizer,
+        prior=replace(prior, **without),
+        **COMMON,
+    )
+
+
+def make_inputs(root: Path) -> None:
+    """Tokenizers and latents, beside `root/pictures`."""
+    for name in {tokenizer for tokenizer, _ in PRIORS.values()}:
+        torch.manual_seed(0)
+        Tokenizer.registry.build(TOKENIZERS[name]).save_pretrained(root / name)
+        encode(
+            EncodeConfig(
+                data=str(root / "pictures"),
+                tokenizer=root / name,
+                output_dir=root / f"{name}-latents",
+            )
+        )
+
+
+def draws_of(self: FlowPrior, latents: Tensor) -> tuple[Tensor, Tensor]:
+    return latents.mean((1, 2, 3)).sigmoid(), latents.roll(1, -1)
+
+
+def gradients_of(root: Path, out: Path, *, sharded: bool = False) -> None:
+    """Write OUT/{stage}-{number of the optimizer}.safetensors of the first step of each stage."""
+    kl_latents = KLTokenizer.latents
+    FlowPrior._draw = draws_of
+    KLTokenizer.latents = lambda self, stored, *, generator=None: kl_latents(self, stored)
+    apply = Run.apply
+    jobs = {} if sharded else {f"tokenizer-{name}": tokenizer_config for name in TOKENIZERS}
+    jobs.pop("tokenizer-kl", None)  # draws from its posterior within
+    jobs |= {f"prior-{name}": prior_config for name in PRIORS}
+    for job, config_of in jobs.items():
+        kind, name = job.split("-", 1)
+        seen: list[Tensor] = []
+
+        def recorded(self, optimizer, module, step, job=job, seen=seen):
+            assert is_sharded(module) == sharded
+            named = module.named_parameters()
+            found = {k: whole(p.grad).contiguous() for k, p in named if p.grad is not None}
+            if self.accelerator.is_main_process:
+                save_file(found, out / f"{job}-{len(seen)}.safetensors")
+            seen.append(found)
+            return apply(self, optimizer, module, step)
+
+        Run.apply = recorded
+        (train_prior if kind == "prior" else train_tokenizer).train(config_of(root, out, name))
+    Run.apply, KLTokenizer.latents = apply, kl_latents
+
+
+if __name__ == "__main__":
+    root, out, *rest = sys.argv[1:]
+    if rest:
+        shard_on_cpu()
+    gradients_of(Path(root), Path(out), sharded=bool(rest))
+    assert torch.distributed.get_world_size() == 2

@@ -1,0 +1,142 @@
+"""smalti check-data: what it finds, what it writes, and how it ends."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smalti.cli import main
+from smalti.data.dataset import ImageDataset
+from smalti.data.images import open_source
+
+
+@pytest.fixture
+def check(tmp_path: Path):
+    """Run the command; its exit status, the report and the list of bad files."""
+
+    def run(data: str, *arguments: str) -> tuple[int, dict, list[str]]:
+        listed, report = tmp_path / "out" / "bad.txt", tmp_path / "out" / "report.json"
+        flags = ["--data", data, "--bad_files", str(listed), "--json", str(report), *arguments]
+        status = main(["check-data", *flags])
+        lines = listed.read_bytes().decode(errors="surrogateescape").splitlines()
+        return status, json.loads(report.read_text()), lines
+
+    return run
+
+
+def test_a_good_set_passes(pictures: Path, check, capsys) -> None:
+    status, report, bad = check(str(pictures))
+    assert status == 0 and bad == [] and report["bad"] == []
+    assert report["classes"] == {"blue": 8, "green": 8, "red": 8} and report["pictures"] == 24
+    assert report["width"] == {"min": 40, "median": 40, "max": 40}
+    assert report["height"] == {"min": 36, "median": 36, "max": 36}
+    assert report["modes"] == {"RGB": 24}
+    out = capsys.readouterr().out
+    assert "24 pictures, 0 of them bad" in out and "width: 40 to 40 pixels, median 40" in out
+
+
+def test_the_split_it_tells_is_that_of_training(pictures: Path, check) -> None:
+    _, report, _ = check(str(pictures), "--heldout_fraction", "0.3", "--split_seed", "5")
+    for split in ("train", "heldout"):
+        images = ImageDataset(
+            open_source(str(pictures)), 16, split=split, heldout_fraction=0.3, split_seed=5
+        )
+        assert report[split] == len(images)
+
+
+def test_every_bad_file_is_listed_with_its_reason(pictures: Path, check, capsys) -> None:
+    cut = (pictures / "red" / "0.png").read_bytes()[:-60]
+    (pictures / "red" / "cut.png").write_bytes(cut)
+    (pictures / "green" / "empty.jpg").write_bytes(b"")
+    Image.new("CMYK", (20, 30)).save(pictures / "blue" / "print.jpg")
+    Image.new("RGB", (4, 400)).save(pictures / "blue" / "thin.png")
+    status, report, bad = check(str(pictures))
+    assert status == 1 and report["pictures"] == 28 and len(bad) == 4
+    reasons = dict(line.split("\t") for line in bad)
+    assert "CMYK" in reasons[str(pictures / "blue" / "print.jpg")]
+    assert "less than 8 on a side" in reasons[str(pictures / "blue" / "thin.png")]
+    assert "cannot be decoded" in reasons[str(pictures / "green" / "empty.jpg")]
+    assert "cannot be decoded" in reasons[str(pictures / "red" / "cut.png")]
+    assert [line.split("\t")[0] for line in bad] == [entry["place"] for entry in report["bad"]]
+    assert report["classes"] == {"blue": 8, "green": 8, "red": 8}  # those that can be used
+    assert report["train"] + report["heldout"] == 24
+    assert "28 pictures, 4 of them bad" in capsys.readouterr().out
+    status, report, bad = check(str(pictures), "--folder.unusual_images", "convert")
+    assert status == 1 and len(bad) == 3 and report["modes"] == {"RGB": 24, "CMYK": 1}
+
+
+def test_the_list_of_an_earlier_check_does_not_stay(pictures: Path, check) -> None:
+    (pictures / "red" / "empty.png").write_bytes(b"")
+    assert check(str(pictures))[0] == 1
+    (pictures / "red" / "empty.png").unlink()
+    status, _, bad = check(str(pictures))
+    assert status == 0 and bad == []
+
+
+def test_copies_are_found_within_and_across_classes(pictures: Path, check) -> None:
+    original = (pictures / "red" / "3.png").read_bytes()
+    (pictures / "red" / "again.png").write_bytes(original)
+    (pictures / "blue" / "wrong.png").write_bytes(original)
+    status, report, _ = check(str(pictures))
+    assert status == 0
+    found = report["duplicates"]
+    assert found["extra"] == 2 and found["across_classes"] == 2  # both reds beside a blue
+    assert [sorted(Path(name).name for name in group) for group in found["groups"]] == [
+        ["3.png", "again.png", "wrong.png"]
+    ]
+    assert any("two labels" in remark for remark in report["remarks"])
+
+
+def test_sizes_are_those_of_upright_pictures(pictures: Path, check) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (100, 50)).save(pictures / "red" / "turned.jpg", exif=exif)
+    _, report, _ = check(str(pictures))
+    assert report["width"]["max"] == 50 and report["height"]["max"] == 100
+
+
+def test_one_class_and_small_ones_are_remarked(pictures: Path, check) -> None:
+    _, report, _ = check(str(pictures / "red"))
+    assert any("--folder.single_class" in remark for remark in report["remarks"])
+    assert any("less than 10" in remark for remark in report["remarks"])
+
+
+def test_a_manifest_is_written_for_shards_alone(pictures: Path, tmp_path: Path, check) -> None:
+    import webdataset
+
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with webdataset.ShardWriter(f"{folder}/%03d.tar", maxcount=10, verbose=0) as writer:
+        for number, path in enumerate(sorted(pictures.glob("*/*.png"))):
+            label = path.parent.name
+            sample = {"__key__": str(number), "png": path.read_bytes(), "cls": label.encode()}
+            writer.write(sample)
+    assert check(f"{folder}/{{000..002}}.tar", "--write_manifest")[0] == 0
+    manifest = folder / "manifest.json"
+    assert json.loads(manifest.read_text()) == {
+        "shards": {"000.tar": 10, "001.tar": 10, "002.tar": 4}
+    }
+    assert main(["check-data", "--data", str(pictures), "--write_manifest"]) == 2
+    content = (folder / "002.tar").read_bytes()
+    (folder / "002.tar").write_bytes((folder / "001.tar").read_bytes())
+    listed = str(tmp_path / "bad.txt")
+    assert main(["check-data", "--data", str(folder), "--bad_files", listed]) == 2
+    (folder / "002.tar").write_bytes(content)
+    assert main(["check-data", "--data", str(folder), "--bad_files", listed]) == 0
+
+
+def test_arrays_and_embedded_sets_are_checked_alike(tmp_path: Path, check) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (6, 9, 8, 3), dtype=np.uint8)
+    images[5] = images[1]
+    np.savez(tmp_path / "set.npz", images=images, labels=[0, 0, 0, 1, 1, 1])
+    status, report, _ = check(str(tmp_path / "set.npz"))
+    assert status == 0 and report["classes"] == {"0": 3, "1": 3}
+    assert report["duplicates"]["across_classes"] == 1
+    assert report["width"]["max"] == 8 and report["height"]["max"] == 9
+
+
+def test_a_set_that_cannot_be_opened_is_a_mistake(tmp_path: Path, capsys) -> None:
+    assert main(["check-data", "--data", str(tmp_path / "nowhere")]) == 2
+    assert "does not exist" in capsys.readouterr().err

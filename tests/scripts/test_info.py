@@ -1,0 +1,103 @@
+"""`smalti info` tells what a folder is, whether it is whole, and how to go on."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from toy_run import toy_config
+from toy_run import train as train_toy
+
+import smalti
+from smalti.cli import main
+from smalti.scripts.encode import EncodeConfig, encode
+from smalti.training.checkpoint import checkpoints
+
+
+def told(capsys, path: Path, status: int = 0) -> dict[str, str]:
+    """What the command prints; the last line of each name."""
+    assert main(["info", str(path)]) == status
+    rows = [line.split("  ", 1) for line in capsys.readouterr().out.splitlines()]
+    return {name.strip(): value.strip() for name, value in rows}
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_a_run_tells_its_step_and_how_to_go_on(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    train_toy(toy_config(folder))
+    lines = told(capsys, folder)
+    assert lines["kind"] == "toy run" and lines["step"] == "6 of 6"
+    assert lines["numbers"].startswith("59 in")  # 4 x 6 + 6 + 6 x 4 + 4, and a counter
+    assert lines["files"] == "ema, model, optimizer"
+    assert lines["verified"].startswith("yes") and "images_per_second" in lines["speed"]
+    assert lines["result"] == str(folder / "model")
+    assert lines["go on"] == (
+        f"smalti toy --config {folder}/config.yaml --output_dir {folder} "
+        "--resume_from_checkpoint latest"
+    )
+    damage(checkpoints(folder)[-1] / "model.safetensors")
+    lines = told(capsys, folder, status=1)
+    assert lines["step"] == "4 of 6" and "model.safetensors is damaged" in lines["damaged"]
+
+
+def test_a_checkpoint_tells_whether_it_is_whole(tmp_path: Path, capsys) -> None:
+    train_toy(toy_config(tmp_path / "run"))
+    path = checkpoints(tmp_path / "run")[-1]
+    assert told(capsys, path)["go on"].endswith(f"--resume_from_checkpoint {path}")
+    damage(path / "optimizer.safetensors")
+    assert "optimizer.safetensors is damaged" in told(capsys, path, status=1)["verified"]
+
+
+def test_latents_tell_their_tokenizer(tokenizer, pictures, tmp_path: Path, capsys) -> None:
+    tokenizer.save_pretrained(tmp_path / "tok")
+    job = EncodeConfig(
+        data=str(pictures), tokenizer=tmp_path / "tok", output_dir=tmp_path / "latents"
+    )
+    encode(job)
+    lines = told(capsys, tmp_path / "latents")
+    assert lines["kind"] == "latent cache" and lines["tokenizer"] == tokenizer.fingerprint[:12]
+    assert lines["latents"].endswith("64 codes of 16 (8 x 8)")
+    assert told(capsys, tmp_path / "latents" / "train")["verified"] == "yes: all shards"
+    damage(tmp_path / "latents" / "train" / "shard-00000.safetensors")
+    assert told(capsys, tmp_path / "latents" / "train", status=1)["verified"].startswith(
+        "no: shard"
+    )
+
+
+def test_models_and_pipelines_tell_their_size(tokenizer, prior, tmp_path: Path, capsys) -> None:
+    tokenizer.save_pretrained(tmp_path / "tok")
+    lines = told(capsys, tmp_path / "tok")
+    count = sum(p.numel() for p in tokenizer.parameters())
+    assert lines["kind"] == "vq tokenizer" and lines["parameters"] == f"{count:,}"
+    assert lines["type"] == "VQTokenizer, 16 px"
+    prior.save_pretrained(tmp_path / "prior")
+    assert told(capsys, tmp_path / "prior")["kind"] == "next-token prior"
+    own = type(prior)(replace(prior.config, tokenizer_fingerprint=tokenizer.fingerprint))
+    smalti.Pipeline(tokenizer, own, ("a", "b", "c")).save_pretrained(tmp_path / "pipe")
+    lines = told(capsys, tmp_path / "pipe")
+    assert lines["kind"] == "pipeline" and lines["classes"] == "3: a, b, c"
+    assert lines["go on"] == f"smalti generate --model {tmp_path / 'pipe'}"
+    (tmp_path / "pipe" / "prior" / "model.safetensors").write_bytes(b"x")
+    assert told(capsys, tmp_path / "pipe", status=1)["verified"].startswith("no: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a folder: smalti info PATH"),
+        (["nowhere"], "folder not found: nowhere"),
+        (["."], "is nothing that smalti writes"),
+    ],
+)
+def test_what_cannot_be_explained_is_one_line(
+    tmp_path: Path, monkeypatch, capsys, arguments, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    arguments = ["here" if a == "." else a for a in arguments]
+    assert main(["info", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,210 @@
+"""Latents from pictures, to other code and from it, as commands; then a prior trains on them."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision.transforms import TenCrop
+
+import smalti
+from smalti.cli import main as smalti_main
+from smalti.data.cache import LatentCache
+from smalti.data.dataset import ImageDataset
+from smalti.data.images import open_source
+from smalti.data.latents import ContinuousSpec
+from smalti.data.llamagen_codes import TEN_CROPS
+from smalti.errors import SmaltiError
+from smalti.prior.dit import DiTConfig
+from smalti.prior.flow import FlowConfig
+from smalti.prior.next_token import NextTokenConfig
+from smalti.scripts.train_prior import TrainPriorConfig
+from smalti.scripts.train_prior import train as train_prior
+from smalti.tokenizer.codebook import CodebookConfig
+from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.kl import KLConfig, KLTokenizer
+from smalti.tokenizer.nearest import NearestConfig
+from smalti.tokenizer.vq import VQConfig, VQTokenizer
+
+CONV = ConvConfig(
+    channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=4
+)
+VQ = VQConfig(image_size=16, conv=CONV, quantizer=NearestConfig(codebook=CodebookConfig(16, 4)))
+KL = KLConfig(image_size=16, conv=CONV, latent_mean=(0.5,) * 4, latent_std=(2.0,) * 4)
+GPT = NextTokenConfig(depth=1, width=16, num_heads=2, hidden=32)
+FLOW = FlowConfig(network=DiTConfig(depth=1, width=16, num_heads=2))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Pictures of two classes, and two tokenizers."""
+    root = tmp_path_factory.mktemp("latents")
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / "pictures" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = generator.integers(0, 256, (33, 36, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "pictures" / name / f"{i}.png")
+    torch.manual_seed(0)
+    VQTokenizer(VQ).save_pretrained(root / "vq")
+    KLTokenizer(KL).save_pretrained(root / "kl")
+    return root
+
+
+def encode(root: Path, out: Path, *more: str, tokenizer: str = "vq") -> Path:
+    arguments = ["--data", str(root / "pictures"), "--tokenizer", str(root / tokenizer)]
+    assert smalti_main(["encode", *arguments, "--output_dir", str(out), *more]) == 0
+    return out
+
+
+def pictures(root: Path, size: int) -> torch.Tensor:
+    source = open_source(str(root / "pictures"))
+    return ImageDataset(source, size, split="train").all_images()
+
+
+def test_ten_crops_are_encoded_as_llamagen_does(root: Path, tmp_path: Path) -> None:
+    out = encode(root, tmp_path / "lat", "--views", "ten-crop")
+    train, heldout = LatentCache(out / "train"), LatentCache(out / "heldout")
+    assert len(train.info.views) == 10 and heldout.info.views == ("identity",)
+    tokenizer = smalti.Tokenizer.from_pretrained(root / "vq")
+    crops = TenCrop(16)(pictures(root, int(16 * 1.1)))
+    codes = train.all_views(range(len(train))).astype(np.int64)
+    for view, number in enumerate(TEN_CROPS):
+        assert np.array_equal(codes[:, view], tokenizer.encode(crops[number]).numpy())
+
+
+def test_whatever_the_views_the_pictures_are_the_same(root: Path, tmp_path: Path) -> None:
+    caches = [
+        LatentCache(encode(root, tmp_path / views, "--views", views) / "train")
+        for views in ("identity", "flip", "ten-crop")
+    ]
+    assert [len(cache.info.views) for cache in caches] == [1, 2, 10]
+    assert len({cache.info.dataset_fingerprint for cache in caches}) == 1
+    assert np.array_equal(caches[0].all_views([3, 5])[:, 0], caches[1].all_views([3, 5])[:, 0])
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_encoded_latents_are_exported(root: Path, tmp_path: Path, layout: str) -> None:
+    latents = encode(root, tmp_path / "lat", tokenizer="kl")
+    arguments = [str(latents), str(tmp_path / "out"), "--format", layout]
+    assert smalti_main(["export-latents", *arguments]) == 0
+    found = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "arrow"))
+    suffix = ".npy" if layout == "webdataset" else ""
+    for split, rows in found.items():
+        cache = LatentCache(latents / split)
+        stored = cache.all_views(range(len(cache)))
+        mean = np.array(rows[f"mean{suffix}"][:], dtype=np.float16)
+        assert np.array_equal(
+            mean.reshape(len(cache), -1), stored[:, :, :4].reshape(len(cache), -1)
+        )
+        assert rows["label" if layout == "parquet" else "cls"][:] == cache.labels.tolist()
+
+
+def test_codes_of_llamagen_train_a_prior(root: Path, tmp_path: Path) -> None:
+    tokenizer = smalti.Tokenizer.from_pretrained(root / "vq")
+    crops = torch.stack(TenCrop(16)(pictures(root, 17)), 1)  # (N, 10, 3, 16, 16)
+    for name in ("emoji_codes", "emoji_labels"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+    for i, views in enumerate(crops):
+        codes = tokenizer.encode(views)[None].numpy()
+        np.save(tmp_path / "src" / "emoji_codes" / f"{i}.npy", codes)
+        np.save(tmp_path / "src" / "emoji_labels" / f"{i}.npy", np.array([i % 2]))
+    assert smalti_main(import_of(tmp_path, root / "vq")) == 0
+    train_prior(prior_run(tmp_path, root / "vq", GPT))
+
+
+def test_latents_of_lightningdit_train_a_prior(root: Path, tmp_path: Path) -> None:
+    tokenizer = smalti.Tokenizer.from_pretrained(root / "kl")
+    assert isinstance(tokenizer, KLTokenizer) and isinstance(tokenizer.spec, ContinuousSpec)
+    images = pictures(root, 16)
+    draws = [tokenizer.gaussian(view).mean.detach() for view in (images, images.flip(-1))]
+    (tmp_path / "src").mkdir()
+    save_file(
+        {
+            "latents": draws[0].contiguous(),
+            "latents_flip": draws[1].contiguous(),
+            "labels": torch.arange(len(images)) % 2,
+        },
+        tmp_path / "src" / "latents_rank00_shard000.safetensors",
+    )
+    unit = {"mean": tokenizer.shift, "std": tokenizer.scale}
+    torch.save(unit, tmp_path / "src" / "latents_stats.pt")
+    assert smalti_main([*import_of(tmp_path, root / "kl"), "--format", "lightningdit"]) == 0
+    stored = LatentCache(tmp_path / "lat" / "train").first_view([0, 1]).stored
+    drawn = tokenizer.latents(stored, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, tokenizer.latents(stored))  # without a deviation, draws are the mean
+    train_prior(prior_run(tmp_path, root / "kl", FLOW))
+
+
+def import_of(folder: Path, tokenizer: Path) -> list[str]:
+    arguments = [str(folder / "src"), str(folder / "lat"), "--tokenizer", str(tokenizer)]
+    return ["import-latents", *arguments, "--heldout_fraction", "0.2"]
+
+
+def prior_run(folder: Path, tokenizer: Path, prior) -> TrainPriorConfig:
+    return TrainPriorConfig(
+        output_dir=folder / "prior",
+        latents=folder / "lat",
+        tokenizer=tokenizer,
+        prior=prior,
+        train_batch_size=4,
+        max_train_steps=1,
+        mixed_precision="no",
+    )
+
+
+def test_a_prior_refuses_imported_latents_of_another_tokenizer(root: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    VQTokenizer(VQ).save_pretrained(tmp_path / "other")
+    encode(root, tmp_path / "lat")
+    with pytest.raises(SmaltiError, match="were made by another tokenizer"):
+        train_prior(prior_run(tmp_path, tmp_path / "other", GPT))
+
+
+def test_the_import_says_who_vouches_for_the_tokenizer(root: Path, tmp_path: Path, capsys) -> None:
+    for name in ("x_codes", "x_labels"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+    for i in range(20):
+        np.save(tmp_path / "src" / "x_codes" / f"{i}.npy", np.full((1, 2, 64), i % 16))
+        np.save(tmp_path / "src" / "x_labels" / f"{i}.npy", np.array([i % 2]))
+    assert smalti_main(import_of(tmp_path, root / "vq")) == 0
+    assert f"as made by {root / 'vq'} on your word" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "lat" / "train" / "manifest.json").read_text())
+    vouched = smalti.Tokenizer.from_pretrained(root / "vq")
+    assert manifest["tokenizer_fingerprint"] == vouched.fingerprint
+    assert manifest["imported"] and manifest["dataset_fingerprint"] == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "--views", "nine-crop"], "invalid choice"),
+        (["export-latents"], "give two things: smalti export-latents LATENTS OUT"),
+        (["export-latents", "nowhere", "out"], "nowhere holds no finished latent cache"),
+        (["export-latents", "a", "b", "--format", "csv"], "invalid choice"),
+        (["import-latents"], "give two things: smalti import-latents SOURCE OUT"),
+        (["import-latents", "a", "out", "--tokenizer", "nowhere"], "folder not found: nowhere"),
+        (["import-latents", "a", "out", "--tokenizer", "VQ"], "the folder a does not exist"),
+        (["import-latents", "EMPTY", "out", "--tokenizer", "VQ"], "NAME_codes; it has none"),
+        (["import-latents", "a", "out", "--shard_size", "0"], "shard_size is 0; it must be"),
+        (["import-latents", "a", "out", "--num_samples", "-1"], "num_samples is -1; it must be"),
+        (
+            ["import-latents", "EMPTY", "out", "--tokenizer", "KL", "--format", "lightningdit"],
+            "holds no .safetensors files",
+        ),
+    ],
+)
+def test_mistakes_end_in_one_line_and_write_nothing(
+    root: Path, tmp_path: Path, capsys, monkeypatch, arguments, message
+) -> None:
+    (root / "empty").mkdir(exist_ok=True)
+    places = {"VQ": root / "vq", "KL": root / "kl", "EMPTY": root / "empty"}
+    monkeypatch.chdir(tmp_path)
+    status = smalti_main([str(places.get(a, a)) for a in arguments])
+    error = capsys.readouterr().err
+    assert status == 2 and message in error.strip().splitlines()[-1], error
+    assert "Traceback" not in error and list(tmp_path.iterdir()) == []

@@ -1,0 +1,200 @@
+"""Rectified flow from the command line: pairs, training on them, a straighter flow."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs import losses
+
+import smalti
+from smalti.cli import main as smalti_main
+from smalti.data.cache import LatentCache
+from smalti.prior.dit import DiTConfig
+from smalti.prior.flow import FlowConfig, FlowPrior
+from smalti.prior.paths import TrigonometricPath
+from smalti.scripts.initial import begin_from
+from smalti.scripts.reflow import ReflowConfig, bend, reflow
+from smalti.scripts.train_prior import TrainPriorConfig, train
+from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.kl import KLConfig, KLTokenizer
+
+CONV = ConvConfig(
+    channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=2
+)
+KL = KLConfig(image_size=8, conv=CONV, latent_mean=(0.5, 0.0), latent_std=(2.0, 0.5))
+NETWORK = DiTConfig(
+    in_channels=2, out_channels=2, grid=(4, 4), patch_size=2, depth=1, width=32, num_heads=2,
+    num_classes=2, frequency_size=16,
+)  # fmt: skip
+LIKE_NETWORK = replace(NETWORK, in_channels=4, out_channels=4, grid=(32, 32), num_classes=1000)
+
+
+def flow(**changes) -> FlowPrior:
+    """A flow that bends: a new network's velocity is 0."""
+    torch.manual_seed(1)
+    prior = FlowPrior(FlowConfig(network=NETWORK, **changes))
+    for parameter in prior.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return prior
+
+
+@pytest.fixture
+def bent(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = KLTokenizer(KL)
+    prior = flow(tokenizer_fingerprint=tokenizer.fingerprint)
+    smalti.Pipeline(tokenizer, prior, ("a", "b")).save_pretrained(tmp_path / "bent")
+    return tmp_path / "bent"
+
+
+def config_of(bent: Path, out: Path) -> ReflowConfig:
+    return ReflowConfig(
+        model=str(bent),
+        output_dir=out,
+        num_pairs=96,
+        num_heldout=8,
+        num_inference_steps=8,
+        batch_size=16,
+        shard_size=40,
+    )
+
+
+def test_pairs_are_what_the_flow_makes_of_their_noise(bent: Path, tmp_path: Path) -> None:
+    reflow(config_of(bent, tmp_path / "pairs"))
+    cache = LatentCache(tmp_path / "pairs" / "train")
+    batch = cache.first_view(range(90, 96))
+    data, noise = batch.stored.chunk(2, 1)
+    assert batch.labels.tolist() == [0, 1] * 3
+    prior = smalti.Prior.from_pretrained(bent / "prior")
+    expected = prior.sample(batch.labels, noise=noise, num_inference_steps=8)
+    torch.testing.assert_close(data, expected, rtol=0, atol=0.02)  # stored in half precision
+    heldout = LatentCache(tmp_path / "pairs" / "heldout").first_view(range(8))
+    assert (
+        not torch.isclose(heldout.stored[:, None], cache.first_view(range(96)).stored).any(2).all()
+    )
+
+
+def test_pairs_do_not_depend_on_the_batch_size(bent: Path, tmp_path: Path) -> None:
+    config = config_of(bent, tmp_path / "one")
+    reflow(config)
+    reflow(replace(config, output_dir=tmp_path / "two", batch_size=7))
+    one, two = (LatentCache(tmp_path / name / "train") for name in ("one", "two"))
+    torch.testing.assert_close(
+        one.first_view(range(96)).stored, two.first_view(range(96)).stored, rtol=0, atol=2e-3
+    )
+
+
+def test_pairs_of_other_settings_are_not_mixed(bent: Path, tmp_path: Path) -> None:
+    config = config_of(bent, tmp_path / "pairs")
+    reflow(config)
+    with pytest.raises(smalti.SmaltiError, match="choose another output folder"):
+        reflow(replace(config, guidance_scale=2.0))
+
+
+def test_training_on_pairs_straightens_the_flow(bent: Path, tmp_path: Path) -> None:
+    config = config_of(bent, tmp_path / "pairs")
+    reflow(config)
+    train(
+        TrainPriorConfig(
+            output_dir=tmp_path / "run",
+            latents=tmp_path / "pairs",
+            tokenizer=bent / "tokenizer",
+            initial=str(bent),
+            prior=FlowConfig(network=LIKE_NETWORK),
+            max_train_steps=150,
+            train_batch_size=32,
+            learning_rate=3e-3,
+            mixed_precision="no",
+            ema_decay=0.9,
+            logging_steps=50,
+        )
+    )
+    straight = bend(replace(config, model=str(tmp_path / "run" / "pipeline")))
+    assert straight < 0.5 * bend(config)
+    assert losses(tmp_path / "run")[0]["loss"] < 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"solver": "ddim"}, "use an ODE solver"),
+        ({"temperature": 0.5}, 'not sampled with the option "temperature"'),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+    ],
+)
+def test_what_makes_no_pairs_is_refused(bent, tmp_path, changes, message) -> None:
+    with pytest.raises(smalti.SmaltiError, match=message):
+        reflow(replace(config_of(bent, tmp_path / "pairs"), **changes))
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_only_straight_paths_are_rectified(bent: Path, tmp_path: Path) -> None:
+    tokenizer = smalti.Tokenizer.from_pretrained(bent / "tokenizer")
+    curved = flow(path=TrigonometricPath(), tokenizer_fingerprint=tokenizer.fingerprint)
+    smalti.Pipeline(tokenizer, curved, ("a", "b")).save_pretrained(tmp_path / "curved")
+    with pytest.raises(smalti.SmaltiError, match="needs the linear path"):
+        reflow(config_of(tmp_path / "curved", tmp_path / "pairs"))
+
+
+# -- fine-tuning ------------------------------------------------------------------------------
+
+
+def test_a_run_begins_with_the_weights_of_a_saved_model(bent: Path) -> None:
+    new, saved = flow(), smalti.Prior.from_pretrained(bent / "prior")
+    for parameter in new.parameters():
+        torch.nn.init.zeros_(parameter)
+    begin_from(new, str(bent))
+    for name, value in saved.state_dict().items():
+        assert torch.equal(new.state_dict()[name], value), name
+
+
+def test_other_classes_begin_anew_but_no_class_is_known(bent: Path) -> None:
+    more = sized(num_classes=5)
+    before = more.state_dict()[more.class_table].clone()
+    begin_from(more, str(bent / "prior"))
+    after = more.state_dict()[more.class_table]
+    saved = smalti.Prior.from_pretrained(bent / "prior").state_dict()
+    assert torch.equal(after[:-1], before[:-1])
+    assert torch.equal(after[-1], saved[more.class_table][-1])
+    assert torch.equal(
+        more.state_dict()["network.x_embedder.proj.weight"], saved["network.x_embedder.proj.weight"]
+    )
+
+
+def sized(**changes) -> FlowPrior:
+    return FlowPrior(FlowConfig(network=replace(NETWORK, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            lambda: FlowPrior(FlowConfig(network=replace(NETWORK, width=16))),
+            "give the same settings",
+        ),
+        (
+            lambda: FlowPrior(FlowConfig(network=replace(NETWORK, depth=2))),
+            "only this run's model has",
+        ),
+        (lambda: flow(tokenizer_fingerprint="0" * 64), "latents of another tokenizer"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(bent: Path, model, message: str) -> None:
+    with pytest.raises(smalti.SmaltiError, match=message):
+        begin_from(model(), str(bent))
+
+
+def test_a_tokenizer_begins_with_the_weights_of_a_saved_one(bent: Path) -> None:
+    new = KLTokenizer(KL)
+    begin_from(new, str(bent))
+    saved = smalti.Tokenizer.from_pretrained(bent / "tokenizer").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in new.state_dict().items())
+
+
+def test_the_command_says_how_straight_the_flow_is(bent: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["reflow", "--model", str(bent), "--output_dir", str(tmp_path / "pairs")]
+    arguments += ["--num_pairs", "4", "--num_heldout", "4", "--num_inference_steps", "2"]
+    assert smalti_main(arguments) == 0
+    assert "(0 is straight)" in capsys.readouterr().out
