@@ -93,6 +93,10 @@ class DDPM(StepSolver):
                 f'variance is "{self.variance}"; choose one of {", ".join(get_args(Variance))}'
             )
 
+    def check(self, predicts_variance: bool) -> None:
+        if self.variance == "learned" and not predicts_variance:
+            raise SmaltiError('this network predicts no variance: use variance "small" or "large"')
+
     def step(
         self, dynamics: Dynamics, x: Tensor, start: float, stop: float, normal: NormalSource
     ) -> Tensor:
@@ -108,8 +112,7 @@ class DDPM(StepSolver):
     def _std(self, to: Transition, surplus: Tensor, x: Tensor) -> Tensor | float:
         if self.variance != "learned":
             return math.sqrt(to.small if self.variance == "small" else to.large)
-        if surplus.shape != x.shape:
-            raise SmaltiError('this network predicts no variance: use variance "small" or "large"')
+        self.check(surplus.shape == x.shape)
         share = (surplus + 1) / 2
         log_small, log_large = math.log(to.small), math.log(to.large)
         return (0.5 * (share * log_large + (1 - share) * log_small)).exp()

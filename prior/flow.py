@@ -184,6 +184,7 @@ class FlowPrior(Prior):
         """
         dynamics = self.dynamics(condition, guidance_scale, guidance_interval, classifier)
         solver = make_solver(solver)
+        solver.check(self.config.network.out_channels == 2 * self.config.network.in_channels)
         times = self.time_grid(num_inference_steps, solver, schedule)
         normal = NormalSource(generator, len(condition))
         x = dynamics.path.marginal_std(times[0]).item() * self._noise(noise, condition, normal)
@@ -197,7 +198,10 @@ class FlowPrior(Prior):
             if times[-1] < 1:
                 x = dynamics.estimate(x, times_of(times[-1].item(), x)).data
         if not x.isfinite().all():
-            raise SmaltiError("the model gives NaN: its weights are damaged or overflow their type")
+            raise SmaltiError(
+                "the model gives NaN or infinity: its weights are damaged or overflow their type, "
+                "or guidance_scale is too large"
+            )
         return x
 
     def _noise(self, noise: Tensor | None, condition: Tensor, normal: NormalSource) -> Tensor:

@@ -45,7 +45,7 @@ class FlowConfig:
             raise SmaltiError(
                 f"guided_channels is {self.guided_channels}; there are {channels} channels"
             )
-        if not math.isfinite(self.time_shift) or self.time_scale == 0:
+        if not (math.isfinite(self.time_shift) and 0 < abs(self.time_scale) < math.inf):
             raise SmaltiError(
                 f"time_scale and time_shift are {self.time_scale} and {self.time_shift}; "
                 "the scale must not be 0"

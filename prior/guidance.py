@@ -15,6 +15,7 @@ from smalti.errors import SmaltiError
 from smalti.prior.dynamics import Field
 from smalti.prior.paths import GaussianPath, spread
 from smalti.prior.predictions import Prediction, per_score
+from smalti.prior.sampling import is_interval, is_number
 
 # x (B, C, h, w), times (B,), labels (B,) -> (B, C_out, h, w)
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,9 +32,9 @@ class ClassifierFree:
     channels: int | None = None  # the first so many are guided, the others stay conditional
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
+        if not (is_number(self.scale) and math.isfinite(self.scale)):
             raise SmaltiError(f"guidance_scale is {self.scale}; it must be finite")
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+        if not is_interval(self.interval):
             raise SmaltiError(
                 f"guidance_interval is {self.interval}; give two times, 0 <= from <= to <= 1"
             )
@@ -42,7 +43,7 @@ class ClassifierFree:
         """s at times (B,): 1 outside the interval."""
         start, stop = self.interval
         inside = (t >= start) & (t <= stop)
-        return torch.where(inside, self.scale, 1.0)
+        return torch.where(inside, torch.full_like(t, self.scale), 1.0)
 
 
 def classifier_free(network: Network, labels: Tensor, null: int, options: ClassifierFree) -> Field:

@@ -166,6 +166,10 @@ class NextScalePrior(CodePrior):
         self._check_bound()
         self.check_labels(labels)
         check_codes(codes, self.config.spec)
+        if len(codes) != len(labels):
+            raise SmaltiError(
+                f"{len(labels)} conditions were given for {len(codes)} samples: give one each"
+            )
 
     # -- the network, part by part --------------------------------------------------------------
 

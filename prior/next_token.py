@@ -176,6 +176,10 @@ class NextTokenPrior(CodePrior):
     def _check(self, codes: Tensor, condition: Condition) -> None:
         self.check_condition(condition)
         check_codes(codes, self.config.spec)
+        if len(codes) != len(condition):
+            raise SmaltiError(
+                f"{len(condition)} conditions were given for {len(codes)} samples: give one each"
+            )
 
     # -- the network, part by part ------------------------------------------------------------
 

@@ -39,20 +39,20 @@ class SamplingOptions:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.guidance_scale):
+        if not (is_number(self.guidance_scale) and math.isfinite(self.guidance_scale)):
             raise SmaltiError(f"guidance_scale is {self.guidance_scale}; it must be finite")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+        if not (is_number(self.temperature) and 0 <= self.temperature < math.inf):
             raise SmaltiError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
+        if type(self.top_k) is not int or self.top_k < 0:
             raise SmaltiError(f"top_k is {self.top_k}; it must be a whole number, 0 (off) or more")
-        if not 0 < self.top_p <= 1:
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise SmaltiError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
             raise SmaltiError(
                 f'no guidance schedule is called "{self.guidance_schedule}"; '
                 f"{nearest(self.guidance_schedule, GUIDANCE_SCHEDULES)}"
             )
-        if not _is_interval(self.guidance_interval):
+        if not is_interval(self.guidance_interval):
             raise SmaltiError(
                 f"guidance_interval is {self.guidance_interval}; give two shares of the sampling, "
                 "0 <= from <= to <= 1"
@@ -74,10 +74,16 @@ class SamplingOptions:
         return range(guided[0], guided[-1] + 1) if guided else range(0)
 
 
-def _is_interval(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a number, and not True or False."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_interval(value: object) -> bool:
+    """Whether it is a pair 0 <= from <= to <= 1."""
     if not isinstance(value, tuple | list) or len(value) != 2:
         return False
-    return all(isinstance(x, int | float) for x in value) and 0 <= value[0] <= value[1] <= 1
+    return all(map(is_number, value)) and 0 <= value[0] <= value[1] <= 1
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -111,8 +111,8 @@ Spacing = Literal["leading", "linspace", "trailing"]
 @dataclass(frozen=True)
 class DDPMSpaced(Schedule):
     """N of the T indices of a discrete chain, then the data: "leading" (0, T/N, 2 T/N, ...; DiT's
-    `ddimN` where N divides T), "linspace" (0 to T - 1, rounded; DiT's `N`) or "trailing" (from T - 1 down)
-    (2305.08891, table 2)."""
+    `ddimN` where N divides T), "linspace" (0 to T - 1, rounded; DiT's `N`) or "trailing" (from
+    T - 1 down) (2305.08891, table 2)."""
 
     spacing: Spacing = "leading"
 

@@ -60,6 +60,10 @@ class Solver(ABC):
             (B, ...) at times[1], times[2], ..., times[N].
         """
 
+    def check(self, predicts_variance: bool) -> None:
+        """Raise `SmaltiError` if the solver needs what such a network does not say."""
+        del predicts_variance
+
     def solve(self, dynamics: Dynamics, x: Tensor, times: Tensor, normal: NormalSource) -> Tensor:
         """The samples (B, ...) at the last of `times`."""
         for state in self.states(dynamics, x, times, normal):

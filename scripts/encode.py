@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from smalti.cli import parse_config, run_command
@@ -21,6 +20,7 @@ from smalti.data.views import VIEW_SETS, ViewSet, decoded_size, views_of
 from smalti.errors import SmaltiError
 from smalti.scripts.options import DataOptions
 from smalti.tokenizer.base import Tokenizer
+from smalti.training.processes import join_job, say
 
 SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
 
@@ -45,7 +45,7 @@ class EncodeConfig(DataOptions):
 
 def encode(config: EncodeConfig) -> Path:
     """Write the caches of both splits, and return their folder."""
-    state = PartialState()
+    state = join_job()
     tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(state.device)
     for split in SPLITS:
         views: ViewSet = config.views if split == "train" else "identity"
@@ -98,7 +98,7 @@ class Encoder:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti encode`."""
-    print(f"latents: {encode(parse_config(EncodeConfig, argv, prog='smalti encode'))}")
+    say(f"latents: {encode(parse_config(EncodeConfig, argv, prog='smalti encode'))}")
     return 0
 
 

@@ -4,7 +4,7 @@ smalti evaluate --model runs/demo/pipeline --data emoji --output_dir runs/demo/e
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -61,12 +61,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
     folder = resolve_folder(config.model)
     if (folder / INDEX).is_file():
         return evaluate_pipeline(config, folder)
+    _refuse_sampling(config)
     evaluation = TokenizerEvaluation.load(config, folder)
     claim(config, evaluation.tokenizer.fingerprint)
     metrics = evaluation.reconstruction(config.output_dir / "reconstructions.png")
     tokenizer = evaluation.tokenizer.fingerprint
     write_summary(config.output_dir / "summary.json", metrics, tokenizer=tokenizer)
     return metrics
+
+
+def _refuse_sampling(config: EvaluateConfig) -> None:
+    """A tokenizer alone draws nothing."""
+    for field in fields(Sampling):
+        if getattr(config, field.name) != field.default:
+            raise SmaltiError(
+                f"{config.model} is a tokenizer and draws nothing: leave out --{field.name}"
+            )
 
 
 def evaluate_pipeline(config: EvaluateConfig, folder: Path) -> dict[str, Metric]:

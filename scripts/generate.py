@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from smalti.cli import parse_config, run_command
@@ -17,6 +16,7 @@ from smalti.errors import SmaltiError
 from smalti.pipelines.generation import generate_folder
 from smalti.pipelines.pipeline import Pipeline
 from smalti.scripts.sampling import Sampling
+from smalti.training.processes import join_job, say
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class GenerateConfig(Sampling):
 
 def generate(config: GenerateConfig) -> list[Path]:
     """Write the pictures, class by class, and return their paths."""
-    state = PartialState()
+    state = join_job()
     pipeline = Pipeline.from_pretrained(config.model, device=state.device)
     if not pipeline.classes:
         raise SmaltiError(
@@ -66,7 +66,7 @@ def generate(config: GenerateConfig) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti generate`."""
     config = parse_config(GenerateConfig, argv, prog="smalti generate")
-    print(f"{len(generate(config))} pictures: {config.output_dir}")
+    say(f"{len(generate(config))} pictures: {config.output_dir}")
     return 0
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from tyro.conf import Positional, arg
 
@@ -21,6 +20,7 @@ from smalti.data.cache_import import Division, Format, Origin, import_latents, o
 from smalti.errors import SmaltiError
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.kl import KLTokenizer
+from smalti.training.processes import join_job, say
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def origin_of(tokenizer: Tokenizer) -> Origin:
 
 def imported(config: ImportLatentsConfig) -> Path:
     """Write the caches of both splits, and return their folder."""
-    state = PartialState()
+    state = join_job()
     origin = origin_of(Tokenizer.from_pretrained(str(config.tokenizer)))
     latents = open_foreign(config.source, config.format, origin, config.normalised)
     total = len(latents.labels)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(ImportLatentsConfig, argv, prog="smalti import-latents")
     if Path() in (config.source, config.out):
         raise SmaltiError("give two things: smalti import-latents SOURCE OUT")
-    print(f"latents: {imported(config)}, as made by {config.tokenizer} on your word")
+    say(f"latents: {imported(config)}, as made by {config.tokenizer} on your word")
     return 0
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from smalti.cli import parse_config, run_command
@@ -28,6 +27,7 @@ from smalti.prior.normal import NormalSource
 from smalti.prior.rectified import check_straight, generate_pairs, straightness
 from smalti.prior.solvers import ODESolver, make_solver
 from smalti.scripts.sampling import Sampling
+from smalti.training.processes import join_job, say
 from smalti.training.seeding import derive_seed
 
 MEASURED_PAIRS = 64
@@ -78,7 +78,7 @@ class PairMaker:
 
 def reflow(config: ReflowConfig) -> Path:
     """Write pairs as a latent cache, train/ and heldout/, and return its folder."""
-    state = PartialState()
+    state = join_job()
     pipeline = Pipeline.from_pretrained(config.model, device=state.device)
     prior = pipeline.prior
     check_straight(prior)
@@ -114,8 +114,9 @@ def reflow(config: ReflowConfig) -> Path:
 @torch.no_grad()
 def bend(config: ReflowConfig) -> float:
     """Mean straightness of the flow, 0 for straight lines, over some noises of all classes."""
-    prior = Pipeline.from_pretrained(config.model).prior
+    prior = Pipeline.from_pretrained(config.model, device=join_job().device).prior
     assert isinstance(prior, FlowPrior)
+    device = next(prior.parameters()).device
     solver = make_solver(config.options.get("solver", "heun"))
     assert isinstance(solver, ODESolver)
     labels = torch.arange(MEASURED_PAIRS) % prior.num_classes
@@ -123,17 +124,21 @@ def bend(config: ReflowConfig) -> float:
     normal = NormalSource(
         [picture_generator(config.seed, i) for i in range(MEASURED_PAIRS)], MEASURED_PAIRS
     )
-    noise = normal(torch.empty(MEASURED_PAIRS, spec.channels, spec.height, spec.width))
-    times = prior.time_grid(config.options.get("num_inference_steps", 50), solver)
-    dynamics = prior.dynamics(labels, config.guidance_scale)
+    shape = (MEASURED_PAIRS, spec.channels, spec.height, spec.width)
+    noise = normal(torch.empty(shape, device=device))
+    options = config.options
+    steps = options.get("num_inference_steps", 50)
+    times = prior.time_grid(steps, solver, options.get("schedule"))
+    interval = options.get("guidance_interval", (0.0, 1.0))
+    dynamics = prior.dynamics(labels, config.guidance_scale, interval)
     return straightness(dynamics, noise, times, solver).mean().item()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti reflow`."""
     config = parse_config(ReflowConfig, argv, prog="smalti reflow")
-    print(f"pairs: {reflow(config)}")
-    if PartialState().is_main_process:
+    say(f"pairs: {reflow(config)}")
+    if join_job().is_main_process:
         print(f"straightness of {config.model}: {bend(config):.4f} (0 is straight)")
     return 0
 

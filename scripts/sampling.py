@@ -39,7 +39,7 @@ def with_options(text: str) -> str | dict[str, Any]:
     """ "ddim:eta=1.0,..." as {"kind": "ddim", "eta": 1.0, ...}; a bare name as it is.
 
     Raises:
-        SmaltiError: what follows the colon is not option=value.
+        SmaltiError: what follows the colon is not option=value, or gives an option twice.
     """
     import yaml
 
@@ -51,5 +51,12 @@ def with_options(text: str) -> str | dict[str, Any]:
         name, equals, value = part.partition("=")
         if not (name and equals and value):
             raise SmaltiError(f'"{part}" in "{text}" is no option: write {kind}:option=value,...')
-        options[name] = yaml.safe_load(value)
+        if name in options:
+            raise SmaltiError(f'"{name}" stands twice in "{text}": give each option once')
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SmaltiError(
+                f'"{value}" in "{text}" is no value: write {kind}:{name}=1.0'
+            ) from error
     return options

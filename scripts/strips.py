@@ -1,7 +1,7 @@
 """What the commands share that show a tokenizer's latent space as a strip of pictures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from smalti.data.folder import FolderOptions, read_picture
+from smalti.data.folder import read_picture
 from smalti.data.image_io import image_grid, save_png
-from smalti.data.images import ImageSource, open_source
+from smalti.data.images import ImageSource, SourceOptions, open_source
 from smalti.data.transforms import center_crop, to_float, to_tensor
 from smalti.errors import SmaltiError
 from smalti.hub import resolve_folder
@@ -23,14 +23,13 @@ NAME_LENGTH = 24  # letters of a file name that are shown
 
 
 @dataclass(frozen=True)
-class StripOptions:
+class StripOptions(SourceOptions):
     """Which tokenizer, which pictures, and where the strip goes."""
 
     model: str = "runs/demo/pipeline"  # a tokenizer, or a pipeline whose tokenizer is used
     images: tuple[Path, ...] = ()  # picture files; or give --indices
     indices: tuple[int, ...] = ()  # positions in the data set, from 0
-    data: str = "emoji"  # emoji, fashion, or a folder with one sub-folder of pictures per class
-    folder: FolderOptions = field(default_factory=FolderOptions)
+    data: str = "emoji"  # a set of pictures, as for the other commands
     output: Path = Path("strip.png")
     overwrite: bool = False  # replace the output if it exists
     batch_size: int = 64  # pictures encoded at once
@@ -68,7 +67,10 @@ class Workbench:
     @cached_property
     def source(self) -> ImageSource:
         """The data set, opened when it is needed."""
-        return open_source(self.options.data, options=self.options.folder)
+        options = self.options
+        return open_source(
+            options.data, options=options.folder, hf=options.hf, stream_cache=options.stream_cache
+        )
 
     @property
     def names(self) -> list[str]:

@@ -31,6 +31,7 @@ from smalti.training.checkpoint import OptimizerState
 from smalti.training.config import RunConfig
 from smalti.training.ema import EMA
 from smalti.training.log import mean_of
+from smalti.training.processes import say
 from smalti.training.run import Run
 from smalti.training.seeding import generator
 
@@ -203,7 +204,7 @@ def train(config: TrainPriorConfig) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti train-prior`."""
     folder = train(parse_config(TrainPriorConfig, argv, prog="smalti train-prior"))
-    print(f"pipeline: {folder}")
+    say(f"pipeline: {folder}")
     return 0
 
 

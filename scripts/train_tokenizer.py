@@ -7,7 +7,7 @@ accelerate launch scripts/train_tokenizer.py --config scripts/configs/emoji_toke
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from smalti.data.image_io import image_grid, save_png
 from smalti.data.latents import CodeSpec
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
+from smalti.data.transforms import RandomCrop
+from smalti.errors import SmaltiError
 from smalti.evaluation.codebook import code_counts, perplexity, usage
 from smalti.evaluation.reconstruction import psnr
 from smalti.scripts.critic import CriticStage, critic_draws
@@ -39,6 +41,7 @@ from smalti.tokenizer.presets import PRESETS, TokenizerConfig
 from smalti.training.checkpoint import OptimizerState
 from smalti.training.ema import EMA
 from smalti.training.log import mean_of
+from smalti.training.processes import say
 from smalti.training.run import Run, RunConfig
 from smalti.training.seeding import generator
 
@@ -58,6 +61,13 @@ class TrainTokenizerConfig(RunConfig, DataOptions):
     # Draws a KL tokenizer's latents towards the features of a vision model; recipes only.
     alignment: AlignmentConfig | None = None
     flip: bool = True  # mirror half of the pictures
+    crop: Literal["centre", "random"] = "centre"
+    random_crop: RandomCrop = field(default_factory=RandomCrop)  # ADM's; if crop is random
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop == "centre" and self.random_crop != RandomCrop():
+            raise SmaltiError("random_crop is for --crop random: pass that, too")
 
 
 class Stage:
@@ -212,7 +222,8 @@ def train(config: TrainTokenizerConfig) -> Path:
     """Train, and return the folder of the finished tokenizer (EMA weights)."""
     run = Run(config, kind="train-tokenizer", result=config.output_dir / "tokenizer")
     size = config.tokenizer.image_size
-    images = config.dataset("train", size, flip=config.flip, seed=config.seed)
+    crop = config.random_crop if config.crop == "random" else None
+    images = config.dataset("train", size, flip=config.flip, crop=crop, seed=config.seed)
     heldout = config.dataset("heldout", size)
     stage = Stage(run, config)
     run.resume(images.fingerprint)
@@ -246,7 +257,7 @@ def train(config: TrainTokenizerConfig) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti train-tokenizer`."""
     folder = train(parse_config(TrainTokenizerConfig, argv, prog="smalti train-tokenizer"))
-    print(f"tokenizer: {folder}")
+    say(f"tokenizer: {folder}")
     return 0
 
 

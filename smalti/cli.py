@@ -130,9 +130,12 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     file = _take(arguments, "--config")
     recipe = _read_recipe(Path(file)) if file else {}
     where = file or "defaults"
+    flags = list(arguments)
     base = _with_presets(config_class, recipe, arguments, where)
     default = config_from_dict(config_class, recipe, where, base)
-    default = config_from_dict(config_class, _take_kinds(arguments), "command line", default)
+    kinds = _take_kinds(arguments)
+    _refuse_two_kinds(base, flags, kinds)
+    default = config_from_dict(config_class, kinds, "command line", default)
     # tyro shows the comment beside each field as its help text.
     with _mistakes_as_one_line(prog):
         config = tyro.cli(
@@ -212,6 +215,17 @@ def _take_kinds(arguments: list[str]) -> dict[str, Any]:
             part = part.setdefault(name, {})
         part[last] = _take(arguments, flag)
     return kinds
+
+
+def _refuse_two_kinds(base: Any, flags: list[str], kinds: Mapping[str, Any]) -> None:
+    """Raise `SmaltiError` if `--field.preset` chose one kind and `--field.kind` names another."""
+    for field in getattr(base, "PRESETS", {}):
+        preset, chosen = _take(list(flags), f"--{field}.preset"), getattr(base, field)
+        wanted = kinds.get(field, {}).get("kind")
+        if preset and wanted not in (None, getattr(chosen, "kind", None)):
+            raise SmaltiError(
+                f"--{field}.preset {preset} is not of the kind {wanted}: leave out one of the two"
+            )
 
 
 def _take(arguments: list[str], flag: str) -> str | None:

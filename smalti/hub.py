@@ -93,8 +93,9 @@ class Registry:
         Raises:
             SmaltiError: no such name, option or value.
         """
-        options = {"kind": wanted} if isinstance(wanted, str) else dict(wanted)
-        name = options.pop("kind", None)
+        known = isinstance(wanted, str | Mapping)
+        options = {"kind": wanted} if not isinstance(wanted, Mapping) else dict(wanted)
+        name = options.pop("kind", None) if known else None
         if not isinstance(name, str):
             raise SmaltiError(
                 f'{self.kind} is {wanted!r}; give a name, or {{"kind": name, option: value, ...}}'

@@ -68,6 +68,12 @@ def test_dit_speed_is_a_ratio_to_diffusers() -> None:
 
 
 @pytest.mark.slow
+def test_cache_reading_is_a_ratio_to_plain_numpy() -> None:
+    out = run("cache_reading.py", "--samples=600", "--rounds=1", "--batches=2")
+    assert json.loads(out)["cache_to_plain"] > 0
+
+
+@pytest.mark.slow
 def test_a_checkpoint_is_held_against_a_plain_file() -> None:
     out = run("checkpoint_stall.py", "--parameters", "2e6", "--rounds", "1")
     assert float(out.rpartition("= ")[2]) > 0
@@ -78,3 +84,10 @@ def test_next_scale_speed_is_a_share_of_time() -> None:
     arguments = ("--preset", "var-nano", "--sides", "1", "2", "--rounds", "1", "--device", "cpu")
     line = json.loads(run("next_scale_speed.py", *arguments))
     assert line["seconds_per_image"] > 0 and line["saved_by_projecting_once"] < 1
+
+
+@pytest.mark.slow
+def test_the_loader_is_held_against_the_prior_that_it_feeds() -> None:
+    line = json.loads(run("data_loading.py", "--rounds", "1", "--steps", "1"))
+    assert line["loader_to_prior"] > 1 and line["promised"] == 10
+    assert line["cache_256_codes"] > 0

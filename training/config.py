@@ -16,6 +16,7 @@ FREE_TO_CHANGE = {
     "checkpoints_total_limit",
     "resume_from_checkpoint",
     "validation_steps",
+    "preview",
     "logging_steps",
     "report_to",
     "dataloader_num_workers",

@@ -38,14 +38,29 @@ UNSUPPORTED = {
 }
 
 
+def join_job(timeout: float | None = None) -> PartialState:
+    """This process among those of the launch, on CPUs where ACCELERATE_USE_CPU says so.
+
+    Args:
+        timeout: seconds that a process waits for the others until it gives up; None is torch's.
+    """
+    options = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
+
+
+def say(text: str) -> None:
+    """Print, once for all processes of the launch."""
+    if join_job().is_main_process:
+        print(text)
+
+
 def agreed_precision(requested: Precision, timeout: float) -> Literal["no", "bf16"]:
     """Join the job, and use what the main process resolves: the machines of a job may differ.
 
     Args:
         timeout: seconds that a process waits for the others until it gives up.
     """
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout))
+    state = join_job(timeout)
     assert state.device is not None, "PartialState always has a device"
     choice: list[Literal["no", "bf16"]] = ["no"]
     if state.is_main_process:

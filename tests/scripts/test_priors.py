@@ -9,6 +9,7 @@ from runs import assert_same, losses, stop_after
 
 import smalti
 from smalti.cli import main as smalti_main
+from smalti.config import recipe_text
 from smalti.prior.dit import DiTConfig
 from smalti.prior.flow import FlowConfig
 from smalti.prior.next_scale import NextScaleConfig
@@ -241,6 +242,7 @@ def test_a_flow_learns_draws_from_the_posterior_and_is_validated_on_its_mean(
         (["--prior.preset", "vra-nano"], 'did you mean "var-nano"'),
         (["--preview.solver", "heun"], 'not sampled with the option "solver"'),
         (["--preview.guidance_scale", "nan"], "guidance_scale is nan"),
+        (["--prior.preset", "flow-nano", "--prior.kind", "next-scale"], "leave out one of the two"),
     ],
 )
 def test_what_the_latents_or_the_prior_do_not_allow_is_named(
@@ -290,3 +292,81 @@ def test_the_demo_finds_the_tokenizer_for_a_prior_and_the_prior_for_a_tokenizer(
 def test_the_demo_refuses_a_pair_that_does_not_fit(asked, message: str) -> None:
     with pytest.raises(smalti.SmaltiError, match=message):
         chosen_scale(DemoConfig(**asked))
+
+
+# -- options that only some networks can follow -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        ("ddpm:variance=learned", "this network predicts no variance"),
+        ("ddim:eta=[1", '"[1" in "ddim:eta=[1" is no value'),
+        ("ddim:eta=1,eta=0", '"eta" stands twice'),
+        ("ddim:kind=heun", '"kind" stands twice'),
+        ("ddim:eta", "is no option"),
+        ("huen", 'did you mean "heun"'),
+    ],
+)
+def test_a_solver_that_cannot_work_is_refused_before_the_folder_is_claimed(
+    root: Path, tmp_path: Path, capsys, solver: str, message: str
+) -> None:
+    config = config_of(root, "flow")
+    if not config.output_dir.exists():
+        train(config)
+    pipeline, out = str(config.output_dir / "pipeline"), str(tmp_path / "out")
+    flat = replace(config.prior, network=replace(NETWORK, out_channels=4))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe_text(replace(config, prior=flat, output_dir=tmp_path / "out")))
+    commands = [["train-prior", "--config", str(recipe), "--preview.solver", solver]]
+    if "variance" not in solver:  # what was trained above does predict one
+        commands.append(["generate", "--model", pipeline, "--solver", solver, "--output_dir", out])
+    for command in commands:
+        assert smalti_main(command) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_preview_may_change_on_resume(root: Path, tmp_path: Path) -> None:
+    config = replace(config_of(root, "flow"), output_dir=tmp_path / "run", max_train_steps=1)
+    train(config)
+    train(
+        replace(
+            config,
+            max_train_steps=2,
+            preview=replace(config.preview, num_inference_steps=2),
+            resume_from_checkpoint="latest",
+        )
+    )
+
+
+def test_a_tokenizer_is_not_evaluated_with_flags_for_sampling(
+    root: Path, tmp_path: Path, capsys
+) -> None:
+    config = config_of(root, "flow")
+    command = ["evaluate", "--model", str(config.tokenizer), "--data", str(root / "pictures")]
+    command += ["--output_dir", str(tmp_path / "out"), "--temperature", "0.5"]
+    assert smalti_main(command) == 2
+    assert "draws nothing: leave out --temperature" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["next-token", "next-scale"])
+def test_codes_and_labels_of_different_number_are_refused(root: Path, name: str) -> None:
+    config = config_of(root, name)
+    if not config.output_dir.exists():
+        train(config)
+    prior = smalti.Pipeline.from_pretrained(config.output_dir / "pipeline").prior
+    codes = torch.zeros(4, prior.spec.length, dtype=torch.int64)
+    with pytest.raises(smalti.SmaltiError, match="3 conditions were given for 4 samples"):
+        prior.bits_per_dimension(codes, torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("options", [{"guidance_scale": None}, {"guidance_interval": 0.5}])
+def test_options_of_a_wrong_type_are_explained(root: Path, name: str, options) -> None:
+    config = config_of(root, name)
+    if not config.output_dir.exists():
+        train(config)
+    prior = smalti.Pipeline.from_pretrained(config.output_dir / "pipeline").prior
+    with pytest.raises(smalti.SmaltiError, match=f"{next(iter(options))} is"):
+        prior.sample(torch.zeros(1, dtype=torch.int64), **options)

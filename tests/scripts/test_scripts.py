@@ -426,31 +426,33 @@ def test_a_prior_refuses_latents_of_another_tokenizer(trained: Path, tmp_path: P
 # -- two processes ----------------------------------------------------------------------------
 
 
-def launch(script: str, *arguments: str, processes: int) -> None:
+def launch(script: str, *arguments: str, processes: int) -> str:
+    """What all processes print."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     command = [*launcher, "--standalone", "-m", f"smalti.scripts.{script}", *arguments]
-    status, errors = run_alone(command, timeout=120)
+    status, out, errors = run_alone(command, timeout=120)
     assert status == 0, errors[-3000:]
+    return out
 
 
-def run_alone(command: list[str], timeout: float) -> tuple[int, str]:
-    """Exit status and stderr of a command in a process group of its own, all of which is killed
+def run_alone(command: list[str], timeout: float) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command in a process group of its own, which is killed
     if it takes too long."""
     process = subprocess.Popen(
         command,
         env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        _, errors = process.communicate(timeout=timeout)
+        out, errors = process.communicate(timeout=timeout)
     finally:
         with contextlib.suppress(ProcessLookupError):  # all have ended
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return process.returncode, errors
+    return process.returncode, out, errors
 
 
 def test_a_command_that_takes_too_long_leaves_no_orphans(tmp_path: Path) -> None:
@@ -499,7 +501,8 @@ def test_two_processes_encode_the_same_files(trained: Path, tmp_path: Path) -> N
         "--data", str(trained / "pictures"), "--output_dir", str(tmp_path / "lat"),
         "--tokenizer", str(trained / "tok" / "tokenizer"), "--shard_size", "7",
     ]  # fmt: skip
-    launch("encode", *arguments, processes=2)
+    out = launch("encode", *arguments, processes=2)
+    assert out.count("latents:") == 1  # the second knows that it is not the first
     one, two = (LatentCache(root / "lat" / "train") for root in (trained, tmp_path))
     assert len(two.info.shards) > 1
     keys = [(0, i) for i in range(len(one))]
