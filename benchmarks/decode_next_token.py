@@ -12,10 +12,10 @@ shared machine disturbs little as long as every thread has a core to itself (set
 import argparse
 import json
 import statistics
-import time
 from dataclasses import dataclass, replace
 
 import torch
+from clock import now
 from torch import Tensor
 
 from smalti.data.latents import CodeSpec
@@ -69,13 +69,6 @@ class Probe:
         start = now(self.matrix.device)
         torch.mv(self.matrix, self.vector)
         return now(self.matrix.device) - start
-
-
-def now(device: torch.device) -> float:
-    """Seconds, after all work given to the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def measure(prior: NextTokenPrior, labels: Tensor, guidance_scale: float) -> Result:

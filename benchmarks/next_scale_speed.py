@@ -11,11 +11,11 @@ is the first with the projections computed again before every scale but the firs
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from clock import now
 from torch import Tensor
 
 from smalti.data.latents import CodeSpec
@@ -68,13 +68,6 @@ def measure(prior: NextScalePrior, labels: Tensor, guidance_scale: float, rounds
         once.append(seconds(None))
         every_scale.append(seconds(project_again))
     return Result(statistics.median(once[1:]), statistics.median(every_scale[1:]))
-
-
-def now(device: torch.device) -> float:
-    """Seconds, after all work given to the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def arguments() -> argparse.Namespace:

@@ -20,6 +20,7 @@ from smalti.data.verification import in_threads
 from smalti.errors import SmaltiError
 from smalti.files import read_json
 
+MAX_CLASSES = 1_000_000  # without names; a larger label is an identifier, or damaged
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and its extra field
 CHANNELS = (1, 3)
 
@@ -93,9 +94,14 @@ def class_names(path: Path, names: list[str] | None, count: int) -> tuple[str, .
     """The names of at least `count` classes: numbers where none are given.
 
     Raises:
-        SmaltiError: names are given, but too few, or one of them twice.
+        SmaltiError: names are given, but too few, or one of them twice; or none are, for too many.
     """
     if names is None:
+        if count > MAX_CLASSES:
+            raise SmaltiError(
+                f"the labels of {path} go up to {count - 1}: number the classes from 0 on, without "
+                "gaps"
+            )
         return tuple(map(str, range(count)))
     if len(names) < count or len(set(names)) < len(names):
         raise SmaltiError(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from smalti.data.verification import in_threads
 from smalti.errors import SmaltiError
 from smalti.files import sha256_of, write_json
 
+SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")  # a cache for each
 LARGEST = float(np.finfo(np.float16).max)  # of the numbers that a cache can hold
 MEMORY_TYPE = {"codes": np.int64, "continuous": np.float32}
 
@@ -160,6 +161,17 @@ def refuse_other_cache(folder: Path, info: CacheInfo) -> None:
                 f"{shard} was begun with another tokenizer, data set or layout: "
                 "choose another output folder, or remove this one"
             )
+
+
+def refuse_other_contents(folder: Path) -> None:
+    """Raise `SmaltiError` if `folder`, which takes a cache for each of `SPLITS`, holds more."""
+    held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    strangers = sorted(name for name in held if name not in SPLITS and not name.startswith("."))
+    if strangers:
+        raise SmaltiError(
+            f"{folder} holds {strangers[0]}, which is no cache of latents: choose another output "
+            "folder"
+        )
 
 
 class LatentCache(Dataset):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smalti.data.arrays import class_names, names_beside
-from smalti.data.cache import EncodedRange, write_cache
+from smalti.data.cache import SPLITS, EncodedRange, refuse_other_contents, write_cache
 from smalti.data.cache_info import CacheInfo
 from smalti.data.images import divide
 from smalti.data.latents import LatentSpec
@@ -111,7 +111,8 @@ def import_latents(
     classes = class_names(beside, names_beside(beside), int(latents.labels.max()) + 1)
     groups = [str(index) for index in range(count)]
     heldout = divide(latents.labels, groups, division.heldout_fraction, division.split_seed)
-    for split, chosen in (("train", ~heldout), ("heldout", heldout)):
+    refuse_other_contents(out)
+    for split, chosen in zip(SPLITS, (~heldout, heldout), strict=True):
         positions = chosen.nonzero().flatten().tolist()
         views = latents.views if split == "train" else latents.views[:1]
         info = CacheInfo(

@@ -12,13 +12,13 @@ from torch.utils.data import Dataset
 
 from smalti.data.images import BadPicture, ImageSource, fingerprint_of, heldout_mask
 from smalti.data.order import Key
+from smalti.data.pixels import to_float
 from smalti.data.transforms import (
     RandomCrop,
     center_crop,
     crop_draw,
     flips,
     random_crop,
-    to_float,
     to_tensor,
 )
 from smalti.data.verification import in_threads

@@ -10,14 +10,14 @@ import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
 from smalti.config import nearest
-from smalti.data.arrays import class_names
+from smalti.data.columns import Columns, datasets_library, find_columns, labels_of
 from smalti.data.download import folder_name
 from smalti.data.images import HuggingFaceOptions, SourceOptions
 from smalti.data.stream import Sample, copy_stream
@@ -27,18 +27,7 @@ from smalti.errors import SmaltiError
 if TYPE_CHECKING:
     import datasets
 
-IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp")
-LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label")
 SIZES_AT_ONCE = 10_000  # rows
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Where a data set keeps pictures and labels."""
-
-    image: str
-    label: str | None  # None: there are no labels
-    classes: tuple[str, ...] | None  # names of the numbers in the label column
 
 
 class HuggingFacePictures(EncodedPictures):
@@ -59,7 +48,7 @@ class HuggingFacePictures(EncodedPictures):
         heldout: "datasets.Dataset | None",
         options: HuggingFaceOptions,
     ) -> None:
-        lib = _datasets()
+        lib = datasets_library()
         columns = find_columns(title, rows.features, options)
         self.title, self._column = title, columns.image
         parts = [_plain(part, columns) for part in (rows, heldout) if part is not None]
@@ -74,7 +63,7 @@ class HuggingFacePictures(EncodedPictures):
         if heldout is not None:
             self.heldout = torch.arange(len(self._rows)) >= len(rows)
         values = [None] * len(self._rows) if columns.label is None else self._rows[columns.label]
-        self.classes, self.labels = _labels_of(title, list(values), columns)
+        self.classes, self.labels = labels_of(title, list(values), columns)
         self._sizes: list[int] | None = None
 
     def open(self, index: int) -> BinaryIO:
@@ -100,63 +89,34 @@ def open_hub(spec: str, options: SourceOptions) -> EncodedPictures:
 
 def open_files(spec: str, options: SourceOptions) -> EncodedPictures:
     """Parquet or arrow files: one, a pattern of several, or a folder of them."""
+    datasets_library()
     path = Path(spec).expanduser()
     if path.is_dir() and not any(path.glob("*.arrow")):
+        _check_parquet(spec, sorted(path.glob("*.parquet")))
         return _open(spec, options, str(path))  # file names tell the splits
     files = sorted(path.glob("*.arrow")) if path.is_dir() else _matching(path)
     if path.is_dir() or path.suffix == ".arrow":
-        _refuse_streaming(spec, options.hf)
-        lib = _datasets()
+        _refuse_unused(spec, options)
+        lib = datasets_library()
         parts = _guarded(spec, lambda: [lib.Dataset.from_file(str(file)) for file in files])
-        return HuggingFacePictures(spec, lib.concatenate_datasets(parts), None, options.hf)
+        return _map_style(spec, lib.concatenate_datasets(parts), options.hf)
+    _check_parquet(spec, files)
     return _open(spec, options, "parquet", data_files=[str(file) for file in files])
+
+
+def _check_parquet(spec: str, files: Sequence[Path]) -> None:
+    """Raise `SmaltiError` if a file is damaged, naming it, or if all are empty."""
+    parquet: Any = importlib.import_module("pyarrow.parquet")  # without types
+    rows = [_guarded(str(file), partial(parquet.read_metadata, file)).num_rows for file in files]
+    if not any(rows):
+        raise SmaltiError(f"{spec} holds no pictures: check --data")
 
 
 def open_saved(spec: str, options: SourceOptions) -> EncodedPictures:
     """A folder that `save_to_disk` wrote."""
-    _refuse_streaming(spec, options.hf)
-    loaded = _guarded(spec, lambda: _datasets().load_from_disk(os.path.expanduser(spec)))
+    _refuse_unused(spec, options)
+    loaded = _guarded(spec, lambda: datasets_library().load_from_disk(os.path.expanduser(spec)))
     return _map_style(spec, loaded, options.hf)
-
-
-def find_columns(title: str, features: Any, options: HuggingFaceOptions) -> Columns:
-    """The columns by option, by type, or by name.
-
-    Raises:
-        SmaltiError: a column is missing, or several would do.
-    """
-    lib = _datasets()
-    if features is None:
-        raise SmaltiError(f"{title} does not tell its columns: leave out --hf.streaming")
-    image = options.image_column or _one_column(
-        title, features, lib.Image, IMAGE_COLUMNS, "image_column"
-    )
-    if image is None:
-        raise SmaltiError(
-            f"{title} has the columns {', '.join(features)}: name that of the pictures in "
-            "--hf.image_column"
-        )
-    label = options.label_column or _one_column(
-        title, features, lib.ClassLabel, LABEL_COLUMNS, "label_column"
-    )
-    for column in filter(None, (image, label)):
-        if column not in features:
-            raise SmaltiError(f'{title} has no column "{column}"; {nearest(column, features)}')
-    names = getattr(features[label], "names", None) if label else None
-    return Columns(image, label, tuple(names) if names else None)
-
-
-def _one_column(
-    title: str, features: Any, kind: type, names: Sequence[str], option: str
-) -> str | None:
-    """The only column of a kind; else the first that has one of some names."""
-    of_kind = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if len(of_kind) > 1:
-        raise SmaltiError(
-            f"{title} has several columns that would do ({', '.join(of_kind)}): choose one with "
-            f"--hf.{option}"
-        )
-    return next((name for name in (*of_kind, *names) if name in features), None)
 
 
 def _open(spec: str, options: SourceOptions, path: str, **arguments: Any) -> EncodedPictures:
@@ -174,7 +134,7 @@ def _open(spec: str, options: SourceOptions, path: str, **arguments: Any) -> Enc
 
 
 def _load(hf: HuggingFaceOptions, path: str, **arguments: Any) -> Any:
-    return _datasets().load_dataset(
+    return datasets_library().load_dataset(
         path, hf.config or None, revision=hf.revision or None, **arguments
     )
 
@@ -234,7 +194,8 @@ def _streamed(
             row = _guarded(f"{spec}, from sample {number} on,", lambda: next(left, None))
             if row is None:
                 return
-            content = _content(row[columns.image], f"{spec}: sample {number}")
+            place = f"{spec}: sample {number}"
+            content = _guarded(place, partial(_content, row[columns.image], place))
             yield Sample(content, row[columns.label] if columns.label else None)
 
     return copy_stream(
@@ -246,16 +207,20 @@ def _streamed(
     )
 
 
-def _refuse_streaming(spec: str, hf: HuggingFaceOptions) -> None:
-    if hf.streaming:
-        raise SmaltiError(f"{spec} is read in place already: leave out --hf.streaming")
+def _refuse_unused(spec: str, options: SourceOptions) -> None:
+    """Raise `SmaltiError` if options were given that mean nothing for arrow files on this disk."""
+    hf = options.hf
+    unused = {"hf.streaming": hf.streaming, "hf.config": hf.config, "hf.revision": hf.revision}
+    for name, value in {**unused, "stream_cache": options.stream_cache}.items():
+        if value:
+            raise SmaltiError(f"{spec} is read in place already: leave out --{name}")
 
 
 def _plain(rows: Any, columns: Columns) -> Any:
     """Only what is needed, pictures as they are stored."""
     kept = rows.select_columns([name for name in (columns.image, columns.label) if name])
     try:
-        return kept.cast_column(columns.image, _datasets().Image(decode=False))
+        return kept.cast_column(columns.image, datasets_library().Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise SmaltiError(
             f'the column "{columns.image}" holds no pictures: name another in --hf.image_column'
@@ -263,12 +228,16 @@ def _plain(rows: Any, columns: Columns) -> Any:
 
 
 def _content(value: Any, place: str) -> bytes:
-    """The bytes of a picture; for a path, only local files and those on the Hub are opened."""
+    """The bytes of a picture; for a path, only local files and those on the Hub are opened.
+
+    Raises:
+        OSError: there are none.
+    """
     if isinstance(value, dict) and value.get("bytes") is not None:
         return value["bytes"]
     path = value.get("path") if isinstance(value, dict) else None
     if not path:
-        raise SmaltiError(f"{place} holds no picture: mend the data set")
+        raise FileNotFoundError(f"{place} holds no picture")
     if path.rpartition("::")[2].startswith("hf://"):  # a file in the repository of a stream
         import fsspec
 
@@ -285,26 +254,6 @@ def _sizes_of(rows: Any, column: str) -> list[int]:
         content = compute.struct_field(table[column], "bytes")
         sizes += [size or 0 for size in compute.binary_length(content).to_pylist()]
     return sizes
-
-
-def _labels_of(
-    title: str, values: list[Any], columns: Columns
-) -> tuple[tuple[str, ...], torch.Tensor]:
-    """Class names, and the labels (N,) int64."""
-    if columns.label is None:
-        return ("",), torch.zeros(len(values), dtype=torch.int64)
-    if all(type(value) is str for value in values):
-        names = tuple(sorted(set(values)))
-        where = {name: number for number, name in enumerate(names)}
-        return names, torch.tensor([where[value] for value in values])
-    for row, value in enumerate(values):
-        if type(value) is not int or value < 0:
-            raise SmaltiError(
-                f"{title}: row {row} has the label {value!r}: choose another --hf.split or "
-                "--hf.label_column"
-            )
-    names = list(columns.classes) if columns.classes else None
-    return class_names(Path(title), names, max(values) + 1), torch.tensor(values)
 
 
 def _matching(path: Path) -> list[Path]:
@@ -324,15 +273,8 @@ def _guarded(spec: str, load: Any) -> Any:
         raise SmaltiError(f"{spec} cannot be read: {_first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """Of what was wrong at first: `datasets` says of many things that an error occurred."""
+    while error.__cause__ is not None and type(error).__module__.startswith("datasets."):
+        error = error.__cause__
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise SmaltiError(
-            "Hugging Face data sets need another package: pip install 'smalti[data]'"
-        ) from error
-    return datasets

@@ -8,13 +8,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from smalti.data.pixels import to_levels
 from smalti.files import replacing
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3): clamped, then rounded."""
-    scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round()
-    return scaled.byte().permute(0, 2, 3, 1).cpu().numpy()
+    return to_levels(images).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 # How --data looks -> what opens it; the first that fits counts. "*.tar" and the like are also
 # looked for among the files of a folder; a folder that no pattern fits is one of pictures.
+HUGGING_FACE = "smalti.data.huggingface"
 SOURCES: dict[str, str] = {
     "emoji": "smalti.data.embedded:open_embedded",
     "fashion": "smalti.data.embedded:open_embedded",
-    "hf:*": "smalti.data.huggingface:open_hub",
-    "dataset_dict.json|state.json": "smalti.data.huggingface:open_saved",
-    "*.parquet|*.arrow": "smalti.data.huggingface:open_files",
+    "hf:*": f"{HUGGING_FACE}:open_hub",
+    "dataset_dict.json|state.json": f"{HUGGING_FACE}:open_saved",
+    "*.parquet|*.arrow": f"{HUGGING_FACE}:open_files",
     "*.tar|*.tar.gz|*.tgz|*://*|pipe:*": "smalti.data.shards:open_shards",
     "*.npz|*.npy": "smalti.data.arrays:open_arrays",
 }
@@ -122,8 +123,20 @@ def open_source(
 
 def open_unverified(spec: str, options: SourceOptions) -> "ImageSource | EncodedPictures":
     """Like `open_source`, but picture files are not decoded yet."""
-    opener = _resolve(_entry(spec))
-    return opener(spec, options)
+    entry = _entry(spec)
+    if not entry.startswith(HUGGING_FACE):
+        _refuse_unused(spec, options)
+    return _resolve(entry)(spec, options)
+
+
+def _refuse_unused(spec: str, options: SourceOptions) -> None:
+    """Raise `SmaltiError` if options that are for other kinds of sets were given."""
+    if options.hf != HuggingFaceOptions():
+        raise SmaltiError(f"--hf.* is for Hugging Face data sets, and {spec} is none: leave it out")
+    if options.stream_cache is not None and "://" not in spec:
+        raise SmaltiError(
+            f"--stream_cache is for streams and URLs, and {spec} is read in place: leave it out"
+        )
 
 
 def _entry(spec: str) -> str:

@@ -184,9 +184,9 @@ def _num_heldout(
 def _remarks(classes: dict[str, int], duplicates: Duplicates, options: FolderOptions) -> list[str]:
     remarks = []
     present = [name for name, count in classes.items() if count]
-    if len(present) < 2 and not options.single_class:
+    if len(present) == 1 and not options.single_class:
         remarks.append("there is one class only: training needs --folder.single_class")
-    small = [name for name, count in classes.items() if count < SMALL_CLASS]
+    small = [name or "(none)" for name, count in classes.items() if count < SMALL_CLASS]
     if small:
         named = ", ".join(small[:SHOWN_CLASSES]) + (", ..." if len(small) > SHOWN_CLASSES else "")
         remarks.append(f"{len(small)} classes with less than {SMALL_CLASS} pictures: {named}")

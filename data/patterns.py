@@ -10,6 +10,7 @@ from smalti.errors import SmaltiError
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 MAX_SHARDS = 1_000_000
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst")
 
 
 def expand_shards(spec: str) -> list[str]:
@@ -22,7 +23,7 @@ def expand_shards(spec: str) -> list[str]:
         raise SmaltiError(
             f"--data is {spec}: commands and chained locations are not run; name files or URLs"
         )
-    if spec.endswith((".tar.gz", ".tgz", ".tar.zst")):
+    if spec.endswith(COMPRESSED):
         raise SmaltiError(f"--data is {spec}: decompress the shards, then name the .tar files")
     names = expand_braces(spec)
     if "://" in spec:
@@ -67,7 +68,11 @@ def _choices(body: str, pattern: str) -> list[str]:
 
 def _files(pattern: Path) -> list[Path]:
     if pattern.is_dir():
-        return sorted(path for path in pattern.glob("*.tar") if path.name[0] != ".")
+        seen = sorted(path for path in pattern.iterdir() if path.name[0] != ".")
+        for path in seen:
+            if path.name.endswith(COMPRESSED):
+                raise SmaltiError(f"{path} would be passed over: decompress it, or move it away")
+        return [path for path in seen if path.suffix == ".tar"]
     if not pattern.exists() and any(letter in str(pattern) for letter in "*?["):
         return [Path(name) for name in sorted(glob(str(pattern)))]
     return [pattern]  # one that is missing is named when it is opened

@@ -102,11 +102,6 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image, dtype=np.uint8).copy()).permute(2, 0, 1)
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 in [0, 255] -> float in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
 def flips(seed: int, epoch: int, index: int) -> bool:
     """Whether a sample is mirrored in an epoch: a fair coin, a pure function of its arguments."""
     key = f"{seed}/flip/{epoch}/{index}".encode()

@@ -108,6 +108,18 @@ def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Tensor:
     return torch.cat([extractor(images).float().cpu() for images in batches])
 
 
+def parted(features: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`count` random ones of the features (N, d), and the N - count others.
+
+    Raises:
+        SmaltiError: fewer than 2 features on either side.
+    """
+    if not 2 <= count <= len(features) - 2:
+        raise SmaltiError(f"count is {count}; it must lie in [2, {len(features) - 2}]")
+    shuffled = features[torch.randperm(len(features), generator=generator)]
+    return shuffled[:count], shuffled[count:]
+
+
 def _resize(images: Tensor, side: int) -> Tensor:
     size = (side, side)
     resized = F.interpolate(images.float(), size, mode="bicubic", antialias=True)

@@ -47,29 +47,3 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     product = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0)
     trace = a.covariance.trace() + b.covariance.trace() - 2 * product.sqrt().sum()
     return max(0.0, ((a.mean - b.mean).square().sum() + trace).item())
-
-
-def real_floor(features: Tensor, count: int, generator: torch.Generator) -> float:
-    """The distance between `count` random ones of the real features (N, d) and the N - count
-    others: about what `count` perfect samples would score.
-
-    The distance falls with the number of features, far above 0 when they are few, so a floor
-    means something only at the number of samples it is held against.
-
-    Raises:
-        SmaltiError: fewer than 2 features on either side.
-    """
-    chosen, others = parted(features, count, generator)
-    return frechet_distance(FeatureStatistics.of(chosen), FeatureStatistics.of(others))
-
-
-def parted(features: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`count` random ones of the features (N, d), and the N - count others.
-
-    Raises:
-        SmaltiError: fewer than 2 features on either side.
-    """
-    if not 2 <= count <= len(features) - 2:
-        raise SmaltiError(f"count is {count}; it must lie in [2, {len(features) - 2}]")
-    shuffled = features[torch.randperm(len(features), generator=generator)]
-    return shuffled[:count], shuffled[count:]

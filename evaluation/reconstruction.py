@@ -4,19 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smalti.data.pixels import to_levels
 from smalti.errors import SmaltiError
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, as published
-
-
-def as_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] -> the float values 0 to 255 that an 8-bit file would hold."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
-
-
-def rounded(images: Tensor) -> Tensor:
-    """Images in [-1, 1] -> the same, as an 8-bit file would give them back."""
-    return as_uint8(images) / 127.5 - 1
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
@@ -27,7 +18,7 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
             pictures give infinity.
     """
     _check(images, reference)
-    error = (as_uint8(images) - as_uint8(reference)).square().mean((1, 2, 3))
+    error = (to_levels(images) - to_levels(reference)).square().mean((1, 2, 3))
     return 10 * torch.log10(255**2 / error)
 
 
@@ -43,7 +34,7 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     _check(images, reference)
     if min(images.shape[-2:]) < WINDOW:
         raise SmaltiError(f"SSIM needs at least {WINDOW} x {WINDOW} pixels")
-    x, y = as_uint8(images), as_uint8(reference)
+    x, y = to_levels(images), to_levels(reference)
     moments = [_blur(m) for m in (x, y, x * x, y * y, x * y)]
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = moments
     variance_x, variance_y = mean_xx - mean_x**2, mean_yy - mean_y**2

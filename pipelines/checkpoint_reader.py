@@ -5,6 +5,7 @@ reader, which builds tensors and plain containers; what training runs leave besi
 as an `argparse.Namespace`, becomes an empty placeholder, and anything else is refused.
 """
 
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ CONFIG = "config.json"
 SAFETENSORS = ".safetensors"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (SAFETENSORS, *PICKLES)
+SHARDS = ".index.json"  # how the file ends that says which shard holds which tensor
 
 # Where training scripts keep a state dict inside a checkpoint, the first choice first: the running
 # mean is what their authors sample from.
@@ -35,6 +37,10 @@ PREFIXES = ("module.", "_orig_mod.")
 # a placeholder stands for each.
 BYSTANDERS = (
     "argparse.Namespace",
+    "builtins.dict",
+    "builtins.list",
+    "collections.defaultdict",
+    "datetime.",
     "lightning.",
     "lightning_fabric.",
     "numpy.",
@@ -116,13 +122,19 @@ def read_checkpoint(path: Path, wrappers: Sequence[str] = WRAPPERS) -> Checkpoin
 
     Raises:
         SmaltiError: no such file, none or several in the folder; damaged; a pickle that asks for
-            code; no tensors inside.
+            code; no tensors inside, or other than plain ones.
     """
     file = _weights_file(path)
     content = _read_safetensors(file) if file.suffix == SAFETENSORS else _read_pickle(file)
     tensors, keys = _unwrap(content, wrappers)
     if not tensors:
         raise SmaltiError(f"{file} holds no tensors: it is not a checkpoint of a model")
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise SmaltiError(
+                f"{file}: {name} is sparse, quantized or without numbers; only plain tensors are "
+                "read"
+            )
     config = file.parent / CONFIG
     settings = read_json(config) if config.is_file() else {}
     return Checkpoint(
@@ -136,14 +148,18 @@ def read_checkpoint(path: Path, wrappers: Sequence[str] = WRAPPERS) -> Checkpoin
 def _weights_file(path: Path) -> Path:
     if not path.exists():
         raise SmaltiError(f"{path} does not exist: give a checkpoint file or folder")
-    if path.is_file():
-        return path
-    found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-    # The same weights are often published twice, as safetensors and as a pickle.
-    safe = [p for p in found if p.suffix == SAFETENSORS]
-    found = safe or found
+    inside = [path] if path.is_file() else sorted(path.iterdir())
+    found = [p for p in inside if p.suffix in SUFFIXES]
+    # The same weights are often published twice, as safetensors and as a pickle, or again in half
+    # precision, as model.fp16.safetensors.
+    found = [p for p in found if p.suffix == SAFETENSORS] or found
+    found = [p for p in found if not any(p.stem.startswith(f"{o.stem}.") for o in found)]
     if len(found) == 1:
         return found[0]
+    if any(p.name.endswith(SHARDS) for p in inside):
+        raise SmaltiError(f"{path} is cut into shards: join them in one file, best as safetensors")
+    if path.is_file():  # under a name that tells nothing
+        return path
     if found:
         names = ", ".join(p.name for p in found)
         raise SmaltiError(f"{path} holds {len(found)} weights files ({names}): name one of them")
@@ -183,12 +199,15 @@ def _read_pickle(path: Path) -> Any:
             if refused:
                 raise SmaltiError(_holds_code(path, refused[0]))
             inert = wanted
-        with torch.serialization.safe_globals([(Placeholder, name) for name in inert]):
+        placeholders = torch.serialization.safe_globals([(Placeholder, name) for name in inert])
+        with placeholders, warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (SmaltiError, PermissionError, MemoryError):
         raise
     except Exception as error:  # damaged bytes can fail in any way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # Before what is wrong, torch advises to read the file without care.
+        said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+        reason = (said or type(error).__name__).splitlines()[0].partition(". ")[0]
         if "Unsupported global" in str(error) or "unsupported GLOBAL" in str(error):
             name = str(error).partition("GLOBAL ")[2].split()[0]
             raise SmaltiError(_holds_code(path, name)) from error

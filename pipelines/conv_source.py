@@ -34,6 +34,7 @@ class ConvSource(Source):
     options = frozenset({"image_size"})
     names: ClassVar[ConvNames] = ConvNames()
     own: ClassVar[tuple[str, ...]] = ()
+    surplus: ClassVar[tuple[str, ...]] = TRAINING_PARTS
 
     def layout(self, config: Any) -> Layout:
         with torch.device("meta"):
@@ -43,7 +44,7 @@ class ConvSource(Source):
         return Layout(
             links=self.names_of(config).links(linked, levels),
             buffers=self.buffers(config),
-            surplus=TRAINING_PARTS,
+            surplus=self.surplus,
             own=self.own,
         )
 

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
 from smalti.files import replacing, write_json
-from smalti.pipelines.checkpoint_reader import PICKLES, SAFETENSORS, Checkpoint, read_checkpoint
+from smalti.pipelines.checkpoint_reader import (
+    CONFIG,
+    PICKLES,
+    SAFETENSORS,
+    Checkpoint,
+    read_checkpoint,
+)
 from smalti.pipelines.imagenet import class_names
 from smalti.pipelines.layout import Imported, export_tensors, import_tensors, matches
 from smalti.pipelines.pipeline import Pipeline
@@ -69,7 +75,8 @@ def read_published(
         inferred = reader.infer(checkpoint, options)
         model, imported = _build(reader, checkpoint, inferred, options)
     except SmaltiError as error:
-        if str(checkpoint.path) in str(error):
+        places = (checkpoint.path, checkpoint.path.with_name(CONFIG))
+        if any(str(place) in str(error) for place in places):
             raise
         # A config class says what is wrong, but not where.
         raise SmaltiError(f"{checkpoint.path}: {error}") from error

@@ -1,12 +1,18 @@
 """The autoencoders of latent-diffusion (Rombach et al., 2112.10752), with codes and with a Gaussian
 posterior. Their names are those of taming-transformers."""
 
+import math
 from typing import Any
 
 from smalti.errors import SmaltiError
 from smalti.pipelines.checkpoint_reader import Checkpoint
 from smalti.pipelines.conv_names import PUBLISHED_GROUPS, ConvNames, conv_facts, infer_conv
-from smalti.pipelines.conv_source import ConvSource, OneCodebook, stated_size
+from smalti.pipelines.conv_source import (
+    TRAINING_PARTS,
+    ConvSource,
+    OneCodebook,
+    stated_size,
+)
 from smalti.pipelines.from_taming import NAMES, looks_like_taming
 from smalti.pipelines.source import Inferred, Options
 from smalti.tokenizer.conv import ConvConfig
@@ -16,14 +22,35 @@ from smalti.tokenizer.kl import KLConfig
 # latents. It stands with the diffusion model, not in the autoencoder's file.
 SCALING_FACTOR = 0.18215
 
+# The file of a whole model has its autoencoder under the first name. The rest goes under a second
+# one, to be dropped.
+FIRST_STAGE, REST = "first_stage_model.", "diffusion."
+SURPLUS = (*TRAINING_PARTS, f"{REST}*")
+MEASURED_SCALING = f"{REST}scale_factor"  # () where it was measured in training
+
+
+def autoencoder_alone(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the names of an autoencoder, and the rest of the model set apart."""
+    if not checkpoint.has(FIRST_STAGE):
+        return checkpoint
+    return checkpoint.renamed(
+        lambda name: (
+            name.removeprefix(FIRST_STAGE) if name.startswith(FIRST_STAGE) else f"{REST}{name}"
+        )
+    )
+
 
 class LatentDiffusionVQ(OneCodebook):
     """As taming-transformers', with fewer numbers per code, and some without any attention."""
 
     title = "latent-diffusion VQ autoencoder"
     names = NAMES
+    surplus = SURPLUS
     l2_normalise = False
     export_wrapper = "state_dict"
+
+    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+        return autoencoder_alone(checkpoint)
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         return looks_like_taming(checkpoint) and checkpoint.has("quantize.embedding.")
@@ -54,11 +81,16 @@ class KLSource(ConvSource):
 
 
 class LatentDiffusionKL(KLSource):
-    """The file does not say by how much the diffusion model scales the latents."""
+    """An autoencoder's file does not say by how much the diffusion model scales the latents; that
+    of a whole model does, if it was measured in training."""
 
     title = "latent-diffusion KL autoencoder"
     names = ConvNames()
+    surplus = SURPLUS
     export_wrapper = "state_dict"
+
+    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+        return autoencoder_alone(checkpoint)
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         return looks_like_taming(checkpoint) and not checkpoint.has("quantize.")
@@ -66,7 +98,12 @@ class LatentDiffusionKL(KLSource):
     def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
         conv, channels, convs = self.infer_sizes(checkpoint)
         size, stated = stated_size(options)
-        scaling, why = _scaling(options, conv, channels)
+        facts = {**conv_facts(conv), "latent channels": channels}
+        assumed: dict[str, object] = {"image_size": stated}
+        if options.scaling_factor is None and MEASURED_SCALING in checkpoint.tensors:
+            facts["scaling_factor"] = scaling = _measured_scaling(checkpoint)
+        else:
+            scaling, assumed["scaling_factor"] = _scaling(options, conv, channels)
         config = KLConfig(
             image_size=size,
             conv=conv,
@@ -75,11 +112,7 @@ class LatentDiffusionKL(KLSource):
             latent_mean=(0.0,) * channels,
             latent_std=(1 / scaling,) * channels,
         )
-        return Inferred(
-            config,
-            facts={**conv_facts(conv), "latent channels": channels},
-            assumed={"image_size": stated, "scaling_factor": why},
-        )
+        return Inferred(config, facts, assumed)
 
     def fits(self, config: Any) -> bool:
         """The file keeps no statistics of the latents; an option can give one scaling factor."""
@@ -92,6 +125,15 @@ class LatentDiffusionKL(KLSource):
         scaling = 1 / config.latent_std[0] if config.latent_std else 1.0
         default, _ = _scaling(Options(), config.conv, config.channels)
         return super().flags(config) | ({} if scaling == default else {"scaling_factor": scaling})
+
+
+def _measured_scaling(checkpoint: Checkpoint) -> float:
+    """What latents are multiplied by, according to the diffusion model in the file."""
+    checkpoint.shape(MEASURED_SCALING, 0)
+    scaling = float(checkpoint.tensors[MEASURED_SCALING])
+    if not 0 < scaling < math.inf:
+        raise SmaltiError(f"{checkpoint.path}: scale_factor is {scaling}; it must be positive")
+    return scaling
 
 
 def _scaling(options: Options, conv: ConvConfig, channels: int) -> tuple[float, str]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from smalti.errors import SmaltiError
-from smalti.pipelines.checkpoint_reader import Checkpoint
+from smalti.pipelines.checkpoint_reader import WRAPPERS, Checkpoint
 from smalti.pipelines.conv_names import ConvNames
 from smalti.pipelines.conv_source import (
     VQSource,
@@ -51,6 +51,7 @@ class VARTokenizer(VQSource):
 
     title = "VAR tokenizer"
     options = frozenset({"image_size", "scales"})
+    wrappers = ("trainer", "vae_local", *WRAPPERS)  # the first two of a prior's training
     names = _names(convolutions=4)
     l2_normalise = False
 

@@ -159,8 +159,10 @@ def _import_link(
     for name, tensor in ours.items():
         if tensor.shape != expected[name].shape:
             raise SmaltiError(f"{wrong}: expected {tuple(expected[name].shape)} for {name}")
-        if tensor.is_floating_point() != expected[name].is_floating_point():
-            raise SmaltiError(f"{checkpoint.path}: {names} holds {tensor.dtype} numbers")
+        floats = expected[name].is_floating_point()
+        if any(found.is_floating_point() != floats for found in (*theirs, tensor)):
+            kinds = ", ".join(str(found.dtype) for found in theirs)
+            raise SmaltiError(f"{checkpoint.path}: {names} holds {kinds} numbers")
     return ours
 
 
@@ -171,7 +173,9 @@ def _check_buffer(name: str, buffer: Buffer, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: {name} has shape {tuple(found.shape)}; the sizes of the model "
             f"say {tuple(buffer.value.shape)}"
         )
-    close = torch.isclose(found.double(), buffer.value.double(), rtol=0, atol=buffer.tolerance)
+    rounding = torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
+    tolerance = max(buffer.tolerance, rounding)
+    close = torch.isclose(found.double(), buffer.value.double(), rtol=0, atol=tolerance)
     if not close.all():
         raise SmaltiError(
             f"{checkpoint.path}: {name} is not what the sizes of the model say, in "

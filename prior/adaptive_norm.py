@@ -15,7 +15,7 @@ def as_parts(projected: Tensor, width: int) -> Tensor:
     return projected.unflatten(-1, (-1, width))[:, None]
 
 
-def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def adaptive_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """norm(x) * (1 + scale) + shift, with a layer norm that has no weights of its own.
 
     Args:
@@ -39,4 +39,4 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:  # (B, T, width) fp32
         scale, shift = modulation.unbind(2)
-        return modulate(x.float(), scale, shift, self.eps)
+        return adaptive_norm(x.float(), scale, shift, self.eps)

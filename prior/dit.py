@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.config import check_at_least
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
 from smalti.prior.attention import attend
@@ -62,9 +63,9 @@ class DiTConfig:
             if getattr(self, name) not in get_args(known):
                 wrong, right = getattr(self, name), ", ".join(get_args(known))
                 raise SmaltiError(f'{name} is "{wrong}"; choose one of {right}')
-        for name in ("in_channels", "out_channels", "width", "depth", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise SmaltiError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(
+            1, self, "in_channels", "out_channels", "width", "depth", "num_heads", "num_classes"
+        )
         if self.patch_size < 1 or min(self.grid) < 1 or any(s % self.patch_size for s in self.grid):
             raise SmaltiError(
                 f"a grid of {self.grid[0]} x {self.grid[1]} cannot be cut into patches of side "

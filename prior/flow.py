@@ -134,7 +134,12 @@ class FlowPrior(Prior):
         solver: Solver,
         schedule: str | Mapping[str, Any] | Schedule | None = None,
     ) -> Tensor:
-        """The times (steps + 1,) float64 at which a solver steps, ascending."""
+        """The times (steps + 1,) float64 at which a solver steps, ascending.
+
+        Raises:
+            SmaltiError: steps is not a whole number from 1, or the schedule is not known or not
+                for this path.
+        """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise SmaltiError(f"num_inference_steps is {steps!r}; it must be a whole number from 1")
         within = self.time_range
@@ -235,6 +240,9 @@ class FlowPrior(Prior):
             num_probes: random probes of Hutchinson's trace estimate, which is unbiased; None takes
                 the exact trace, with as many backward passes as a latent has numbers.
             generator: of the probes; as for `sample`.
+
+        Raises:
+            SmaltiError: latents, solver or num_probes do not fit.
         """
         self._check_latents(latents, "latents")
         solver = make_solver(solver)

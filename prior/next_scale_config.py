@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
+from smalti.config import check_at_least
 from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.errors import SmaltiError
 from smalti.tokenizer.multi_scale import MultiScaleConfig
@@ -46,9 +47,7 @@ class NextScaleConfig:
                 f"the latents are {self.spec}, but the quantizer makes {_spec_of(self.quantizer)}:"
                 " give the quantizer of the tokenizer that made the latents"
             )
-        for name in ("num_classes", "depth", "width", "num_heads"):
-            if getattr(self, name) < 1:
-                raise SmaltiError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(1, self, "num_classes", "depth", "width", "num_heads")
         if self.width % self.num_heads:
             raise SmaltiError(
                 f"width {self.width} does not divide into {self.num_heads} heads: use a multiple"

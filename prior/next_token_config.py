@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
+from smalti.config import check_at_least
 from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.errors import SmaltiError
 
@@ -43,8 +44,7 @@ class NextTokenConfig:
                 f"a next-token prior models one code grid; the latents have {len(self.spec.grids)}:"
                 " use a next-scale prior"
             )
-        if min(self.depth, self.width, self.num_heads) < 1:
-            raise SmaltiError("depth, width and num_heads must be at least 1")
+        check_at_least(1, self, "depth", "width", "num_heads")
         if self.width % self.num_heads or self.head_dim % 4:
             raise SmaltiError(
                 f"width {self.width} with {self.num_heads} heads: each head needs a multiple of 4"
@@ -65,10 +65,9 @@ class NextTokenConfig:
                 f"a prior of text has no classes, but num_classes is {self.num_classes}: set it to"
                 " 0"
             )
-        if self.condition == "class" and self.num_classes < 1:
-            raise SmaltiError(f"num_classes is {self.num_classes}; it must be at least 1")
-        if min(self.text_length, self.text_dim) < 1:
-            raise SmaltiError("text_length and text_dim must be at least 1")
+        if self.condition == "class":
+            check_at_least(1, self, "num_classes")
+        check_at_least(1, self, "text_length", "text_dim")
 
     def _check_training(self) -> None:
         for name in ("dropout", "token_dropout", "attention_dropout", "drop_path", "label_dropout"):

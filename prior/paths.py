@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from smalti.config import check_at_least
 from smalti.errors import SmaltiError
 
 TINY = 1e-12  # what a vanishing denominator is held at
@@ -203,10 +204,7 @@ class DDPMPath(VariancePreservingPath):
     kind: Literal["ddpm"] = "ddpm"
 
     def __post_init__(self) -> None:
-        if self.num_train_timesteps < 1:
-            raise SmaltiError(
-                f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 1"
-            )
+        check_at_least(1, self, "num_train_timesteps")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise SmaltiError(
                 f"beta_start and beta_end are {self.beta_start} and {self.beta_end}; "

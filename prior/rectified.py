@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.prior.base import Loss, Prior
+from smalti.prior.base import Prior
 from smalti.prior.dynamics import Dynamics
 from smalti.prior.flow import FlowPrior
 from smalti.prior.normal import Generators, NormalSource
@@ -50,16 +50,6 @@ def generate_pairs(
     noise = NormalSource(generator, len(labels))(torch.empty(shape, device=device))
     data = prior.sample(labels, solver=solver, noise=noise, **options)
     return Pairs(noise, data, labels)
-
-
-def reflow_loss(prior: FlowPrior, pairs: Pairs) -> Loss:
-    """The training objective on pairs: the lines between them, not between strangers.
-
-    Raises:
-        SmaltiError: the prior's path is not straight.
-    """
-    check_straight(prior)
-    return prior(pairs.data, pairs.labels, pairs.noise)
 
 
 def check_straight(prior: Prior) -> None:

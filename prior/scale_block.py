@@ -2,12 +2,13 @@
 norms (VAR, 2404.02905). Module names are VAR's."""
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.prior.adaptive_norm import as_parts, condition_projection, modulate
+from smalti.prior.adaptive_norm import adaptive_norm, as_parts, condition_projection
 from smalti.prior.attention import KeyValueCache, attend
 from smalti.prior.drop_path import DropPath
 from smalti.prior.next_scale_config import NextScaleConfig
@@ -71,7 +72,7 @@ class FeedForward(nn.Module):
         return self.dropout(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """x + gate1 attention(norm1(x)), then x + gate2 feed_forward(norm2(x))."""
 
     def __init__(self, config: NextScaleConfig, drop_path: float) -> None:
@@ -81,10 +82,10 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
         self.drop_path = DropPath(drop_path)
 
+    @abstractmethod
     def modulation(self, condition: Tensor) -> Tensor:
         """What the class says to this block, (B, 1, 6, width): gate1, gate2, scale1, scale2,
         shift1, shift2. It is the same at every scale."""
-        raise NotImplementedError
 
     def forward(
         self,
@@ -95,9 +96,9 @@ class Block(nn.Module):
         cache: KeyValueCache | None,
     ) -> Tensor:  # (B, T, width)
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        attended = self.attn(modulate(x, scale1, shift1, self.eps), mask, layer, cache)
+        attended = self.attn(adaptive_norm(x, scale1, shift1, self.eps), mask, layer, cache)
         x = x + self.drop_path(attended * gate1)
-        return x + self.drop_path(self.ffn(modulate(x, scale2, shift2, self.eps)) * gate2)
+        return x + self.drop_path(self.ffn(adaptive_norm(x, scale2, shift2, self.eps)) * gate2)
 
 
 class OwnBlock(Block):

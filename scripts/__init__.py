@@ -1,1 +1,1 @@
-"""One thin entry point per stage; the console command `smalti` runs them."""
+"""One thin entry point per command; the console command `smalti` runs them."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from smalti.cli import parse_config, run_command
 from smalti.config import config_to_dict
-from smalti.data.images import SourceOptions, open_unverified
+from smalti.data.images import open_unverified
 from smalti.data.inspection import BadFile, Report, inspect, summary
 from smalti.data.shards import ShardPictures
 from smalti.errors import SmaltiError
@@ -33,10 +33,12 @@ class CheckDataConfig(DataOptions):
 
 
 def check_data(config: CheckDataConfig) -> Report:
-    """Write the list of bad files and the report; return the latter."""
-    pictures = open_unverified(
-        config.data, SourceOptions(config.folder, config.hf, config.stream_cache)
-    )
+    """Write the list of bad files and the report; return the latter.
+
+    Raises:
+        SmaltiError: there is no such set, or a manifest was asked for and there are no shards.
+    """
+    pictures = open_unverified(config.data, config)
     if config.write_manifest and not isinstance(pictures, ShardPictures):
         raise SmaltiError(f"--write_manifest is for shards; {config.data} has none: leave it out")
     report = inspect(

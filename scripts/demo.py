@@ -1,4 +1,4 @@
-"""The whole way in one command: pictures -> tokenizer -> codes -> prior -> new pictures.
+"""The whole way in one command: pictures -> tokenizer -> latents -> prior -> new pictures.
 
     smalti demo                      emoji; under ten minutes on two CPU cores
     smalti demo --quick              fashion; rougher, under two minutes

@@ -8,21 +8,24 @@ Killed? The same command goes on where it stopped.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm.auto import tqdm
 
 from smalti.cli import parse_config, run_command
-from smalti.data.cache import CacheInfo, EncodedRange, write_cache
+from smalti.config import check_at_least
+from smalti.data.cache import (
+    SPLITS,
+    CacheInfo,
+    EncodedRange,
+    refuse_other_contents,
+    write_cache,
+)
 from smalti.data.dataset import ImageDataset
 from smalti.data.views import VIEW_SETS, ViewSet, decoded_size, views_of
-from smalti.errors import SmaltiError
 from smalti.scripts.options import DataOptions
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import join_job, say
-
-SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,14 @@ class EncodeConfig(DataOptions):
     shard_size: int = 8192  # samples per file
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise SmaltiError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
+        check_at_least(1, self, "batch_size", "shard_size")
 
 
 def encode(config: EncodeConfig) -> Path:
     """Write the caches of both splits, and return their folder."""
     state = join_job()
+    refuse_other_contents(config.output_dir)
     tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(state.device)
     for split in SPLITS:
         views: ViewSet = config.views if split == "train" else "identity"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from smalti.cli import parse_config, run_command
-from smalti.config import config_to_dict
+from smalti.config import check_at_least, config_to_dict
 from smalti.errors import SmaltiError
 from smalti.evaluation.protocol import Metric, write_summary
 from smalti.files import first_difference, write_json
@@ -22,6 +22,15 @@ from smalti.scripts.sampling import Sampling
 
 SETTINGS = "evaluation.json"
 PRODUCTS = ("samples.png", "reconstructions.png", "neighbours.png", "summary.json")
+
+OF_SAMPLES = {field.name for field in fields(Sampling)} | {  # settings that need a pipeline
+    "other_data",
+    "num_samples",
+    "num_references",
+    "features",
+    "feature_weights",
+    "classifier_epochs",
+}
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,9 @@ class EvaluateConfig(DataOptions, Sampling):
     classifier_epochs: int = 12
 
     def __post_init__(self) -> None:
-        if self.num_samples < 16 or self.num_references < 16:
-            raise SmaltiError(
-                f"num_samples is {self.num_samples}, num_references {self.num_references}: use at "
-                "least 16"
-            )
-        if self.batch_size < 1 or self.classifier_epochs < 1:
-            raise SmaltiError("batch_size and classifier_epochs must be at least 1")
+        super().__post_init__()
+        check_at_least(16, self, "num_samples", "num_references")
+        check_at_least(1, self, "batch_size", "classifier_epochs")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
@@ -72,8 +77,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
 
 def _refuse_sampling(config: EvaluateConfig) -> None:
     """A tokenizer alone draws nothing."""
-    for field in fields(Sampling):
-        if getattr(config, field.name) != field.default:
+    for field in fields(config):
+        if field.name in OF_SAMPLES and getattr(config, field.name) != field.default:
             raise SmaltiError(
                 f"{config.model} is a tokenizer and draws nothing: leave out --{field.name}"
             )

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from smalti.cli import parse_config, run_command
+from smalti.config import check_at_least
 from smalti.errors import SmaltiError
 from smalti.pipelines.generation import generate_folder
 from smalti.pipelines.pipeline import Pipeline
@@ -31,13 +32,15 @@ class GenerateConfig(Sampling):
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("num_images_per_class", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SmaltiError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(1, self, "num_images_per_class", "batch_size")
 
 
 def generate(config: GenerateConfig) -> list[Path]:
-    """Write the pictures, class by class, and return their paths."""
+    """Write the pictures, class by class, and return their paths.
+
+    Raises:
+        SmaltiError: the pipeline draws from text, or no class has such a name or number.
+    """
     state = join_job()
     pipeline = Pipeline.from_pretrained(config.model, device=state.device)
     if not pipeline.classes:

@@ -3,6 +3,7 @@
 smalti info runs/prior
 """
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tyro.conf import Positional, arg
 from smalti.cli import parse_config, run_command
 from smalti.data.cache import MANIFEST as CACHE_MANIFEST
 from smalti.data.cache import CacheInfo, read_manifest
+from smalti.data.cache_shard import shard_path
 from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.errors import SmaltiError
 from smalti.files import read_json, sha256_of
@@ -25,7 +27,7 @@ from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.registry import TOKENIZERS
 from smalti.training.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
 from smalti.training.checkpoint import STATE, Checkpoint, checkpoints, verify
-from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING
+from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, told_by_run
 from smalti.training.log import read_lines
 
 EXIT_DAMAGED = 1
@@ -76,7 +78,7 @@ def info(path: Path) -> Info:
 def of_checkpoint(path: Path) -> Info:
     """A checkpoint of a run."""
     try:
-        found = verify(path)
+        found = told_by_run(verify(path))
     except SmaltiError as error:
         return Info([("kind", "checkpoint"), ("verified", f"no: {error}")], whole=False)
     how = [("kind", f"checkpoint of a {found.state['kind']} run"), *_state_lines(found)]
@@ -88,7 +90,7 @@ def of_run(path: Path) -> Info:
     lines, newest, damaged = [("kind", "training run")], None, []
     for folder in reversed(checkpoints(path)):
         try:
-            newest = newest or verify(folder)
+            newest = newest or told_by_run(verify(folder))
         except SmaltiError as error:
             damaged.append(("damaged", str(error)))
     if newest is not None:
@@ -98,10 +100,18 @@ def of_run(path: Path) -> Info:
     lines += [("last logged", _last(path / METRICS)), ("speed", _last(path / TIMING))]
     report, exported = path / REPORT, path / EXPORTED
     lines += [("report", str(report))] if report.is_file() else []
-    lines += [("result", str(read_json(exported)["folder"]))] if exported.is_file() else []
+    lines += [("result", _result(exported))] if exported.is_file() else []
     if newest is not None:
         lines.append(("go on", _resume(path, newest, "latest")))
     return Info([*[line for line in lines if line[1]], *damaged], whole=not damaged)
+
+
+def _result(exported: Path) -> str:
+    """Where the finished model of a run went."""
+    record = read_json(exported)
+    if not isinstance(record, dict) or "folder" not in record:
+        raise SmaltiError(f"{exported} is damaged: it does not name a folder")
+    return str(record["folder"])
 
 
 def _state_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
@@ -120,10 +130,8 @@ def _state_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 
 def _resume(run: Path, checkpoint: Checkpoint, wanted: str) -> str:
-    return (
-        f"smalti {checkpoint.state['kind']} --config {run / RECIPE} --output_dir {run} "
-        f"--resume_from_checkpoint {wanted}"
-    )
+    options = ("--config", run / RECIPE, "--output_dir", run, "--resume_from_checkpoint", wanted)
+    return _command(checkpoint.state["kind"], *options)
 
 
 def _last(path: Path) -> str:
@@ -141,33 +149,44 @@ def _short(value: Any) -> str:
 
 def of_cache(path: Path) -> Info:
     """A latent cache, or a folder of several splits."""
-    folders = [path] if (path / CACHE_MANIFEST).is_file() else _splits(path)
+    folders = [path] if _holds_latents(path) else _splits(path)
     lines, whole = [("kind", "latent cache")], True
     for folder in folders:
-        found = read_manifest(folder)
-        bad = _damaged_shards(folder, found)
-        whole = whole and not bad
         name = "" if folder == path else f"{folder.name}: "
-        lines += [
-            (
-                "latents",
-                f"{name}{found.num_samples:,} x {', '.join(found.views)}, {of(found.spec)}",
-            ),
-            ("classes", f"{name}{len(found.classes)}"),
-            ("tokenizer", found.tokenizer_fingerprint[:12]),
-            ("verified", f"no: {bad[0]} differs from the manifest" if bad else "yes: all shards"),
-        ]
-    lines.append(("go on", f"smalti train-prior --latents {path} --tokenizer THE_TOKENIZER"))
+        if (folder / CACHE_MANIFEST).is_file():
+            found = read_manifest(folder)
+            bad = [f"{shard} differs from the manifest" for shard in _damaged_shards(folder, found)]
+            lines += _cache_lines(name, found)
+        else:
+            bad = ["not finished, the command that began it goes on"]
+        lines.append(("verified", f"{name}no: {bad[0]}" if bad else f"{name}yes: all shards"))
+        whole = whole and not bad
+    options = ("--latents", path, "--tokenizer", "THE_TOKENIZER")
+    lines.append(("go on", _command("train-prior", *options)))
     return Info(lines, whole)
 
 
+def _cache_lines(name: str, found: CacheInfo) -> list[tuple[str, str]]:
+    views = ", ".join(found.views)
+    return [
+        ("latents", f"{name}{found.num_samples:,} x {views}, {of(found.spec)}"),
+        ("classes", f"{name}{len(found.classes)}"),
+        ("tokenizer", found.tokenizer_fingerprint[:12]),
+    ]
+
+
+def _holds_latents(path: Path) -> bool:
+    """Whether a folder is a cache, or would be one if its encoding had been finished."""
+    return (path / CACHE_MANIFEST).is_file() or shard_path(path, 0).is_file()
+
+
 def _splits(path: Path) -> list[Path]:
-    return sorted(file.parent for file in path.glob(f"*/{CACHE_MANIFEST}"))
+    return sorted(folder for folder in path.iterdir() if _holds_latents(folder))
 
 
 def _damaged_shards(folder: Path, found: CacheInfo) -> list[str]:
     """Names of shards that are missing or have other hashes than the manifest says."""
-    files = [folder / f"shard-{n:05d}.safetensors" for n in range(found.num_shards)]
+    files = [shard_path(folder, number) for number in range(found.num_shards)]
     pairs = zip(files, found.shards, strict=True)
     return [file.name for file, hash in pairs if not file.is_file() or sha256_of(file) != hash]
 
@@ -193,7 +212,7 @@ def of_model(path: Path) -> Info:
     except SmaltiError as error:
         return Info([("kind", kind), ("verified", f"no: {error}")], whole=False)
     assert isinstance(loaded, Tokenizer | Prior)
-    go_on = f"smalti encode --tokenizer {path} --data THE_PICTURES"
+    go_on = _command("encode", "--tokenizer", path, "--data", "THE_PICTURES")
     return Info(
         [
             ("kind", kind),
@@ -218,7 +237,7 @@ def of_pipeline(path: Path) -> Info:
             *((f"prior {k}", v) for k, v in _model_lines(pipe.prior)),
             ("classes", f"{len(pipe.classes)}: {some}"),
             ("verified", "yes: tokenizer and prior belong together, every tensor is there"),
-            ("go on", f"smalti generate --model {path}"),
+            ("go on", _command("generate", "--model", path)),
         ]
     )
 
@@ -250,11 +269,16 @@ def _count(file: Path) -> int:
     return total
 
 
+def _command(*words: str | Path) -> str:
+    """A command of smalti as a shell takes it."""
+    return shlex.join(["smalti", *map(str, words)])
+
+
 def _is_model(path: Path) -> bool:
     if not (path / CONFIG).is_file():
         return False
     content = read_json(path / CONFIG)
-    return isinstance(content, dict) and content.get("type") in {*TOKENIZERS, *PRIORS}
+    return isinstance(content, dict) and content.get("type") in [*TOKENIZERS, *PRIORS]
 
 
 def _is_run(path: Path) -> bool:
@@ -270,7 +294,7 @@ KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], Info]]] = [
     (_is_run, of_run),
     (lambda path: (path / INDEX).is_file(), of_pipeline),
     (_is_model, of_model),
-    (lambda path: (path / CACHE_MANIFEST).is_file() or bool(_splits(path)), of_cache),
+    (lambda path: _holds_latents(path) or bool(_splits(path)), of_cache),
 ]
 
 

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from smalti.data.dataset import ImageDataset
 from smalti.data.image_io import image_grid, save_png
 from smalti.data.latents import CodeSpec
+from smalti.data.pixels import rounded
 from smalti.errors import SmaltiError
 from smalti.evaluation.classifier import ImageClassifier, train_classifier
 from smalti.evaluation.codebook import code_counts
@@ -22,7 +23,6 @@ from smalti.evaluation.features import (
 )
 from smalti.evaluation.neighbours import nearest_neighbours
 from smalti.evaluation.protocol import Metric
-from smalti.evaluation.reconstruction import rounded
 from smalti.evaluation.samples import (
     PictureSets,
     classifier_metrics,

@@ -6,23 +6,40 @@ from typing import Literal
 from smalti.data.dataset import ImageDataset
 from smalti.data.images import ImageSource, SourceOptions, open_source
 from smalti.data.transforms import RandomCrop
+from smalti.errors import SmaltiError
 
 
 @dataclass(frozen=True)
-class DataOptions(SourceOptions):
-    """Which pictures, and how they are divided."""
+class PictureOptions(SourceOptions):
+    """Which pictures."""
 
     # emoji, fashion, a folder with one sub-folder of pictures per class, hf:owner/name, parquet or
     # arrow files, WebDataset shards (path/{000..009}.tar, or URLs), or arrays (.npz, .npy)
     data: str = "emoji"
-    heldout_fraction: float = 0.1  # kept from training; ignored where a set has a fixed split
-    split_seed: int = 0
 
     def source(self) -> ImageSource:
-        """The pictures, not divided."""
+        """The pictures, not divided.
+
+        Raises:
+            SmaltiError: nothing opens `data`, or its pictures are unusable.
+        """
         return open_source(
             self.data, options=self.folder, hf=self.hf, stream_cache=self.stream_cache
         )
+
+
+@dataclass(frozen=True)
+class DataOptions(PictureOptions):
+    """Also: how they are divided."""
+
+    heldout_fraction: float = 0.1  # kept from training; ignored where a set has a fixed split
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.heldout_fraction < 1:
+            raise SmaltiError(
+                f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1"
+            )
 
     def dataset(
         self,

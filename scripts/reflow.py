@@ -17,8 +17,8 @@ import torch
 from tqdm.auto import tqdm
 
 from smalti.cli import parse_config, run_command
+from smalti.config import check_at_least
 from smalti.data.cache import CacheInfo, EncodedRange, write_cache
-from smalti.errors import SmaltiError
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.options import check_options
 from smalti.pipelines.pipeline import Pipeline
@@ -47,9 +47,7 @@ class ReflowConfig(Sampling):
     shard_size: int = 8192  # pairs per file
 
     def __post_init__(self) -> None:
-        for name in ("num_pairs", "num_heldout", "batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise SmaltiError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(1, self, "num_pairs", "num_heldout", "batch_size", "shard_size")
 
 
 @dataclass

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from smalti.config import check_at_least
 from smalti.data.folder import read_picture
 from smalti.data.image_io import image_grid, save_png
-from smalti.data.images import ImageSource, SourceOptions, open_source
-from smalti.data.transforms import center_crop, to_float, to_tensor
+from smalti.data.images import ImageSource
+from smalti.data.pixels import to_float
+from smalti.data.transforms import center_crop, to_tensor
 from smalti.errors import SmaltiError
 from smalti.hub import resolve_folder
 from smalti.pipelines.pipeline import INDEX
+from smalti.scripts.options import PictureOptions
 from smalti.tokenizer.base import Tokenizer
 
 SHOWN_SIDE = 96  # pixels; smaller pictures are enlarged to about this
@@ -23,20 +26,18 @@ NAME_LENGTH = 24  # letters of a file name that are shown
 
 
 @dataclass(frozen=True)
-class StripOptions(SourceOptions):
+class StripOptions(PictureOptions):
     """Which tokenizer, which pictures, and where the strip goes."""
 
     model: str = "runs/demo/pipeline"  # a tokenizer, or a pipeline whose tokenizer is used
     images: tuple[Path, ...] = ()  # picture files; or give --indices
     indices: tuple[int, ...] = ()  # positions in the data set, from 0
-    data: str = "emoji"  # a set of pictures, as for the other commands
     output: Path = Path("strip.png")
     overwrite: bool = False  # replace the output if it exists
     batch_size: int = 64  # pictures encoded at once
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise SmaltiError(f"batch_size is {self.batch_size}; it must be at least 1")
+        check_at_least(1, self, "batch_size")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ class StatisticsOptions(StripOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_pictures < 1:
-            raise SmaltiError(f"max_pictures is {self.max_pictures}; it must be at least 1")
+        check_at_least(1, self, "max_pictures")
 
 
 class Workbench:
@@ -67,10 +67,7 @@ class Workbench:
     @cached_property
     def source(self) -> ImageSource:
         """The data set, opened when it is needed."""
-        options = self.options
-        return open_source(
-            options.data, options=options.folder, hf=options.hf, stream_cache=options.stream_cache
-        )
+        return self.options.source()
 
     @property
     def names(self) -> list[str]:

@@ -51,7 +51,7 @@ PREVIEW_IMAGES = 16
 
 @dataclass(frozen=True)
 class TrainTokenizerConfig(RunConfig, DataOptions):
-    """Train a tokenizer: images -> codes -> images."""
+    """Train a tokenizer: images -> latents -> images."""
 
     output_dir: Path = Path("runs/tokenizer")
     PRESETS: ClassVar[dict[str, Any]] = {"tokenizer": PRESETS}
@@ -65,7 +65,8 @@ class TrainTokenizerConfig(RunConfig, DataOptions):
     random_crop: RandomCrop = field(default_factory=RandomCrop)  # ADM's; if crop is random
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RunConfig.__post_init__(self)
+        DataOptions.__post_init__(self)
         if self.crop == "centre" and self.random_crop != RandomCrop():
             raise SmaltiError("random_crop is for --crop random: pass that, too")
 

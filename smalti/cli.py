@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train-prior": ("smalti.scripts.train_prior", "stage two: a distribution over latents"),
     "reflow": ("smalti.scripts.reflow", "pairs that a trained flow makes, to straighten it"),
     "generate": ("smalti.scripts.generate", "sample pictures with a saved pipeline"),
-    "evaluate": ("smalti.scripts.evaluate", "measure a saved pipeline"),
+    "evaluate": ("smalti.scripts.evaluate", "measure a saved tokenizer or pipeline"),
     "convert": ("smalti.scripts.convert", "published weights -> a folder of smalti's"),
     "export": ("smalti.scripts.export", "a model -> the file that other code reads"),
     "info": ("smalti.scripts.info", "what a folder is, whether it is whole, how to go on"),

@@ -26,6 +26,14 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"known are {', '.join(known) or 'none'}"
 
 
+def check_at_least(least: float, config: Any, *names: str) -> None:
+    """Raise `SmaltiError` unless the fields of a config with these names are `least` or more."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= least:  # NaN is not
+            raise SmaltiError(f"{name} is {value}; it must be at least {least}")
+
+
 def config_to_dict(config: Any) -> Any:
     """A dataclass, with all that is nested in it, as values that JSON and YAML can hold."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):

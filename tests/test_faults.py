@@ -13,6 +13,7 @@ F2 and F3 are held for each tokenizer and prior in tests/scripts, too.
 
 import contextlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -585,12 +586,18 @@ def test_f20_a_run_needs_no_network(pictures: Path, tmp_path: Path, monkeypatch)
         ({"max_train_steps": 8, "logging_steps": 2, "process_timeout": 60}, False),
     ],
 )
-def test_f24_a_run_goes_on_only_as_what_it_was(tmp_path: Path, changes, refused: bool) -> None:
-    """F24 resume with changed config: what may change does; anything else is refused, named."""
+def test_f24_a_run_goes_on_only_as_what_it_was(
+    tmp_path: Path, caplog, changes, refused: bool
+) -> None:
+    """F24 resume with changed config: what may change does, and is told; the rest is refused."""
     folder = whole_run(tmp_path / "run")
     if not refused:
+        caplog.set_level(logging.INFO)
         train(latest(folder, **changes))
         assert checkpoints(folder)[-1].name == "checkpoint-000008"
+        told = [message for message in caplog.messages if ", now it is " in message]
+        assert [message.split()[0] for message in told] == sorted(changes)
+        assert "max_train_steps was 6, now it is 8" in told
         return
     with pytest.raises(SmaltiError, match=f"was made with {next(iter(changes))}"):
         train(latest(folder, **changes))

@@ -95,11 +95,3 @@ def adaptive_weight(gradients: Iterable[Tensor]) -> Tensor:
     mean = mean_over_processes(torch.stack(list(gradients)).mean(0))
     reconstruction, generator = mean.flatten(1).norm(dim=1)
     return (reconstruction / (generator + 1e-4)).clamp(0, 1e4).detach()
-
-
-def round_to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] snapped to the 256 values a file can hold.
-
-    Real pictures lie on this grid; without rounding a critic can tell fakes by that alone.
-    """
-    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.config import check_at_least
 from smalti.errors import SmaltiError
 
 # No model of this kind is larger; a config.json from a stranger could ask for any number of layers.
@@ -45,8 +46,7 @@ class ConvConfig:
             )
         if groups is None and (self.channels % 32 and self.channels not in (8, 16)):
             raise SmaltiError(f"channels is {self.channels}; use 8, 16 or a multiple of 32")
-        if self.channels < 1:
-            raise SmaltiError(f"channels is {self.channels}; it must be at least 1")
+        check_at_least(1, self, "channels", "num_res_blocks", "z_channels", "patch_size")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise SmaltiError(f"channel_mult is {self.channel_mult}; give at least one value >= 1")
         wrong = [i for i in self.attention_levels if not 0 <= i < len(self.channel_mult)]
@@ -55,8 +55,6 @@ class ConvConfig:
                 f"attention_levels names level {wrong[0]}, but channel_mult has levels"
                 f" 0 to {len(self.channel_mult) - 1}"
             )
-        if min(self.num_res_blocks, self.z_channels, self.patch_size) < 1:
-            raise SmaltiError("num_res_blocks, z_channels and patch_size must be at least 1")
         for name, value, most in (
             ("the number of levels", len(self.channel_mult), MAX_LEVELS),
             ("num_res_blocks", self.num_res_blocks, MAX_BLOCKS),

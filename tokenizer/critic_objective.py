@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from smalti.tokenizer.adversarial import GAMES, round_to_uint8
+from smalti.data.pixels import rounded
+from smalti.tokenizer.adversarial import GAMES
 from smalti.tokenizer.augment import DRAWS as AUGMENT_DRAWS
 from smalti.tokenizer.augment import augment
 from smalti.tokenizer.critic_regularisers import LeCam, gradient_penalty, r1_penalty
@@ -36,10 +37,10 @@ class CriticObjective(nn.Module):
             images, fakes: (B, 3, H, W) in [-1, 1]; no gradient reaches the fakes.
             draws: (B, DRAWS), uniform in [0, 1).
         """
-        # A picture and its fake change alike. Both have 8 bits: a real one that was shrunk may not.
+        # A picture and its fake change alike. Both are rounded to 8 bits, for a critic could tell
+        # fakes by that alone; a real one that was shrunk may not have been.
         real, fake = (
-            augment(round_to_uint8(x.detach().float()), self.config.augment, draws)
-            for x in (images, fakes)
+            augment(rounded(x.detach()), self.config.augment, draws) for x in (images, fakes)
         )
         # One pass over both is faster than two; no critic mixes the pictures of a batch.
         real_logits, fake_logits = self.critic(torch.cat([real, fake])).float().chunk(2)

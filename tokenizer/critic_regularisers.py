@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.config import check_at_least
 from smalti.errors import SmaltiError
 from smalti.tokenizer.processes import mean_over_processes
 
@@ -31,8 +32,7 @@ class PenaltyConfig:
         for name in ("r1_weight", "gradient_penalty_weight", "lecam_weight"):
             if getattr(self, name) < 0:
                 raise SmaltiError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if self.r1_interval < 1:
-            raise SmaltiError(f"r1_interval is {self.r1_interval}; it must be at least 1")
+        check_at_least(1, self, "r1_interval")
         if not 0 <= self.lecam_decay < 1:
             raise SmaltiError(f"lecam_decay is {self.lecam_decay}; it must lie in [0, 1)")
 

@@ -173,7 +173,14 @@ class KLTokenizer(Tokenizer):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Measure mean and std of the latents of all images and keep them in the config."""
+        """Measure mean and std of the latents of all images and keep them in the config.
+
+        Args:
+            batches: images (B, 3, H, W) in [-1, 1].
+
+        Raises:
+            SmaltiError: there are none.
+        """
         count, total, squares = 0, 0.0, 0.0
         for images in batches:
             gaussian = self.gaussian(images)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
 from smalti.tokenizer.codebook import CodebookConfig
+from smalti.tokenizer.codebook_quantizer import CodebookQuantizer
 from smalti.tokenizer.estimators import Estimator, estimate
-from smalti.tokenizer.quantize import Grids, Quantized, Quantizer, as_maps, as_rows
+from smalti.tokenizer.quantize import Grids, Quantized, as_maps, as_rows
 
 # Where a scale's convolution lies among few shared ones (VAR): scale k uses convolution i. Its
 # published map for 10 scales and 4 convolutions rests on ties that rounding in double precision
@@ -84,26 +85,17 @@ class ResidualConvolution(nn.Module):
         return (1 - self.ratio) * x + self.ratio * mended
 
 
-class MultiScaleQuantizer(Quantizer):
+class MultiScaleQuantizer(CodebookQuantizer):
     """Features (B, d, H, W) = sum over scales of phi_k(upsample(vectors of codes_k)), about."""
 
     Config: ClassVar[type] = MultiScaleConfig
 
     def __init__(self, config: MultiScaleConfig) -> None:
-        super().__init__()
+        super().__init__(config.codebook)
         self.config = config
-        self.codebook = config.codebook.build()
         self.residual_convs = nn.ModuleList(
             ResidualConvolution(self.dim, config.residual_ratio) for _ in range(config.convolutions)
         )
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.codebook.vocab_size
-
-    @property
-    def dim(self) -> int:
-        return self.config.codebook.code_dim
 
     @property
     def lengths(self) -> list[int]:
@@ -237,9 +229,3 @@ class MultiScaleQuantizer(Quantizer):
             total = total + self.contribution(parts[scale - 1], scale - 1)
             inputs.append(self.scale_input(total, scale))
         return torch.cat(inputs, 1)
-
-    def after_step(self, generator: torch.Generator) -> None:
-        self.codebook.after_step(generator)
-
-    def discard_step(self) -> None:
-        self.codebook.discard_step()

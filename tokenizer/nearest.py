@@ -3,15 +3,15 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.errors import SmaltiError
 from smalti.tokenizer.codebook import CodebookConfig
+from smalti.tokenizer.codebook_quantizer import CodebookQuantizer
 from smalti.tokenizer.entropy import entropy_loss
 from smalti.tokenizer.estimators import Estimator, estimate
-from smalti.tokenizer.quantize import Quantized, Quantizer, as_maps, as_rows
+from smalti.tokenizer.quantize import Quantized, as_maps, as_rows
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,14 @@ class NearestConfig:
             )
 
 
-class NearestQuantizer(Quantizer):
+class NearestQuantizer(CodebookQuantizer):
     """Each feature becomes the nearest vector of one codebook."""
 
     Config: ClassVar[type] = NearestConfig
 
     def __init__(self, config: NearestConfig) -> None:
-        super().__init__()
+        super().__init__(config.codebook)
         self.config = config
-        self.codebook = config.codebook.build()
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.codebook.vocab_size
-
-    @property
-    def dim(self) -> int:
-        return self.config.codebook.code_dim
 
     def _search(self, features: Tensor) -> Tensor:
         rows = self.codebook.normalise(as_rows(features))
@@ -85,9 +76,3 @@ class NearestQuantizer(Quantizer):
                 rows, self.codebook.vectors, config.entropy_temperature
             )
         return losses
-
-    def after_step(self, generator: torch.Generator) -> None:
-        self.codebook.after_step(generator)
-
-    def discard_step(self) -> None:
-        self.codebook.discard_step()

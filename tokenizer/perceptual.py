@@ -145,7 +145,11 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] -> ReLU features (B, C, h, w) of every tap."""
+        """Images (B, 3, H, W) in [-1, 1] -> ReLU features (B, C, h, w) of every tap.
+
+        Raises:
+            SmaltiError: the images are smaller than the network can judge.
+        """
         if min(images.shape[-2:]) < MIN_SIDE:
             raise SmaltiError(
                 f"images are {images.shape[-2]} x {images.shape[-1]} pixels; LPIPS needs at least "

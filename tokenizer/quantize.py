@@ -96,6 +96,9 @@ def nearest_codes(features: Tensor, codebook: Tensor) -> Tensor:
     Returns:
         (N,) int64. |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not matter; features are
         taken in chunks so that memory is bounded whatever N and V.
+
+    Raises:
+        SmaltiError: features and codes differ in d.
     """
     if features.shape[-1] != codebook.shape[-1]:
         raise SmaltiError(

@@ -196,6 +196,8 @@ def verify(path: Path) -> Checkpoint:
         SmaltiError: a file is missing, cut, changed or surplus; the message names it.
     """
     manifest_file = path / MANIFEST
+    if not path.is_dir():
+        raise SmaltiError(f"folder not found: {path}")
     if not manifest_file.is_file():
         raise SmaltiError(f"{path} has no {MANIFEST}: it was never finished, or is no checkpoint")
     try:

@@ -18,7 +18,14 @@ from typing import Any
 
 from smalti.errors import SmaltiError
 from smalti.files import read_json, sha256_of, write_json
-from smalti.training.checkpoint import Checkpoint, checkpoints, newest_valid, step_of, verify
+from smalti.training.checkpoint import (
+    STATE,
+    Checkpoint,
+    checkpoints,
+    newest_valid,
+    step_of,
+    verify,
+)
 from smalti.training.config import FREE_TO_CHANGE
 
 logger = logging.getLogger(__name__)
@@ -52,10 +59,25 @@ def find_checkpoint(
         return None
     if wanted == "latest":
         return _latest(folder, settings)
-    found = verify(Path(wanted))
+    found = told_by_run(verify(Path(wanted)))
     if found.path.resolve().parent != folder.resolve() and contents(folder):
         _refuse_unless_begun_alike(folder, settings)
     return found
+
+
+def told_by_run(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, which says all of its run that this version of smalti asks for.
+
+    Raises:
+        SmaltiError: it does not.
+    """
+    for name in ("kind", "config", "data_fingerprint", "precision", "num_processes"):
+        if name not in checkpoint.state:
+            raise SmaltiError(
+                f"{checkpoint.path / STATE} does not tell {name}: another version of smalti wrote "
+                "it; go on with that one, or choose another --output_dir"
+            )
+    return checkpoint
 
 
 def contents(folder: Path) -> list[str]:
@@ -80,6 +102,16 @@ def refuse_other_settings(
                 f"{where} was made with {name} = {theirs.get(name)}, this run has "
                 f"{ours.get(name)}: use the same value, or another --output_dir"
             )
+
+
+def changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """What is told of the settings that a run changes when it goes on, a line for each."""
+    untold = {"output_dir", "resume_from_checkpoint"}
+    return [
+        f"{name} was {theirs.get(name)}, now it is {ours.get(name)}"
+        for name in sorted(FREE_TO_CHANGE - untold)
+        if ours.get(name) != theirs.get(name)
+    ]
 
 
 def _refuse_contents(folder: Path) -> None:
@@ -107,7 +139,7 @@ def _latest(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | None:
         )
     if found is None and contents(folder):
         _refuse_unless_begun_alike(folder, settings)
-    return found
+    return told_by_run(found) if found else None
 
 
 def _refuse_unless_begun_alike(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -35,6 +35,7 @@ from smalti.training.checkpoint import (
 )
 from smalti.training.config import RunConfig
 from smalti.training.folder import (
+    changes,
     export,
     find_checkpoint,
     later_checkpoints,
@@ -294,7 +295,10 @@ def _refuse_other_run(checkpoint: Checkpoint, kind: str, config: RunConfig) -> N
     """Raise `SmaltiError` unless the run described by `kind` and `config` may go on from it."""
     if checkpoint.state["kind"] != kind:
         raise SmaltiError(f"{checkpoint.path} is of a {checkpoint.state['kind']} run")
-    refuse_other_settings(config_to_dict(config), checkpoint.state["config"], checkpoint.path)
+    ours, theirs = config_to_dict(config), checkpoint.state["config"]
+    refuse_other_settings(ours, theirs, checkpoint.path)
+    for change in changes(ours, theirs):
+        logger.info("%s", change)
     if checkpoint.step > config.max_train_steps:
         raise SmaltiError(
             f"{checkpoint.path} is beyond max_train_steps {config.max_train_steps}: "

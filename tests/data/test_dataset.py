@@ -15,7 +15,8 @@ from smalti.data.image_io import image_grid, save_png, to_pil, to_uint8
 from smalti.data.images import heldout_mask, open_source
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
-from smalti.data.transforms import center_crop, flips, to_float, to_tensor
+from smalti.data.pixels import to_float
+from smalti.data.transforms import center_crop, flips, to_tensor
 from smalti.errors import SmaltiError
 
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from smalti.data import stream as stream_module
-from smalti.data.huggingface import find_columns
+from smalti.data.columns import find_columns
+from smalti.data.decoding import FolderOptions
 from smalti.data.images import HuggingFaceOptions, open_source
 from smalti.data.stream import Sample, copy_stream
 from smalti.errors import SmaltiError
@@ -53,7 +54,7 @@ def test_labels_are_class_labels_numbers_or_names(tmp_path: Path) -> None:
             open_source(str(save(tmp_path / name, labels)))
 
 
-def test_columns_are_found_by_type_then_by_name() -> None:
+def test_columns_are_found_by_type_then_by_name(caplog) -> None:
     value, image = datasets.Value("int64"), datasets.Image()
     label = datasets.ClassLabel(names=["a"])
     options = HuggingFaceOptions()
@@ -64,7 +65,9 @@ def test_columns_are_found_by_type_then_by_name() -> None:
 
     assert found(photo=image, kind=label, label=value) == ("photo", "kind")
     assert found(img=datasets.Value("binary"), labels=value) == ("img", "labels")
+    assert caplog.messages == []
     assert found(image=image, caption=datasets.Value("string")) == ("image", None)
+    assert "it has caption): --hf.label_column names one" in caplog.text
     with pytest.raises(SmaltiError, match=r"fine_label, coarse_label.*--hf.label_column"):
         found(img=image, fine_label=label, coarse_label=label)
     chosen = HuggingFaceOptions(label_column="coarse_label")
@@ -113,11 +116,53 @@ def test_a_set_on_the_hub_that_cannot_be_had_is_one_line() -> None:
         open_source("hf:./nowhere/at/all")
 
 
+def test_a_row_without_a_picture_is_a_bad_picture(tmp_path: Path) -> None:
+    folder = save(tmp_path / "set", [0, 1] * 5)
+    rows = datasets.load_from_disk(folder).to_list()
+    rows[3]["image"] = None
+    holed = str(tmp_path / "holed.parquet")
+    datasets.Dataset.from_list(rows).to_parquet(holed)
+    cache = tmp_path / "cache"
+    with pytest.raises(SmaltiError, match=r"row 3 .*holds no picture"):
+        open_source(holed, stream_cache=cache)
+    left = open_source(holed, stream_cache=cache, options=FolderOptions(bad_images="skip"))
+    assert len(left) == 9
+    with pytest.raises(SmaltiError, match=r"sample 3 holds no picture"):
+        open_source(holed, stream_cache=cache, hf=HuggingFaceOptions(streaming=True))
+
+
+def test_a_damaged_or_empty_file_among_others_is_named(tmp_path: Path) -> None:
+    folder = save(tmp_path / "set", [0, 1] * 5)
+    rows = datasets.load_from_disk(folder)
+    made = tmp_path / "made"
+    made.mkdir()
+    rows.to_parquet(str(made / "0.parquet"))
+    (made / "1.parquet").write_bytes((made / "0.parquet").read_bytes()[:-9])
+    for data in (made / "*.parquet", made):
+        with pytest.raises(SmaltiError, match=r"1.parquet cannot be read: [^\n]+$"):
+            open_source(str(data), stream_cache=tmp_path / "cache")
+    rows.select([]).to_parquet(str(tmp_path / "none.parquet"))
+    with pytest.raises(SmaltiError, match=r"none.parquet holds no pictures"):
+        open_source(str(tmp_path / "none.parquet"), stream_cache=tmp_path / "cache")
+
+
+def test_an_option_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
+    saved = str(save(tmp_path / "set", [0, 1] * 5))
+    (arrow,) = map(str, (tmp_path / "set").glob("*.arrow"))
+    for name in ("config", "revision"):
+        with pytest.raises(SmaltiError, match=f"leave out --hf.{name}"):
+            open_source(saved, hf=HuggingFaceOptions(**{name: "other"}))
+    with pytest.raises(SmaltiError, match="leave out --stream_cache"):
+        open_source(arrow, stream_cache=tmp_path / "cache")
+    with pytest.raises(SmaltiError, match="has no splits"):
+        open_source(arrow, hf=HuggingFaceOptions(split="train"))
+
+
 def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     for name in ("bad.parquet", "bad.arrow"):
         (tmp_path / name).write_bytes(b"nothing of the kind")
         with pytest.raises(SmaltiError, match=r"bad.\w+ cannot be read: [^\n]+$"):
-            open_source(str(tmp_path / name), stream_cache=tmp_path / "cache")
+            open_source(str(tmp_path / name))
     with pytest.raises(SmaltiError, match=r"gone.parquet does not exist"):
         open_source(str(tmp_path / "gone.parquet"))
 

@@ -106,6 +106,12 @@ def test_a_missing_shard_is_named(shards: Path) -> None:
     assert len(open_source(f"{shards}/000.tar")) == COUNT
 
 
+def test_a_compressed_shard_among_others_is_not_passed_over(shards: Path) -> None:
+    (shards / "more.tar.gz").write_bytes(b"")
+    with pytest.raises(SmaltiError, match=r"more.tar.gz would be passed over: decompress it"):
+        open_source(str(shards))
+
+
 def test_manifests_of_other_tools_are_understood(shards: Path) -> None:
     listed = [{"url": f"http://x/{name}", "nsamples": 6} for name in ("000.tar", "001.tar")]
     (shards / "_shards.json").write_text(json.dumps({"shardlist": listed, "wids_version": 1}))

@@ -226,6 +226,15 @@ def test_every_source_refuses_one_class_unless_told(pictures: Path, tmp_path: Pa
         assert len(one) == 8, name
 
 
+def test_options_for_other_kinds_of_sets_are_refused(pictures: Path, tmp_path: Path) -> None:
+    hub = HuggingFaceOptions(split="train")
+    for data in (str(pictures), "fashion", *as_shards(pictures, tmp_path / "made").values()):
+        with pytest.raises(SmaltiError, match=r"--hf.\* is for Hugging Face data sets"):
+            open_source(data, hf=hub)
+        with pytest.raises(SmaltiError, match="read in place: leave it out"):
+            open_source(data, stream_cache=tmp_path / "cache")
+
+
 def test_a_missing_package_is_named_with_its_remedy(
     pictures: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -256,6 +265,6 @@ def test_large_sets_are_not_decoded_at_the_start(pictures: Path, tmp_path: Path)
     with pytest.raises(SmaltiError, match=r"raise --folder.verify_up_to"):
         open_source(str(pictures), options=FolderOptions(verify_up_to=24, bad_images="skip"))
     few = FolderOptions(verify_up_to=0)
-    for spec in (str(shards), as_parquet(pictures, tmp_path / "p")["spec"]):
-        source = open_source(spec, options=few, stream_cache=tmp_path / "cache")
+    for arguments in ({"spec": str(shards)}, as_parquet(pictures, tmp_path / "p")):
+        source = open_source(**arguments, options=few)
         assert source.group(3) == source.name(3)

@@ -10,13 +10,15 @@ import torch
 import torchmetrics.functional.image as oracle
 from torchmetrics.image.kid import poly_mmd
 
+from smalti.data.pixels import to_float, to_levels
 from smalti.errors import SmaltiError
 from smalti.evaluation.codebook import code_counts, perplexity, usage
-from smalti.evaluation.frechet import FeatureStatistics, frechet_distance, real_floor
+from smalti.evaluation.features import parted
+from smalti.evaluation.frechet import FeatureStatistics, frechet_distance
 from smalti.evaluation.kernel_distance import kernel_distance, squared_mmd
 from smalti.evaluation.neighbours import nearest_neighbours
 from smalti.evaluation.protocol import Metric, write_summary
-from smalti.evaluation.reconstruction import as_uint8, psnr, rounded, ssim
+from smalti.evaluation.reconstruction import psnr, ssim
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +37,7 @@ def test_psnr_of_a_constant_error_is_its_closed_form() -> None:
 
 def test_oracle_torchmetrics_psnr_and_ssim() -> None:
     images, reference = pair()
-    a, b = as_uint8(images), as_uint8(reference)
+    a, b = to_levels(images), to_levels(reference)
     for i in range(3):
         one = oracle.peak_signal_noise_ratio(a[i : i + 1], b[i : i + 1], data_range=255.0)
         assert psnr(images, reference)[i].item() == pytest.approx(one.item(), rel=1e-5)
@@ -48,12 +50,9 @@ def test_oracle_torchmetrics_psnr_and_ssim() -> None:
     assert ssim(reference, reference).tolist() == pytest.approx([1.0] * 3)
 
 
-def test_rounding_gives_back_what_an_8_bit_file_would() -> None:
-    stored = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    images = stored.float() / 127.5 - 1  # as `data` makes them
-    assert torch.equal(as_uint8(images), stored.float()) and torch.equal(rounded(images), images)
-    assert as_uint8(torch.tensor([-3.0, 1.5, 0.4 / 127.5 - 1])).tolist() == [0, 255, 0]
-    assert psnr(images.expand(1, 3, -1, -1) + 0.3 / 127.5, images.expand(1, 3, -1, -1)).isinf()
+def test_psnr_does_not_see_what_an_8_bit_file_cannot_hold() -> None:
+    images = to_float(torch.arange(256).view(1, 1, 16, 16)).expand(1, 3, -1, -1)
+    assert psnr(images + 0.3 / 127.5, images).isinf()
 
 
 def test_wrong_shapes_are_refused() -> None:
@@ -114,23 +113,22 @@ def test_frechet_distance_stays_real_with_fewer_samples_than_features() -> None:
         FeatureStatistics.of(features[:1])
 
 
+def floor(features: torch.Tensor, count: int, seed: int = 0) -> float:
+    """The distance of some real features from the others."""
+    parts = parted(features, count, torch.Generator().manual_seed(seed))
+    return frechet_distance(*map(FeatureStatistics.of, parts))
+
+
 def test_the_floor_of_real_features_shrinks_with_their_number() -> None:
     features = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
-
-    def floor(count: int) -> float:
-        return real_floor(features, count, torch.Generator().manual_seed(0))
-
-    assert 0 < floor(2000) < floor(200) < floor(20)
+    assert 0 < floor(features, 2000) < floor(features, 200) < floor(features, 20)
     with pytest.raises(SmaltiError, match=r"count is 3999; it must lie in \[2, 3998\]"):
-        floor(3999)
+        floor(features, 3999)
 
 
 def test_the_floor_compares_two_parts_that_share_nothing() -> None:
     far_apart = torch.tensor([[0.0], [0.0], [10.0], [10.0]])
-    floors = {
-        round(real_floor(far_apart, 2, torch.Generator().manual_seed(seed)), 6)
-        for seed in range(20)
-    }
+    floors = {round(floor(far_apart, 2, seed), 6) for seed in range(20)}
     # {0, 0} against {10, 10}: the means differ by 10; {0, 10} against {0, 10}: nothing differs
     assert floors == {0.0, 100.0}
 

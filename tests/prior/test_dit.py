@@ -7,6 +7,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from chance import randomised
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
@@ -50,12 +51,8 @@ def latents(config: DiTConfig = TINY) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def randomised(config: DiTConfig) -> DiT:
-    """A network in which every weight matters."""
-    model = DiT(config).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, mean=0.3 if parameter.ndim == 1 else 0.0, std=0.3)
-    return model
+def make_network(config: DiTConfig) -> DiT:
+    return randomised(DiT(config), vector_mean=0.3)
 
 
 # -- against the papers and diffusers -------------------------------------------------------------
@@ -207,7 +204,7 @@ def plain_dit(model: DiT, x: Tensor, t: float, label: int) -> Tensor:
 
 @pytest.mark.parametrize("config", OPTIONS)
 def test_the_output_is_that_of_a_plain_dit(config: DiTConfig) -> None:
-    model, x = randomised(config), latents()
+    model, x = make_network(config), latents()
     with torch.no_grad():
         out = model(x, TIMES, LABELS)
         for row in range(4):
@@ -247,7 +244,7 @@ def diffusers_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 def test_the_output_is_that_of_diffusers() -> None:
     config = replace(TINY, grid=(6, 6), frequency_size=256)
-    model = randomised(config)
+    model = make_network(config)
     theirs = diffusers.DiTTransformer2DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,
@@ -330,7 +327,7 @@ def test_attention_with_rotary_positions_follows_a_shift_of_the_latent() -> None
     attend to each other alike wherever they lie; with added positions they do not."""
     x = torch.randn(1, 2, 16)  # two neighbouring tokens
     for positions, same in (("rotary", True), ("sin-cos", False)):
-        model = randomised(replace(TINY, grid=(2, 6), patch_size=1, positions=positions))
+        model = make_network(replace(TINY, grid=(2, 6), patch_size=1, positions=positions))
         outputs = []
         for column in (0, 4):
             table = model.turns if positions == "rotary" else model.pos_embed
@@ -352,7 +349,7 @@ def test_rms_norm_keeps_the_mean_and_layer_norm_removes_it() -> None:
 def test_normalised_queries_bound_the_scores() -> None:
     """With q/k norm, growing queries and keys leave the attention as it was."""
     for qk_norm in (True, False):
-        attention = randomised(replace(TINY, qk_norm=qk_norm)).blocks[0].attn
+        attention = make_network(replace(TINY, qk_norm=qk_norm)).blocks[0].attn
         x = torch.randn(1, 6, 16)
         before = attention(x, None)
         with torch.no_grad():
@@ -454,7 +451,7 @@ def test_the_tables_keep_their_precision_and_are_not_saved() -> None:
 def test_a_network_built_on_meta_has_its_tables_once_it_is_given_memory() -> None:
     with torch.device("meta"):
         empty = DiT(MODERN)
-    model = randomised(MODERN)
+    model = make_network(MODERN)
     empty = empty.to_empty(device="cpu").eval()
     empty.load_state_dict(model.state_dict())
     x = latents()
@@ -463,7 +460,7 @@ def test_a_network_built_on_meta_has_its_tables_once_it_is_given_memory() -> Non
 
 @pytest.mark.parametrize("config", [TINY, MODERN])
 def test_the_network_compiles_into_one_graph(config: DiTConfig) -> None:
-    model, x = randomised(config), latents()
+    model, x = make_network(config), latents()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, TIMES, LABELS), model(x, TIMES, LABELS))
     with torch.autocast("cpu", torch.bfloat16):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from chance import generators, randomised
 
 from smalti.config import config_from_dict, config_to_dict
 from smalti.data.latents import CodeSpec, ContinuousSpec
@@ -49,16 +50,8 @@ LABELS = torch.tensor([0, 1, 2, 3])  # 3 is the null label
 LATENTS = torch.randn(4, 2, 4, 6, generator=torch.Generator().manual_seed(1))
 
 
-def randomised(config: FlowConfig = TINY) -> FlowPrior:
-    """A prior in which every weight matters: a new one has zero layers."""
-    model = FlowPrior(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def make_prior(config: FlowConfig = TINY) -> FlowPrior:
+    return randomised(FlowPrior(config), std=0.2)
 
 
 # -- objective ------------------------------------------------------------------------------------
@@ -75,7 +68,7 @@ def test_the_first_loss_is_the_variance_of_the_target() -> None:
 
 def test_the_objective_is_flow_matching() -> None:
     """Written out for the linear path, with the times and noise of eval mode."""
-    model = randomised()
+    model = make_prior()
     u, noise = model._draw(LATENTS)
     assert sorted(u.tolist()) == [0.125, 0.375, 0.625, 0.875]
     t = u[:, None, None, None]
@@ -85,7 +78,7 @@ def test_the_objective_is_flow_matching() -> None:
 
 
 def test_the_loss_in_eval_mode_repeats_and_leaves_the_random_state_alone() -> None:
-    model, state = randomised(), torch.get_rng_state()
+    model, state = make_prior(), torch.get_rng_state()
     first, second = model(LATENTS, LABELS).total, model(LATENTS, LABELS).total
     assert first == second and torch.equal(torch.get_rng_state(), state)
     model.train()
@@ -99,7 +92,7 @@ def test_every_path_and_prediction_trains_and_samples(path, prediction) -> None:
     config = replace(
         TINY, path=path, prediction=prediction, loss_weight=weight, times=LogitNormalTimes()
     )
-    model = randomised(config).train()
+    model = make_prior(config).train()
     loss = model(LATENTS, LABELS).total
     loss.backward()
     assert loss.isfinite()
@@ -140,7 +133,7 @@ def test_the_input_of_a_variance_exploding_network_has_unit_variance() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_rounded_model_and_autocast_change_little(dtype) -> None:
-    model = randomised()
+    model = make_prior()
     exact = model(LATENTS, LABELS).total
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(LATENTS, LABELS).total
@@ -153,7 +146,7 @@ def test_a_rounded_model_and_autocast_change_little(dtype) -> None:
 
 
 def test_the_objective_compiles_into_one_graph() -> None:
-    model = randomised().train()
+    model = make_prior().train()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert compiled(LATENTS, LABELS).total.isfinite()
 
@@ -164,7 +157,7 @@ def test_the_objective_compiles_into_one_graph() -> None:
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_with_a_list_of_generators_a_sample_does_not_see_its_neighbours(solver) -> None:
     path = VEPath() if solver == "langevin" else LinearPath()
-    model = randomised(replace(TINY, path=path)).double()
+    model = make_prior(replace(TINY, path=path)).double()
     options = {"num_inference_steps": 4, "solver": solver, "guidance_scale": 2.0}
     together = model.sample(LABELS[:3], generator=generators(5, 6, 7), **options)
     alone = model.sample(LABELS[1:2], generator=generators(6), **options)
@@ -182,7 +175,7 @@ def test_with_a_list_of_generators_a_sample_does_not_see_its_neighbours(solver) 
     ],
 )
 def test_guidance_costs_a_second_pass_only_where_it_is_on(scale, interval, rows) -> None:
-    seen, model = [], randomised()
+    seen, model = [], make_prior()
     model.network.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     model.sample(
         LABELS,
@@ -195,7 +188,7 @@ def test_guidance_costs_a_second_pass_only_where_it_is_on(scale, interval, rows)
 
 
 def test_euler_sampling_written_out() -> None:
-    model = randomised()
+    model = make_prior()
     with torch.no_grad():
         x = LATENTS
         for i in range(5):
@@ -209,7 +202,7 @@ def test_euler_sampling_written_out() -> None:
 
 
 def test_one_generator_repeats_and_none_leaves_the_global_state_alone() -> None:
-    model, state = randomised(), torch.get_rng_state()
+    model, state = make_prior(), torch.get_rng_state()
     first, second, third = (
         model.sample(LABELS, generator=torch.Generator().manual_seed(s), num_inference_steps=2)
         for s in (1, 1, 2)
@@ -220,7 +213,7 @@ def test_one_generator_repeats_and_none_leaves_the_global_state_alone() -> None:
 
 
 def test_sampling_leaves_the_mode_alone_and_reports_progress() -> None:
-    model, steps = randomised().train(), []
+    model, steps = make_prior().train(), []
     model.sample(
         LABELS, num_inference_steps=3, on_step=lambda done, total: steps.append((done, total))
     )
@@ -229,7 +222,7 @@ def test_sampling_leaves_the_mode_alone_and_reports_progress() -> None:
 
 
 def test_options_are_names_mappings_or_objects() -> None:
-    model = randomised()
+    model = make_prior()
     one = {"noise": LATENTS, "num_inference_steps": 4}
     drawn = [
         model.sample(LABELS, solver=solver, schedule=schedule, **one)
@@ -243,7 +236,7 @@ def test_options_are_names_mappings_or_objects() -> None:
 
 def test_a_learned_variance_is_used_by_ddpm_alone() -> None:
     network = replace(NETWORK, out_channels=4)
-    model = randomised(
+    model = make_prior(
         replace(TINY, network=network, path=DDPMPath(), prediction="noise", time_scale=-1000.0)
     )
     options = {"generator": generators(1, 2, 3, 4), "num_inference_steps": 4}
@@ -254,7 +247,7 @@ def test_a_learned_variance_is_used_by_ddpm_alone() -> None:
 
 def test_a_classifier_guides() -> None:
     """One that wants large values gets them."""
-    model = randomised(replace(TINY, path=VPLinearPath()))
+    model = make_prior(replace(TINY, path=VPLinearPath()))
     classifier = Classifier(lambda x, t, labels: x.flatten(1).sum(1), scale=2.0)
     options = {"noise": LATENTS, "num_inference_steps": 10}
     plain = model.sample(LABELS, **options)
@@ -262,7 +255,7 @@ def test_a_classifier_guides() -> None:
 
 
 def test_velocity_and_score_are_of_the_same_prediction() -> None:
-    model, t = randomised(), torch.full((4,), 0.4)
+    model, t = make_prior(), torch.full((4,), 0.4)
     velocity, score = model.velocity(LATENTS, t, LABELS), model.score(LATENTS, t, LABELS)
     torch.testing.assert_close(velocity, model.network(LATENTS, t, LABELS))
     noise = LATENTS - 0.4 * velocity  # x - t v = x_0
@@ -270,7 +263,7 @@ def test_velocity_and_score_are_of_the_same_prediction() -> None:
 
 
 def test_a_model_that_overflows_is_not_sampled_from() -> None:
-    model = randomised()
+    model = make_prior()
     model.network.final_layer.linear.weight.data[0, 0] = math.nan
     with pytest.raises(SmaltiError, match="the model gives NaN"):
         model.sample(LABELS, num_inference_steps=2)
@@ -287,7 +280,7 @@ def test_the_likelihood_of_a_new_model_is_that_of_noise() -> None:
 
 
 def test_exact_and_estimated_likelihoods_agree() -> None:
-    model = randomised()
+    model = make_prior()
     options = {"num_inference_steps": 6, "solver": "midpoint"}
     exact = model.bits_per_dimension(LATENTS, LABELS, num_probes=None, **options)
     many = model.bits_per_dimension(
@@ -331,7 +324,7 @@ def test_presets_are_for_the_same_latents_until_fitted() -> None:
 
 def test_save_and_load(tmp_path) -> None:
     config = replace(TINY, path=VPCosinePath(), times=LogitNormalTimes(), guided_channels=1)
-    saved = randomised(replace(config, tokenizer_fingerprint="abc"))
+    saved = make_prior(replace(config, tokenizer_fingerprint="abc"))
     loaded = FlowPrior.from_pretrained(saved.save_pretrained(tmp_path / "prior"))
     assert loaded.config == saved.config and loaded.fingerprint == saved.fingerprint
     torch.testing.assert_close(loaded(LATENTS, LABELS).total, saved(LATENTS, LABELS).total)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from chance import generators, randomised
 from torch import Tensor
 
 from smalti.data.latents import CodeSpec, ContinuousSpec
@@ -50,10 +51,7 @@ def make_quantizer(config: MultiScaleConfig = QUANTIZER) -> MultiScaleQuantizer:
 def make_prior(config: NextScaleConfig = TINY) -> NextScalePrior:
     """A bound model in which every weight matters, without the gentle start of a new one."""
     torch.manual_seed(0)
-    model = NextScalePrior(config).eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
+    model = randomised(NextScalePrior(config))
     model.bind(make_quantizer(config.quantizer))
     return model
 
@@ -61,10 +59,6 @@ def make_prior(config: NextScaleConfig = TINY) -> NextScalePrior:
 @pytest.fixture
 def model() -> NextScalePrior:
     return make_prior()
-
-
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 # -- the network ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from chance import generators, randomised
 
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.errors import SmaltiError
@@ -94,17 +95,13 @@ def plain_logits(model: NextTokenPrior, codes: torch.Tensor, label: int) -> torc
     return rms(x, "norm.weight") @ weights["output.weight"].T
 
 
-def randomised(config: NextTokenConfig) -> NextTokenPrior:
-    """A model in which every weight matters: no zero head, no weights of one."""
-    model = NextTokenPrior(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=0.3 if parameter.ndim == 1 else 0.0, std=0.3)
-    return model
+def make_prior(config: NextTokenConfig) -> NextTokenPrior:
+    return randomised(NextTokenPrior(config), vector_mean=0.3)
 
 
 @pytest.mark.parametrize("rotary", ["identity", "zero"])
 def test_logits_are_those_of_a_plain_llamagen(rotary) -> None:
-    model = randomised(replace(TINY, prefix_rotary=rotary))
+    model = make_prior(replace(TINY, prefix_rotary=rotary))
     with torch.no_grad():
         logits = model.logits(CODES[:, :15], LABELS)
         for row in range(4):
@@ -114,7 +111,7 @@ def test_logits_are_those_of_a_plain_llamagen(rotary) -> None:
 
 @pytest.mark.parametrize("rotary", ["identity", "zero"])
 def test_cached_and_teacher_forced_logits_agree(rotary) -> None:
-    model = randomised(replace(TINY, prefix_rotary=rotary))
+    model = make_prior(replace(TINY, prefix_rotary=rotary))
     codes = CODES[:, :15]
     with torch.no_grad():
         expected = model.logits(codes, LABELS)
@@ -145,10 +142,6 @@ def test_guidance_one_costs_no_second_pass(prior, scale: float, passes: list[int
     prior.output.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     prior.sample(LABELS, guidance_scale=scale)
     assert seen == passes
-
-
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def test_with_a_list_of_generators_a_sample_does_not_see_its_neighbours(prior) -> None:

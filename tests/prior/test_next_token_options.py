@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from chance import randomised
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
@@ -30,13 +30,9 @@ CODES = torch.randint(16, (4, 15), generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
-def randomised(config: NextTokenConfig) -> NextTokenPrior:
-    """A model in which every weight matters."""
+def make_prior(config: NextTokenConfig) -> NextTokenPrior:
     torch.manual_seed(0)
-    model = NextTokenPrior(config).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.3)
-    return model
+    return randomised(NextTokenPrior(config), vector_mean=1.0)
 
 
 # -- grouped queries and normed heads --------------------------------------------------------------
@@ -53,7 +49,7 @@ def randomised(config: NextTokenConfig) -> NextTokenPrior:
     ids=str,
 )
 def test_cached_and_teacher_forced_logits_agree(changes, scale: float) -> None:
-    model = randomised(replace(TINY, **changes))
+    model = make_prior(replace(TINY, **changes))
     with torch.no_grad():
         conditional = model.logits(CODES, LABELS)
         unconditional = model.logits(CODES, torch.full_like(LABELS, 3))
@@ -74,8 +70,8 @@ def test_the_cache_holds_key_and_value_heads_alone(kv_heads, scale, rows) -> Non
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_grouped_queries_are_attention_with_repeated_heads(kv_heads: int) -> None:
-    grouped = randomised(replace(TINY, num_kv_heads=kv_heads))
-    full = randomised(TINY)
+    grouped = make_prior(replace(TINY, num_kv_heads=kv_heads))
+    full = make_prior(TINY)
     state = grouped.state_dict()
     for name in list(state):
         if name.endswith("wqkv.weight"):
@@ -112,7 +108,7 @@ def test_shared_heads_attend_as_repeated_ones(tokens: int, dtype) -> None:
 
 
 def test_normed_heads_do_not_see_the_length_of_queries_and_keys() -> None:
-    model, plain = randomised(replace(TINY, qk_norm=True, norm_eps=0.0)), randomised(TINY)
+    model, plain = make_prior(replace(TINY, qk_norm=True, norm_eps=0.0)), make_prior(TINY)
     names = {"q_norm.weight", "k_norm.weight"}
     added = set(model.state_dict()) - set(plain.state_dict())
     assert added == {f"layers.{i}.attention.{name}" for i in range(2) for name in names}
@@ -127,7 +123,7 @@ def test_normed_heads_do_not_see_the_length_of_queries_and_keys() -> None:
 
 def test_normed_heads_are_their_definition() -> None:
     """Of queries and keys, before they are turned; never of values."""
-    attention = randomised(replace(TINY, qk_norm=True)).layers[0].attention
+    attention = make_prior(replace(TINY, qk_norm=True)).layers[0].attention
     x, table = torch.randn(1, 1, 32), torch.ones(1, 4, dtype=torch.complex64)
     query = torch.zeros(1, 4, 1, 8)
     attention.q_norm.register_forward_hook(lambda module, args, out: query.copy_(out))
@@ -144,7 +140,7 @@ def test_normed_heads_are_their_definition() -> None:
 
 def test_each_dropout_drops_what_its_name_says() -> None:
     config = replace(TINY, dropout=0.2, token_dropout=0.3, attention_dropout=0.5)
-    model, shares = randomised(config).train(), {}
+    model, shares = make_prior(config).train(), {}
     block = model.layers[0]
     modules = {"tokens": model.dropout, "attention": block.attention, "ffn": block.feed_forward}
     for name, module in modules.items():
@@ -162,7 +158,7 @@ def test_each_dropout_drops_what_its_name_says() -> None:
 
 
 def test_attention_dropout_is_of_the_weights_and_unbiased() -> None:
-    attention = randomised(replace(TINY, attention_dropout=0.5)).layers[0].attention
+    attention = make_prior(replace(TINY, attention_dropout=0.5)).layers[0].attention
     x, table = torch.randn(1, 3, 32).expand(4000, -1, -1), torch.ones(3, 4, dtype=torch.complex64)
     exact = attention.eval()(x[:1], table, None, 0, None)[0]
     drawn = attention.train()(x, table, None, 0, None)
@@ -188,8 +184,8 @@ def test_drop_path_is_unbiased_and_absent_in_evaluation() -> None:
 def test_drop_path_leaves_out_whole_branches_of_a_sample() -> None:
     """With a rate next to 1 the last block hardly ever adds anything."""
     config = replace(TINY, drop_path=0.999)
-    model = randomised(config)
-    shallow = randomised(replace(TINY, depth=1))
+    model = make_prior(config)
+    shallow = make_prior(replace(TINY, depth=1))
     shallow.load_state_dict(
         {k: v for k, v in model.state_dict().items() if not k.startswith("layers.1.")}
     )
@@ -198,7 +194,7 @@ def test_drop_path_leaves_out_whole_branches_of_a_sample() -> None:
     torch.testing.assert_close(model.train().logits(CODES, LABELS), expected)
     assert not torch.allclose(model.eval().logits(CODES, LABELS), expected)
     assert torch.equal(
-        model.logits(CODES, LABELS), randomised(replace(config, drop_path=0)).logits(CODES, LABELS)
+        model.logits(CODES, LABELS), make_prior(replace(config, drop_path=0)).logits(CODES, LABELS)
     )
 
 
@@ -217,8 +213,8 @@ def test_codes_are_corrupted_at_their_rate_and_uniformly() -> None:
 
 
 def test_corruption_is_of_what_is_shown_in_training_and_never_of_the_targets() -> None:
-    model = randomised(replace(TINY, token_corruption=1.0))
-    plain = randomised(TINY)
+    model = make_prior(replace(TINY, token_corruption=1.0))
+    plain = make_prior(TINY)
     assert torch.equal(model(CODES, LABELS).total, plain(CODES, LABELS).total)  # evaluation
     shown = []
     model.tok_embeddings.register_forward_pre_hook(lambda m, args: shown.append(args[0]))
@@ -248,14 +244,14 @@ EVERYTHING = replace(
 
 
 def test_options_that_are_off_draw_no_random_numbers() -> None:
-    model = randomised(TINY).train()
+    model = make_prior(TINY).train()
     state = torch.get_rng_state()
     model(CODES, LABELS)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_everything_together_trains_compiles_saves_and_samples(tmp_path) -> None:
-    model = randomised(EVERYTHING).train()
+    model = make_prior(EVERYTHING).train()
     model.set_progress(0.6)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.manual_seed(4)
@@ -272,7 +268,7 @@ def test_everything_together_trains_compiles_saves_and_samples(tmp_path) -> None
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_everything_together_runs_in_bf16(dtype) -> None:
-    model = randomised(EVERYTHING)
+    model = make_prior(EVERYTHING)
     exact = model(CODES, LABELS).total.item()
     if dtype is not None:
         model.to(dtype)

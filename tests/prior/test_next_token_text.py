@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from chance import randomised
 from torch import Tensor
 
 from smalti.data.latents import CodeSpec
@@ -33,17 +34,14 @@ MASK = torch.arange(5) >= 5 - LENGTHS[:, None]
 TEXT = TextCondition(torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(2)), MASK)
 
 
-def randomised(config: NextTokenConfig = TINY) -> NextTokenPrior:
+def make_prior(config: NextTokenConfig = TINY) -> NextTokenPrior:
     torch.manual_seed(0)
-    model = NextTokenPrior(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.3)
-    return model
+    return randomised(NextTokenPrior(config), vector_mean=1.0)
 
 
 @pytest.fixture
 def model() -> NextTokenPrior:
-    return randomised()
+    return make_prior()
 
 
 def null_of(model: NextTokenPrior, text: TextCondition = TEXT) -> TextCondition:
@@ -112,7 +110,7 @@ def plain_logits(model: NextTokenPrior, codes: Tensor, features: Tensor, mask: T
 
 @pytest.mark.parametrize("rotary", ["identity", "zero"])
 def test_logits_are_those_of_a_plain_llamagen(rotary) -> None:
-    model = randomised(replace(TINY, prefix_rotary=rotary))
+    model = make_prior(replace(TINY, prefix_rotary=rotary))
     with torch.no_grad():
         logits = model.logits(CODES, TEXT)
         assert logits.shape == (4, 15, 16)
@@ -143,10 +141,10 @@ def test_every_token_of_a_caption_has_influence(model) -> None:
 def test_a_shorter_prefix_is_the_same_caption() -> None:
     """Three tokens of padding are as none."""
     model, text = (
-        randomised(),
+        make_prior(),
         TextCondition(TEXT.features, torch.arange(5) >= 3 * torch.ones(4, 1)),
     )
-    short = randomised(replace(TINY, text_length=2))
+    short = make_prior(replace(TINY, text_length=2))
     state = model.state_dict()
     state["cls_embedding.uncond_embedding"] = state["cls_embedding.uncond_embedding"][3:]
     short.load_state_dict(state)
@@ -174,7 +172,7 @@ def test_guidance_leaves_from_the_learned_caption(model) -> None:
 
 
 def test_whole_captions_are_dropped_in_training_only() -> None:
-    model = randomised(replace(TINY, label_dropout=0.3))
+    model = make_prior(replace(TINY, label_dropout=0.3))
     told = []
     model.cls_embedding.cap_proj.register_forward_pre_hook(lambda m, args: told.append(args[0]))
     text = TextCondition(torch.ones(1000, 5, 6), torch.ones(1000, 5, dtype=torch.bool))
@@ -191,7 +189,7 @@ def test_whole_captions_are_dropped_in_training_only() -> None:
 
 def test_the_learned_caption_is_always_in_the_graph() -> None:
     """DDP wants a gradient for every parameter, even where no caption is dropped."""
-    model = randomised(replace(TINY, label_dropout=0.0)).train()
+    model = make_prior(replace(TINY, label_dropout=0.0)).train()
     model(CODES, TEXT).total.backward()
     assert (model.cls_embedding.uncond_embedding.grad == 0).all()
 
@@ -204,7 +202,7 @@ def test_the_learned_caption_is_always_in_the_graph() -> None:
 )
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.4, 0.6)])
 def test_cached_and_teacher_forced_logits_agree(changes, interval) -> None:
-    model = randomised(replace(TINY, **changes))
+    model = make_prior(replace(TINY, **changes))
     options = SamplingOptions(guidance_scale=2.0, guidance_interval=interval)
     with torch.no_grad():
         conditional, without = model.logits(CODES, TEXT), model.logits(CODES, null_of(model))
@@ -294,6 +292,6 @@ def test_conditions_of_another_kind_are_refused(model) -> None:
 def test_a_prior_of_text_has_no_classes() -> None:
     with pytest.raises(SmaltiError, match="has no classes, but num_classes is 1000"):
         NextTokenConfig(condition="text")
-    with pytest.raises(SmaltiError, match="text_length and text_dim"):
+    with pytest.raises(SmaltiError, match="text_length is 0; it must be at least 1"):
         replace(TINY, text_length=0)
     assert TINY.fitted(CodeSpec(8, ((2, 2),)), 7, "abc").num_classes == 0

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from chance import randomised
+from torch import Tensor
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
@@ -35,12 +36,9 @@ ORDER = torch.stack(
 )
 
 
-def randomised(config: NextTokenConfig = TINY) -> NextTokenPrior:
+def make_prior(config: NextTokenConfig = TINY) -> NextTokenPrior:
     torch.manual_seed(0)
-    model = NextTokenPrior(config).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.3)
-    return model
+    return randomised(NextTokenPrior(config), vector_mean=1.0)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -83,7 +81,7 @@ def test_orders_are_permutations_and_as_often_random_as_said(probability: float)
 
 
 def test_the_identity_is_raster_order() -> None:
-    model = randomised()
+    model = make_prior()
     raster = model.logits(CODES, LABELS)
     torch.testing.assert_close(model.logits(CODES, LABELS, RASTER), raster)
     model.train().set_progress(1.0)  # the training loss, too
@@ -91,7 +89,7 @@ def test_the_identity_is_raster_order() -> None:
 
 
 def test_a_training_step_predicts_the_codes_of_its_order(monkeypatch) -> None:
-    model = randomised().train()
+    model = make_prior().train()
     model.set_progress(0.0)
     monkeypatch.setattr("smalti.prior.next_token.draw_orders", lambda *args: ORDER)
     loss = model(CODES, LABELS)
@@ -102,7 +100,7 @@ def test_a_training_step_predicts_the_codes_of_its_order(monkeypatch) -> None:
 
 
 def test_mistakes_in_what_is_shown_are_no_targets_in_any_order(monkeypatch) -> None:
-    model = randomised(replace(TINY, token_corruption=0.5)).train()
+    model = make_prior(replace(TINY, token_corruption=0.5)).train()
     model.set_progress(0.0)
     shown = CODES.flip(1)
     monkeypatch.setattr("smalti.prior.next_token.draw_orders", lambda *args: ORDER)
@@ -113,7 +111,7 @@ def test_mistakes_in_what_is_shown_are_no_targets_in_any_order(monkeypatch) -> N
 
 
 def test_logits_see_the_codes_before_them_in_their_order_and_no_others() -> None:
-    model = randomised()
+    model = make_prior()
     before = model.logits(CODES, LABELS, ORDER)
     for k in (0, 6, 13):
         changed = CODES.clone()
@@ -126,7 +124,7 @@ def test_logits_see_the_codes_before_them_in_their_order_and_no_others() -> None
 
 def test_logits_know_the_position_that_they_are_of() -> None:
     """Two orders that differ in what comes next, after the same codes."""
-    model = randomised()
+    model = make_prior()
     swapped = ORDER.clone()
     swapped[:, [6, 7]] = ORDER[:, [7, 6]]
     one, other = model.logits(CODES, LABELS, ORDER), model.logits(CODES, LABELS, swapped)
@@ -140,7 +138,7 @@ def test_logits_know_the_position_that_they_are_of() -> None:
 
 def test_codes_are_turned_by_their_own_positions_in_any_order() -> None:
     """The last logits see a set of codes with their positions: their order says little else."""
-    model = randomised(replace(TINY, depth=1))
+    model = make_prior(replace(TINY, depth=1))
     with torch.no_grad():
         model.target_positions.zero_()
         model.layers[0].feed_forward.w2.weight.zero_()
@@ -155,7 +153,7 @@ def test_codes_are_turned_by_their_own_positions_in_any_order() -> None:
 
 def test_captions_come_before_codes_in_any_order() -> None:
     config = replace(TINY, condition="text", num_classes=0, text_length=4, text_dim=6)
-    model = randomised(config)
+    model = make_prior(config)
     text = TextCondition(
         torch.randn(4, 4, 6), torch.arange(4) >= torch.tensor([[0], [1], [2], [3]])
     )
@@ -170,7 +168,7 @@ def test_captions_come_before_codes_in_any_order() -> None:
 
 
 def test_the_share_of_random_orders_follows_the_progress(monkeypatch) -> None:
-    model, seen = randomised().train(), []
+    model, seen = make_prior().train(), []
     monkeypatch.setattr(
         "smalti.prior.next_token.draw_orders",
         lambda rows, length, p: seen.append(p.item()) or draw_orders(rows, length, p),
@@ -185,7 +183,7 @@ def test_the_share_of_random_orders_follows_the_progress(monkeypatch) -> None:
 
 def test_progress_is_no_part_of_the_state() -> None:
     """It follows from the step: a resumed run gives it again."""
-    model = randomised()
+    model = make_prior()
     raster = NextTokenPrior(replace(TINY, random_order=None))
     model.set_progress(0.7)
     assert set(model.state_dict()) - set(raster.state_dict()) == {"target_positions"}
@@ -200,7 +198,7 @@ def test_progress_is_no_part_of_the_state() -> None:
 
 
 def test_a_new_progress_compiles_nothing_anew() -> None:
-    model = randomised().train()
+    model = make_prior().train()
     model.set_progress(0.0)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     compiled(CODES, LABELS)
@@ -214,7 +212,7 @@ def test_a_new_progress_compiles_nothing_anew() -> None:
 
 
 def test_training_without_the_progress_is_refused() -> None:
-    model = randomised().train()
+    model = make_prior().train()
     with pytest.raises(SmaltiError, match=r"call prior.set_progress\(step / max_train_steps\)"):
         model(CODES, LABELS)
     model.eval()(CODES, LABELS)
@@ -222,7 +220,7 @@ def test_training_without_the_progress_is_refused() -> None:
 
 def test_every_prior_may_be_told_the_progress() -> None:
     """One that has no use for it goes on as before."""
-    plain = randomised(replace(TINY, random_order=None)).train()
+    plain = make_prior(replace(TINY, random_order=None)).train()
     before = plain(CODES, LABELS).total
     plain.set_progress(0.5)
     assert torch.equal(plain(CODES, LABELS).total, before)
@@ -243,7 +241,7 @@ def test_every_prior_may_be_told_the_progress() -> None:
 )
 def test_what_is_no_order_is_refused(order: Tensor, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
-        randomised().logits(CODES, LABELS, order)
+        make_prior().logits(CODES, LABELS, order)
 
 
 def test_a_prior_of_raster_order_knows_no_other() -> None:

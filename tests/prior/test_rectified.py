@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from chance import generators, randomised
 from torch import nn
 
 from smalti.errors import SmaltiError
@@ -9,7 +10,7 @@ from smalti.prior.dit import DiTConfig
 from smalti.prior.dynamics import Dynamics
 from smalti.prior.flow import FlowConfig, FlowPrior
 from smalti.prior.paths import LinearPath, TrigonometricPath
-from smalti.prior.rectified import generate_pairs, reflow_loss, straightness
+from smalti.prior.rectified import check_straight, generate_pairs, straightness
 from smalti.prior.runge_kutta import RK4, Heun
 
 DOUBLE = torch.float64
@@ -17,11 +18,8 @@ GRID = torch.linspace(0, 1, 41, dtype=DOUBLE)
 TINY = FlowConfig(network=DiTConfig(2, 2, (4, 4), 2, 16, 1, 2, num_classes=3, frequency_size=16))
 
 
-def prior(config: FlowConfig = TINY) -> FlowPrior:
-    model = FlowPrior(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
+def make_prior(config: FlowConfig = TINY) -> FlowPrior:
+    return randomised(FlowPrior(config), std=0.2)
 
 
 def test_a_constant_velocity_is_straight_and_a_turning_one_is_not() -> None:
@@ -54,32 +52,33 @@ def test_the_straightness_of_a_gaussian_flow_is_its_integral(mixtures) -> None:
 
 
 def test_pairs_are_noise_and_what_the_ode_makes_of_it() -> None:
-    model, labels = prior(), torch.tensor([0, 1, 2])
-
-    def generators() -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]
-
-    pairs = generate_pairs(model, labels, generator=generators(), num_inference_steps=6)
+    model, labels = make_prior(), torch.tensor([0, 1, 2])
+    pairs = generate_pairs(model, labels, generator=generators(1, 2, 3), num_inference_steps=6)
     again = model.sample(labels, noise=pairs.noise, num_inference_steps=6)
     assert torch.equal(pairs.data, again) and torch.equal(pairs.labels, labels)
-    torch.testing.assert_close(
-        pairs.data, model.sample(labels, generator=generators(), num_inference_steps=6)
-    )
+    drawn = model.sample(labels, generator=generators(1, 2, 3), num_inference_steps=6)
+    torch.testing.assert_close(pairs.data, drawn)
     with pytest.raises(SmaltiError, match="makes no pairs: use an ODE solver"):
         generate_pairs(model, labels, solver="ddpm")
 
 
-def test_the_reflow_loss_is_the_objective_with_the_noise_given() -> None:
-    model = prior()
+def test_the_objective_with_the_noise_given_is_that_of_the_line_between_the_pair() -> None:
+    model = make_prior()
     pairs = generate_pairs(model, torch.tensor([0, 1, 2, 0]), num_inference_steps=4)
     u, _ = model._draw(pairs.data)
     t = u[:, None, None, None]
     predicted = model.network(t * pairs.data + (1 - t) * pairs.noise, u, pairs.labels)
     expected = (predicted - (pairs.data - pairs.noise)).square().mean()
-    torch.testing.assert_close(reflow_loss(model, pairs).total, expected)
-    bent = prior(FlowConfig(network=TINY.network, path=TrigonometricPath()))
+    found = model(pairs.data, pairs.labels, pairs.noise).total
+    torch.testing.assert_close(found, expected)
+
+
+def test_only_a_flow_on_straight_lines_can_be_rectified(prior) -> None:
+    check_straight(make_prior())
     with pytest.raises(SmaltiError, match="rectified flow needs the linear path"):
-        reflow_loss(bent, pairs)
+        check_straight(make_prior(FlowConfig(network=TINY.network, path=TrigonometricPath())))
+    with pytest.raises(SmaltiError, match="for a flow prior, not a NextTokenPrior"):
+        check_straight(prior)
 
 
 @pytest.mark.slow

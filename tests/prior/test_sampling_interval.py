@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from chance import generators, randomised
 from torch import Tensor
 
 from smalti.data.latents import CodeSpec
@@ -23,19 +24,12 @@ SCALES = ((1, 1), (1, 2), (2, 2), (2, 3))
 LENGTHS = [1, 2, 4, 6]
 
 
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 @pytest.fixture
 def next_token() -> NextTokenPrior:
     config = NextTokenConfig(
         spec=CodeSpec(16, ((3, 5),)), num_classes=3, depth=2, width=16, num_heads=2, hidden=32
     )
-    model = NextTokenPrior(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return randomised(NextTokenPrior(config))
 
 
 @pytest.fixture
@@ -51,10 +45,7 @@ def next_scale() -> NextScalePrior:
         width=16,
         num_heads=2,
     )
-    model = NextScalePrior(config).eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
+    model = randomised(NextScalePrior(config))
     bound = MultiScaleQuantizer(quantizer)
     torch.nn.init.normal_(bound.codebook.weight)
     model.bind(bound)

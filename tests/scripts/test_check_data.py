@@ -137,6 +137,18 @@ def test_arrays_and_embedded_sets_are_checked_alike(tmp_path: Path, check) -> No
     assert report["width"]["max"] == 8 and report["height"]["max"] == 9
 
 
+def test_a_set_without_a_usable_picture_has_no_remark_on_classes(pictures: Path, check) -> None:
+    for path in pictures.rglob("*.png"):
+        path.write_bytes(b"")
+    status, report, _ = check(str(pictures))
+    assert (
+        status == 1
+        and len(report["bad"]) == report["pictures"]
+        and not sum(report["classes"].values())
+    )
+    assert not any("one class only" in remark for remark in report["remarks"])
+
+
 def test_a_set_that_cannot_be_opened_is_a_mistake(tmp_path: Path, capsys) -> None:
     assert main(["check-data", "--data", str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """The critic in a real run: left out at weight 0, cut and shared as one batch, resumed exactly."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from runs import losses, weights
+from safetensors.torch import save_file
 
 from smalti.config import config_to_dict
 from smalti.scripts.critic import critic_draws
@@ -73,20 +73,6 @@ def config(pictures: Path, out: Path, **changes) -> TrainTokenizerConfig:
         logging_steps=1,
     )
     return replace(base, **changes)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every file of the last checkpoint."""
-    last = sorted(folder.glob("checkpoint-*"))[-1]
-    return {
-        f"{file.name}/{name}": value
-        for file in sorted(last.glob("*.safetensors"))
-        for name, value in load_file(file).items()
-    }
-
-
-def losses(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_weight_of_zero_leaves_the_network_out(pictures: Path, tmp_path: Path, monkeypatch):

@@ -120,8 +120,8 @@ def test_the_first_of_each_class_are_shown() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_samples": 2}, "use at least 16"),
-        ({"num_references": 2}, "use at least 16"),
+        ({"num_samples": 2}, "num_samples is 2; it must be at least 16"),
+        ({"num_references": 2}, "num_references is 2; it must be at least 16"),
         ({"classifier_epochs": 0}, "must be at least 1"),
     ],
 )

@@ -9,6 +9,7 @@ from toy_run import train as train_toy
 
 import smalti
 from smalti.cli import main
+from smalti.data.cache_shard import shard_path
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.training.checkpoint import checkpoints
 
@@ -68,6 +69,17 @@ def test_latents_tell_their_tokenizer(tokenizer, pictures, tmp_path: Path, capsy
     )
 
 
+def test_latents_that_were_never_finished_are_told_apart(pictures, tmp_path: Path, capsys) -> None:
+    latents = tmp_path / "my latents"
+    for split in ("train", "heldout"):
+        (latents / split).mkdir(parents=True)
+        shard_path(latents / split, 0).write_bytes(b"cut")
+    lines = told(capsys, latents, status=1)
+    assert lines["kind"] == "latent cache" and lines["verified"].startswith("train: no: not fin")
+    assert f"--latents '{latents}'" in lines["go on"]  # as a shell takes it
+    assert told(capsys, latents / "train", status=1)["verified"].startswith("no: not finished")
+
+
 def test_models_and_pipelines_tell_their_size(tokenizer, prior, tmp_path: Path, capsys) -> None:
     tokenizer.save_pretrained(tmp_path / "tok")
     lines = told(capsys, tmp_path / "tok")
@@ -91,13 +103,19 @@ def test_models_and_pipelines_tell_their_size(tokenizer, prior, tmp_path: Path, 
         ([], "give a folder: smalti info PATH"),
         (["nowhere"], "folder not found: nowhere"),
         (["."], "is nothing that smalti writes"),
+        (["odd"], "is nothing that smalti writes"),
+        (["run"], "exported.json is damaged: it does not name a folder"),
     ],
 )
 def test_what_cannot_be_explained_is_one_line(
     tmp_path: Path, monkeypatch, capsys, arguments, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
+    for name in ("here", "odd", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"type": ["vq"]}')
+    for name, text in (("config.yaml", "a: 1"), ("metrics.jsonl", ""), ("exported.json", "[]")):
+        (tmp_path / "run" / name).write_text(text)
     arguments = ["here" if a == "." else a for a in arguments]
     assert main(["info", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -140,6 +140,15 @@ def test_latents_of_lightningdit_train_a_prior(root: Path, tmp_path: Path) -> No
     train_prior(prior_run(tmp_path, root / "kl", FLOW))
 
 
+def write_codes(source: Path) -> None:
+    """Codes of 20 pictures, as LlamaGen's extraction leaves them."""
+    for name in ("x_codes", "x_labels"):
+        (source / name).mkdir(parents=True)
+    for i in range(20):
+        np.save(source / "x_codes" / f"{i}.npy", np.full((1, 2, 64), i % 16))
+        np.save(source / "x_labels" / f"{i}.npy", np.array([i % 2]))
+
+
 def import_of(folder: Path, tokenizer: Path) -> list[str]:
     arguments = [str(folder / "src"), str(folder / "lat"), "--tokenizer", str(tokenizer)]
     return ["import-latents", *arguments, "--heldout_fraction", "0.2"]
@@ -166,17 +175,24 @@ def test_a_prior_refuses_imported_latents_of_another_tokenizer(root: Path, tmp_p
 
 
 def test_the_import_says_who_vouches_for_the_tokenizer(root: Path, tmp_path: Path, capsys) -> None:
-    for name in ("x_codes", "x_labels"):
-        (tmp_path / "src" / name).mkdir(parents=True)
-    for i in range(20):
-        np.save(tmp_path / "src" / "x_codes" / f"{i}.npy", np.full((1, 2, 64), i % 16))
-        np.save(tmp_path / "src" / "x_labels" / f"{i}.npy", np.array([i % 2]))
+    write_codes(tmp_path / "src")
     assert smalti_main(import_of(tmp_path, root / "vq")) == 0
     assert f"as made by {root / 'vq'} on your word" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "lat" / "train" / "manifest.json").read_text())
     vouched = smalti.Tokenizer.from_pretrained(root / "vq")
     assert manifest["tokenizer_fingerprint"] == vouched.fingerprint
     assert manifest["imported"] and manifest["dataset_fingerprint"] == ""
+
+
+def test_latents_are_not_written_among_other_things(root: Path, tmp_path: Path, capsys) -> None:
+    write_codes(tmp_path / "src")
+    out = str(root / "pictures")
+    encoding = ["encode", "--data", out, "--tokenizer", str(root / "vq"), "--output_dir", out]
+    importing = ["import-latents", str(tmp_path / "src"), out, "--tokenizer", str(root / "vq")]
+    for command in (encoding, importing):
+        assert smalti_main(command) == 2
+        assert f"{out} holds cat, which is no cache of latents" in capsys.readouterr().err
+    assert sorted(path.name for path in Path(out).iterdir()) == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(
@@ -196,6 +212,7 @@ def test_the_import_says_who_vouches_for_the_tokenizer(root: Path, tmp_path: Pat
             ["import-latents", "EMPTY", "out", "--tokenizer", "KL", "--format", "lightningdit"],
             "holds no .safetensors files",
         ),
+        (["encode", "--heldout_fraction", "1"], "must lie between 0 and 1"),
     ],
 )
 def test_mistakes_end_in_one_line_and_write_nothing(

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from smalti.config import config_from_dict, config_to_dict, nearest
+from smalti.config import check_at_least, config_from_dict, config_to_dict, nearest
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
 from smalti.errors import SmaltiError
 
@@ -101,3 +101,12 @@ def test_the_home_folder_is_found_without_a_shell() -> None:
 
 def test_nearest_lists_all_when_nothing_is_near() -> None:
     assert nearest("zzz", ["b", "a"]) == "known are a, b"
+
+
+def test_a_field_below_its_least_value_is_named() -> None:
+    check_at_least(3, Inner(), "size")
+    check_at_least(1, Outer(required=1, rate=1.0), "required", "rate")
+    with pytest.raises(SmaltiError, match="size is 3; it must be at least 4"):
+        check_at_least(4, Inner(), "size")
+    with pytest.raises(SmaltiError, match="rate is nan; it must be at least 0"):
+        check_at_least(0, Outer(required=1, rate=float("nan")), "required", "rate")

@@ -6,12 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from smalti.tokenizer.adversarial import (
-    GAMES,
-    adaptive_weight,
-    last_layer_gradients,
-    round_to_uint8,
-)
+from smalti.tokenizer.adversarial import GAMES, adaptive_weight, last_layer_gradients
 
 LOGITS = (-30.0, -2.0, -0.5, 0.0, 0.5, 2.0, 30.0)
 
@@ -124,13 +119,3 @@ def test_gradients_of_the_last_layer_leave_the_graph_alone() -> None:
     assert layer.grad is None
     loss.backward()
     assert layer.grad is not None
-
-
-def test_rounding_to_eight_bits() -> None:
-    images = torch.linspace(-1.2, 1.2, 1001)
-    rounded = round_to_uint8(images)
-    levels = (rounded + 1) * 127.5
-    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
-    assert rounded.min() == -1 and rounded.max() == 1
-    assert (rounded - images.clamp(-1, 1)).abs().max() <= 1 / 255 + 1e-6
-    assert torch.equal(round_to_uint8(rounded), rounded)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from smalti.data.pixels import rounded
 from smalti.errors import SmaltiError
-from smalti.tokenizer.adversarial import GAMES, adaptive_weight, round_to_uint8
+from smalti.tokenizer.adversarial import GAMES, adaptive_weight
 from smalti.tokenizer.augment import AugmentConfig, augment
 from smalti.tokenizer.base import Reconstruction
 from smalti.tokenizer.critic_objective import DRAWS, CriticObjective
@@ -184,7 +185,7 @@ def test_the_critic_minimises_its_game_on_eight_bit_pictures(name) -> None:
     )
     images, fakes = pictures()
     loss = objective(images, fakes, DRAWN, 0)
-    real, fake = (objective.critic(round_to_uint8(x)) for x in (images, fakes))
+    real, fake = (objective.critic(rounded(x)) for x in (images, fakes))
     expected = GAMES[name].discriminator(real, fake)
     torch.testing.assert_close(loss.parts["discriminator"], expected.detach())
     torch.testing.assert_close(loss.parts["logits_real"], real.detach().mean())
@@ -196,11 +197,11 @@ def test_the_critic_sees_detached_eight_bit_fakes() -> None:
     objective = critic_of()
     objective.critic.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     images, fakes = pictures()
-    images = round_to_uint8(images)
+    images = rounded(images)
     fakes.requires_grad_()
     objective(images, fakes, DRAWN, 0).total.backward()
     assert fakes.grad is None
-    torch.testing.assert_close(seen[0], round_to_uint8(seen[0]))
+    torch.testing.assert_close(seen[0], rounded(seen[0]))
     assert torch.equal(seen[0][:2], images) and seen[0].abs().max() <= 1
     assert all(p.grad is not None for p in objective.parameters())
 
@@ -215,8 +216,8 @@ def test_both_sides_see_the_same_augmentation() -> None:
     output = setup.layer(setup.images).detach()
     objective(setup.images, output, DRAWN, 0)
     assert torch.equal(seen[0], augment(output, config.augment, DRAWN))
-    assert torch.equal(seen[1][:2], augment(round_to_uint8(setup.images), config.augment, DRAWN))
-    assert torch.equal(seen[1][2:], augment(round_to_uint8(output), config.augment, DRAWN))
+    assert torch.equal(seen[1][:2], augment(rounded(setup.images), config.augment, DRAWN))
+    assert torch.equal(seen[1][2:], augment(rounded(output), config.augment, DRAWN))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from smalti.errors import SmaltiError
 from smalti.training import precision
-from smalti.training.checkpoint import checkpoints
+from smalti.training.checkpoint import checkpoints, save_checkpoint
 from smalti.training.config import RunConfig
 from smalti.training.folder import METRICS, RECIPE
 from smalti.training.run import Run
@@ -165,6 +166,21 @@ def test_when_no_checkpoint_can_be_read_the_run_is_refused(latest: RunConfig) ->
     with pytest.raises(SmaltiError, match=r"no checkpoint in .* can be read"):
         train(latest)
     assert state_of(latest.output_dir) == before
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_checkpoint_of_another_version_is_refused(latest: RunConfig, by_path: bool) -> None:
+    train(latest)
+    newest = checkpoints(latest.output_dir)[-1]
+    state = json.loads((newest / "state.json").read_text())
+    del state["num_processes"]
+    shutil.rmtree(newest)
+    save_checkpoint(latest.output_dir, state.pop("step"), {}, state, keep=0)
+    wanted = str(newest) if by_path else "latest"
+    with pytest.raises(SmaltiError, match=r"does not tell num_processes: another version"):
+        train(replace(latest, resume_from_checkpoint=wanted, max_train_steps=8))
+    with pytest.raises(SmaltiError, match=r"folder not found: .*nowhere"):
+        train(replace(latest, resume_from_checkpoint=str(latest.output_dir / "nowhere")))
 
 
 def test_damaged_checkpoints_give_way_to_the_next_good_one(latest: RunConfig) -> None:
