@@ -33,12 +33,11 @@ WRAPPERS = ("ema", "model", "module", "state_dict")
 # What wrappers of torch put before all names.
 PREFIXES = ("module.", "_orig_mod.")
 
-# Classes of other libraries that lie beside the weights in training checkpoints. None is imported:
-# a placeholder stands for each.
+# Classes that lie beside the weights in training checkpoints, most of other libraries. None is
+# called or imported: a placeholder stands for each.
 BYSTANDERS = (
     "argparse.Namespace",
-    "builtins.dict",
-    "builtins.list",
+    *(f"builtins.{kind}" for kind in ("bool", "dict", "float", "int", "list", "str", "tuple")),
     "collections.defaultdict",
     "datetime.",
     "lightning.",
@@ -208,6 +207,8 @@ def _read_pickle(path: Path) -> Any:
         # Before what is wrong, torch advises to read the file without care.
         said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
         reason = (said or type(error).__name__).splitlines()[0].partition(". ")[0]
+        if reason.startswith("Unsupported operand"):
+            reason = "torch.save did not write it"
         if "Unsupported global" in str(error) or "unsupported GLOBAL" in str(error):
             name = str(error).partition("GLOBAL ")[2].split()[0]
             raise SmaltiError(_holds_code(path, name)) from error

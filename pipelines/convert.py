@@ -221,7 +221,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], wrapper: str = "") ->
 def _check_out(out: Path) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise SmaltiError(f"{out} exists: choose another place, nothing is overwritten")
 
 

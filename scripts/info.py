@@ -66,6 +66,10 @@ def info(path: Path) -> Info:
     for is_one, explain in KINDS:
         if is_one(path):
             return explain(path)
+    inside = {child.name: _kind(child) for child in sorted(path.iterdir()) if child.is_dir()}
+    if any(inside.values()):  # what a demo leaves, for example
+        known = [(name, kind) for name, kind in inside.items() if kind]
+        return Info([("kind", "folder with others in it: ask for one of them"), *known])
     raise SmaltiError(
         f"{path} is nothing that smalti writes: give the folder of a run, a checkpoint, latents, a "
         "tokenizer, a prior or a pipeline"
@@ -73,6 +77,14 @@ def info(path: Path) -> Info:
 
 
 # -- runs and checkpoints ---------------------------------------------------------------------
+
+
+def _kind(path: Path) -> str:
+    """What a folder is, in a word or two; empty if nothing in it is known."""
+    for is_one, explain in KINDS:
+        if is_one(path):
+            return explain(path).lines[0][1]
+    return ""
 
 
 def of_checkpoint(path: Path) -> Info:

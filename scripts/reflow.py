@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
-from smalti.data.cache import CacheInfo, EncodedRange, write_cache
+from smalti.data.cache import CacheInfo, EncodedRange, refuse_other_contents, write_cache
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.options import check_options
 from smalti.pipelines.pipeline import Pipeline
@@ -77,6 +77,7 @@ class PairMaker:
 def reflow(config: ReflowConfig) -> Path:
     """Write pairs as a latent cache, train/ and heldout/, and return its folder."""
     state = join_job()
+    refuse_other_contents(config.output_dir)
     pipeline = Pipeline.from_pretrained(config.model, device=state.device)
     prior = pipeline.prior
     check_straight(prior)

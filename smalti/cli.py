@@ -45,6 +45,10 @@ BOX_FRAME = " ╭╮╰╯│─"  # around what tyro says
 EXIT_MISTAKE = 2  # something in the input is wrong, and the message says what to do
 EXIT_FAILURE = 1  # the machine failed: disk full, no permission
 
+WORKER_REMEDY = (
+    "lower --dataloader_num_workers, and go on with --resume_from_checkpoint latest if a run ended"
+)
+
 # Faults that one line can tell, and the remedy. Any other is a defect of ours and keeps its
 # traceback.
 MACHINE_FAULTS = {
@@ -101,6 +105,13 @@ def run_command(
         return _complain(str(error))
     except KeyboardInterrupt:
         return _complain("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # whoever read what we print has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        return _complain(f"{error}: perhaps memory ran out; {WORKER_REMEDY}", EXIT_FAILURE)
     except OSError as error:
         if error.errno not in MACHINE_FAULTS:
             raise

@@ -141,6 +141,11 @@ def test_a_damaged_or_empty_file_among_others_is_named(tmp_path: Path) -> None:
     for data in (made / "*.parquet", made):
         with pytest.raises(SmaltiError, match=r"1.parquet cannot be read: [^\n]+$"):
             open_source(str(data), stream_cache=tmp_path / "cache")
+    whole = bytearray((made / "0.parquet").read_bytes())
+    whole[4 : len(whole) // 3] = bytes(len(whole) // 3 - 4)  # the pages, not the footer
+    (tmp_path / "pages.parquet").write_bytes(whole)
+    with pytest.raises(SmaltiError, match=r"pages.parquet cannot be read: (?!An error occurred)"):
+        open_source(str(tmp_path / "pages.parquet"), stream_cache=tmp_path / "cache")
     rows.select([]).to_parquet(str(tmp_path / "none.parquet"))
     with pytest.raises(SmaltiError, match=r"none.parquet holds no pictures"):
         open_source(str(tmp_path / "none.parquet"), stream_cache=tmp_path / "cache")

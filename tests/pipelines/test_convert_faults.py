@@ -2,9 +2,12 @@
 in one line, with nothing written."""
 
 import argparse
+import datetime
 import os
+import pickle
 import sys
 import types
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from smalti.errors import SmaltiError
 from smalti.pipelines.checkpoint_reader import read_checkpoint
 from smalti.pipelines.convert import convert, export, read_published
 from smalti.pipelines.imagenet import class_names
-from smalti.pipelines.layout import Buffer, Layout, import_tensors, joined, same
+from smalti.pipelines.layout import Buffer, Layout, Link, import_tensors, joined, same
 from smalti.pipelines.source import Options
 from smalti.pipelines.sources import SOURCES
 from smalti.tokenizer.base import Tokenizer
@@ -171,6 +174,21 @@ def test_links_join_and_split_and_buffers_are_checked(tmp_path: Path) -> None:
         import_tensors(layout, file, {"q": torch.empty(2)}, "thing")
 
 
+def test_whole_numbers_among_floats_are_told(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1), "b": torch.ones(1).long()}, tmp_path / "a.safetensors")
+    file = read_checkpoint(tmp_path / "a.safetensors")
+    link = Link(("x",), ("a", "b"), to_ours=lambda parts: [torch.cat(list(parts))])
+    with pytest.raises(SmaltiError, match=r"a, b holds torch.float32, torch.int64 numbers"):
+        import_tensors(Layout([link]), file, {"x": torch.empty(2)}, "thing")
+
+
+def test_tensors_that_are_not_plain_are_named(state, tmp_path: Path) -> None:
+    bias = state["encoder.conv_in.bias"]
+    for other in (bias.to_sparse(), bias.to("meta")):
+        said = refuse(state | {"encoder.conv_in.bias": other}, tmp_path)
+        assert "encoder.conv_in.bias is sparse, quantized or without numbers" in said
+
+
 # -- files ----------------------------------------------------------------------------------------
 
 
@@ -193,11 +211,32 @@ def test_an_old_checkpoint_is_read_and_its_truncation_told(state, tmp_path: Path
     assert "damaged" in refuse_file(file, tmp_path / "other")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04" + bytes(50)])
-def test_what_is_no_checkpoint_is_told(content: bytes, tmp_path: Path) -> None:
+OTHER_FILES = [b"", b"not a checkpoint", b"PK\x03\x04" + bytes(50), pickle.dumps({"a": 1})]
+
+
+@pytest.mark.parametrize("content", OTHER_FILES)
+def test_what_is_no_checkpoint_is_told(content: bytes, tmp_path: Path, recwarn) -> None:
     file = tmp_path / "published.pt"
     file.write_bytes(content)
-    assert "no checkpoint of PyTorch" in refuse_file(file, tmp_path)
+    said = refuse_file(file, tmp_path)
+    assert "no checkpoint of PyTorch" in said and "weights_only" not in said
+    assert not recwarn.list  # it would be a second line
+
+
+def test_of_weights_in_two_precisions_the_full_one_is_read(state, tmp_path: Path) -> None:
+    save_file(state, tmp_path / "model.safetensors")
+    save_file({n: t.half() for n, t in state.items()}, tmp_path / "model.fp16.safetensors")
+    assert read_checkpoint(tmp_path).path.name == "model.safetensors"
+
+
+def test_shards_are_told(state, tmp_path: Path) -> None:
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    for i, name in enumerate(list(state)[:2], start=1):
+        save_file({name: state[name]}, folder / f"model-0000{i}-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    for place in (folder, folder / "model.safetensors.index.json"):
+        assert "is cut into shards: join them" in refuse_file(place, tmp_path)
 
 
 def test_files_and_folders_that_hold_nothing_are_told(tmp_path: Path) -> None:
@@ -250,6 +289,8 @@ def test_code_in_a_pickle_is_refused_and_never_runs(where, legacy, state, tmp_pa
 def test_arguments_of_a_run_beside_the_weights_stay_inert(legacy, state, tmp_path: Path) -> None:
     file = tmp_path / "published.pt"
     args = argparse.Namespace(lr=1e-4, sizes=[1, 2], nested=argparse.Namespace(a=1))
+    if not legacy:
+        args.notes = defaultdict(dict), datetime.date(2024, 1, 1), int
     content = {"model": state, "args": args, "steps": 5, "optimizer": {"state": {}}}
     torch.save(content, file, _use_new_zipfile_serialization=not legacy)
     model, lines = read_published("llamagen-tokenizer", file, Options(image_size=16))
@@ -313,13 +354,15 @@ def test_nothing_is_overwritten(state, tmp_path: Path) -> None:
     out.mkdir()
     convert("llamagen-tokenizer", tmp_path / "file.pt", out)  # an empty folder will do
     before = {path: path.read_bytes() for path in out.iterdir()}
-    for place in (out, tmp_path / "file.pt"):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place in (out, tmp_path / "file.pt", tmp_path / "link"):
         with pytest.raises(SmaltiError, match="nothing is overwritten"):
             convert("llamagen-tokenizer", tmp_path / "file.pt", place)
     with pytest.raises(SmaltiError, match="nothing is overwritten"):
         export(model_of("llamagen-tokenizer"), tmp_path / "file.pt")
     assert {path: path.read_bytes() for path in out.iterdir()} == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.pt", "llamagen-tokenizer", "out"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["file.pt", "link", "llamagen-tokenizer", "out"]
 
 
 def test_a_write_that_fails_leaves_nothing(state, tmp_path: Path, monkeypatch) -> None:

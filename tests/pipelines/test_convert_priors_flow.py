@@ -405,6 +405,15 @@ def test_wrong_positions_are_refused(value: Tensor, words: str, tmp_path: Path) 
     assert words in refuse(published(PLAIN) | {"pos_embed": value}, tmp_path, Options(heads=2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_positions_in_half_precision_may_be_rounded_and_not_more(dtype, tmp_path: Path) -> None:
+    half = {name: tensor.to(dtype) for name, tensor in published(PLAIN).items()}
+    model = read("dit", half, tmp_path, Options(heads=2))
+    assert torch.equal(model.network.blocks[0].mlp.fc1.bias, half["blocks.0.mlp.fc1.bias"].float())
+    half["pos_embed"] += 4 * torch.finfo(dtype).eps
+    assert "pos_embed is not what the sizes" in refuse(half, tmp_path, Options(heads=2))
+
+
 def test_every_missing_tensor_is_named(tmp_path: Path) -> None:
     for name in list(state := published(Sizes(depth=1)))[::2]:
         if name != "pos_embed":

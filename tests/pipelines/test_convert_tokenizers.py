@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smalti.errors import SmaltiError
 from smalti.pipelines.convert import convert, export, read_published
 from smalti.pipelines.from_var import sharing
 from smalti.pipelines.source import Options
@@ -410,6 +411,36 @@ def test_kl_autoencoders_give_the_original_posterior_and_pictures(s, channels, t
     assert all(torch.equal(content[name], tensor) for name, tensor in w.tensors.items())
 
 
+@pytest.mark.parametrize("measured", [None, 0.7])
+def test_the_autoencoder_of_a_whole_diffusion_model_is_taken(measured, tmp_path: Path) -> None:
+    s = Sizes(mult=(1, 2), blocks=1, attention=(), z=4, double=True)
+    w = Weights()
+    add_convolutions(w, s)
+    w.conv("quant_conv", 8, 8, 1)
+    w.conv("post_quant_conv", 4, 4, 1)
+    rest = {
+        "model.diffusion_model.out.0.weight": torch.ones(3),
+        "cond_stage_model.transformer.weight": torch.ones(3),
+        "model_ema.decay": torch.tensor(0.9),
+        "betas": torch.ones(5),
+        "scale_factor": torch.tensor(measured or 0.0),
+    }
+    if measured is None:
+        del rest["scale_factor"]
+    whole = {f"first_stage_model.{name}": tensor for name, tensor in w.tensors.items()} | rest
+    torch.save({"state_dict": whole}, tmp_path / "sd.ckpt")
+    model, lines = read_published("ldm-kl", tmp_path / "sd.ckpt", Options(image_size=16))
+    assert f"{len(rest)} dropped, not needed: diffusion" in lines
+    assert any(line == "  scaling_factor: 0.699999988079071" for line in lines) == bool(measured)
+    images = pictures(16)
+    close(model.posterior(images)[0], encode(w.tensors, s, images)[:, :4])
+    close(model.encode(images), model.posterior(images)[0] * (measured or 1.0))
+    whole["scale_factor"] = torch.tensor(0.0)
+    torch.save({"state_dict": whole}, tmp_path / "sd.ckpt")
+    with pytest.raises(SmaltiError, match=r"scale_factor is 0\.0; it must be positive"):
+        read_published("ldm-kl", tmp_path / "sd.ckpt", Options(image_size=16))
+
+
 # -- VAR ------------------------------------------------------------------------------------------
 
 
@@ -478,6 +509,17 @@ def test_var_tokenizers_give_the_original_codes_and_pictures(name: str, tmp_path
     close(model.decode(torch.cat(codes, 1)), decode(state, s, total))
     if not own:  # which is exported as shared by as many as there are
         assert_round_trip(model, state, tmp_path, "var-tokenizer", scales=scales)
+
+
+def test_the_tokenizer_beside_a_var_prior_in_training_is_taken(tmp_path: Path) -> None:
+    s = Sizes(mult=(1, 2), blocks=1, attention=(1,), z=7, fused=True)
+    state = var_state(s, (1, 4, 8), var_names(2, False))
+    prior = {"pos_start": torch.ones(1, 1, 8)}
+    content = {"trainer": {"var_wo_ddp": prior, "vae_local": state}, "args": {"depth": 2}}
+    model = converted("var-tokenizer", content, tmp_path, scales=(1, 4, 8))
+    (tmp_path / "bare").mkdir()
+    bare = converted("var-tokenizer", state, tmp_path / "bare", scales=(1, 4, 8))
+    assert model.checksum == bare.checksum
 
 
 def test_var_scales_are_checked_against_the_file(tmp_path: Path) -> None:

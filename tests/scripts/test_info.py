@@ -11,6 +11,7 @@ import smalti
 from smalti.cli import main
 from smalti.data.cache_shard import shard_path
 from smalti.scripts.encode import EncodeConfig, encode
+from smalti.scripts.info import info
 from smalti.training.checkpoint import checkpoints
 
 
@@ -119,3 +120,12 @@ def test_what_cannot_be_explained_is_one_line(
     arguments = ["here" if a == "." else a for a in arguments]
     assert main(["info", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_with_others_in_it_names_them(tmp_path: Path, tokenizer) -> None:
+    tokenizer.save_pretrained(tmp_path / "vq")
+    (tmp_path / "notes").mkdir()
+    found = info(tmp_path)
+    assert [name for name, _ in found.lines] == ["kind", "vq"]
+    assert "ask for one of them" in found.lines[0][1]
+    assert found.lines[1][1] == info(tmp_path / "vq").lines[0][1]

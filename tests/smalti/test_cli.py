@@ -1,5 +1,7 @@
 """The command line: configuration in layers, and mistakes in one line."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -251,3 +253,26 @@ def test_every_recipe_is_valid(path: Path) -> None:
     config_class = TrainPriorConfig if path.stem.endswith("prior") else TrainTokenizerConfig
     config = parse_config(config_class, ["--config", str(path)], prog="test")
     assert config.output_dir != config_class().output_dir
+
+
+def test_a_dead_loader_worker_is_one_line(capsys) -> None:
+    def command(argv) -> int:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    assert run_command(command, []) == 1
+    assert "lower --dataloader_num_workers" in capsys.readouterr().err
+
+
+def test_what_is_printed_to_nobody_ends_quietly() -> None:
+    code = (
+        "from smalti.cli import run_command\n"
+        "raise SystemExit(run_command(lambda _: [print('x' * 99) for _ in range(9999)] and 0, []))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 1
