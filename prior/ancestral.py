@@ -22,7 +22,7 @@ from smalti.prior.normal import NormalSource
 from smalti.prior.paths import GaussianPath
 from smalti.prior.solvers import StepSolver, times_of
 
-Variance = Literal["small", "large", "learned"]
+Variance = Literal["auto", "small", "large", "learned"]
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,10 @@ class DDPM(StepSolver):
     The variance is "small", beta~, exact for data that are one point; "large", beta, exact for
     Gaussian data (2006.11239, section 3.2); or "learned", between both on a log scale as the
     surplus channels of the network say (2102.09672, eq. 15): what published DiT weights have.
+    "auto" is learned where the network has such channels, as DiT's own sampler, and else small.
     """
 
-    variance: Variance = "small"
+    variance: Variance = "auto"
 
     def __post_init__(self) -> None:
         if self.variance not in get_args(Variance):
@@ -110,8 +111,10 @@ class DDPM(StepSolver):
         return mean + self._std(to, estimate.surplus, x) * normal(x)
 
     def _std(self, to: Transition, surplus: Tensor, x: Tensor) -> Tensor | float:
-        if self.variance != "learned":
+        if self.variance in ("small", "large"):
             return math.sqrt(to.small if self.variance == "small" else to.large)
+        if self.variance == "auto" and surplus.shape != x.shape:
+            return math.sqrt(to.small)
         self.check(surplus.shape == x.shape)
         share = (surplus + 1) / 2
         log_small, log_large = math.log(to.small), math.log(to.large)

@@ -71,9 +71,15 @@ class DiTConfig:
                 f"a grid of {self.grid[0]} x {self.grid[1]} cannot be cut into patches of side "
                 f"{self.patch_size}: choose a patch_size that divides both"
             )
-        if self.width % self.num_heads or self.head_dim % 4:
+        if self.width % self.num_heads or self.width % 4:
             raise SmaltiError(
-                f"width {self.width} with {self.num_heads} heads: each head needs a multiple of 4"
+                f"width {self.width} with {self.num_heads} heads: the width must be a multiple of"
+                " both 4 and the heads"
+            )
+        if self.positions != "sin-cos" and self.head_dim % 4:
+            raise SmaltiError(
+                f"width {self.width} with {self.num_heads} heads: with rotary positions each head "
+                "needs a multiple of 4"
             )
         if not 0 < self.mlp_ratio < float("inf") or self.hidden < 1:
             raise SmaltiError(f"mlp_ratio is {self.mlp_ratio}; it must be more than 0, like 4")

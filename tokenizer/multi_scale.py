@@ -35,7 +35,9 @@ class MultiScaleConfig:
     # (h, w) of every scale, coarse to fine; the last one is the grid of the encoder.
     scales: tuple[tuple[int, int], ...] = tuple((s, s) for s in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
     convolutions: int = 4  # shared out among the scales: 1 = one for all; as many as scales = own
-    sharing: tuple[int, ...] = ()  # which convolution each scale uses; empty = evenly
+    # Which convolution each scale uses; empty = evenly. A list may leave some of them unused, as
+    # VAR's rule does for few scales.
+    sharing: tuple[int, ...] = ()
     residual_ratio: float = 0.5  # phi(x) = (1 - r) x + r conv(x)
     commitment_weight: float = 0.25
     estimator: Estimator = "straight-through"
@@ -49,7 +51,7 @@ class MultiScaleConfig:
         if any(h > last[0] or w > last[1] for h, w in self.scales):
             raise SmaltiError(f"the last scale, {last}, must be the largest; scales: {self.scales}")
         count = len(self.scales)
-        if not 1 <= self.convolutions <= count:
+        if self.convolutions < 1 or (self.convolutions > count and not self.sharing):
             raise SmaltiError(f"convolutions is {self.convolutions}; use 1 to {count}, the scales")
         if self.sharing and (
             len(self.sharing) != count or not {*self.sharing} <= {*range(self.convolutions)}

@@ -43,6 +43,7 @@ class Sizes:
 
 KINDS = {
     "learned-sigma": Sizes(),
+    "narrow-heads": Sizes(24, 4, 1),
     "unlike": Sizes(48, 4, 3, hidden=100, channels=5, outputs=5, patch=1, grid=4, classes=2),
 }
 PLAIN = KINDS["learned-sigma"]

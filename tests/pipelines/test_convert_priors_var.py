@@ -51,6 +51,7 @@ class Sizes:
 KINDS = {
     "own-adaln": Sizes(),
     "shared-adaln": Sizes(shared=True, depth=3),
+    "unused-convolutions": Sizes(scales=(1, 2, 4), convolutions=5, depth=1),
     "plain-attention": Sizes(l2_norm=False, heads=2),
     "unlike": Sizes(width=48, heads=3, hidden=80, classes=2, scales=(2, 3, 6), convolutions=1),
 }

@@ -463,6 +463,7 @@ VAR = {
     "two-of-five": ((1, 2, 3, 5, 8), 2, False),
     "four-of-ten": ((1, 2, 3, 4, 5, 5, 6, 6, 7, 8), 4, False),
     "one": ((1, 3, 8), 1, False),
+    "four-of-three": ((1, 3, 8), 4, False),
     "own": ((1, 2, 4, 8), 4, True),
 }
 

@@ -186,7 +186,10 @@ def test_solvers_by_name_with_options_and_mistakes() -> None:
         ({"kind": "ddim", "etta": 1.0}, 'solver ddim: unknown key "etta"; did you mean "eta"'),
         ({"eta": 1.0}, "give a name"),
         ({"kind": "ddim", "eta": 2.0}, r"eta is 2.0; it must lie in \[0, 1\]"),
-        ({"kind": "ddpm", "variance": "big"}, "variance is 'big'; choose one of small, large"),
+        (
+            {"kind": "ddpm", "variance": "big"},
+            "variance is 'big'; choose one of auto, small, large",
+        ),
         ({"kind": "dopri5", "rtol": 0.0}, "rtol, atol and max_steps are 0.0"),
         ({"kind": "euler-maruyama", "diffusion": "sigmo"}, 'did you mean "sigma"'),
         ({"kind": "langevin", "step_size": 1.5}, "0.1|1.5"),
