@@ -3,14 +3,20 @@
 import atexit
 import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 import torch
+from torch._C import _remove_worker_pids
 from torch.utils.data import DataLoader, Dataset
 
 from smalti.data.order import DataOrder, Key
 from smalti.errors import SmaltiError
+
+SECONDS_TO_DIE = 5.0  # that a killed process may take
 
 
 class Keyed(Protocol):
@@ -99,21 +105,37 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 def _steps(loader: DataLoader, micro_batches: int) -> Iterator[list[Any]]:
     others = {process.pid for process in multiprocessing.active_children()}
-    batches = iter(loader)
+    batches: Any = iter(loader)
     workers = [p for p in multiprocessing.active_children() if p.pid not in others]
+    # DataLoader ends its workers through an event that they share. One that is killed may take the
+    # event's lock with it, and DataLoader would wait for it for ever: it gets an event of its own.
+    batches._workers_done_event = threading.Event()
 
     def end() -> None:
         if workers:
-            batches._shutdown_workers()  # type: ignore[attr-defined]
-        for worker in workers:  # one that is stuck, and deaf to SIGTERM
-            worker.kill()
+            _end_workers(batches, workers)
 
     # With the batches, or with the program, whichever ends first. Left to itself, Python would send
-    # SIGTERM and wait; and once the iterator is garbage, its queues tell the workers nothing more.
+    # SIGTERM and wait.
     atexit.register(end)
     try:
         while True:
             yield [next(batches) for _ in range(micro_batches)]
+    except (OSError, EOFError) as error:  # a batch whose memory went with its worker
+        dead = [p.pid for p in workers if wait([p.sentinel], SECONDS_TO_DIE)]
+        if not dead:
+            raise
+        raise RuntimeError(f"DataLoader worker (pid {dead[0]}) died") from error
     finally:
         atexit.unregister(end)
         end()
+
+
+def _end_workers(batches: Any, workers: Sequence[BaseProcess]) -> None:
+    """Kill the workers, who are deaf to SIGTERM and have nothing to lose."""
+    batches._shutdown = True  # nothing is left to do when the iterator is garbage
+    _remove_worker_pids(id(batches))  # nor is their end a fault now
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join(SECONDS_TO_DIE)

@@ -300,12 +300,13 @@ def _description(config_class: type) -> str:
 
 
 def _complain(message: str, status: int = EXIT_MISTAKE) -> int:
-    """One line on stderr, from the first process of a job only; returns the status."""
+    """One line on stderr; returns the status. What every process of a job would say of the same
+    mistake is said by the first; the fault of a machine is said where it happens."""
     if message.startswith("Caught "):  # torch wraps what a loader's worker raises in a traceback
         message = message.rstrip().splitlines()[-1].partition(": ")[2]
     line = " ".join(message.split())
     shown = "".join(letter if letter.isprintable() else "?" for letter in line)
-    if os.environ.get("RANK", "0") == "0":
+    if status == EXIT_FAILURE or os.environ.get("RANK", "0") == "0":
         print(f"error: {shown}", file=sys.stderr)
     return status
 

@@ -1,10 +1,13 @@
 """The data order is a pure function of the step; how it is read does not matter."""
 
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +113,47 @@ def test_workers_end_with_the_batches_even_after_an_error() -> None:
         except SmaltiError as error:
             assert "the disk is gone" in str(error)
         assert set(multiprocessing.active_children()) == others
+
+
+class Fatal:
+    """A data set that kills its worker at the second epoch, with the lock of DataLoader's event."""
+
+    def __init__(self, tensors: bool) -> None:
+        self.tensors = tensors
+
+    def __getitems__(self, keys):
+        if keys[0][0] == 1:
+            frame = sys._getframe()
+            while "done_event" not in frame.f_locals:
+                frame = frame.f_back
+            frame.f_locals["done_event"]._cond.acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.tensor(keys) if self.tensors else keys
+
+
+@pytest.mark.parametrize("tensors", [True, False])  # of tensors, the worker holds the memory
+def test_a_killed_worker_ends_the_batches_at_once(tensors: bool) -> None:
+    """In a process of its own, for a hang here would be for ever."""
+    code = (
+        "import test_order_and_loader as tests\n"
+        "stream = tests.stream_batches(\n"
+        f"    tests.Fatal({tensors}), tests.DataOrder(10, 5, 0), num_workers=2\n"
+        ")\n"
+        "try:\n"
+        "    for _ in stream: pass\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+        "print(len(tests.multiprocessing.active_children()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    first, last = done.stdout.splitlines()
+    assert first.startswith("DataLoader worker (pid") and last == "0", done.stderr
 
 
 def test_indivisible_batches_are_refused() -> None:

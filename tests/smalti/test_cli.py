@@ -255,7 +255,10 @@ def test_every_recipe_is_valid(path: Path) -> None:
     assert config.output_dir != config_class().output_dir
 
 
-def test_a_dead_loader_worker_is_one_line(capsys) -> None:
+@pytest.mark.parametrize("rank", ["0", "1"])  # a machine's fault is said where it happens
+def test_a_dead_loader_worker_is_one_line(capsys, monkeypatch, rank: str) -> None:
+    monkeypatch.setenv("RANK", rank)
+
     def command(argv) -> int:
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
