@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from smalti.config import check_at_least
 from smalti.data.arrays import class_names, names_beside
 from smalti.data.cache import SPLITS, EncodedRange, refuse_other_contents, write_cache
 from smalti.data.cache_info import CacheInfo
@@ -77,9 +78,8 @@ class Division:
     num_samples: int = 0  # how many there must be; 0 = not known
 
     def __post_init__(self) -> None:
-        for name, least in (("shard_size", 1), ("num_samples", 0)):
-            if getattr(self, name) < least:
-                raise SmaltiError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        check_at_least(1, self, "shard_size")
+        check_at_least(0, self, "num_samples")
 
 
 def import_latents(

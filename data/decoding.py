@@ -10,6 +10,7 @@ from typing import BinaryIO, Literal
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from smalti.config import check_at_least
 from smalti.errors import SmaltiError
 
 
@@ -32,9 +33,7 @@ class FolderOptions:
     def __post_init__(self) -> None:
         if self.min_side < 1 or self.max_pixels < 1:
             raise SmaltiError("min_side and max_pixels must be at least 1")
-        for name in ("max_bad_images", "verify_up_to"):
-            if getattr(self, name) < 0:
-                raise SmaltiError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        check_at_least(0, self, "max_bad_images", "verify_up_to")
 
 
 class Unusable(Exception):

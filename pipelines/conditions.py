@@ -9,7 +9,6 @@ from torch import Tensor
 
 from smalti.errors import SmaltiError
 from smalti.pipelines.labels import ClassLabels, label_ids, whole_number
-from smalti.prior.base import Prior
 from smalti.prior.text_condition import Condition, TextCondition
 
 
@@ -58,23 +57,4 @@ class Conditions:
             raise SmaltiError("no pictures were asked for: give a caption and at least one for it")
         if mask is None:
             mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-        TextCondition(features, torch.ones_like(mask, dtype=torch.bool))  # checks the shapes
-        captions = TextCondition.left_padded(features, mask.bool())
-        return cls(
-            captions=TextCondition(
-                captions.features.repeat_interleave(each, 0),
-                captions.mask.repeat_interleave(each, 0),
-            )
-        )
-
-
-def nothing(prior: Prior) -> Condition:
-    """The condition of no pictures at all."""
-    device = next(prior.parameters()).device
-    config = prior.config
-    if getattr(config, "condition", "class") == "class":
-        return torch.empty(0, dtype=torch.int64, device=device)
-    shape = (0, config.text_length, config.text_dim)
-    return TextCondition(
-        torch.empty(shape, device=device), torch.empty(shape[:2], dtype=torch.bool, device=device)
-    )
+        return cls(captions=TextCondition.left_padded(features, mask.bool()).repeat(each))

@@ -11,7 +11,6 @@ from smalti.errors import SmaltiError
 from smalti.pipelines.checkpoint_reader import Checkpoint
 
 Tensors = Sequence[Tensor]
-Shape = tuple[int, ...]
 
 
 def _unchanged(tensors: Tensors) -> Tensors:

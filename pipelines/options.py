@@ -6,7 +6,6 @@ from typing import Any
 
 from smalti.config import nearest
 from smalti.errors import SmaltiError
-from smalti.pipelines.conditions import nothing
 from smalti.prior.base import Prior
 
 OUR_OWN = {"condition", "generator"}  # parameters of `sample` that a pipeline fills
@@ -30,4 +29,4 @@ def check_names(prior: Prior, options: Mapping[str, Any]) -> None:
 def check_options(prior: Prior, options: Mapping[str, Any]) -> None:
     """Raise `SmaltiError` if `prior.sample` would refuse an option: it is asked for no samples."""
     check_names(prior, options)
-    prior.sample(nothing(prior), **options)
+    prior.sample(prior.no_conditions(), **options)

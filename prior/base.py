@@ -70,6 +70,15 @@ class Prior(nn.Module, Pretrained, ABC):
         generator only. guidance_scale s means uncond + s (cond - uncond); 1 is off.
         """
 
+    def no_conditions(self) -> Any:
+        """The condition of no samples at all: labels (0,)."""
+        return torch.empty(0, dtype=torch.int64, device=next(self.parameters()).device)
+
+    def bind(self, quantizer: nn.Module | None) -> None:
+        """Take what the prior needs of the quantizer of the tokenizer whose latents it models, if
+        that has one: once, before training. Most need nothing."""
+        del quantizer
+
     def set_progress(self, progress: float) -> None:
         """Tell the prior the share of the training that is done, before every training step.
 

@@ -192,7 +192,9 @@ class FlowPrior(Prior):
         solver.check(self.config.network.out_channels == 2 * self.config.network.in_channels)
         times = self.time_grid(num_inference_steps, solver, schedule)
         normal = NormalSource(generator, len(condition))
-        x = dynamics.path.marginal_std(times[0]).item() * self._noise(noise, condition, normal)
+        rows = len(condition)
+        x0 = self.draw_noise(rows, normal) if noise is None else self._check_noise(noise, rows)
+        x = dynamics.path.marginal_std(times[0]).item() * x0
         if not len(x):
             return x
         with self.evaluating():
@@ -209,14 +211,17 @@ class FlowPrior(Prior):
             )
         return x
 
-    def _noise(self, noise: Tensor | None, condition: Tensor, normal: NormalSource) -> Tensor:
+    def draw_noise(self, rows: int, normal: NormalSource) -> Tensor:
+        """Standard normal x_0 (rows, C, h, w)."""
         spec, device = self.config.spec, next(self.parameters()).device
-        shape = (len(condition), spec.channels, spec.height, spec.width)
-        if noise is None:
-            return normal(torch.empty(shape, device=device))
+        return normal(torch.empty(rows, spec.channels, spec.height, spec.width, device=device))
+
+    def _check_noise(self, noise: Tensor, rows: int) -> Tensor:
+        spec = self.config.spec
+        shape = (rows, spec.channels, spec.height, spec.width)
         if tuple(noise.shape) != shape:
             raise SmaltiError(f"noise has shape {tuple(noise.shape)}; give {shape}")
-        return noise.to(device, torch.float32)
+        return noise.to(next(self.parameters()).device, torch.float32)
 
     # -- likelihood ---------------------------------------------------------------------------
 

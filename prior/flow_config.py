@@ -61,8 +61,17 @@ class FlowConfig:
         """Number of classes, without the null label."""
         return self.network.num_classes
 
-    def fitted(self, spec: LatentSpec, num_classes: int, tokenizer_fingerprint: str | None) -> Self:
+    def fitted(
+        self,
+        spec: LatentSpec,
+        num_classes: int,
+        tokenizer_fingerprint: str | None,
+        quantizer: object = None,
+    ) -> Self:
         """This size of model for other latents.
+
+        Args:
+            quantizer: of the tokenizer; a flow prior needs nothing of it.
 
         Raises:
             SmaltiError: the latents are codes, or cannot be cut into the network's patches.
@@ -72,6 +81,7 @@ class FlowConfig:
                 f"a flow prior models continuous latents, not {spec}: use a next-token prior, or "
                 "a tokenizer with continuous latents"
             )
+        del quantizer
         network = self.network.fitted(spec, num_classes)
         return replace(self, network=network, tokenizer_fingerprint=tokenizer_fingerprint)
 

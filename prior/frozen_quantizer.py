@@ -37,7 +37,7 @@ class FrozenQuantizer(MultiScaleQuantizer):
 
         return super()._apply(move, recurse)
 
-    def bind(self, quantizer: nn.Module) -> None:
+    def bind(self, quantizer: nn.Module | None) -> None:
         """Copy the weights of a tokenizer's quantizer; again only from an equal one.
 
         Raises:

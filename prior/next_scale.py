@@ -105,7 +105,7 @@ class NextScalePrior(CodePrior):
 
     # -- the tokenizer's quantizer --------------------------------------------------------------
 
-    def bind(self, quantizer: nn.Module) -> None:
+    def bind(self, quantizer: nn.Module | None) -> None:
         """Copy the quantizer of the tokenizer whose codes are modelled: once, before training.
 
         Raises:

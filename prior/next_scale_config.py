@@ -69,7 +69,7 @@ class NextScaleConfig:
         spec: LatentSpec,
         num_classes: int,
         tokenizer_fingerprint: str | None,
-        quantizer: object,
+        quantizer: object = None,
     ) -> Self:
         """This size of model for other latents.
 

@@ -105,6 +105,14 @@ class NextTokenPrior(CodePrior):
 
     # -- training -----------------------------------------------------------------------------
 
+    def no_conditions(self) -> Condition:
+        """The condition of no samples at all: labels (0,), or captions (0, T, D)."""
+        nobody, config = super().no_conditions(), self.config
+        if config.condition == "class":
+            return nobody
+        features = nobody.new_empty(0, config.text_length, config.text_dim, dtype=torch.float32)
+        return TextCondition(features, features[..., 0].bool())
+
     def set_progress(self, progress: float) -> None:
         """With random orders, tell the prior the share of the training that is done."""
         super().set_progress(progress)

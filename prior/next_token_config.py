@@ -104,14 +104,24 @@ class NextTokenConfig:
         """Number of condition tokens before the codes."""
         return self.text_length if self.condition == "text" else 1
 
-    def fitted(self, spec: LatentSpec, num_classes: int, tokenizer_fingerprint: str | None) -> Self:
+    def fitted(
+        self,
+        spec: LatentSpec,
+        num_classes: int,
+        tokenizer_fingerprint: str | None,
+        quantizer: object = None,
+    ) -> Self:
         """This size of model for other latents; one of text has no classes whatever they have.
+
+        Args:
+            quantizer: of the tokenizer; a next-token prior needs nothing of it.
 
         Raises:
             SmaltiError: the latents are not codes of one grid.
         """
         if not isinstance(spec, CodeSpec):
             raise SmaltiError(f"a next-token prior models codes, not {spec}: use a flow prior")
+        del quantizer
         return replace(
             self,
             spec=spec,

@@ -44,10 +44,7 @@ def generate_pairs(
     solver = make_solver(options.pop("solver", "heun"))
     if not isinstance(solver, ODESolver):
         raise SmaltiError(f"{solver} makes no pairs: use an ODE solver, like heun")
-    spec = prior.config.spec
-    shape = (len(labels), spec.channels, spec.height, spec.width)
-    device = next(prior.parameters()).device
-    noise = NormalSource(generator, len(labels))(torch.empty(shape, device=device))
+    noise = prior.draw_noise(len(labels), NormalSource(generator, len(labels)))
     data = prior.sample(labels, solver=solver, noise=noise, **options)
     return Pairs(noise, data, labels)
 

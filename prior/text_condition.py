@@ -23,17 +23,8 @@ class TextCondition:
     mask: Tensor  # (B, T) bool, True at tokens
 
     def __post_init__(self) -> None:
-        features, mask = self.features, self.mask
-        if features.ndim != 3 or not features.dtype.is_floating_point:
-            raise SmaltiError(
-                f"text features have shape {tuple(features.shape)} and type {features.dtype}; "
-                "give (B, T, D) of a floating-point type"
-            )
-        if mask.shape != features.shape[:2] or mask.dtype != torch.bool:
-            raise SmaltiError(
-                f"the mask has shape {tuple(mask.shape)} and type {mask.dtype}; "
-                f"give {tuple(features.shape[:2])} bool, True at tokens"
-            )
+        mask = self.mask
+        _check_shapes(self.features, mask)
         if torch.compiler.is_compiling():  # a branch on values would break the graph
             return
         if not mask.any(1).all():
@@ -44,7 +35,12 @@ class TextCondition:
     @classmethod
     def left_padded(cls, features: Tensor, mask: Tensor) -> Self:
         """From features (B, T, D) and a mask (B, T) bool with padding anywhere; tokens stay in
-        their order."""
+        their order.
+
+        Raises:
+            SmaltiError: as for a condition that is padded on the left.
+        """
+        _check_shapes(features, mask)
         order = mask.int().argsort(dim=1, stable=True)  # padding first
         return cls(features.take_along_dim(order[..., None], 1), mask.gather(1, order))
 
@@ -53,6 +49,11 @@ class TextCondition:
 
     def __getitem__(self, rows: slice) -> Self:
         return type(self)(self.features[rows], self.mask[rows])
+
+    def repeat(self, each: int) -> Self:
+        """Every caption `each` times, in order."""
+        features, mask = (t.repeat_interleave(each, 0) for t in (self.features, self.mask))
+        return type(self)(features, mask)
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
@@ -69,6 +70,19 @@ class TextCondition:
         queries = keys[start:, None]
         tokens = F.pad(self.mask, (0, max(0, stop - self.mask.shape[1])), value=True)[:, :stop]
         return ((keys < queries) & tokens[:, None, None]) | (keys == queries)
+
+
+def _check_shapes(features: Tensor, mask: Tensor) -> None:
+    if features.ndim != 3 or not features.dtype.is_floating_point:
+        raise SmaltiError(
+            f"text features have shape {tuple(features.shape)} and type {features.dtype}; "
+            "give (B, T, D) of a floating-point type"
+        )
+    if mask.shape != features.shape[:2] or mask.dtype != torch.bool:
+        raise SmaltiError(
+            f"the mask has shape {tuple(mask.shape)} and type {mask.dtype}; "
+            f"give {tuple(features.shape[:2])} bool, True at tokens"
+        )
 
 
 Condition = Tensor | TextCondition  # class labels (B,), or captions

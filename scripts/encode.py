@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
@@ -25,7 +24,7 @@ from smalti.data.dataset import ImageDataset
 from smalti.data.views import VIEW_SETS, ViewSet, decoded_size, views_of
 from smalti.scripts.options import DataOptions
 from smalti.tokenizer.base import Tokenizer
-from smalti.training.processes import join_job, say
+from smalti.training.processes import join_job, say, shared_work
 
 
 @dataclass(frozen=True)
@@ -64,16 +63,12 @@ def encode(config: EncodeConfig) -> Path:
             dataset_fingerprint=images.fingerprint,
             shard_size=config.shard_size,
         )
-        bar = tqdm(total=len(images), desc=f"encode {split}", disable=not state.is_main_process)
-        with bar:
+        with shared_work(len(images), f"encode {split}") as share:
             write_cache(
                 config.output_dir / split,
                 info,
                 Encoder(tokenizer, larger, info.views, config.batch_size),
-                rank=state.process_index,
-                world_size=state.num_processes,
-                barrier=state.wait_for_everyone,
-                progress=bar.update,
+                **share,
             )
     return config.output_dir
 

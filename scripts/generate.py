@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
 from smalti.errors import SmaltiError
 from smalti.pipelines.generation import generate_folder
 from smalti.pipelines.pipeline import Pipeline
 from smalti.scripts.sampling import Sampling
-from smalti.training.processes import join_job, say
+from smalti.training.processes import join_job, say, shared_work
 
 
 @dataclass(frozen=True)
@@ -49,17 +47,14 @@ def generate(config: GenerateConfig) -> list[Path]:
         )
     ids = pipeline.label_ids(config.class_labels or range(len(pipeline.classes)))
     labels = [label for label in ids for _ in range(config.num_images_per_class)]
-    with tqdm(total=len(labels), desc="generate", disable=not state.is_main_process) as bar:
+    with shared_work(len(labels), "generate") as share:
         paths = generate_folder(
             pipeline,
             config.output_dir,
             labels,
             seed=config.seed,
             batch_size=config.batch_size,
-            rank=state.process_index,
-            world_size=state.num_processes,
-            barrier=state.wait_for_everyone,
-            progress=bar.update,
+            **share,
             **config.options,
         )
     state.wait_for_everyone()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tqdm.auto import tqdm
 from tyro.conf import Positional, arg
 
 from smalti.cli import parse_config, run_command
@@ -20,7 +19,7 @@ from smalti.data.cache_import import Division, Format, Origin, import_latents, o
 from smalti.errors import SmaltiError
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.kl import KLTokenizer
-from smalti.training.processes import join_job, say
+from smalti.training.processes import join_job, say, shared_work
 
 
 @dataclass(frozen=True)
@@ -51,21 +50,11 @@ def origin_of(tokenizer: Tokenizer) -> Origin:
 
 def imported(config: ImportLatentsConfig) -> Path:
     """Write the caches of both splits, and return their folder."""
-    state = join_job()
+    join_job()
     origin = origin_of(Tokenizer.from_pretrained(str(config.tokenizer)))
     latents = open_foreign(config.source, config.format, origin, config.normalised)
-    total = len(latents.labels)
-    with tqdm(total=total, desc="import", disable=not state.is_main_process) as bar:
-        import_latents(
-            latents,
-            origin,
-            config.out,
-            config,
-            rank=state.process_index,
-            world_size=state.num_processes,
-            barrier=state.wait_for_everyone,
-            progress=bar.update,
-        )
+    with shared_work(len(latents.labels), "import") as share:
+        import_latents(latents, origin, config.out, config, **share)
     return config.out
 
 

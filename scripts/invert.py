@@ -39,6 +39,8 @@ class InvertConfig(StatisticsOptions):
             )
         if self.perceptual_weight < 0:
             raise SmaltiError(f"perceptual_weight is {self.perceptual_weight}; use 0 or more")
+        if self.start == "encoder" and self.max_pictures != StatisticsOptions.max_pictures:
+            raise SmaltiError("max_pictures counts the pictures of the mean: add --start mean")
 
 
 def invert(config: InvertConfig) -> Inversion:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
@@ -27,7 +26,7 @@ from smalti.prior.normal import NormalSource
 from smalti.prior.rectified import check_straight, generate_pairs, straightness
 from smalti.prior.solvers import ODESolver, make_solver
 from smalti.scripts.sampling import Sampling
-from smalti.training.processes import join_job, say
+from smalti.training.processes import join_job, say, shared_work
 from smalti.training.seeding import derive_seed
 
 MEASURED_PAIRS = 64
@@ -74,16 +73,25 @@ class PairMaker:
         return EncodedRange(torch.cat(parts), labels)
 
 
-def reflow(config: ReflowConfig) -> Path:
-    """Write pairs as a latent cache, train/ and heldout/, and return its folder."""
-    state = join_job()
-    refuse_other_contents(config.output_dir)
-    pipeline = Pipeline.from_pretrained(config.model, device=state.device)
+def load(config: ReflowConfig) -> tuple[Pipeline, FlowPrior]:
+    """The pipeline, and its flow.
+
+    Raises:
+        SmaltiError: it has no flow on straight paths, or the options make no pairs.
+    """
+    pipeline = Pipeline.from_pretrained(config.model, device=join_job().device)
     prior = pipeline.prior
     check_straight(prior)
     assert isinstance(prior, FlowPrior)
     check_options(prior, config.options)
-    generate_pairs(prior, torch.empty(0, dtype=torch.int64), **config.options)  # by an ODE solver?
+    generate_pairs(prior, prior.no_conditions(), **config.options)  # by an ODE solver?
+    return pipeline, prior
+
+
+def reflow(config: ReflowConfig) -> float:
+    """Write pairs as a latent cache, train/ and heldout/; return how straight the flow is."""
+    refuse_other_contents(config.output_dir)
+    pipeline, prior = load(config)
     recipe = json.dumps([prior.checksum, config.seed, config.options], sort_keys=True)
     for split, count in (("train", config.num_pairs), ("heldout", config.num_heldout)):
         info = CacheInfo(
@@ -96,35 +104,24 @@ def reflow(config: ReflowConfig) -> Path:
             shard_size=config.shard_size,
             pairs=hashlib.sha256(recipe.encode()).hexdigest(),
         )
-        bar = tqdm(total=count, desc=f"pairs {split}", disable=not state.is_main_process)
-        with bar:
+        with shared_work(count, f"pairs {split}") as share:
             write_cache(
                 config.output_dir / split,
                 info,
                 PairMaker(prior, config, split),
-                rank=state.process_index,
-                world_size=state.num_processes,
-                barrier=state.wait_for_everyone,
-                progress=bar.update,
+                **share,
             )
-    return config.output_dir
+    return bend(prior, config)
 
 
 @torch.no_grad()
-def bend(config: ReflowConfig) -> float:
+def bend(prior: FlowPrior, config: ReflowConfig) -> float:
     """Mean straightness of the flow, 0 for straight lines, over some noises of all classes."""
-    prior = Pipeline.from_pretrained(config.model, device=join_job().device).prior
-    assert isinstance(prior, FlowPrior)
-    device = next(prior.parameters()).device
     solver = make_solver(config.options.get("solver", "heun"))
     assert isinstance(solver, ODESolver)
     labels = torch.arange(MEASURED_PAIRS) % prior.num_classes
-    spec = prior.config.spec
-    normal = NormalSource(
-        [picture_generator(config.seed, i) for i in range(MEASURED_PAIRS)], MEASURED_PAIRS
-    )
-    shape = (MEASURED_PAIRS, spec.channels, spec.height, spec.width)
-    noise = normal(torch.empty(shape, device=device))
+    generators = [picture_generator(config.seed, i) for i in range(MEASURED_PAIRS)]
+    noise = prior.draw_noise(MEASURED_PAIRS, NormalSource(generators, MEASURED_PAIRS))
     options = config.options
     steps = options.get("num_inference_steps", 50)
     times = prior.time_grid(steps, solver, options.get("schedule"))
@@ -136,9 +133,9 @@ def bend(config: ReflowConfig) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti reflow`."""
     config = parse_config(ReflowConfig, argv, prog="smalti reflow")
-    say(f"pairs: {reflow(config)}")
-    if join_job().is_main_process:
-        print(f"straightness of {config.model}: {bend(config):.4f} (0 is straight)")
+    straight = reflow(config)
+    say(f"pairs: {config.output_dir}")
+    say(f"straightness of {config.model}: {straight:.4f} (0 is straight)")
     return 0
 
 

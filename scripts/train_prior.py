@@ -21,7 +21,6 @@ from smalti.pipelines.generation import class_grid
 from smalti.pipelines.options import check_options
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Loss, Prior
-from smalti.prior.next_scale import NextScaleConfig, NextScalePrior
 from smalti.prior.presets import PRESETS, PriorConfig
 from smalti.prior.rectified import check_straight
 from smalti.scripts.initial import begin_from
@@ -56,18 +55,16 @@ class TrainPriorConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         default = type(self.prior)()
-        about = (default.spec, default.num_classes, default.tokenizer_fingerprint)
-        quantizer = getattr(default, "quantizer", None)
-        given = first_other(self.prior, refitted(self.prior, *about, quantizer), "prior")
+        refitted = self.prior.fitted(
+            default.spec,
+            default.num_classes,
+            default.tokenizer_fingerprint,
+            getattr(default, "quantizer", None),
+        )
+        given = first_other(self.prior, refitted, "prior")
         if given:
             name, value = given
             raise SmaltiError(f"{name} is {value}, but it is taken from the latents: leave it out")
-
-
-def refitted(config: PriorConfig, *about: Any) -> PriorConfig:
-    """This size of prior for the latents described by (spec, num_classes, tokenizer_fingerprint,
-    config of the tokenizer's quantizer); only a next-scale prior asks for the last."""
-    return config.fitted(*(about if isinstance(config, NextScaleConfig) else about[:3]))
 
 
 def first_other(config: Any, other: Any, name: str) -> tuple[str, Any] | None:
@@ -166,10 +163,14 @@ def build_prior(config: PriorConfig, latents: LatentCache, tokenizer: Tokenizer)
         SmaltiError: it does not model such latents.
     """
     quantizer: Any = getattr(tokenizer, "quantizer", None)
-    about = (latents.spec, latents.num_classes, latents.info.tokenizer_fingerprint)
-    prior = Prior.registry.build(refitted(config, *about, getattr(quantizer, "config", None)))
-    if isinstance(prior, NextScalePrior):
-        prior.bind(quantizer)
+    fitted = config.fitted(
+        latents.spec,
+        latents.num_classes,
+        latents.info.tokenizer_fingerprint,
+        getattr(quantizer, "config", None),
+    )
+    prior: Prior = Prior.registry.build(fitted)
+    prior.bind(quantizer)
     return prior
 
 

@@ -74,7 +74,11 @@ UNTRANSLATED_BY_YAML = (ValueError, LookupError, AttributeError, RecursionError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(_dispatch, sys.argv[1:] if argv is None else argv)
+
+
+def _dispatch(arguments: Sequence[str] | None) -> int | None:
+    """Run the command that the first argument names with the others."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else EXIT_MISTAKE
@@ -83,10 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        return _complain(f'no command is called "{name}"; {nearest(name, COMMANDS)}')
-    return run_command(
-        lambda arguments: importlib.import_module(COMMANDS[name][0]).main(arguments), rest
-    )
+        raise SmaltiError(f'no command is called "{name}"; {nearest(name, COMMANDS)}')
+    return importlib.import_module(COMMANDS[name][0]).main(rest)
 
 
 def run_command(

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from smalti.config import check_at_least
 from smalti.errors import SmaltiError
 from smalti.training.log import check_tracker
 from smalti.training.precision import Precision
@@ -71,9 +72,7 @@ class RunConfig:
     dataloader_num_workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise SmaltiError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_at_least(1, self, *AT_LEAST_ONE)
         for name in AT_LEAST_ZERO:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):

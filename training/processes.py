@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FunctionType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -26,6 +26,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from tqdm.auto import tqdm
 
 from smalti.errors import SmaltiError
 from smalti.training.checkpoint import Stateful
@@ -52,6 +53,24 @@ def say(text: str) -> None:
     """Print, once for all processes of the launch."""
     if join_job().is_main_process:
         print(text)
+
+
+@contextmanager
+def shared_work(total: int, title: str) -> Iterator[dict[str, Any]]:
+    """Keyword arguments for work that is cut by index: this process's rank, the world_size, a
+    barrier, and the progress of a bar that the main process shows.
+
+    Args:
+        total: samples, over all processes.
+    """
+    state = join_job()
+    with tqdm(total=total, desc=title, disable=not state.is_main_process) as bar:
+        yield {
+            "rank": state.process_index,
+            "world_size": state.num_processes,
+            "barrier": state.wait_for_everyone,
+            "progress": bar.update,
+        }
 
 
 def agreed_precision(requested: Precision, timeout: float) -> Literal["no", "bf16"]:

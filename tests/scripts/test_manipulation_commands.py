@@ -100,11 +100,9 @@ def test_the_ends_of_a_strip_are_reconstructions_beside_their_originals(
 def test_the_inversion_comes_nearer(tokenizer, pictures: Path, tmp_path: Path) -> None:
     larger = type(tokenizer)(replace(tokenizer.config, image_size=32))
     folder = larger.save_pretrained(tmp_path / "model")
-    base = InvertConfig(
-        model=str(folder), data=str(pictures), indices=(0, 9), steps=10, max_pictures=5
-    )
-    for start in ("encoder", "mean"):
-        found = invert(replace(base, start=start, output=tmp_path / f"{start}.png"))
+    base = InvertConfig(model=str(folder), data=str(pictures), indices=(0, 9), steps=10)
+    for start in ({}, {"start": "mean", "max_pictures": 5}):
+        found = invert(replace(base, **start, output=tmp_path / f"{len(start)}.png"))
         assert found.losses.shape == (11, 2) and found.vectors.shape == (2, 4, 16, 16)
         assert (found.losses.min(0).values < found.losses[0]).all()
 
@@ -190,6 +188,7 @@ def test_an_existing_file_is_replaced_only_on_request(
         (["invert", "--indices", "0", "--learning_rate", "-1"], "learning_rate -1.0"),
         (["invert", "--indices", "0", "--perceptual_weight", "-1"], "perceptual_weight is -1.0"),
         (["invert", "--indices", "0", "--start", "zero"], "start"),
+        (["invert", "--indices", "0", "--max_pictures", "9"], "add --start mean"),
     ],
 )
 def test_mistakes_end_in_one_line_and_write_nothing(
