@@ -1,56 +1,22 @@
-"""Exact steps between the marginals of two times: DDPM's ancestral sampling and DDIM.
+"""Exact steps between the marginals of two times, on any path: DDPM's ancestral sampling and DDIM.
 
-With data and noise as the network expects them at time t, x at a later time s is Gaussian. Written
-for any path (Kingma et al., 2107.00630, appendix A), where r = alpha_t / alpha_s:
-
-    q(x_t | x_s) = N(r x_s, beta),  beta = sigma_t^2 - r^2 sigma_s^2
-    q(x_s | x_t, x_1) has variance  beta~ = beta sigma_s^2 / sigma_t^2
-
-On the discrete chain these are DDPM's beta and beta~ (2006.11239, eq. 7).
+With data and noise as the network expects them at time t, x at a later time s is Gaussian: the
+coefficients are those of `transition`.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from smalti.errors import SmaltiError
 from smalti.prior.dynamics import Dynamics
 from smalti.prior.normal import NormalSource
-from smalti.prior.paths import GaussianPath
 from smalti.prior.solvers import StepSolver, times_of
+from smalti.prior.transition import Transition, log_variance, transition
 
 Variance = Literal["auto", "small", "large", "learned"]
-
-
-@dataclass(frozen=True)
-class Transition:
-    """The coefficients of a step from t = start to s = stop > start."""
-
-    alpha: float  # at s
-    sigma: float  # at s
-    large: float  # beta
-    small: float  # beta~
-
-
-def transition(path: GaussianPath, start: float, stop: float) -> Transition:
-    """Computed in float64 on the CPU, whatever the samples are.
-
-    Raises:
-        SmaltiError: the times descend: these samplers only go towards data.
-    """
-    if stop < start:
-        raise SmaltiError(
-            f"times go from {start:.4g} down to {stop:.4g}; use an ODE solver to go back"
-        )
-    times = torch.tensor([start, stop], dtype=torch.float64)
-    alpha, (sigma_t, sigma) = path.alpha(times)[1].item(), path.sigma(times).tolist()
-    # sigma_t^2 (1 - SNR_t / SNR_s), which loses no digits where both are near 1.
-    gain = (path.log_snr(times)[0] - path.log_snr(times)[1]).item()
-    large = -(sigma_t**2) * math.expm1(gain)
-    return Transition(alpha, sigma, large, large * sigma**2 / sigma_t**2)
 
 
 @dataclass(frozen=True)
@@ -104,8 +70,7 @@ class DDPM(StepSolver):
         to = transition(dynamics.path, start, stop)
         estimate = dynamics.estimate(x, times_of(start, x))
         # The mean of the posterior, in terms of data and noise: DDIM's with eta = 1.
-        kept = math.sqrt(max(to.sigma**2 - to.small, 0.0))
-        mean = to.alpha * estimate.data + kept * estimate.noise
+        mean = to.alpha * estimate.data + to.kept * estimate.noise
         if to.sigma == 0 or to.large == 0:
             return mean
         return mean + self._std(to, estimate.surplus, x) * normal(x)
@@ -116,6 +81,4 @@ class DDPM(StepSolver):
         if self.variance == "auto" and surplus.shape != x.shape:
             return math.sqrt(to.small)
         self.check(surplus.shape == x.shape)
-        share = (surplus + 1) / 2
-        log_small, log_large = math.log(to.small), math.log(to.large)
-        return (0.5 * (share * log_large + (1 - share) * log_small)).exp()
+        return (0.5 * log_variance(surplus, math.log(to.small), math.log(to.large))).exp()

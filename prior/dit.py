@@ -40,7 +40,7 @@ class DiTConfig:
     """Defaults: DiT-B/2 for 256 px ImageNet latents, which predicts a noise and its variance."""
 
     in_channels: int = 4  # C of the latents
-    out_channels: int = 8  # 2 C where the variance is learned, as in all published weights
+    out_channels: int = 8  # 2 C where variances are learned, as in all published weights
     grid: tuple[int, int] = (32, 32)  # (h, w) of the latents
     patch_size: int = 2  # side of the square of latent positions that becomes one token
     width: int = 768

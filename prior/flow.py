@@ -15,9 +15,10 @@ from torch import Tensor
 from smalti.errors import SmaltiError
 from smalti.prior.base import Loss, Prior
 from smalti.prior.dit import DiT
-from smalti.prior.dynamics import Dynamics
+from smalti.prior.dynamics import Dynamics, Estimate
 from smalti.prior.flow_config import PRESETS, FlowConfig
 from smalti.prior.guidance import Classifier, ClassifierFree, classifier_free, with_classifier
+from smalti.prior.learned_variance import bound_weight, variance_bound
 from smalti.prior.likelihood import (
     bits_per_dimension,
     exact_divergence,
@@ -52,7 +53,8 @@ class FlowPrior(Prior):
     # -- training -----------------------------------------------------------------------------
 
     def forward(self, latents: Tensor, condition: Tensor, noise: Tensor | None = None) -> Loss:
-        """The weighted squared error of the prediction, averaged over times and numbers.
+        """The weighted squared error of the prediction, averaged over times and numbers; and on a
+        DDPM path the bound on the variances, if the network predicts them.
 
         In eval mode times and noise are the same at every call, so that validation losses can be
         compared.
@@ -71,11 +73,17 @@ class FlowPrior(Prior):
         self._check_latents(noise, "noise")
         path, prediction, within = self.config.path, self.config.prediction, self.time_range
         t = within.start + (within.end - within.start) * self.config.times.quantile(u)
-        output = self._output(path.mix(latents, noise, t), t, labels)
+        x = path.mix(latents, noise, t)
+        estimate = Estimate(path, prediction, x, t, self._output(x, t, labels))
         target = of_data_and_noise(prediction, path, latents, noise, t)
-        error = (output[:, : latents.shape[1]] - target).square().flatten(1).mean(1)
+        error = (estimate.value - target).square().flatten(1).mean(1)
         weight = loss_weight(self.config.loss_weight, path, prediction, t)
-        return Loss((weight * error).mean(), {"mse": error.detach().mean()})
+        loss = Loss((weight * error).mean(), {"mse": error.detach().mean()})
+        if not (self.config.predicts_variance and isinstance(path, DDPMPath)):
+            return loss
+        bound = variance_bound(path, estimate, latents, noise).mean()
+        parts = {**loss.parts, "variance_bound": bound.detach()}
+        return Loss(loss.total + bound_weight(path) * bound, parts)
 
     def _draw(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Uniform numbers (B,) for the times, and noise like latents."""
@@ -189,7 +197,7 @@ class FlowPrior(Prior):
         """
         dynamics = self.dynamics(condition, guidance_scale, guidance_interval, classifier)
         solver = make_solver(solver)
-        solver.check(self.config.network.out_channels == 2 * self.config.network.in_channels)
+        solver.check(self.config.predicts_variance)
         times = self.time_grid(num_inference_steps, solver, schedule)
         normal = NormalSource(generator, len(condition))
         rows = len(condition)

@@ -57,6 +57,11 @@ class FlowConfig:
         return ContinuousSpec(self.network.in_channels, *self.network.grid)
 
     @property
+    def predicts_variance(self) -> bool:
+        """Whether the network has channels for the variance of a step of ddpm."""
+        return self.network.out_channels == 2 * self.network.in_channels
+
+    @property
     def num_classes(self) -> int:
         """Number of classes, without the null label."""
         return self.network.num_classes
