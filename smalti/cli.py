@@ -99,7 +99,8 @@ def run_command(
     Returns:
         The exit status: what the command returned, EXIT_MISTAKE, EXIT_FAILURE or EXIT_INTERRUPTED.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    first = os.environ.get("RANK", "0") == "0"  # of a job, whose processes do alike
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         return command(argv) or 0

@@ -1,5 +1,6 @@
 """The command line: configuration in layers, and mistakes in one line."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -264,6 +265,20 @@ def test_a_dead_loader_worker_is_one_line(capsys, monkeypatch, rank: str) -> Non
 
     assert run_command(command, []) == 1
     assert "lower --dataloader_num_workers" in capsys.readouterr().err
+
+
+def test_a_job_of_many_processes_tells_its_news_once_and_its_warnings_always() -> None:
+    code = (
+        "import logging\n"
+        "from smalti.cli import run_command\n"
+        "run_command(lambda _: logging.info('news') or logging.warning('beware') or 0, [])"
+    )
+    for rank, expected in (("0", ["news", "beware"]), ("3", ["beware"])):
+        environment = {**os.environ, "RANK": rank}
+        told = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        )
+        assert told.stderr.splitlines() == expected
 
 
 def test_what_is_printed_to_nobody_ends_quietly() -> None:
