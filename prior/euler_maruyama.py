@@ -36,18 +36,20 @@ DIFFUSIONS: dict[str, Diffusion] = {
     "increasing-decreasing": lambda path, t: torch.sin(math.pi * t).square(),
 }
 
-# The largest w h / sigma^2 of a step, with the sigma it leads to: for stability it must be well
-# below 2. Since the marginals are the same for any w, holding w down costs nothing.
-CAP = 0.1
-
 
 @dataclass(frozen=True)
 class EulerMaruyama(StepSolver):
     """Euler's method for the SDE; the step to where sigma is 0 is the expected data, without
-    noise."""
+    noise.
+
+    A step that is long for its w leaves too much noise: more than sigma^2 / (1 - r / 2), where
+    r = w h / sigma^2 with the sigma that it leads to. Since the marginals are the same for any w,
+    a w beyond `largest_ratio` is held there; None takes w as it is.
+    """
 
     diffusion: str = "sigma"  # a name in DIFFUSIONS: w(t)
     strength: float = 1.0  # w is multiplied by it; 0 is the ODE
+    largest_ratio: float | None = 0.1  # of w h to sigma^2
 
     def __post_init__(self) -> None:
         if self.diffusion not in DIFFUSIONS:
@@ -56,6 +58,11 @@ class EulerMaruyama(StepSolver):
             )
         if not (self.strength >= 0 and math.isfinite(self.strength)):
             raise SmaltiError(f"strength is {self.strength}; it must be 0 or more")
+        if self.largest_ratio is not None and not 0 < self.largest_ratio < 2:
+            raise SmaltiError(
+                f"largest_ratio is {self.largest_ratio}; from 2 on no step is stable: use less, or "
+                "None to take w as it is"
+            )
 
     def step(
         self, dynamics: Dynamics, x: Tensor, start: float, stop: float, normal: NormalSource
@@ -70,8 +77,9 @@ class EulerMaruyama(StepSolver):
         alpha, (sigma, last) = path.alpha(times)[1].item(), path.sigma(times).tolist()
         if last == 0:
             return alpha * estimate.data
-        wanted = self.strength * DIFFUSIONS[self.diffusion](path, times)[0].item()
-        w = min(wanted, CAP * last**2 / h) if h > 0 else 0.0
+        w = self.strength * DIFFUSIONS[self.diffusion](path, times)[0].item()
+        if self.largest_ratio is not None and w * h > self.largest_ratio * last**2:
+            w = self.largest_ratio * last**2 / h
         # w score = -(w / sigma) noise, which is finite where the score is not
         moved = x + h * estimate.velocity - (h * w / sigma) * estimate.noise
         return moved + math.sqrt(2 * w * h) * normal(x)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from smalti.data.latents import ContinuousSpec, LatentSpec
 from smalti.errors import SmaltiError
@@ -18,6 +18,14 @@ LATENTS = ContinuousSpec(4, 32, 32)  # of 256 px ImageNet, which all presets are
 @dataclass(frozen=True)
 class FlowConfig:
     """Defaults: SiT-B/2, with straight paths and their velocity."""
+
+    # May change without changing what saved weights mean.
+    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        "times",
+        "loss_weight",
+        "label_dropout",
+        "guided_channels",
+    )
 
     kind: Literal["flow"] = "flow"
     network: DiTConfig = field(default_factory=lambda: NETWORKS["dit-b/2"])

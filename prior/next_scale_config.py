@@ -1,7 +1,7 @@
 """Sizes of the next-scale prior: the published ones, and small ones that train in minutes."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from smalti.config import check_at_least
 from smalti.data.latents import CodeSpec, LatentSpec
@@ -16,6 +16,15 @@ def _spec_of(quantizer: MultiScaleConfig) -> CodeSpec:
 @dataclass(frozen=True)
 class NextScaleConfig:
     """Defaults: VAR-d16 for 256 px ImageNet codes."""
+
+    # May change without changing what saved weights mean.
+    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        "dropout",
+        "drop_path",
+        "label_dropout",
+        "gate_init",
+        "context_noise",
+    )
 
     kind: Literal["next-scale"] = "next-scale"
     spec: CodeSpec = field(default_factory=lambda: _spec_of(MultiScaleConfig()))

@@ -1,7 +1,7 @@
 """Sizes of the next-token prior: the published ones, and small ones that train in minutes."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from smalti.config import check_at_least
 from smalti.data.latents import CodeSpec, LatentSpec
@@ -11,6 +11,17 @@ from smalti.errors import SmaltiError
 @dataclass(frozen=True)
 class NextTokenConfig:
     """Defaults: LlamaGen GPT-B for 256 px ImageNet codes."""
+
+    # May change without changing what saved weights mean.
+    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        "dropout",
+        "token_dropout",
+        "attention_dropout",
+        "drop_path",
+        "label_dropout",
+        "token_corruption",
+        "random_order",
+    )
 
     kind: Literal["next-token"] = "next-token"
     spec: CodeSpec = field(default_factory=lambda: CodeSpec(16384, ((16, 16),)))

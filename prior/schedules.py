@@ -4,6 +4,7 @@ A grid of N steps has N + 1 ascending times. A schedule is a small configuration
 `Shifted(3.0)`, `Karras()`, `DDPMSpaced("leading")`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -110,9 +111,12 @@ Spacing = Literal["leading", "linspace", "trailing"]
 
 @dataclass(frozen=True)
 class DDPMSpaced(Schedule):
-    """N of the T indices of a discrete chain, then the data: "leading" (0, T/N, 2 T/N, ...; DiT's
-    `ddimN` where N divides T), "linspace" (0 to T - 1, rounded; DiT's `N`) or "trailing" (from
-    T - 1 down) (2305.08891, table 2)."""
+    """N of the T indices of a discrete chain, then the data (2305.08891, table 2).
+
+    "leading" strides from 0, by the least stride with N multiples below T: 0, 100, ..., 900 for
+    ten of a thousand (DiT's `ddimN`); where no stride has N, it is "linspace". "linspace" goes from
+    0 to T - 1, rounded (DiT's `N`), and "trailing" from T - 1 down.
+    """
 
     spacing: Spacing = "leading"
 
@@ -131,13 +135,14 @@ class DDPMSpaced(Schedule):
         if steps > total:
             raise SmaltiError(f"{steps} steps of a chain of {total} were asked for: use at most it")
         index = torch.arange(steps, dtype=torch.float64)
-        if self.spacing == "leading":
-            index = index * (total // steps)
-        elif self.spacing == "linspace":
-            index = (index * ((total - 1) / max(steps - 1, 1))).round()
-        else:
+        stride = math.ceil(total / steps)  # the least whose multiples are not too many
+        if self.spacing == "trailing":
             index = (total - (steps - 1 - index) * (total / steps)).round() - 1
             index = index.sort().values
+        elif self.spacing == "leading" and math.ceil(total / stride) == steps:
+            index = index * stride
+        else:
+            index = (index * ((total - 1) / max(steps - 1, 1))).round()
         times = path.time_of_index(index.flip(0))
         end = torch.tensor([within.end], dtype=torch.float64)
         return torch.cat([times, end[end > times[-1]]])

@@ -1,18 +1,44 @@
-"""Fine-tuning: a run that begins with the weights of a saved model."""
+"""Fine-tuning: a run that begins with the settings and the weights of a saved model."""
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
 
+from smalti.config import first_difference
 from smalti.errors import SmaltiError
 from smalti.hub import resolve_folder
 from smalti.pipelines.index import INDEX
 from smalti.prior.base import Prior
+from smalti.prior.presets import PriorConfig
 from smalti.tokenizer.base import Tokenizer
+from smalti.tokenizer.kl import KLConfig
+from smalti.tokenizer.presets import TokenizerConfig
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", Tokenizer, Prior)
+
+
+def saved_prior(path_or_hub_id: str) -> PriorConfig:
+    """The settings of a saved prior, but for what latents decide.
+
+    Raises:
+        SmaltiError: there is no prior.
+    """
+    saved = Prior.saved_config(_folder_of(Prior, path_or_hub_id))
+    return _as_for(saved, type(saved)())
+
+
+def saved_tokenizer(path_or_hub_id: str) -> TokenizerConfig:
+    """The settings of a saved tokenizer, but for what is measured after training.
+
+    Raises:
+        SmaltiError: there is no tokenizer.
+    """
+    saved = Tokenizer.saved_config(_folder_of(Tokenizer, path_or_hub_id))
+    return replace(saved, latent_mean=(), latent_std=()) if isinstance(saved, KLConfig) else saved
 
 
 def begin_from(model: Model, path_or_hub_id: str) -> None:
@@ -22,18 +48,17 @@ def begin_from(model: Model, path_or_hub_id: str) -> None:
     this is logged.
 
     Raises:
-        SmaltiError: nothing there, another kind of model, or one of another size; a prior that
-            learned the latents of another tokenizer.
+        SmaltiError: nothing there; another kind of model, or one whose settings give its weights
+            another meaning; a prior that learned the latents of another tokenizer.
     """
     base = Tokenizer if isinstance(model, Tokenizer) else Prior
-    folder = resolve_folder(path_or_hub_id)
-    inside = base.registry.kind if (folder / INDEX).is_file() else None
-    source = base.from_pretrained(folder, subfolder=inside)
+    source = base.from_pretrained(_folder_of(base, path_or_hub_id))
     if type(source) is not type(model):
         raise SmaltiError(
             f"{path_or_hub_id} holds a {type(source).__name__}; this run trains a "
             f"{type(model).__name__}"
         )
+    _check_settings(model, source, path_or_hub_id)
     weights = source.state_dict()
     if isinstance(model, Prior) and isinstance(source, Prior):
         _check_tokenizer(model, source, path_or_hub_id)
@@ -46,6 +71,31 @@ def begin_from(model: Model, path_or_hub_id: str) -> None:
                 model.num_classes,
             )
     _copy(model, weights, path_or_hub_id)
+
+
+def _folder_of(base: type[Tokenizer] | type[Prior], path_or_hub_id: str) -> Path:
+    """The model's folder: in a pipeline, or a folder of its own."""
+    folder = resolve_folder(path_or_hub_id)
+    return folder / base.registry.kind if (folder / INDEX).is_file() else folder
+
+
+def _as_for(config: PriorConfig, other: PriorConfig) -> PriorConfig:
+    """A prior's settings for the latents that another's are for."""
+    quantizer = getattr(other, "quantizer", None)
+    return config.fitted(other.spec, other.num_classes, other.tokenizer_fingerprint, quantizer)
+
+
+def _check_settings(model: Model, source: Model, where: str) -> None:
+    """Equal shapes are not enough: heads, positions or a path are not seen in them."""
+    kind, theirs = type(model).registry.kind, source.config
+    if isinstance(model, Prior) and isinstance(source, Prior):
+        theirs = _as_for(source.config, model.config)
+    found = first_difference(model.config, theirs, kind, free="FREE_OF_WEIGHTS")
+    if found:
+        raise SmaltiError(
+            f"{found.name} is {found.value}, but {found.other} in {where}: give the same settings,"
+            f" or none for the {kind}, which takes those that were saved"
+        )
 
 
 def _check_tokenizer(model: Prior, source: Prior, where: str) -> None:

@@ -2,7 +2,7 @@
 
     smalti reflow --model runs/flow/pipeline --output_dir runs/pairs
     smalti train-prior --latents runs/pairs --tokenizer runs/flow/pipeline/tokenizer \\
-        --initial runs/flow/pipeline --prior.preset flow-nano --output_dir runs/straight
+        --initial runs/flow/pipeline --output_dir runs/straight
 
 Killed? The same command goes on where it stopped.
 """

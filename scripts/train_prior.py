@@ -4,7 +4,7 @@ smalti train-prior --latents runs/latents --tokenizer runs/tokenizer/tokenizer
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from smalti.cli import parse_config, run_command
+from smalti.config import first_difference
 from smalti.data.cache import LatentBatch, LatentCache
 from smalti.data.image_io import save_png
 from smalti.data.loader import stream_batches
@@ -23,7 +24,7 @@ from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Loss, Prior
 from smalti.prior.presets import PRESETS, PriorConfig
 from smalti.prior.rectified import check_straight
-from smalti.scripts.initial import begin_from
+from smalti.scripts.initial import begin_from, saved_prior
 from smalti.scripts.sampling import Sampling
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.checkpoint import OptimizerState
@@ -42,6 +43,7 @@ class TrainPriorConfig(RunConfig):
     """Train a prior, a distribution over latents given a class; save a pipeline."""
 
     PRESETS: ClassVar[dict[str, Any]] = {"prior": PRESETS}
+    SAVED: ClassVar[dict[str, Any]] = {"prior": saved_prior}
 
     output_dir: Path = Path("runs/prior")
     latents: Path = Path("runs/latents")  # folder written by `smalti encode`
@@ -49,11 +51,13 @@ class TrainPriorConfig(RunConfig):
     pipeline_dir: Path | None = None  # where the result goes; default: output_dir/pipeline
     # What it says of latents, classes and the tokenizer is replaced by what the cache says.
     prior: PriorConfig = field(default_factory=lambda: PRESETS["gpt-nano"])
-    initial: str = ""  # a pipeline or prior whose weights training begins with; empty = new ones
+    initial: str = ""  # a pipeline or prior with whose settings and weights training begins
     preview: Sampling = field(default_factory=Sampling)  # of the grids of samples
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pipeline_dir == self.output_dir / "pipeline":  # the default, written out
+            object.__setattr__(self, "pipeline_dir", None)
         default = type(self.prior)()
         refitted = self.prior.fitted(
             default.spec,
@@ -61,20 +65,11 @@ class TrainPriorConfig(RunConfig):
             default.tokenizer_fingerprint,
             getattr(default, "quantizer", None),
         )
-        given = first_other(self.prior, refitted, "prior")
+        given = first_difference(self.prior, refitted, "prior")
         if given:
-            name, value = given
-            raise SmaltiError(f"{name} is {value}, but it is taken from the latents: leave it out")
-
-
-def first_other(config: Any, other: Any, name: str) -> tuple[str, Any] | None:
-    """Dotted name and value of the first in which a config differs from another of its type."""
-    for part in fields(config):
-        mine, others = getattr(config, part.name), getattr(other, part.name)
-        if mine != others:
-            inner = f"{name}.{part.name}"
-            return first_other(mine, others, inner) if is_dataclass(mine) else (inner, mine)
-    return None
+            raise SmaltiError(
+                f"{given.name} is {given.value}, but it is taken from the latents: leave it out"
+            )
 
 
 class Stage:

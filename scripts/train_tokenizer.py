@@ -23,6 +23,7 @@ from smalti.errors import SmaltiError
 from smalti.evaluation.codebook import code_counts, perplexity, usage
 from smalti.evaluation.reconstruction import psnr
 from smalti.scripts.critic import CriticStage, critic_draws
+from smalti.scripts.initial import begin_from, saved_tokenizer
 from smalti.scripts.options import DataOptions
 from smalti.tokenizer.adversarial import adaptive_weight, last_layer_gradients
 from smalti.tokenizer.alignment import AlignedTokenizer, AlignmentConfig
@@ -55,8 +56,10 @@ class TrainTokenizerConfig(RunConfig, DataOptions):
 
     output_dir: Path = Path("runs/tokenizer")
     PRESETS: ClassVar[dict[str, Any]] = {"tokenizer": PRESETS}
+    SAVED: ClassVar[dict[str, Any]] = {"tokenizer": saved_tokenizer}
 
     tokenizer: TokenizerConfig = field(default_factory=lambda: PRESETS["vq-32-tiny"])
+    initial: str = ""  # a tokenizer or pipeline with whose settings and weights training begins
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     # Draws a KL tokenizer's latents towards the features of a vision model; recipes only.
     alignment: AlignmentConfig | None = None
@@ -79,6 +82,8 @@ class Stage:
         self.run = run
         self.objective = config.objective
         self.tokenizer: Tokenizer = Tokenizer.registry.build(config.tokenizer).to(run.device)
+        if config.initial:
+            begin_from(self.tokenizer, config.initial)
         self.trained: nn.Module = self.tokenizer
         if config.alignment is not None:
             self.trained = AlignedTokenizer.of(self.tokenizer, config.alignment).to(run.device)

@@ -58,6 +58,7 @@ MACHINE_FAULTS = {
         ("EDQUOT", "make room, or choose another disk"),
         ("EACCES", "check the permissions, or choose another place"),
         ("EPERM", "check the permissions, or choose another place"),
+        ("ENOENT", "check the path"),
         ("EROFS", "choose a place that can be written"),
         ("ENAMETOOLONG", "choose a shorter name"),
         ("EEXIST", "a file stands where a folder is needed; choose another place"),
@@ -130,6 +131,8 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     or `preset: NAME` in the recipe then chooses what the other values of that field start from.
     The flag is refused beside a recipe that gives values of the field, for those would win. Where
     a field may hold configurations of several kinds, `--field.kind NAME` begins with another one.
+    With `SAVED`, a mapping from a field to a function, `initial` begins with what that function
+    says of the model it names.
     `--print-config` prints the result as a recipe and exits.
 
     Raises:
@@ -195,7 +198,8 @@ def _mistakes_as_one_line(prog: str) -> Iterator[None]:
 def _with_presets(
     config_class: type[T], recipe: dict[str, Any], arguments: list[str], where: str
 ) -> T:
-    """The defaults of a class with the presets that the flags or the recipe name."""
+    """The defaults of a class with the presets that the flags or the recipe name, or with the
+    settings of the saved model that training is to begin with."""
     chosen: dict[str, Any] = {}
     tables: Mapping[str, Mapping[str, Any]] = getattr(config_class, "PRESETS", {})
     for field, presets in tables.items():
@@ -215,6 +219,11 @@ def _with_presets(
                 f'{where}: no preset is called "{name}"; {nearest(str(name), presets)}'
             )
         chosen[field] = presets[name]
+    initial = _take(list(arguments), "--initial") or recipe.get("initial")
+    readers: Mapping[str, Callable[[str], Any]] = getattr(config_class, "SAVED", {})
+    for field in readers.keys() - chosen.keys():
+        if isinstance(initial, str) and initial:
+            chosen[field] = readers[field](initial)
     return config_class(**chosen)
 
 

@@ -34,6 +34,36 @@ def check_at_least(least: float, config: Any, *names: str) -> None:
             raise SmaltiError(f"{name} is {value}; it must be at least {least}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A field in which two configurations differ."""
+
+    name: str  # dotted
+    value: Any
+    other: Any
+
+
+def first_difference(config: Any, other: Any, name: str, free: str = "") -> Difference | None:
+    """The first field in which a configuration differs from another, None if they are equal.
+
+    Args:
+        name: what `config` is called.
+        free: name of a class attribute that lists fields which may differ.
+    """
+    if type(config) is not type(other):
+        return Difference(name, *(getattr(c, "kind", c) for c in (config, other)))
+    for part in dataclasses.fields(config):
+        mine, others = getattr(config, part.name), getattr(other, part.name)
+        if mine == others or part.name in getattr(config, free, ()):
+            continue
+        inner = f"{name}.{part.name}"
+        if not dataclasses.is_dataclass(mine):
+            return Difference(inner, mine, others)
+        if found := first_difference(mine, others, inner, free):
+            return found
+    return None
+
+
 def config_to_dict(config: Any) -> Any:
     """A dataclass, with all that is nested in it, as values that JSON and YAML can hold."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):

@@ -177,18 +177,32 @@ class Pretrained:
             path_or_hub_id, revision=revision, token=token, local_files_only=local_files_only
         )
         folder = folder / subfolder if subfolder else folder
-        content = _read_config(folder, cls.registry)
-        copy = content.pop(COPY, None)
-        target: Any = cls.registry.resolve(content.pop("type"))
-        if not issubclass(target, cls):
-            raise SmaltiError(f"{folder} holds a {target.__name__}, not a {cls.__name__}")
-        config = config_from_dict(target.Config, content, str(folder / CONFIG))
+        target, config, copy = cls._saved(folder)
         model: Any = load_weights(lambda: _build(target, config, folder), folder / WEIGHTS)
         if copy is not None:
             model._copy_of = _read_copy(copy, model, folder)
         if dtype is not None:
             model.cast(dtype)
         return model.to(device=device).eval()
+
+    @classmethod
+    def saved_config(cls, folder: Path) -> Any:
+        """The config of the model in a local folder, without its weights.
+
+        Raises:
+            SmaltiError: nothing there; another kind of model; a config key is wrong.
+        """
+        return cls._saved(folder)[1]
+
+    @classmethod
+    def _saved(cls, folder: Path) -> tuple[Any, Any, Any]:
+        """The class, the config, and what config.json says of a copy."""
+        content = _read_config(folder, cls.registry)
+        copy = content.pop(COPY, None)
+        target: Any = cls.registry.resolve(content.pop("type"))
+        if not issubclass(target, cls):
+            raise SmaltiError(f"{folder} holds a {target.__name__}, not a {cls.__name__}")
+        return target, config_from_dict(target.Config, content, str(folder / CONFIG)), copy
 
     def cast(self, dtype: "torch.dtype") -> Self:
         """Change the precision of all weights in place, and keep the fingerprint; return self.

@@ -1,7 +1,7 @@
 """A codebook: V vectors of d numbers, how they are compared, learned, and revived when dead."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ EMA_SMOOTHING = 1e-5  # pseudo-count of Laplace smoothing
 class CodebookConfig:
     """Defaults: LlamaGen's codebook. l2-normalised low-dimensional codes (ViT-VQGAN, 2110.04627)
     are the cheapest cure of collapse."""
+
+    # May change without changing what saved weights mean.
+    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = ("ema_decay", "revive_after")
 
     vocab_size: int = 16384  # codes in the codebook, V
     code_dim: int = 8  # numbers per code, d

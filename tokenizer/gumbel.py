@@ -18,6 +18,9 @@ from smalti.tokenizer.quantize import SEARCH_ELEMENTS, Quantized, Quantizer, as_
 class GumbelConfig:
     """Defaults: the published VQGAN f8 with 8192 codes."""
 
+    # May change without changing what saved weights mean.
+    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = ("temperature", "kl_weight")
+
     kind: Literal["gumbel"] = "gumbel"
     vocab_size: int = 8192  # codes, V
     code_dim: int = 256  # numbers per code, d

@@ -19,6 +19,15 @@ from smalti.tokenizer.gaussian import DiagonalGaussian, standard_normal
 class KLConfig:
     """Defaults: the 8x down-sampling auto-encoder of Stable Diffusion."""
 
+    # May change without changing what saved weights mean.
+    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        "image_size",
+        "kl_weight",
+        "equivariance",
+        "latent_mean",
+        "latent_std",
+    )
+
     kind: Literal["kl"] = "kl"
     image_size: int = 256  # pixels, square
     conv: ConvConfig = field(

@@ -22,6 +22,15 @@ MAX_GROUP_BITS = 12  # 2^12 joint probabilities per feature
 class LookupFreeConfig:
     """Defaults: MAGVIT-v2's weights at 2^18 codes."""
 
+    # May change without changing what saved weights mean.
+    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        "commitment_weight",
+        "entropy_weight",
+        "entropy_diversity",
+        "entropy_temperature",
+        "group_bits",
+    )
+
     kind: Literal["lookup-free"] = "lookup-free"
     bits: int = 18  # numbers per feature; 2^bits codes
     spherical: bool = False  # quantize unit vectors: codes are +-1/sqrt(d), the error is bounded

@@ -28,6 +28,14 @@ PUBLISHED_SHARING = {(10, 4): (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)}
 class MultiScaleConfig:
     """Defaults: VAR's quantizer at 256 px."""
 
+    # May change without changing what saved weights mean.
+    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        "commitment_weight",
+        "estimator",
+        "scale_dropout",
+        "scale_dropout_keeps",
+    )
+
     kind: Literal["multi-scale"] = "multi-scale"
     codebook: CodebookConfig = field(
         default_factory=lambda: CodebookConfig(4096, 32, l2_normalise=False)

@@ -18,6 +18,14 @@ from smalti.tokenizer.quantize import Quantized, as_maps, as_rows
 class NearestConfig:
     """Defaults: LlamaGen's."""
 
+    # May change without changing what saved weights mean.
+    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        "commitment_weight",
+        "estimator",
+        "entropy_weight",
+        "entropy_temperature",
+    )
+
     kind: Literal["nearest"] = "nearest"
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     commitment_weight: float = 0.25  # beta of VQ-VAE, eq. 3

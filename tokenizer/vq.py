@@ -25,6 +25,9 @@ from smalti.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
 class VQConfig:
     """Defaults: LlamaGen's VQ-16."""
 
+    # May change without changing what saved weights mean.
+    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = ("image_size",)
+
     kind: Literal["vq"] = "vq"
     image_size: int = 256  # pixels, square
     conv: ConvConfig = field(default_factory=ConvConfig)

@@ -1,6 +1,7 @@
 """Time grids: ends, monotony, and the published spacings."""
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -85,6 +86,20 @@ def test_spaced_indices_are_diffusers(spacing, steps) -> None:
     assert index[-1] == -1
     if (spacing, steps) != ("linspace", 1):  # there diffusers takes the last of the noise
         assert index[:-1] == scheduler.timesteps.tolist()
+
+
+def test_the_leading_stride_is_the_one_of_dit() -> None:
+    """DiT's `ddimN` takes the first stride with N multiples, and knows no others."""
+    counts = {}
+    for stride in range(1, 1001):
+        counts.setdefault(len(range(0, 1000, stride)), stride)
+    for steps in (*range(1, 120), 250, 333, 600, 1000):
+        times = DDPMSpaced("leading").times(steps, DDPMPath(), WHOLE)[:-1]
+        index = (1000 * (1 - times) - 1).round().int().flip(0).tolist()
+        if steps in counts:
+            assert index == list(range(0, 1000, counts[steps]))
+        else:  # the whole chain is walked all the same
+            assert index == np.linspace(0, 999, steps).round().astype(int).tolist()
 
 
 def test_a_uniform_grid_is_the_trailing_spacing() -> None:

@@ -79,6 +79,22 @@ def test_without_strength_the_sde_is_the_ode(mixtures) -> None:
     )
 
 
+def test_a_step_is_that_of_the_book_if_nothing_is_held(mixtures) -> None:
+    """x + (v + w score) h + sqrt(2 w h) z, whatever w; and held, w h is a tenth of sigma^2."""
+    path, t, h = LinearPath(), 0.5, 0.1
+    dynamics, x = mixtures.two().dynamics(path), torch.randn(20, 2, dtype=DOUBLE)
+    estimate = dynamics.estimate(x, torch.full((20,), t, dtype=DOUBLE))
+    z = NormalSource(torch.Generator().manual_seed(3), 20)(x)
+    for strength, ratio, w in ((1, None, 0.5), (9, None, 4.5), (1, 0.1, 0.16), (9, 0.1, 0.16)):
+        solver = EulerMaruyama("sigma", strength, largest_ratio=ratio)
+        normal = NormalSource(torch.Generator().manual_seed(3), 20)
+        moved = solver.solve(dynamics, x, torch.tensor([t, t + h], dtype=DOUBLE), normal)
+        expected = x + (estimate.velocity + w * estimate.score) * h + (2 * w * h) ** 0.5 * z
+        torch.testing.assert_close(moved, expected)
+    with pytest.raises(SmaltiError, match="largest_ratio is 2"):
+        EulerMaruyama(largest_ratio=2)
+
+
 def test_the_reverse_sde_of_score_models(mixtures) -> None:
     """dx = (f - g^2 score) dt + g dW backwards, with g^2 = beta, is w = beta / 2: "sbdm"."""
     path, t = VPLinearPath(), torch.tensor([0.2, 0.5, 0.8], dtype=DOUBLE)

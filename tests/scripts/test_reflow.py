@@ -171,11 +171,11 @@ def sized(**changes) -> FlowPrior:
     [
         (
             lambda: FlowPrior(FlowConfig(network=replace(NETWORK, width=16))),
-            "give the same settings",
+            "prior.network.width is 16, but 32 in .*give the same settings",
         ),
         (
             lambda: FlowPrior(FlowConfig(network=replace(NETWORK, depth=2))),
-            "only this run's model has",
+            "prior.network.depth is 2, but 1 in",
         ),
         (lambda: flow(tokenizer_fingerprint="0" * 64), "latents of another tokenizer"),
     ],
