@@ -192,8 +192,9 @@ def train(config: TrainPriorConfig) -> Path:
             run.log(step, {**parts, "learning_rate": run.learning_rate(step)})
         if run.validates(step):
             run.log_alone(step, stage.validate(heldout))
-            picture = run.folder / "samples" / f"step_{step + 1:06d}.png"
-            save_png(picture, stage.preview())
+            picture = stage.preview()
+            save_png(run.folder / "samples" / f"step_{step + 1:06d}.png", picture)
+            run.show(step, "samples", picture)
     return run.export(stage.save_pipeline)
 
 

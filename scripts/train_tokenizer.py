@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from PIL import Image
 from torch import nn
 
 from smalti.cli import parse_config, run_command
@@ -217,11 +218,11 @@ def validate(tokenizer: Tokenizer, images: ImageDataset, device: torch.device) -
 
 
 @torch.no_grad()
-def preview(tokenizer: Tokenizer, images: ImageDataset, path: Path, device: torch.device) -> None:
+def preview(tokenizer: Tokenizer, images: ImageDataset, device: torch.device) -> Image.Image:
     """A grid: originals above their reconstructions."""
     batch = next(iter(images.batches(PREVIEW_IMAGES)))
     output = tokenizer.reconstruct(batch.images.to(device)).cpu()
-    save_png(path, image_grid(torch.cat([batch.images, output]), columns=len(output)))
+    return image_grid(torch.cat([batch.images, output]), columns=len(output))
 
 
 def train(config: TrainTokenizerConfig) -> Path:
@@ -249,8 +250,9 @@ def train(config: TrainTokenizerConfig) -> Path:
             run.log(step, values)
         if run.validates(step):
             run.log_alone(step, validate(stage.ema.model, heldout, run.device))
-            picture = run.folder / "reconstructions" / f"step_{step + 1:06d}.png"
-            preview(stage.ema.model, heldout, picture, run.device)
+            picture = preview(stage.ema.model, heldout, run.device)
+            save_png(run.folder / "reconstructions" / f"step_{step + 1:06d}.png", picture)
+            run.show(step, "reconstructions", picture)
 
     def save(folder: Path) -> None:
         tokenizer = stage.ema.model

@@ -389,7 +389,8 @@ def test_f7_a_critic_that_is_never_finite_ends_the_run_too(
 def test_f8_a_signal_saves_and_ends_with_its_status(tmp_path: Path, number) -> None:
     """F8 SIGTERM / SIGINT: finishes the step, saves a valid checkpoint, documented exit status;
     resume = F2."""
-    config = latest(tmp_path / "run", checkpointing_steps=100)
+    rarely = {"checkpointing_steps": 100, "validation_steps": 100}
+    config = latest(tmp_path / "run", **rarely)
 
     def interrupt(run, model, step, loss):
         if step == 2:
@@ -401,8 +402,12 @@ def test_f8_a_signal_saves_and_ends_with_its_status(tmp_path: Path, number) -> N
     assert stop.value.code == EXIT_INTERRUPTED == 130
     assert [p.name for p in checkpoints(config.output_dir)] == ["checkpoint-000003"]
     assert not (config.output_dir / LOCK).exists()
+    assert (config.output_dir / "report.html").is_file()
     train(config)
-    assert_same(whole_run(tmp_path / "whole", checkpointing_steps=100), config.output_dir)
+    assert_same(
+        whole_run(tmp_path / "whole", **rarely),
+        config.output_dir,
+    )
 
 
 def test_f8_a_second_signal_ends_at_once(tmp_path: Path) -> None:

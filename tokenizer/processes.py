@@ -1,16 +1,29 @@
 """Sums and means over all processes, so that statistics are those of the whole batch."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
+
+
+class _DifferentiableSum(torch.autograd.Function):
+    """The sum over all processes; every term's gradient is the sum of the gradients of all sums."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return sum_over_processes(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return sum_over_processes(gradients[0].clone())
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
     """Mean over all processes, the same on each; differentiable."""
     if not dist.is_initialized():
         return values
-    return all_reduce(values) / dist.get_world_size()  # type: ignore[operator]
+    return _DifferentiableSum.apply(values) / dist.get_world_size()  # type: ignore[operator]
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

@@ -202,7 +202,9 @@ def verify(path: Path) -> Checkpoint:
         raise SmaltiError(f"{path} has no {MANIFEST}: it was never finished, or is no checkpoint")
     try:
         expected = read_json(manifest_file)["files"]
-        found = {f.name: _describe(f) for f in sorted(path.iterdir()) if f.name != MANIFEST}
+        files = [f for f in sorted(path.iterdir()) if f.name != MANIFEST]
+        # Hidden files are a desktop's or a file system's own.
+        found = {f.name: _describe(f) for f in files if not f.name.startswith(".")}
         for name in sorted(expected.keys() | found.keys()):
             if name not in found:
                 raise SmaltiError(f"{path} lacks {name}: the checkpoint is incomplete")

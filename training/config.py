@@ -6,8 +6,8 @@ from pathlib import Path
 
 from smalti.config import check_at_least
 from smalti.errors import SmaltiError
-from smalti.training.log import check_tracker
 from smalti.training.precision import Precision
+from smalti.training.trackers import check_tracker
 
 # May differ between a checkpoint and the run that resumes it; everything else must be equal.
 FREE_TO_CHANGE = {
@@ -23,6 +23,9 @@ FREE_TO_CHANGE = {
     "dataloader_num_workers",
     "process_timeout",
 }
+
+# Paths to data and models that a fingerprint guards: moved or spelt otherwise, they are the same.
+GUARDED_PATHS = {"data", "latents", "tokenizer"}
 
 AT_LEAST_ONE = (
     "max_train_steps",

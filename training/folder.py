@@ -26,7 +26,7 @@ from smalti.training.checkpoint import (
     step_of,
     verify,
 )
-from smalti.training.config import FREE_TO_CHANGE
+from smalti.training.config import FREE_TO_CHANGE, GUARDED_PATHS
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def find_checkpoint(
     """The checkpoint to go on from; None for a run that starts at the first step.
 
     Args:
-        wanted: None for a new run, "latest", or the path of a checkpoint.
+        wanted: None for a new run, "latest", or the path of a checkpoint, or its name in `folder`.
         settings: the config of this run, in plain values.
 
     Raises:
@@ -59,7 +59,10 @@ def find_checkpoint(
         return None
     if wanted == "latest":
         return _latest(folder, settings)
-    found = told_by_run(verify(Path(wanted)))
+    path = Path(wanted)
+    if not path.exists() and (folder / path).is_dir():  # its name alone, as Diffusers takes it
+        path = folder / path
+    found = told_by_run(verify(path))
     if found.path.resolve().parent != folder.resolve() and contents(folder):
         _refuse_unless_begun_alike(folder, settings)
     return found
@@ -97,11 +100,21 @@ def refuse_other_settings(
 ) -> None:
     """Raise `SmaltiError` if a run with other settings made `where`."""
     for name in sorted(ours.keys() | theirs.keys()):
-        if name not in FREE_TO_CHANGE and ours.get(name) != theirs.get(name):
-            raise SmaltiError(
-                f"{where} was made with {name} = {theirs.get(name)}, this run has "
-                f"{ours.get(name)}: use the same value, or another --output_dir"
-            )
+        before, now = theirs.get(name), ours.get(name)
+        if before == now or may_change(name, now):
+            continue
+        while isinstance(before, dict) and isinstance(now, dict):  # down to what differs
+            part = next(p for p in sorted(before | now) if before.get(p) != now.get(p))
+            name, before, now = f"{name}.{part}", before.get(part), now.get(part)
+        raise SmaltiError(
+            f"{where} was made with {name} = {before}, this run has {now}: use the same value, or "
+            "another --output_dir"
+        )
+
+
+def may_change(name: str, value: Any) -> bool:
+    """Whether a run may go on with another value of a setting."""
+    return name in FREE_TO_CHANGE or (name in GUARDED_PATHS and isinstance(value, str))
 
 
 def changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -109,8 +122,8 @@ def changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     untold = {"output_dir", "resume_from_checkpoint"}
     return [
         f"{name} was {theirs.get(name)}, now it is {ours.get(name)}"
-        for name in sorted(FREE_TO_CHANGE - untold)
-        if ours.get(name) != theirs.get(name)
+        for name in sorted(ours.keys() - untold)
+        if may_change(name, ours[name]) and ours[name] != theirs.get(name)
     ]
 
 

@@ -6,14 +6,16 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
+from PIL import Image
 
 from smalti.config import config_to_dict, recipe_text
 from smalti.files import write_text
 from smalti.training.config import RunConfig
 from smalti.training.folder import METRICS, RECIPE, TIMING
-from smalti.training.log import MetricsLog, leaving_out, start_trackers
+from smalti.training.log import MetricsLog
 from smalti.training.report import write_report
 from smalti.training.throughput import Throughput, peak_flops
+from smalti.training.trackers import finish_trackers, send, send_picture, start_trackers
 
 
 class Progress:
@@ -67,15 +69,22 @@ class Progress:
         """Once after each step: the times if it was logged, the page if it was validated."""
         self.begin()
         if self.accelerator.is_main_process:
-            if logged:
-                self._clock.write(step)
+            if logged and (speed := self._clock.write(step)):
+                send(self.accelerator, step, speed)
             if validated:
-                write_report(self.folder)
+                self.write_page()
+
+    def show(self, step: int, name: str, picture: Image.Image) -> None:
+        """Send a picture, drawn after a number of finished steps, to the trackers."""
+        if self.accelerator.is_main_process:
+            send_picture(self.accelerator, step, name, picture)
+
+    def write_page(self) -> None:
+        """Write `report.html`."""
+        if self.accelerator.is_main_process:
+            write_report(self.folder)
 
     def finish(self) -> None:
         """Close the trackers, and write the page a last time."""
-        for tracker in list(self.accelerator.trackers):
-            with leaving_out(tracker, self.accelerator):
-                tracker.finish()
-        if self.accelerator.is_main_process:
-            write_report(self.folder)
+        finish_trackers(self.accelerator)
+        self.write_page()

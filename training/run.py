@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -133,7 +134,7 @@ class Run(Steps):
                 self._take_folder()
 
     def _warn_of_other_processes(self, before: int) -> None:
-        if before != self.accelerator.num_processes:
+        if before != self.accelerator.num_processes and self.accelerator.is_main_process:
             logger.warning(
                 "resuming on %d processes what ran on %d: the data order is the same, "
                 "rounding and dropout are not",
@@ -220,6 +221,7 @@ class Run(Steps):
                 if stop or self.due(step, config.checkpointing_steps):
                     self.save(step + 1)
                 if stop:
+                    self.progress.write_page()
                     self._say_how_to_go_on(step + 1)
                     raise SystemExit(EXIT_INTERRUPTED)
 
@@ -279,6 +281,10 @@ class Run(Steps):
         """Write values that the main process measured."""
         if self.accelerator.is_main_process:
             self.progress.write(step + 1, values)
+
+    def show(self, step: int, name: str, picture: Image.Image) -> None:
+        """Send a picture that the main process drew to the trackers."""
+        self.progress.show(step + 1, name, picture)
 
     def export(self, save: Callable[[Path], Any]) -> Path:
         """Close the logs; the main process writes the finished model by `save(folder)`."""

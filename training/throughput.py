@@ -78,20 +78,19 @@ class Throughput:
         self._seconds.append(time.perf_counter() - start)
         self._done += 1
 
-    def write(self, step: int) -> None:
-        """Append a line on the steps since the last one, if any was timed.
+    def write(self, step: int) -> dict[str, float]:
+        """Append a line on the steps since the last one, if any was timed; return its values.
 
         The median leaves out those in which the run also validated.
         """
         if not self._seconds:
-            return
+            return {}
         if not self._begun:
             drop_lines_after(self.path, self._resume_step)
             self._begun = True
         seconds = statistics.median(self._seconds)
         self._seconds = []
         line: dict[str, float] = {
-            "step": step,
             "seconds_per_step": round(seconds, 6),
             "images_per_second": round(self.images / seconds, 3),
         }
@@ -99,7 +98,8 @@ class Throughput:
             line["model_flops_per_second"] = self.flops * self.processes / seconds
             if self.peak:
                 line["model_flops_utilisation"] = line["model_flops_per_second"] / self.peak
-        append_line(self.path, line)
+        append_line(self.path, {"step": step, **line})
+        return line
 
 
 class _FlopCounter(TorchDispatchMode):

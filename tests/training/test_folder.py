@@ -12,9 +12,9 @@ from torch import nn
 
 from smalti.errors import SmaltiError
 from smalti.training import precision
-from smalti.training.checkpoint import checkpoints, save_checkpoint
+from smalti.training.checkpoint import checkpoints, save_checkpoint, verify
 from smalti.training.config import RunConfig
-from smalti.training.folder import METRICS, RECIPE
+from smalti.training.folder import METRICS, RECIPE, refuse_other_settings
 from smalti.training.run import Run
 
 
@@ -286,3 +286,32 @@ def test_a_file_is_no_place_for_a_result(latest: RunConfig) -> None:
     with pytest.raises(SmaltiError, match="was not saved by this run"):
         train(latest, result=target)
     assert os.listdir(target.parent) == ["file"]
+
+
+# -- what may change --------------------------------------------------------------------------
+
+
+def test_a_checkpoint_may_be_named_without_its_folder(latest: RunConfig) -> None:
+    train(replace(latest, checkpointing_steps=2))
+    train(replace(latest, resume_from_checkpoint="checkpoint-000002"))
+    assert counts(latest.output_dir)[-1] == 4
+
+
+def test_hidden_files_do_not_damage_a_checkpoint(latest: RunConfig) -> None:
+    train(latest)
+    newest = checkpoints(latest.output_dir)[-1]
+    (newest / ".DS_Store").touch()
+    assert verify(newest).step == 4
+    (newest / "notes.txt").touch()
+    with pytest.raises(SmaltiError, match=r"holds notes\.txt"):
+        verify(newest)
+
+
+def test_moved_data_are_the_same_data_and_a_setting_is_named_to_its_last_part() -> None:
+    before = {"data": "a", "tokenizer": "b", "initial": "c"}
+    refuse_other_settings({**before, "data": "/x/a", "tokenizer": "../b"}, before, "it")
+    with pytest.raises(SmaltiError, match="it was made with initial = c, this run has d"):
+        refuse_other_settings({**before, "initial": "d"}, before, "it")
+    one, two = ({"tokenizer": {"conv": {"width": w}, "size": 8}} for w in (1, 2))
+    with pytest.raises(SmaltiError, match=r"tokenizer\.conv\.width = 1, this run has 2"):
+        refuse_other_settings(two, one, "it")

@@ -18,9 +18,10 @@ from smalti.training import precision
 from smalti.training.config import RunConfig
 from smalti.training.ema import EMA
 from smalti.training.interrupt import InterruptGuard
-from smalti.training.log import MetricsLog, check_tracker, mean_of
+from smalti.training.log import MetricsLog, mean_of
 from smalti.training.schedule import warmup_cosine
 from smalti.training.seeding import derive_seed, generator
+from smalti.training.trackers import check_tracker
 
 
 def rate(step: int, **changes) -> float:
