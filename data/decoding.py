@@ -1,5 +1,6 @@
 """From an encoded picture to 8-bit RGB, and what a set of pictures may hold."""
 
+import io
 import re
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from smalti.config import check_at_least
 from smalti.errors import SmaltiError
+
+# The only kinds that are opened, whatever a file is called: a picture comes from anywhere, and for
+# some kinds (EPS) Pillow starts another program on the file. Those named here it decodes itself;
+# as JPEG it opens MPO, too.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 @dataclass(frozen=True)
@@ -59,20 +65,34 @@ def decode(stream: BinaryIO | Path, options: FolderOptions) -> Decoded:
         Unusable: why not, and the remedy.
     """
     try:
-        with Image.open(stream) as image:
+        with Image.open(stream, formats=FORMATS) as image:
             _check_header(image, options)
             return Decoded(_to_rgb(image), image.mode)
+    except (Unusable, MemoryError):
+        raise
     except Image.DecompressionBombError as error:  # too many even for Pillow to open
         raise Unusable(f"claims more pixels than can be trusted: {error}: remove it") from error
-    except _READ_ERRORS as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        why = "it is no picture of a known kind" if unknown else error
+    except Exception as error:  # decoders raise many kinds; of a file all mean that it is damaged
         raise Unusable(
-            f"cannot be decoded ({why}): replace or remove it", undecodable=True
+            f"cannot be decoded ({_why(error)}): replace or remove it", undecodable=True
         ) from error
 
 
-_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+def format_of(content: bytes) -> str | None:
+    """Which of `FORMATS` an encoded picture is in (or MPO), by its header; None = none of them."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return image.format
+    except MemoryError:
+        raise
+    except Exception:  # as in `decode`
+        return None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is no picture of a known kind: {', '.join(FORMATS)}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from smalti.data.decoding import FORMATS
 from smalti.data.images import ImageSource, SourceOptions, fingerprint_of
 
 ASSETS = files("smalti.data") / "assets"
@@ -45,7 +46,10 @@ def _load(title: str) -> EmbeddedSource:
     side, columns = index["side"], index["columns"]
     sheets = []
     for name in index["sheets"]:
-        with (ASSETS / name).open("rb") as stream, Image.open(stream) as image:
+        with (
+            (ASSETS / name).open("rb") as stream,
+            Image.open(stream, formats=FORMATS) as image,
+        ):
             pixels = np.asarray(image.convert("RGB"))
         rows = pixels.shape[0] // side
         tiles = pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import datasets
 
 SIZES_AT_ONCE = 10_000  # rows
+SAVED = ("dataset_dict.json", "state.json")  # one of them lies in what `save_to_disk` wrote
 
 
 class HuggingFacePictures(EncodedPictures):
@@ -79,11 +80,13 @@ class HuggingFacePictures(EncodedPictures):
 
 
 def open_hub(spec: str, options: SourceOptions) -> EncodedPictures:
-    """`hf:owner/name` on the Hub, or `hf:` and a folder that is laid out like a set there."""
+    """`hf:owner/name` on the Hub, or `hf:` and a folder: laid out like a set there, or saved."""
     name = spec.removeprefix("hf:")
     folder = os.path.expanduser(name)
     if not os.path.isdir(folder) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise SmaltiError(f"the folder {name} does not exist: check --data")
+    if any(os.path.isfile(os.path.join(folder, mark)) for mark in SAVED):
+        return open_saved(folder, options)
     return _open(spec, options, folder if os.path.isdir(folder) else name)
 
 

@@ -8,7 +8,6 @@ closed properly, and hold as many samples as the manifest beside it says, if the
 """
 
 import io
-import json
 import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -24,16 +23,15 @@ from smalti.data.download import local_copies
 from smalti.data.folder import EXTENSIONS
 from smalti.data.images import SourceOptions
 from smalti.data.patterns import expand_shards
+from smalti.data.shard_labels import LABELS, MAX_LABEL_BYTES, first_label, read_label
 from smalti.data.verification import EncodedPictures
 from smalti.errors import SmaltiError
 from smalti.files import read_json, write_json
 
 # Beside the shards: {"000.tar": 1000, ...}, the same under "shards", or wids' "shardlist".
 MANIFESTS = ("manifest.json", "sizes.json", "_shards.json")
-LABELS = (".cls", ".json")
-JSON_KEYS = ("label", "cls", "class")
-MAX_LABEL_BYTES = 2**20
-BLOCK = 512  # bytes; a tar consists of such blocks and ends with zero blocks
+BLOCK = 512  # bytes; a tar consists of such blocks and ends with two zero blocks, or some more:
+PADDING = tarfile.RECORDSIZE  # bytes that fill it up, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ class ShardPictures(EncodedPictures):
             self._members += members
         if not self._members:
             raise SmaltiError(f"{title} holds no pictures: check --data")
-        self.classes, self.labels = _labels_of(self.shards[0], self._members)
+        self.classes, self.labels = _labels_of(self.shards, self._members)
 
     def open(self, index: int) -> BinaryIO:
         member = self._members[index]
@@ -132,23 +130,21 @@ def list_members(path: Path, number: int = 0) -> list[Member]:
                     continue
                 _check_member(path, member, labels.get(key, {}))
                 if suffix in LABELS:
-                    stream.seek(member.offset_data)
-                    content = stream.read(min(member.size, MAX_LABEL_BYTES))
-                    labels.setdefault(key, {})[suffix] = _label(path, member.name, content)
+                    labels.setdefault(key, {})[suffix] = _label(path, stream, member)
                 elif key in pictures:
                     raise SmaltiError(f"{path} holds two pictures for {key}: rename one")
                 else:
                     pictures[key] = (suffix, member.offset_data, member.size)
             stream.seek(archive.offset)
-            if stream.read(BLOCK).strip(b"\0") or stream.tell() - archive.offset < BLOCK:
-                raise tarfile.ReadError("no end-of-archive mark")
+            _check_end(stream.read(2 * BLOCK + PADDING + 1))
     except tarfile.TarError as error:
         raise SmaltiError(f"the shard {path} is cut or damaged ({error}): copy it again") from error
     except OSError as error:
         raise SmaltiError(f"the shard {path} cannot be read ({error}): check --data") from error
     _refuse_halves(path, labels.keys() - pictures.keys())
     return [
-        Member(number, key, *rest, _first(labels.get(key, {}))) for key, rest in pictures.items()
+        Member(number, key, *rest, first_label(labels.get(key, {})))
+        for key, rest in pictures.items()
     ]
 
 
@@ -211,6 +207,21 @@ def _split(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", f".{extension.lower()}"
 
 
+def _check_end(rest: bytes) -> None:
+    """What follows the last member that was read must be the end mark, and nothing more.
+
+    Zeros are where a copy was not filled in, and a member whose head is zeros would hide all after
+    it.
+
+    Raises:
+        tarfile.ReadError: it is not.
+    """
+    if len(rest) < BLOCK or rest[:BLOCK].strip(b"\0"):
+        raise tarfile.ReadError("no end-of-archive mark")
+    if len(rest) > 2 * BLOCK + PADDING or rest.strip(b"\0"):
+        raise tarfile.ReadError("more follows its end-of-archive mark")
+
+
 def _check_member(path: Path, member: tarfile.TarInfo, labels: Collection[str]) -> None:
     suffix = _split(member.name)[1]
     if not member.isreg() or member.issparse():
@@ -221,29 +232,11 @@ def _check_member(path: Path, member: tarfile.TarInfo, labels: Collection[str]) 
         raise SmaltiError(f"{member.name} in {path} is too large for a label: remove it")
 
 
-def _label(path: Path, name: str, content: bytes) -> int | str | None:
-    """What a .cls member says: a number, or the name of a class; or a .json member, if anything."""
-    try:
-        label: Any = content.decode("utf-8").strip()
-        if name.lower().endswith(".json"):
-            values = json.loads(label)
-            label = next((values[key] for key in JSON_KEYS if key in values), None)
-    except (ValueError, TypeError, RecursionError):
-        label = None
-    if isinstance(label, str) and label.removeprefix("-").isdecimal():
-        label = int(label)
-    if (type(label) is int and label >= 0) or (type(label) is str and label):
-        return label
-    if name.lower().endswith(".json"):
+def _label(path: Path, stream: BinaryIO, member: tarfile.TarInfo) -> int | str | None:
+    if member.size > MAX_LABEL_BYTES:  # a .json of other things
         return None
-    raise SmaltiError(
-        f"{name} in {path} holds no label: it must be a number from 0 on or the name of a class"
-    )
-
-
-def _first(labels: dict[str, int | str | None]) -> int | str | None:
-    said = (labels.get(suffix) for suffix in LABELS)
-    return next((label for label in said if label is not None), None)
+    stream.seek(member.offset_data)
+    return read_label(path, member.name, stream.read(member.size))
 
 
 def _refuse_halves(path: Path, keys: Iterable[str]) -> None:
@@ -251,18 +244,37 @@ def _refuse_halves(path: Path, keys: Iterable[str]) -> None:
         raise SmaltiError(f"{path} holds a label for {key}, but no picture: write it again")
 
 
-def _labels_of(shard: Path, members: list[Member]) -> tuple[tuple[str, ...], torch.Tensor]:
+def _labels_of(
+    shards: Sequence[Path], members: list[Member]
+) -> tuple[tuple[str, ...], torch.Tensor]:
     """Class names, and the labels (N,) int64."""
     values = [member.label for member in members]
     if all(value is None for value in values):
         return ("",), torch.zeros(len(values), dtype=torch.int64)
     if any(value is None for value in values):
         member = members[values.index(None)]
-        raise SmaltiError(f"{member.key} in {shard.parent} has no label: add {member.key}.cls")
+        raise SmaltiError(
+            f"{member.key} in {shards[member.shard]} has no label: add {member.key}.cls"
+        )
+    _refuse_mixed(shards, members)
     if all(type(value) is int for value in values):
         numbers = [int(value or 0) for value in values]
-        names = class_names(shard.parent, names_beside(shard), max(numbers) + 1)
+        names = class_names(shards[0].parent, names_beside(shards[0]), max(numbers) + 1)
         return names, torch.tensor(numbers)
     names = tuple(sorted({str(value) for value in values}))
     where = {name: number for number, name in enumerate(names)}
     return names, torch.tensor([where[str(value)] for value in values])
+
+
+def _refuse_mixed(shards: Sequence[Path], members: list[Member]) -> None:
+    """One name among numbers would make names of all, in another order: every class another."""
+    named = [member for member in members if type(member.label) is str]
+    numbered = [member for member in members if type(member.label) is int]
+    if not (named and numbered):
+        return
+    odd, many = sorted((named, numbered), key=len)
+    others = "numbers" if many is numbered else "names"
+    raise SmaltiError(
+        f"{odd[0].key} in {shards[odd[0].shard]} has the label {odd[0].label!r}, but {len(many)} "
+        f"other samples have {others}, such as {many[0].label!r}: label all in the same way"
+    )

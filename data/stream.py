@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm.auto import tqdm
 
+from smalti.data.decoding import format_of
 from smalti.data.download import alone
 from smalti.data.folder import EXTENSIONS
 from smalti.data.shards import MANIFESTS, ShardPictures, list_members
@@ -106,9 +106,5 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 def _suffix(content: bytes) -> str:
     """How files of this kind are called; a damaged picture is kept, and dealt with later."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            suffix = f".{(image.format or '').lower()}"
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
-        return ".png"
+    suffix = f".{(format_of(content) or '').lower()}"
     return suffix if suffix in EXTENSIONS else ".png"

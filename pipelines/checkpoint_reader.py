@@ -1,12 +1,8 @@
 """Published checkpoints, opened without trust: tensors come out, code never runs.
 
-Safetensors files are read as they are. Pickles (.pt, .pth, .ckpt) go through torch's weights-only
-reader, which builds tensors and plain containers; what training runs leave beside the weights, such
-as an `argparse.Namespace`, becomes an empty placeholder, and anything else is refused.
+Safetensors files are read as they are, pickles (.pt, .pth, .ckpt) as `pickle_reader` says.
 """
 
-import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +15,7 @@ from torch import Tensor
 
 from smalti.errors import SmaltiError
 from smalti.files import read_json
+from smalti.pipelines.pickle_reader import read_pickle
 
 CONFIG = "config.json"
 SAFETENSORS = ".safetensors"
@@ -27,27 +24,11 @@ SUFFIXES = (SAFETENSORS, *PICKLES)
 SHARDS = ".index.json"  # how the file ends that says which shard holds which tensor
 
 # Where training scripts keep a state dict inside a checkpoint, the first choice first: the running
-# mean is what their authors sample from.
+# mean is what most authors sample from.
 WRAPPERS = ("ema", "model", "module", "state_dict")
 
 # What wrappers of torch put before all names.
 PREFIXES = ("module.", "_orig_mod.")
-
-# Classes that lie beside the weights in training checkpoints, most of other libraries. None is
-# called or imported: a placeholder stands for each.
-BYSTANDERS = (
-    "argparse.Namespace",
-    *(f"builtins.{kind}" for kind in ("bool", "dict", "float", "int", "list", "str", "tuple")),
-    "collections.defaultdict",
-    "datetime.",
-    "lightning.",
-    "lightning_fabric.",
-    "numpy.",
-    "omegaconf.",
-    "pathlib.",
-    "pytorch_lightning.",
-    "typing.Any",
-)
 
 
 @dataclass(frozen=True)
@@ -57,6 +38,7 @@ class Checkpoint:
     path: Path
     tensors: dict[str, Tensor]
     wrapper: str = ""  # the keys that led to them, "model" or "trainer.ema"; empty: none
+    others: tuple[str, ...] = ()  # keys beside the last of those, which lead to tensors too
     config: dict[str, Any] = field(default_factory=dict)  # config.json beside the file, if any
 
     def shape(self, name: str, dimensions: int | None = None) -> tuple[int, ...]:
@@ -124,7 +106,7 @@ def read_checkpoint(path: Path, wrappers: Sequence[str] = WRAPPERS) -> Checkpoin
             code; no tensors inside, or other than plain ones.
     """
     file = _weights_file(path)
-    content = _read_safetensors(file) if file.suffix == SAFETENSORS else _read_pickle(file)
+    content = _read_safetensors(file) if file.suffix == SAFETENSORS else read_pickle(file)
     tensors, keys = _unwrap(content, wrappers)
     if not tensors:
         raise SmaltiError(f"{file} holds no tensors: it is not a checkpoint of a model")
@@ -140,6 +122,7 @@ def read_checkpoint(path: Path, wrappers: Sequence[str] = WRAPPERS) -> Checkpoin
         path=file,
         tensors=_without_prefixes(tensors),
         wrapper=".".join(keys),
+        others=_others(content, keys, wrappers),
         config=settings if isinstance(settings, dict) else {},
     )
 
@@ -174,56 +157,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise SmaltiError(f"{path} is damaged or cut short: {error}") from error
 
 
-class Placeholder:
-    """Stands for an object beside the weights; takes whatever it is given and keeps none of it."""
-
-    def __new__(cls, *_: object, **__: object) -> "Placeholder":
-        return super().__new__(cls)
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-def _read_pickle(path: Path) -> Any:
-    """What torch's weights-only reader makes of a file."""
-    zipped = zipfile.is_zipfile(path)  # else the format before torch 1.6, or no checkpoint at all
-    inert = ["argparse.Namespace"]
-    try:
-        if zipped:
-            wanted = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-            refused = [name for name in wanted if not name.startswith(BYSTANDERS)]
-            if refused:
-                raise SmaltiError(_holds_code(path, refused[0]))
-            inert = wanted
-        placeholders = torch.serialization.safe_globals([(Placeholder, name) for name in inert])
-        with placeholders, warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (SmaltiError, PermissionError, MemoryError):
-        raise
-    except Exception as error:  # damaged bytes can fail in any way
-        # Before what is wrong, torch advises to read the file without care.
-        said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-        reason = (said or type(error).__name__).splitlines()[0].partition(". ")[0]
-        if reason.startswith("Unsupported operand"):
-            reason = "torch.save did not write it"
-        if "Unsupported global" in str(error) or "unsupported GLOBAL" in str(error):
-            name = str(error).partition("GLOBAL ")[2].split()[0]
-            raise SmaltiError(_holds_code(path, name)) from error
-        raise SmaltiError(
-            f"{path} is damaged, cut short, or no checkpoint of PyTorch: {reason}"
-        ) from error
-
-
-def _holds_code(path: Path, name: str) -> str:
-    return (
-        f"{path} is a pickle that calls {name}, which is code and is never run here: save the "
-        "state dict alone, best as safetensors, where you trust the file"
-    )
-
-
 def _unwrap(
     content: Any, wrappers: Sequence[str], depth: int = 4
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -235,6 +168,15 @@ def _unwrap(
         if tensors:
             return tensors, [key, *keys]
     return {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}, []
+
+
+def _others(content: Any, keys: Sequence[str], wrappers: Sequence[str]) -> tuple[str, ...]:
+    """Keys of other state dicts that lie beside the one that `keys` lead to."""
+    for key in keys[:-1]:
+        content = content[key]
+    return tuple(
+        w for w in wrappers if keys and w != keys[-1] and _unwrap(content.get(w), wrappers)[0]
+    )
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
-from smalti.files import replacing, write_json
+from smalti.files import read_json, replacing, write_json
 from smalti.pipelines.checkpoint_reader import (
     CONFIG,
     PICKLES,
@@ -23,13 +23,17 @@ from smalti.pipelines.checkpoint_reader import (
     Checkpoint,
     read_checkpoint,
 )
-from smalti.pipelines.imagenet import class_names
+from smalti.pipelines.diffusers_config import check_stated
+from smalti.pipelines.imagenet import NUM_CLASSES, class_names
+from smalti.pipelines.index import INDEX
 from smalti.pipelines.layout import Imported, export_tensors, import_tensors, matches
 from smalti.pipelines.pipeline import Pipeline
 from smalti.pipelines.source import Inferred, Options, Source
 from smalti.pipelines.sources import SOURCES
 from smalti.prior.base import Prior
+from smalti.prior.registry import PRIORS
 from smalti.tokenizer.base import Tokenizer
+from smalti.tokenizer.registry import TOKENIZERS
 
 Converted = Tokenizer | Prior | Pipeline
 
@@ -62,9 +66,9 @@ def read_published(
     """The model in a published checkpoint, and what was found, as lines to print.
 
     Raises:
-        SmaltiError: no such source; the file is damaged, holds code or another kind of model;
-            a tensor is missing, unknown or mis-shaped; an option does not apply; the tokenizer
-            does not fit the prior.
+        SmaltiError: no such source; the file is damaged, holds code or another kind of model, or
+            is ours already; a tensor is missing, unknown, mis-shaped or not finite; config.json
+            is another model's; an option does not apply; the tokenizer does not fit the prior.
     """
     reader: Source = SOURCES.resolve(source)()
     options = options or Options()
@@ -73,6 +77,7 @@ def read_published(
     checkpoint = _recognised(reader, path)
     try:
         inferred = reader.infer(checkpoint, options)
+        check_stated(checkpoint, reader.stated(inferred.config))
         model, imported = _build(reader, checkpoint, inferred, options)
     except SmaltiError as error:
         places = (checkpoint.path, checkpoint.path.with_name(CONFIG))
@@ -81,13 +86,41 @@ def read_published(
         # A config class says what is wrong, but not where.
         raise SmaltiError(f"{checkpoint.path}: {error}") from error
     lines = _report(reader, checkpoint, inferred, imported)
-    if options.tokenizer is None or not isinstance(model, Prior):
+    if not isinstance(model, Prior):
         return model, lines
-    return Pipeline(options.tokenizer, model, class_names(model.num_classes)), lines
+    if options.tokenizer is not None:
+        model = Pipeline(options.tokenizer, model, class_names(model.num_classes))
+    return model, lines + _told_of_classes(model)
+
+
+def _told_of_classes(model: Prior | Pipeline) -> list[str]:
+    """Where the names of ImageNet's classes are, if they are meant."""
+    if isinstance(model, Pipeline):
+        return ["class names: ImageNet's"] if len(model.classes) == NUM_CLASSES else []
+    if model.num_classes != NUM_CLASSES:
+        return []
+    return ["class names stand in pipelines: convert with --tokenizer to get one with ImageNet's"]
+
+
+def _check_not_ours(path: Path) -> None:
+    """Raise `SmaltiError` if `path` is a folder of our own, or the weights in one."""
+    folder = path if path.is_dir() else path.parent
+    if path not in (folder, folder / "model.safetensors"):
+        return
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        ours = isinstance(index, dict) and "format_version" in index
+    else:
+        config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+        kind = config.get("type") if isinstance(config, dict) else None
+        ours = kind in [*TOKENIZERS, *PRIORS]
+    if ours:
+        raise SmaltiError(f"{path} is a smalti model already: it needs no conversion")
 
 
 def _recognised(reader: Source, path: Path) -> Checkpoint:
     """The checkpoint, if it looks like one of this source."""
+    _check_not_ours(path)
     checkpoint = reader.prepare(read_checkpoint(path, reader.wrappers))
     if reader.recognises(checkpoint):
         return checkpoint
@@ -127,7 +160,9 @@ def _blank_model(reader: Source, config: Any) -> nn.Module:
 def _report(
     reader: Source, checkpoint: Checkpoint, inferred: Inferred, imported: Imported
 ) -> list[str]:
-    inside = f' (its "{checkpoint.wrapper}")' if checkpoint.wrapper else ""
+    others = ", ".join(f'"{other}"' for other in checkpoint.others)
+    beside = f"; not taken: {others}" if others else ""
+    inside = f' (its "{checkpoint.wrapper}"{beside})' if checkpoint.wrapper else ""
     lines = [f"{reader.title}: {checkpoint.path}{inside}"]
     lines += [f"  {name}: {value}" for name, value in inferred.facts.items()]
     lines += [f"  {name}: {value} (not in the file)" for name, value in inferred.assumed.items()]
@@ -136,9 +171,10 @@ def _report(
     if imported.checked:
         lines.append(f"{len(imported.checked)} buffers checked: {', '.join(imported.checked)}")
     if imported.dropped:
-        groups = sorted({name.split(".")[0] for name in imported.dropped})
-        few = ", ".join(imported.dropped if len(imported.dropped) <= 3 else groups)
-        lines.append(f"{len(imported.dropped)} dropped, not needed: {few}")
+        names = [name.removeprefix(reader.aside) for name in imported.dropped]
+        groups = sorted({name.split(".")[0] for name in names})
+        few = ", ".join(names if len(names) <= 3 else groups)
+        lines.append(f"{len(names)} dropped, not needed: {few}")
     return lines
 
 
@@ -151,7 +187,7 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
     Args:
         out: a Diffusers folder; or the file, named .safetensors or as a pickle (.pt, .pth, .ckpt);
             without such a name a folder that will hold model.safetensors.
-        layout: a name in `SOURCES`; None takes the first that fits.
+        layout: a name in `SOURCES`; None takes the first that fits model and `out`.
 
     Returns:
         What was written, as lines to print.
@@ -159,14 +195,14 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
     Raises:
         SmaltiError: `out` exists; no layout fits, or not this one.
     """
-    name = layout or _fitting_layout(model)
+    is_file = out.suffix in (SAFETENSORS, *PICKLES)
+    name = layout or _fitting_layout(model, is_file)
     writer: Source = SOURCES.resolve(name)()
     if not writer.fits(model.config):
         raise SmaltiError(f"this model is no {writer.title}: its layout cannot hold it")
     _check_out(out)
     tensors = export_tensors(writer.layout(model.config), _on_cpu(model))
     config = writer.export_config(model.config)
-    is_file = out.suffix in (SAFETENSORS, *PICKLES)
     if config is not None and is_file:
         raise SmaltiError(f"{name} is written as a folder: give one instead of {out.name}")
     if is_file:
@@ -189,11 +225,17 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
     ]
 
 
-def _fitting_layout(model: Tokenizer | Prior) -> str:
+def _fitting_layout(model: Tokenizer | Prior, is_file: bool) -> str:
+    """The first layout that holds the model; for a file, the first without a config.json."""
+    fitting: list[str] = []
     for name in SOURCES:
         source: Source = SOURCES.resolve(name)()
         if source.registry is model.registry and source.fits(model.config):
-            return name
+            if not is_file or source.export_config(model.config) is None:
+                return name
+            fitting.append(name)
+    if fitting:
+        return fitting[0]
     kind = model.registry.kind
     raise SmaltiError(f"no published layout holds this {kind}: it has parts of our own")
 

@@ -1,14 +1,16 @@
 """Diffusers' folders of `AutoencoderKL` and `VQModel`: config.json and a weights file."""
 
-import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeGuard
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from smalti.errors import SmaltiError
 from smalti.pipelines.checkpoint_reader import Checkpoint
 from smalti.pipelines.conv_names import PUBLISHED_GROUPS, ConvNames, conv_facts, mirrored
 from smalti.pipelines.conv_source import OneCodebook, stated_size
+from smalti.pipelines.diffusers_config import config_path, number, numbers, refusal
 from smalti.pipelines.from_latent_diffusion import SCALING_FACTOR, KLSource
+from smalti.pipelines.from_taming import has_codes
 from smalti.pipelines.source import Inferred, Options, Source
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig
@@ -47,6 +49,22 @@ OLD_ATTENTION = {
 # Settings of config.json that the tensors do not show, and the only value that our model has.
 FIXED = {"act_fn": "silu", "norm_type": "group"}
 
+# Settings that the tensors show, too.
+SIZES = (
+    "block_out_channels",
+    "down_block_types",
+    "in_channels",
+    "latent_channels",
+    "layers_per_block",
+    "mid_block_add_attention",
+    "num_vq_embeddings",
+    "out_channels",
+    "up_block_types",
+    "use_post_quant_conv",
+    "use_quant_conv",
+    "vq_embed_dim",
+)
+
 
 def current_names(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with attention spelt as today."""
@@ -76,7 +94,7 @@ class DiffusersFolder(Source):
             SmaltiError: it is of another class, or asks for what our model does not do.
         """
         found = checkpoint.config
-        where = f"{checkpoint.path.parent / 'config.json'}"
+        where = config_path(checkpoint)
         name = found.get("_class_name", self.class_name)
         if name != self.class_name:
             raise SmaltiError(f"{where} describes a {name}; this source reads {self.class_name}")
@@ -87,10 +105,14 @@ class DiffusersFolder(Source):
 
     def norm_groups(self, checkpoint: Checkpoint) -> int:
         """Groups of the normalisations."""
-        groups = _number(checkpoint, "norm_num_groups", PUBLISHED_GROUPS, positive=True)
+        groups = number(checkpoint, "norm_num_groups", PUBLISHED_GROUPS, positive=True)
         if groups != int(groups):
-            raise _refuse(checkpoint, "norm_num_groups", "a whole number")
+            raise refusal(checkpoint, "norm_num_groups", "a whole number")
         return int(groups)
+
+    def stated(self, config: Any) -> dict[str, Any]:
+        said = self.export_config(config) or {}
+        return {key: value for key, value in said.items() if key in SIZES}
 
     def published_conv(self, conv: ConvConfig) -> bool:
         """Whether Diffusers builds such an encoder and decoder: any number of groups will do."""
@@ -105,34 +127,43 @@ def _groups(conv: ConvConfig) -> int | None:
     return conv.norm_groups or PUBLISHED_GROUPS
 
 
-def _refuse(checkpoint: Checkpoint, key: str, expected: str) -> SmaltiError:
-    where, value = checkpoint.path.parent / "config.json", checkpoint.config.get(key)
-    return SmaltiError(f"{where}: {key} is {value!r}; expected {expected}")
+@dataclass(frozen=True)
+class LatentScale:
+    """Mean and standard deviation of raw latents, from the settings that tell them."""
 
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    facts: Mapping[str, object]  # that config.json told, to print
+    assumed: Mapping[str, object]
 
-def _is_number(value: object) -> TypeGuard[float]:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value)
-
-
-def _number(checkpoint: Checkpoint, key: str, default: float, *, positive: bool = False) -> float:
-    """A number from config.json; what it lacks, or has as null, is the default."""
-    value = checkpoint.config.get(key)
-    value = default if value is None else value
-    if not _is_number(value) or (positive and value <= 0):
-        raise _refuse(checkpoint, key, "a positive number" if positive else "a number")
-    return value
-
-
-def _numbers(checkpoint: Checkpoint, key: str, count: int) -> tuple[float, ...] | None:
-    """A list of numbers from config.json, one per channel; None where it has none."""
-    value = checkpoint.config.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, list) or len(value) != count or not all(map(_is_number, value)):
-        raise _refuse(checkpoint, key, f"{count} numbers")
-    return tuple(map(float, value))
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, options: Options, channels: int) -> Self:
+        """Ours are (z - mean) / std; Diffusers' (z - shift) * scaling, or (z - mean) * scaling /
+        std where config.json has both lists."""
+        scaling = number(checkpoint, "scaling_factor", SCALING_FACTOR, positive=True)
+        shift = float(number(checkpoint, "shift_factor", 0.0))
+        mean = numbers(checkpoint, "latents_mean", channels)
+        std = numbers(checkpoint, "latents_std", channels)
+        used = {
+            "scaling_factor": scaling,
+            "shift_factor": None if mean else shift,
+            "latents_mean": mean and ", ".join(f"{m:g}" for m in mean),
+            "latents_std": std and ", ".join(f"{s:g}" for s in std),
+        }
+        told = {key: v for key, v in used.items() if checkpoint.config.get(key) is not None}
+        facts = {key: f"{v}, from config.json" for key, v in told.items() if v is not None}
+        names = ("scaling_factor",) if mean else ("scaling_factor", "shift_factor")
+        assumed = {name: used[name] for name in names if name not in told}
+        if options.scaling_factor is not None:
+            scaling = options.scaling_factor
+            facts.pop("scaling_factor", None)
+            assumed["scaling_factor"] = f"{scaling}, as given"
+        return cls(
+            mean=mean or (shift,) * channels,
+            std=tuple(s / scaling for s in std or (1.0,) * channels),
+            facts=facts,
+            assumed=assumed,
+        )
 
 
 class DiffusersKL(DiffusersFolder, KLSource):
@@ -142,33 +173,33 @@ class DiffusersKL(DiffusersFolder, KLSource):
     class_name = "AutoencoderKL"
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
-        return looks_like_diffusers(checkpoint) and not checkpoint.has("quantize.")
+        return looks_like_diffusers(checkpoint) and not has_codes(checkpoint)
 
     def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
         settings = self.settings(checkpoint)
         groups = self.norm_groups(checkpoint)
         conv, channels, convs = self.infer_sizes(checkpoint, groups)
         size, stated = stated_size(options)
-        scaling = options.scaling_factor or _number(
-            checkpoint, "scaling_factor", SCALING_FACTOR, positive=True
-        )
-        shift = float(_number(checkpoint, "shift_factor", 0.0))
-        mean = _numbers(checkpoint, "latents_mean", channels) or (shift,) * channels
-        std = _numbers(checkpoint, "latents_std", channels) or (1.0,) * channels
+        latents = LatentScale.of(checkpoint, options, channels)
         config = KLConfig(
             image_size=size,
             conv=conv,
             latent_channels=None if channels == conv.z_channels else channels,
             quant_convs=convs,
-            latent_mean=mean,
-            latent_std=tuple(s / scaling for s in std),
+            latent_mean=latents.mean,
+            latent_std=latents.std,
         )
         if "sample_size" in settings and options.image_size is None:
             stated = f"{stated}; config.json speaks of {settings['sample_size']}"
         return Inferred(
             config,
-            facts={**conv_facts(conv), "latent channels": channels, "norm_groups": groups},
-            assumed={"image_size": stated, "scaling_factor": scaling, "shift_factor": shift},
+            facts={
+                **conv_facts(conv),
+                "latent channels": channels,
+                "norm_groups": groups,
+                **latents.facts,
+            },
+            assumed={"image_size": stated, **latents.assumed},
         )
 
     def fits(self, config: Any) -> bool:
@@ -192,7 +223,7 @@ class DiffusersVQ(DiffusersFolder, OneCodebook):
     l2_normalise = False
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
-        return looks_like_diffusers(checkpoint) and checkpoint.has("quantize.")
+        return looks_like_diffusers(checkpoint) and has_codes(checkpoint)
 
     def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
         self.settings(checkpoint)

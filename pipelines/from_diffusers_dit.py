@@ -5,26 +5,25 @@ ours has one. Two numbers differ from the authors' DiT: the frequencies of the t
 the two norms of a block adds to the variance. Guidance in Diffusers' pipeline is on all channels.
 """
 
-import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
 from smalti.pipelines.checkpoint_reader import Checkpoint
+from smalti.pipelines.diffusers_config import number, refusal, whole
 from smalti.pipelines.from_dit import (
     NOISE_ON_A_CHAIN,
     PUBLISHED_HEADS,
-    PUBLISHED_SIDE,
     fits_objective,
     is_plain,
-    latent_side,
     mlp_ratio,
     network_facts,
 )
 from smalti.pipelines.layout import Layout, Link, Tensors, same
-from smalti.pipelines.prior_sizes import dims, fingerprint, head_count, layers
+from smalti.pipelines.prior_sizes import dims, fingerprint, head_count, layers, single_side
 from smalti.pipelines.source import Inferred, Options, Source
 from smalti.prior.dit import DiTConfig
 from smalti.prior.flow import FlowConfig
@@ -44,11 +43,24 @@ FIXED = {
     "num_vector_embeds": None,
     "double_self_attention": False,
 }
+# Settings that the tensors show, too.
+SIZES = (
+    "attention_head_dim",
+    "in_channels",
+    "num_attention_heads",
+    "num_embeds_ada_norm",
+    "num_layers",
+    "out_channels",
+    "patch_size",
+    "sample_size",
+)
 NORM_EPS = 1e-5  # default of "norm_eps"
 FREQUENCY_SHIFT = 1  # exponents of the frequencies of the time run from 0 to 1, both included
 OURS = "frequency_shift"  # set to 0 in our exports of the authors' DiT; Diffusers does not know it
+GUIDED = "guided_channels"  # likewise: the authors' three; Diffusers guides all
 FREQUENCY_SIZE = 256
 MLP_RATIO = 4
+PUBLISHED_SIDE = 32  # of the latents: 256 px
 
 EMBEDDERS = {  # ours: theirs, in every block
     "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
@@ -86,7 +98,7 @@ class DiffusersDiT(Source):
         width, channels, patch, _ = dims(checkpoint, "pos_embed.proj.weight", 4)
         depth = layers(checkpoint, "transformer_blocks.{}.")
         _check_copies(checkpoint, depth)
-        told = _whole(checkpoint, "num_attention_heads")
+        told = whole(checkpoint, "num_attention_heads")
         heads, assumed = head_count(options, width, PUBLISHED_HEADS, told)
         side, origin = _side(checkpoint, options)
         embedder = _copy(0, "timestep_embedder.linear_1.weight")
@@ -107,7 +119,10 @@ class DiffusersDiT(Source):
             mlp_norm_eps=_norm_eps(checkpoint),
         )
         config = replace(
-            NOISE_ON_A_CHAIN, network=network, tokenizer_fingerprint=fingerprint(options)
+            NOISE_ON_A_CHAIN,
+            network=network,
+            guided_channels=whole(checkpoint, GUIDED),
+            tokenizer_fingerprint=fingerprint(options),
         )
         facts = network_facts(network)
         facts |= {} if assumed else {"heads": heads}
@@ -164,7 +179,12 @@ class DiffusersDiT(Source):
             "norm_type": "ada_norm_zero",
             "norm_elementwise_affine": False,
             **({} if network.frequency_shift == FREQUENCY_SHIFT else {OURS: 0}),
+            **({} if config.guided_channels is None else {GUIDED: config.guided_channels}),
         }
+
+    def stated(self, config: FlowConfig) -> dict[str, Any]:
+        said = self.export_config(config)
+        return {key: said[key] for key in SIZES}
 
 
 # -- tensors --------------------------------------------------------------------------------------
@@ -217,51 +237,38 @@ def _check_copies(checkpoint: Checkpoint, depth: int) -> None:
 # -- config.json ----------------------------------------------------------------------------------
 
 
-def _refuse(checkpoint: Checkpoint, key: str, expected: str) -> SmaltiError:
-    where, value = checkpoint.path.parent / "config.json", checkpoint.config[key]
-    return SmaltiError(f"{where}: {key} is {value!r}; expected {expected}")
-
-
 def _check_settings(checkpoint: Checkpoint) -> None:
     """Raise `SmaltiError` if config.json describes a model that ours cannot be."""
     found = checkpoint.config
     if found.get("_class_name", CLASSES[-1]) not in CLASSES:
-        raise _refuse(checkpoint, "_class_name", " or ".join(CLASSES))
+        raise refusal(checkpoint, "_class_name", " or ".join(CLASSES))
     for key, value in FIXED.items():
         if found.get(key, value) != value:
-            raise _refuse(checkpoint, key, f"{value!r}, as all published ones have")
-
-
-def _whole(checkpoint: Checkpoint, key: str) -> int | None:
-    """A number from config.json, from 1; None where it has none."""
-    value = checkpoint.config.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _refuse(checkpoint, key, "a whole number from 1")
-    return value
+            raise refusal(checkpoint, key, f"{value!r}, as all published ones have")
 
 
 def _norm_eps(checkpoint: Checkpoint) -> float:
-    value = checkpoint.config.get("norm_eps", NORM_EPS)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0 <= value < 1:
-        raise _refuse(checkpoint, "norm_eps", "a small number, like 1e-5")
+    value = number(checkpoint, "norm_eps", NORM_EPS)
+    if not 0 <= value < 1:
+        raise refusal(checkpoint, "norm_eps", "a small number, like 1e-5")
     return float(value)
 
 
 def _frequency_shift(checkpoint: Checkpoint) -> int:
     value = checkpoint.config.get(OURS, FREQUENCY_SHIFT)
     if value not in (0, FREQUENCY_SHIFT):
-        raise _refuse(checkpoint, OURS, f"0 or {FREQUENCY_SHIFT}")
+        raise refusal(checkpoint, OURS, f"0 or {FREQUENCY_SHIFT}")
     return int(value)
 
 
 def _side(checkpoint: Checkpoint, options: Options) -> tuple[int, dict[str, object]]:
     """Side of the latents, and if config.json does not tell it, where it comes from, to print."""
-    side = _whole(checkpoint, "sample_size")
+    side = whole(checkpoint, "sample_size")
     if side is None:
-        return latent_side(options, PUBLISHED_SIDE)
+        spec = None if options.tokenizer is None else options.tokenizer.spec
+        if isinstance(spec, ContinuousSpec) and options.scales is None:
+            return spec.width, {"grid": f"{spec.width} x {spec.width}, the tokenizer's"}
+        return single_side(options, PUBLISHED_SIDE)
     if options.scales not in (None, (side,)):
         given = ", ".join(map(str, options.scales or ()))
         raise SmaltiError(

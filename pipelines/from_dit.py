@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
 from smalti.pipelines.checkpoint_reader import Checkpoint
 from smalti.pipelines.layout import Buffer, Layout, same
@@ -16,7 +15,6 @@ from smalti.pipelines.prior_sizes import (
     head_count,
     head_flags,
     layers,
-    single_side,
     square_side,
 )
 from smalti.pipelines.source import Inferred, Options, Source
@@ -30,7 +28,6 @@ POSITIONS = "pos_embed"  # (1, N, width): sines and cosines
 NETWORK = "network."  # what our names of the same tensors begin with
 
 PUBLISHED_HEADS = {1152: 16}  # by width: XL
-PUBLISHED_SIDE = 32  # of the latents: 256 px
 GUIDED_CHANNELS = 3  # in the authors' samplers, of 4 channels
 
 # Noise on DDPM's chain of 1000 steps with linear variances, told the index of a step.
@@ -53,7 +50,7 @@ class DiTNetwork(Source):
     def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
         width, channels, patch, _ = dims(checkpoint, "x_embedder.proj.weight", 4)
         heads, assumed = head_count(options, width, PUBLISHED_HEADS)
-        side, origin = _side(checkpoint, options, patch)
+        side = _side(checkpoint, options, patch)
         network = DiTConfig(
             in_channels=channels,
             out_channels=dims(checkpoint, "final_layer.linear.weight", 2)[0] // patch**2,
@@ -72,8 +69,7 @@ class DiTNetwork(Source):
             guided_channels=min(GUIDED_CHANNELS, channels),
             tokenizer_fingerprint=fingerprint(options),
         )
-        facts = network_facts(network) | ({} if origin else {"grid": f"{side} x {side}"})
-        return Inferred(config, facts, assumed | origin)
+        return Inferred(config, network_facts(network) | {"grid": f"{side} x {side}"}, assumed)
 
     def layout(self, config: FlowConfig) -> Layout:
         with torch.device("meta"):
@@ -126,14 +122,13 @@ def mlp_ratio(hidden: int, width: int) -> float:
     return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _side(checkpoint: Checkpoint, options: Options, patch: int) -> tuple[int, dict[str, object]]:
-    """Side of the latents, and if the file does not tell it, where it comes from, to print.
+def _side(checkpoint: Checkpoint, options: Options, patch: int) -> int:
+    """Side of the latents.
 
     Raises:
-        SmaltiError: the table of positions is of no square, or not of the side in the flag.
+        SmaltiError: the table of positions is missing, of no square, or not of the side in the
+            flag.
     """
-    if POSITIONS not in checkpoint.tensors:
-        return latent_side(options, PUBLISHED_SIDE)
     tokens = dims(checkpoint, POSITIONS, 3)[1]
     side = square_side(tokens)
     if side is None:
@@ -145,15 +140,7 @@ def _side(checkpoint: Checkpoint, options: Options, patch: int) -> tuple[int, di
             f"--scales is {given}, but {POSITIONS} in the file is for latents of {side} x {side}: "
             "leave it out"
         )
-    return side, {}
-
-
-def latent_side(options: Options, default: int) -> tuple[int, dict[str, object]]:
-    """Side of the latents according to the tokenizer, a flag or a default."""
-    spec = None if options.tokenizer is None else options.tokenizer.spec
-    if isinstance(spec, ContinuousSpec) and options.scales is None:
-        return spec.width, {"grid": f"{spec.width} x {spec.width}, the tokenizer's"}
-    return single_side(options, default)
+    return side
 
 
 # -- may it be exported? --------------------------------------------------------------------------

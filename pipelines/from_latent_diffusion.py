@@ -7,13 +7,15 @@ from typing import Any
 from smalti.errors import SmaltiError
 from smalti.pipelines.checkpoint_reader import Checkpoint
 from smalti.pipelines.conv_names import PUBLISHED_GROUPS, ConvNames, conv_facts, infer_conv
-from smalti.pipelines.conv_source import (
-    TRAINING_PARTS,
-    ConvSource,
-    OneCodebook,
-    stated_size,
+from smalti.pipelines.conv_source import ConvSource, OneCodebook, stated_size
+from smalti.pipelines.from_taming import (
+    NAMES,
+    REST,
+    SURPLUS,
+    autoencoder_alone,
+    has_codes,
+    looks_like_taming,
 )
-from smalti.pipelines.from_taming import NAMES, looks_like_taming
 from smalti.pipelines.source import Inferred, Options
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig
@@ -22,22 +24,7 @@ from smalti.tokenizer.kl import KLConfig
 # latents. It stands with the diffusion model, not in the autoencoder's file.
 SCALING_FACTOR = 0.18215
 
-# The file of a whole model has its autoencoder under the first name. The rest goes under a second
-# one, to be dropped.
-FIRST_STAGE, REST = "first_stage_model.", "diffusion."
-SURPLUS = (*TRAINING_PARTS, f"{REST}*")
 MEASURED_SCALING = f"{REST}scale_factor"  # () where it was measured in training
-
-
-def autoencoder_alone(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the names of an autoencoder, and the rest of the model set apart."""
-    if not checkpoint.has(FIRST_STAGE):
-        return checkpoint
-    return checkpoint.renamed(
-        lambda name: (
-            name.removeprefix(FIRST_STAGE) if name.startswith(FIRST_STAGE) else f"{REST}{name}"
-        )
-    )
 
 
 class LatentDiffusionVQ(OneCodebook):
@@ -46,6 +33,7 @@ class LatentDiffusionVQ(OneCodebook):
     title = "latent-diffusion VQ autoencoder"
     names = NAMES
     surplus = SURPLUS
+    aside = REST
     l2_normalise = False
     export_wrapper = "state_dict"
 
@@ -53,7 +41,8 @@ class LatentDiffusionVQ(OneCodebook):
         return autoencoder_alone(checkpoint)
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
-        return looks_like_taming(checkpoint) and checkpoint.has("quantize.embedding.")
+        gumbel = checkpoint.has("quantize.embed.")
+        return looks_like_taming(checkpoint) and has_codes(checkpoint) and not gumbel
 
 
 class KLSource(ConvSource):
@@ -87,13 +76,14 @@ class LatentDiffusionKL(KLSource):
     title = "latent-diffusion KL autoencoder"
     names = ConvNames()
     surplus = SURPLUS
+    aside = REST
     export_wrapper = "state_dict"
 
     def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
         return autoencoder_alone(checkpoint)
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
-        return looks_like_taming(checkpoint) and not checkpoint.has("quantize.")
+        return looks_like_taming(checkpoint) and not has_codes(checkpoint)
 
     def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
         conv, channels, convs = self.infer_sizes(checkpoint)

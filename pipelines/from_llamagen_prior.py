@@ -46,6 +46,7 @@ class LlamaGenPrior(Source):
     title = "LlamaGen prior"
     registry = PRIORS
     options = frozenset({"heads", "scales", "tokenizer"})
+    wrappers = ("model", "module", "state_dict", "ema")  # in the order of the authors' sampler
     export_wrapper = "model"
 
     def recognises(self, checkpoint: Checkpoint) -> bool:

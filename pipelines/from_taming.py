@@ -4,12 +4,19 @@ from typing import Any
 
 from smalti.pipelines.checkpoint_reader import Checkpoint
 from smalti.pipelines.conv_names import ConvNames
-from smalti.pipelines.conv_source import OneCodebook
+from smalti.pipelines.conv_source import TRAINING_PARTS, OneCodebook
 from smalti.pipelines.source import Options
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.gumbel import GumbelConfig
 from smalti.tokenizer.quantizers import QuantizerConfig
 from smalti.tokenizer.vq import VQConfig
+
+# The file of a whole model has its autoencoder under the first name: beside a transformer in
+# taming-transformers, a diffusion model in latent-diffusion. The rest goes under a second name, to
+# be dropped.
+FIRST_STAGE, REST = "first_stage_model.", "second_stage."
+ENDS = ("encoder.conv_out.weight", "decoder.conv_in.weight")  # of every encoder and decoder
+SURPLUS = (*TRAINING_PARTS, f"{REST}*")
 
 NAMES = ConvNames(
     rules=(
@@ -24,11 +31,16 @@ class TamingVQGAN(OneCodebook):
 
     title = "taming-transformers VQGAN"
     names = NAMES
+    surplus = SURPLUS
+    aside = REST
     l2_normalise = False
     export_wrapper = "state_dict"
 
+    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+        return autoencoder_alone(checkpoint)
+
     def recognises(self, checkpoint: Checkpoint) -> bool:
-        return looks_like_taming(checkpoint) and checkpoint.has("quantize.")
+        return looks_like_taming(checkpoint) and has_codes(checkpoint)
 
     def infer_quantizer(
         self, checkpoint: Checkpoint, options: Options, conv: ConvConfig
@@ -52,3 +64,23 @@ def looks_like_taming(checkpoint: Checkpoint) -> bool:
     """Whether encoder or decoder are called as in taming-transformers, and are not VAR's."""
     named = checkpoint.has("encoder.down.") or checkpoint.has("decoder.up.")
     return named and not checkpoint.has("quantize.quant_resi.")
+
+
+def has_codes(checkpoint: Checkpoint) -> bool:
+    """Whether a codebook belongs between encoder and decoder, even where it is missing: features of
+    as many channels go out of one as into the other. A Gaussian takes twice as many."""
+    out, into = (checkpoint.tensors.get(name) for name in ENDS)
+    if checkpoint.has("quantize.") or out is None or into is None:
+        return checkpoint.has("quantize.")
+    return out.shape[:1] == into.shape[1:2]
+
+
+def autoencoder_alone(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the names of an autoencoder, and the rest of the model set apart."""
+    if not checkpoint.has(FIRST_STAGE):
+        return checkpoint
+    return checkpoint.renamed(
+        lambda name: (
+            name.removeprefix(FIRST_STAGE) if name.startswith(FIRST_STAGE) else f"{REST}{name}"
+        )
+    )

@@ -163,8 +163,8 @@ def _is_whole(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             image.verify()
         return True
-    except (OSError, SyntaxError):
+    except Exception:  # decoders raise many kinds; the picture is made again
         return False

@@ -98,8 +98,8 @@ def import_tensors(
         expected: the state dict of our model, for its shapes (it may be on the meta device).
 
     Raises:
-        SmaltiError: a tensor is missing, unknown, or of the wrong shape or kind; a buffer does not
-            hold what the sizes of the model say.
+        SmaltiError: a tensor is missing, unknown, of the wrong shape or kind, or not finite; a
+            buffer does not hold what the sizes of the model say.
     """
     theirs, path = checkpoint.tensors, checkpoint.path
     wanted = [name for link in layout.links for name in link.theirs]
@@ -162,7 +162,19 @@ def _import_link(
         if any(found.is_floating_point() != floats for found in (*theirs, tensor)):
             kinds = ", ".join(str(found.dtype) for found in theirs)
             raise SmaltiError(f"{checkpoint.path}: {names} holds {kinds} numbers")
+    for name in link.theirs:
+        _check_finite(name, checkpoint)
     return ours
+
+
+def _check_finite(name: str, checkpoint: Checkpoint) -> None:
+    """Raise `SmaltiError` if a tensor holds what is no number in single precision."""
+    wrong = (~checkpoint.tensors[name].float().isfinite()).sum().item()
+    if wrong:
+        raise SmaltiError(
+            f"{checkpoint.path}: {name} holds {wrong} numbers that are infinite or NaN: the file "
+            "is damaged, or its training went wrong"
+        )
 
 
 def _check_buffer(name: str, buffer: Buffer, checkpoint: Checkpoint) -> None:

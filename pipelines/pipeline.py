@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeGuard, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -16,17 +16,17 @@ from tqdm.auto import tqdm
 from smalti.data.image_io import save_png, to_pil
 from smalti.errors import SmaltiError
 from smalti.files import replacing, write_text
-from smalti.hub import resolve_folder, upload
+from smalti.hub import chosen_dtype, resolve_folder, upload
 from smalti.pipelines.card import SAMPLES, model_card
 from smalti.pipelines.conditions import Conditions
 from smalti.pipelines.index import INDEX, Components, PipelineIndex, read_index, write_index
 from smalti.pipelines.labels import ClassLabels, label_ids, whole_number
 from smalti.pipelines.options import check_names
 from smalti.prior.base import Prior
+from smalti.randomness import Generators, check_generators
 from smalti.tokenizer.base import Tokenizer
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass
@@ -79,22 +79,30 @@ class Pipeline:
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
         """Load a folder written by `save_pretrained`, or a model repository on the Hub.
 
         A local folder never touches the network. Only JSON and safetensors are read.
 
+        Args:
+            dtype: precision of both models, a type or its name, such as "bfloat16"; "auto": the
+                one that each was saved in; None: fp32.
+            torch_dtype: another name of `dtype`.
+
         Raises:
-            SmaltiError: nothing there, or a file is missing, damaged or does not fit.
+            SmaltiError: nothing there, or a file is missing, damaged or does not fit; no such
+                precision.
         """
+        precision = chosen_dtype(dtype, torch_dtype)
         folder = resolve_folder(
             path_or_hub_id, revision=revision, token=token, local_files_only=local_files_only
         )
         index = read_index(folder)
-        tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
-        prior = Prior.from_pretrained(folder / "prior")
+        tokenizer = Tokenizer.from_pretrained(folder / "tokenizer", dtype=precision)
+        prior = Prior.from_pretrained(folder / "prior", dtype=precision)
         if _components(tokenizer, prior) != index.components:
             raise SmaltiError(
                 f"{folder / INDEX} names {index.components}; the folder holds "
@@ -104,7 +112,7 @@ class Pipeline:
         pipeline.notes = index.notes
         pipeline.training_pictures = index.training_pictures
         pipeline._samples = folder / SAMPLES
-        return pipeline.to(device, dtype)
+        return pipeline.to(device)
 
     def save_pretrained(
         self, path: str | Path, *, samples: Image.Image | None = None, notes: str | None = None
@@ -233,7 +241,7 @@ class Pipeline:
             )
         if batch_size is not None and whole_number("batch_size", batch_size) < 1:
             raise SmaltiError(f"batch_size is {batch_size}; it must be at least 1")
-        _check_generators(generator, len(wanted))
+        check_generators(generator, len(wanted))
         chunk = batch_size or len(wanted)
         latents, images = [], []
         for start in tqdm(range(0, len(wanted), chunk), disable=not progress, unit="batch"):
@@ -241,7 +249,7 @@ class Pipeline:
             drawn = self.prior.sample(
                 wanted.part(part, self.device),
                 guidance_scale=guidance_scale,
-                generator=generator[part] if _is_list(generator) else generator,
+                generator=generator[part] if isinstance(generator, Sequence) else generator,
                 **options,
             )
             latents.append(drawn)
@@ -287,25 +295,6 @@ def _components(tokenizer: Tokenizer, prior: Prior) -> Components:
         tokenizer=Tokenizer.registry.name_of(type(tokenizer)),
         prior=Prior.registry.name_of(type(prior)),
     )
-
-
-def _check_generators(generator: Generators, pictures: int) -> None:
-    if generator is None:
-        return
-    each = list(generator) if _is_list(generator) else [generator]
-    wrong = [value for value in each if not isinstance(value, torch.Generator)]
-    if wrong:
-        raise SmaltiError(
-            f"generator holds {wrong[0]!r}: give a torch.Generator, or a list with one per picture"
-        )
-    if _is_list(generator) and len(each) != pictures:
-        raise SmaltiError(
-            f"{len(each)} generators were given for {pictures} pictures: give one each"
-        )
-
-
-def _is_list(generator: Generators) -> TypeGuard[Sequence[torch.Generator]]:
-    return isinstance(generator, Sequence)
 
 
 def _as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:

@@ -60,6 +60,8 @@ class Source(ABC):
     registry: ClassVar[Registry]  # TOKENIZERS or PRIORS: builds the model from the config
     options: ClassVar[frozenset[str]]  # names in `Options` that it takes
     wrappers: ClassVar[tuple[str, ...]] = WRAPPERS  # keys under which its state dict may lie
+    # What `prepare` puts before the names of tensors of other models in the same file.
+    aside: ClassVar[str] = ""
     # Of a file that original code reads: the key around the state dict, empty for none.
     export_wrapper: ClassVar[str] = ""
 
@@ -78,6 +80,11 @@ class Source(ABC):
         Raises:
             SmaltiError: a tensor that tells a size is missing, or the sizes are impossible.
         """
+
+    def stated(self, config: Any) -> Mapping[str, object]:
+        """What config.json beside the tensors says if it is theirs: their sizes, once more."""
+        del config
+        return {}
 
     @abstractmethod
     def layout(self, config: Any) -> Layout:

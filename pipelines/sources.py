@@ -1,6 +1,6 @@
 """The published weights that smalti reads: one line each, resolved only when asked for.
 
-A model is exported in the first layout that holds it.
+A model is exported in the first layout that holds it; into a file, in the first that is a file.
 """
 
 from smalti.hub import Registry
@@ -18,7 +18,7 @@ SOURCES = Registry(
         "llamagen-prior": "smalti.pipelines.from_llamagen_prior:LlamaGenPrior",
         "var-prior": "smalti.pipelines.from_var_prior:VARPrior",
         "sit": "smalti.pipelines.from_sit:SiT",
-        "dit": "smalti.pipelines.from_dit:DiT",
         "diffusers-dit": "smalti.pipelines.from_diffusers_dit:DiffusersDiT",
+        "dit": "smalti.pipelines.from_dit:DiT",
     },
 )

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from smalti.errors import SmaltiError
 from smalti.prior.dynamics import Dynamics
-from smalti.prior.normal import NormalSource
 from smalti.prior.solvers import StepSolver, times_of
 from smalti.prior.transition import Transition, log_variance, transition
+from smalti.randomness import NormalSource
 
 Variance = Literal["auto", "small", "large", "learned"]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from smalti.config import nearest
 from smalti.errors import SmaltiError
 from smalti.prior.dynamics import Dynamics
-from smalti.prior.normal import NormalSource
 from smalti.prior.paths import TINY, GaussianPath
 from smalti.prior.solvers import StepSolver, times_of
+from smalti.randomness import NormalSource
 
 Diffusion = Callable[[GaussianPath, Tensor], Tensor]  # path, times (N,) -> w (N,)
 

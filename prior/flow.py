@@ -26,12 +26,12 @@ from smalti.prior.likelihood import (
     log_likelihood,
     signs,
 )
-from smalti.prior.normal import Generators, NormalSource
 from smalti.prior.paths import DDPMPath, spread
 from smalti.prior.predictions import exact_times, of_data_and_noise, time_range
 from smalti.prior.schedules import Schedule, make_schedule
 from smalti.prior.solvers import ODESolver, Solver, make_solver, times_of
 from smalti.prior.times import loss_weight
+from smalti.randomness import Generators, NormalSource
 
 __all__ = ["PRESETS", "FlowConfig", "FlowPrior"]
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from smalti.errors import SmaltiError
 from smalti.prior.dynamics import Dynamics
-from smalti.prior.normal import NormalSource
 from smalti.prior.solvers import StepSolver, times_of
+from smalti.randomness import NormalSource
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from smalti.prior.dynamics import Dynamics, Field
-from smalti.prior.normal import NormalSource
 from smalti.prior.solvers import ODESolver
+from smalti.randomness import NormalSource
 
 # velocity, x (B, ...), t (B,) -> velocity (B, ...) and its divergence (B,)
 Divergence = Callable[[Field, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -16,9 +16,9 @@ from smalti.errors import SmaltiError
 from smalti.prior.base import Prior
 from smalti.prior.dynamics import Dynamics
 from smalti.prior.flow import FlowPrior
-from smalti.prior.normal import Generators, NormalSource
 from smalti.prior.paths import LinearPath
 from smalti.prior.solvers import ODESolver, make_solver, times_of
+from smalti.randomness import Generators, NormalSource
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From logits to codes: guidance, temperature, top-k, top-p, and a draw. Pure functions."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +9,7 @@ from torch import Tensor
 
 from smalti.config import nearest
 from smalti.errors import SmaltiError
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
+from smalti.randomness import Generators, given_or_new
 
 # progress in [0, 1] -> share of the way from no guidance (1) to the full scale
 GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -182,22 +181,6 @@ def draw_uniforms(rows: int, length: int, generator: Generators) -> Tensor:
         return _uniforms((rows, length), generator)
     drawn = [_uniforms((length,), own).cpu() for own in generator]
     return torch.stack(drawn) if drawn else torch.empty(0, length)
-
-
-def given_or_new(generator: Generators, rows: int) -> torch.Generator | Sequence[torch.Generator]:
-    """The generators of a sampling call of `rows` samples; for None a new, randomly seeded one.
-
-    Raises:
-        SmaltiError: a list of another length than there are samples.
-    """
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    elif not isinstance(generator, torch.Generator) and len(generator) != rows:
-        raise SmaltiError(
-            f"{len(generator)} generators were given for {rows} samples: give one each"
-        )
-    return generator
 
 
 def _uniforms(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

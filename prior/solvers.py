@@ -19,8 +19,8 @@ from torch import Tensor
 
 from smalti.hub import Registry
 from smalti.prior.dynamics import Dynamics, Field
-from smalti.prior.normal import NormalSource
 from smalti.prior.sampling import exact_dtype
+from smalti.randomness import NormalSource
 
 SOLVERS = Registry(
     "solver",

@@ -1,6 +1,7 @@
 """Export: a model -> the file or folder that the original code, or Diffusers, reads.
 
 smalti export models/kl models/kl_diffusers          # a Diffusers folder
+smalti export models/dit DiT.pt                      # its authors' file; into a folder, Diffusers'
 smalti export models/vq16 vq16.pt                    # LlamaGen's layout
 """
 
@@ -31,7 +32,8 @@ class ExportConfig:
     model: Positional[Annotated[str, arg(metavar="MODEL")]] = ""
     # a new folder, or a new .safetensors, .pt, .pth or .ckpt file
     out: Positional[Annotated[Path, arg(metavar="OUT")]] = Path()
-    format: str | None = None  # whose layout; the first that holds the model by default
+    # whose layout; by default Diffusers' for a KL autoencoder or DiT in a folder, else the authors'
+    format: str | None = None
 
 
 def load_model(name: str) -> Tokenizer | Prior:

@@ -22,9 +22,9 @@ from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.options import check_options
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.flow import FlowPrior
-from smalti.prior.normal import NormalSource
 from smalti.prior.rectified import check_straight, generate_pairs, straightness
 from smalti.prior.solvers import ODESolver, make_solver
+from smalti.randomness import NormalSource
 from smalti.scripts.sampling import Sampling
 from smalti.training.processes import join_job, say, shared_work
 from smalti.training.seeding import derive_seed

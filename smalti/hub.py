@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from smalti.config import config_from_dict, config_to_dict, nearest
 from smalti.errors import SmaltiError
 from smalti.files import read_json, write_json
+from smalti.precision import AS_SAVED, chosen_dtype, saved_dtype
 from smalti.remote import resolve_folder, upload
 from smalti.weights import hash_weights, load_weights, save_weights
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Pretrained",
     "Registry",
+    "chosen_dtype",
     "config_from_dict",
     "config_to_dict",
     "resolve_folder",
@@ -164,15 +166,23 @@ class Pretrained:
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
-        dtype: "torch.dtype | None" = None,
+        dtype: "torch.dtype | str | None" = None,
+        torch_dtype: "torch.dtype | str | None" = None,
         device: "torch.device | str | None" = None,
     ) -> Self:
         """Load a model saved by `save_pretrained`, from a folder or from the Hub, in eval mode.
 
+        Args:
+            dtype: precision of the weights, a type or its name, such as "bfloat16"; "auto": the
+                one that they were saved in; None: fp32.
+            torch_dtype: another name of `dtype`.
+
         Raises:
             SmaltiError: nothing there; another kind of model; a config key or a tensor is
-                missing, unknown or of the wrong type or shape; a file is damaged.
+                missing, unknown or of the wrong type or shape; a file is damaged; no such
+                precision.
         """
+        precision = chosen_dtype(dtype, torch_dtype)
         folder = resolve_folder(
             path_or_hub_id, revision=revision, token=token, local_files_only=local_files_only
         )
@@ -181,8 +191,10 @@ class Pretrained:
         model: Any = load_weights(lambda: _build(target, config, folder), folder / WEIGHTS)
         if copy is not None:
             model._copy_of = _read_copy(copy, model, folder)
-        if dtype is not None:
-            model.cast(dtype)
+        if precision == AS_SAVED:
+            precision = saved_dtype(folder / WEIGHTS)
+        if precision is not None:
+            model.cast(precision)
         return model.to(device=device).eval()
 
     @classmethod

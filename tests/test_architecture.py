@@ -12,7 +12,7 @@ from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.registry import TOKENIZERS
 
 ROOT = Path(__file__).parent.parent
-BASE = {"smalti.errors", "smalti.config", "smalti.files", "smalti.hub"}
+BASE = {f"smalti.{file}" for file in ("errors", "config", "files", "hub", "randomness")}
 FOLDERS = ("data", "tokenizer", "prior", "pipelines", "training", "evaluation", "scripts")
 
 # folder -> what of smalti it may import, as prefixes of module names; itself is always allowed

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from smalti.data.latents import LatentSpec
 from smalti.errors import SmaltiError
 from smalti.hub import Pretrained, Registry
+from smalti.randomness import Generators
 from smalti.tokenizer.registry import TOKENIZERS
 
 
@@ -74,12 +75,17 @@ class Tokenizer(nn.Module, Pretrained, ABC):
     def forward(self, images: Tensor) -> Reconstruction:
         """Encode, quantize or sample, decode: the differentiable pass that training optimises."""
 
-    def latents(self, stored: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Cached -> what a prior learns. Codes pass unchanged and need no generator."""
+    def latents(self, stored: Tensor, *, generator: Generators = None) -> Tensor:
+        """Cached -> what a prior learns. Codes pass unchanged and need no generator.
+
+        Args:
+            generator: one for all pictures, or a list with one for each, whose latents then do not
+                depend on its neighbours.
+        """
         del generator
         return stored
 
-    def encode(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
         """`latents(store(images))`: images (B, 3, H, W) in [-1, 1] -> latents."""
         return self.latents(self.store(images), generator=generator)
 

@@ -18,6 +18,7 @@ from smalti.errors import SmaltiError
 
 # No model of this kind is larger; a config.json from a stranger could ask for any number of layers.
 MAX_LEVELS, MAX_BLOCKS, MAX_WIDTH, MAX_PATCH = 12, 64, 2**16, 64
+MAX_IMAGE_SIZE = 2**14  # pixels per side
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,16 @@ class ConvConfig:
     def downsampling(self) -> int:
         """Pixels per latent position and side, f."""
         return self.patch_size * 2 ** (len(self.channel_mult) - 1)
+
+    def check_image_size(self, image_size: int) -> None:
+        """Raise `SmaltiError` unless square images of this side, in pixels, have a latent grid."""
+        if image_size < 1 or image_size % self.downsampling:
+            raise SmaltiError(
+                f"image_size {image_size} is not a multiple of the down-sampling factor"
+                f" {self.downsampling}"
+            )
+        if image_size > MAX_IMAGE_SIZE:
+            raise SmaltiError(f"image_size is {image_size}; it must be at most {MAX_IMAGE_SIZE}")
 
 
 def _norm(channels: int, groups: int | None) -> nn.GroupNorm:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
+from smalti.randomness import Generators, NormalSource
 from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
 from smalti.tokenizer.equivariance import random_transform
-from smalti.tokenizer.gaussian import DiagonalGaussian, standard_normal
+from smalti.tokenizer.gaussian import DiagonalGaussian
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,7 @@ class KLConfig:
     latent_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.image_size < 1 or self.image_size % self.conv.downsampling:
-            raise SmaltiError(
-                f"image_size {self.image_size} is not a multiple of the down-sampling factor"
-                f" {self.conv.downsampling}"
-            )
+        self.conv.check_image_size(self.image_size)
         if self.kl_weight < 0 or not 0 <= self.equivariance <= 1:
             raise SmaltiError("kl_weight must not be negative; equivariance must lie in [0, 1]")
         if self.channels < 1 or not (self.quant_convs or self.channels == self.conv.z_channels):
@@ -133,15 +130,19 @@ class KLTokenizer(Tokenizer):
         gaussian = self.gaussian(images)
         return torch.cat([gaussian.mean, gaussian.std], 1)
 
-    def latents(self, stored: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def latents(self, stored: Tensor, *, generator: Generators = None) -> Tensor:
         """Stored (B, 2C, h, w) -> normalised latents (B, C, h, w).
 
         Args:
-            generator: gives a draw from the posterior; without it, its mean.
+            generator: gives a draw from the posterior, of picture i from generators[i] alone if it
+                is a list; without it, its mean.
+
+        Raises:
+            SmaltiError: the list has another length than there are pictures.
         """
         z, std = stored.float().chunk(2, dim=1)
         if generator is not None:
-            z = z + std * standard_normal(z, generator)
+            z = z + std * NormalSource(generator, len(z))(z)
         return (z - self.shift) / self.scale
 
     def vectors(self, latents: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
+from smalti.randomness import Generators
 from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
 from smalti.tokenizer.multi_scale import MultiScaleQuantizer
@@ -35,11 +36,7 @@ class VQConfig:
     quant_kernel: int = 1  # of the convolutions between encoder, quantizer and decoder; VAR: 3
 
     def __post_init__(self) -> None:
-        if self.image_size < 1 or self.image_size % self.conv.downsampling:
-            raise SmaltiError(
-                f"image_size {self.image_size} is not a multiple of the down-sampling factor"
-                f" {self.conv.downsampling}"
-            )
+        self.conv.check_image_size(self.image_size)
         if self.quant_kernel < 1 or self.quant_kernel % 2 == 0:
             raise SmaltiError(f"quant_kernel is {self.quant_kernel}; use an odd number")
 
@@ -87,16 +84,26 @@ class VQTokenizer(Tokenizer):
 
     def store(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> codes (B, L), each grid in raster order."""
-        return self.quantizer.search(self.features(images))
+        features = self.features(images)
+        if not len(features):  # nothing to search for
+            return torch.empty(0, self.spec.length, dtype=torch.int64, device=features.device)
+        return self.quantizer.search(features)
 
-    def vectors(self, latents: Tensor) -> Tensor:
-        """Codes (B, L) -> what they stand for, (B, d, h, w).
+    def latents(self, stored: Tensor, *, generator: Generators = None) -> Tensor:
+        """Stored codes (B, L) of any integer type -> the same as int64; they need no generator.
 
         Raises:
-            SmaltiError: codes of another length, or outside [0, vocab_size).
+            SmaltiError: they are no integers.
         """
-        self._check_codes(latents)
-        return self.quantizer.lookup(latents, *self.config.grid)
+        return _whole(super().latents(stored, generator=generator))
+
+    def vectors(self, latents: Tensor) -> Tensor:
+        """Codes (B, L) of any integer type -> what they stand for, (B, d, h, w).
+
+        Raises:
+            SmaltiError: codes of another length, no integers, or outside [0, vocab_size).
+        """
+        return self.quantizer.lookup(self._checked(latents), *self.config.grid)
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Vectors (B, d, h, w) -> images (B, 3, H, W), not clamped."""
@@ -104,16 +111,22 @@ class VQTokenizer(Tokenizer):
 
     @torch.no_grad()
     def preview(self, codes: Tensor, scales: int) -> Tensor:
-        """Codes (B, L) -> images (B, 3, H, W) as the first `scales` scales alone tell them.
+        """Images (B, 3, H, W) in [-1, 1] as the first `scales` scales alone tell them.
+
+        Args:
+            codes: of all scales, (B, L), or of the first `scales` ones only, (B, l), as a prior
+                has them that is still drawing; of any integer type.
+            scales: 0 (what the decoder makes of no codes at all) to the number of scales.
 
         Raises:
-            SmaltiError: the tokenizer has one scale, or fewer than asked for.
+            SmaltiError: the tokenizer has one scale, or fewer than asked for; codes of another
+                length, no integers, or outside [0, vocab_size).
         """
-        self._check_codes(codes)
         if not isinstance(self.quantizer, MultiScaleQuantizer):
             raise SmaltiError("previews need a multi-scale tokenizer: this one has one scale")
-        if not 0 <= scales <= len(self.grids):
-            raise SmaltiError(f"scales is {scales}; this tokenizer has {len(self.grids)}")
+        if type(scales) is not int or not 0 <= scales <= len(self.grids):
+            raise SmaltiError(f"scales is {scales}; give 0 to {len(self.grids)}, the scales")
+        codes = self._checked(codes, first=scales)
         return self.decode_vectors(self.quantizer.lookup_first(codes, scales)).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
@@ -131,17 +144,26 @@ class VQTokenizer(Tokenizer):
     def discard_step(self) -> None:
         self.quantizer.discard_step()
 
-    def _check_codes(self, codes: Tensor) -> None:
-        if codes.ndim != 2 or codes.shape[1] != self.spec.length:
+    def _checked(self, codes: Tensor, first: int | None = None) -> Tensor:
+        """The codes as int64, if they are those of all scales, or of the `first` ones."""
+        lengths = {self.spec.length, sum(h * w for h, w in self.grids[:first])}
+        if codes.ndim != 2 or codes.shape[1] not in lengths:
+            takes = " or ".join(f"(B, {length})" for length in sorted(lengths))
             raise SmaltiError(
-                f"codes have shape {tuple(codes.shape)};"
-                f" this tokenizer takes (B, {self.spec.length})"
+                f"codes have shape {tuple(codes.shape)}; this tokenizer takes {takes}"
             )
-        if codes.is_floating_point():
-            raise SmaltiError(f"codes are {codes.dtype}; this tokenizer takes int64 codes")
-        vocabulary = self.spec.vocab_size
+        codes, vocabulary = _whole(codes), self.spec.vocab_size
         if codes.numel() and (codes.min() < 0 or codes.max() >= vocabulary):
             raise SmaltiError(
                 f"codes lie in [{codes.min().item()}, {codes.max().item()}]; the codebook has"
                 f" 0 to {vocabulary - 1}"
             )
+        return codes
+
+
+def _whole(codes: Tensor) -> Tensor:
+    """Codes of any integer type as int64: a cache keeps uint16, which torch can hardly compare."""
+    dtype = codes.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise SmaltiError(f"codes are {dtype}; this tokenizer takes whole numbers, int64")
+    return codes.long()

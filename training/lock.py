@@ -66,6 +66,11 @@ class RunLock:
             self.path.unlink(missing_ok=True)
         self._held = False
 
+    def holder(self) -> dict[str, Any] | None:
+        """Who holds the lock; None if nobody does, or a process that is gone."""
+        holder = self._read()
+        return holder if "pid" in holder and self._is_alive(holder) else None
+
     def _create(self) -> bool:
         try:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)

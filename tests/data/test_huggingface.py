@@ -116,6 +116,19 @@ def test_a_set_on_the_hub_that_cannot_be_had_is_one_line() -> None:
         open_source("hf:./nowhere/at/all")
 
 
+def test_a_saved_folder_is_opened_with_or_without_the_prefix(
+    splits: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "set", [0, 1] * 5)
+    for name in ("set", Path(splits).name):
+        plain, prefixed = open_source(f"./{name}"), open_source(f"hf:./{name}")
+        assert prefixed.fingerprint == plain.fingerprint
+        assert prefixed.read(3).getpixel((0, 0)) == (3, 3, 3)
+    with pytest.raises(SmaltiError, match=r"leave out --hf.streaming"):
+        open_source("hf:./set", hf=HuggingFaceOptions(streaming=True))
+
+
 def test_a_row_without_a_picture_is_a_bad_picture(tmp_path: Path) -> None:
     folder = save(tmp_path / "set", [0, 1] * 5)
     rows = datasets.load_from_disk(folder).to_list()

@@ -18,6 +18,7 @@ from PIL import Image
 from smalti.data.folder import EXTENSIONS
 from smalti.data.images import open_source
 from smalti.data.patterns import expand_braces, expand_shards
+from smalti.data.shard_labels import MAX_LABEL_BYTES
 from smalti.data.shards import BLOCK, list_members, read_manifest
 from smalti.errors import SmaltiError
 
@@ -220,6 +221,96 @@ def test_labels_are_numbers_names_or_json(tmp_path: Path) -> None:
     assert classes(("cls", b"1"), ("cls", b"0")) == (("a", "b"), [1, 0])
     with pytest.raises(SmaltiError, match="labels go up to 2"):
         classes(("cls", b"2"), ("cls", b"0"))
+
+
+@pytest.mark.parametrize("odd", [b"cat", b"1.0", b"ten"])
+def test_a_name_among_numbers_renumbers_no_class(tmp_path: Path, odd: bytes) -> None:
+    """As names, 10 would stand before 2; the odd one is named, be it the first or the last."""
+    for place in (0, 10):
+        members = {}
+        for number in range(11):
+            label = odd if number == place else str(number).encode()
+            members |= {f"{number:02d}.png": png(number), f"{number:02d}.cls": label}
+        path = write_tar(tmp_path / "000.tar", members)
+        message = rf"^{place:02d} in \S+000.tar has the label '{odd.decode()}', but 10 .*numbers"
+        with pytest.raises(SmaltiError, match=message):
+            open_source(str(path))
+    members |= {"10.cls": b"10"}
+    source = open_source(str(write_tar(tmp_path / "000.tar", members)))
+    assert source.labels.tolist() == list(range(11))
+
+
+def test_a_number_among_names_in_another_shard_is_named(tmp_path: Path) -> None:
+    for number, labels in enumerate((("a", "b", "c"), ("a", "7", "b"))):
+        members = {}
+        for row, label in enumerate(labels):
+            members |= {f"{row}.png": png(row), f"{row}.json": f'{{"label": "{label}"}}'.encode()}
+        write_tar(tmp_path / f"{number}.tar", members)
+    with pytest.raises(SmaltiError, match=r"^1 in \S+1.tar has the label 7, but 5 .*names"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("member", "content"),
+    [
+        ("000.cls", b"\0"),
+        ("000.cls", b"\0" * 3),
+        ("000.cls", b"cat\ndog"),
+        ("000.cls", b"\x1b[31mred"),
+        ("000.json", b"\0" * 20),
+        ("000.json", b'{"label": "\\u0000"}'),
+        ("000.json", b'{"label": "\\ud800"}'),
+    ],
+)
+def test_a_label_that_cannot_be_printed_is_refused(
+    tmp_path: Path, member: str, content: bytes
+) -> None:
+    named = {f"{n:03d}.cls": f"class {n % 2}".encode() for n in range(COUNT)}
+    members = {**samples(), **named, member: content}
+    with pytest.raises(SmaltiError, match=rf"^{member} in \S+000.tar ") as error:
+        open_source(str(write_tar(tmp_path / "000.tar", members)))
+    assert str(error.value).isprintable()
+
+
+def test_names_of_classes_may_be_of_any_language(tmp_path: Path) -> None:
+    names = ("\u0645\u06cc\u200c\u0634\u0648\u062f", "\u72ac", "\U0001f468\u200d\U0001f33e", "a b")
+    members = {}
+    for number, name in enumerate(names):
+        members |= {f"{number}.png": png(number), f"{number}.cls": name.encode()}
+    source = open_source(str(write_tar(tmp_path / "000.tar", members)))
+    assert source.classes == tuple(sorted(names))
+
+
+def test_a_large_json_member_beside_a_label_is_no_label(tmp_path: Path) -> None:
+    large = {"000.json": b'{"label": 9, "text": "' + b"x" * MAX_LABEL_BYTES + b'"}'}
+    source = open_source(str(write_tar(tmp_path / "000.tar", {**samples(), **large})))
+    assert source.labels.tolist() == [0, 1] * 3
+
+
+def test_a_hole_of_zeros_hides_no_samples(tmp_path: Path) -> None:
+    """A copy that was never filled in from some byte on, or lost the head of a member."""
+    path = write_tar(tmp_path / "000.tar", samples(0, 40))
+    content = path.read_bytes()
+    (middle,) = [m.offset for m in list_members(path) if m.key == "010"]
+    head = middle - BLOCK
+    for damaged in (
+        content[:head] + bytes(len(content) - head),
+        content[:head] + bytes(BLOCK) + content[middle:],
+        content + content,
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(SmaltiError, match=r"000.tar is cut or damaged .*more follows"):
+            open_source(str(path))
+
+
+@pytest.mark.parametrize("count", range(1, 21))
+def test_archives_of_any_length_are_whole(tmp_path: Path, count: int) -> None:
+    """They are filled up to a multiple of 10240 bytes, or not at all."""
+    path = write_tar(tmp_path / "000.tar", samples(0, count))
+    assert len(list_members(path)) == count
+    end = max(-(-(m.offset + m.size) // BLOCK) for m in list_members(path)) * BLOCK + 2 * BLOCK
+    path.write_bytes(path.read_bytes()[: end + 2 * BLOCK])  # the label's, then two of zeros
+    assert len(list_members(path)) == count
 
 
 def test_patterns_count_and_list() -> None:

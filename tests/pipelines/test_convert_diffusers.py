@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from smalti.errors import SmaltiError
 from smalti.pipelines.convert import convert, export, read_published
 from smalti.pipelines.source import Options
 from smalti.tokenizer.base import Tokenizer
@@ -215,6 +216,107 @@ def test_settings_that_cannot_be_kept_are_refused(change: dict, message: str, tm
     with pytest.raises(ValueError, match=message):
         convert("diffusers-kl", tmp_path / "theirs", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def edited(folder: Path, change: dict) -> None:
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+
+
+def saved(source: str, folder: Path) -> None:
+    model = (
+        autoencoder("stable-diffusion")
+        if source == "diffusers-kl"
+        else randomised(diffusers.VQModel(**VQ["plain"]))
+    )
+    model.save_pretrained(folder)
+
+
+SHARED_SIZES = {
+    "block_out_channels": [32, 64, 128],
+    "layers_per_block": 3,
+    "latent_channels": 8,
+    "in_channels": 1,
+    "out_channels": 4,
+    "mid_block_add_attention": False,
+    "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D", "DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"],
+}
+SOURCE_SIZES = {
+    "diffusers-kl": {**SHARED_SIZES, "use_quant_conv": False, "use_post_quant_conv": False},
+    "diffusers-vq": {**SHARED_SIZES, "num_vq_embeddings": 64, "vq_embed_dim": 8},
+}
+
+
+@pytest.mark.parametrize("source", SOURCE_SIZES)
+def test_sizes_other_than_those_of_the_tensors_are_refused(source: str, tmp_path: Path) -> None:
+    saved(source, tmp_path / "theirs")
+    before = (tmp_path / "theirs" / "config.json").read_text()
+    for key, value in SOURCE_SIZES[source].items():
+        (tmp_path / "theirs" / "config.json").write_text(before)
+        edited(tmp_path / "theirs", {key: value})
+        with pytest.raises(SmaltiError, match=rf"{key} is .*, but the tensors of {WEIGHTS} say"):
+            convert(source, tmp_path / "theirs", tmp_path / "ours")
+        edited(tmp_path / "theirs", {key: None})
+        read_published(source, tmp_path / "theirs")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_codebook_that_was_cut_short_or_is_missing_is_told(tmp_path: Path) -> None:
+    saved("diffusers-vq", tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["quantize.embedding.weight"] = tensors["quantize.embedding.weight"][:30].clone()
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(SmaltiError, match=r"num_vq_embeddings is 40, but .* say 30"):
+        read_published("diffusers-vq", tmp_path)
+    del tensors["quantize.embedding.weight"]
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(SmaltiError, match=r"lacks the tensor quantize\.embedding\.weight"):
+        read_published("diffusers-vq", tmp_path)
+
+
+SCALES = {  # lines by what config.json has and by options
+    "both": (
+        {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+        None,
+        ["scaling_factor: 1.5305, from config.json", "shift_factor: 0.0609, from config.json"],
+    ),
+    "null": (
+        {"scaling_factor": 1.5305, "shift_factor": None},
+        None,
+        ["scaling_factor: 1.5305, from config.json", "shift_factor: 0.0 (not in the file)"],
+    ),
+    "lists": (
+        {"scaling_factor": 0.5, "latents_mean": [1, 2, 3, 4.5], "latents_std": [1, 1, 2, 3]},
+        None,
+        [
+            "scaling_factor: 0.5, from config.json",
+            "latents_mean: 1, 2, 3, 4.5, from config.json",
+            "latents_std: 1, 1, 2, 3, from config.json",
+        ],
+    ),
+    "given": (
+        {"scaling_factor": 0.5, "shift_factor": None},
+        0.25,
+        ["scaling_factor: 0.25, as given (not in the file)", "shift_factor: 0.0 (not in the file)"],
+    ),
+    "nothing": (
+        {"scaling_factor": None, "shift_factor": None},
+        None,
+        ["scaling_factor: 0.18215 (not in the file)", "shift_factor: 0.0 (not in the file)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_only_what_is_assumed_is_called_so(case: str, tmp_path: Path) -> None:
+    change, scaling, expected = SCALES[case]
+    saved("diffusers-kl", tmp_path)
+    edited(tmp_path, change)
+    _, lines = read_published("diffusers-kl", tmp_path, Options(scaling_factor=scaling))
+    words = ("scaling_factor", "shift_factor", "latents_")
+    told = sorted(line.strip() for line in lines if line.strip().startswith(words))
+    assert told == sorted(expected)
 
 
 def test_a_kl_autoencoder_of_ours_becomes_a_diffusers_folder(tmp_path: Path) -> None:

@@ -21,8 +21,11 @@ from smalti.pipelines.checkpoint_reader import read_checkpoint
 from smalti.pipelines.convert import convert, export, read_published
 from smalti.pipelines.imagenet import class_names
 from smalti.pipelines.layout import Buffer, Layout, Link, import_tensors, joined, same
+from smalti.pipelines.pipeline import Pipeline
 from smalti.pipelines.source import Options
 from smalti.pipelines.sources import SOURCES
+from smalti.prior.dit import DiTConfig
+from smalti.prior.flow import FlowConfig, FlowPrior
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
@@ -389,6 +392,20 @@ def test_options_that_say_nothing_are_refused(state, tmp_path: Path) -> None:
             Options(**wrong)
     with pytest.raises(SmaltiError, match="not a multiple"):
         convert("llamagen-tokenizer", tmp_path / "file.pt", tmp_path / "o", Options(image_size=15))
+
+
+def test_models_of_ours_are_no_published_ones(tmp_path: Path) -> None:
+    tokenizer = model_of("diffusers-kl")
+    tokenizer.save_pretrained(tmp_path / "kl")
+    prior = FlowPrior(FlowConfig(network=DiTConfig(4, 4, (8, 8), 2, 32, 1, 2, num_classes=2)))
+    prior.save_pretrained(tmp_path / "prior")
+    Pipeline(tokenizer, prior, ("a", "b")).save_pretrained(tmp_path / "pipe")
+    for place in ("kl", "kl/model.safetensors", "prior", "pipe", "pipe/tokenizer"):
+        for source in ("diffusers-kl", "sit"):
+            said = refuse_file(tmp_path / place, tmp_path, source)
+            assert f"{tmp_path / place} is a smalti model already" in said
+    export(tokenizer, tmp_path / "kl" / "theirs.ckpt", "ldm-kl")  # which stands beside it
+    read_published("ldm-kl", tmp_path / "kl" / "theirs.ckpt")
 
 
 def test_a_misspelt_source_is_told(tmp_path: Path) -> None:

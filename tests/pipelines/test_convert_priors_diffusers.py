@@ -168,18 +168,41 @@ def test_the_time_has_other_frequencies_than_the_authors_dit(folder: Path, tmp_p
 def test_the_authors_dit_is_written_for_diffusers_with_a_note(folder: Path, tmp_path: Path) -> None:
     theirs = read(folder)
     network = replace(theirs.config.network, frequency_shift=0, mlp_norm_eps=1e-6)
-    model = FlowPrior(replace(theirs.config, network=network)).eval()
+    model = FlowPrior(replace(theirs.config, network=network, guided_channels=3)).eval()
     model.load_state_dict(theirs.state_dict())
-    lines = export(model, tmp_path / "exact")  # by default in the layout that is exact
-    assert "layout of a DiT" in lines[0]
-    lines = export(model, tmp_path / "copy", "diffusers-dit")
+    lines = export(model, tmp_path / "exact.pt")  # a file is the authors' own
+    assert "layout of a DiT" in lines[0] and len(lines) == 2
+    lines = export(model, tmp_path / "copy")  # a folder is Diffusers'
     assert "its pictures will differ" in lines[-1]
     loaded = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "copy")
     weights = randomised("learned-sigma").state_dict()
     assert all(torch.equal(weights[name], t) for name, t in loaded.state_dict().items())
-    assert read(tmp_path / "copy").checksum == model.checksum  # which we read as it was
+    again = read(tmp_path / "copy")  # which we read as it was
+    assert again.checksum == model.checksum and again.config == model.config
     edit(tmp_path / "copy", frequency_shift=2)
     assert "frequency_shift is 2; expected 0 or 1" in refuse(tmp_path / "copy")
+
+
+@torch.no_grad()
+def test_the_frequencies_are_all_that_diffusers_does_otherwise(folder: Path, tmp_path) -> None:
+    theirs = read(folder)
+    network = replace(theirs.config.network, frequency_shift=0, mlp_norm_eps=1e-6)
+    model = FlowPrior(replace(theirs.config, network=network)).eval()
+    model.load_state_dict(theirs.state_dict())
+    export(model, tmp_path / "copy")
+    loaded = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "copy").eval()
+    x, index, labels = asked(model)
+    ours = model.network(x, index.float(), labels)
+    found = loaded(x, timestep=index, class_labels=labels).sample
+    assert (found - ours).abs().max() > 2e-4 * ours.abs().max()
+    for block in loaded.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    close(loaded(x, timestep=index, class_labels=labels).sample, ours)
+
+
+def test_a_model_of_diffusers_is_no_file_of_the_authors(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SmaltiError, match="diffusers-dit is written as a folder"):
+        export(read(folder), tmp_path / "out.pt")
 
 
 # -- config.json ----------------------------------------------------------------------------------
@@ -209,12 +232,40 @@ def test_without_config_json_flags_and_defaults_tell_heads_and_grid(folder: Path
         ({"num_attention_heads": 5}, "width 32 with 5 heads"),
         ({"sample_size": "8"}, "sample_size is '8'; expected a whole number"),
         ({"sample_size": 9}, "cannot be cut into patches of side 2"),
-        ({"norm_eps": "tiny"}, "norm_eps is 'tiny'; expected a small number"),
+        ({"norm_eps": 1}, "norm_eps is 1; expected a small number"),
+        ({"norm_eps": "tiny"}, "norm_eps is 'tiny'; expected a number"),
     ],
 )
 def test_wrong_settings_are_refused(changes: dict, words: str, folder: Path) -> None:
     edit(folder, **changes)
     assert words in refuse(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("num_layers", 4),
+        ("attention_head_dim", 8),
+        ("patch_size", 1),
+        ("num_embeds_ada_norm", 1000),
+        ("in_channels", 8),
+        ("out_channels", 4),
+    ],
+)
+def test_sizes_other_than_those_of_the_tensors_are_refused(key, said, folder: Path) -> None:
+    told = SIZES["learned-sigma"][key]
+    edit(folder, **{key: said})
+    words = f"{key} is {said}, but the tensors of {WEIGHTS} say {told}: they were cut short"
+    assert words in refuse(folder)
+    edit(folder, **{key: None})
+    assert read(folder).config.network.depth == 3
+
+
+def test_a_file_that_lacks_its_last_blocks_is_refused(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    kept = {n: t for n, t in tensors.items() if not n.startswith("transformer_blocks.2.")}
+    save_file(kept, folder / WEIGHTS)
+    assert "num_layers is 3, but the tensors" in refuse(folder)
 
 
 def test_flags_that_contradict_config_json_are_refused(folder: Path) -> None:

@@ -21,7 +21,7 @@ from smalti.pipelines.convert import convert, export, read_published
 from smalti.pipelines.source import Options
 from smalti.prior.ancestral import DDIM
 from smalti.prior.flow import PRESETS, FlowPrior
-from smalti.prior.normal import NormalSource
+from smalti.randomness import NormalSource
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
 
@@ -335,13 +335,26 @@ def test_an_export_holds_exactly_what_was_published(source, kind, tmp_path: Path
     s = KINDS[kind]
     state, given = published(s), Options(heads=s.heads)
     model = read(source, state, tmp_path, given)
-    export(model, tmp_path / "back.safetensors")  # the layout follows from the model
+    export(model, tmp_path / "back.safetensors")  # a file's layout follows from the model
     again, _ = read_published(source, tmp_path / "back.safetensors", given)
     assert isinstance(again, FlowPrior) and again.checksum == model.checksum
     export(model, tmp_path / "back.pt", source)
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_class_names_are_told_where_imagenet_is_meant(tmp_path: Path) -> None:
+    for classes, tokenizer, words in (
+        (1000, None, "convert with --tokenizer to get one with ImageNet's"),
+        (1000, kl_tokenizer(), "class names: ImageNet's"),
+        (5, kl_tokenizer(), None),
+    ):
+        torch.save(published(Sizes(classes=classes)), tmp_path / "dit.pt")
+        given = Options(heads=2, tokenizer=tokenizer)
+        _, lines = read_published("dit", tmp_path / "dit.pt", given)
+        told = [line for line in lines if "class names" in line]
+        assert told[0].endswith(words) if words else not told, lines
 
 
 def test_the_mean_weights_of_a_training_checkpoint_are_taken(tmp_path: Path) -> None:
@@ -358,18 +371,13 @@ def test_the_mean_weights_of_a_training_checkpoint_are_taken(tmp_path: Path) -> 
     assert read("sit", {"model": wrapped}, tmp_path, given).checksum == expected
 
 
-def test_heads_and_grid_have_the_published_defaults(tmp_path: Path) -> None:
+def test_heads_have_the_published_defaults() -> None:
     from smalti.pipelines.from_dit import PUBLISHED_HEADS
     from smalti.pipelines.prior_sizes import head_count
 
     for name in ("sit-s/2", "sit-b/4", "sit-l/2", "dit-xl/2"):
         network = PRESETS[name].network
         assert head_count(Options(), network.width, PUBLISHED_HEADS)[0] == network.num_heads
-    state = published(PLAIN)
-    del state["pos_embed"]
-    assert read("dit", state, tmp_path, Options(heads=2)).config.network.grid == (32, 32)
-    given = Options(heads=2, scales=(8,))
-    assert read("dit", state, tmp_path, given).config.network.grid == (8, 8)
 
 
 def test_prior_and_tokenizer_become_a_pipeline(tmp_path: Path) -> None:
@@ -417,9 +425,26 @@ def test_positions_in_half_precision_may_be_rounded_and_not_more(dtype, tmp_path
 
 def test_every_missing_tensor_is_named(tmp_path: Path) -> None:
     for name in list(state := published(Sizes(depth=1)))[::2]:
-        if name != "pos_embed":
-            rest = {other: tensor for other, tensor in state.items() if other != name}
-            assert f"lacks the tensor {name}" in refuse(rest, tmp_path, Options(heads=2))
+        rest = {other: tensor for other, tensor in state.items() if other != name}
+        assert f"lacks the tensor {name}" in refuse(rest, tmp_path, Options(heads=2))
+
+
+@pytest.mark.parametrize("source", ["sit", "dit"])
+def test_a_file_without_its_positions_is_refused(source: str, tmp_path: Path) -> None:
+    state = published(PLAIN)
+    del state["pos_embed"]
+    for given in (Options(heads=2), Options(heads=2, scales=(8,))):
+        assert "lacks the tensor pos_embed" in refuse(state, tmp_path, given, source)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_tensor_that_is_not_finite_is_named(value: float, tmp_path: Path) -> None:
+    state = published(PLAIN)
+    state["blocks.1.mlp.fc2.bias"][3] = value
+    said = refuse(state, tmp_path, Options(heads=2))
+    assert "blocks.1.mlp.fc2.bias holds 1 numbers that are infinite or NaN" in said
+    state["blocks.1.mlp.fc2.bias"] = torch.full((32,), 1e300, dtype=torch.float64)
+    assert "holds 32 numbers that are infinite" in refuse(state, tmp_path, Options(heads=2))
 
 
 def test_every_misshaped_tensor_is_refused(tmp_path: Path) -> None:

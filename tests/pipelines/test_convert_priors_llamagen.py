@@ -275,6 +275,16 @@ def test_every_wrapper_is_opened(wrapper: str, tmp_path: Path) -> None:
     )
 
 
+def test_the_weights_are_taken_that_the_authors_sampler_takes(tmp_path: Path) -> None:
+    state = published(CLASSES)
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    for taken, beside in (("model", "module"), ("module", "state_dict"), ("state_dict", "ema")):
+        torch.save({beside: other, taken: state}, tmp_path / "both.pt")
+        model, lines = read_published("llamagen-prior", tmp_path / "both.pt", options(CLASSES))
+        assert torch.equal(model.state_dict()["norm.weight"], state["norm.weight"])
+        assert lines[0].endswith(f'(its "{taken}"; not taken: "{beside}")')
+
+
 def test_names_of_compiled_and_wrapped_models_are_understood(tmp_path: Path) -> None:
     state = published(CLASSES)
     content = {"model": {f"module._orig_mod.{name}": t for name, t in state.items()}}

@@ -359,6 +359,47 @@ def test_vqgans_give_the_original_codes_and_pictures(name: str, tmp_path: Path) 
     assert_round_trip(model, w.tensors, tmp_path, source, image_size=16)
 
 
+def vqgan() -> Weights:
+    w, s = Weights(), Sizes(mult=(1, 2), blocks=1, attention=(1,), z=4)
+    add_convolutions(w, s)
+    quantizer_weights(w, s, codes=40, dim=4)
+    return w
+
+
+@pytest.mark.parametrize("source", ["taming-vqgan", "ldm-vq"])
+def test_the_first_stage_of_a_whole_transformer_is_taken(source: str, tmp_path: Path) -> None:
+    """taming-transformers' Net2Net: a condition may have an autoencoder of its own."""
+    w = vqgan()
+    rest = {
+        "transformer.tok_emb.weight": torch.ones(3),
+        "transformer.blocks.0.attn.mask": torch.ones(1, 1, 2, 2),
+        "cond_stage_model.encoder.down.0.block.0.conv1.weight": torch.ones(3),
+        "cond_stage_model.quantize.embedding.weight": torch.ones(3, 2),
+    }
+    whole = {f"first_stage_model.{name}": tensor for name, tensor in w.tensors.items()} | rest
+    torch.save({"state_dict": whole}, tmp_path / "net2net.ckpt")
+    model, lines = read_published(source, tmp_path / "net2net.ckpt", Options(image_size=16))
+    assert "4 dropped, not needed: cond_stage_model, transformer" in lines
+    torch.save({"state_dict": w.tensors}, tmp_path / "alone.ckpt")
+    alone, _ = read_published(source, tmp_path / "alone.ckpt", Options(image_size=16))
+    assert model.checksum == alone.checksum
+    del whole["first_stage_model.decoder.conv_out.bias"]
+    torch.save({"state_dict": whole}, tmp_path / "net2net.ckpt")
+    with pytest.raises(SmaltiError, match=r"lacks the tensor decoder\.conv_out\.bias"):
+        read_published(source, tmp_path / "net2net.ckpt")
+
+
+@pytest.mark.parametrize("source", ["taming-vqgan", "ldm-vq"])
+def test_a_missing_codebook_is_named_and_not_taken_for_a_gaussian(source, tmp_path: Path) -> None:
+    w = vqgan()
+    del w.tensors["quantize.embedding.weight"]
+    torch.save(w.tensors, tmp_path / "vq.ckpt")
+    with pytest.raises(SmaltiError, match=r"lacks the tensor quantize\.embedding\.weight"):
+        read_published(source, tmp_path / "vq.ckpt")
+    with pytest.raises(SmaltiError, match="it looks like taming-vqgan or ldm-vq"):
+        read_published("ldm-kl", tmp_path / "vq.ckpt")
+
+
 @torch.no_grad()
 def test_the_gumbel_variant_takes_the_best_scores(tmp_path: Path) -> None:
     s = Sizes(mult=(1, 2), blocks=1, attention=(1,), z=8)
@@ -430,7 +471,8 @@ def test_the_autoencoder_of_a_whole_diffusion_model_is_taken(measured, tmp_path:
     whole = {f"first_stage_model.{name}": tensor for name, tensor in w.tensors.items()} | rest
     torch.save({"state_dict": whole}, tmp_path / "sd.ckpt")
     model, lines = read_published("ldm-kl", tmp_path / "sd.ckpt", Options(image_size=16))
-    assert f"{len(rest)} dropped, not needed: diffusion" in lines
+    told = [line for line in lines if "dropped" in line]
+    assert told[0].startswith(f"{len(rest)} dropped, not needed: betas, cond_stage_model, model")
     assert any(line == "  scaling_factor: 0.699999988079071" for line in lines) == bool(measured)
     images = pictures(16)
     close(model.posterior(images)[0], encode(w.tensors, s, images)[:, :4])

@@ -146,6 +146,25 @@ def test_a_half_precision_folder_keeps_the_pair(paired, tmp_path, dtype) -> None
     Pipeline(tokenizer, smalti.Prior.from_pretrained(whole / "prior"), CLASSES)
 
 
+def test_a_precision_has_two_names_and_may_be_that_of_the_files(paired, tmp_path) -> None:
+    folder = paired.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+
+    def precisions(**options) -> set[torch.dtype]:
+        pipe = Pipeline.from_pretrained(folder, **options)
+        assert pipe(0, output_type="pt").images.isfinite().all()
+        return {p.dtype for model in (pipe.tokenizer, pipe.prior) for p in model.parameters()}
+
+    assert precisions() == {torch.float32}
+    assert precisions(torch_dtype="auto") == precisions(dtype="bfloat16") == {torch.bfloat16}
+    assert precisions(torch_dtype=torch.float16) == {torch.float16}
+    for options, message in (
+        ({"dtype": "float32", "torch_dtype": "float16"}, "give one of them"),
+        ({"torch_dtype": "bf16"}, "torch_dtype is 'bf16', .*did you mean \"bfloat16\""),
+    ):
+        with pytest.raises(SmaltiError, match=message):
+            Pipeline.from_pretrained(folder, **options)
+
+
 def test_a_changed_tokenizer_is_refused_before_it_is_saved(paired, tmp_path) -> None:
     paired.tokenizer.to(torch.bfloat16)
     with pytest.raises(SmaltiError, match=r"pair it with its own tokenizer.*cast\(\)"):

@@ -7,11 +7,11 @@ import torch
 from smalti.errors import SmaltiError
 from smalti.prior.ancestral import DDIM, DDPM
 from smalti.prior.dynamics import Dynamics
-from smalti.prior.normal import NormalSource
 from smalti.prior.paths import DDPMPath, LinearPath, TrigonometricPath, VEPath, VPCosinePath
 from smalti.prior.predictions import TimeRange
 from smalti.prior.schedules import DDPMSpaced
 from smalti.prior.transition import transition
+from smalti.randomness import NormalSource
 
 DOUBLE = torch.float64
 PATH = DDPMPath()

@@ -13,9 +13,9 @@ from smalti.prior.likelihood import (
     log_likelihood,
     signs,
 )
-from smalti.prior.normal import NormalSource
 from smalti.prior.paths import LinearPath, TrigonometricPath, VPLinearPath
 from smalti.prior.runge_kutta import RK4, Heun
+from smalti.randomness import NormalSource
 
 DOUBLE = torch.float64
 

@@ -9,10 +9,10 @@ import torch
 from smalti.errors import SmaltiError
 from smalti.prior.ancestral import DDIM
 from smalti.prior.dormand_prince import NODES, ROWS, WEIGHTS, DormandPrince
-from smalti.prior.normal import NormalSource
 from smalti.prior.paths import LinearPath, TrigonometricPath, VEPath, VPLinearPath
 from smalti.prior.runge_kutta import RK4, Euler, Heun, Midpoint, Tableau, runge_kutta_step
 from smalti.prior.solvers import SOLVERS, Solver, make_solver
+from smalti.randomness import NormalSource
 
 DOUBLE = torch.float64
 MEAN, STD = [0.7, -1.2], [0.5, 1.5]

@@ -7,9 +7,9 @@ from smalti.errors import SmaltiError
 from smalti.prior.ancestral import DDIM, DDPM
 from smalti.prior.euler_maruyama import DIFFUSIONS, EulerMaruyama
 from smalti.prior.langevin import Langevin
-from smalti.prior.normal import NormalSource
 from smalti.prior.paths import LinearPath, TrigonometricPath, VEPath, VPLinearPath
 from smalti.prior.runge_kutta import Euler, Heun
+from smalti.randomness import NormalSource
 
 DOUBLE = torch.float64
 COUNT = 20_000

@@ -101,7 +101,8 @@ def test_export_writes_what_convert_reads(kl: Path, tmp_path: Path, capsys) -> N
     assert (
         run("convert", "diffusers-kl", tmp_path / "theirs", tmp_path / "b", "--image_size", 16) == 0
     )
-    assert run("export", kl, tmp_path / "ldm.ckpt", "--format", "ldm-kl") == 0
+    assert run("export", kl, tmp_path / "ldm.ckpt") == 0
+    assert "in the layout of a latent-diffusion KL" in capsys.readouterr().out
     scaled = ("--image_size", 16, "--scaling_factor", 0.5)
     assert run("convert", "ldm-kl", tmp_path / "ldm.ckpt", tmp_path / "c", *scaled) == 0
     models = [Tokenizer.from_pretrained(tmp_path / name) for name in ("kl", "b", "c")]
@@ -116,7 +117,7 @@ def test_export_writes_what_convert_reads(kl: Path, tmp_path: Path, capsys) -> N
     [
         ((), "give two things: smalti export MODEL OUT"),
         (("KL", "OUT", "--format", "var-tokenizer"), "this model is no VAR tokenizer"),
-        (("KL", "OUT.pt"), "diffusers-kl is written as a folder"),
+        (("SHIFTED", "OUT.pt"), "diffusers-kl is written as a folder"),
         (("PIPELINE", "OUT"), "is a pipeline: export"),
         (("PRIOR", "OUT", "--format", "ldm-kl"), "this model is no latent-diffusion KL"),
     ],
@@ -125,11 +126,16 @@ def test_mistakes_in_export_are_one_line(
     arguments, message, kl, prior: NextTokenPrior, tmp_path, capsys
 ) -> None:
     prior.save_pretrained(tmp_path / "prior")
+    mean = (1.0, 0.0, 0.0, 0.0)  # which a file of latent-diffusion has no place for
+    KLTokenizer(KLConfig(image_size=16, conv=CONV, latent_mean=mean)).save_pretrained(
+        tmp_path / "shifted"
+    )
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").touch()
     before = sorted(tmp_path.iterdir())
-    names = {"KL": "kl", "OUT": "out", "OUT.pt": "o.pt", "PIPELINE": "pipeline", "PRIOR": "prior"}
-    assert run("export", *(tmp_path / names[a] if a in names else a for a in arguments)) == 2
+    places = {name: tmp_path / name.lower() for name in ("KL", "OUT", "OUT.pt", "PIPELINE")}
+    places |= {name: tmp_path / name.lower() for name in ("PRIOR", "SHIFTED")}
+    assert run("export", *(places.get(a, a) for a in arguments)) == 2
     told = capsys.readouterr().err
     assert message in told and len(told.splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before

@@ -1,5 +1,11 @@
 """`smalti info` tells what a folder is, whether it is whole, and how to go on."""
 
+import io
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +19,17 @@ from smalti.data.cache_shard import shard_path
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.info import info
 from smalti.training.checkpoint import checkpoints
+from smalti.training.lock import LOCK, RunLock
+
+# A process that takes the folder of a run, and keeps it.
+OTHER_RUN = """
+import sys, time
+from pathlib import Path
+from smalti.training.lock import RunLock
+RunLock(Path(sys.argv[1])).acquire()
+print("taken", flush=True)
+time.sleep(60)
+"""
 
 
 def told(capsys, path: Path, status: int = 0) -> dict[str, str]:
@@ -46,6 +63,35 @@ def test_a_run_tells_its_step_and_how_to_go_on(tmp_path: Path, capsys) -> None:
     assert lines["step"] == "4 of 6" and "model.safetensors is damaged" in lines["damaged"]
 
 
+def test_a_run_that_is_active_tells_who_works_on_it(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    train_toy(toy_config(folder))
+    other = subprocess.Popen([sys.executable, "-c", OTHER_RUN, folder], stdout=subprocess.PIPE)
+    with other:
+        assert other.stdout is not None and other.stdout.readline() == b"taken\n"
+        before = (folder / LOCK).read_bytes()
+        for path in (folder, checkpoints(folder)[-1]):
+            lines = told(capsys, path)
+            assert lines["active"] == f"yes: process {other.pid} on {socket.gethostname()}"
+            assert lines["verified"].startswith("yes")
+            assert "go on" not in lines  # the lock would refuse it
+        assert (folder / LOCK).read_bytes() == before
+        other.kill()
+    for path in (folder, checkpoints(folder)[-1]):  # the lock of a dead process
+        assert (folder / LOCK).is_file() and "active" not in told(capsys, path)
+
+
+def test_a_run_before_its_first_step_is_told(tmp_path: Path, capsys) -> None:
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lines = told(capsys, tmp_path)
+    assert lines["kind"] == "training run" and lines["active"].startswith("yes: process ")
+    assert lines["step"] == "no checkpoint to go on from"
+    lock.release()
+    (tmp_path / LOCK).touch()  # that of another program
+    assert main(["info", str(tmp_path)]) == 2
+
+
 def test_a_checkpoint_tells_whether_it_is_whole(tmp_path: Path, capsys) -> None:
     train_toy(toy_config(tmp_path / "run"))
     path = checkpoints(tmp_path / "run")[-1]
@@ -63,7 +109,10 @@ def test_latents_tell_their_tokenizer(tokenizer, pictures, tmp_path: Path, capsy
     lines = told(capsys, tmp_path / "latents")
     assert lines["kind"] == "latent cache" and lines["tokenizer"] == tokenizer.fingerprint[:12]
     assert lines["latents"].endswith("64 codes of 16 (8 x 8)")
-    assert told(capsys, tmp_path / "latents" / "train")["verified"] == "yes: all shards"
+    one = told(capsys, tmp_path / "latents" / "train")
+    assert one["verified"] == "yes: all shards"
+    assert one["go on"] == lines["go on"]  # a prior takes the folder of both splits
+    assert f"--latents {tmp_path / 'latents'} " in one["go on"]
     damage(tmp_path / "latents" / "train" / "shard-00000.safetensors")
     assert told(capsys, tmp_path / "latents" / "train", status=1)["verified"].startswith(
         "no: shard"
@@ -79,6 +128,43 @@ def test_latents_that_were_never_finished_are_told_apart(pictures, tmp_path: Pat
     assert lines["kind"] == "latent cache" and lines["verified"].startswith("train: no: not fin")
     assert f"--latents '{latents}'" in lines["go on"]  # as a shell takes it
     assert told(capsys, latents / "train", status=1)["verified"].startswith("no: not finished")
+
+
+def test_a_cache_without_its_other_split_is_not_recommended(
+    tokenizer, pictures, tmp_path: Path, capsys
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "tok")
+    latents = tmp_path / "latents"
+    encode(EncodeConfig(data=str(pictures), tokenizer=tmp_path / "tok", output_dir=latents))
+    shutil.rmtree(latents / "heldout")
+    for path in (latents, latents / "train"):
+        assert "go on" not in told(capsys, path)
+
+
+def test_shards_with_a_manifest_are_told_as_what_they_are(tmp_path: Path, capsys) -> None:
+    shards = tmp_path / "sets" / "my shards"
+    shards.mkdir(parents=True)
+    for number in range(2):
+        with tarfile.open(shards / f"{number}.tar", "w") as archive:
+            for key in range(3):
+                archive.addfile(tarfile.TarInfo(f"{key}.png"))
+                label = tarfile.TarInfo(f"{key}.cls")
+                label.size = 1
+                archive.addfile(label, io.BytesIO(str(key).encode()))
+    listed = str(tmp_path / "bad.txt")
+    check = ["check-data", "--data", str(shards), "--write_manifest", "--bad_files", listed]
+    assert main(check) == 1  # its pictures are empty
+    capsys.readouterr()
+    lines = told(capsys, shards)
+    assert lines["kind"] == "WebDataset shards" and lines["shards"] == "2"
+    assert lines["pictures"].startswith("6") and lines["classes"] == "3"
+    assert lines["verified"].startswith("yes")
+    assert lines["go on"] == f"smalti check-data --data '{shards}'"
+    assert told(capsys, shards.parent)["my shards"] == "WebDataset shards"
+    (shards / "1.tar").unlink()
+    assert "1.tar is missing" in told(capsys, shards, status=1)["verified"]
+    (shards / "0.tar").unlink()
+    assert "holds no pictures" in told(capsys, shards, status=1)["verified"]
 
 
 def test_models_and_pipelines_tell_their_size(tokenizer, prior, tmp_path: Path, capsys) -> None:

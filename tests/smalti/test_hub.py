@@ -87,6 +87,59 @@ def test_a_copy_in_half_precision_keeps_the_fingerprint(tokenizer, saved: Path, 
     assert Tokenizer.from_pretrained(plain.save_pretrained(half)).fingerprint == original
 
 
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+def test_precisions_may_be_named(saved: Path, argument: str) -> None:
+    for value, expected in (
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        ("float32", torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        ("auto", torch.float32),
+        (None, torch.float32),
+    ):
+        loaded = Tokenizer.from_pretrained(saved, **{argument: value})
+        assert {p.dtype for p in loaded.parameters()} == {expected}, value
+
+
+def test_both_names_of_the_precision_must_agree(saved: Path) -> None:
+    agreed = Tokenizer.from_pretrained(saved, dtype="bfloat16", torch_dtype=torch.bfloat16)
+    assert agreed.last_layer.dtype == torch.bfloat16
+    for other in (torch.float16, "float16", "auto"):
+        with pytest.raises(SmaltiError, match=r"dtype is bfloat16, torch_dtype is .*give one of"):
+            Tokenizer.from_pretrained(saved, dtype="bfloat16", torch_dtype=other)
+
+
+def test_auto_is_the_precision_of_the_file(tokenizer, prior, tmp_path: Path) -> None:
+    for model, base in ((tokenizer, Tokenizer), (prior, Prior)):
+        folder = model.cast(torch.float16).save_pretrained(tmp_path / base.__name__)
+        loaded = base.from_pretrained(folder, torch_dtype="auto")
+        assert {p.dtype for p in loaded.parameters()} == {torch.float16}
+        assert loaded.fingerprint == model.fingerprint
+        assert {p.dtype for p in base.from_pretrained(folder).parameters()} == {torch.float32}
+
+
+def test_weights_of_several_precisions_are_loaded_in_the_fullest(saved: Path) -> None:
+    edit_weights(saved, lambda w: w.update({"quant_conv.bias": w["quant_conv.bias"].half()}))
+    loaded = Tokenizer.from_pretrained(saved, dtype="auto")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "fp16"}, "dtype is 'fp16', no precision of a model; did you mean \"float16\""),
+        ({"torch_dtype": "torch.float32"}, 'did you mean "float32"'),
+        ({"torch_dtype": "int4"}, "torch_dtype is 'int4', no precision of a model; "),
+        ({"dtype": torch.int64}, "dtype is torch.int64, no precision of a model; "),
+        ({"dtype": 16}, "dtype is 16, no precision of a model; "),
+    ],
+)
+def test_what_is_no_precision_is_refused(saved: Path, options, message: str) -> None:
+    with pytest.raises(SmaltiError) as error:
+        Tokenizer.from_pretrained(saved, **options)
+    assert message in str(error.value)
+
+
 def test_a_copy_that_is_trained_is_another_model(tokenizer, saved: Path) -> None:
     copy = Tokenizer.from_pretrained(saved, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -306,6 +359,7 @@ def test_a_billion_layers_are_refused_before_they_are_built(prior, tmp_path: Pat
         ({"conv__channels": -32}, "channels is -32"),
         ({"conv__z_channels": 10**9}, "z_channels is 1000000000"),
         ({"conv__patch_size": 10**6}, "patch_size is 1000000"),
+        ({"image_size": 2**33}, "image_size is 8589934592; it must be at most 16384"),
     ],
 )
 def test_a_tokenizer_of_any_size_is_not_built(saved: Path, changes, message: str) -> None:

@@ -77,6 +77,48 @@ def test_verbs_agree(model, images) -> None:
     torch.testing.assert_close(model.encode(images[1:2]), latents[1:2], rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_an_empty_batch_makes_empty_latents_and_pictures(model, images) -> None:
+    for verb in (model.store, model.encode):
+        some, none = verb(images), verb(images[:0])
+        assert none.shape == (0, *some.shape[1:]) and none.dtype == some.dtype
+    assert model.decode(model.encode(images[:0])).shape == (0, 3, 16, 16)
+    assert model.reconstruct(images[:0]).shape == (0, 3, 16, 16)
+    with pytest.raises(ValueError, match="resize and crop"):
+        model.store(torch.zeros(0, 3, 8, 8))
+
+
+@torch.no_grad()
+def test_with_a_generator_each_a_picture_does_not_depend_on_its_neighbours(model, images) -> None:
+    def encoded(*seeds: int) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return model.encode(images[list(seeds)], generator=generators)
+
+    whole = encoded(0, 1, 2)
+    torch.testing.assert_close(encoded(2, 0), whole[[2, 0]], rtol=1e-4, atol=1e-5)
+    if not isinstance(model.spec, CodeSpec):
+        assert (whole - model.encode(images)).abs().flatten(1).amax(1).gt(0.01).all()
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.uint16, torch.int32, torch.uint64)
+
+
+@torch.no_grad()
+def test_codes_of_every_integer_type_are_understood(model, images) -> None:
+    if not isinstance(model.spec, CodeSpec):
+        pytest.skip("no codes")
+    codes = model.encode(images)
+    pictures = model.decode(codes)
+    for dtype in INTEGERS:
+        assert torch.equal(model.decode(codes.to(dtype)), pictures), dtype
+        stored = model.latents(codes.to(dtype))
+        assert stored.dtype == torch.int64 and torch.equal(stored, codes), dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.complex64):
+        for verb in (model.decode, model.latents):
+            with pytest.raises(ValueError, match=f"codes are {dtype}; .* takes whole numbers"):
+                verb(codes.to(dtype))
+
+
 def test_the_training_pass_decodes_what_was_encoded(model, images) -> None:
     output = model(images)
     assert output.images.shape == output.targets.shape == images.shape

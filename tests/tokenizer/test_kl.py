@@ -73,6 +73,21 @@ def test_verbs_agree_with_one_another(kl, images) -> None:
     torch.testing.assert_close(drawn, mean + (0.5 * logvar).exp() * noise)
 
 
+def test_a_list_draws_picture_i_from_generator_i(kl, images) -> None:
+    stored = kl.store(images).detach()
+    drawn = kl.latents(stored, generator=[torch.Generator().manual_seed(s) for s in (5, 6, 7)])
+    for i, seed in enumerate((5, 6, 7)):
+        alone = kl.latents(stored[i : i + 1], generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(drawn[i : i + 1], alone)
+    for wrong, message in (
+        ([torch.Generator()] * 2, "2 generators were given for 3 samples: give one each"),
+        ([torch.Generator(), 1, 2], "generator holds 1: give a torch.Generator"),
+        (7, "generator holds 7: give a torch.Generator"),
+    ):
+        with pytest.raises(SmaltiError, match=message):
+            kl.encode(images, generator=wrong)
+
+
 def test_calibrated_latents_have_zero_mean_and_unit_variance(kl, images) -> None:
     before = kl.fingerprint
     reconstructed = kl.reconstruct(images)
@@ -144,6 +159,7 @@ def test_equivariance_is_for_training_only(images) -> None:
     ("changes", "message"),
     [
         ({"image_size": 18 + 1}, "not a multiple"),
+        ({"image_size": 2**33}, "image_size is 8589934592; it must be at most 16384"),
         ({"kl_weight": -1.0}, "must not be negative"),
         ({"equivariance": 2.0}, r"in \[0, 1\]"),
         ({"latent_channels": 0}, "latent_channels is 0"),

@@ -141,6 +141,11 @@ def test_wrong_codes_are_refused(tokenizer, codes, message: str) -> None:
         tokenizer.decode(codes)
 
 
+def test_images_of_the_largest_size_are_described() -> None:
+    config = VQConfig(image_size=2**14, conv=ConvConfig(8, (1, 2, 2), 1, ()))
+    assert config.grid == (4096, 4096)
+
+
 def test_wrong_images_are_refused(tokenizer) -> None:
     with pytest.raises(SmaltiError, match="resize and crop"):
         tokenizer.encode(torch.zeros(1, 3, 20, 16))
@@ -150,6 +155,7 @@ def test_wrong_images_are_refused(tokenizer) -> None:
     ("changes", "message"),
     [
         ({"image_size": 18}, "not a multiple of the down-sampling factor"),
+        ({"image_size": 2**33}, "image_size is 8589934592; it must be at most 16384"),
         ({"quant_kernel": 2}, "use an odd number"),
     ],
 )
