@@ -70,6 +70,12 @@ class Prior(nn.Module, Pretrained, ABC):
         generator only. guidance_scale s means uncond + s (cond - uncond); 1 is off.
         """
 
+    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random numbers for a training pass over `count` samples, a row for each, which `forward`
+        takes as `drawn`; most priors draw within."""
+        del count, generator
+        return {}
+
     def no_conditions(self) -> Any:
         """The condition of no samples at all: labels (0,)."""
         return torch.empty(0, dtype=torch.int64, device=next(self.parameters()).device)
@@ -129,13 +135,20 @@ class Prior(nn.Module, Pretrained, ABC):
             for module in training:
                 module.training = True
 
-    def drop_labels(self, labels: Tensor, probability: float) -> Tensor:
+    def drop_labels(
+        self, labels: Tensor, probability: float, chance: Tensor | None = None
+    ) -> Tensor:
         """In training, replace each label by the null label with a probability
-        (classifier-free guidance, Ho and Salimans, 2207.12598)."""
+        (classifier-free guidance, Ho and Salimans, 2207.12598).
+
+        Args:
+            chance: numbers in [0, 1) like labels that decide it; None draws them.
+        """
         if not (self.training and probability):
             return labels
-        dropped = torch.rand(labels.shape, device=labels.device) < probability
-        return torch.where(dropped, self.num_classes, labels)
+        if chance is None:
+            chance = torch.rand(labels.shape, device=labels.device)
+        return torch.where(chance < probability, self.num_classes, labels)
 
 
 def check_codes(codes: Tensor, spec: CodeSpec) -> None:

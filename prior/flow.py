@@ -31,7 +31,7 @@ from smalti.prior.predictions import exact_times, of_data_and_noise, time_range
 from smalti.prior.schedules import Schedule, make_schedule
 from smalti.prior.solvers import ODESolver, Solver, make_solver, times_of
 from smalti.prior.times import loss_weight
-from smalti.randomness import Generators, NormalSource
+from smalti.randomness import Drawn, Generators, NormalSource
 
 __all__ = ["PRESETS", "FlowConfig", "FlowPrior"]
 
@@ -52,7 +52,23 @@ class FlowPrior(Prior):
 
     # -- training -----------------------------------------------------------------------------
 
-    def forward(self, latents: Tensor, condition: Tensor, noise: Tensor | None = None) -> Loss:
+    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Numbers in [0, 1) that drop labels, and that become times, (B,); noise (B, C, h, w)."""
+        spec, options = self.config.spec, {"generator": generator, "device": generator.device}
+        drawn = {}
+        if self.config.label_dropout:
+            drawn["label_dropout"] = torch.rand(count, **options)
+        drawn["times"] = torch.rand(count, **options)
+        drawn["noise"] = torch.randn(count, spec.channels, spec.height, spec.width, **options)
+        return drawn
+
+    def forward(
+        self,
+        latents: Tensor,
+        condition: Tensor,
+        noise: Tensor | None = None,
+        drawn: Drawn | None = None,
+    ) -> Loss:
         """The weighted squared error of the prediction, averaged over times and numbers; and on a
         DDPM path the bound on the variances, if the network predicts them.
 
@@ -63,13 +79,16 @@ class FlowPrior(Prior):
             latents: (B, C, h, w).
             condition: labels (B,).
             noise: the x_0 of each latent, like latents: reflow; None draws it.
+            drawn: rows of what `draw` returned, one for each latent; None draws here, from torch's
+                global generators.
         """
         self.check_labels(condition)
         self._check_latents(latents, "latents")
-        labels = self.drop_labels(condition, self.config.label_dropout)
         latents = latents.float()
-        u, drawn = self._draw(latents)
-        noise = drawn if noise is None else noise.float()
+        chance = drawn.get("label_dropout") if drawn else None
+        labels = self.drop_labels(condition, self.config.label_dropout, chance)
+        u, x0 = (drawn["times"], drawn["noise"]) if drawn else self._times_and_noise(latents)
+        noise = x0 if noise is None else noise.float()
         self._check_latents(noise, "noise")
         path, prediction, within = self.config.path, self.config.prediction, self.time_range
         t = within.start + (within.end - within.start) * self.config.times.quantile(u)
@@ -85,7 +104,7 @@ class FlowPrior(Prior):
         parts = {**loss.parts, "variance_bound": bound.detach()}
         return Loss(loss.total + bound_weight(path) * bound, parts)
 
-    def _draw(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _times_and_noise(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Uniform numbers (B,) for the times, and noise like latents."""
         if self.training:
             return torch.rand(len(latents), device=latents.device), torch.randn_like(latents)

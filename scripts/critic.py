@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from smalti.scripts.draws import shares
 from smalti.tokenizer.critic_objective import DRAWS, CriticObjective
 from smalti.tokenizer.objective import ObjectiveConfig
 from smalti.training.checkpoint import OptimizerState
@@ -58,9 +59,5 @@ def critic_draws(run: Run, step: int) -> list[Tensor]:
     A picture's numbers depend on its place in the whole batch of the step alone, not on how that
     is shared among processes or cut into micro-batches.
     """
-    config = run.config
-    whole = torch.rand(
-        config.train_batch_size, DRAWS, generator=generator(config.seed, "critic", step)
-    )
-    mine = whole.chunk(run.accelerator.num_processes)[run.accelerator.process_index]
-    return list(mine.to(run.device).chunk(config.gradient_accumulation_steps))
+    numbers = generator(run.config.seed, "critic", step)
+    return shares(run, torch.rand(run.config.train_batch_size, DRAWS, generator=numbers))

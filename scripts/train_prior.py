@@ -24,6 +24,8 @@ from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Loss, Prior
 from smalti.prior.presets import PRESETS, PriorConfig
 from smalti.prior.rectified import check_straight
+from smalti.randomness import Drawn
+from smalti.scripts.draws import drawn_for, shares
 from smalti.scripts.initial import begin_from, saved_prior
 from smalti.scripts.sampling import Sampling
 from smalti.tokenizer.base import Tokenizer
@@ -103,12 +105,10 @@ class Stage:
         self.wrapped.train()
         self.prior.set_progress(step / self.config.max_train_steps)
         parts = []
-        for index, batch in enumerate(micro_batches):
+        drawn = drawn_for(self.run, self.prior, step)
+        for index, (batch, noise) in enumerate(zip(micro_batches, self.noise(step), strict=True)):
             with self.run.micro_batch(index, self.wrapped):
-                draws = generator(
-                    self.config.seed, "posterior", step, index, self.run.accelerator.process_index
-                )
-                loss = self.loss(self.wrapped, batch, draws)
+                loss = self.loss(self.wrapped, batch, noise, drawn[index])
                 self.run.backward(loss.total)
             parts.append({"loss": loss.total.detach(), **loss.parts})
         norm = self.run.apply(self.optimizer, self.prior, step)
@@ -116,19 +116,34 @@ class Stage:
             self.ema.update(self.prior)
         return {**mean_of(parts), "gradient_norm": torch.tensor(norm)}
 
+    def noise(self, step: int) -> list[torch.Tensor | None]:
+        """Draws latents from their posterior, for each micro-batch of this process; codes are
+        certain and need none."""
+        config, draws = self.config, generator(self.config.seed, "posterior", step, 0, 0)
+        whole = self.tokenizer.draw(config.train_batch_size, draws).get("noise")
+        if whole is None:
+            return [None] * config.gradient_accumulation_steps
+        return list(shares(self.run, whole))
+
     def loss(
-        self, prior: torch.nn.Module, batch: LatentBatch, draws: torch.Generator | None = None
+        self,
+        prior: torch.nn.Module,
+        batch: LatentBatch,
+        noise: torch.Tensor | None = None,
+        drawn: Drawn | None = None,
     ) -> Loss:
         """The loss of one batch under a prior, wrapped or not.
 
         Args:
-            draws: draws continuous latents from their posterior; None takes its mean.
+            noise: draws continuous latents from their posterior; None takes its mean.
+            drawn: what the prior draws; None or nothing leaves that to itself.
         """
         stored, labels = batch.stored.to(self.run.device), batch.labels.to(self.run.device)
+        options: dict[str, Any] = {"drawn": drawn} if drawn else {}
         if self.pairs:
-            data, noise = stored.chunk(2, dim=1)
-            return prior(data, labels, noise)
-        return prior(self.tokenizer.latents(stored, generator=draws), labels)
+            data, start = stored.chunk(2, dim=1)
+            return prior(data, labels, start, **options)
+        return prior(self.tokenizer.latents(stored, noise=noise), labels, **options)
 
     @torch.no_grad()
     def validate(self, heldout: LatentCache) -> dict[str, float]:

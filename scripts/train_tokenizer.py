@@ -23,7 +23,9 @@ from smalti.data.transforms import RandomCrop
 from smalti.errors import SmaltiError
 from smalti.evaluation.codebook import code_counts, perplexity, usage
 from smalti.evaluation.reconstruction import psnr
+from smalti.randomness import Drawn
 from smalti.scripts.critic import CriticStage, critic_draws
+from smalti.scripts.draws import drawn_for
 from smalti.scripts.initial import begin_from, saved_tokenizer
 from smalti.scripts.options import DataOptions
 from smalti.tokenizer.adversarial import adaptive_weight, last_layer_gradients
@@ -114,11 +116,12 @@ class Stage:
         self.wrapped_tokenizer.train()
         images = [batch.images.to(self.run.device) for batch in micro_batches]
         draws = critic_draws(self.run, step)
-        balance = self.balance(images, draws, step)
+        drawn = drawn_for(self.run, self.tokenizer, step)
+        balance = self.balance(images, drawn, draws, step)
         parts, pairs, self.codes = [], [], []
-        for index, (real, numbers) in enumerate(zip(images, draws, strict=True)):
+        for index, (real, chance, numbers) in enumerate(zip(images, drawn, draws, strict=True)):
             with self.run.micro_batch(index, self.wrapped_tokenizer):
-                loss, output = self.generator_loss(real, numbers, step, balance)
+                loss, output = self.generator_loss(real, chance, numbers, step, balance)
                 self.run.backward(loss.total)
             parts.append(loss.parts)
             pairs.append((output.targets, output.images.detach()))
@@ -134,12 +137,13 @@ class Stage:
     def generator_loss(
         self,
         images: torch.Tensor,
+        drawn: Drawn,
         draws: torch.Tensor,
         step: int,
         balance: torch.Tensor | None = None,
     ) -> tuple[ObjectiveLoss, Reconstruction]:
         """The tokenizer's loss, and what it made of images (B, 3, H, W)."""
-        reconstruction = self.wrapped_tokenizer(images)
+        reconstruction = self.wrapped_tokenizer(images, drawn)
         # The unwrapped critic: no gradients of it are made, none are communicated.
         with self.run.accelerator.autocast():
             loss = generator_loss(
@@ -154,7 +158,11 @@ class Stage:
         return loss, reconstruction
 
     def balance(
-        self, images: list[torch.Tensor], draws: list[torch.Tensor], step: int
+        self,
+        images: list[torch.Tensor],
+        drawn: Sequence[Drawn],
+        draws: list[torch.Tensor],
+        step: int,
     ) -> torch.Tensor | None:
         """The adaptive weight of the whole batch, if it is needed and comes in micro-batches.
 
@@ -173,8 +181,8 @@ class Stage:
             self.run.accelerator.no_sync(self.wrapped_tokenizer),
             self.run.accelerator.autocast(),
         ):
-            for real, numbers in zip(images, draws, strict=True):
-                output = self.wrapped_tokenizer(real)
+            for real, chance, numbers in zip(images, drawn, draws, strict=True):
+                output = self.wrapped_tokenizer(real, chance)
                 fidelity = sum_of(fidelity_losses(config, self.judges, output))
                 adversarial = adversarial_loss(config, critic, output.images, numbers)
                 gradients.append(

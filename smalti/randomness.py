@@ -1,7 +1,7 @@
 """Random numbers come from generators that the caller passes: one for all samples of a batch, or a
 list with one for each, whose sample then does not depend on its neighbours."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from smalti.errors import SmaltiError
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+Drawn = Mapping[str, Tensor]  # random numbers that were drawn before they are used, by name
 
 
 def check_generators(generator: Generators, rows: int) -> None:

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 tests/first_gradients.py ROOT OUT [sharded]
 
-What is random by process (times, noise, draws from a posterior) is made a function of the sample.
+With whatever is random but dropout: scale dropout, noise, transformations, times, dropped labels.
 """
 
 import sys
@@ -15,7 +15,7 @@ from torch import Tensor
 from toy_run import shard_on_cpu
 
 from smalti.prior.dit import DiTConfig
-from smalti.prior.flow import FlowConfig, FlowPrior
+from smalti.prior.flow import FlowConfig
 from smalti.prior.next_scale import NextScaleConfig
 from smalti.prior.next_token import NextTokenConfig
 from smalti.scripts import train_prior, train_tokenizer
@@ -24,7 +24,7 @@ from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.discriminator import PatchGANConfig
-from smalti.tokenizer.kl import KLConfig, KLTokenizer
+from smalti.tokenizer.kl import KLConfig
 from smalti.tokenizer.multi_scale import MultiScaleConfig
 from smalti.tokenizer.nearest import NearestConfig
 from smalti.tokenizer.objective import ObjectiveConfig
@@ -36,7 +36,13 @@ CONV = ConvConfig(
     channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=8
 )
 CODEBOOK = CodebookConfig(16, 4)
-SCALES = MultiScaleConfig(codebook=CODEBOOK, scales=((1, 1), (3, 3), (8, 8)), convolutions=1)
+SCALES = MultiScaleConfig(
+    codebook=CODEBOOK,
+    scales=((1, 1), (3, 3), (8, 8)),
+    convolutions=1,
+    scale_dropout=0.5,
+    scale_dropout_keeps=1,
+)
 TOKENIZERS = {
     "nearest": VQConfig(image_size=16, conv=CONV, quantizer=NearestConfig(codebook=CODEBOOK)),
     "ema": VQConfig(
@@ -45,7 +51,7 @@ TOKENIZERS = {
         quantizer=NearestConfig(codebook=replace(CODEBOOK, learning="ema")),
     ),
     "multi-scale": VQConfig(image_size=16, conv=CONV, quantizer=SCALES),
-    "kl": KLConfig(image_size=16, conv=replace(CONV, z_channels=2)),
+    "kl": KLConfig(image_size=16, conv=replace(CONV, z_channels=2), equivariance=1.0),
 }
 PRIORS = {
     "next-token": ("nearest", NextTokenConfig(depth=2, width=16, num_heads=2, hidden=32)),
@@ -84,7 +90,8 @@ def tokenizer_config(root: Path, out: Path, name: str) -> train_tokenizer.TrainT
 
 def prior_config(root: Path, out: Path, name: str) -> train_prior.TrainPriorConfig:
     tokenizer, prior = PRIORS[name]
-    without = {f: 0.0 for f in ("dropout", "label_dropout", "drop_path") if hasattr(prior, f)}
+    within = ("dropout", "drop_path", *(() if name == "flow" else ("label_dropout",)))
+    without = {f: 0.0 for f in within if hasattr(prior, f)}
     return train_prior.TrainPriorConfig(
         output_dir=out / "run" / name,
         latents=root / f"{tokenizer}-latents",
@@ -108,18 +115,10 @@ def make_inputs(root: Path) -> None:
         )
 
 
-def draws_of(self: FlowPrior, latents: Tensor) -> tuple[Tensor, Tensor]:
-    return latents.mean((1, 2, 3)).sigmoid(), latents.roll(1, -1)
-
-
 def gradients_of(root: Path, out: Path, *, sharded: bool = False) -> None:
     """Write OUT/{stage}-{number of the optimizer}.safetensors of the first step of each stage."""
-    kl_latents = KLTokenizer.latents
-    FlowPrior._draw = draws_of
-    KLTokenizer.latents = lambda self, stored, *, generator=None: kl_latents(self, stored)
     apply = Run.apply
     jobs = {} if sharded else {f"tokenizer-{name}": tokenizer_config for name in TOKENIZERS}
-    jobs.pop("tokenizer-kl", None)  # draws from its posterior within
     jobs |= {f"prior-{name}": prior_config for name in PRIORS}
     for job, config_of in jobs.items():
         kind, name = job.split("-", 1)
@@ -136,7 +135,7 @@ def gradients_of(root: Path, out: Path, *, sharded: bool = False) -> None:
 
         Run.apply = recorded
         (train_prior if kind == "prior" else train_tokenizer).train(config_of(root, out, name))
-    Run.apply, KLTokenizer.latents = apply, kl_latents
+    Run.apply = apply
 
 
 if __name__ == "__main__":

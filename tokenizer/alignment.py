@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
+from smalti.randomness import Drawn
 from smalti.tokenizer.augment import resized
 from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.vit import FrozenViT
@@ -113,7 +114,7 @@ class AlignedTokenizer(nn.Module):
             )
         return cls(tokenizer, Alignment(config, tokenizer.spec.channels))
 
-    def forward(self, images: Tensor) -> Reconstruction:
-        output = self.tokenizer(images)
+    def forward(self, images: Tensor, drawn: Drawn | None = None) -> Reconstruction:
+        output = self.tokenizer(images, drawn)
         output.losses["alignment"] = self.alignment(output.latents, images)
         return output

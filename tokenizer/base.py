@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from smalti.data.latents import LatentSpec
 from smalti.errors import SmaltiError
 from smalti.hub import Pretrained, Registry
-from smalti.randomness import Generators
+from smalti.randomness import Drawn, Generators
 from smalti.tokenizer.registry import TOKENIZERS
 
 
@@ -71,18 +71,36 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         """Latents -> images (B, 3, H, W), about [-1, 1] but not clamped."""
         return self.decode_vectors(self.vectors(latents))
 
-    @abstractmethod
-    def forward(self, images: Tensor) -> Reconstruction:
-        """Encode, quantize or sample, decode: the differentiable pass that training optimises."""
+    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random numbers for a training pass over `count` pictures, a row for each; most tokenizers
+        need none.
 
-    def latents(self, stored: Tensor, *, generator: Generators = None) -> Tensor:
+        Args:
+            generator: on the device of the model.
+        """
+        del count, generator
+        return {}
+
+    @abstractmethod
+    def forward(self, images: Tensor, drawn: Drawn | None = None) -> Reconstruction:
+        """Encode, quantize or sample, decode: the differentiable pass that training optimises.
+
+        Args:
+            drawn: rows of what `draw` returned, one for each picture; None draws here, from torch's
+                global generators.
+        """
+
+    def latents(
+        self, stored: Tensor, *, generator: Generators = None, noise: Tensor | None = None
+    ) -> Tensor:
         """Cached -> what a prior learns. Codes pass unchanged and need no generator.
 
         Args:
             generator: one for all pictures, or a list with one for each, whose latents then do not
                 depend on its neighbours.
+            noise: instead of a generator, standard normal numbers as `draw` gives them.
         """
-        del generator
+        del generator, noise
         return stored
 
     def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:

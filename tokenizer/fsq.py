@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import SmaltiError
+from smalti.randomness import Drawn
 from smalti.tokenizer.estimators import straight_through
 from smalti.tokenizer.quantize import Quantized, Quantizer, as_maps, as_rows
 
@@ -67,7 +68,8 @@ class FSQuantizer(Quantizer):
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         return torch.tanh(rows + torch.atanh(offset / reach)) * reach - offset
 
-    def _quantize(self, features: Tensor) -> Quantized:
+    def _quantize(self, features: Tensor, drawn: Drawn | None) -> Quantized:
+        del drawn
         shape = (len(features), *features.shape[2:])
         bounded = self.bounded(as_rows(features))
         rounded = straight_through(bounded, bounded.round())

@@ -26,21 +26,12 @@ class DiagonalGaussian:
         """Standard deviation, (B, C, h, w)."""
         return torch.exp(0.5 * self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise: differentiable in both; noise from `generator` or the global one."""
-        return self.mean + self.std * standard_normal(self.mean, generator)
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """mean + std * noise, differentiable in both; standard normal noise like mean, or None to
+        draw it from torch's global generator."""
+        return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
 
     def kl(self) -> Tensor:
         """KL(N(mean, std^2) || N(0, I)) of each sample, summed over its numbers, (B,), in nats."""
         terms = self.mean.square() + self.logvar.exp() - 1 - self.logvar
         return 0.5 * terms.flatten(1).sum(1)
-
-
-def standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers with the shape, type and device of `like`.
-
-    They are drawn on the generator's own device, so that a CPU generator gives the same anywhere.
-    """
-    device = like.device if generator is None else generator.device
-    noise = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype)
-    return noise.to(like.device)

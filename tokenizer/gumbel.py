@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
+from smalti.randomness import Drawn
 from smalti.tokenizer.entropy import entropy
 from smalti.tokenizer.quantize import SEARCH_ELEMENTS, Quantized, Quantizer, as_maps, as_rows
 
@@ -61,7 +62,8 @@ class GumbelQuantizer(Quantizer):
         bias = None if self.proj.bias is None else self.proj.bias.float()
         return F.linear(rows, self.proj.weight.float().flatten(1), bias)
 
-    def _quantize(self, features: Tensor) -> Quantized:
+    def _quantize(self, features: Tensor, drawn: Drawn | None) -> Quantized:
+        del drawn
         shape = (len(features), *features.shape[2:])
         scores = self.scores(as_rows(features))  # (N, V)
         if self.training:

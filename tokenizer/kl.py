@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
-from smalti.randomness import Generators, NormalSource
+from smalti.randomness import Drawn, Generators, NormalSource
 from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
-from smalti.tokenizer.equivariance import random_transform
+from smalti.tokenizer.equivariance import transformed
 from smalti.tokenizer.gaussian import DiagonalGaussian
 
 
@@ -130,19 +130,24 @@ class KLTokenizer(Tokenizer):
         gaussian = self.gaussian(images)
         return torch.cat([gaussian.mean, gaussian.std], 1)
 
-    def latents(self, stored: Tensor, *, generator: Generators = None) -> Tensor:
+    def latents(
+        self, stored: Tensor, *, generator: Generators = None, noise: Tensor | None = None
+    ) -> Tensor:
         """Stored (B, 2C, h, w) -> normalised latents (B, C, h, w).
 
         Args:
             generator: gives a draw from the posterior, of picture i from generators[i] alone if it
                 is a list; without it, its mean.
+            noise: makes the draw instead of a generator: standard normal, (B, C, h, w).
 
         Raises:
             SmaltiError: the list has another length than there are pictures.
         """
         z, std = stored.float().chunk(2, dim=1)
-        if generator is not None:
-            z = z + std * NormalSource(generator, len(z))(z)
+        if noise is None and generator is not None:
+            noise = NormalSource(generator, len(z))(z)
+        if noise is not None:
+            z = z + std * noise
         return (z - self.shift) / self.scale
 
     def vectors(self, latents: Tensor) -> Tensor:
@@ -168,12 +173,24 @@ class KLTokenizer(Tokenizer):
         z = z.to(self.last_layer.dtype)
         return self.decoder(self.post_quant_conv(z) if self.post_quant_conv else z)
 
-    def forward(self, images: Tensor) -> Reconstruction:
+    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Noise for the posterior (B, C, h, w), and three numbers, in every row the same, that
+        decide on a transformation of the whole batch (B, 3)."""
+        spec, device = self.spec, generator.device
+        shape = (count, spec.channels, spec.height, spec.width)
+        noise = torch.randn(shape, generator=generator, device=device)
+        chance = torch.rand(3, generator=generator, device=device)
+        return {"noise": noise, "transformation": chance.expand(count, 3)}
+
+    def forward(self, images: Tensor, drawn: Drawn | None = None) -> Reconstruction:
         gaussian = self.gaussian(images)
-        latents = gaussian.sample()
+        latents = gaussian.sample(None if drawn is None else drawn["noise"])
         z, targets = latents, images
-        if self.training and float(torch.rand(())) < self.config.equivariance:
-            z, targets = random_transform(latents, images)
+        if self.training and self.config.equivariance:
+            chance = torch.rand(3) if drawn is None else drawn["transformation"][0]
+            decides, turn, size = chance.tolist()
+            if decides < self.config.equivariance:
+                z, targets = transformed(latents, images, turn, size)
         return Reconstruction(
             images=self._decode_raw(z),
             targets=targets,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.errors import SmaltiError
+from smalti.randomness import Drawn
 from smalti.tokenizer.entropy import entropy
 from smalti.tokenizer.estimators import straight_through
 from smalti.tokenizer.processes import mean_over_processes
@@ -82,7 +83,8 @@ class LookupFreeQuantizer(Quantizer):
         rows = as_rows(features)
         return F.normalize(rows, dim=-1) if self.config.spherical else rows
 
-    def _quantize(self, features: Tensor) -> Quantized:
+    def _quantize(self, features: Tensor, drawn: Drawn | None) -> Quantized:
+        del drawn
         shape = (len(features), *features.shape[2:])
         rows = self._rows(features)
         positive = rows > 0

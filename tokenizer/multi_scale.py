@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
+from smalti.randomness import Drawn
 from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.codebook_quantizer import CodebookQuantizer
 from smalti.tokenizer.estimators import Estimator, estimate
@@ -146,9 +147,18 @@ class MultiScaleQuantizer(CodebookQuantizer):
 
     # -- training -------------------------------------------------------------------------------
 
-    def _quantize(self, features: Tensor) -> Quantized:
+    def draw(self, count: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """For scale dropout: how many scales would be kept, and the chance to drop any, (B,)."""
+        config, scales = self.config, len(self.config.scales)
+        if not config.scale_dropout or scales <= config.scale_dropout_keeps:
+            return {}
+        options = {"generator": generator, "device": generator and generator.device}
+        fewer = torch.randint(config.scale_dropout_keeps, scales, (count,), **options)
+        return {"fewer_scales": fewer, "scale_dropout": torch.rand(count, **options)}
+
+    def _quantize(self, features: Tensor, drawn: Drawn | None) -> Quantized:
         batch, scales = len(features), range(len(self.config.scales))
-        kept = self._kept_scales(features)  # (B,)
+        kept = self._kept_scales(features, drawn)  # (B,)
         rest, total = features.detach(), torch.zeros_like(features)
         cells, codes, losses = [], [], []
         for scale in scales:
@@ -172,15 +182,15 @@ class MultiScaleQuantizer(CodebookQuantizer):
         mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
         return Quantized(estimate(self.config.estimator, features, total), all_codes, mean)
 
-    def _kept_scales(self, features: Tensor) -> Tensor:
+    def _kept_scales(self, features: Tensor, drawn: Drawn | None) -> Tensor:
         """How many scales tell each picture, (B,): all, or by chance fewer in training."""
-        config, count = self.config, len(self.config.scales)
-        kept = torch.full((len(features),), count, device=features.device)
-        if not self.training or not config.scale_dropout or count <= config.scale_dropout_keeps:
+        kept = torch.full((len(features),), len(self.config.scales), device=features.device)
+        if self.training and drawn is None:
+            drawn = self.draw(len(features), None)
+        if not self.training or not drawn:
             return kept
-        fewer = torch.randint(config.scale_dropout_keeps, count, kept.shape, device=kept.device)
-        dropped = torch.rand(kept.shape, device=kept.device) < config.scale_dropout
-        return torch.where(dropped, fewer, kept)
+        dropped = drawn["scale_dropout"].to(kept.device) < self.config.scale_dropout
+        return torch.where(dropped, drawn["fewer_scales"].to(kept.device), kept)
 
     def _loss(self, features: Tensor, total: Tensor, heard: Tensor) -> dict[str, Tensor]:
         """Both sides of the VQ loss for the sum so far; pictures without this scale add nothing."""

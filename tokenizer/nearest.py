@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.errors import SmaltiError
+from smalti.randomness import Drawn
 from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.codebook_quantizer import CodebookQuantizer
 from smalti.tokenizer.entropy import entropy_loss
@@ -58,7 +59,8 @@ class NearestQuantizer(CodebookQuantizer):
     def _lookup(self, codes: Tensor, height: int, width: int) -> Tensor:
         return as_maps(self.codebook.lookup(codes.flatten()), len(codes), height, width)
 
-    def _quantize(self, features: Tensor) -> Quantized:
+    def _quantize(self, features: Tensor, drawn: Drawn | None) -> Quantized:
+        del drawn
         shape = (len(features), *features.shape[2:])
         rows = self.codebook.normalise(as_rows(features))  # (N, d)
         codes = self.codebook.search(rows)

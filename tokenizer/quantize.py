@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
+from smalti.randomness import Drawn
 
 Grids = tuple[tuple[int, int], ...]
 SEARCH_ELEMENTS = 2**24  # scores held at once in the nearest-code search: 64 MB in fp32
@@ -47,8 +48,13 @@ class Quantizer(nn.Module, ABC):
         """The (h, w) code grids of features of this size, coarse to fine."""
         return ((height, width),)
 
+    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random numbers for a training pass over `count` pictures, a row for each."""
+        del count, generator
+        return {}
+
     @abstractmethod
-    def _quantize(self, features: Tensor) -> Quantized:
+    def _quantize(self, features: Tensor, drawn: Drawn | None) -> Quantized:
         """`forward` of fp32 features, without autocast."""
 
     @abstractmethod
@@ -59,10 +65,14 @@ class Quantizer(nn.Module, ABC):
     def _lookup(self, codes: Tensor, height: int, width: int) -> Tensor:
         """`lookup` without autocast."""
 
-    def forward(self, features: Tensor) -> Quantized:
-        """The differentiable pass over features (B, d, h, w)."""
+    def forward(self, features: Tensor, drawn: Drawn | None = None) -> Quantized:
+        """The differentiable pass over features (B, d, h, w).
+
+        Args:
+            drawn: rows of what `draw` returned; None draws from torch's global generators.
+        """
         with torch.autocast(features.device.type, enabled=False):
-            return self._quantize(features.float())
+            return self._quantize(features.float(), drawn)
 
     @torch.no_grad()
     def search(self, features: Tensor) -> Tensor:

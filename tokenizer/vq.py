@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
-from smalti.randomness import Generators
+from smalti.randomness import Drawn, Generators
 from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
 from smalti.tokenizer.multi_scale import MultiScaleQuantizer
@@ -89,13 +89,15 @@ class VQTokenizer(Tokenizer):
             return torch.empty(0, self.spec.length, dtype=torch.int64, device=features.device)
         return self.quantizer.search(features)
 
-    def latents(self, stored: Tensor, *, generator: Generators = None) -> Tensor:
+    def latents(
+        self, stored: Tensor, *, generator: Generators = None, noise: Tensor | None = None
+    ) -> Tensor:
         """Stored codes (B, L) of any integer type -> the same as int64; they need no generator.
 
         Raises:
             SmaltiError: they are no integers.
         """
-        return _whole(super().latents(stored, generator=generator))
+        return _whole(super().latents(stored, generator=generator, noise=noise))
 
     def vectors(self, latents: Tensor) -> Tensor:
         """Codes (B, L) of any integer type -> what they stand for, (B, d, h, w).
@@ -129,8 +131,11 @@ class VQTokenizer(Tokenizer):
         codes = self._checked(codes, first=scales)
         return self.decode_vectors(self.quantizer.lookup_first(codes, scales)).clamp(-1, 1)
 
-    def forward(self, images: Tensor) -> Reconstruction:
-        quantized = self.quantizer(self.features(images))
+    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return self.quantizer.draw(count, generator)
+
+    def forward(self, images: Tensor, drawn: Drawn | None = None) -> Reconstruction:
+        quantized = self.quantizer(self.features(images), drawn)
         return Reconstruction(
             images=self.decode_vectors(quantized.latents),
             targets=images,

@@ -69,7 +69,7 @@ def test_the_first_loss_is_the_variance_of_the_target() -> None:
 def test_the_objective_is_flow_matching() -> None:
     """Written out for the linear path, with the times and noise of eval mode."""
     model = make_prior()
-    u, noise = model._draw(LATENTS)
+    u, noise = model._times_and_noise(LATENTS)
     assert sorted(u.tolist()) == [0.125, 0.375, 0.625, 0.875]
     t = u[:, None, None, None]
     predicted = model.network(t * LATENTS + (1 - t) * noise, u, LABELS)

@@ -65,7 +65,7 @@ def test_pairs_are_noise_and_what_the_ode_makes_of_it() -> None:
 def test_the_objective_with_the_noise_given_is_that_of_the_line_between_the_pair() -> None:
     model = make_prior()
     pairs = generate_pairs(model, torch.tensor([0, 1, 2, 0]), num_inference_steps=4)
-    u, _ = model._draw(pairs.data)
+    u, _ = model._times_and_noise(pairs.data)
     t = u[:, None, None, None]
     predicted = model.network(t * pairs.data + (1 - t) * pairs.noise, u, pairs.labels)
     expected = (predicted - (pairs.data - pairs.noise)).square().mean()

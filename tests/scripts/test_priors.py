@@ -220,9 +220,9 @@ def test_a_flow_learns_draws_from_the_posterior_and_is_validated_on_its_mean(
     asked = []
     original = KLTokenizer.latents
 
-    def latents(self, stored, *, generator=None):
-        asked.append(generator is not None)
-        return original(self, stored, generator=generator)
+    def latents(self, stored, *, generator=None, noise=None):
+        asked.append(noise is not None)
+        return original(self, stored, generator=generator, noise=noise)
 
     monkeypatch.setattr(KLTokenizer, "latents", latents)
     config = replace(config_of(root, "flow"), output_dir=tmp_path / "out", max_train_steps=1)

@@ -11,7 +11,7 @@ from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.equivariance import random_transform
+from smalti.tokenizer.equivariance import transformed
 from smalti.tokenizer.gaussian import DiagonalGaussian
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
 
@@ -43,7 +43,8 @@ def test_oracle_posterior_of_diffusers() -> None:
     ours, theirs = DiagonalGaussian.of(moments), DiagonalGaussianDistribution(moments)
     torch.testing.assert_close(ours.kl(), theirs.kl())
     torch.testing.assert_close(ours.std, theirs.std)
-    a = ours.sample(torch.Generator().manual_seed(3))
+    noise = torch.randn(ours.mean.shape, generator=torch.Generator().manual_seed(3))
+    a = ours.sample(noise)
     b = theirs.sample(torch.Generator().manual_seed(3))
     torch.testing.assert_close(a, b)
 
@@ -52,7 +53,8 @@ def test_samples_have_the_moments_and_carry_gradients() -> None:
     moments = torch.zeros(1, 2, 100, 100)
     moments[:, 0], moments[:, 1] = 3.0, -2.0
     moments.requires_grad_()
-    sample = DiagonalGaussian.of(moments).sample(torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 1, 100, 100, generator=torch.Generator().manual_seed(0))
+    sample = DiagonalGaussian.of(moments).sample(noise)
     assert sample.mean().item() == pytest.approx(3.0, abs=0.02)
     assert sample.std().item() == pytest.approx(torch.tensor(-1.0).exp().item(), rel=0.05)
     sample.sum().backward()
@@ -131,8 +133,8 @@ def test_equivariance_transforms_latents_and_targets_alike() -> None:
     z = torch.nn.functional.interpolate(images, (16, 16), mode="area")
     shapes = set()
     for seed in range(20):
-        torch.manual_seed(seed)
-        moved, target = random_transform(z, images)
+        turn, size = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
+        moved, target = transformed(z, images, turn, size)
         assert target.shape[2] == 4 * moved.shape[2] and target.shape[3] == 4 * moved.shape[3]
         assert target.shape[2] >= 32
         small = torch.nn.functional.interpolate(target, moved.shape[2:], mode="area")

@@ -101,7 +101,7 @@ def test_dropped_scales_add_nothing_and_teach_nothing() -> None:
     torch.nn.init.normal_(q.codebook.weight)
     f = torch.randn(64, 4, 4, 6)
     torch.manual_seed(3)
-    kept = q._kept_scales(f)
+    kept = q._kept_scales(f, None)
     assert set(kept.tolist()) == {2, 3}
     torch.manual_seed(3)
     out = q(f)
@@ -111,7 +111,7 @@ def test_dropped_scales_add_nothing_and_teach_nothing() -> None:
     used = torch.cat(q.codebook._used)
     assert used.sum() == sum(sum(LENGTHS[:k]) for k in kept.tolist())
     q.eval()
-    assert (q._kept_scales(f) == 4).all()
+    assert (q._kept_scales(f, None) == 4).all()
 
 
 def test_codes_hit_at_any_scale_are_alive() -> None:
