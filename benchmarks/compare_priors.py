@@ -33,6 +33,7 @@ METRICS = {  # of summary.json: heading and format
 }
 TIMED_PICTURES = 64
 ROUNDS = 3
+PRIOR_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class CompareConfig:
     output_dir: Path = Path("runs/priors")
     priors: tuple[str, ...] = ("gpt-nano", "var-nano", "flow-nano")
     data: str = "emoji"
-    quick: bool = False  # as the demo's; and so are the steps
-    tokenizer_steps: int = 0
-    prior_steps: int = 0
+    quick: bool = False  # as the demo's
+    tokenizer_steps: int = 0  # 0 = the demo's
+    prior_steps: int = 0  # 0 = 1000, somewhat more than the demo's; quick: the demo's
     columns: int = 4  # pictures of each prior in a row
 
     def __post_init__(self) -> None:
@@ -120,7 +121,7 @@ def train(config: CompareConfig, name: str) -> Contestant:
         prior=name,
         quick=config.quick,
         tokenizer_steps=config.tokenizer_steps,
-        prior_steps=config.prior_steps,
+        prior_steps=config.prior_steps or (0 if config.quick else PRIOR_STEPS),
     )
     if not (folder / "summary.json").is_file():
         demo(recipe)

@@ -60,15 +60,15 @@ TOKENIZER_CPU = TrainTokenizerConfig(
 )
 PRIOR_CPU = TrainPriorConfig(
     prior=PRIORS["gpt-nano"],
-    max_train_steps=1000,
+    max_train_steps=850,
     train_batch_size=64,
     learning_rate=1e-3,
     lr_warmup_steps=40,
     lr_final_ratio=0.05,
     weight_decay=0.05,
     ema_decay=0.99,
-    validation_steps=250,
-    checkpointing_steps=250,
+    validation_steps=425,
+    checkpointing_steps=425,
 )
 OTHERS_CPU: dict[str, tuple[str, str, dict[str, Any]]] = {
     "next-scale": ("var-32-tiny", "var-nano", {}),
