@@ -2,8 +2,8 @@
 
     python benchmarks/compare_priors.py --output_dir runs/priors
 
-Each is the demo's, `smalti demo --prior NAME`: the same pictures, steps and batch size, with the
-tokenizer that it needs. Finished parts are not made again.
+Each is the demo's, `smalti demo --prior NAME`, but for 1000 steps: the same pictures and batch
+size, with the tokenizer that it needs. Finished parts are not made again.
 """
 
 import json
