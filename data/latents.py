@@ -9,6 +9,8 @@ from typing import Literal
 
 from smalti.errors import SmaltiError
 
+MAX_SIDE = 2**14  # of a latent grid: beyond the largest pictures, so that a hostile file is refused
+
 
 @dataclass(frozen=True)
 class CodeSpec:
@@ -25,8 +27,10 @@ class CodeSpec:
     def __post_init__(self) -> None:
         if self.vocab_size < 1:
             raise SmaltiError(f"vocab_size is {self.vocab_size}; a codebook needs at least 1 code")
-        if not self.grids or any(h < 1 or w < 1 for h, w in self.grids):
-            raise SmaltiError(f"grids is {self.grids}; give at least one (h, w) with sides >= 1")
+        if not self.grids or any(not 1 <= side <= MAX_SIDE for grid in self.grids for side in grid):
+            raise SmaltiError(
+                f"grids is {self.grids}; give at least one (h, w) with sides from 1 to {MAX_SIDE}"
+            )
 
     @property
     def length(self) -> int:
@@ -48,6 +52,10 @@ class ContinuousSpec:
             raise SmaltiError(
                 f"channels, height, width are {self.channels}, {self.height}, {self.width};"
                 " each must be at least 1"
+            )
+        if max(self.height, self.width) > MAX_SIDE:
+            raise SmaltiError(
+                f"height and width are {self.height} and {self.width}; use at most {MAX_SIDE}"
             )
 
 

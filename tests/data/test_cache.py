@@ -310,3 +310,7 @@ def test_specs_check_their_sizes() -> None:
         CodeSpec(4, ())
     with pytest.raises(SmaltiError, match="at least 1"):
         ContinuousSpec(0, 1, 1)
+    with pytest.raises(SmaltiError, match="sides from 1 to 16384"):
+        CodeSpec(4, ((8589934592, 1),))
+    with pytest.raises(SmaltiError, match="use at most 16384"):
+        ContinuousSpec(4, 1, 8589934592)
