@@ -104,7 +104,9 @@ def run_command(
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        return command(argv) or 0
+        status = command(argv) or 0
+        leave_job()
+        return status
     except SmaltiError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
@@ -122,6 +124,14 @@ def run_command(
         place = error.filename or "while writing"
         remedy = MACHINE_FAULTS[error.errno]
         return _complain(f"{error.strerror}: {place}: {remedy}", EXIT_FAILURE)
+
+
+def leave_job() -> None:
+    """End the talk with the other processes of a job, if there are any, when all is done. Left to
+    the end of the interpreter, its threads abort the process now and then."""
+    distributed: Any = sys.modules.get("torch.distributed")  # not imported for this
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str) -> T:

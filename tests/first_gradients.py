@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from toy_run import shard_on_cpu
 
+from smalti.cli import leave_job
 from smalti.prior.dit import DiTConfig
 from smalti.prior.flow import FlowConfig
 from smalti.prior.next_scale import NextScaleConfig
@@ -144,3 +145,4 @@ if __name__ == "__main__":
         shard_on_cpu()
     gradients_of(Path(root), Path(out), sharded=bool(rest))
     assert torch.distributed.get_world_size() == 2
+    leave_job()
