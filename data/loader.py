@@ -122,7 +122,8 @@ def _steps(loader: DataLoader, micro_batches: int) -> Iterator[list[Any]]:
         while True:
             yield [next(batches) for _ in range(micro_batches)]
     except (OSError, EOFError) as error:  # a batch whose memory went with its worker
-        dead = [p.pid for p in workers if wait([p.sentinel], SECONDS_TO_DIE)]
+        gone = wait([p.sentinel for p in workers], SECONDS_TO_DIE) if workers else []
+        dead = [p.pid for p in workers if p.sentinel in gone]
         if not dead:
             raise
         raise RuntimeError(f"DataLoader worker (pid {dead[0]}) died") from error

@@ -75,7 +75,7 @@ class DDPM(StepSolver):
             return mean
         return mean + self._std(to, estimate.surplus, x) * normal(x)
 
-    def _std(self, to: Transition, surplus: Tensor, x: Tensor) -> Tensor | float:
+    def _std(self, to: Transition[float], surplus: Tensor, x: Tensor) -> Tensor | float:
         if self.variance in ("small", "large"):
             return math.sqrt(to.small if self.variance == "small" else to.large)
         if self.variance == "auto" and surplus.shape != x.shape:

@@ -10,6 +10,7 @@ On the discrete chain these are DDPM's beta and beta~ (2006.11239, eq. 7).
 """
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,43 +18,32 @@ from torch import Tensor
 from smalti.errors import SmaltiError
 from smalti.prior.paths import GaussianPath
 
+Number = TypeVar("Number", float, Tensor)
+
 
 @dataclass(frozen=True)
-class Transitions:
-    """The coefficients of steps from times t to times s > t, each of the times' shape."""
+class Transition(Generic[Number]):
+    """The coefficients of a step from t to s > t, or of many."""
 
-    alpha: Tensor  # at s
-    sigma: Tensor  # at s
-    large: Tensor  # beta
-    small: Tensor  # beta~
-
-    @property
-    def kept(self) -> Tensor:
-        """What the posterior mean keeps of the noise: sqrt(sigma_s^2 - beta~)."""
-        return (self.sigma.square() - self.small).clamp_min(0).sqrt()
+    alpha: Number  # at s
+    sigma: Number  # at s
+    large: Number  # beta
+    small: Number  # beta~
+    kept: Number  # what the posterior mean keeps of the noise: sqrt(sigma_s^2 - beta~)
 
 
-def transitions(path: GaussianPath, t: Tensor, s: Tensor) -> Transitions:
+def transitions(path: GaussianPath, t: Tensor, s: Tensor) -> Transition[Tensor]:
     """Of steps from t to s, float64 of any shape."""
     sigma_t, sigma = path.sigma(t), path.sigma(s)
     # sigma_t^2 (1 - SNR_t / SNR_s), which loses no digits where both are near 1.
     large = -sigma_t.square() * torch.expm1(path.log_snr(t) - path.log_snr(s))
-    return Transitions(path.alpha(s), sigma, large, large * sigma.square() / sigma_t.square())
+    small = large * sigma.square() / sigma_t.square()
+    kept = (sigma.square() - small).clamp_min(0).sqrt()
+    return Transition(path.alpha(s), sigma, large, small, kept)
 
 
-@dataclass(frozen=True)
-class Transition:
-    """The coefficients of one step, as in `Transitions`."""
-
-    alpha: float
-    sigma: float
-    large: float
-    small: float
-    kept: float
-
-
-def transition(path: GaussianPath, start: float, stop: float) -> Transition:
-    """Computed on the CPU, wherever the samples are.
+def transition(path: GaussianPath, start: float, stop: float) -> Transition[float]:
+    """Of one step, computed on the CPU, wherever the samples are.
 
     Raises:
         SmaltiError: the times descend: these steps only go towards data.
@@ -62,9 +52,10 @@ def transition(path: GaussianPath, start: float, stop: float) -> Transition:
         raise SmaltiError(
             f"times go from {start:.4g} down to {stop:.4g}; use an ODE solver to go back"
         )
-    t, s = torch.tensor([start, stop], dtype=torch.float64)
-    to = transitions(path, t, s)
-    return Transition(*(x.item() for x in (to.alpha, to.sigma, to.large, to.small, to.kept)))
+    to = transitions(path, *torch.tensor([start, stop], dtype=torch.float64))
+    return Transition(
+        to.alpha.item(), to.sigma.item(), to.large.item(), to.small.item(), to.kept.item()
+    )
 
 
 def log_variance(surplus: Tensor, log_small: Tensor | float, log_large: Tensor | float) -> Tensor:

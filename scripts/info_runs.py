@@ -1,5 +1,6 @@
 """What `smalti info` says of runs and their checkpoints."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,4 @@ def _count(file: Path) -> int:
             shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
     except SafetensorError as error:
         raise SmaltiError(f"{file} is damaged: {error}") from error
-    total = 0
-    for shape in shapes:
-        size = 1
-        for side in shape:
-            size *= side
-        total += size
-    return total
+    return sum(map(math.prod, shapes))

@@ -21,6 +21,12 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", Tokenizer, Prior)
 
 
+def fitted_as(config: PriorConfig, other: PriorConfig) -> PriorConfig:
+    """A prior's settings for the latents that another's are for."""
+    quantizer = getattr(other, "quantizer", None)
+    return config.fitted(other.spec, other.num_classes, other.tokenizer_fingerprint, quantizer)
+
+
 def saved_prior(path_or_hub_id: str) -> PriorConfig:
     """The settings of a saved prior, but for what latents decide.
 
@@ -28,7 +34,7 @@ def saved_prior(path_or_hub_id: str) -> PriorConfig:
         SmaltiError: there is no prior.
     """
     saved = Prior.saved_config(_folder_of(Prior, path_or_hub_id))
-    return _as_for(saved, type(saved)())
+    return fitted_as(saved, type(saved)())
 
 
 def saved_tokenizer(path_or_hub_id: str) -> TokenizerConfig:
@@ -79,17 +85,11 @@ def _folder_of(base: type[Tokenizer] | type[Prior], path_or_hub_id: str) -> Path
     return folder / base.registry.kind if (folder / INDEX).is_file() else folder
 
 
-def _as_for(config: PriorConfig, other: PriorConfig) -> PriorConfig:
-    """A prior's settings for the latents that another's are for."""
-    quantizer = getattr(other, "quantizer", None)
-    return config.fitted(other.spec, other.num_classes, other.tokenizer_fingerprint, quantizer)
-
-
 def _check_settings(model: Model, source: Model, where: str) -> None:
     """Equal shapes are not enough: heads, positions or a path are not seen in them."""
     kind, theirs = type(model).registry.kind, source.config
     if isinstance(model, Prior) and isinstance(source, Prior):
-        theirs = _as_for(source.config, model.config)
+        theirs = fitted_as(source.config, model.config)
     found = first_difference(model.config, theirs, kind, free="FREE_OF_WEIGHTS")
     if found:
         raise SmaltiError(

@@ -26,7 +26,7 @@ from smalti.prior.presets import PRESETS, PriorConfig
 from smalti.prior.rectified import check_straight
 from smalti.randomness import Drawn
 from smalti.scripts.draws import drawn_for, shares
-from smalti.scripts.initial import begin_from, saved_prior
+from smalti.scripts.initial import begin_from, fitted_as, saved_prior
 from smalti.scripts.sampling import Sampling
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.checkpoint import OptimizerState
@@ -60,14 +60,7 @@ class TrainPriorConfig(RunConfig):
         super().__post_init__()
         if self.pipeline_dir == self.output_dir / "pipeline":  # the default, written out
             object.__setattr__(self, "pipeline_dir", None)
-        default = type(self.prior)()
-        refitted = self.prior.fitted(
-            default.spec,
-            default.num_classes,
-            default.tokenizer_fingerprint,
-            getattr(default, "quantizer", None),
-        )
-        given = first_difference(self.prior, refitted, "prior")
+        given = first_difference(self.prior, fitted_as(self.prior, type(self.prior)()), "prior")
         if given:
             raise SmaltiError(
                 f"{given.name} is {given.value}, but it is taken from the latents: leave it out"
