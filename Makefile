@@ -26,7 +26,7 @@ lint: $(VENV)/.installed-test
 # The packages lie at the root but are imported as smalti.*: the checker sees a copy laid out so.
 types: $(VENV)/.installed-test
 	rm -rf build/types && mkdir -p build/types
-	cp -r smalti build/types/smalti
+	cp -r src/smalti build/types/smalti
 	cp -r $(PACKAGES) build/types/smalti/
 	$(BIN)/pyright --pythonpath $(BIN)/python
 

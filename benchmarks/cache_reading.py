@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from smalti.data.cache import CacheInfo, EncodedRange, LatentCache, write_cache
+from smalti.data.latent_cache.cache import CacheInfo, EncodedRange, LatentCache, write_cache
 from smalti.data.latents import CodeSpec
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from smalti.data.cache import EncodedRange, LatentCache, write_cache
-from smalti.data.cache_info import CacheInfo
 from smalti.data.dataset import ImageDataset
-from smalti.data.images import open_source
+from smalti.data.latent_cache.cache import EncodedRange, LatentCache, write_cache
+from smalti.data.latent_cache.cache_info import CacheInfo
 from smalti.data.latents import CodeSpec
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
+from smalti.data.sources.base import open_source
 from smalti.data.transforms import RandomCrop
 from smalti.data.views import VIEW_SETS
 from smalti.prior.base import Prior

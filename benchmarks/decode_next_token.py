@@ -19,7 +19,7 @@ from clock import now
 from torch import Tensor
 
 from smalti.data.latents import CodeSpec
-from smalti.prior.next_token import PRESETS, NextTokenPrior
+from smalti.prior.next_token.model import PRESETS, NextTokenPrior
 
 PROBE_BYTES = 512 * 2**20  # of the probe's matrix; a large last-level cache holds a tenth of it
 WARM_UP = 3  # steps that are not counted

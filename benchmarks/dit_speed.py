@@ -16,7 +16,7 @@ import torch
 from tokenizer_speed import ratio, training_step
 from torch import Tensor
 
-from smalti.prior.dit import PRESETS, DiT, DiTConfig
+from smalti.prior.flow.dit import PRESETS, DiT, DiTConfig
 
 
 def theirs_of(config: DiTConfig) -> diffusers.DiTTransformer2DModel:

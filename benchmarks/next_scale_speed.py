@@ -19,8 +19,8 @@ from clock import now
 from torch import Tensor
 
 from smalti.data.latents import CodeSpec
-from smalti.prior.next_scale import PRESETS, NextScalePrior
-from smalti.tokenizer.multi_scale import MultiScaleConfig, MultiScaleQuantizer
+from smalti.prior.next_scale.model import PRESETS, NextScalePrior
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
 
 PUBLISHED_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # VAR at 256 px
 MAX_CONVOLUTIONS = 4

@@ -17,12 +17,12 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from smalti.tokenizer import quantize
-from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
-from smalti.tokenizer.nearest import NearestConfig
-from smalti.tokenizer.quantize import nearest_codes
+from smalti.tokenizer.quantizers import base as quantize
+from smalti.tokenizer.quantizers.base import nearest_codes
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
 CONV = ConvConfig(

@@ -1,9 +1,9 @@
 """What flows: latents and their cache, pictures in a reproducible order, picture files out."""
 
-from smalti.data.cache import LatentCache
 from smalti.data.dataset import ImageBatch, ImageDataset
-from smalti.data.images import ImageSource, open_source
+from smalti.data.latent_cache.cache import LatentCache
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
+from smalti.data.sources.base import ImageSource, open_source
 
 __all__ = [
     "CodeSpec",

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smalti.data.images import BadPicture, ImageSource, fingerprint_of, heldout_mask
 from smalti.data.order import Key
 from smalti.data.pixels import to_float
+from smalti.data.sources.base import BadPicture, ImageSource, fingerprint_of, heldout_mask
+from smalti.data.sources.verification import in_threads
 from smalti.data.transforms import (
     RandomCrop,
     center_crop,
@@ -21,7 +22,6 @@ from smalti.data.transforms import (
     random_crop,
     to_tensor,
 )
-from smalti.data.verification import in_threads
 from smalti.errors import SmaltiError
 
 logger = logging.getLogger(__name__)

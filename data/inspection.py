@@ -8,8 +8,8 @@ from statistics import median
 from torch import Tensor
 
 from smalti.data.decoding import FolderOptions
-from smalti.data.images import ImageSource, divide
-from smalti.data.verification import EncodedPictures, Finding, in_threads, verify
+from smalti.data.sources.base import ImageSource, divide
+from smalti.data.sources.verification import EncodedPictures, Finding, in_threads, verify
 from smalti.errors import SmaltiError
 
 SHOWN_CLASSES = 20  # of a summary; the report has them all

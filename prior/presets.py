@@ -1,11 +1,11 @@
 """Every prior by name: the published sizes, and small ones that train in minutes."""
 
-from smalti.prior.flow_config import PRESETS as FLOW
-from smalti.prior.flow_config import FlowConfig
-from smalti.prior.next_scale_config import PRESETS as NEXT_SCALE
-from smalti.prior.next_scale_config import NextScaleConfig
-from smalti.prior.next_token import PRESETS as NEXT_TOKEN
-from smalti.prior.next_token import NextTokenConfig
+from smalti.prior.flow.config import PRESETS as FLOW
+from smalti.prior.flow.config import FlowConfig
+from smalti.prior.next_scale.config import PRESETS as NEXT_SCALE
+from smalti.prior.next_scale.config import NextScaleConfig
+from smalti.prior.next_token.model import PRESETS as NEXT_TOKEN
+from smalti.prior.next_token.model import NextTokenConfig
 
 PriorConfig = NextTokenConfig | NextScaleConfig | FlowConfig
 

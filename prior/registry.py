@@ -5,8 +5,8 @@ from smalti.hub import Registry
 PRIORS = Registry(
     "prior",
     {
-        "next-token": "smalti.prior.next_token:NextTokenPrior",
-        "next-scale": "smalti.prior.next_scale:NextScalePrior",
-        "flow": "smalti.prior.flow:FlowPrior",
+        "next-token": "smalti.prior.next_token.model:NextTokenPrior",
+        "next-scale": "smalti.prior.next_scale.model:NextScalePrior",
+        "flow": "smalti.prior.flow.prior:FlowPrior",
     },
 )

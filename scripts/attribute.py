@@ -13,7 +13,7 @@ import torch
 from smalti.cli import parse_config, run_command
 from smalti.config import nearest
 from smalti.errors import SmaltiError
-from smalti.scripts.strips import StatisticsOptions, Workbench, signed, spread
+from smalti.pipelines.latent_editor import StatisticsOptions, Workbench, signed, spread
 from smalti.tokenizer.manipulation import attribute_direction, move
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from smalti.cli import parse_config, run_command
 from smalti.config import config_to_dict
-from smalti.data.images import open_unverified
 from smalti.data.inspection import BadFile, Report, inspect, summary
-from smalti.data.shards import ShardPictures
+from smalti.data.options import DataOptions
+from smalti.data.sources.base import open_unverified
+from smalti.data.sources.webdataset import ShardPictures
 from smalti.errors import SmaltiError
 from smalti.files import replacing, write_json
-from smalti.scripts.options import DataOptions
 
 EXIT_BAD_FILES = 1
 

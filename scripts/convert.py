@@ -15,9 +15,9 @@ from tyro.conf import Positional, arg
 
 from smalti.cli import parse_config, run_command
 from smalti.errors import SmaltiError
-from smalti.pipelines.convert import convert
-from smalti.pipelines.source import Options
-from smalti.pipelines.sources import SOURCES
+from smalti.pipelines.convert import SOURCES
+from smalti.pipelines.convert.convert import convert
+from smalti.pipelines.convert.source import Options
 from smalti.tokenizer.base import Tokenizer
 
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from smalti.scripts.draws import shares
-from smalti.tokenizer.critic_objective import DRAWS, CriticObjective
-from smalti.tokenizer.objective import ObjectiveConfig
+from smalti.seeding import generator
+from smalti.tokenizer.discriminators.objective import DRAWS, CriticObjective
+from smalti.tokenizer.losses.objective import ObjectiveConfig
 from smalti.training.checkpoint import OptimizerState
+from smalti.training.draws import shares
 from smalti.training.log import mean_of
 from smalti.training.run import Run
-from smalti.training.seeding import generator
 
 
 class CriticStage:

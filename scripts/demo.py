@@ -20,13 +20,13 @@ import torch
 from smalti.cli import parse_config, run_command
 from smalti.config import config_to_dict, nearest
 from smalti.data.latents import CodeSpec
+from smalti.data.options import DataOptions
 from smalti.errors import SmaltiError
 from smalti.files import first_difference, write_json
 from smalti.prior.presets import PRESETS as PRIORS
 from smalti.scripts.demo_scales import SCALES, Scale
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.evaluate import EvaluateConfig, evaluate, table
-from smalti.scripts.options import DataOptions
 from smalti.scripts.train_prior import train as train_prior
 from smalti.scripts.train_tokenizer import train as train_tokenizer
 from smalti.tokenizer.base import Tokenizer

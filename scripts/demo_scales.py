@@ -4,11 +4,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from smalti.prior.presets import PRESETS as PRIORS
-from smalti.scripts.sampling import Sampling
+from smalti.scripts.options import Sampling
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_tokenizer import TrainTokenizerConfig
-from smalti.tokenizer.discriminator import PatchGANConfig
-from smalti.tokenizer.objective import ObjectiveConfig
+from smalti.tokenizer.discriminators.patchgan import PatchGANConfig
+from smalti.tokenizer.losses.objective import ObjectiveConfig
 from smalti.tokenizer.presets import PRESETS as TOKENIZERS
 
 

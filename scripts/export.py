@@ -16,9 +16,9 @@ from smalti.cli import parse_config, run_command
 from smalti.errors import SmaltiError
 from smalti.files import read_json
 from smalti.hub import resolve_folder
-from smalti.pipelines.convert import export
+from smalti.pipelines.convert import SOURCES
+from smalti.pipelines.convert.convert import export
 from smalti.pipelines.index import INDEX
-from smalti.pipelines.sources import SOURCES
 from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.base import Tokenizer

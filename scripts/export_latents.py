@@ -12,7 +12,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from smalti.cli import parse_config, run_command
-from smalti.data.cache_export import Format, export_cache
+from smalti.data.latent_cache.export import Format, export_cache
 from smalti.errors import SmaltiError
 
 

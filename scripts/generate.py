@@ -14,7 +14,7 @@ from smalti.config import check_at_least
 from smalti.errors import SmaltiError
 from smalti.pipelines.generation import generate_folder
 from smalti.pipelines.pipeline import Pipeline
-from smalti.scripts.sampling import Sampling
+from smalti.scripts.options import Sampling
 from smalti.training.processes import join_job, say, shared_work
 
 

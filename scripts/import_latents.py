@@ -15,7 +15,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from smalti.cli import parse_config, run_command
-from smalti.data.cache_import import Division, Format, Origin, import_latents, open_foreign
+from smalti.data.latent_cache.imports import Division, Format, Origin, import_latents, open_foreign
 from smalti.errors import SmaltiError
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.kl import KLTokenizer

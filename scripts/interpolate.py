@@ -12,7 +12,7 @@ import torch
 from smalti.cli import parse_config, run_command
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
-from smalti.scripts.strips import StripOptions, Workbench
+from smalti.pipelines.latent_editor import StripOptions, Workbench
 from smalti.tokenizer import manipulation
 
 

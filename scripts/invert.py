@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from smalti.cli import parse_config, run_command
 from smalti.errors import SmaltiError
-from smalti.scripts.strips import StatisticsOptions, Workbench, spread
+from smalti.pipelines.latent_editor import StatisticsOptions, Workbench, spread
 from smalti.tokenizer import manipulation
+from smalti.tokenizer.losses.perceptual import LPIPS, MIN_SIDE
 from smalti.tokenizer.manipulation import Inversion
-from smalti.tokenizer.perceptual import LPIPS, MIN_SIDE
 
 
 @dataclass(frozen=True)

@@ -1,64 +1,62 @@
-"""Options that several commands share."""
+"""How pictures are drawn: the flags that every command that samples has in common."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any
 
-from smalti.data.dataset import ImageDataset
-from smalti.data.images import ImageSource, SourceOptions, open_source
-from smalti.data.transforms import RandomCrop
 from smalti.errors import SmaltiError
 
 
 @dataclass(frozen=True)
-class PictureOptions(SourceOptions):
-    """Which pictures."""
+class Sampling:
+    """Options of a prior's `sample`. Those left out are the prior's own defaults; one that a prior
+    does not have is refused."""
 
-    # emoji, fashion, a folder with one sub-folder of pictures per class, hf:owner/name, parquet or
-    # arrow files, WebDataset shards (path/{000..009}.tar, or URLs), or arrays (.npz, .npy)
-    data: str = "emoji"
+    guidance_scale: float = 2.0  # s in uncond + s (cond - uncond); 1 is off
+    guidance_interval: tuple[float, float] | None = None  # the part of sampling that is guided
+    # Of next-token and next-scale priors.
+    guidance_schedule: str | None = None  # constant, linear, cosine or power-cosine
+    temperature: float | None = None  # 0 is greedy
+    top_k: int | None = None  # keep the k likeliest codes; 0 is off
+    top_p: float | None = None  # keep the likeliest codes with this total probability
+    smooth: bool | None = None  # next-scale: mixtures of codes instead of draws
+    # Of flow priors.
+    num_inference_steps: int | None = None
+    solver: str | None = None  # by name: heun, or with options: ddim:eta=1.0
+    schedule: str | None = None  # of the steps; by name, or with options: shifted:shift=3.0
 
-    def source(self) -> ImageSource:
-        """The pictures, not divided.
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was given, as keyword arguments of a pipeline."""
+        given = {field.name: getattr(self, field.name) for field in fields(Sampling)}
+        options = {name: value for name, value in given.items() if value is not None}
+        for name in ("solver", "schedule"):
+            if name in options:
+                options[name] = with_options(options[name])
+        return options
 
-        Raises:
-            SmaltiError: nothing opens `data`, or its pictures are unusable.
-        """
-        return open_source(
-            self.data, options=self.folder, hf=self.hf, stream_cache=self.stream_cache
-        )
 
+def with_options(text: str) -> str | dict[str, Any]:
+    """ "ddim:eta=1.0,..." as {"kind": "ddim", "eta": 1.0, ...}; a bare name as it is.
 
-@dataclass(frozen=True)
-class DataOptions(PictureOptions):
-    """Also: how they are divided."""
+    Raises:
+        SmaltiError: what follows the colon is not option=value, or gives an option twice.
+    """
+    import yaml
 
-    heldout_fraction: float = 0.1  # kept from training; ignored where a set has a fixed split
-    split_seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.heldout_fraction < 1:
+    kind, colon, rest = text.partition(":")
+    if not colon:
+        return text
+    options: dict[str, Any] = {"kind": kind}
+    for part in rest.split(","):
+        name, equals, value = part.partition("=")
+        if not (name and equals and value):
+            raise SmaltiError(f'"{part}" in "{text}" is no option: write {kind}:option=value,...')
+        if name in options:
+            raise SmaltiError(f'"{name}" stands twice in "{text}": give each option once')
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
             raise SmaltiError(
-                f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1"
-            )
-
-    def dataset(
-        self,
-        split: Literal["train", "heldout", "all"],
-        image_size: int,
-        *,
-        flip: bool = False,
-        crop: RandomCrop | None = None,
-        seed: int = 0,
-    ) -> ImageDataset:
-        """One split of the pictures, squared to image_size pixels; `flip` mirrors half of them,
-        `crop` shows a random part of each."""
-        return ImageDataset(
-            self.source(),
-            image_size,
-            split=split,
-            heldout_fraction=self.heldout_fraction,
-            split_seed=self.split_seed,
-            flip=flip,
-            crop=crop,
-            seed=seed,
-        )
+                f'"{value}" in "{text}" is no value: write {kind}:{name}=1.0'
+            ) from error
+    return options

@@ -17,17 +17,22 @@ import torch
 
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
-from smalti.data.cache import CacheInfo, EncodedRange, refuse_other_contents, write_cache
+from smalti.data.latent_cache.cache import (
+    CacheInfo,
+    EncodedRange,
+    refuse_other_contents,
+    write_cache,
+)
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.options import check_options
 from smalti.pipelines.pipeline import Pipeline
-from smalti.prior.flow import FlowPrior
-from smalti.prior.rectified import check_straight, generate_pairs, straightness
-from smalti.prior.solvers import ODESolver, make_solver
+from smalti.prior.flow.prior import FlowPrior
+from smalti.prior.flow.rectified import check_straight, generate_pairs, straightness
+from smalti.prior.flow.solvers.base import ODESolver, make_solver
 from smalti.randomness import NormalSource
-from smalti.scripts.sampling import Sampling
+from smalti.scripts.options import Sampling
+from smalti.seeding import derive_seed
 from smalti.training.processes import join_job, say, shared_work
-from smalti.training.seeding import derive_seed
 
 MEASURED_PAIRS = 64
 

@@ -13,29 +13,29 @@ from PIL import Image
 
 from smalti.cli import parse_config, run_command
 from smalti.config import first_difference
-from smalti.data.cache import LatentBatch, LatentCache
 from smalti.data.image_io import save_png
+from smalti.data.latent_cache.cache import LatentBatch, LatentCache
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import SmaltiError
+from smalti.pipelines.finetune import begin_from, fitted_as, saved_prior
 from smalti.pipelines.generation import class_grid
 from smalti.pipelines.options import check_options
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Loss, Prior
+from smalti.prior.flow.rectified import check_straight
 from smalti.prior.presets import PRESETS, PriorConfig
-from smalti.prior.rectified import check_straight
 from smalti.randomness import Drawn
-from smalti.scripts.draws import drawn_for, shares
-from smalti.scripts.initial import begin_from, fitted_as, saved_prior
-from smalti.scripts.sampling import Sampling
+from smalti.scripts.options import Sampling
+from smalti.seeding import generator
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.checkpoint import OptimizerState
 from smalti.training.config import RunConfig
+from smalti.training.draws import drawn_for, shares
 from smalti.training.ema import EMA
 from smalti.training.log import mean_of
 from smalti.training.processes import say
 from smalti.training.run import Run
-from smalti.training.seeding import generator
 
 VALIDATION_SAMPLES = 1024
 

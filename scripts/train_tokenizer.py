@@ -18,20 +18,20 @@ from smalti.data.dataset import ImageBatch, ImageDataset
 from smalti.data.image_io import image_grid, save_png
 from smalti.data.latents import CodeSpec
 from smalti.data.loader import stream_batches
+from smalti.data.options import DataOptions
 from smalti.data.order import DataOrder
 from smalti.data.transforms import RandomCrop
 from smalti.errors import SmaltiError
 from smalti.evaluation.codebook import code_counts, perplexity, usage
 from smalti.evaluation.reconstruction import psnr
+from smalti.pipelines.finetune import begin_from, saved_tokenizer
 from smalti.randomness import Drawn
 from smalti.scripts.critic import CriticStage, critic_draws
-from smalti.scripts.draws import drawn_for
-from smalti.scripts.initial import begin_from, saved_tokenizer
-from smalti.scripts.options import DataOptions
-from smalti.tokenizer.adversarial import adaptive_weight, last_layer_gradients
-from smalti.tokenizer.alignment import AlignedTokenizer, AlignmentConfig
+from smalti.seeding import generator
 from smalti.tokenizer.base import Reconstruction, Tokenizer
-from smalti.tokenizer.objective import (
+from smalti.tokenizer.discriminators.adversarial import adaptive_weight, last_layer_gradients
+from smalti.tokenizer.losses.alignment import AlignedTokenizer, AlignmentConfig
+from smalti.tokenizer.losses.objective import (
     Judges,
     ObjectiveConfig,
     ObjectiveLoss,
@@ -40,14 +40,14 @@ from smalti.tokenizer.objective import (
     generator_loss,
     sum_of,
 )
-from smalti.tokenizer.perceptual import LPIPS
+from smalti.tokenizer.losses.perceptual import LPIPS
 from smalti.tokenizer.presets import PRESETS, TokenizerConfig
 from smalti.training.checkpoint import OptimizerState
+from smalti.training.draws import drawn_for
 from smalti.training.ema import EMA
 from smalti.training.log import mean_of
 from smalti.training.processes import say
 from smalti.training.run import Run, RunConfig
-from smalti.training.seeding import generator
 
 VALIDATION_IMAGES = 512
 PREVIEW_IMAGES = 16

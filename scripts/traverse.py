@@ -11,7 +11,7 @@ import torch
 
 from smalti.cli import parse_config, run_command
 from smalti.errors import SmaltiError
-from smalti.scripts.strips import StatisticsOptions, Workbench, signed, spread
+from smalti.pipelines.latent_editor import StatisticsOptions, Workbench, signed, spread
 from smalti.tokenizer.manipulation import channel_axis, channel_deviations, move
 
 DEFAULT_CHANNELS = 8

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from smalti.data.latents import CodeSpec
-from smalti.prior.next_token import NextTokenConfig, NextTokenPrior
-from smalti.tokenizer.codebook import CodebookConfig
+from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.nearest import NearestConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
 TINY_CONV = ConvConfig(

@@ -15,20 +15,20 @@ from torch import Tensor
 from toy_run import shard_on_cpu
 
 from smalti.cli import leave_job
-from smalti.prior.dit import DiTConfig
-from smalti.prior.flow import FlowConfig
-from smalti.prior.next_scale import NextScaleConfig
-from smalti.prior.next_token import NextTokenConfig
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.prior import FlowConfig
+from smalti.prior.next_scale.model import NextScaleConfig
+from smalti.prior.next_token.model import NextTokenConfig
 from smalti.scripts import train_prior, train_tokenizer
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.tokenizer.base import Tokenizer
-from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.discriminator import PatchGANConfig
+from smalti.tokenizer.discriminators.patchgan import PatchGANConfig
 from smalti.tokenizer.kl import KLConfig
-from smalti.tokenizer.multi_scale import MultiScaleConfig
-from smalti.tokenizer.nearest import NearestConfig
-from smalti.tokenizer.objective import ObjectiveConfig
+from smalti.tokenizer.losses.objective import ObjectiveConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig
 from smalti.training.run import Run
 from smalti.training.sharding import is_sharded, whole

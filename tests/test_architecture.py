@@ -23,10 +23,10 @@ ALLOWED: dict[str, set[str]] = {
     # next-scale prior owns a frozen copy of the tokenizer's multi-scale quantizer.
     "prior": BASE
     | {"smalti.data.latents"}
-    | {"smalti.tokenizer.quantize", "smalti.tokenizer.multi_scale"},
+    | {"smalti.tokenizer.quantizers.base", "smalti.tokenizer.quantizers.multi_scale"},
     "pipelines": BASE | {"smalti.data", "smalti.tokenizer", "smalti.prior"},
     "training": BASE,
-    "evaluation": BASE | {"smalti.data", "smalti.tokenizer.perceptual"},
+    "evaluation": BASE | {"smalti.data", "smalti.tokenizer.losses.perceptual"},
     "scripts": BASE
     | {"smalti.cli"}
     | {

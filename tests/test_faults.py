@@ -41,11 +41,11 @@ from smalti.scripts import train_tokenizer as script
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
-from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.discriminator import PatchGANConfig
-from smalti.tokenizer.nearest import NearestConfig
-from smalti.tokenizer.objective import ObjectiveConfig
+from smalti.tokenizer.discriminators.patchgan import PatchGANConfig
+from smalti.tokenizer.losses.objective import ObjectiveConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 from smalti.training import checkpoint as module
 from smalti.training.checkpoint import MANIFEST, checkpoints, newest_valid
@@ -368,7 +368,7 @@ def test_f7_a_critic_that_is_never_finite_ends_the_run_too(
     pictures: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """F7 counter, abort after n in a row: of each model by itself."""
-    from smalti.tokenizer.critic_objective import CriticObjective
+    from smalti.tokenizer.discriminators.objective import CriticObjective
 
     original = CriticObjective.forward
 
@@ -808,7 +808,7 @@ def test_f8_torchrun_passes_a_signal_on_and_all_ranks_agree(tmp_path: Path) -> N
 @pytest.mark.parametrize("launched_by", ["accelerate", "torchrun"])
 def test_f9_a_run_whose_launcher_is_killed_saves_and_ends(tmp_path: Path, launched_by) -> None:
     """F9 parent dies (orphan): trainer notices, saves, exits within T."""
-    from smalti.training.watch import GRACE
+    from smalti.training.signals import GRACE
 
     folder = tmp_path / "run"
     changes = {"max_train_steps": 10_000, "checkpointing_steps": 10_000}

@@ -47,12 +47,12 @@ def test_the_wheel_holds_every_tracked_file_of_the_packages(tmp_path: Path) -> N
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
     tracked = subprocess.run(
-        ["git", "ls-files", "smalti", *FOLDERS],
+        ["git", "ls-files", "src/smalti", *FOLDERS],
         cwd=copy,
         capture_output=True,
         text=True,
         check=True,
     ).stdout.splitlines()
-    expected = {f if f.startswith("smalti/") else f"smalti/{f}" for f in tracked}
+    expected = {f"smalti/{f.removeprefix('src/smalti/')}" for f in tracked}
     assert expected <= packed
     assert not [name for name in packed if name.split("/")[0] in FOLDERS]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.tokenizer.perceptual import LPIPS
+from smalti.tokenizer.losses.perceptual import LPIPS
 
 # -- blending two pictures --------------------------------------------------------------------
 

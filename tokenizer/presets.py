@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
-from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.fsq import FSQConfig
 from smalti.tokenizer.kl import KLConfig
-from smalti.tokenizer.lookup_free import LookupFreeConfig
-from smalti.tokenizer.multi_scale import MultiScaleConfig
-from smalti.tokenizer.nearest import NearestConfig
 from smalti.tokenizer.quantizers import QuantizerConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.fsq import FSQConfig
+from smalti.tokenizer.quantizers.lookup_free import LookupFreeConfig
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig
 
 TokenizerConfig = VQConfig | KLConfig

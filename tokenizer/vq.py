@@ -16,10 +16,10 @@ from smalti.errors import SmaltiError
 from smalti.randomness import Drawn, Generators
 from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
-from smalti.tokenizer.multi_scale import MultiScaleQuantizer
-from smalti.tokenizer.nearest import NearestConfig
-from smalti.tokenizer.quantize import Quantizer
 from smalti.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
+from smalti.tokenizer.quantizers.base import Quantizer
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleQuantizer
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 
 
 @dataclass(frozen=True)

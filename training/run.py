@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from smalti.config import config_to_dict
 from smalti.errors import EXIT_INTERRUPTED, SmaltiError
+from smalti.seeding import derive_seed
 from smalti.training import processes
 from smalti.training.checkpoint import (
     Checkpoint,
@@ -45,11 +46,10 @@ from smalti.training.folder import (
 )
 from smalti.training.interrupt import InterruptGuard
 from smalti.training.lock import RunLock
+from smalti.training.logging import Progress
+from smalti.training.optim import Steps
 from smalti.training.precision import Precision
-from smalti.training.progress import Progress
-from smalti.training.seeding import derive_seed
-from smalti.training.step import Steps
-from smalti.training.watch import EXIT_FAILURE, Watch, launcher
+from smalti.training.signals import EXIT_FAILURE, Watch, launcher
 
 logger = logging.getLogger(__name__)
 

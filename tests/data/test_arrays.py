@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from smalti.data.decoding import FolderOptions
-from smalti.data.images import open_source
+from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (12, 10, 9, 3), dtype=np.uint8)

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from smalti.data.cache import CacheInfo, EncodedRange, LatentCache, read_manifest, write_cache
+from smalti.data.latent_cache.cache import (
+    CacheInfo,
+    EncodedRange,
+    LatentCache,
+    read_manifest,
+    write_cache,
+)
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.data.views import VIEW_SETS
 from smalti.errors import SmaltiError
@@ -101,7 +107,7 @@ def encode_small(start: int, stop: int) -> EncodedRange:
 
 READ_WITHIN = """
 import resource, sys
-from smalti.data.cache import LatentCache
+from smalti.data.latent_cache.cache import LatentCache
 with open("/proc/self/status") as status:
     used = next(int(line.split()[1]) for line in status if line.startswith("VmData"))
 limit = (used << 10) + (48 << 20)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smalti.data.cache import LatentCache
-from smalti.data.cache_import import Division, Origin, import_latents, open_foreign
+from smalti.data.latent_cache.cache import LatentCache
+from smalti.data.latent_cache.imports import Division, Origin, import_latents, open_foreign
+from smalti.data.latent_cache.llamagen import TEN_CROPS
 from smalti.data.latents import CodeSpec, ContinuousSpec
-from smalti.data.llamagen_codes import TEN_CROPS
 from smalti.data.views import VIEW_SETS
 from smalti.errors import SmaltiError
 

@@ -13,8 +13,8 @@ from PIL import EpsImagePlugin, Image
 
 import smalti.data
 from smalti.data.decoding import FORMATS, FolderOptions, Unusable, decode, format_of
-from smalti.data.folder import EXTENSIONS, read_picture
-from smalti.data.images import HuggingFaceOptions, ImageSource, open_source
+from smalti.data.sources.base import HuggingFaceOptions, ImageSource, open_source
+from smalti.data.sources.folder import EXTENSIONS, read_picture
 from smalti.errors import SmaltiError
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from smalti.data.decoding import FolderOptions
-from smalti.data.folder import read_picture
-from smalti.data.images import divide, heldout_mask, open_source
+from smalti.data.sources.base import divide, heldout_mask, open_source
+from smalti.data.sources.folder import read_picture
 from smalti.errors import SmaltiError
 
 

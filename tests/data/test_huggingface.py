@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from smalti.data import stream as stream_module
-from smalti.data.columns import find_columns
 from smalti.data.decoding import FolderOptions
-from smalti.data.images import HuggingFaceOptions, open_source
-from smalti.data.stream import Sample, copy_stream
+from smalti.data.sources.base import HuggingFaceOptions, open_source
+from smalti.data.sources.columns import find_columns
+from smalti.data.sources.stream import Sample, copy_stream
 from smalti.errors import SmaltiError
 
 

@@ -15,11 +15,12 @@ import pytest
 import webdataset
 from PIL import Image
 
-from smalti.data.folder import EXTENSIONS
-from smalti.data.images import open_source
-from smalti.data.patterns import expand_braces, expand_shards
-from smalti.data.shard_labels import MAX_LABEL_BYTES
-from smalti.data.shards import BLOCK, list_members, read_manifest
+from smalti.data.sources import download
+from smalti.data.sources.base import open_source
+from smalti.data.sources.folder import EXTENSIONS
+from smalti.data.sources.patterns import expand_braces, expand_shards
+from smalti.data.sources.shard_labels import MAX_LABEL_BYTES
+from smalti.data.sources.webdataset import BLOCK, list_members, read_manifest
 from smalti.errors import SmaltiError
 
 COUNT = 6
@@ -355,7 +356,7 @@ class Handler(SimpleHTTPRequestHandler):
 @pytest.fixture
 def served(shards: Path, monkeypatch):
     """The shards behind http, and the handler that serves them."""
-    monkeypatch.setattr("smalti.data.download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("smalti.data.sources.download.time.sleep", lambda seconds: None)
     Handler.asked, Handler.cut = [], {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(shards)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -415,7 +416,7 @@ def test_urls_of_unknown_kinds_are_refused(tmp_path: Path) -> None:
 def test_stores_are_read_through_fsspec(shards: Path, tmp_path: Path, monkeypatch) -> None:
     import fsspec
 
-    monkeypatch.setitem(__import__("smalti.data.download").data.download.STORES, "memory", "none")
+    monkeypatch.setitem(download.STORES, "memory", "none")
     memory = fsspec.filesystem("memory")
     for path in shards.glob("*.tar"):
         memory.pipe(f"/bucket/{path.name}", path.read_bytes())

@@ -15,12 +15,12 @@ import webdataset
 from PIL import Image
 
 from smalti.data import dataset as dataset_module
-from smalti.data.arrays import ArraySource
 from smalti.data.dataset import ImageDataset
 from smalti.data.decoding import FolderOptions
-from smalti.data.images import SOURCES, HuggingFaceOptions, ImageSource, open_source
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
+from smalti.data.sources.arrays import ArraySource
+from smalti.data.sources.base import SOURCES, HuggingFaceOptions, ImageSource, open_source
 from smalti.data.transforms import RandomCrop
 from smalti.errors import SmaltiError
 
@@ -138,11 +138,11 @@ MAKERS: dict[str, Callable[[Path, Path], dict]] = {
     name.removeprefix("as_"): value for name, value in list(globals().items()) if name[:3] == "as_"
 }
 OPENERS = {  # which entry of the registry each of them stands for
-    "smalti.data.huggingface:open_hub": "hub_folder",
-    "smalti.data.huggingface:open_saved": "saved",
-    "smalti.data.huggingface:open_files": "parquet",
-    "smalti.data.shards:open_shards": "shards",
-    "smalti.data.arrays:open_arrays": "npz",
+    "smalti.data.sources.huggingface:open_hub": "hub_folder",
+    "smalti.data.sources.huggingface:open_saved": "saved",
+    "smalti.data.sources.huggingface:open_files": "parquet",
+    "smalti.data.sources.webdataset:open_shards": "shards",
+    "smalti.data.sources.arrays:open_arrays": "npz",
 }
 
 
@@ -152,7 +152,7 @@ def source(request, pictures: Path, tmp_path: Path) -> ImageSource:
 
 
 def test_the_contract_covers_the_whole_registry() -> None:
-    assert set(SOURCES.values()) - {"smalti.data.embedded:open_embedded"} == OPENERS.keys()
+    assert set(SOURCES.values()) - {"smalti.data.sources.embedded:open_embedded"} == OPENERS.keys()
     assert set(OPENERS.values()) <= MAKERS.keys()
 
 

@@ -13,8 +13,8 @@ from torchmetrics.image.kid import poly_mmd
 from smalti.data.pixels import to_float, to_levels
 from smalti.errors import SmaltiError
 from smalti.evaluation.codebook import code_counts, perplexity, usage
+from smalti.evaluation.distances import FeatureStatistics, frechet_distance
 from smalti.evaluation.features import parted
-from smalti.evaluation.frechet import FeatureStatistics, frechet_distance
 from smalti.evaluation.kernel_distance import kernel_distance, squared_mmd
 from smalti.evaluation.neighbours import nearest_neighbours
 from smalti.evaluation.protocol import Metric, write_summary

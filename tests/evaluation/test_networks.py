@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from smalti.data.dataset import ImageDataset
-from smalti.data.images import open_source
+from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
 from smalti.evaluation import features as features_module
 from smalti.evaluation.classifier import ImageClassifier, train_classifier
@@ -23,8 +23,8 @@ from smalti.evaluation.samples import (
     distance_metrics,
     reconstruction_metrics,
 )
-from smalti.tokenizer.perceptual import LPIPS
-from smalti.training.seeding import generator
+from smalti.seeding import generator
+from smalti.tokenizer.losses.perceptual import LPIPS
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
-from smalti.pipelines.convert import convert, export, read_published
-from smalti.pipelines.source import Options
+from smalti.pipelines.convert.convert import convert, export, read_published
+from smalti.pipelines.convert.source import Options
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig, KLTokenizer

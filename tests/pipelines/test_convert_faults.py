@@ -17,21 +17,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.pipelines.checkpoint_reader import read_checkpoint
-from smalti.pipelines.convert import convert, export, read_published
-from smalti.pipelines.imagenet import class_names
-from smalti.pipelines.layout import Buffer, Layout, Link, import_tensors, joined, same
+from smalti.pipelines.convert import SOURCES
+from smalti.pipelines.convert.convert import convert, export, read_published
+from smalti.pipelines.convert.imagenet import class_names
+from smalti.pipelines.convert.layout import Buffer, Layout, Link, import_tensors, joined, same
+from smalti.pipelines.convert.reader import read_checkpoint
+from smalti.pipelines.convert.source import Options
 from smalti.pipelines.pipeline import Pipeline
-from smalti.pipelines.source import Options
-from smalti.pipelines.sources import SOURCES
-from smalti.prior.dit import DiTConfig
-from smalti.prior.flow import FlowConfig, FlowPrior
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.prior import FlowConfig, FlowPrior
 from smalti.tokenizer.base import Tokenizer
-from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig
-from smalti.tokenizer.multi_scale import MultiScaleConfig
-from smalti.tokenizer.nearest import NearestConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.registry import TOKENIZERS
 from smalti.tokenizer.vq import VQConfig
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
-from smalti.pipelines.checkpoint_reader import read_checkpoint
+from smalti.pipelines.convert.reader import read_checkpoint
 
 WEIGHTS = {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
 

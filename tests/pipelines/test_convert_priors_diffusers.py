@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
-from smalti.pipelines.convert import convert, export, read_published
-from smalti.pipelines.source import Options
-from smalti.prior.dit import DiTConfig
-from smalti.prior.flow import FlowPrior
+from smalti.pipelines.convert.convert import convert, export, read_published
+from smalti.pipelines.convert.source import Options
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.prior import FlowPrior
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -319,8 +319,8 @@ def test_other_models_are_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_our_own_parts_are_not_exported(tmp_path: Path) -> None:
-    from smalti.pipelines.from_diffusers_dit import DiffusersDiT
-    from smalti.prior.flow import PRESETS
+    from smalti.pipelines.convert.diffusers_dit import DiffusersDiT
+    from smalti.prior.flow.prior import PRESETS
 
     assert not DiffusersDiT().fits(PRESETS["sit-b/2"])
     assert not DiffusersDiT().fits(PRESETS["flow-nano"])

@@ -17,10 +17,10 @@ from torch import Tensor
 
 import smalti
 from smalti.errors import SmaltiError
-from smalti.pipelines.convert import convert, export, read_published
-from smalti.pipelines.source import Options
-from smalti.prior.ancestral import DDIM
-from smalti.prior.flow import PRESETS, FlowPrior
+from smalti.pipelines.convert.convert import convert, export, read_published
+from smalti.pipelines.convert.source import Options
+from smalti.prior.flow.prior import PRESETS, FlowPrior
+from smalti.prior.flow.solvers.ancestral import DDIM
 from smalti.randomness import NormalSource
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
@@ -372,8 +372,8 @@ def test_the_mean_weights_of_a_training_checkpoint_are_taken(tmp_path: Path) -> 
 
 
 def test_heads_have_the_published_defaults() -> None:
-    from smalti.pipelines.from_dit import PUBLISHED_HEADS
-    from smalti.pipelines.prior_sizes import head_count
+    from smalti.pipelines.convert.dit import PUBLISHED_HEADS
+    from smalti.pipelines.convert.prior_sizes import head_count
 
     for name in ("sit-s/2", "sit-b/4", "sit-l/2", "dit-xl/2"):
         network = PRESETS[name].network

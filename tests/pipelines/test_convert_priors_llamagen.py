@@ -15,13 +15,13 @@ from torch import Tensor
 
 import smalti
 from smalti.errors import SmaltiError
-from smalti.pipelines.convert import convert, export, read_published
-from smalti.pipelines.source import Options
-from smalti.prior.next_token import NextTokenPrior
-from smalti.prior.text_condition import TextCondition
-from smalti.tokenizer.codebook import CodebookConfig
+from smalti.pipelines.convert.convert import convert, export, read_published
+from smalti.pipelines.convert.source import Options
+from smalti.prior.conditions.text import TextCondition
+from smalti.prior.next_token.model import NextTokenPrior
 from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.nearest import NearestConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
 State = dict[str, Tensor]
@@ -257,9 +257,9 @@ def test_heads_and_grid_have_the_published_defaults(tmp_path: Path) -> None:
 
 
 def test_the_published_sizes_with_wide_heads_are_known(tmp_path: Path) -> None:
-    from smalti.pipelines.from_llamagen_prior import PUBLISHED_HEADS
-    from smalti.pipelines.prior_sizes import head_count
-    from smalti.prior.next_token import PRESETS
+    from smalti.pipelines.convert.from_llamagen_prior import PUBLISHED_HEADS
+    from smalti.pipelines.convert.prior_sizes import head_count
+    from smalti.prior.next_token.model import PRESETS
 
     for config in PRESETS.values():
         if config.width >= 768:

@@ -16,13 +16,13 @@ from torch import Tensor
 
 import smalti
 from smalti.errors import SmaltiError
-from smalti.pipelines.convert import convert, export, read_published
-from smalti.pipelines.source import Options
-from smalti.prior.next_scale import NextScalePrior
-from smalti.tokenizer.codebook import CodebookConfig
+from smalti.pipelines.convert.convert import convert, export, read_published
+from smalti.pipelines.convert.source import Options
+from smalti.prior.next_scale.model import NextScalePrior
 from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.multi_scale import MultiScaleConfig
-from smalti.tokenizer.nearest import NearestConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
 State = dict[str, Tensor]

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.pipelines.convert import convert, export, read_published
-from smalti.pipelines.from_var import sharing
-from smalti.pipelines.source import Options
-from smalti.pipelines.sources import SOURCES
+from smalti.pipelines.convert import SOURCES
+from smalti.pipelines.convert.convert import convert, export, read_published
+from smalti.pipelines.convert.source import Options
+from smalti.pipelines.convert.var import sharing
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.presets import PRESETS
 

@@ -17,7 +17,7 @@ from smalti.errors import SmaltiError
 from smalti.pipelines import generation
 from smalti.pipelines.generation import generate_folder, picture_generator
 from smalti.pipelines.pipeline import Pipeline
-from smalti.prior.next_token import NextTokenPrior
+from smalti.prior.next_token.model import NextTokenPrior
 
 CLASSES = ("cat", "dog", "emu")
 

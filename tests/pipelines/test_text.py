@@ -8,8 +8,8 @@ import torch
 
 import smalti
 from smalti.cli import main as smalti_main
-from smalti.prior.next_token import NextTokenConfig, NextTokenPrior
-from smalti.prior.text_condition import TextCondition
+from smalti.prior.conditions.text import TextCondition
+from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.tokenizer.vq import VQTokenizer
 
 T, D = 5, 6

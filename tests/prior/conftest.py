@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from smalti.prior.dynamics import Dynamics
-from smalti.prior.paths import GaussianPath
-from smalti.prior.predictions import Prediction, of_data_and_noise
+from smalti.prior.flow.dynamics import Dynamics
+from smalti.prior.flow.path import GaussianPath
+from smalti.prior.flow.prediction import Prediction, of_data_and_noise
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from smalti.errors import SmaltiError
-from smalti.prior.ancestral import DDIM, DDPM
-from smalti.prior.dynamics import Dynamics
-from smalti.prior.paths import DDPMPath, LinearPath, TrigonometricPath, VEPath, VPCosinePath
-from smalti.prior.predictions import TimeRange
-from smalti.prior.schedules import DDPMSpaced
-from smalti.prior.transition import transition
+from smalti.prior.flow.dynamics import Dynamics
+from smalti.prior.flow.path import DDPMPath, LinearPath, TrigonometricPath, VEPath, VPCosinePath
+from smalti.prior.flow.prediction import TimeRange
+from smalti.prior.flow.solvers.ancestral import DDIM, DDPM
+from smalti.prior.flow.solvers.schedules import DDPMSpaced
+from smalti.prior.flow.transition import transition
 from smalti.randomness import NormalSource
 
 DOUBLE = torch.float64

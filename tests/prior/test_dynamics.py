@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from smalti.prior.dynamics import Estimate
-from smalti.prior.paths import (
+from smalti.prior.flow.dynamics import Estimate
+from smalti.prior.flow.path import (
     LinearPath,
     TrigonometricPath,
     VEPath,
@@ -12,7 +12,7 @@ from smalti.prior.paths import (
     VPLinearPath,
     spread,
 )
-from smalti.prior.predictions import PREDICTIONS, of_data_and_noise
+from smalti.prior.flow.prediction import PREDICTIONS, of_data_and_noise
 
 PATHS = [
     LinearPath(),

@@ -10,10 +10,9 @@ from chance import generators, randomised
 from smalti.config import config_from_dict, config_to_dict
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.errors import SmaltiError
-from smalti.prior.dit import DiTConfig
-from smalti.prior.flow import PRESETS, FlowConfig, FlowPrior
-from smalti.prior.guidance import Classifier
-from smalti.prior.paths import (
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.guidance import Classifier
+from smalti.prior.flow.path import (
     DDPMPath,
     LinearPath,
     TrigonometricPath,
@@ -21,9 +20,10 @@ from smalti.prior.paths import (
     VPCosinePath,
     VPLinearPath,
 )
-from smalti.prior.predictions import PREDICTIONS
-from smalti.prior.solvers import SOLVERS, make_solver
-from smalti.prior.times import LogitNormalTimes
+from smalti.prior.flow.prediction import PREDICTIONS
+from smalti.prior.flow.prior import PRESETS, FlowConfig, FlowPrior
+from smalti.prior.flow.solvers.base import SOLVERS, make_solver
+from smalti.prior.flow.times import LogitNormalTimes
 
 NETWORK = DiTConfig(
     in_channels=2,

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from smalti.errors import SmaltiError
-from smalti.prior.dynamics import Dynamics
-from smalti.prior.guidance import Classifier, ClassifierFree, classifier_free, with_classifier
-from smalti.prior.paths import LinearPath, VPLinearPath
-from smalti.prior.predictions import PREDICTIONS
+from smalti.prior.flow.dynamics import Dynamics
+from smalti.prior.flow.guidance import Classifier, ClassifierFree, classifier_free, with_classifier
+from smalti.prior.flow.path import LinearPath, VPLinearPath
+from smalti.prior.flow.prediction import PREDICTIONS
 
 LABELS = torch.tensor([0, 1, 2])
 NULL = 3

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from smalti.prior.dormand_prince import DormandPrince
-from smalti.prior.likelihood import (
+from smalti.prior.flow.likelihood import (
     bits_per_dimension,
     exact_divergence,
     hutchinson_divergence,
     log_likelihood,
     signs,
 )
-from smalti.prior.paths import LinearPath, TrigonometricPath, VPLinearPath
-from smalti.prior.runge_kutta import RK4, Heun
+from smalti.prior.flow.path import LinearPath, TrigonometricPath, VPLinearPath
+from smalti.prior.flow.solvers.dormand_prince import DormandPrince
+from smalti.prior.flow.solvers.runge_kutta import RK4, Heun
 from smalti.randomness import NormalSource
 
 DOUBLE = torch.float64

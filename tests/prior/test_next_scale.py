@@ -12,15 +12,15 @@ from torch import Tensor
 
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.errors import SmaltiError
-from smalti.prior.next_scale import PRESETS, NextScaleConfig, NextScalePrior
-from smalti.prior.noisy_context import noisy_context, true_context
+from smalti.prior.next_scale.decoding import ScaleDecoder
+from smalti.prior.next_scale.model import PRESETS, NextScaleConfig, NextScalePrior
+from smalti.prior.next_scale.noisy_context import noisy_context, true_context
+from smalti.prior.next_scale.scale_block import DropPath
+from smalti.prior.next_scale.scale_mask import block_causal_mask
 from smalti.prior.sampling import SamplingOptions, filtered
-from smalti.prior.scale_block import DropPath
-from smalti.prior.scale_decoder import ScaleDecoder
-from smalti.prior.scale_mask import block_causal_mask
-from smalti.tokenizer.codebook import CodebookConfig
-from smalti.tokenizer.multi_scale import MultiScaleConfig, MultiScaleQuantizer
-from smalti.tokenizer.nearest import NearestConfig, NearestQuantizer
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
+from smalti.tokenizer.quantizers.nearest import NearestConfig, NearestQuantizer
 
 SCALES = ((1, 1), (1, 2), (2, 2), (2, 3))  # not square, too
 LENGTHS = [1, 2, 4, 6]
@@ -364,7 +364,7 @@ def test_with_a_list_of_generators_a_sample_does_not_see_its_neighbours(model, s
 
 def test_drawing_in_small_portions_changes_nothing(model, monkeypatch) -> None:
     whole = model.sample(LABELS, generator=generators(1, 2, 3, 4))
-    monkeypatch.setattr("smalti.prior.scale_decoder.LOGITS_AT_ONCE", 4 * 16 * 2)
+    monkeypatch.setattr("smalti.prior.next_scale.decoding.LOGITS_AT_ONCE", 4 * 16 * 2)
     assert torch.equal(model.sample(LABELS, generator=generators(1, 2, 3, 4)), whole)
 
 

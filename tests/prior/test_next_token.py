@@ -10,9 +10,9 @@ from chance import generators, randomised
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.errors import SmaltiError
 from smalti.prior.layers import RMSNorm, rotary_table, rotate
-from smalti.prior.next_token import PRESETS, NextTokenConfig, NextTokenPrior
+from smalti.prior.next_token.decoding import TokenDecoder
+from smalti.prior.next_token.model import PRESETS, NextTokenConfig, NextTokenPrior
 from smalti.prior.sampling import SamplingOptions
-from smalti.prior.token_decoder import TokenDecoder
 
 CODES = torch.randint(16, (4, 64), generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 3])  # 3 is the null label

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
-from smalti.prior.next_token import PRESETS, NextTokenConfig, NextTokenPrior
+from smalti.prior.conditions.text import TextCondition
+from smalti.prior.next_token.decoding import TokenDecoder
+from smalti.prior.next_token.model import PRESETS, NextTokenConfig, NextTokenPrior
 from smalti.prior.sampling import SamplingOptions
-from smalti.prior.text_condition import TextCondition
-from smalti.prior.token_decoder import TokenDecoder
 
 TINY = NextTokenConfig(
     spec=CodeSpec(16, ((3, 5),)),

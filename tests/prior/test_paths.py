@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smalti.errors import SmaltiError
-from smalti.prior.paths import (
+from smalti.prior.flow.path import (
     DDPMPath,
     LinearPath,
     TrigonometricPath,

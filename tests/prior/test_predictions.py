@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from smalti.prior.paths import (
+from smalti.prior.flow.path import (
     DDPMPath,
     LinearPath,
     TrigonometricPath,
@@ -13,7 +13,7 @@ from smalti.prior.paths import (
     VPCosinePath,
     VPLinearPath,
 )
-from smalti.prior.predictions import (
+from smalti.prior.flow.prediction import (
     PREDICTIONS,
     convert,
     of_data_and_noise,

@@ -12,10 +12,10 @@ from torch import Tensor
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
 from smalti.prior.base import Prior
-from smalti.prior.next_scale import NextScalePrior
-from smalti.prior.next_token import NextTokenConfig, NextTokenPrior
-from smalti.prior.random_order import draw_orders, random_order_probability
-from smalti.prior.text_condition import TextCondition
+from smalti.prior.conditions.text import TextCondition
+from smalti.prior.next_scale.model import NextScalePrior
+from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
+from smalti.prior.next_token.random_order import draw_orders, random_order_probability
 
 TINY = NextTokenConfig(
     spec=CodeSpec(16, ((3, 5),)),
@@ -91,7 +91,7 @@ def test_the_identity_is_raster_order() -> None:
 def test_a_training_step_predicts_the_codes_of_its_order(monkeypatch) -> None:
     model = make_prior().train()
     model.set_progress(0.0)
-    monkeypatch.setattr("smalti.prior.next_token.draw_orders", lambda *args: ORDER)
+    monkeypatch.setattr("smalti.prior.next_token.model.draw_orders", lambda *args: ORDER)
     loss = model(CODES, LABELS)
     logits, targets = model.logits(CODES, LABELS, ORDER), CODES.gather(1, ORDER)
     torch.testing.assert_close(loss.total, cross_entropy(logits, targets))
@@ -103,8 +103,8 @@ def test_mistakes_in_what_is_shown_are_no_targets_in_any_order(monkeypatch) -> N
     model = make_prior(replace(TINY, token_corruption=0.5)).train()
     model.set_progress(0.0)
     shown = CODES.flip(1)
-    monkeypatch.setattr("smalti.prior.next_token.draw_orders", lambda *args: ORDER)
-    monkeypatch.setattr("smalti.prior.next_token.corrupted", lambda *args: shown)
+    monkeypatch.setattr("smalti.prior.next_token.model.draw_orders", lambda *args: ORDER)
+    monkeypatch.setattr("smalti.prior.next_token.model.corrupted", lambda *args: shown)
     logits = model.logits(shown, LABELS, ORDER)
     expected = cross_entropy(logits, CODES.gather(1, ORDER))
     torch.testing.assert_close(model(CODES, LABELS).total, expected)
@@ -170,7 +170,7 @@ def test_captions_come_before_codes_in_any_order() -> None:
 def test_the_share_of_random_orders_follows_the_progress(monkeypatch) -> None:
     model, seen = make_prior().train(), []
     monkeypatch.setattr(
-        "smalti.prior.next_token.draw_orders",
+        "smalti.prior.next_token.model.draw_orders",
         lambda rows, length, p: seen.append(p.item()) or draw_orders(rows, length, p),
     )
     for progress in (0.0, 0.625, 0.75):

@@ -6,12 +6,12 @@ from chance import generators, randomised
 from torch import nn
 
 from smalti.errors import SmaltiError
-from smalti.prior.dit import DiTConfig
-from smalti.prior.dynamics import Dynamics
-from smalti.prior.flow import FlowConfig, FlowPrior
-from smalti.prior.paths import LinearPath, TrigonometricPath
-from smalti.prior.rectified import check_straight, generate_pairs, straightness
-from smalti.prior.runge_kutta import RK4, Heun
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.dynamics import Dynamics
+from smalti.prior.flow.path import LinearPath, TrigonometricPath
+from smalti.prior.flow.prior import FlowConfig, FlowPrior
+from smalti.prior.flow.rectified import check_straight, generate_pairs, straightness
+from smalti.prior.flow.solvers.runge_kutta import RK4, Heun
 
 DOUBLE = torch.float64
 GRID = torch.linspace(0, 1, 41, dtype=DOUBLE)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
-from smalti.prior.next_scale import NextScaleConfig, NextScalePrior
-from smalti.prior.next_token import NextTokenConfig, NextTokenPrior
+from smalti.prior.next_scale.decoding import ScaleDecoder
+from smalti.prior.next_scale.model import NextScaleConfig, NextScalePrior
+from smalti.prior.next_token.decoding import TokenDecoder
+from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.prior.sampling import SamplingOptions
-from smalti.prior.scale_decoder import ScaleDecoder
-from smalti.prior.token_decoder import TokenDecoder
-from smalti.tokenizer.codebook import CodebookConfig
-from smalti.tokenizer.multi_scale import MultiScaleConfig, MultiScaleQuantizer
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
 
 LABELS = torch.tensor([0, 1, 2])
 NULL = torch.full((3,), 3)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from smalti.errors import SmaltiError
-from smalti.prior.paths import DDPMPath, LinearPath, TrigonometricPath, VEPath, VPLinearPath
-from smalti.prior.predictions import TimeRange
-from smalti.prior.schedules import (
+from smalti.prior.flow.path import DDPMPath, LinearPath, TrigonometricPath, VEPath, VPLinearPath
+from smalti.prior.flow.prediction import TimeRange
+from smalti.prior.flow.solvers.schedules import (
     SCHEDULES,
     DDPMSpaced,
     Karras,

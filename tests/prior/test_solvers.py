@@ -7,11 +7,18 @@ import scipy.integrate
 import torch
 
 from smalti.errors import SmaltiError
-from smalti.prior.ancestral import DDIM
-from smalti.prior.dormand_prince import NODES, ROWS, WEIGHTS, DormandPrince
-from smalti.prior.paths import LinearPath, TrigonometricPath, VEPath, VPLinearPath
-from smalti.prior.runge_kutta import RK4, Euler, Heun, Midpoint, Tableau, runge_kutta_step
-from smalti.prior.solvers import SOLVERS, Solver, make_solver
+from smalti.prior.flow.path import LinearPath, TrigonometricPath, VEPath, VPLinearPath
+from smalti.prior.flow.solvers.ancestral import DDIM
+from smalti.prior.flow.solvers.base import SOLVERS, Solver, make_solver
+from smalti.prior.flow.solvers.dormand_prince import NODES, ROWS, WEIGHTS, DormandPrince
+from smalti.prior.flow.solvers.runge_kutta import (
+    RK4,
+    Euler,
+    Heun,
+    Midpoint,
+    Tableau,
+    runge_kutta_step,
+)
 from smalti.randomness import NormalSource
 
 DOUBLE = torch.float64

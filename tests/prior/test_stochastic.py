@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from smalti.errors import SmaltiError
-from smalti.prior.ancestral import DDIM, DDPM
-from smalti.prior.euler_maruyama import DIFFUSIONS, EulerMaruyama
-from smalti.prior.langevin import Langevin
-from smalti.prior.paths import LinearPath, TrigonometricPath, VEPath, VPLinearPath
-from smalti.prior.runge_kutta import Euler, Heun
+from smalti.prior.flow.path import LinearPath, TrigonometricPath, VEPath, VPLinearPath
+from smalti.prior.flow.solvers.ancestral import DDIM, DDPM
+from smalti.prior.flow.solvers.langevin import Langevin
+from smalti.prior.flow.solvers.runge_kutta import Euler, Heun
+from smalti.prior.flow.solvers.sde import DIFFUSIONS, EulerMaruyama
 from smalti.randomness import NormalSource
 
 DOUBLE = torch.float64

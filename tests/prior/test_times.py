@@ -7,9 +7,9 @@ import scipy.stats
 import torch
 
 from smalti.errors import SmaltiError
-from smalti.prior.paths import LinearPath, TrigonometricPath, VEPath, VPLinearPath
-from smalti.prior.predictions import PREDICTIONS, convert
-from smalti.prior.times import LogitNormalTimes, UniformTimes, loss_weight, shift_times
+from smalti.prior.flow.path import LinearPath, TrigonometricPath, VEPath, VPLinearPath
+from smalti.prior.flow.prediction import PREDICTIONS, convert
+from smalti.prior.flow.times import LogitNormalTimes, UniformTimes, loss_weight, shift_times
 
 DOUBLE = torch.float64
 U = torch.linspace(0.001, 0.999, 999, dtype=DOUBLE)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from smalti.cli import main
 from smalti.data.dataset import ImageDataset
-from smalti.data.images import open_source
+from smalti.data.sources.base import open_source
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from smalti.cli import main
-from smalti.pipelines.convert import export
-from smalti.prior.next_token import NextTokenPrior
+from smalti.pipelines.convert.convert import export
+from smalti.prior.next_token.model import NextTokenPrior
 from smalti.tokenizer.base import Tokenizer
-from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
-from smalti.tokenizer.multi_scale import MultiScaleConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
 CONV = ConvConfig(32, (1, 2), 1, attention_levels=(1,), z_channels=4, norm_groups=32)

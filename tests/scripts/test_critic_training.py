@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from smalti.config import config_to_dict
 from smalti.scripts.critic import critic_draws
 from smalti.scripts.train_tokenizer import TrainTokenizerConfig, train
-from smalti.tokenizer.augment import AugmentConfig
-from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.critic_regularisers import PenaltyConfig
-from smalti.tokenizer.discriminator import PatchGANConfig
-from smalti.tokenizer.feature_discriminator import FeatureCriticConfig
-from smalti.tokenizer.nearest import NearestConfig
-from smalti.tokenizer.objective import ObjectiveConfig
-from smalti.tokenizer.stylegan_discriminator import StyleGANCriticConfig
+from smalti.tokenizer.discriminators.augmentation import AugmentConfig
+from smalti.tokenizer.discriminators.frozen_features import FeatureCriticConfig
+from smalti.tokenizer.discriminators.patchgan import PatchGANConfig
+from smalti.tokenizer.discriminators.regularisers import PenaltyConfig
+from smalti.tokenizer.discriminators.stylegan import StyleGANCriticConfig
+from smalti.tokenizer.losses.objective import ObjectiveConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vit import FrozenViT, ViTSizes
 from smalti.tokenizer.vq import VQConfig
 from smalti.training.run import RunConfig
@@ -78,7 +78,7 @@ def config(pictures: Path, out: Path, **changes) -> TrainTokenizerConfig:
 def test_a_weight_of_zero_leaves_the_network_out(pictures: Path, tmp_path: Path, monkeypatch):
     """A plain VQ-VAE builds neither critic nor LPIPS, and its checkpoint holds neither."""
     from smalti.scripts import critic
-    from smalti.tokenizer.perceptual import LPIPS
+    from smalti.tokenizer.losses.perceptual import LPIPS
 
     def never(*args, **options):
         raise AssertionError("built though its weight is 0")

@@ -9,14 +9,14 @@ import torch
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
+from smalti.evaluation.evaluator import PipelineEvaluation, first_of_each, spread
 from smalti.evaluation.samples import PictureSets
 from smalti.pipelines.pipeline import Pipeline
-from smalti.prior.next_token import NextTokenConfig, NextTokenPrior
+from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.scripts.evaluate import EvaluateConfig, evaluate
-from smalti.scripts.measure import PipelineEvaluation, first_of_each, spread
-from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.nearest import NearestConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
 CONV = ConvConfig(

@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 import smalti
 from smalti.cli import main as smalti_main
 from smalti.data.latents import CodeSpec
-from smalti.prior.dit import DiTConfig
-from smalti.prior.flow import FlowConfig, FlowPrior
-from smalti.prior.next_token import NextTokenConfig, NextTokenPrior
-from smalti.prior.paths import DDPMPath, LinearPath
+from smalti.pipelines.finetune import begin_from, saved_prior, saved_tokenizer
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.path import DDPMPath, LinearPath
+from smalti.prior.flow.prior import FlowConfig, FlowPrior
+from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.scripts.encode import EncodeConfig, encode
-from smalti.scripts.initial import begin_from, saved_prior, saved_tokenizer
-from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig
-from smalti.tokenizer.nearest import NearestConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
 CONV = ConvConfig(

@@ -13,21 +13,21 @@ from torchvision.transforms import TenCrop
 
 import smalti
 from smalti.cli import main as smalti_main
-from smalti.data.cache import LatentCache
 from smalti.data.dataset import ImageDataset
-from smalti.data.images import open_source
+from smalti.data.latent_cache.cache import LatentCache
+from smalti.data.latent_cache.llamagen import TEN_CROPS
 from smalti.data.latents import ContinuousSpec
-from smalti.data.llamagen_codes import TEN_CROPS
+from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
-from smalti.prior.dit import DiTConfig
-from smalti.prior.flow import FlowConfig
-from smalti.prior.next_token import NextTokenConfig
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.prior import FlowConfig
+from smalti.prior.next_token.model import NextTokenConfig
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
-from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
-from smalti.tokenizer.nearest import NearestConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
 CONV = ConvConfig(

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from smalti.cli import main as smalti_main
+from smalti.pipelines import latent_editor as strips
+from smalti.pipelines.latent_editor import signed, spread
 from smalti.pipelines.pipeline import Pipeline
-from smalti.scripts import strips
 from smalti.scripts.interpolate import InterpolateConfig, interpolate
 from smalti.scripts.invert import InvertConfig, invert
-from smalti.scripts.strips import signed, spread
 from smalti.scripts.traverse import TraverseConfig, traverse
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
 

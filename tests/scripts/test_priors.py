@@ -10,23 +10,23 @@ from runs import assert_same, losses, stop_after
 import smalti
 from smalti.cli import main as smalti_main
 from smalti.config import recipe_text
-from smalti.prior.dit import DiTConfig
-from smalti.prior.flow import FlowConfig
-from smalti.prior.next_scale import NextScaleConfig
-from smalti.prior.next_token import NextTokenConfig
-from smalti.prior.paths import DDPMPath
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.path import DDPMPath
+from smalti.prior.flow.prior import FlowConfig
+from smalti.prior.next_scale.model import NextScaleConfig
+from smalti.prior.next_token.model import NextTokenConfig
 from smalti.prior.presets import PRESETS as PRIORS
 from smalti.scripts.demo import DemoConfig, chosen_scale
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.evaluate import EvaluateConfig, evaluate
 from smalti.scripts.train_prior import PriorConfig, TrainPriorConfig, train
-from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
-from smalti.tokenizer.multi_scale import MultiScaleConfig
-from smalti.tokenizer.nearest import NearestConfig
 from smalti.tokenizer.presets import PRESETS as TOKENIZERS
 from smalti.tokenizer.presets import TokenizerConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
 CONV = ConvConfig(

@@ -9,11 +9,11 @@ from runs import losses
 
 import smalti
 from smalti.cli import main as smalti_main
-from smalti.data.cache import LatentCache
-from smalti.prior.dit import DiTConfig
-from smalti.prior.flow import FlowConfig, FlowPrior
-from smalti.prior.paths import TrigonometricPath
-from smalti.scripts.initial import begin_from
+from smalti.data.latent_cache.cache import LatentCache
+from smalti.pipelines.finetune import begin_from
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.path import TrigonometricPath
+from smalti.prior.flow.prior import FlowConfig, FlowPrior
 from smalti.scripts.reflow import ReflowConfig, bend, load, reflow
 from smalti.scripts.train_prior import TrainPriorConfig, train
 from smalti.tokenizer.conv import ConvConfig

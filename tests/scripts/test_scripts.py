@@ -20,24 +20,24 @@ import smalti
 from smalti.cli import main as smalti_main
 from smalti.cli import parse_config
 from smalti.config import recipe_text
-from smalti.data.cache import LatentCache
+from smalti.data.latent_cache.cache import LatentCache
 from smalti.errors import SmaltiError
-from smalti.prior.next_token import NextTokenConfig
+from smalti.prior.next_token.model import NextTokenConfig
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
 from smalti.scripts.train_tokenizer import TrainTokenizerConfig
 from smalti.scripts.train_tokenizer import train as train_tokenizer
-from smalti.tokenizer.alignment import AlignmentConfig
-from smalti.tokenizer.codebook import CodebookConfig
 from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.discriminator import PatchGANConfig
-from smalti.tokenizer.fsq import FSQConfig
+from smalti.tokenizer.discriminators.patchgan import PatchGANConfig
 from smalti.tokenizer.kl import KLConfig
-from smalti.tokenizer.lookup_free import LookupFreeConfig
-from smalti.tokenizer.multi_scale import MultiScaleConfig
-from smalti.tokenizer.nearest import NearestConfig
-from smalti.tokenizer.objective import ObjectiveConfig
+from smalti.tokenizer.losses.alignment import AlignmentConfig
+from smalti.tokenizer.losses.objective import ObjectiveConfig
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.fsq import FSQConfig
+from smalti.tokenizer.quantizers.lookup_free import LookupFreeConfig
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vit import FrozenViT, ViTSizes
 from smalti.tokenizer.vq import VQConfig
 
@@ -130,7 +130,7 @@ def test_the_pipeline_of_a_run_shows_its_samples(trained: Path) -> None:
 
 def test_cached_codes_are_those_of_the_pictures(trained: Path) -> None:
     from smalti.data.dataset import ImageDataset
-    from smalti.data.images import open_source
+    from smalti.data.sources.base import open_source
 
     tokenizer = smalti.Tokenizer.from_pretrained(trained / "tok" / "tokenizer")
     images = ImageDataset(open_source(str(trained / "pictures")), 32, split="train").all_images()

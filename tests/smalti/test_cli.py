@@ -79,8 +79,8 @@ def test_a_preset_never_has_half_an_effect(tmp_path: Path) -> None:
 
 def test_a_kind_is_what_the_other_values_start_from() -> None:
     from smalti.scripts.train_tokenizer import TrainTokenizerConfig
-    from smalti.tokenizer.fsq import FSQConfig
-    from smalti.tokenizer.stylegan_discriminator import StyleGANCriticConfig
+    from smalti.tokenizer.discriminators.stylegan import StyleGANCriticConfig
+    from smalti.tokenizer.quantizers.fsq import FSQConfig
 
     def train_config(*argv: str) -> TrainTokenizerConfig:
         return parse_config(TrainTokenizerConfig, argv, prog="test")

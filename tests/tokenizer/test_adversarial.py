@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from smalti.tokenizer.adversarial import GAMES, adaptive_weight, last_layer_gradients
+from smalti.tokenizer.discriminators.adversarial import GAMES, adaptive_weight, last_layer_gradients
 
 LOGITS = (-30.0, -2.0, -0.5, 0.0, 0.5, 2.0, 30.0)
 

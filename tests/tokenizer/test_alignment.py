@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from smalti.errors import SmaltiError
-from smalti.tokenizer.alignment import (
+from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.kl import KLConfig, KLTokenizer
+from smalti.tokenizer.losses.alignment import (
     AlignedTokenizer,
     Alignment,
     AlignmentConfig,
     cosine_loss,
     distance_loss,
 )
-from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.kl import KLConfig, KLTokenizer
 from smalti.tokenizer.vit import FrozenViT, ViTSizes
 
 CONV = ConvConfig(

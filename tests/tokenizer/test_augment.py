@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from smalti.errors import SmaltiError
-from smalti.tokenizer.augment import (
+from smalti.tokenizer.discriminators.augmentation import (
     DRAWS,
     AugmentConfig,
     augment,

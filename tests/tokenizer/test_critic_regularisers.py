@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from smalti.errors import SmaltiError
-from smalti.tokenizer.critic_regularisers import (
+from smalti.tokenizer.discriminators.regularisers import (
     LeCam,
     PenaltyConfig,
     gradient_penalty,

@@ -12,13 +12,13 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from smalti.config import config_from_dict, config_to_dict
 from smalti.errors import SmaltiError
-from smalti.tokenizer.critic_regularisers import r1_penalty
-from smalti.tokenizer.critics import CRITICS, build_critic
-from smalti.tokenizer.discriminator import PatchGAN, PatchGANConfig
-from smalti.tokenizer.feature_discriminator import FeatureCritic, FeatureCriticConfig
-from smalti.tokenizer.objective import ObjectiveConfig
-from smalti.tokenizer.spectral import SpectralConv2d, advance_spectral_norms
-from smalti.tokenizer.stylegan_discriminator import StyleGANCritic, StyleGANCriticConfig, halve
+from smalti.tokenizer.discriminators import CRITICS, build_critic
+from smalti.tokenizer.discriminators.frozen_features import FeatureCritic, FeatureCriticConfig
+from smalti.tokenizer.discriminators.patchgan import PatchGAN, PatchGANConfig
+from smalti.tokenizer.discriminators.regularisers import r1_penalty
+from smalti.tokenizer.discriminators.spectral import SpectralConv2d, advance_spectral_norms
+from smalti.tokenizer.discriminators.stylegan import StyleGANCritic, StyleGANCriticConfig, halve
+from smalti.tokenizer.losses.objective import ObjectiveConfig
 from smalti.tokenizer.vit import FrozenViT, ViTSizes
 
 SIZES = ViTSizes(width=16, depth=3, hidden=32, patch_size=4, grid=4, layer_scale=False)

@@ -7,14 +7,14 @@ import torch
 from vector_quantize_pytorch import FSQ, LFQ
 
 from smalti.errors import SmaltiError
-from smalti.tokenizer.entropy import entropy_loss
-from smalti.tokenizer.fsq import FSQConfig, FSQuantizer
-from smalti.tokenizer.lookup_free import (
+from smalti.tokenizer.quantizers.base import as_rows
+from smalti.tokenizer.quantizers.entropy import entropy_loss
+from smalti.tokenizer.quantizers.fsq import FSQConfig, FSQuantizer
+from smalti.tokenizer.quantizers.lookup_free import (
     LookupFreeConfig,
     LookupFreeQuantizer,
     joint_probabilities,
 )
-from smalti.tokenizer.quantize import as_rows
 
 QUANTIZERS = [
     FSQuantizer(FSQConfig(levels=(4, 3, 2))),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from smalti.errors import SmaltiError
-from smalti.tokenizer.gumbel import GumbelConfig, GumbelQuantizer
+from smalti.tokenizer.quantizers.gumbel import GumbelConfig, GumbelQuantizer
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from smalti.errors import SmaltiError
+from smalti.tokenizer.losses.perceptual import LPIPS
 from smalti.tokenizer.manipulation import (
     attribute_direction,
     channel_axis,
@@ -20,7 +21,6 @@ from smalti.tokenizer.manipulation import (
     spherical,
     spherical_as_one,
 )
-from smalti.tokenizer.perceptual import LPIPS
 
 TIMES = (0.0, 0.25, 0.5, 0.9, 1.0)
 

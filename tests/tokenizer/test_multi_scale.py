@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from smalti.errors import SmaltiError
-from smalti.tokenizer.codebook import CodebookConfig
-from smalti.tokenizer.multi_scale import MultiScaleConfig, MultiScaleQuantizer
-from smalti.tokenizer.quantize import as_rows
+from smalti.tokenizer.quantizers.base import as_rows
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
 
 SCALES = ((1, 1), (1, 2), (2, 3), (4, 6))  # not square, too
 CONFIG = MultiScaleConfig(

@@ -8,21 +8,21 @@ from torch import nn
 
 from smalti.data.pixels import rounded
 from smalti.errors import SmaltiError
-from smalti.tokenizer.adversarial import GAMES, adaptive_weight
-from smalti.tokenizer.augment import AugmentConfig, augment
 from smalti.tokenizer.base import Reconstruction
-from smalti.tokenizer.critic_objective import DRAWS, CriticObjective
-from smalti.tokenizer.critic_regularisers import PenaltyConfig
-from smalti.tokenizer.discriminator import PatchGAN, PatchGANConfig
-from smalti.tokenizer.gram import gram_distance, gram_matrices
-from smalti.tokenizer.objective import (
+from smalti.tokenizer.discriminators.adversarial import GAMES, adaptive_weight
+from smalti.tokenizer.discriminators.augmentation import AugmentConfig, augment
+from smalti.tokenizer.discriminators.objective import DRAWS, CriticObjective
+from smalti.tokenizer.discriminators.patchgan import PatchGAN, PatchGANConfig
+from smalti.tokenizer.discriminators.regularisers import PenaltyConfig
+from smalti.tokenizer.losses.gram import gram_distance, gram_matrices
+from smalti.tokenizer.losses.objective import (
     Judges,
     ObjectiveConfig,
     ObjectiveLoss,
     frozen,
     generator_loss,
 )
-from smalti.tokenizer.perceptual import LPIPS
+from smalti.tokenizer.losses.perceptual import LPIPS
 
 CONFIG = ObjectiveConfig(
     l1_weight=0.5, adversarial_start=10, adversarial_ramp=4, discriminator=PatchGANConfig(8, 1)
@@ -135,7 +135,7 @@ def test_adaptive_weight_balances_reconstruction_and_critic() -> None:
 
 
 def test_adaptive_weight_is_not_measured_before_the_critic_is_heard(monkeypatch) -> None:
-    from smalti.tokenizer import objective
+    from smalti.tokenizer.losses import objective
 
     asked = []
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smalti.data.dataset import ImageDataset
-from smalti.data.images import open_source
+from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
-from smalti.tokenizer.perceptual import LPIPS
+from smalti.tokenizer.losses.perceptual import LPIPS
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from smalti.prior.next_scale import NextScaleConfig, NextScalePrior
-from smalti.prior.next_token import NextTokenConfig, NextTokenPrior
+from smalti.prior.next_scale.model import NextScaleConfig, NextScalePrior
+from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.training.decay import split_by_decay
 
 

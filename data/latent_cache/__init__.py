@@ -1,0 +1,1 @@
+"""Latents on disk between the stages: encoded once, read many times."""

@@ -1,0 +1,178 @@
+"""A latent cache as other code reads it: parquet files, or WebDataset shards.
+
+    out/
+        shard-00000.parquet   columns index, label, and codes, or mean and std: (views, values)
+        shard-00000.tar       00000000.codes.npy (views, L), or .mean.npy and .std.npy (views, C,
+                              h, w) each; 00000000.cls
+        _latents.json         the manifest of the cache, samples and sha256 of every file
+        README.md             tells `datasets.load_dataset(out)` which files are which split
+
+The caches of several splits, train/ and heldout/, become folders of such files. Numbers keep the
+type that the cache has; the columns of pairs (rectified flow) are data and noise.
+"""
+
+import io
+import math
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from smalti.config import config_to_dict
+from smalti.data.latent_cache.cache import LatentCache
+from smalti.data.latent_cache.cache_info import MANIFEST, CacheInfo
+from smalti.data.latents import ContinuousSpec
+from smalti.errors import SmaltiError
+from smalti.files import replacing, sha256_of, write_json, write_text
+
+Format = Literal["parquet", "webdataset"]
+Columns = Mapping[str, np.ndarray]  # name -> (n, views, ...)
+
+INDEX = "_latents.json"  # pyarrow passes over names that begin with _
+GROUP = 1024  # rows of a parquet file that are read together
+
+
+def export_cache(folder: Path, out: Path, layout: Format) -> list[Path]:
+    """Write a cache, or the caches of all splits in a folder, to a new folder; return its files.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        SmaltiError: there is no whole cache, `out` is there already, or a package is missing.
+    """
+    write = WRITERS[layout]()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise SmaltiError(f"{out} exists: choose another place, nothing is overwritten")
+    out = Path(os.path.abspath(out))
+    caches = {path.relative_to(folder): LatentCache(path) for path in _caches_in(folder)}
+    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
+        for name, cache in caches.items():
+            _export(cache, temporary / name, layout, write)
+        write_text(temporary / "README.md", _card(caches, SUFFIXES[layout]))
+        if out.is_dir():
+            out.rmdir()
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def columns_of(info: CacheInfo, stored: np.ndarray) -> dict[str, np.ndarray]:
+    """(n, views, ...) as the cache keeps it -> its parts by name, (n, views, ...) each."""
+    if not isinstance(info.spec, ContinuousSpec):
+        return {"codes": stored}
+    first, second = np.split(stored, 2, axis=2)
+    return {"data": first, "noise": second} if info.pairs else {"mean": first, "std": second}
+
+
+def _caches_in(folder: Path) -> list[Path]:
+    """A cache itself, or those of its splits."""
+    if (folder / MANIFEST).is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    if not found:
+        raise SmaltiError(f"{folder} holds no finished latent cache: give one of smalti encode")
+    return found
+
+
+Writer = Callable[[Path, np.ndarray, np.ndarray, Columns], None]  # path, indices, labels, columns
+
+
+def _export(cache: LatentCache, out: Path, layout: Format, write: Writer) -> None:
+    out.mkdir(parents=True)
+    shards = []
+    for number in tqdm(range(cache.info.num_shards), desc=f"export {cache.folder.name}"):
+        indices = np.arange(*cache.info.shard_range(number))
+        path = out / f"shard-{number:05d}{SUFFIXES[layout]}"
+        columns = columns_of(cache.info, cache.all_views(indices))
+        with replacing(path) as temporary:
+            write(temporary, indices, cache.labels[indices].numpy(), columns)
+        shards.append({"url": path.name, "nsamples": len(indices), "sha256": sha256_of(path)})
+    manifest = {"format": layout, "cache": config_to_dict(cache.info), "shardlist": shards}
+    write_json(out / INDEX, manifest)
+
+
+def _card(caches: Mapping[Path, LatentCache], suffix: str) -> str:
+    """The card of a data set: which files are which split, and what they hold."""
+    files, parts = "", ""
+    for name, cache in caches.items():
+        split = re.sub(r"\W", "_", name.name) or "train"
+        files += f'  - split: {split}\n    path: "{(name / f"*{suffix}").as_posix()}"\n'
+        views = ", ".join(cache.info.views)
+        parts += f"- {split}: {cache.info.num_samples} samples; views of each: {views}\n"
+    head = f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n\n"
+    return f"{head}# Latents\n\nExported by smalti; all about them is in `{INDEX}`.\n\n{parts}"
+
+
+# -- WebDataset -------------------------------------------------------------------------------
+
+
+def _webdataset_writer() -> Writer:
+    return _write_tar
+
+
+def _write_tar(path: Path, indices: np.ndarray, labels: np.ndarray, columns: Columns) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for row, (index, label) in enumerate(zip(indices, labels, strict=True)):
+            for name, content in _members(columns, row, int(label)):
+                member = tarfile.TarInfo(
+                    f"{index:08d}.{name}"
+                )  # no times: equal caches, equal tars
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def _members(columns: Columns, row: int, label: int) -> Iterator[tuple[str, bytes]]:
+    for name, values in columns.items():
+        stream = io.BytesIO()
+        np.save(stream, values[row], allow_pickle=False)
+        yield f"{name}.npy", stream.getvalue()
+    yield "cls", str(label).encode()
+
+
+# -- parquet ----------------------------------------------------------------------------------
+
+
+def _parquet_writer() -> Writer:
+    """Needs pyarrow."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise SmaltiError(
+            "parquet files need another package: pip install 'smalti[data]'"
+        ) from error
+
+    def write(path: Path, indices: np.ndarray, labels: np.ndarray, columns: Columns) -> None:
+        arrays = {name: _nested(pyarrow, values) for name, values in columns.items()}
+        table = pyarrow.table({"index": indices, "label": labels, **arrays})
+        pyarrow.parquet.write_table(table, path, row_group_size=GROUP)
+
+    return write
+
+
+def _nested(pyarrow: Any, values: np.ndarray) -> Any:
+    """(n, views, ...) -> n lists of flat lists, one for each view.
+
+    The number of views is no part of the type: `datasets` wants one type for all splits.
+    """
+    n, views, length = len(values), values.shape[1], math.prod(values.shape[2:])
+    flat = pyarrow.array(values.reshape(-1))
+    inner = pyarrow.FixedSizeListArray.from_arrays(flat, length)
+    offsets = np.arange(0, n * views + 1, views, dtype=np.int32)
+    return pyarrow.ListArray.from_arrays(offsets, inner)
+
+
+WRITERS: dict[Format, Callable[[], Writer]] = {
+    "parquet": _parquet_writer,
+    "webdataset": _webdataset_writer,
+}
+SUFFIXES: dict[Format, str] = {"parquet": ".parquet", "webdataset": ".tar"}

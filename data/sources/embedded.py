@@ -1,0 +1,68 @@
+"""The picture sets that ship with smalti, so that everything works offline.
+
+They are stored as lossless WebP sheets of tiles with a JSON index; `assets/README.md` names their
+origins and licences, and `tools/pack_embedded.py` made them.
+"""
+
+import json
+from functools import lru_cache
+from importlib.resources import files
+
+import numpy as np
+import torch
+from PIL import Image
+
+from smalti.data.decoding import FORMATS
+from smalti.data.sources.base import ImageSource, SourceOptions, fingerprint_of
+
+ASSETS = files("smalti.data") / "assets"
+
+
+class EmbeddedSource(ImageSource):
+    """Tiles of equal size, cut from sheets."""
+
+    def __init__(self, title: str, index: dict, tiles: np.ndarray) -> None:
+        self.title, self._names, self._groups = title, index["names"], index["groups"]
+        self.classes = tuple(index["classes"])
+        self.labels = torch.tensor(index["labels"], dtype=torch.int64)
+        self.tiles = tiles  # (N, S, S, 3) uint8
+        if index["num_heldout"]:  # the last ones, as published
+            self.heldout = torch.arange(len(tiles)) >= len(tiles) - index["num_heldout"]
+        self.fingerprint = fingerprint_of([title.encode(), tiles.tobytes()])
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.tiles[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.title}/{self._names[index] if self._names else index}"
+
+    def group(self, index: int) -> str:
+        return str(self._groups[index]) if self._groups else self.name(index)
+
+
+@lru_cache(maxsize=2)
+def _load(title: str) -> EmbeddedSource:
+    index = json.loads((ASSETS / f"{title}.json").read_text())
+    side, columns = index["side"], index["columns"]
+    sheets = []
+    for name in index["sheets"]:
+        with (
+            (ASSETS / name).open("rb") as stream,
+            Image.open(stream, formats=FORMATS) as image,
+        ):
+            pixels = np.asarray(image.convert("RGB"))
+        rows = pixels.shape[0] // side
+        tiles = pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+        sheets.append(tiles.reshape(-1, side, side, 3))
+    count = len(index["labels"])
+    return EmbeddedSource(title, index, np.concatenate(sheets)[:count])
+
+
+def open_embedded(spec: str, options: SourceOptions) -> ImageSource:
+    """emoji: 5,664 emoji at 64 px, 9 classes, 3 artists. Grouped by glyph: a held-out emoji was
+    never seen from any artist.
+
+    fashion: Fashion-MNIST, the first 10,000 training and, held out, the first 2,000 test pictures;
+    28 px, grey, 10 classes.
+    """
+    return _load(spec)

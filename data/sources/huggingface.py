@@ -1,0 +1,283 @@
+"""Pictures in Hugging Face data sets: saved folders, parquet and arrow files, and the Hub.
+
+Rows are read by number, without decoding the other columns. A stream (`--hf.streaming`) is copied
+to local shards first, see `stream.py`. Nothing in a data set is run: scripts and pickles are
+refused by `datasets` itself.
+"""
+
+import importlib
+import io
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+
+from smalti.config import nearest
+from smalti.data.sources.base import HuggingFaceOptions, SourceOptions
+from smalti.data.sources.columns import Columns, datasets_library, find_columns, labels_of
+from smalti.data.sources.download import folder_name
+from smalti.data.sources.stream import Sample, copy_stream
+from smalti.data.sources.verification import EncodedPictures
+from smalti.errors import SmaltiError
+
+if TYPE_CHECKING:
+    import datasets
+
+SIZES_AT_ONCE = 10_000  # rows
+SAVED = ("dataset_dict.json", "state.json")  # one of them lies in what `save_to_disk` wrote
+
+
+class HuggingFacePictures(EncodedPictures):
+    """The rows of a map-style data set.
+
+    Args:
+        rows: the pictures that are divided, or all for training if `heldout` is given.
+        heldout: rows that are held out.
+
+    Raises:
+        SmaltiError: the columns cannot be told, or hold no pictures or labels.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        rows: "datasets.Dataset",
+        heldout: "datasets.Dataset | None",
+        options: HuggingFaceOptions,
+    ) -> None:
+        lib = datasets_library()
+        columns = find_columns(title, rows.features, options)
+        self.title, self._column = title, columns.image
+        parts = [_plain(part, columns) for part in (rows, heldout) if part is not None]
+        try:
+            self._rows = lib.concatenate_datasets(parts)
+        except ValueError as error:  # other columns, or labels of another meaning
+            raise SmaltiError(
+                f"the splits of {title} do not go together: {_first_line(error)}"
+            ) from error
+        if len(self._rows) == 0:
+            raise SmaltiError(f"{title} holds no pictures: check --data and --hf.split")
+        if heldout is not None:
+            self.heldout = torch.arange(len(self._rows)) >= len(rows)
+        values = [None] * len(self._rows) if columns.label is None else self._rows[columns.label]
+        self.classes, self.labels = labels_of(title, list(values), columns)
+        self._sizes: list[int] | None = None
+
+    def open(self, index: int) -> BinaryIO:
+        return io.BytesIO(_content(self._rows[index][self._column], self.place(index)))
+
+    def size(self, index: int) -> int:
+        if self._sizes is None:
+            self._sizes = _sizes_of(self._rows, self._column)
+        return self._sizes[index]
+
+    def name(self, index: int) -> str:
+        return f"row {index}"
+
+
+def open_hub(spec: str, options: SourceOptions) -> EncodedPictures:
+    """`hf:owner/name` on the Hub, or `hf:` and a folder: laid out like a set there, or saved."""
+    name = spec.removeprefix("hf:")
+    folder = os.path.expanduser(name)
+    if not os.path.isdir(folder) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise SmaltiError(f"the folder {name} does not exist: check --data")
+    if any(os.path.isfile(os.path.join(folder, mark)) for mark in SAVED):
+        return open_saved(folder, options)
+    return _open(spec, options, folder if os.path.isdir(folder) else name)
+
+
+def open_files(spec: str, options: SourceOptions) -> EncodedPictures:
+    """Parquet or arrow files: one, a pattern of several, or a folder of them."""
+    datasets_library()
+    path = Path(spec).expanduser()
+    if path.is_dir() and not any(path.glob("*.arrow")):
+        _check_parquet(spec, sorted(path.glob("*.parquet")))
+        return _open(spec, options, str(path))  # file names tell the splits
+    files = sorted(path.glob("*.arrow")) if path.is_dir() else _matching(path)
+    if path.is_dir() or path.suffix == ".arrow":
+        _refuse_unused(spec, options)
+        lib = datasets_library()
+        parts = _guarded(spec, lambda: [lib.Dataset.from_file(str(file)) for file in files])
+        return _map_style(spec, lib.concatenate_datasets(parts), options.hf)
+    _check_parquet(spec, files)
+    return _open(spec, options, "parquet", data_files=[str(file) for file in files])
+
+
+def _check_parquet(spec: str, files: Sequence[Path]) -> None:
+    """Raise `SmaltiError` if a file is damaged, naming it, or if all are empty."""
+    parquet: Any = importlib.import_module("pyarrow.parquet")  # without types
+    rows = [_guarded(str(file), partial(parquet.read_metadata, file)).num_rows for file in files]
+    if not any(rows):
+        raise SmaltiError(f"{spec} holds no pictures: check --data")
+
+
+def open_saved(spec: str, options: SourceOptions) -> EncodedPictures:
+    """A folder that `save_to_disk` wrote."""
+    _refuse_unused(spec, options)
+    loaded = _guarded(spec, lambda: datasets_library().load_from_disk(os.path.expanduser(spec)))
+    return _map_style(spec, loaded, options.hf)
+
+
+def _open(spec: str, options: SourceOptions, path: str, **arguments: Any) -> EncodedPictures:
+    """What `datasets.load_dataset(path)` gives, as a stream or not."""
+    hf, cache = options.hf, options.stream_cache
+    if hf.streaming and cache is None:
+        raise SmaltiError(
+            f"{spec} is streamed: pass --stream_cache FOLDER for a copy of the samples, without "
+            "which neither their order nor a resumed run would be exact"
+        )
+    if hf.streaming and cache is not None:
+        return _streamed(spec, hf, cache, path, arguments)
+    loaded = _guarded(spec, lambda: _load(hf, path, cache_dir=_arrow_cache(cache), **arguments))
+    return _map_style(spec, loaded, hf)
+
+
+def _load(hf: HuggingFaceOptions, path: str, **arguments: Any) -> Any:
+    return datasets_library().load_dataset(
+        path, hf.config or None, revision=hf.revision or None, **arguments
+    )
+
+
+def _arrow_cache(cache: Path | None) -> str | None:
+    """Where parquet is unpacked to; None is the cache that all users of `datasets` share."""
+    return None if cache is None else str(cache / "datasets")
+
+
+def _map_style(spec: str, loaded: Any, hf: HuggingFaceOptions) -> HuggingFacePictures:
+    rows = _choose_split(spec, loaded, hf.split)
+    heldout = _choose_split(spec, loaded, hf.heldout_split) if hf.heldout_split else None
+    return HuggingFacePictures(spec, rows, heldout, hf)
+
+
+def _choose_split(spec: str, loaded: Any, split: str) -> Any:
+    if not isinstance(loaded, dict):  # one split, without a name
+        if split:
+            raise SmaltiError(f'{spec} has no splits: leave out "{split}"')
+        return loaded
+    name = split or ("train" if "train" in loaded else "")
+    if not name and len(loaded) == 1:
+        (name,) = loaded
+    if name not in loaded:
+        raise SmaltiError(f'{spec} has no split "{name}" (--hf.split); {nearest(name, loaded)}')
+    return loaded[name]
+
+
+def _streamed(
+    spec: str, hf: HuggingFaceOptions, cache: Path, path: str, arguments: dict[str, Any]
+) -> EncodedPictures:
+    """A copy of the stream; the network is not asked once the copy is whole."""
+    request = {
+        "data": os.path.abspath(path) if os.path.isdir(path) else path,
+        **arguments,
+        "config": hf.config,
+        "revision": hf.revision,
+        "split": hf.split,
+        "columns": [hf.image_column, hf.label_column],
+        "max_samples": hf.max_samples,
+    }
+    opened: list[tuple[Any, Columns]] = []
+
+    def stream() -> tuple[Any, Columns]:
+        if not opened:
+            loaded = _guarded(spec, lambda: _load(hf, path, streaming=True, **arguments))
+            rows = _choose_split(spec, loaded, hf.split)
+            columns = find_columns(spec, rows.features, hf)
+            opened.append((_plain(rows, columns), columns))
+        return opened[0]
+
+    def samples(start: int) -> Iterator[Sample]:
+        rows, columns = stream()
+        rows = rows.take(hf.max_samples) if hf.max_samples else rows
+        left = iter(rows.skip(start))
+        for number in itertools.count(start):
+            row = _guarded(f"{spec}, from sample {number} on,", lambda: next(left, None))
+            if row is None:
+                return
+            place = f"{spec}: sample {number}"
+            content = _guarded(place, partial(_content, row[columns.image], place))
+            yield Sample(content, row[columns.label] if columns.label else None)
+
+    return copy_stream(
+        cache / folder_name(spec, repr(request)),
+        samples,
+        title=spec,
+        classes=lambda: stream()[1].classes,
+        request=request,
+    )
+
+
+def _refuse_unused(spec: str, options: SourceOptions) -> None:
+    """Raise `SmaltiError` if options were given that mean nothing for arrow files on this disk."""
+    hf = options.hf
+    unused = {"hf.streaming": hf.streaming, "hf.config": hf.config, "hf.revision": hf.revision}
+    for name, value in {**unused, "stream_cache": options.stream_cache}.items():
+        if value:
+            raise SmaltiError(f"{spec} is read in place already: leave out --{name}")
+
+
+def _plain(rows: Any, columns: Columns) -> Any:
+    """Only what is needed, pictures as they are stored."""
+    kept = rows.select_columns([name for name in (columns.image, columns.label) if name])
+    try:
+        return kept.cast_column(columns.image, datasets_library().Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise SmaltiError(
+            f'the column "{columns.image}" holds no pictures: name another in --hf.image_column'
+        ) from error
+
+
+def _content(value: Any, place: str) -> bytes:
+    """The bytes of a picture; for a path, only local files and those on the Hub are opened.
+
+    Raises:
+        OSError: there are none.
+    """
+    if isinstance(value, dict) and value.get("bytes") is not None:
+        return value["bytes"]
+    path = value.get("path") if isinstance(value, dict) else None
+    if not path:
+        raise FileNotFoundError(f"{place} holds no picture")
+    if path.rpartition("::")[2].startswith("hf://"):  # a file in the repository of a stream
+        import fsspec
+
+        with fsspec.open(path, "rb") as stream:
+            return stream.read()  # type: ignore[union-attr]
+    return Path(path).read_bytes()
+
+
+def _sizes_of(rows: Any, column: str) -> list[int]:
+    """The lengths in bytes of all pictures, from the offsets that arrow keeps; 0 for paths."""
+    compute: Any = importlib.import_module("pyarrow.compute")  # without types
+    sizes: list[int] = []
+    for table in rows.with_format("arrow").iter(SIZES_AT_ONCE):
+        content = compute.struct_field(table[column], "bytes")
+        sizes += [size or 0 for size in compute.binary_length(content).to_pylist()]
+    return sizes
+
+
+def _matching(path: Path) -> list[Path]:
+    files = [path] if path.is_file() else sorted(path.parent.glob(path.name))
+    if not files:
+        raise SmaltiError(f"{path} does not exist: check --data")
+    return files
+
+
+def _guarded(spec: str, load: Any) -> Any:
+    """What `load()` gives; its many kinds of failure in one line."""
+    try:
+        return load()
+    except SmaltiError:
+        raise
+    except Exception as error:  # the libraries beneath raise many kinds; all mean "cannot be read"
+        raise SmaltiError(f"{spec} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Of what was wrong at first: `datasets` says of many things that an error occurred."""
+    while error.__cause__ is not None and type(error).__module__.startswith("datasets."):
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,24 @@
+"""The published weights that smalti reads: one line each, resolved only when asked for.
+
+A model is exported in the first layout that holds it; into a file, in the first that is a file.
+"""
+
+from smalti.hub import Registry
+
+SOURCES = Registry(
+    "source",
+    {
+        "llamagen-tokenizer": "smalti.pipelines.convert.llamagen:LlamaGenTokenizer",
+        "var-tokenizer": "smalti.pipelines.convert.var:VARTokenizer",
+        "taming-vqgan": "smalti.pipelines.convert.taming:TamingVQGAN",
+        "ldm-vq": "smalti.pipelines.convert.latent_diffusion:LatentDiffusionVQ",
+        "diffusers-kl": "smalti.pipelines.convert.diffusers_autoencoder:DiffusersKL",
+        "diffusers-vq": "smalti.pipelines.convert.diffusers_autoencoder:DiffusersVQ",
+        "ldm-kl": "smalti.pipelines.convert.latent_diffusion:LatentDiffusionKL",
+        "llamagen-prior": "smalti.pipelines.convert.from_llamagen_prior:LlamaGenPrior",
+        "var-prior": "smalti.pipelines.convert.from_var_prior:VARPrior",
+        "sit": "smalti.pipelines.convert.from_sit:SiT",
+        "diffusers-dit": "smalti.pipelines.convert.diffusers_dit:DiffusersDiT",
+        "dit": "smalti.pipelines.convert.dit:DiT",
+    },
+)

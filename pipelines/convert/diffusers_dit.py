@@ -1,0 +1,277 @@
+"""Diffusers' folder of `DiTTransformer2DModel`: config.json and a weights file.
+
+Every block has a copy of the embedders of time and class; in published weights all are equal, and
+ours has one. Two numbers differ from the authors' DiT: the frequencies of the time, and what one of
+the two norms of a block adds to the variance. Guidance in Diffusers' pipeline is on all channels.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from smalti.data.latents import ContinuousSpec
+from smalti.errors import SmaltiError
+from smalti.pipelines.convert.diffusers_config import number, refusal, whole
+from smalti.pipelines.convert.dit import (
+    NOISE_ON_A_CHAIN,
+    PUBLISHED_HEADS,
+    fits_objective,
+    is_plain,
+    mlp_ratio,
+    network_facts,
+)
+from smalti.pipelines.convert.layout import Layout, Link, Tensors, same
+from smalti.pipelines.convert.prior_sizes import dims, fingerprint, head_count, layers, single_side
+from smalti.pipelines.convert.reader import Checkpoint
+from smalti.pipelines.convert.source import Inferred, Options, Source
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.prior import FlowConfig
+from smalti.prior.registry import PRIORS
+
+# How the class is called; the first was split up in Diffusers 0.28.
+CLASSES = ("Transformer2DModel", "DiTTransformer2DModel")
+
+# Settings that the tensors do not show, and the only value that our model has.
+FIXED = {
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_zero",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+    "only_cross_attention": False,
+    "cross_attention_dim": None,
+    "num_vector_embeds": None,
+    "double_self_attention": False,
+}
+# Settings that the tensors show, too.
+SIZES = (
+    "attention_head_dim",
+    "in_channels",
+    "num_attention_heads",
+    "num_embeds_ada_norm",
+    "num_layers",
+    "out_channels",
+    "patch_size",
+    "sample_size",
+)
+NORM_EPS = 1e-5  # default of "norm_eps"
+FREQUENCY_SHIFT = 1  # exponents of the frequencies of the time run from 0 to 1, both included
+OURS = "frequency_shift"  # set to 0 in our exports of the authors' DiT; Diffusers does not know it
+GUIDED = "guided_channels"  # likewise: the authors' three; Diffusers guides all
+FREQUENCY_SIZE = 256
+MLP_RATIO = 4
+PUBLISHED_SIDE = 32  # of the latents: 256 px
+
+EMBEDDERS = {  # ours: theirs, in every block
+    "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
+    "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
+    "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
+    "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
+}
+BLOCK_PARTS = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+OTHERS = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+
+
+class DiffusersDiT(Source):
+    """A noise and its variance on the chain of DDPM, like DiT."""
+
+    title = "Diffusers DiT"
+    registry = PRIORS
+    options = frozenset({"heads", "scales", "tokenizer"})
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        ends = checkpoint.has("pos_embed.proj.") or checkpoint.has("proj_out_")
+        return ends and checkpoint.has("transformer_blocks.")
+
+    def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
+        _check_settings(checkpoint)
+        width, channels, patch, _ = dims(checkpoint, "pos_embed.proj.weight", 4)
+        depth = layers(checkpoint, "transformer_blocks.{}.")
+        _check_copies(checkpoint, depth)
+        told = whole(checkpoint, "num_attention_heads")
+        heads, assumed = head_count(options, width, PUBLISHED_HEADS, told)
+        side, origin = _side(checkpoint, options)
+        embedder = _copy(0, "timestep_embedder.linear_1.weight")
+        table = _copy(0, "class_embedder.embedding_table.weight")
+        hidden = dims(checkpoint, "transformer_blocks.0.ff.net.0.proj.weight", 2)[0]
+        network = DiTConfig(
+            in_channels=channels,
+            out_channels=dims(checkpoint, "proj_out_2.weight", 2)[0] // patch**2,
+            grid=(side, side),
+            patch_size=patch,
+            width=width,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=mlp_ratio(hidden, width),
+            num_classes=dims(checkpoint, table, 2)[0] - 1,
+            frequency_size=dims(checkpoint, embedder, 2)[1],
+            frequency_shift=_frequency_shift(checkpoint),
+            mlp_norm_eps=_norm_eps(checkpoint),
+        )
+        config = replace(
+            NOISE_ON_A_CHAIN,
+            network=network,
+            guided_channels=whole(checkpoint, GUIDED),
+            tokenizer_fingerprint=fingerprint(options),
+        )
+        facts = network_facts(network)
+        facts |= {} if assumed else {"heads": heads}
+        facts |= {} if origin else {"grid": f"{side} x {side}"}
+        return Inferred(config, facts, assumed | origin)
+
+    def layout(self, config: FlowConfig) -> Layout:
+        depth = config.network.depth
+        links = [_copied(ours, theirs, depth) for ours, theirs in EMBEDDERS.items()]
+        named = dict(OTHERS)
+        for i in range(depth):
+            named |= {
+                f"blocks.{i}.{ours}": f"transformer_blocks.{i}.{theirs}"
+                for ours, theirs in BLOCK_PARTS.items()
+            }
+        for kind in ("weight", "bias"):
+            links += [same(f"network.{o}.{kind}", f"{t}.{kind}") for o, t in named.items()]
+            links += [_qkv(i, kind) for i in range(depth)]
+        return Layout(links)
+
+    def fits(self, config: Any) -> bool:
+        if not (fits_objective(config, NOISE_ON_A_CHAIN) and is_plain(config.network)):
+            return False
+        network: DiTConfig = config.network
+        return (
+            network.frequency_shift in (0, FREQUENCY_SHIFT)
+            and network.frequency_size == FREQUENCY_SIZE
+            and network.hidden == MLP_RATIO * network.width
+        )
+
+    def remarks(self, config: FlowConfig) -> list[str]:
+        if config.network.frequency_shift == FREQUENCY_SHIFT:
+            return []
+        return [
+            "note: Diffusers tells its DiT the time at slightly other frequencies than the authors'"
+            " DiT, which this is; its pictures will differ, as those of all such copies do"
+        ]
+
+    def export_config(self, config: FlowConfig) -> dict[str, Any]:
+        network = config.network
+        return {
+            "_class_name": CLASSES[-1],
+            "num_attention_heads": network.num_heads,
+            "attention_head_dim": network.head_dim,
+            "in_channels": network.in_channels,
+            "out_channels": network.out_channels,
+            "num_layers": network.depth,
+            "sample_size": network.grid[0],
+            "patch_size": network.patch_size,
+            "num_embeds_ada_norm": network.num_classes,
+            "norm_eps": network.mlp_norm_eps,
+            "attention_bias": True,
+            "activation_fn": "gelu-approximate",
+            "norm_type": "ada_norm_zero",
+            "norm_elementwise_affine": False,
+            **({} if network.frequency_shift == FREQUENCY_SHIFT else {OURS: 0}),
+            **({} if config.guided_channels is None else {GUIDED: config.guided_channels}),
+        }
+
+    def stated(self, config: FlowConfig) -> dict[str, Any]:
+        said = self.export_config(config)
+        return {key: said[key] for key in SIZES}
+
+
+# -- tensors --------------------------------------------------------------------------------------
+
+
+def _copy(block: int, name: str) -> str:
+    return f"transformer_blocks.{block}.norm1.emb.{name}"
+
+
+def _copied(ours: str, theirs: str, depth: int) -> Link:
+    """One tensor of ours, and equal ones of theirs in every block."""
+    return Link(
+        (f"network.{ours}",),
+        tuple(_copy(i, theirs) for i in range(depth)),
+        to_ours=lambda tensors: tensors[:1],
+        to_theirs=lambda tensors: [tensors[0].clone() for _ in range(depth)],
+    )
+
+
+def _qkv(block: int, kind: str) -> Link:
+    """Queries, keys and values, which ours holds end to end."""
+
+    def join(parts: Tensors) -> Tensors:
+        if len({part.shape for part in parts}) > 1:
+            raise ValueError("queries, keys and values differ in shape")
+        return [torch.cat(list(parts))]
+
+    return Link(
+        (f"network.blocks.{block}.attn.qkv.{kind}",),
+        tuple(f"transformer_blocks.{block}.attn1.to_{part}.{kind}" for part in "qkv"),
+        to_ours=join,
+        to_theirs=lambda tensors: [part.clone() for part in tensors[0].chunk(3)],
+    )
+
+
+def _check_copies(checkpoint: Checkpoint, depth: int) -> None:
+    """Raise `SmaltiError` if the blocks' embedders of time and class differ: ours has one."""
+    tensors = checkpoint.tensors
+    for name in EMBEDDERS.values():
+        first = tensors.get(_copy(0, name))
+        for i in range(1, depth):
+            other = tensors.get(_copy(i, name))
+            if first is not None and other is not None and not torch.equal(first, other):
+                raise SmaltiError(
+                    f"{checkpoint.path}: {_copy(i, name)} is not the same as in block 0; a DiT has "
+                    "one embedding for all of its blocks"
+                )
+
+
+# -- config.json ----------------------------------------------------------------------------------
+
+
+def _check_settings(checkpoint: Checkpoint) -> None:
+    """Raise `SmaltiError` if config.json describes a model that ours cannot be."""
+    found = checkpoint.config
+    if found.get("_class_name", CLASSES[-1]) not in CLASSES:
+        raise refusal(checkpoint, "_class_name", " or ".join(CLASSES))
+    for key, value in FIXED.items():
+        if found.get(key, value) != value:
+            raise refusal(checkpoint, key, f"{value!r}, as all published ones have")
+
+
+def _norm_eps(checkpoint: Checkpoint) -> float:
+    value = number(checkpoint, "norm_eps", NORM_EPS)
+    if not 0 <= value < 1:
+        raise refusal(checkpoint, "norm_eps", "a small number, like 1e-5")
+    return float(value)
+
+
+def _frequency_shift(checkpoint: Checkpoint) -> int:
+    value = checkpoint.config.get(OURS, FREQUENCY_SHIFT)
+    if value not in (0, FREQUENCY_SHIFT):
+        raise refusal(checkpoint, OURS, f"0 or {FREQUENCY_SHIFT}")
+    return int(value)
+
+
+def _side(checkpoint: Checkpoint, options: Options) -> tuple[int, dict[str, object]]:
+    """Side of the latents, and if config.json does not tell it, where it comes from, to print."""
+    side = whole(checkpoint, "sample_size")
+    if side is None:
+        spec = None if options.tokenizer is None else options.tokenizer.spec
+        if isinstance(spec, ContinuousSpec) and options.scales is None:
+            return spec.width, {"grid": f"{spec.width} x {spec.width}, the tokenizer's"}
+        return single_side(options, PUBLISHED_SIDE)
+    if options.scales not in (None, (side,)):
+        given = ", ".join(map(str, options.scales or ()))
+        raise SmaltiError(
+            f"--scales is {given}, but config.json says sample_size {side}: leave it out"
+        )
+    return side, {}

@@ -1,0 +1,1 @@
+"""What a prior may be conditioned on: one file per condition."""

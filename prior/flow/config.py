@@ -1,0 +1,129 @@
+"""What decides a flow prior, and the sizes and objectives that are known by name."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
+
+from smalti.data.latents import ContinuousSpec, LatentSpec
+from smalti.errors import SmaltiError
+from smalti.prior.flow.dit import PRESETS as NETWORKS
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.path import DDPMPath, LinearPath, PathConfig
+from smalti.prior.flow.prediction import Prediction
+from smalti.prior.flow.times import LogitNormalTimes, LossWeight, TimesConfig, UniformTimes
+
+LATENTS = ContinuousSpec(4, 32, 32)  # of 256 px ImageNet, which all presets are for until fitted
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Defaults: SiT-B/2, with straight paths and their velocity."""
+
+    # May change without changing what saved weights mean.
+    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        "times",
+        "loss_weight",
+        "label_dropout",
+        "guided_channels",
+    )
+
+    kind: Literal["flow"] = "flow"
+    network: DiTConfig = field(default_factory=lambda: NETWORKS["dit-b/2"])
+    path: PathConfig = field(default_factory=LinearPath)
+    prediction: Prediction = "velocity"  # what the network's output means
+    times: TimesConfig = field(default_factory=UniformTimes)  # of training
+    loss_weight: LossWeight = "constant"
+    label_dropout: float = 0.1  # probability of training without the class
+    guided_channels: int | None = None  # the first so many; 3 for published DiT and SiT weights
+    # The network is told time_shift + time_scale t: SiT t itself, DiT 999 - 1000 t, the chain's k.
+    time_scale: float = 1.0
+    time_shift: float = 0.0
+    tokenizer_fingerprint: str | None = None  # of the tokenizer that made the training latents
+
+    def __post_init__(self) -> None:
+        channels, outputs = self.network.in_channels, self.network.out_channels
+        if outputs not in (channels, 2 * channels):
+            raise SmaltiError(
+                f"the network has {outputs} output channels for latents of {channels}: use "
+                f"{channels}, or {2 * channels} with a variance"
+            )
+        if not 0 <= self.label_dropout < 1:
+            raise SmaltiError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
+        if self.guided_channels is not None and not 1 <= self.guided_channels <= channels:
+            raise SmaltiError(
+                f"guided_channels is {self.guided_channels}; there are {channels} channels"
+            )
+        if not (math.isfinite(self.time_shift) and 0 < abs(self.time_scale) < math.inf):
+            raise SmaltiError(
+                f"time_scale and time_shift are {self.time_scale} and {self.time_shift}; "
+                "the scale must not be 0"
+            )
+
+    @property
+    def spec(self) -> ContinuousSpec:
+        """The latents that are modelled."""
+        return ContinuousSpec(self.network.in_channels, *self.network.grid)
+
+    @property
+    def predicts_variance(self) -> bool:
+        """Whether the network has channels for the variance of a step of ddpm."""
+        return self.network.out_channels == 2 * self.network.in_channels
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, without the null label."""
+        return self.network.num_classes
+
+    def fitted(
+        self,
+        spec: LatentSpec,
+        num_classes: int,
+        tokenizer_fingerprint: str | None,
+        quantizer: object = None,
+    ) -> Self:
+        """This size of model for other latents.
+
+        Args:
+            quantizer: of the tokenizer; a flow prior needs nothing of it.
+
+        Raises:
+            SmaltiError: the latents are codes, or cannot be cut into the network's patches.
+        """
+        if not isinstance(spec, ContinuousSpec):
+            raise SmaltiError(
+                f"a flow prior models continuous latents, not {spec}: use a next-token prior, or "
+                "a tokenizer with continuous latents"
+            )
+        del quantizer
+        network = self.network.fitted(spec, num_classes)
+        return replace(self, network=network, tokenizer_fingerprint=tokenizer_fingerprint)
+
+
+def _published() -> dict[str, FlowConfig]:
+    """SiT and DiT in all their sizes."""
+    presets = {}
+    for name, network in NETWORKS.items():
+        if "/" in name:
+            presets[name.replace("dit", "sit")] = FlowConfig(network=network)
+            presets[name] = FlowConfig(
+                network=network,
+                path=DDPMPath(),
+                prediction="noise",
+                time_scale=-1000.0,
+                time_shift=999.0,
+            )
+    return presets
+
+
+def _small(network: str) -> FlowConfig:
+    """With the cheap wins of LightningDiT (2501.01423)."""
+    small = NETWORKS[network].fitted(LATENTS, 1000)
+    return FlowConfig(network=small, times=LogitNormalTimes(), time_scale=1000.0)
+
+
+PRESETS: dict[str, FlowConfig] = {
+    **_published(),
+    # For a CPU or minutes on a GPU.
+    "flow-nano": _small("dit-nano"),
+    "flow-micro": _small("dit-micro"),
+}

@@ -1,0 +1,1 @@
+"""Solvers: from noise to data in a number of steps."""

@@ -1,0 +1,91 @@
+"""Explicit Runge-Kutta methods with fixed steps for the probability-flow ODE (Hairer, Norsett and
+Wanner, Solving Ordinary Differential Equations I, section II.1)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+from torch import Tensor
+
+from smalti.prior.flow.dynamics import Field
+from smalti.prior.flow.solvers.base import ODESolver, times_of
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """Butcher's: slope i is taken at time c_i, at x + h sum_j a_ij k_j; the step is h sum_i b_i
+    k_i."""
+
+    nodes: tuple[float, ...]  # c
+    rows: tuple[tuple[float, ...], ...]  # a, below the diagonal
+    weights: tuple[float, ...]  # b
+
+
+EULER = Tableau((0,), ((),), (1,))
+MIDPOINT = Tableau((0, 1 / 2), ((), (1 / 2,)), (0, 1))
+HEUN = Tableau((0, 1), ((), (1,)), (1 / 2, 1 / 2))
+CLASSICAL = Tableau(
+    (0, 1 / 2, 1 / 2, 1),
+    ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)),
+    (1 / 6, 1 / 3, 1 / 3, 1 / 6),
+)
+
+
+def advance(x: Tensor, slopes: list[Tensor], weights: tuple[float, ...], h: float) -> Tensor:
+    """x + h sum_i weights_i slopes_i."""
+    for slope, weight in zip(slopes, weights, strict=True):
+        if weight:
+            x = x + (h * weight) * slope
+    return x
+
+
+def runge_kutta_step(
+    field: Field, x: Tensor, start: float, stop: float, tableau: Tableau
+) -> Tensor:
+    """x (B, ...) after one step of dx/dt = field(x, t)."""
+    h, slopes = stop - start, []
+    for node, row in zip(tableau.nodes, tableau.rows, strict=True):
+        # A node of 1 is exactly `stop`, which start + h may miss by rounding.
+        time = stop if node == 1 else start + node * h
+        slopes.append(field(advance(x, slopes, row, h), times_of(time, x)))
+    return advance(x, slopes, tableau.weights, h)
+
+
+class RungeKutta(ODESolver):
+    """A fixed-step method, given by its tableau."""
+
+    tableau: ClassVar[Tableau]
+
+    def integrate(self, field: Field, x: Tensor, times: Tensor) -> Iterator[Tensor]:
+        for start, stop in pairwise(times.tolist()):
+            x = runge_kutta_step(field, x, start, stop, self.tableau)
+            yield x
+
+
+@dataclass(frozen=True)
+class Euler(RungeKutta):
+    """Order 1, one evaluation a step."""
+
+    tableau: ClassVar[Tableau] = EULER
+
+
+@dataclass(frozen=True)
+class Midpoint(RungeKutta):
+    """Order 2, two evaluations a step, none at its end."""
+
+    tableau: ClassVar[Tableau] = MIDPOINT
+
+
+@dataclass(frozen=True)
+class Heun(RungeKutta):
+    """Order 2, two evaluations a step, at its start and end."""
+
+    tableau: ClassVar[Tableau] = HEUN
+
+
+@dataclass(frozen=True)
+class RK4(RungeKutta):
+    """The classical method of order 4, four evaluations a step."""
+
+    tableau: ClassVar[Tableau] = CLASSICAL

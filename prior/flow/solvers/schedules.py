@@ -1,0 +1,157 @@
+"""Time grids of sampling: where between noise and data the solver steps.
+
+A grid of N steps has N + 1 ascending times. A schedule is a small configuration: `Uniform()`,
+`Shifted(3.0)`, `Karras()`, `DDPMSpaced("leading")`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from smalti.errors import SmaltiError
+from smalti.hub import Registry
+from smalti.prior.flow.path import DDPMPath, GaussianPath
+from smalti.prior.flow.prediction import TimeRange
+from smalti.prior.flow.times import check_shift, shift_times
+
+SCHEDULES = Registry(
+    "schedule",
+    {
+        "uniform": "smalti.prior.flow.solvers.schedules:Uniform",
+        "shifted": "smalti.prior.flow.solvers.schedules:Shifted",
+        "karras": "smalti.prior.flow.solvers.schedules:Karras",
+        "ddpm": "smalti.prior.flow.solvers.schedules:DDPMSpaced",
+    },
+)
+BISECTIONS = 60  # halvings of [0, 1]: to the last bit of a float64
+
+
+class Schedule(ABC):
+    """Chooses the times of N steps."""
+
+    @abstractmethod
+    def times(self, steps: int, path: GaussianPath, within: TimeRange) -> Tensor:
+        """(steps + 1,) float64, ascending; the last is `within.end`.
+
+        Raises:
+            SmaltiError: the schedule is not made for such a path.
+        """
+
+
+@dataclass(frozen=True)
+class Uniform(Schedule):
+    """Equal steps. On a DDPM path that ends at 1 this is the spacing called "trailing"."""
+
+    def times(self, steps: int, path: GaussianPath, within: TimeRange) -> Tensor:
+        return torch.linspace(within.start, within.end, steps + 1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Shifted(Schedule):
+    """Smaller steps near noise, as `times.shift_times` has it (2403.03206, eq. 23)."""
+
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_shift(self.shift)
+
+    def times(self, steps: int, path: GaussianPath, within: TimeRange) -> Tensor:
+        unit = shift_times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), self.shift)
+        return within.start + (within.end - within.start) * unit
+
+
+@dataclass(frozen=True)
+class Karras(Schedule):
+    """(sigma / alpha)^(1 / rho) falls in equal steps (EDM, 2206.00364, eq. 5) from its value at
+    the start, at most `ratio_max`, to that at the end, or to `ratio_min` and then in one step to
+    the end."""
+
+    rho: float = 7.0
+    ratio_min: float = 0.002
+    ratio_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        if not (self.rho > 0 and 0 < self.ratio_min < self.ratio_max):
+            raise SmaltiError(
+                f"rho, ratio_min and ratio_max are {self.rho}, {self.ratio_min} and "
+                f"{self.ratio_max}; use rho > 0 and 0 < ratio_min < ratio_max"
+            )
+
+    def times(self, steps: int, path: GaussianPath, within: TimeRange) -> Tensor:
+        ends = torch.tensor([within.start, within.end], dtype=torch.float64)
+        first, last = (-path.log_snr(ends) / 2).exp().tolist()
+        largest, smallest = min(first, self.ratio_max), max(last, self.ratio_min)
+        if smallest >= largest:
+            return Uniform().times(steps, path, within)
+        beyond = last < smallest  # one more step leads from the last ratio to the end
+        share = torch.linspace(0, 1, steps if beyond else steps + 1, dtype=torch.float64)
+        ratios = largest ** (1 / self.rho) * (1 - share) + smallest ** (1 / self.rho) * share
+        inner = time_of_ratio(path, ratios**self.rho)
+        return torch.cat([ends[:1], inner[1:] if beyond else inner[1:-1], ends[1:]])
+
+
+def time_of_ratio(path: GaussianPath, ratios: Tensor) -> Tensor:
+    """The times at which sigma / alpha has these values, float64, by bisection."""
+    target = -2 * ratios.double().log()  # log SNR, which ascends
+    low, high = torch.zeros_like(target), torch.ones_like(target)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        below = path.log_snr(middle) < target
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
+
+
+Spacing = Literal["leading", "linspace", "trailing"]
+
+
+@dataclass(frozen=True)
+class DDPMSpaced(Schedule):
+    """N of the T indices of a discrete chain, then the data (2305.08891, table 2).
+
+    "leading" strides from 0, by the least stride with N multiples below T: 0, 100, ..., 900 for
+    ten of a thousand (DiT's `ddimN`); where no stride has N, it is "linspace". "linspace" goes from
+    0 to T - 1, rounded (DiT's `N`), and "trailing" from T - 1 down.
+    """
+
+    spacing: Spacing = "leading"
+
+    def __post_init__(self) -> None:
+        if self.spacing not in get_args(Spacing):
+            raise SmaltiError(
+                f'spacing is "{self.spacing}"; choose one of {", ".join(get_args(Spacing))}'
+            )
+
+    def times(self, steps: int, path: GaussianPath, within: TimeRange) -> Tensor:
+        if not isinstance(path, DDPMPath):
+            raise SmaltiError(
+                f"the schedule ddpm is for a ddpm path; this is {path}: use another schedule"
+            )
+        total = path.num_train_timesteps
+        if steps > total:
+            raise SmaltiError(f"{steps} steps of a chain of {total} were asked for: use at most it")
+        index = torch.arange(steps, dtype=torch.float64)
+        stride = math.ceil(total / steps)  # the least whose multiples are not too many
+        if self.spacing == "trailing":
+            index = (total - (steps - 1 - index) * (total / steps)).round() - 1
+            index = index.sort().values
+        elif self.spacing == "leading" and math.ceil(total / stride) == steps:
+            index = index * stride
+        else:
+            index = (index * ((total - 1) / max(steps - 1, 1))).round()
+        times = path.time_of_index(index.flip(0))
+        end = torch.tensor([within.end], dtype=torch.float64)
+        return torch.cat([times, end[end > times[-1]]])
+
+
+def make_schedule(schedule: str | Mapping[str, Any] | Schedule) -> Schedule:
+    """A schedule by name, by name and options, {"kind": "shifted", "shift": 3.0}, or itself.
+
+    Raises:
+        SmaltiError: no such schedule, option or value.
+    """
+    return schedule if isinstance(schedule, Schedule) else SCHEDULES.configured(schedule)

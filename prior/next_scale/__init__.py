@@ -1,0 +1,1 @@
+"""The next-scale prior (VAR, Tian et al., 2404.02905)."""

@@ -1,0 +1,272 @@
+"""Next-scale prior: a transformer over maps of codes from coarse to fine (VAR, 2404.02905).
+
+All codes of a scale are predicted at once, from the class and from the sum of what the scales
+before it say, looked at through the cells of this scale. The sum is the tokenizer's: the prior owns
+a frozen copy of its quantizer.
+
+Module names are those of VAR's published weights, which fit without renaming. Three of their
+buffers are derived and left out (`lvl_1L`, `attn_bias_for_masking`, `blocks.*.attn.zero_k_bias`);
+`quantizer.*`, which they lack, is filled by `bind`. VAR's guidance `cfg` is our scale 1 + cfg.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smalti.errors import SmaltiError
+from smalti.prior.adaln import HeadNorm, condition_projection
+from smalti.prior.attention import KeyValueCache
+from smalti.prior.base import Loss, check_codes
+from smalti.prior.code_prior import CodePrior
+from smalti.prior.drop_path import drop_path_rates
+from smalti.prior.next_scale.config import PRESETS, NextScaleConfig
+from smalti.prior.next_scale.decoding import ScaleDecoder
+from smalti.prior.next_scale.noisy_context import noisy_context, true_context
+from smalti.prior.next_scale.quantizer import FrozenQuantizer
+from smalti.prior.next_scale.scale_block import (
+    MODULATION_INIT,
+    PARTS,
+    OwnBlock,
+    SharedBlock,
+    begin_gently,
+)
+from smalti.prior.next_scale.scale_mask import block_causal_mask, lengths_of, scale_of_codes
+from smalti.prior.sampling import SamplingOptions, draw_uniforms
+
+__all__ = ["PRESETS", "Modulation", "NextScaleConfig", "NextScalePrior"]
+
+HEAD_INIT = 0.02  # a new head is this much smaller than other layers: the first loss is about ln V
+
+
+@dataclass
+class Modulation:
+    """What the class says to every norm and gate; the same at every scale."""
+
+    blocks: list[Tensor]  # (B, 1, 6, width) each
+    head: Tensor  # (B, 1, 2, width)
+
+
+class NextScalePrior(CodePrior):
+    """p(codes | class) = prod_k p(codes of scale k | class, codes of the scales before k), with the
+    codes of one scale independent of each other."""
+
+    Config: ClassVar[type] = NextScaleConfig
+    undecayed: ClassVar[tuple[str, ...]] = ("lvl_embed.weight",)  # positions do not decay, either
+    class_table: ClassVar[str] = "class_emb.weight"
+    config: NextScaleConfig
+
+    def __init__(self, config: NextScaleConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, grids = config.width, config.spec.grids
+        self.quantizer = FrozenQuantizer(config.quantizer)
+        self.class_emb = nn.Embedding(config.num_classes + 1, width)  # last row: null
+        self.pos_start = nn.Parameter(torch.empty(1, lengths_of(grids)[0], width))
+        self.pos_1LC = nn.Parameter(torch.empty(1, config.spec.length, width))
+        self.lvl_embed = nn.Embedding(len(grids), width)
+        self.word_embed = nn.Linear(config.quantizer.codebook.code_dim, width)
+        shared = config.shared_adaln
+        self.shared_ada_lin = condition_projection(width, PARTS) if shared else nn.Identity()
+        rates = drop_path_rates(config.drop_path, config.depth)
+        block = SharedBlock if shared else OwnBlock
+        self.blocks = nn.ModuleList(block(config, rate) for rate in rates)
+        self.head_nm = HeadNorm(width, config.norm_eps)
+        self.head = nn.Linear(width, config.spec.vocab_size)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """VAR's: N(0, 1 / (3 width)) within two deviations, smaller where a branch ends."""
+        config = self.config
+        std = math.sqrt(1 / (3 * config.width))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for parameter in (self.pos_start, self.pos_1LC):
+            nn.init.trunc_normal_(parameter, std=std)
+        with torch.no_grad():
+            self.head.weight *= HEAD_INIT
+            for name, parameter in self.named_parameters():
+                if name.endswith(("attn.proj.weight", "ffn.fc2.weight")):
+                    parameter /= math.sqrt(2 * config.depth)
+                elif name.endswith(".ada_gss"):
+                    begin_gently(parameter[0, 0], config.gate_init)
+                elif name == "head_nm.ada_lin.1.weight":
+                    parameter *= MODULATION_INIT
+                elif name.endswith("ada_lin.1.weight"):
+                    begin_gently(parameter.view(PARTS, config.width, -1), config.gate_init)
+
+    # -- the tokenizer's quantizer --------------------------------------------------------------
+
+    def bind(self, quantizer: nn.Module | None) -> None:
+        """Copy the quantizer of the tokenizer whose codes are modelled: once, before training.
+
+        Raises:
+            SmaltiError: it is not of the kind and size in the config, or another one was bound.
+        """
+        self.quantizer.bind(quantizer)
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Write config.json and model.safetensors, with the quantizer in it, into a folder.
+
+        Raises:
+            SmaltiError: no quantizer is bound; the folder holds something else.
+        """
+        self._check_bound()
+        return super().save_pretrained(path)
+
+    def _check_bound(self) -> None:
+        if not torch.compiler.is_compiling() and not self.quantizer.bound:
+            raise SmaltiError(
+                "this next-scale prior has no quantizer yet: call bind(tokenizer.quantizer) first"
+            )
+
+    # -- training -------------------------------------------------------------------------------
+
+    def forward(self, latents: Tensor, condition: Tensor) -> Loss:
+        """Cross-entropy of codes (B, L) given labels (B,), in nats per code.
+
+        In training with `context_noise`, the codes that are shown have mistakes and the targets
+        mend them.
+        """
+        self._check(latents, condition)
+        labels = self.drop_labels(condition, self.config.label_dropout)
+        noise = self.config.context_noise if self.training else 0.0
+        context = (
+            noisy_context(self.quantizer, latents, noise)
+            if noise
+            else true_context(self.quantizer, latents)
+        )
+        logits = self._logits(context.inputs, labels).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), context.targets.flatten())
+        correct = (logits.detach().argmax(-1) == context.targets).float().mean()
+        return Loss(loss, {"accuracy": correct})
+
+    def logits(self, codes: Tensor, condition: Tensor) -> Tensor:
+        """Teacher-forced logits (B, L, V) of codes (B, L) given labels (B,)."""
+        self._check(codes, condition)
+        return self._logits(true_context(self.quantizer, codes).inputs, condition)
+
+    def _logits(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        embedded = self.class_emb(labels)
+        tokens = torch.cat([self.first_tokens(embedded), self.embed(inputs)], 1)
+        mask = block_causal_mask(self.config.spec.grids, tokens.device)
+        modulation = self.modulation(embedded)
+        hidden = self.transform(tokens + self.positions(), modulation, mask, None)
+        return self.read(hidden, modulation)
+
+    def _check(self, codes: Tensor, labels: Tensor) -> None:
+        self._check_bound()
+        self.check_labels(labels)
+        check_codes(codes, self.config.spec)
+        if len(codes) != len(labels):
+            raise SmaltiError(
+                f"{len(labels)} conditions were given for {len(codes)} samples: give one each"
+            )
+
+    # -- the network, part by part --------------------------------------------------------------
+
+    def first_tokens(self, embedded: Tensor) -> Tensor:
+        """Input of the first scale, (B, h_0 w_0, width), from the class embedding (B, width)."""
+        return embedded[:, None] + self.pos_start
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Input of later scales, (B, n, width), from the sums seen through their cells, (B, n, d)
+        fp32."""
+        return self.word_embed(inputs.to(self.word_embed.weight.dtype))
+
+    def positions(self) -> Tensor:
+        """What is added to the tokens for their place and their scale, (1, L, width)."""
+        scales = scale_of_codes(self.config.spec.grids, self.pos_1LC.device)
+        return self.pos_1LC + self.lvl_embed(scales)
+
+    def modulation(self, embedded: Tensor) -> Modulation:
+        """All condition projections of class embeddings (B, width)."""
+        condition = self.shared_ada_lin(embedded)
+        blocks = [block.modulation(condition) for block in self.blocks]  # type: ignore[operator]
+        return Modulation(blocks, self.head_nm.modulation(embedded))
+
+    def transform(
+        self,
+        tokens: Tensor,
+        modulation: Modulation,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        """All blocks, (B, T, width) to (B, T, width)."""
+        x = tokens
+        for layer, block in enumerate(self.blocks):
+            x = block(x, modulation.blocks[layer], mask, layer, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return x
+
+    def read(self, hidden: Tensor, modulation: Modulation) -> Tensor:
+        """Logits (B, T, V) from what the last block gave, (B, T, width)."""
+        normed = self.head_nm(hidden, modulation.head)
+        return self.head(normed.to(self.head.weight.dtype))
+
+    # -- sampling -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Tensor,
+        *,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        guidance_schedule: str = "linear",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        smooth: bool = False,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Draw codes (B, L) for labels (B,).
+
+        Args:
+            guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass.
+            generator: one, or a list with one per sample: sample i then depends on its own only;
+                on any device. None is a new one with a random seed. (In bf16 a matrix product
+                rounds differently for other batch sizes, which can turn a draw; fp32 is safe.)
+            guidance_schedule: how s_i grows over the scales: constant, linear (VAR's), cosine,
+                power-cosine.
+            guidance_interval: shares of the sampling, from 0, the first scale, to 1, the last,
+                between which s_i applies; after it there is no second pass.
+            temperature: logits are divided by it; 0 is greedy.
+            top_k: keep the k likeliest codes; 0 keeps all.
+            top_p: keep the likeliest codes with this total probability.
+            smooth: instead of drawn codes let later scales see mixtures of their vectors, which
+                grow sharper from scale to scale (VAR's "more smooth"); the codes returned are those
+                that tell the resulting picture best. Better to look at, worse in Frechet distance.
+            on_step: called with (codes drawn, L) after every scale.
+
+        Raises:
+            SmaltiError: a label or an option out of its range; the model's logits are not finite;
+                no quantizer is bound.
+        """
+        self._check_bound()
+        self.check_labels(condition)
+        options = SamplingOptions(
+            temperature, top_k, top_p, guidance_scale, guidance_schedule, guidance_interval
+        )
+        if smooth and temperature == 0:
+            raise SmaltiError("smooth sampling needs a temperature above 0; it is 0, greedy")
+        labels = condition.to(self.head.weight.device)
+        length = self.config.spec.length
+        if not len(labels):
+            return torch.empty(0, length, dtype=torch.int64, device=labels.device)
+        with self.evaluating():
+            decoder = ScaleDecoder(self, labels, options)
+            if smooth:
+                return decoder.smooth_codes(generator, on_step)
+            uniforms = draw_uniforms(len(labels), length, generator).to(labels.device)
+            return decoder.codes(uniforms, on_step)

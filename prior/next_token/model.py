@@ -1,0 +1,281 @@
+"""Next-token prior: a Llama-style transformer over codes in raster order (LlamaGen, 2406.06525).
+
+The class is a prefix token, or a caption several; the last of them predicts the first code, and
+code j the next from the condition and the codes before it. Module names are LlamaGen's, whose
+published weights fit.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smalti.errors import SmaltiError
+from smalti.prior.attention import KeyValueCache
+from smalti.prior.base import Loss, check_codes
+from smalti.prior.code_prior import CodePrior
+from smalti.prior.conditions.text import CaptionEmbedding, Condition, TextCondition
+from smalti.prior.drop_path import drop_path_rates
+from smalti.prior.layers import RMSNorm, rotary_table
+from smalti.prior.next_token.config import PRESETS, NextTokenConfig
+from smalti.prior.next_token.decoding import TokenDecoder
+from smalti.prior.next_token.random_order import check_order, draw_orders, random_order_probability
+from smalti.prior.next_token.token_block import Block
+from smalti.prior.next_token.token_corruption import corrupted
+from smalti.prior.sampling import SamplingOptions, draw_uniforms
+
+__all__ = ["PRESETS", "NextTokenConfig", "NextTokenPrior"]
+
+INIT_STD = 0.02
+
+
+class NextTokenPrior(CodePrior):
+    """p(codes | condition) = prod_j p(code_j | condition, codes before j).
+
+    The condition is class labels (B,) or, by its config, a `TextCondition`.
+    """
+
+    Config: ClassVar[type] = NextTokenConfig
+    class_table: ClassVar[str] = "cls_embedding.weight"
+    config: NextTokenConfig
+    order_probability: Tensor | None  # () fp32, of a random order in the training steps to come
+
+    def __init__(self, config: NextTokenConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, spec = config.width, config.spec
+        self.cls_embedding = (
+            CaptionEmbedding(config.text_length, config.text_dim, width)
+            if config.condition == "text"
+            else nn.Embedding(config.num_classes + 1, width)  # last row: null
+        )
+        self.tok_embeddings = nn.Embedding(spec.vocab_size, width)
+        self.register_parameter("target_positions", None)
+        if config.random_order is not None:  # what a token is told of the code it predicts
+            self.target_positions = nn.Parameter(torch.empty(spec.length, width))
+        token_dropout = config.dropout if config.token_dropout is None else config.token_dropout
+        self.dropout = nn.Dropout(token_dropout)
+        rates = drop_path_rates(config.drop_path, config.depth)
+        self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm = RMSNorm(width, config.norm_eps)
+        self.output = nn.Linear(width, spec.vocab_size, bias=False)
+        order_probability = None if config.random_order is None else torch.ones(())
+        self.register_buffer("order_probability", order_probability, persistent=False)
+        self._told_progress = False
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """N(0, 0.02) everywhere; a head of zeros, so that the first loss is exactly ln V."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INIT_STD)
+        if self.target_positions is not None:
+            nn.init.normal_(self.target_positions, std=INIT_STD)
+        nn.init.zeros_(self.output.weight)
+
+    # -- the condition ------------------------------------------------------------------------
+
+    @property
+    def _captions(self) -> CaptionEmbedding:
+        """The embedding of the condition of a prior of text."""
+        return cast(CaptionEmbedding, self.cls_embedding)
+
+    def check_condition(self, condition: Condition) -> None:
+        """Raise `SmaltiError` unless a condition is of the kind and size that the config says."""
+        if self.config.condition == "text":
+            self._captions.check(condition)
+        else:
+            self.check_labels(cast(Tensor, condition))
+
+    def null(self, condition: Condition) -> Condition:
+        """As many conditions that say nothing; of captions the padding stays."""
+        if isinstance(condition, TextCondition):
+            return self._captions.null(condition)
+        return torch.full_like(condition, self.num_classes)
+
+    def _drop(self, condition: Condition) -> Condition:
+        """In training, replace each condition by none with a probability (2207.12598)."""
+        if isinstance(condition, Tensor):
+            return self.drop_labels(condition, self.config.label_dropout)
+        if not self.training:
+            return condition
+        return self._captions.drop(condition, self.config.label_dropout)
+
+    # -- training -----------------------------------------------------------------------------
+
+    def no_conditions(self) -> Condition:
+        """The condition of no samples at all: labels (0,), or captions (0, T, D)."""
+        nobody, config = super().no_conditions(), self.config
+        if config.condition == "class":
+            return nobody
+        features = nobody.new_empty(0, config.text_length, config.text_dim, dtype=torch.float32)
+        return TextCondition(features, features[..., 0].bool())
+
+    def set_progress(self, progress: float) -> None:
+        """With random orders, tell the prior the share of the training that is done."""
+        super().set_progress(progress)
+        annealing = self.config.random_order
+        if self.order_probability is not None and annealing is not None:
+            self.order_probability.fill_(random_order_probability(progress, annealing))
+            self._told_progress = True
+
+    def forward(self, latents: Tensor, condition: Condition) -> Loss:
+        """Cross-entropy of codes (B, L) given their conditions, in nats per code.
+
+        In training with `token_corruption`, the codes that are shown have mistakes; with
+        `random_order`, they are predicted in an order that is drawn for every sample.
+
+        Raises:
+            SmaltiError: codes or condition do not fit; `set_progress` was not called before a
+                training step with random orders.
+        """
+        self._check(latents, condition)
+        shown, order = latents, self._draw_orders(latents)
+        if self.training and self.config.token_corruption:
+            shown = corrupted(latents, self.config.spec.vocab_size, self.config.token_corruption)
+        logits = self._logits(shown, self._drop(condition), order).float()
+        targets = latents if order is None else latents.gather(1, order)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        correct = (logits.detach().argmax(-1) == targets).float().mean()
+        return Loss(loss, {"accuracy": correct})
+
+    def _draw_orders(self, codes: Tensor) -> Tensor | None:
+        """Orders (B, L) of codes (B, L); None is raster order."""
+        if not self.training or self.order_probability is None:
+            return None
+        if not self._told_progress:
+            raise SmaltiError(
+                "random_order changes with the progress of training: call "
+                "prior.set_progress(step / max_train_steps) before every step"
+            )
+        rows, length = codes.shape
+        return draw_orders(rows, length, self.order_probability)
+
+    def logits(self, codes: Tensor, condition: Condition, order: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits (B, L, V) of codes (B, L) given their conditions.
+
+        Args:
+            order: (B, L) int64, a permutation in every row: logits [b, k] are then of the code
+                order[b, k], given those at order[b, :k]. None is raster order.
+
+        Raises:
+            SmaltiError: codes, condition or order do not fit; an order is given to a prior that
+                knows raster order alone.
+        """
+        self._check(codes, condition)
+        if order is not None:
+            check_order(order, *codes.shape)
+            if self.target_positions is None:
+                raise SmaltiError("this prior knows raster order alone: train with random_order")
+        return self._logits(codes, condition, order)
+
+    def _logits(self, codes: Tensor, condition: Condition, order: Tensor | None) -> Tensor:
+        if order is not None:
+            codes = codes.gather(1, order)
+        tokens = self.tokens(condition, codes[:, :-1], order)
+        mask = None
+        if isinstance(condition, TextCondition):
+            mask = condition.attention_mask(0, tokens.shape[1])
+        hidden = self.transform(tokens, self.rotary(tokens.device, order), mask, None)
+        return self.output(hidden[:, self.config.prefix_length - 1 :])
+
+    def _check(self, codes: Tensor, condition: Condition) -> None:
+        self.check_condition(condition)
+        check_codes(codes, self.config.spec)
+        if len(codes) != len(condition):
+            raise SmaltiError(
+                f"{len(condition)} conditions were given for {len(codes)} samples: give one each"
+            )
+
+    # -- the network, part by part ------------------------------------------------------------
+
+    def tokens(self, condition: Condition, codes: Tensor, order: Tensor | None = None) -> Tensor:
+        """Inputs (B, P + n, width): the condition and the first n codes (B, n) of an order (B, L),
+        or of raster order."""
+        prefix = self.cls_embedding(condition)
+        if isinstance(condition, Tensor):
+            prefix = prefix[:, None]
+        tokens = torch.cat([prefix, self.tok_embeddings(codes)], 1)
+        if self.target_positions is None:
+            return tokens
+        count = codes.shape[1] + 1  # the last prefix token predicts, too
+        targets = self.target_positions[:count]
+        if order is not None:
+            targets = F.embedding(order[:, :count], self.target_positions)
+        return tokens + F.pad(targets, (0, 0, self.config.prefix_length - 1, 0))
+
+    def next_token(self, codes: Tensor, position: int) -> Tensor:
+        """Input (B, 1, width) of codes (B,), after which in raster order comes `position`."""
+        token = self.tok_embeddings(codes)[:, None]
+        return token if self.target_positions is None else token + self.target_positions[position]
+
+    def transform(
+        self, tokens: Tensor, table: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """All blocks and the last norm, (B, T, width) to (B, T, width)."""
+        x = self.dropout(tokens)
+        for layer, block in enumerate(self.layers):
+            x = block(x, table, mask, layer, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x)
+
+    def rotary(self, device: torch.device, order: Tensor | None = None) -> Tensor:
+        """Rotary table of the prefix and all codes but the last, which is never an input:
+        (P + L - 1, head_dim / 2), or in an order (B, 1, P + L - 1, head_dim / 2)."""
+        config, prefix = self.config, self.config.prefix_length
+        zero = config.prefix_rotary == "zero"
+        grid = config.spec.grids[0]
+        table = rotary_table(grid, config.head_dim, config.rotary_base, prefix, zero).to(device)
+        if order is None:
+            return table[:-1]
+        still = torch.arange(prefix, device=device).expand(len(order), -1)
+        return table[torch.cat([still, prefix + order[:, :-1]], 1)][:, None]
+
+    # -- sampling -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Condition,
+        *,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        guidance_schedule: str = "constant",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Draw codes (B, L) for labels (B,) or captions, in raster order.
+
+        Args:
+            guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass.
+            generator: one, or a list with one per sample: sample i then depends on its own only;
+                on any device. None is a new one with a random seed. (In bf16 a matrix product
+                rounds differently for other batch sizes, which can turn a draw; fp32 is safe.)
+            guidance_schedule: how s_i grows over the codes: constant, linear, cosine, power-cosine.
+            guidance_interval: shares of the sampling, from 0, the first code, to 1, the last,
+                between which s_i applies; elsewhere there is no guidance and no second pass.
+            temperature: logits are divided by it; 0 is greedy.
+            top_k: keep the k likeliest codes; 0 keeps all.
+            top_p: keep the likeliest codes with this total probability.
+            on_step: called with (codes drawn, L) after every code.
+
+        Raises:
+            SmaltiError: a condition or an option out of its range; the model's logits are not
+                finite.
+        """
+        self.check_condition(condition)
+        options = SamplingOptions(
+            temperature, top_k, top_p, guidance_scale, guidance_schedule, guidance_interval
+        )
+        device, length = self.output.weight.device, self.config.spec.length
+        uniforms = draw_uniforms(len(condition), length, generator)
+        if not len(condition):
+            return torch.empty(0, length, dtype=torch.int64, device=device)
+        with self.evaluating():
+            return TokenDecoder(self, condition.to(device), options).draw(uniforms, on_step)

@@ -1,0 +1,27 @@
+"""The critics that smalti knows: one line each, by the `kind` of their config."""
+
+from torch import nn
+
+from smalti.hub import Registry
+from smalti.tokenizer.discriminators.frozen_features import FeatureCriticConfig
+from smalti.tokenizer.discriminators.patchgan import PatchGANConfig
+from smalti.tokenizer.discriminators.stylegan import StyleGANCriticConfig
+
+CRITICS = Registry(
+    "discriminator",
+    {
+        "patchgan": "smalti.tokenizer.discriminators.patchgan:PatchGAN",
+        "stylegan": "smalti.tokenizer.discriminators.stylegan:StyleGANCritic",
+        "features": "smalti.tokenizer.discriminators.frozen_features:FeatureCritic",
+    },
+)
+CriticConfig = PatchGANConfig | StyleGANCriticConfig | FeatureCriticConfig
+
+
+def build_critic(config: CriticConfig, image_size: int) -> nn.Module:
+    """A new critic for pictures of `image_size` px: images (B, 3, S, S) -> logits (B, ...).
+
+    Raises:
+        SmaltiError: it cannot judge pictures of that size, or its backbone's file is wrong.
+    """
+    return CRITICS.resolve(config.kind)(config, image_size)

@@ -1,0 +1,81 @@
+"""What a critic minimises: its side of the game, and what it pays for being rough."""
+
+import torch
+from torch import Tensor, nn
+
+from smalti.data.pixels import rounded
+from smalti.tokenizer.discriminators import build_critic
+from smalti.tokenizer.discriminators.adversarial import GAMES
+from smalti.tokenizer.discriminators.augmentation import DRAWS as AUGMENT_DRAWS
+from smalti.tokenizer.discriminators.augmentation import augment
+from smalti.tokenizer.discriminators.regularisers import LeCam, gradient_penalty, r1_penalty
+from smalti.tokenizer.discriminators.spectral import advance_spectral_norms
+from smalti.tokenizer.losses.objective import ObjectiveConfig, ObjectiveLoss
+
+DRAWS = AUGMENT_DRAWS + 1  # uniform numbers per picture; the last one mixes real and fake
+
+
+class CriticObjective(nn.Module):
+    """A critic and its loss in one module, so that DDP and autocast wrap the whole of it.
+
+    Nothing in it depends on how a batch is cut into micro-batches or shared among processes: what
+    is random is given (`draws`), and what moves besides the weights (anchors of LeCam, power
+    iterations) moves once per optimizer step, in `after_step`.
+    """
+
+    def __init__(self, config: ObjectiveConfig, image_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.critic = build_critic(config.discriminator, image_size)
+        penalties = config.penalties
+        self.lecam = LeCam(penalties.lecam_decay) if penalties.lecam_weight else None
+
+    def forward(self, images: Tensor, fakes: Tensor, draws: Tensor, step: int) -> ObjectiveLoss:
+        """The loss on real images against reconstructions of them.
+
+        Args:
+            images, fakes: (B, 3, H, W) in [-1, 1]; no gradient reaches the fakes.
+            draws: (B, DRAWS), uniform in [0, 1).
+        """
+        # A picture and its fake change alike. Both are rounded to 8 bits, for a critic could tell
+        # fakes by that alone; a real one that was shrunk may not have been.
+        real, fake = (
+            augment(rounded(x.detach()), self.config.augment, draws) for x in (images, fakes)
+        )
+        # One pass over both is faster than two; no critic mixes the pictures of a batch.
+        real_logits, fake_logits = self.critic(torch.cat([real, fake])).float().chunk(2)
+        losses = {
+            "discriminator": GAMES[self.config.adversarial_loss].discriminator(
+                real_logits, fake_logits
+            ),
+            **self._penalties(real, fake, draws[:, -1], step),
+        }
+        if self.lecam is not None:
+            weight = self.config.penalties.lecam_weight
+            losses["lecam"] = weight * self.lecam(real_logits, fake_logits)
+        total = torch.stack(list(losses.values())).sum()
+        parts = {name: loss.detach() for name, loss in losses.items()}
+        parts["logits_real"] = real_logits.detach().mean()
+        parts["logits_fake"] = fake_logits.detach().mean()
+        return ObjectiveLoss(total, parts)
+
+    def _penalties(self, real: Tensor, fake: Tensor, mix: Tensor, step: int) -> dict[str, Tensor]:
+        """Weighted penalties on the gradient at what the critic sees, those due at this step."""
+        penalties = self.config.penalties
+        losses = {}
+        if strength := penalties.r1_strength(step):
+            losses["r1"] = strength * r1_penalty(self.critic, real)
+        if weight := penalties.gradient_penalty_weight:
+            losses["gradient_penalty"] = weight * gradient_penalty(self.critic, real, fake, mix)
+        return losses
+
+    def after_step(self) -> None:
+        """Once after every accepted optimizer step."""
+        advance_spectral_norms(self.critic)
+        if self.lecam is not None:
+            self.lecam.after_step()
+
+    def discard_step(self) -> None:
+        """Forget what `forward` collected: the step was skipped."""
+        if self.lecam is not None:
+            self.lecam.discard_step()

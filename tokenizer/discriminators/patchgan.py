@@ -1,0 +1,64 @@
+"""PatchGAN (Isola et al., 1611.07004): a convolutional critic that judges overlapping patches."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from smalti.errors import SmaltiError
+from smalti.tokenizer.discriminators.augmentation import resized
+from smalti.tokenizer.discriminators.spectral import SpectralConv2d
+
+
+@dataclass(frozen=True)
+class PatchGANConfig:
+    """`num_layers` strided convolutions; 3 see patches of 70 px, 2 see 34 px, 1 sees 16 px."""
+
+    channels: int = 64  # width after the first convolution; doubles per layer up to 8x
+    num_layers: int = 3
+    norm: Literal["group", "spectral"] = "group"  # never batch norm: it mixes reals and fakes
+    kind: Literal["patchgan"] = "patchgan"
+
+    def __post_init__(self) -> None:
+        if self.channels < 8 or self.channels % 8:
+            raise SmaltiError(f"channels is {self.channels}; use a multiple of 8")
+        if not 1 <= self.num_layers <= 6:
+            raise SmaltiError(f"num_layers is {self.num_layers}; use 1 to 6")
+
+
+class PatchGAN(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1, h, w), positive for real patches.
+
+    Images that a training step has shrunk below one patch's worth are enlarged.
+    """
+
+    Config: ClassVar[type] = PatchGANConfig
+
+    def __init__(self, config: PatchGANConfig, image_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.least = 3 * 2**config.num_layers  # pixels; what then remains is one patch
+        if image_size < self.least:
+            raise SmaltiError(
+                f"PatchGAN with num_layers {config.num_layers} needs images of at least "
+                f"{self.least} px, these have {image_size}: use fewer layers"
+            )
+        widths = [config.channels * min(2**i, 8) for i in range(config.num_layers + 1)]
+        layers: list[nn.Module] = [self._convolution(3, widths[0], 2), nn.LeakyReLU(0.2)]
+        for i in range(1, config.num_layers + 1):
+            stride = 2 if i < config.num_layers else 1
+            layers.append(self._convolution(widths[i - 1], widths[i], stride))
+            if config.norm == "group":
+                layers.append(nn.GroupNorm(8, widths[i]))
+            layers.append(nn.LeakyReLU(0.2))
+        layers.append(self._convolution(widths[-1], 1, 1))
+        self.main = nn.Sequential(*layers)
+
+    def _convolution(self, channels_in: int, channels_out: int, stride: int) -> nn.Conv2d:
+        convolution = SpectralConv2d if self.config.norm == "spectral" else nn.Conv2d
+        return convolution(channels_in, channels_out, 4, stride, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if min(images.shape[2:]) < self.least:
+            images = resized(images, self.least)
+        return self.main(images)

@@ -1,0 +1,114 @@
+"""What keeps a critic smooth: R1, the gradient penalty of WGAN-GP, and LeCam.
+
+D(x) of a picture is the mean of its logits, however many patches or heads it is judged by: that
+is what the adversarial losses average, so a weight means the same for every critic and size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smalti.config import check_at_least
+from smalti.distributed import mean_over_processes
+from smalti.errors import SmaltiError
+
+Critic = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, ...)
+
+
+@dataclass(frozen=True)
+class PenaltyConfig:
+    """Weights of what the critic pays for; a weight of 0 leaves that penalty out."""
+
+    r1_weight: float = 0.0  # gamma of R1, 10 in its paper
+    r1_interval: int = 16  # steps between two R1 penalties, each this many times as strong
+    gradient_penalty_weight: float = 0.0  # lambda of WGAN-GP, 10 in its paper
+    lecam_weight: float = 0.0  # 0.001 to 0.05 in published tokenizers
+    lecam_decay: float = 0.99  # of the running means that LeCam compares logits with
+
+    def __post_init__(self) -> None:
+        for name in ("r1_weight", "gradient_penalty_weight", "lecam_weight"):
+            if getattr(self, name) < 0:
+                raise SmaltiError(f"{name} is {getattr(self, name)}; it must not be negative")
+        check_at_least(1, self, "r1_interval")
+        if not 0 <= self.lecam_decay < 1:
+            raise SmaltiError(f"lecam_decay is {self.lecam_decay}; it must lie in [0, 1)")
+
+    def r1_strength(self, step: int) -> float:
+        """Weight of R1 at a step: 0, or the interval times gamma (lazily, 1912.04958, app. B)."""
+        due = (step + 1) % self.r1_interval == 0  # as logs are, so that some of them show it
+        return self.r1_weight * self.r1_interval if due else 0.0
+
+
+def r1_penalty(critic: Critic, images: Tensor) -> Tensor:
+    """E[|grad_x D(x)|^2] / 2 over real pictures (Mescheder et al., 1801.04406, eq. 9), a scalar.
+
+    Args:
+        images: (B, 3, H, W) as the critic sees them.
+    """
+    return input_gradients(critic, images).square().sum(1).mean() / 2
+
+
+def gradient_penalty(critic: Critic, images: Tensor, fakes: Tensor, mix: Tensor) -> Tensor:
+    """E[(|grad_x D(x)| - 1)^2], x = mix images + (1 - mix) fakes (1704.00028, eq. 3), a scalar.
+
+    Args:
+        images, fakes: (B, 3, H, W).
+        mix: (B,), uniform in [0, 1).
+    """
+    mix = mix.view(-1, 1, 1, 1)
+    squares = input_gradients(critic, mix * images + (1 - mix) * fakes).square().sum(1)
+    return ((squares + 1e-12).sqrt() - 1).square().mean()  # finite where the gradient is 0
+
+
+def input_gradients(critic: Critic, images: Tensor) -> Tensor:
+    """Gradient of D at each picture, (B, 3 H W), itself differentiable; always in fp32."""
+    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+        images = images.detach().float().requires_grad_()
+        scores = critic(images).reshape(len(images), -1).mean(1)  # (B,)
+        # Each score depends on its own picture alone, so their sum has all the gradients.
+        (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    return gradients.flatten(1)
+
+
+class LeCam(nn.Module):
+    """E[max(0, D(x) - a_fake)^2] + E[max(0, a_real - D(x'))^2], a scalar (2104.03310).
+
+    The anchors a_real and a_fake are running means of D(x) and D(x'). As in its authors' program
+    only logits beyond the anchor of the other side count. The anchors begin as plain means and
+    move once per optimizer step, by the logits of the whole batch: all micro-batches, all
+    processes. They are buffers, so a checkpoint holds them.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("anchors", torch.zeros(2))  # real, fake
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.anchors: Tensor
+        self.updates: Tensor
+        self._pending: list[Tensor] = []  # (2,) mean logits of each micro-batch
+
+    def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        self._pending.append(torch.stack([real_logits.mean(), fake_logits.mean()]).detach())
+        real, fake = self.anchors.clone()
+        return (
+            F.relu(real_logits - fake).square().mean() + F.relu(real - fake_logits).square().mean()
+        )
+
+    def discard_step(self) -> None:
+        """Forget the logits of a step whose update was skipped."""
+        self._pending = []
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the anchors towards the mean logits since the last call."""
+        if not self._pending:
+            return
+        means = mean_over_processes(torch.stack(self._pending).mean(0))
+        self.discard_step()
+        decay = torch.clamp(self.updates / (self.updates + 1), max=self.decay)
+        self.anchors.lerp_(means, 1 - decay)
+        self.updates += 1

@@ -1,0 +1,88 @@
+"""Vector quantization by nearest neighbour (VQ-VAE, van den Oord et al., 1711.00937)."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from smalti.errors import SmaltiError
+from smalti.randomness import Drawn
+from smalti.tokenizer.quantizers.base import Quantized, as_maps, as_rows
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.codebook_quantizer import CodebookQuantizer
+from smalti.tokenizer.quantizers.entropy import entropy_loss
+from smalti.tokenizer.quantizers.estimators import Estimator, estimate
+
+
+@dataclass(frozen=True)
+class NearestConfig:
+    """Defaults: LlamaGen's."""
+
+    # May change without changing what saved weights mean.
+    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+        "commitment_weight",
+        "estimator",
+        "entropy_weight",
+        "entropy_temperature",
+    )
+
+    kind: Literal["nearest"] = "nearest"
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    commitment_weight: float = 0.25  # beta of VQ-VAE, eq. 3
+    estimator: Estimator = "straight-through"
+    entropy_weight: float = 0.0  # pushes towards using all codes
+    entropy_temperature: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.commitment_weight < 0 or self.entropy_weight < 0:
+            raise SmaltiError("commitment_weight and entropy_weight must not be negative")
+        if self.entropy_temperature <= 0:
+            raise SmaltiError(
+                f"entropy_temperature is {self.entropy_temperature}; it must be positive"
+            )
+
+
+class NearestQuantizer(CodebookQuantizer):
+    """Each feature becomes the nearest vector of one codebook."""
+
+    Config: ClassVar[type] = NearestConfig
+
+    def __init__(self, config: NearestConfig) -> None:
+        super().__init__(config.codebook)
+        self.config = config
+
+    def _search(self, features: Tensor) -> Tensor:
+        rows = self.codebook.normalise(as_rows(features))
+        return self.codebook.search(rows).view(len(features), -1)
+
+    def _lookup(self, codes: Tensor, height: int, width: int) -> Tensor:
+        return as_maps(self.codebook.lookup(codes.flatten()), len(codes), height, width)
+
+    def _quantize(self, features: Tensor, drawn: Drawn | None) -> Quantized:
+        del drawn
+        shape = (len(features), *features.shape[2:])
+        rows = self.codebook.normalise(as_rows(features))  # (N, d)
+        codes = self.codebook.search(rows)
+        vectors = self.codebook.lookup(codes)
+        if self.training:
+            self.codebook.collect(rows, codes)
+        maps = as_maps(rows, *shape), as_maps(vectors, *shape)
+        return Quantized(
+            latents=estimate(self.config.estimator, *maps),
+            codes=codes.view(len(features), -1),
+            losses=self._losses(rows, vectors),
+        )
+
+    def _losses(self, rows: Tensor, vectors: Tensor) -> dict[str, Tensor]:
+        config = self.config
+        losses = {
+            "commitment": config.commitment_weight * F.mse_loss(rows, vectors.detach())
+        }  # |z - sg e|^2
+        if self.codebook.learns_by_gradient:
+            losses["codebook"] = F.mse_loss(vectors, rows.detach())  # |sg z - e|^2
+        if config.entropy_weight:
+            losses["entropy"] = config.entropy_weight * entropy_loss(
+                rows, self.codebook.vectors, config.entropy_temperature
+            )
+        return losses

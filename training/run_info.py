@@ -1,0 +1,116 @@
+"""What `smalti info` says of runs and their checkpoints."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from smalti.data.explained import Info, command
+from smalti.errors import SmaltiError
+from smalti.files import read_json
+from smalti.training.checkpoint import Checkpoint, checkpoints, verify
+from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, told_by_run
+from smalti.training.lock import RunLock
+from smalti.training.log import read_lines
+
+# Settings that say most about a run, in this order; a run has some of them.
+TOLD = ("data", "latents", "train_batch_size", "learning_rate", "max_train_steps", "seed")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run wrote into a folder, or is about to."""
+    begun = all((path / name).is_file() for name in (RECIPE, METRICS))
+    return begun or bool(checkpoints(path)) or bool(_active(path))
+
+
+def of_checkpoint(path: Path) -> Info:
+    """A checkpoint of a run."""
+    try:
+        found = told_by_run(verify(path))
+    except SmaltiError as error:
+        return Info([("kind", "checkpoint"), ("verified", f"no: {error}")], whole=False)
+    how = [("kind", f"checkpoint of a {found.state['kind']} run"), *_state_lines(found)]
+    active = _active(path.parent)
+    go_on = ("active", active) if active else ("go on", _resume(path.parent, found, str(path)))
+    return Info([*how, go_on])
+
+
+def of_run(path: Path) -> Info:
+    """A run, finished or not."""
+    lines, newest, damaged = [("kind", "training run")], None, []
+    for folder in reversed(checkpoints(path)):
+        try:
+            newest = newest or told_by_run(verify(folder))
+        except SmaltiError as error:
+            damaged.append(("damaged", str(error)))
+    if newest is not None:
+        lines = [("kind", f"{newest.state['kind']} run"), *_state_lines(newest)]
+    else:
+        lines.append(("step", "no checkpoint to go on from"))
+    lines += [("last logged", _last(path / METRICS)), ("speed", _last(path / TIMING))]
+    report, exported = path / REPORT, path / EXPORTED
+    lines += [("report", str(report))] if report.is_file() else []
+    lines += [("result", _result(exported))] if exported.is_file() else []
+    active = _active(path)
+    if active:
+        lines.append(("active", active))
+    elif newest is not None:
+        lines.append(("go on", _resume(path, newest, "latest")))
+    return Info([*[line for line in lines if line[1]], *damaged], whole=not damaged)
+
+
+def _active(path: Path) -> str:
+    """Who works on a run just now; empty if nobody does."""
+    holder = RunLock(path).holder()
+    if holder is None:
+        return ""
+    return f"yes: process {holder['pid']} on {holder.get('host', 'unknown')}"
+
+
+def _result(exported: Path) -> str:
+    """Where the finished model of a run went."""
+    record = read_json(exported)
+    if not isinstance(record, dict) or "folder" not in record:
+        raise SmaltiError(f"{exported} is damaged: it does not name a folder")
+    return str(record["folder"])
+
+
+def _state_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    state, config = checkpoint.state, checkpoint.state["config"]
+    files = sorted(checkpoint.path.glob("*.safetensors"))
+    told = ", ".join(f"{name} {config[name]}" for name in TOLD if name in config)
+    model = checkpoint.path / "model.safetensors"
+    return [
+        ("step", f"{checkpoint.step} of {config['max_train_steps']}"),
+        ("config", told),
+        ("numbers", f"{_count(model):,} in {model.name}" if model.is_file() else ""),
+        ("files", ", ".join(file.stem for file in files)),
+        ("trained on", f"{state['num_processes']} process(es), precision {state['precision']}"),
+        ("verified", "yes: all files have the hashes of their manifest"),
+    ]
+
+
+def _resume(run: Path, checkpoint: Checkpoint, wanted: str) -> str:
+    options = ("--config", run / RECIPE, "--output_dir", run, "--resume_from_checkpoint", wanted)
+    return command(checkpoint.state["kind"], *options)
+
+
+def _last(path: Path) -> str:
+    """The last line of a log, in short."""
+    lines = read_lines(path) if path.is_file() else []
+    return ", ".join(f"{k} {_short(v)}" for k, v in lines[-1].items()) if lines else ""
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _count(file: Path) -> int:
+    """How many numbers a file of weights holds; only its header is read."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    except SafetensorError as error:
+        raise SmaltiError(f"{file} is damaged: {error}") from error
+    return sum(map(math.prod, shapes))
