@@ -22,7 +22,7 @@ from smalti.data.latent_cache.cache import CacheInfo, EncodedRange, LatentCache,
 from smalti.data.latents import CodeSpec
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
-from smalti.data.views import VIEW_SETS
+from smalti.data.transforms import VIEW_SETS
 
 SIDE, BATCH = 16, 256  # 256 codes
 PROMISED = 50_000  # samples per second

@@ -17,7 +17,7 @@ from smalti.config import nearest
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
 from smalti.files import write_json
-from smalti.scripts.demo_scales import SCALES
+from smalti.scripts.demo import SCALES
 from smalti.scripts.evaluate import EvaluateConfig, evaluate
 from smalti.scripts.train_tokenizer import train
 from smalti.tokenizer.base import Tokenizer

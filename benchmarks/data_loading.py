@@ -19,17 +19,15 @@ from typing import Any
 import torch
 
 from smalti.data.dataset import ImageDataset
-from smalti.data.latent_cache.cache import EncodedRange, LatentCache, write_cache
-from smalti.data.latent_cache.cache_info import CacheInfo
+from smalti.data.latent_cache.cache import CacheInfo, EncodedRange, LatentCache, write_cache
 from smalti.data.latents import CodeSpec
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.data.sources.base import open_source
-from smalti.data.transforms import RandomCrop
-from smalti.data.views import VIEW_SETS
+from smalti.data.transforms import VIEW_SETS, RandomCrop
 from smalti.prior.base import Prior
-from smalti.scripts.demo_scales import SCALES
-from smalti.training.precision import resolve_precision
+from smalti.scripts.demo import SCALES
+from smalti.training.processes import resolve_precision
 
 NUM_SAMPLES = 20_000
 NUM_CLASSES = 9

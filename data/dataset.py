@@ -10,10 +10,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from smalti.data.latents import to_float
 from smalti.data.order import Key
-from smalti.data.pixels import to_float
-from smalti.data.sources.base import BadPicture, ImageSource, fingerprint_of, heldout_mask
-from smalti.data.sources.verification import in_threads
+from smalti.data.sources.base import (
+    BadPicture,
+    ImageSource,
+    SourceOptions,
+    fingerprint_of,
+    heldout_mask,
+    in_threads,
+    open_source,
+)
 from smalti.data.transforms import (
     RandomCrop,
     center_crop,
@@ -23,6 +30,9 @@ from smalti.data.transforms import (
     to_tensor,
 )
 from smalti.errors import SmaltiError
+
+# -------------------------------------------------------------------------------------------------
+# A split of a picture set as tensors of one size.
 
 logger = logging.getLogger(__name__)
 
@@ -190,3 +200,62 @@ class ImageDataset(Dataset):
 
         in_threads(decode, len(self), f"read {split} pictures")
         return pixels
+
+
+# -------------------------------------------------------------------------------------------------
+# Options that several commands share.
+
+
+@dataclass(frozen=True)
+class PictureOptions(SourceOptions):
+    """Which pictures."""
+
+    # emoji, fashion, a folder with one sub-folder of pictures per class, hf:owner/name, parquet or
+    # arrow files, WebDataset shards (path/{000..009}.tar, or URLs), or arrays (.npz, .npy)
+    data: str = "emoji"
+
+    def source(self) -> ImageSource:
+        """The pictures, not divided.
+
+        Raises:
+            SmaltiError: nothing opens `data`, or its pictures are unusable.
+        """
+        return open_source(
+            self.data, options=self.folder, hf=self.hf, stream_cache=self.stream_cache
+        )
+
+
+@dataclass(frozen=True)
+class DataOptions(PictureOptions):
+    """Also: how they are divided."""
+
+    heldout_fraction: float = 0.1  # kept from training; ignored where a set has a fixed split
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.heldout_fraction < 1:
+            raise SmaltiError(
+                f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1"
+            )
+
+    def dataset(
+        self,
+        split: Literal["train", "heldout", "all"],
+        image_size: int,
+        *,
+        flip: bool = False,
+        crop: RandomCrop | None = None,
+        seed: int = 0,
+    ) -> ImageDataset:
+        """One split of the pictures, squared to image_size pixels; `flip` mirrors half of them,
+        `crop` shows a random part of each."""
+        return ImageDataset(
+            self.source(),
+            image_size,
+            split=split,
+            heldout_fraction=self.heldout_fraction,
+            split_seed=self.split_seed,
+            flip=flip,
+            crop=crop,
+            seed=seed,
+        )

@@ -1,15 +1,170 @@
 """Pictures out: tensors to 8-bit files and grids."""
 
-from collections.abc import Sequence
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from smalti.data.pixels import to_levels
+from smalti.config import check_at_least
+from smalti.data.latents import to_levels
+from smalti.errors import SmaltiError
 from smalti.files import replacing
+
+# -------------------------------------------------------------------------------------------------
+# From an encoded picture to 8-bit RGB, and what a set of pictures may hold.
+
+# The only kinds that are opened, whatever a file is called: a picture comes from anywhere, and for
+# some kinds (EPS) Pillow starts another program on the file. Those named here it decodes itself;
+# as JPEG it opens MPO, too.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """What a set may hold, wherever it lies. The defaults refuse whatever would change silently."""
+
+    # 16-bit, CMYK, palette and animated files: refuse, or convert to 8-bit RGB (first frame).
+    unusual_images: Literal["refuse", "convert"] = "refuse"
+    # Files that cannot be decoded: refuse, leave out, or use another picture of the class instead.
+    bad_images: Literal["refuse", "skip", "replace"] = "refuse"
+    max_bad_images: int = 100  # so many may be replaced; more of them stop the run
+    single_class: bool = False  # accept a set with one class, or a folder with no sub-folders
+    min_side: int = 8  # pixels
+    max_pixels: int = 50_000_000  # larger ones are refused undecoded: they may be bombs
+    # Up to so many pictures are all decoded at the start; in a larger set each is checked when it
+    # is read, and `smalti check-data` finds the bad ones beforehand.
+    verify_up_to: int = 200_000
+
+    def __post_init__(self) -> None:
+        if self.min_side < 1 or self.max_pixels < 1:
+            raise SmaltiError("min_side and max_pixels must be at least 1")
+        check_at_least(0, self, "max_bad_images", "verify_up_to")
+
+
+class Unusable(Exception):
+    """Why one picture cannot be used, and whether it is merely damaged."""
+
+    def __init__(self, reason: str, *, undecodable: bool = False) -> None:
+        super().__init__(reason)
+        self.undecodable = undecodable
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A picture, and how it was stored."""
+
+    image: Image.Image  # RGB, upright
+    mode: str  # Pillow's name for the stored colours
+
+
+def decode(stream: BinaryIO | Path, options: FolderOptions) -> Decoded:
+    """The picture in a stream or a file, if it is one that the options accept.
+
+    Raises:
+        Unusable: why not, and the remedy.
+    """
+    try:
+        with Image.open(stream, formats=FORMATS) as image:
+            _check_header(image, options)
+            return Decoded(_to_rgb(image), image.mode)
+    except (Unusable, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:  # too many even for Pillow to open
+        raise Unusable(f"claims more pixels than can be trusted: {error}: remove it") from error
+    except Exception as error:  # decoders raise many kinds; of a file all mean that it is damaged
+        raise Unusable(
+            f"cannot be decoded ({_why(error)}): replace or remove it", undecodable=True
+        ) from error
+
+
+def format_of(content: bytes) -> str | None:
+    """Which of `FORMATS` an encoded picture is in (or MPO), by its header; None = none of them."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return image.format
+    except MemoryError:
+        raise
+    except Exception:  # as in `decode`
+        return None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is no picture of a known kind: {', '.join(FORMATS)}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def our_own_pixel_cap() -> Iterator[None]:
+    """Silence Pillow's warning about large pictures: the cap is `max_pixels`.
+
+    Not safe in threads: enter it before they start.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _check_header(image: Image.Image, options: FolderOptions) -> None:
+    width, height = image.size
+    if width * height > options.max_pixels:
+        raise Unusable(
+            f"claims {width} x {height} pixels, more than {options.max_pixels}: shrink it, or"
+            " raise --folder.max_pixels"
+        )
+    if min(width, height) < options.min_side:
+        raise Unusable(
+            f"is {width} x {height} pixels, less than {options.min_side} on a side: remove it, or"
+            " lower --folder.min_side"
+        )
+    kind = _unusual(image)
+    if kind and options.unusual_images == "refuse":
+        raise Unusable(f"is {kind}: save it as 8-bit RGB, or pass --folder.unusual_images convert")
+
+
+# How Pillow calls 16-bit colour in a decoder's arguments; the mode says "RGB" all the same.
+_DEEP_COLOUR = re.compile(r"\b(LA?|RGB[AX]?|CMYK);16")
+
+
+def _unusual(image: Image.Image) -> str | None:
+    """What about a picture could not be kept in 8-bit RGB, or None."""
+    if getattr(image, "n_frames", 1) > 1:
+        return "animated"
+    deep = any(_DEEP_COLOUR.search(str(tile[3])) for tile in getattr(image, "tile", ()))
+    if deep or image.mode.startswith(("I", "F")):
+        return "16-bit (or deeper)"
+    names = {"CMYK": "CMYK", "P": "a palette image", "PA": "a palette image", "LAB": "LAB"}
+    if image.mode in names:
+        return names[image.mode]
+    return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """First frame, upright, 8 bit, alpha laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey: 65535 becomes 255
+        image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
+    elif image.mode == "F":
+        image = image.point(lambda value: value * 255).convert("L")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image)
+        image = canvas
+    return image.convert("RGB")
+
+
+# -------------------------------------------------------------------------------------------------
+# Pictures out: tensors to 8-bit files and grids.
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -7,9 +7,15 @@ from statistics import median
 
 from torch import Tensor
 
-from smalti.data.decoding import FolderOptions
-from smalti.data.sources.base import ImageSource, divide
-from smalti.data.sources.verification import EncodedPictures, Finding, in_threads, verify
+from smalti.data.image_io import FolderOptions
+from smalti.data.sources.base import (
+    EncodedPictures,
+    Finding,
+    ImageSource,
+    divide,
+    in_threads,
+    verify,
+)
 from smalti.errors import SmaltiError
 
 SHOWN_CLASSES = 20  # of a summary; the report has them all

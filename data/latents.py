@@ -7,7 +7,31 @@ L codes of one image, V vocabulary (codebook) size, D width, T text tokens.
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from smalti.errors import SmaltiError
+
+# -------------------------------------------------------------------------------------------------
+# What the numbers of a picture mean: float in [-1, 1] within smalti, 0 to 255 in a file.
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """Values of an 8-bit file in [0, 255], of any type -> float in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_levels(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> float, the values 0 to 255 that an 8-bit file would hold."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+
+
+def rounded(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> the same, as an 8-bit file would give them back."""
+    return to_float(to_levels(images))
+
+
+# -------------------------------------------------------------------------------------------------
+# What flows between the two stages: a complete description of a latent.
 
 MAX_SIDE = 2**14  # of a latent grid: beyond the largest pictures, so that a hostile file is refused
 
@@ -31,6 +55,11 @@ class CodeSpec:
             raise SmaltiError(
                 f"grids is {self.grids}; give at least one (h, w) with sides from 1 to {MAX_SIDE}"
             )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Codes of each grid, coarse to fine."""
+        return [height * width for height, width in self.grids]
 
     @property
     def length(self) -> int:

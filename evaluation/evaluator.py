@@ -10,11 +10,9 @@ from tqdm.auto import tqdm
 
 from smalti.data.dataset import ImageDataset
 from smalti.data.image_io import image_grid, save_png
-from smalti.data.latents import CodeSpec
-from smalti.data.pixels import rounded
+from smalti.data.latents import CodeSpec, rounded
 from smalti.errors import SmaltiError
 from smalti.evaluation.classifier import ImageClassifier, train_classifier
-from smalti.evaluation.codebook import code_counts
 from smalti.evaluation.features import (
     AlexNetFeatures,
     EfficientNetFeatures,
@@ -23,6 +21,7 @@ from smalti.evaluation.features import (
 )
 from smalti.evaluation.neighbours import nearest_neighbours
 from smalti.evaluation.protocol import Metric
+from smalti.evaluation.reconstruction import code_counts
 from smalti.evaluation.samples import (
     PictureSets,
     classifier_metrics,
@@ -32,10 +31,10 @@ from smalti.evaluation.samples import (
 )
 from smalti.pipelines.generation import class_grid, picture_generator
 from smalti.pipelines.pipeline import Pipeline
-from smalti.seeding import generator
+from smalti.randomness import generator
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.losses.perceptual import LPIPS
-from smalti.training.precision import resolve_precision
+from smalti.training.processes import resolve_precision
 
 if TYPE_CHECKING:
     from smalti.scripts.evaluate import EvaluateConfig

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smalti.data.pixels import rounded
+from smalti.data.latents import rounded
 from smalti.evaluation.classifier import ImageClassifier
-from smalti.evaluation.codebook import perplexity, usage
-from smalti.evaluation.distances import FeatureStatistics, frechet_distance
+from smalti.evaluation.distances import FeatureStatistics, frechet_distance, kernel_distance
 from smalti.evaluation.features import FeatureExtractor, extract, parted, weights_sha256
-from smalti.evaluation.kernel_distance import kernel_distance
 from smalti.evaluation.protocol import Metric
-from smalti.evaluation.reconstruction import psnr, ssim
+from smalti.evaluation.reconstruction import perplexity, psnr, ssim, usage
 from smalti.tokenizer.losses.perceptual import LPIPS
 
 CHUNK = 128  # pictures per forward pass

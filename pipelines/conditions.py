@@ -1,15 +1,48 @@
 """What the pictures of one call are of: classes, or captions as a text encoder gives them."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from smalti.config import nearest
 from smalti.errors import SmaltiError
 from smalti.pipelines.labels import ClassLabels, label_ids, whole_number
+from smalti.prior.base import Prior
 from smalti.prior.conditions.text import Condition, TextCondition
+
+# -------------------------------------------------------------------------------------------------
+# The options of a prior's `sample`, checked before any work is done or any folder is claimed.
+
+OUR_OWN = {"condition", "generator"}  # parameters of `sample` that a pipeline fills
+
+
+class UnknownOption(SmaltiError, TypeError):
+    """A keyword that a prior's `sample` does not take."""
+
+
+def check_names(prior: Prior, options: Mapping[str, Any]) -> None:
+    """Raise `UnknownOption` if `prior.sample` has no option of a name."""
+    known = set(inspect.signature(prior.sample).parameters) - OUR_OWN
+    for name in options:
+        if name not in known:
+            kind = Prior.registry.name_of(type(prior))
+            raise UnknownOption(
+                f'a {kind} prior is not sampled with the option "{name}"; {nearest(name, known)}'
+            )
+
+
+def check_options(prior: Prior, options: Mapping[str, Any]) -> None:
+    """Raise `SmaltiError` if `prior.sample` would refuse an option: it is asked for no samples."""
+    check_names(prior, options)
+    prior.sample(prior.no_conditions(), **options)
+
+
+# -------------------------------------------------------------------------------------------------
+# What the pictures of one call are of: classes, or captions as a text encoder gives them.
 
 
 @dataclass(frozen=True)

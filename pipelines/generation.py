@@ -18,7 +18,7 @@ from PIL import Image
 from smalti.data.image_io import image_grid, save_png
 from smalti.errors import SmaltiError
 from smalti.files import first_difference, write_json
-from smalti.pipelines.options import check_options
+from smalti.pipelines.conditions import check_options
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer

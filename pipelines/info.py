@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from smalti.data.explained import Info, command
 from smalti.data.set_info import (
+    Info,
+    command,
     holds_latents,
     is_shards,
     of_cache,

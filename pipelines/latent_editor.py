@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from smalti.config import check_at_least
+from smalti.data.dataset import PictureOptions
 from smalti.data.image_io import image_grid, save_png
-from smalti.data.options import PictureOptions
-from smalti.data.pixels import to_float
+from smalti.data.latents import to_float
 from smalti.data.sources.base import ImageSource
 from smalti.data.sources.folder import read_picture
 from smalti.data.transforms import center_crop, to_tensor

@@ -18,10 +18,9 @@ from smalti.errors import SmaltiError
 from smalti.files import replacing, write_text
 from smalti.hub import chosen_dtype, resolve_folder, upload
 from smalti.pipelines.card import SAMPLES, model_card
-from smalti.pipelines.conditions import Conditions
+from smalti.pipelines.conditions import Conditions, check_names
 from smalti.pipelines.index import INDEX, Components, PipelineIndex, read_index, write_index
 from smalti.pipelines.labels import ClassLabels, label_ids, whole_number
-from smalti.pipelines.options import check_names
 from smalti.prior.base import Prior
 from smalti.randomness import Generators, check_generators
 from smalti.tokenizer.base import Tokenizer

@@ -1,5 +1,6 @@
 """Stage two: what every prior promises."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,12 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.errors import SmaltiError
 from smalti.hub import Pretrained, Registry
 from smalti.prior.registry import PRIORS
+
+# -------------------------------------------------------------------------------------------------
+# Stage two: what every prior promises.
 
 
 @dataclass
@@ -165,3 +170,26 @@ def check_codes(codes: Tensor, spec: CodeSpec) -> None:
             f"codes lie in [{codes.min().item()}, {codes.max().item()}]; "
             f"this prior knows 0 to {spec.vocab_size - 1}"
         )
+
+
+# -------------------------------------------------------------------------------------------------
+# What priors over discrete codes share.
+
+
+class CodePrior(Prior):
+    """A distribution over codes that gives the probability of each."""
+
+    @abstractmethod
+    def logits(self, codes: Tensor, condition: Any) -> Tensor:
+        """Teacher-forced logits (B, L, V) of codes (B, L) given a condition."""
+
+    @torch.no_grad()
+    def bits_per_dimension(
+        self, latents: Tensor, condition: Any, *, generator: object = None
+    ) -> Tensor:
+        """-log2 p(codes | condition) per code, (B,), exact: no generator is needed."""
+        del generator
+        with self.evaluating():
+            logits = self.logits(latents, condition).float()
+        nats = F.cross_entropy(logits.transpose(1, 2), latents, reduction="none")  # (B, L)
+        return nats.mean(1) / math.log(2)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from smalti.cli import parse_config, run_command
 from smalti.config import config_to_dict
+from smalti.data.dataset import DataOptions
 from smalti.data.inspection import BadFile, Report, inspect, summary
-from smalti.data.options import DataOptions
 from smalti.data.sources.base import open_unverified
 from smalti.data.sources.webdataset import ShardPictures
 from smalti.errors import SmaltiError

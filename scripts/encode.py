@@ -13,7 +13,7 @@ import torch
 
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
-from smalti.data.dataset import ImageDataset
+from smalti.data.dataset import DataOptions, ImageDataset
 from smalti.data.latent_cache.cache import (
     SPLITS,
     CacheInfo,
@@ -21,8 +21,7 @@ from smalti.data.latent_cache.cache import (
     refuse_other_contents,
     write_cache,
 )
-from smalti.data.options import DataOptions
-from smalti.data.views import VIEW_SETS, ViewSet, decoded_size, views_of
+from smalti.data.transforms import VIEW_SETS, ViewSet, decoded_size, views_of
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import join_job, say, shared_work
 

@@ -10,13 +10,13 @@ from typing import Literal
 
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least, config_to_dict
-from smalti.data.options import DataOptions
+from smalti.data.dataset import DataOptions
 from smalti.errors import SmaltiError
 from smalti.evaluation.evaluator import PipelineEvaluation, TokenizerEvaluation
 from smalti.evaluation.protocol import Metric, write_summary
 from smalti.files import first_difference, write_json
 from smalti.hub import resolve_folder
-from smalti.pipelines.options import check_options
+from smalti.pipelines.conditions import check_options
 from smalti.pipelines.pipeline import INDEX
 from smalti.scripts.options import Sampling
 

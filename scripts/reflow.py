@@ -23,15 +23,14 @@ from smalti.data.latent_cache.cache import (
     refuse_other_contents,
     write_cache,
 )
+from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import picture_generator
-from smalti.pipelines.options import check_options
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.flow.prior import FlowPrior
 from smalti.prior.flow.rectified import check_straight, generate_pairs, straightness
 from smalti.prior.flow.solvers.base import ODESolver, make_solver
-from smalti.randomness import NormalSource
+from smalti.randomness import NormalSource, derive_seed
 from smalti.scripts.options import Sampling
-from smalti.seeding import derive_seed
 from smalti.training.processes import join_job, say, shared_work
 
 MEASURED_PAIRS = 64

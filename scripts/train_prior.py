@@ -18,24 +18,22 @@ from smalti.data.latent_cache.cache import LatentBatch, LatentCache
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import SmaltiError
+from smalti.pipelines.conditions import check_options
 from smalti.pipelines.finetune import begin_from, fitted_as, saved_prior
 from smalti.pipelines.generation import class_grid
-from smalti.pipelines.options import check_options
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Loss, Prior
 from smalti.prior.flow.rectified import check_straight
 from smalti.prior.presets import PRESETS, PriorConfig
-from smalti.randomness import Drawn
+from smalti.randomness import Drawn, generator
 from smalti.scripts.options import Sampling
-from smalti.seeding import generator
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.checkpoint import OptimizerState
 from smalti.training.config import RunConfig
-from smalti.training.draws import drawn_for, shares
 from smalti.training.ema import EMA
-from smalti.training.log import mean_of
+from smalti.training.logging import mean_of
 from smalti.training.processes import say
-from smalti.training.run import Run
+from smalti.training.run import Run, drawn_for, shares
 
 VALIDATION_SAMPLES = 1024
 

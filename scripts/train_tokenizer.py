@@ -11,25 +11,22 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from smalti.cli import parse_config, run_command
-from smalti.data.dataset import ImageBatch, ImageDataset
+from smalti.data.dataset import DataOptions, ImageBatch, ImageDataset
 from smalti.data.image_io import image_grid, save_png
 from smalti.data.latents import CodeSpec
 from smalti.data.loader import stream_batches
-from smalti.data.options import DataOptions
 from smalti.data.order import DataOrder
 from smalti.data.transforms import RandomCrop
 from smalti.errors import SmaltiError
-from smalti.evaluation.codebook import code_counts, perplexity, usage
-from smalti.evaluation.reconstruction import psnr
+from smalti.evaluation.reconstruction import code_counts, perplexity, psnr, usage
 from smalti.pipelines.finetune import begin_from, saved_tokenizer
-from smalti.randomness import Drawn
-from smalti.scripts.critic import CriticStage, critic_draws
-from smalti.seeding import generator
+from smalti.randomness import Drawn, generator
 from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.discriminators.adversarial import adaptive_weight, last_layer_gradients
+from smalti.tokenizer.discriminators.objective import DRAWS, CriticObjective
 from smalti.tokenizer.losses.alignment import AlignedTokenizer, AlignmentConfig
 from smalti.tokenizer.losses.objective import (
     Judges,
@@ -43,11 +40,66 @@ from smalti.tokenizer.losses.objective import (
 from smalti.tokenizer.losses.perceptual import LPIPS
 from smalti.tokenizer.presets import PRESETS, TokenizerConfig
 from smalti.training.checkpoint import OptimizerState
-from smalti.training.draws import drawn_for
 from smalti.training.ema import EMA
-from smalti.training.log import mean_of
+from smalti.training.logging import mean_of
 from smalti.training.processes import say
-from smalti.training.run import Run, RunConfig
+from smalti.training.run import Run, RunConfig, drawn_for, shares
+
+# -------------------------------------------------------------------------------------------------
+# The critic of stage one: how it is trained beside a tokenizer.
+
+
+class CriticStage:
+    """A critic, its optimizer, and one step of both."""
+
+    def __init__(self, run: Run, config: ObjectiveConfig, image_size: int) -> None:
+        self.run = run
+        self.objective = CriticObjective(config, image_size).to(run.device)
+        self.optimizer = run.adamw(self.objective)
+        run.track(
+            discriminator=self.objective, discriminator_optimizer=OptimizerState(self.optimizer)
+        )
+        # Gradients are synchronised by this wrapper alone, so every pass that makes some uses it.
+        self.wrapped = run.replicate(self.objective)
+
+    def train_step(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        draws: Sequence[Tensor],
+        step: int,
+    ) -> dict[str, Tensor]:
+        """One optimizer step; returns losses for the log.
+
+        Args:
+            pairs: pictures and reconstructions, (B, 3, H, W) each, of every micro-batch.
+            draws: (B, DRAWS) of every micro-batch, see `critic_draws`.
+        """
+        parts = []
+        for index, ((images, fakes), numbers) in enumerate(zip(pairs, draws, strict=True)):
+            with self.run.micro_batch(index, self.wrapped):
+                loss = self.wrapped(images, fakes, numbers, step)
+                self.run.backward(loss.total)
+            parts.append(loss.parts)
+        norm = self.run.apply(self.optimizer, self.objective, step)
+        if self.run.count_step(norm, step, "critic"):
+            self.objective.after_step()
+        else:
+            self.objective.discard_step()
+        return {**mean_of(parts), "discriminator_gradient_norm": torch.tensor(norm)}
+
+
+def critic_draws(run: Run, step: int) -> list[Tensor]:
+    """Uniform numbers (B, DRAWS) for the pictures of each micro-batch of this process.
+
+    A picture's numbers depend on its place in the whole batch of the step alone, not on how that
+    is shared among processes or cut into micro-batches.
+    """
+    numbers = generator(run.config.seed, "critic", step)
+    return shares(run, torch.rand(run.config.train_batch_size, DRAWS, generator=numbers))
+
+
+# -------------------------------------------------------------------------------------------------
+# Stage one: train a tokenizer on a set of pictures.
 
 VALIDATION_IMAGES = 512
 PREVIEW_IMAGES = 16

@@ -30,8 +30,8 @@ from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig
+from smalti.training.checkpoint import is_sharded, whole
 from smalti.training.run import Run
-from smalti.training.sharding import is_sharded, whole
 
 CONV = ConvConfig(
     channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=8

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.data.latents import ContinuousSpec
@@ -12,8 +13,80 @@ from smalti.errors import SmaltiError
 from smalti.randomness import Drawn, Generators, NormalSource
 from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
-from smalti.tokenizer.equivariance import transformed
-from smalti.tokenizer.gaussian import DiagonalGaussian
+
+# -------------------------------------------------------------------------------------------------
+# The diagonal Gaussian posterior of a variational auto-encoder (Kingma and Welling, 1312.6114).
+
+LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as in latent diffusion
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """N(mean, diag(exp(logvar))); both (B, C, h, w), fp32."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @classmethod
+    def of(cls, moments: Tensor) -> "DiagonalGaussian":
+        """From an encoder's output (B, 2C, h, w): means, then log-variances."""
+        mean, logvar = moments.float().chunk(2, dim=1)
+        return cls(mean, logvar.clamp(*LOG_VARIANCE_RANGE))
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, (B, C, h, w)."""
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """mean + std * noise, differentiable in both; standard normal noise like mean, or None to
+        draw it from torch's global generator."""
+        return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
+
+    def kl(self) -> Tensor:
+        """KL(N(mean, std^2) || N(0, I)) of each sample, summed over its numbers, (B,), in nats."""
+        terms = self.mean.square() + self.logvar.exp() - 1 - self.logvar
+        return 0.5 * terms.flatten(1).sum(1)
+
+
+# -------------------------------------------------------------------------------------------------
+# Equivariance regularisation (EQ-VAE, 2502.09509): turning or shrinking the latents should turn
+# or shrink the picture. The decoder is asked for tau(image) from tau(latents).
+
+MIN_SIDE = 32  # pixels
+
+
+def transformed(z: Tensor, images: Tensor, turn: float, size: float) -> tuple[Tensor, Tensor]:
+    """The same quarter turns and scaling of latents (B, C, h, w) and images (B, 3, H, W).
+
+    The scale takes the latent grid to h', 1/4 h or more, and the image to h' H / h, 32 px or more:
+    smaller ones LPIPS cannot judge.
+
+    Args:
+        turn: in [0, 1): from no quarter turn to three.
+        size: in [0, 1): from the smallest h' to h.
+    """
+    turns = int(4 * turn)
+    height, width = z.shape[2:]
+    factor = images.shape[2] // height
+    least = min(height, max(height // 4, -(-MIN_SIDE // factor), 1))
+    rows = least + int((height + 1 - least) * size)
+    columns = max(1, round(rows * width / height))
+    z = torch.rot90(resized(z, rows, columns), turns, (2, 3))
+    images = torch.rot90(resized(images, rows * factor, columns * factor), turns, (2, 3))
+    return z, images
+
+
+def resized(maps: Tensor, height: int, width: int) -> Tensor:
+    """Maps (B, C, H, W) shrunk to (height, width) with antialiasing."""
+    if maps.shape[2:] == (height, width):
+        return maps
+    size = (height, width)
+    return F.interpolate(maps.float(), size, mode="bicubic", antialias=True).to(maps.dtype)
+
+
+# -------------------------------------------------------------------------------------------------
+# The KL-VAE: continuous latents with a Gaussian posterior (latent diffusion, 2112.10752).
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """The settings of a training run that both stages share."""
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from smalti.config import check_at_least
 from smalti.errors import SmaltiError
-from smalti.training.precision import Precision
-from smalti.training.trackers import check_tracker
 
+Precision = Literal["auto", "no", "bf16"]
 # May differ between a checkpoint and the run that resumes it; everything else must be equal.
 FREE_TO_CHANGE = {
     "output_dir",
@@ -43,6 +44,7 @@ AT_LEAST_ZERO = (
     "checkpoints_total_limit",
     "dataloader_num_workers",
 )
+TRACKERS = ("tensorboard", "wandb", "trackio")
 MAX_SEED = 2**63 - 1  # what torch takes
 
 
@@ -92,3 +94,17 @@ class RunConfig:
         if not 0 <= self.seed <= MAX_SEED:
             raise SmaltiError(f"seed is {self.seed}; it must lie between 0 and 2^63 - 1")
         check_tracker(self.report_to)
+
+
+def check_tracker(report_to: str) -> None:
+    """Raise `SmaltiError` if the tracker is unknown or its package is missing."""
+    if report_to == "none":
+        return
+    if report_to not in TRACKERS:
+        raise SmaltiError(f'report_to is "{report_to}"; choose none, {", ".join(TRACKERS)}')
+    package = importlib.util.find_spec(report_to)
+    if package is None or package.origin is None:  # no origin: any folder of that name
+        raise SmaltiError(
+            f'report_to is "{report_to}" but that package is not installed: '
+            f"pip install {report_to}, or use --report_to none"
+        )

@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from smalti.training.sharding import is_sharded, sharded_like, whole
+from smalti.training.checkpoint import is_sharded, sharded_like, whole
 
 Model = TypeVar("Model", bound=nn.Module)
 

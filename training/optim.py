@@ -1,19 +1,132 @@
 """One optimizer step: micro-batches, clipping, the learning rate, and when it is not taken."""
 
 import contextlib
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from smalti.errors import SmaltiError
 from smalti.training import processes
+from smalti.training.checkpoint import whole
 from smalti.training.config import RunConfig
-from smalti.training.decay import split_by_decay
-from smalti.training.guard import StepGuard
-from smalti.training.schedule import warmup_cosine
-from smalti.training.sharding import whole
+
+# -------------------------------------------------------------------------------------------------
+# Steps that must not be taken: their loss or their gradient is not finite on some process.
+
+logger = logging.getLogger(__name__)
+
+
+class StepGuard:
+    """Decides on every optimizer step, alike on all processes, and counts those refused.
+
+    Args:
+        limit: refused steps in a row, of one model, that end the run.
+        sum_over_processes: of a tensor.
+    """
+
+    def __init__(self, limit: int, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
+        self.limit = limit
+        self.in_a_row: dict[str, int] = {}  # by model
+        self.total = 0
+        self._sum = sum_over_processes
+        self._losses: list[Tensor] = []
+
+    def observe(self, loss: Tensor) -> None:
+        """Remember the loss of a micro-batch, a scalar, until the step is decided on."""
+        self._losses.append(loss.detach())
+
+    def accepts(self, gradient_norm: Tensor) -> bool:
+        """Whether losses and gradient are finite on all processes; every process must call this."""
+        numbers = torch.stack([*(loss.float() for loss in self._losses), gradient_norm.float()])
+        self._losses = []
+        return self._sum((~numbers.isfinite()).sum()).item() == 0
+
+    def count(self, gradient_norm: float, step: int, model: str) -> bool:
+        """Whether a step of `model` was taken.
+
+        Args:
+            gradient_norm: what `Run.apply` returned.
+
+        Raises:
+            SmaltiError: too many in a row were not.
+        """
+        accepted = math.isfinite(gradient_norm)
+        self.in_a_row[model] = 0 if accepted else self.in_a_row.get(model, 0) + 1
+        self.total += not accepted
+        if self.in_a_row[model] == 1:
+            logger.warning("step %d of the %s is skipped: not finite", step, model)
+        if self.in_a_row[model] >= self.limit:
+            raise SmaltiError(
+                f"the loss or the gradient of the {model} was not finite in {self.limit} steps in a"
+                f" row, up to step {step}: lower --learning_rate or use --mixed_precision no; the"
+                " last checkpoint is untouched"
+            )
+        return accepted
+
+    def state(self) -> dict[str, Any]:
+        """The counters, for state.json."""
+        return {"in_a_row": self.in_a_row, "total": self.total}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.in_a_row = dict(state.get("in_a_row", {}))
+        self.total = int(state.get("total", 0))
+
+
+# -------------------------------------------------------------------------------------------------
+# Which parameters weight decay acts on.
+
+LAYERS = (
+    nn.Linear,
+    nn.Embedding,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose2d,
+)
+
+
+def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trained parameters that decay, and those that do not.
+
+    Weights of layers decay. Biases, norms and bare parameters (positions, codebooks, attention
+    scales) do not, nor do those that the module names in `undecayed`.
+    """
+    spared = set(getattr(module, "undecayed", ()))
+    matrices = {
+        id(layer.weight)
+        for name, layer in module.named_modules()
+        if isinstance(layer, LAYERS) and f"{name}.weight" not in spared
+    }
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if id(parameter) in matrices]
+    return decayed, [parameter for parameter in trained if id(parameter) not in matrices]
+
+
+# -------------------------------------------------------------------------------------------------
+# Learning-rate schedule as a pure function of the step: nothing to save, nothing to restore.
+
+
+def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, final_ratio: float) -> float:
+    """Learning rate at a step.
+
+    Rises linearly to `peak` over `warmup` steps, then falls along half a cosine to
+    `final_ratio * peak` at `total` (Loshchilov and Hutter, 1608.03983). Constant from there.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return peak * (final_ratio + (1 - final_ratio) * cosine)
+
+
+# -------------------------------------------------------------------------------------------------
+# One optimizer step: micro-batches, clipping, the learning rate, and when it is not taken.
 
 
 class Steps:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from smalti.files import write_text
+from smalti.files import read_lines, write_text
 from smalti.training.folder import METRICS, RECIPE, REPORT, TIMING
-from smalti.training.log import read_lines
 
 PICTURES = ("samples", "reconstructions")
 MAX_PICTURES = 8  # of each folder, spread over the run

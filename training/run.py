@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from smalti.config import config_to_dict
 from smalti.errors import EXIT_INTERRUPTED, SmaltiError
-from smalti.seeding import derive_seed
+from smalti.randomness import derive_seed
 from smalti.training import processes
 from smalti.training.checkpoint import (
     Checkpoint,
@@ -35,7 +35,7 @@ from smalti.training.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from smalti.training.config import RunConfig
+from smalti.training.config import Precision, RunConfig
 from smalti.training.folder import (
     changes,
     export,
@@ -44,12 +44,13 @@ from smalti.training.folder import (
     refuse_other_settings,
     refuse_target,
 )
-from smalti.training.interrupt import InterruptGuard
 from smalti.training.lock import RunLock
 from smalti.training.logging import Progress
 from smalti.training.optim import Steps
-from smalti.training.precision import Precision
-from smalti.training.signals import EXIT_FAILURE, Watch, launcher
+from smalti.training.signals import EXIT_FAILURE, InterruptGuard, Watch, launcher
+
+# -------------------------------------------------------------------------------------------------
+# A training run: its folder, its processes, its clock. The loop itself stays in the script.
 
 logger = logging.getLogger(__name__)
 
@@ -317,3 +318,34 @@ def _refuse_other_run(checkpoint: Checkpoint, kind: str, config: RunConfig) -> N
             checkpoint.step,
             ", ".join(path.name for path in replaced),
         )
+
+
+# -------------------------------------------------------------------------------------------------
+# What models draw in training, as a function of a sample's place in the whole batch of a step.
+#
+# Numbers are drawn for the whole batch on every process, which takes its rows: so gradients are the
+# same however the batch is shared among processes or cut into micro-batches.
+
+
+class Drawing(Protocol):
+    """A model that draws random numbers in training."""
+
+    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]: ...
+
+
+def drawn_for(run: Run, model: Drawing, step: int) -> list[dict[str, Tensor]]:
+    """What a model draws for each micro-batch of this process."""
+    config = run.config
+    generator = torch.Generator(run.device).manual_seed(derive_seed(config.seed, step, 0))
+    whole = model.draw(config.train_batch_size, generator)
+    parts = {name: shares(run, values) for name, values in whole.items()}
+    return [
+        {name: part[index] for name, part in parts.items()}
+        for index in range(config.gradient_accumulation_steps)
+    ]
+
+
+def shares(run: Run, whole: Tensor) -> list[Tensor]:
+    """The rows of each micro-batch of this process, of rows for the whole batch."""
+    mine = whole.chunk(run.accelerator.num_processes)[run.accelerator.process_index]
+    return list(mine.to(run.device).chunk(run.config.gradient_accumulation_steps))

@@ -6,13 +6,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from smalti.data.explained import Info, command
+from smalti.data.set_info import Info, command
 from smalti.errors import SmaltiError
-from smalti.files import read_json
+from smalti.files import read_json, read_lines
 from smalti.training.checkpoint import Checkpoint, checkpoints, verify
 from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, told_by_run
 from smalti.training.lock import RunLock
-from smalti.training.log import read_lines
 
 # Settings that say most about a run, in this order; a run has some of them.
 TOLD = ("data", "latents", "train_batch_size", "learning_rate", "max_train_steps", "seed")

@@ -6,12 +6,47 @@ for a process that is gone, is ended after `GRACE` seconds; its last checkpoint 
 """
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 
-from smalti.training.interrupt import InterruptGuard
+# -------------------------------------------------------------------------------------------------
+# SIGINT and SIGTERM ask a run to stop after the current step; a second one stops it at once.
+
+
+class InterruptGuard:
+    """Context in which `requested` turns true on the first signal instead of raising."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "InterruptGuard":
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+# -------------------------------------------------------------------------------------------------
+# What is watched beside the steps: that the launcher lives, and that the lock shows life.
 
 # Set by torchrun and by `accelerate launch` for what they start. Without one of them the parent is
 # a shell, which may well end before the run does.

@@ -10,32 +10,196 @@ where it stopped, and makes damaged shards again: each holds the hash of its own
 """
 
 import hashlib
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smalti.config import config_to_dict
-from smalti.data.latent_cache.cache_info import MANIFEST, CacheInfo, read_manifest
-from smalti.data.latent_cache.cache_shard import (
-    DAMAGED,
-    identity_in,
-    is_whole,
-    map_shard,
-    shard_path,
-    write_shard,
-)
+from smalti.config import config_from_dict, config_to_dict
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
-from smalti.data.sources.verification import in_threads
+from smalti.data.sources.base import fingerprint_of, in_threads
 from smalti.errors import SmaltiError
-from smalti.files import sha256_of, write_json
+from smalti.files import read_json, replacing, sha256_of, write_json
+
+# -------------------------------------------------------------------------------------------------
+# The manifest of a latent cache: what is inside, and which tokenizer made it.
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """The manifest: everything needed to know what a cache holds and whether it is whole."""
+
+    spec: LatentSpec
+    classes: tuple[str, ...]
+    num_samples: int
+    views: tuple[str, ...]  # stored versions of each image, see `views.VIEW_SETS`
+    tokenizer_fingerprint: str
+    dataset_fingerprint: str  # of the pictures; "" = not known
+    shard_size: int  # samples per shard
+    # Of rectified flow: hash of what drew the pairs, data | noise, that are stored; "" = latents.
+    pairs: str = ""
+    imported: str = ""  # hash of what other code encoded, and the user says this tokenizer did
+    shards: tuple[str, ...] = ()  # sha256 of each shard file, in order
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if min(self.num_samples, self.shard_size, len(self.views), len(self.classes)) < 1:
+            raise SmaltiError(
+                f"a cache of {self.num_samples} samples in {len(self.views)} views, of "
+                f"{len(self.classes)} classes and {self.shard_size} to a file, would be empty"
+            )
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_samples // self.shard_size)
+
+    def shard_range(self, number: int) -> tuple[int, int]:
+        """Which samples are in a shard: from the first up to, not including, the second."""
+        start = number * self.shard_size
+        return start, min(start + self.shard_size, self.num_samples)
+
+    @property
+    def disk_type(self) -> type[np.generic]:
+        """What the latents are stored as."""
+        match self.spec:
+            case CodeSpec():
+                return np.uint16 if self.spec.vocab_size <= 2**16 else np.int32
+            case ContinuousSpec():
+                return np.float16
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one stored view: (L,) codes, or (2C, h, w) numbers."""
+        match self.spec:
+            case CodeSpec():
+                return (self.spec.length,)
+            case ContinuousSpec():
+                return (2 * self.spec.channels, self.spec.height, self.spec.width)
+
+    def identity(self) -> str:
+        """Hash of all that decides a shard's content; stands inside every shard."""
+        content = {**asdict(self), "shards": ()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> CacheInfo:
+    """The manifest of a finished cache.
+
+    Raises:
+        SmaltiError: no such folder, encoding never finished, or the manifest is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        why = "is not finished: run encode again" if folder.is_dir() else "does not exist"
+        raise SmaltiError(f"the latent cache {folder} {why}")
+    info: CacheInfo = config_from_dict(CacheInfo, read_json(path), str(path))
+    if info.format_version != FORMAT_VERSION:
+        raise SmaltiError(
+            f"{path} has format {info.format_version}; this smalti reads {FORMAT_VERSION}"
+        )
+    if len(info.shards) != info.num_shards:
+        raise SmaltiError(
+            f"{path} is damaged: it names {len(info.shards)} shards, and {info.num_samples} "
+            f"samples in shards of {info.shard_size} make {info.num_shards}: encode again"
+        )
+    return info
+
+
+# -------------------------------------------------------------------------------------------------
+# One file of a latent cache: `stored` (n, views, ...) and `labels` (n,), as safetensors.
+#
+# Each holds the identity of its cache and the hash of its own content, so that an interrupted
+# encoding knows what it can keep.
+
+NAMES = ("stored", "labels")
+SHARD = "shard"  # key of the metadata: identity of the cache, hash of the content
+DAMAGED = "damaged"
+TYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64, "F16": np.float16}
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a cache keeps its shard of this number."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def write_shard(path: Path, tensors: Mapping[str, np.ndarray], identity: str) -> None:
+    """Write `stored` and `labels`; a reader finds all of it or nothing."""
+    # safetensors writes memory as it lies, whatever the strides say.
+    flat = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(flat, temporary, metadata=_metadata(flat, identity))
+
+
+def is_whole(path: Path, identity: str) -> bool:
+    """Whether a shard is there, belongs to the cache, and holds what was once written."""
+    try:
+        with safe_open(path, framework="np") as shard:
+            found = shard.metadata() or {}
+            tensors = {name: shard.get_tensor(name) for name in NAMES}
+    except (FileNotFoundError, SafetensorError):
+        return False
+    return found == _metadata(tensors, identity)
+
+
+def identity_in(path: Path) -> str:
+    """The cache that a shard says it belongs to: "" if it says nothing, or `DAMAGED`."""
+    try:
+        with safe_open(path, framework="np") as shard:
+            return (shard.metadata() or {}).get(SHARD, "").partition("/")[0]
+    except SafetensorError:
+        return DAMAGED
+
+
+def map_shard(path: Path) -> dict[str, np.ndarray]:
+    """`stored` and `labels` as they lie in the file: only what is used is read, when it is used.
+
+    Raises:
+        SmaltiError: the file is no shard of latents.
+    """
+    try:
+        with safe_open(path, framework="np"):  # checks the header: its sizes fit the file
+            pass
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        return {name: _map(path, header[name], 8 + length) for name in NAMES}
+    except (SafetensorError, KeyError) as error:
+        raise SmaltiError(f"{path} is no shard of latents ({error}): encode again") from error
+
+
+def _map(path: Path, entry: Mapping[str, Any], data: int) -> np.ndarray:
+    """The tensor of an entry of the header; `data` is where the tensors begin."""
+    start, _ = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    array = np.memmap(path, TYPES[entry["dtype"]], "r", data + start, shape)
+    return array.view(np.ndarray)  # rows of a plain array are quicker to take
+
+
+def _metadata(tensors: Mapping[str, np.ndarray], identity: str) -> dict[str, str]:
+    parts = [
+        part
+        for name, array in sorted(tensors.items())
+        for part in (f"{name}/{array.dtype}/{array.shape}".encode(), array.tobytes())
+    ]
+    # One key only: safetensors writes several in no certain order.
+    return {SHARD: f"{identity}/{fingerprint_of(parts)}"}
+
+
+# -------------------------------------------------------------------------------------------------
+# The latent cache between the stages: encoded once, read many times.
 
 SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")  # a cache for each
 LARGEST = float(np.finfo(np.float16).max)  # of the numbers that a cache can hold

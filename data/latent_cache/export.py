@@ -25,8 +25,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from smalti.config import config_to_dict
-from smalti.data.latent_cache.cache import LatentCache
-from smalti.data.latent_cache.cache_info import MANIFEST, CacheInfo
+from smalti.data.latent_cache.cache import MANIFEST, CacheInfo, LatentCache
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
 from smalti.files import replacing, sha256_of, write_json, write_text

@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 
 from smalti.config import check_at_least
-from smalti.data.latent_cache.cache import SPLITS, EncodedRange, refuse_other_contents, write_cache
-from smalti.data.latent_cache.cache_info import CacheInfo
+from smalti.data.latent_cache.cache import (
+    SPLITS,
+    CacheInfo,
+    EncodedRange,
+    refuse_other_contents,
+    write_cache,
+)
 from smalti.data.latents import LatentSpec
 from smalti.data.sources.arrays import class_names, names_beside
 from smalti.data.sources.base import divide

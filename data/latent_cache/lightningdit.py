@@ -19,7 +19,7 @@ from torch import Tensor
 from smalti.data.latent_cache.imports import ForeignLatents, Origin
 from smalti.data.latents import ContinuousSpec
 from smalti.data.sources.base import fingerprint_of
-from smalti.data.views import VIEW_SETS
+from smalti.data.transforms import VIEW_SETS
 from smalti.errors import SmaltiError
 
 SUFFIX = ".safetensors"

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from smalti.data.latent_cache.imports import ForeignLatents, Origin
 from smalti.data.latents import CodeSpec
-from smalti.data.sources.base import fingerprint_of
-from smalti.data.sources.verification import in_threads
-from smalti.data.views import VIEW_SETS
+from smalti.data.sources.base import fingerprint_of, in_threads
+from smalti.data.transforms import VIEW_SETS
 from smalti.errors import SmaltiError
 
 CODES, LABELS = "_codes", "_labels"

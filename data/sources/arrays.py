@@ -14,9 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from smalti.data.decoding import FolderOptions
-from smalti.data.sources.base import ImageSource, SourceOptions, fingerprint_of, refuse_one_class
-from smalti.data.sources.verification import in_threads
+from smalti.data.image_io import FolderOptions
+from smalti.data.sources.base import (
+    ImageSource,
+    SourceOptions,
+    fingerprint_of,
+    in_threads,
+    refuse_one_class,
+)
 from smalti.errors import SmaltiError
 from smalti.files import read_json
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from smalti.data.decoding import FORMATS
+from smalti.data.image_io import FORMATS
 from smalti.data.sources.base import ImageSource, SourceOptions, fingerprint_of
 
 ASSETS = files("smalti.data") / "assets"

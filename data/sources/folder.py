@@ -10,9 +10,8 @@ from typing import BinaryIO
 import torch
 from PIL import Image
 
-from smalti.data.decoding import FolderOptions, Unusable, decode, our_own_pixel_cap
-from smalti.data.sources.base import SourceOptions
-from smalti.data.sources.verification import EncodedPictures
+from smalti.data.image_io import FolderOptions, Unusable, decode, our_own_pixel_cap
+from smalti.data.sources.base import EncodedPictures, SourceOptions
 from smalti.errors import SmaltiError
 
 logger = logging.getLogger(__name__)

@@ -8,24 +8,236 @@ refused by `datasets` itself.
 import importlib
 import io
 import itertools
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
+from tqdm.auto import tqdm
 
 from smalti.config import nearest
-from smalti.data.sources.base import HuggingFaceOptions, SourceOptions
-from smalti.data.sources.columns import Columns, datasets_library, find_columns, labels_of
-from smalti.data.sources.download import folder_name
-from smalti.data.sources.stream import Sample, copy_stream
-from smalti.data.sources.verification import EncodedPictures
+from smalti.data.image_io import format_of
+from smalti.data.sources.arrays import class_names
+from smalti.data.sources.base import EncodedPictures, HuggingFaceOptions, SourceOptions
+from smalti.data.sources.download import alone, folder_name
+from smalti.data.sources.folder import EXTENSIONS
+from smalti.data.sources.webdataset import MANIFESTS, ShardPictures, list_members
 from smalti.errors import SmaltiError
+from smalti.files import replacing, write_json
 
 if TYPE_CHECKING:
     import datasets
+
+
+# -------------------------------------------------------------------------------------------------
+# Which columns of a Hugging Face data set hold pictures and labels, and what the labels mean.
+
+logger = logging.getLogger(__name__)
+
+IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp")
+LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a data set keeps pictures and labels."""
+
+    image: str
+    label: str | None  # None: there are no labels
+    classes: tuple[str, ...] | None  # names of the numbers in the label column
+
+
+def find_columns(title: str, features: Any, options: HuggingFaceOptions) -> Columns:
+    """The columns by option, by type, or by name.
+
+    Raises:
+        SmaltiError: a column is missing, or several would do.
+    """
+    lib = datasets_library()
+    if features is None:
+        raise SmaltiError(f"{title} does not tell its columns: leave out --hf.streaming")
+    image = options.image_column or _one_column(
+        title, features, lib.Image, IMAGE_COLUMNS, "image_column"
+    )
+    if image is None:
+        raise SmaltiError(
+            f"{title} has the columns {', '.join(features)}: name that of the pictures in "
+            "--hf.image_column"
+        )
+    label = options.label_column or _one_column(
+        title, features, lib.ClassLabel, LABEL_COLUMNS, "label_column"
+    )
+    for column in filter(None, (image, label)):
+        if column not in features:
+            raise SmaltiError(f'{title} has no column "{column}"; {nearest(column, features)}')
+    if label is None:
+        others = ", ".join(name for name in features if name != image) or "no other"
+        logger.warning(
+            "no column of labels is known in %s (it has %s): --hf.label_column names one",
+            title,
+            others,
+        )
+    names = getattr(features[label], "names", None) if label else None
+    return Columns(image, label, tuple(names) if names else None)
+
+
+def _one_column(
+    title: str, features: Any, kind: type, names: Sequence[str], option: str
+) -> str | None:
+    """The only column of a kind; else the first that has one of some names."""
+    of_kind = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if len(of_kind) > 1:
+        raise SmaltiError(
+            f"{title} has several columns that would do ({', '.join(of_kind)}): choose one with "
+            f"--hf.{option}"
+        )
+    return next((name for name in (*of_kind, *names) if name in features), None)
+
+
+def labels_of(
+    title: str, values: list[Any], columns: Columns
+) -> tuple[tuple[str, ...], torch.Tensor]:
+    """Class names, and the labels (N,) int64.
+
+    Args:
+        values: what stands in the label column, for each row.
+
+    Raises:
+        SmaltiError: a row has no label, or one that is neither a name nor a number from 0 on.
+    """
+    if columns.label is None:
+        return ("",), torch.zeros(len(values), dtype=torch.int64)
+    if all(type(value) is str for value in values):
+        names = tuple(sorted(set(values)))
+        where = {name: number for number, name in enumerate(names)}
+        return names, torch.tensor([where[value] for value in values])
+    for row, value in enumerate(values):
+        if type(value) is not int or value < 0:
+            raise SmaltiError(
+                f"{title}: row {row} has the label {value!r}: choose another --hf.split or "
+                "--hf.label_column"
+            )
+    names = list(columns.classes) if columns.classes else None
+    return class_names(Path(title), names, max(values) + 1), torch.tensor(values)
+
+
+def datasets_library() -> Any:
+    """The package `datasets`, which not every user has.
+
+    Raises:
+        SmaltiError: it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise SmaltiError(
+            "Hugging Face data sets need another package: pip install 'smalti[data]'"
+        ) from error
+    return datasets
+
+
+# -------------------------------------------------------------------------------------------------
+# A stream of samples, written to local shards once.
+#
+# A stream has no random access, so it could neither be shuffled exactly nor resumed at a step.
+# Hence what it yields is copied: into shards of equal numbers of samples, each written whole or
+# not at all, the manifest last. A copy that was interrupted goes on after its last whole shard.
+
+SHARD_SIZE = 1000  # samples
+MANIFEST = MANIFESTS[0]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An encoded picture and its label."""
+
+    content: bytes
+    label: int | str | None
+
+
+def copy_stream(
+    folder: Path,
+    samples: Callable[[int], Iterator[Sample]],
+    *,
+    title: str,
+    classes: Callable[[], tuple[str, ...] | None],
+    request: dict[str, Any],
+    shard_size: int = SHARD_SIZE,
+) -> ShardPictures:
+    """The samples of a stream as local shards in `folder`, which is made if need be.
+
+    Args:
+        samples: yields the samples from a position on, in an order that is always the same.
+        classes: tells the names of the classes where labels are numbers.
+        request: what the stream was asked for; kept in the manifest.
+
+    Raises:
+        SmaltiError: the stream holds nothing.
+    """
+    with alone(folder / MANIFEST):
+        if not (folder / MANIFEST).is_file():
+            counts = _write_shards(folder, samples, title, shard_size)
+            names = classes()
+            if names is not None:
+                write_json(folder / "classes.json", list(names))
+            write_json(folder / MANIFEST, {"shards": counts, "stream": request})
+    return ShardPictures(title, sorted(folder.glob("[0-9]*.tar")), expect_all=True)
+
+
+def _write_shards(
+    folder: Path, samples: Callable[[int], Iterator[Sample]], title: str, shard_size: int
+) -> dict[str, int]:
+    """Write what is missing; how many samples each shard holds."""
+    whole = itertools.takewhile(Path.is_file, (_shard(folder, n) for n in itertools.count()))
+    counts = {path.name: len(list_members(path)) for path in whole}
+    done = sum(counts.values())
+    if len(counts) * shard_size != done:  # the last one is short: the stream has ended there
+        return counts
+    stream = iter(tqdm(samples(done), desc=f"copy {title}", initial=done, unit=" pictures"))
+    for number in itertools.count(len(counts)):
+        part = list(itertools.islice(stream, shard_size))
+        if part:
+            path = _shard(folder, number)
+            _write_shard(path, part, number * shard_size)
+            counts[path.name] = len(part)
+        if len(part) < shard_size:
+            break
+    if not counts:
+        raise SmaltiError(f"the stream of {title} holds no pictures: check --data and --hf.split")
+    return counts
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.tar"
+
+
+def _write_shard(path: Path, samples: list[Sample], first: int) -> None:
+    with replacing(path) as temporary, tarfile.open(temporary, "w") as archive:
+        for number, sample in enumerate(samples, first):
+            _add(archive, f"{number:09d}{_suffix(sample.content)}", sample.content)
+            if sample.label is not None:
+                _add(archive, f"{number:09d}.cls", str(sample.label).encode())
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def _suffix(content: bytes) -> str:
+    """How files of this kind are called; a damaged picture is kept, and dealt with later."""
+    suffix = f".{(format_of(content) or '').lower()}"
+    return suffix if suffix in EXTENSIONS else ".png"
+
+
+# -------------------------------------------------------------------------------------------------
+# Pictures in Hugging Face data sets: saved folders, parquet and arrow files, and the Hub.
 
 SIZES_AT_ONCE = 10_000  # rows
 SAVED = ("dataset_dict.json", "state.json")  # one of them lies in what `save_to_disk` wrote

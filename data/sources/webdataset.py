@@ -8,10 +8,15 @@ closed properly, and hold as many samples as the manifest beside it says, if the
 """
 
 import io
+import json
+import re
 import tarfile
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,14 +24,143 @@ import torch
 from tqdm.auto import tqdm
 
 from smalti.data.sources.arrays import class_names, names_beside
-from smalti.data.sources.base import SourceOptions
+from smalti.data.sources.base import EncodedPictures, SourceOptions
 from smalti.data.sources.download import local_copies
 from smalti.data.sources.folder import EXTENSIONS
-from smalti.data.sources.patterns import expand_shards
-from smalti.data.sources.shard_labels import LABELS, MAX_LABEL_BYTES, first_label, read_label
-from smalti.data.sources.verification import EncodedPictures
 from smalti.errors import SmaltiError
 from smalti.files import read_json, write_json
+
+# -------------------------------------------------------------------------------------------------
+# What the label members of a WebDataset shard say: 000017.cls, 000017.json.
+
+LABELS = (".cls", ".json")  # the first that tells a label counts
+JSON_KEYS = ("label", "cls", "class")
+MAX_LABEL_BYTES = 2**20
+
+
+def read_label(shard: Path, name: str, content: bytes) -> int | str | None:
+    """A number or the name of a class; None if a .json member says nothing of it.
+
+    Raises:
+        SmaltiError: the member holds something else; names it.
+    """
+    is_json = name.lower().endswith(".json")
+    try:
+        label: Any = content.decode("utf-8").strip()
+        if is_json:
+            label = _label_of(json.loads(label))
+    except (ValueError, RecursionError) as error:
+        kind = "JSON" if is_json else "label"
+        raise SmaltiError(f"{name} in {shard} holds no {kind}: write it again") from error
+    if isinstance(label, str) and label.removeprefix("-").isdecimal():
+        label = int(label)
+    if isinstance(label, str) and not all(map(_can_be_printed, label)):
+        raise SmaltiError(
+            f"{name} in {shard} has the label {label[:40]!a}, which cannot be printed: write it "
+            "again"
+        )
+    if (type(label) is int and label >= 0) or (type(label) is str and label):
+        return label
+    if is_json:
+        return None
+    raise SmaltiError(
+        f"{name} in {shard} holds no label: it must be a number from 0 on or the name of a class"
+    )
+
+
+def first_label(labels: dict[str, int | str | None]) -> int | str | None:
+    """What the members of a sample say together, by suffix."""
+    said = (labels.get(suffix) for suffix in LABELS)
+    return next((label for label in said if label is not None), None)
+
+
+def _label_of(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return None
+    return next((values[key] for key in JSON_KEYS if key in values), None)
+
+
+def _can_be_printed(letter: str) -> bool:
+    """Whether it is neither a control character (zero is one) nor half of a character."""
+    return unicodedata.category(letter) not in ("Cc", "Cs")
+
+
+# -------------------------------------------------------------------------------------------------
+# Which files a pattern of shards means.
+
+BRACES = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(\d+)\.\.(\d+)")
+MAX_SHARDS = 1_000_000
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst")
+
+
+def expand_shards(spec: str) -> list[str]:
+    """Paths or URLs of shards, in order: {000..009} counts, {a,b} lists, * and ? look around.
+
+    Raises:
+        SmaltiError: a command instead of files, no such files, or a pattern that cannot be read.
+    """
+    if spec.startswith("pipe:") or "::" in spec:
+        raise SmaltiError(
+            f"--data is {spec}: commands and chained locations are not run; name files or URLs"
+        )
+    if spec.endswith(COMPRESSED):
+        raise SmaltiError(f"--data is {spec}: decompress the shards, then name the .tar files")
+    names = expand_braces(spec)
+    if "://" in spec:
+        return names
+    paths = [Path(name).expanduser() for name in names]
+    found = [path for pattern in paths for path in _files(pattern)]
+    if not found:
+        raise SmaltiError(f"no shards fit {spec}: check --data")
+    return [str(path) for path in found]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Every name that a pattern with {a,b} and {000..009} stands for.
+
+    Raises:
+        SmaltiError: braces that hold neither, or too many names.
+    """
+    choices = [_choices(body, pattern) for body in BRACES.findall(pattern)]
+    literals = BRACES.split(pattern)[::2]
+    count = 1
+    for options in choices:
+        count *= len(options)
+    if count > MAX_SHARDS:
+        raise SmaltiError(f"{pattern} stands for {count} files: more than {MAX_SHARDS}")
+    return [
+        literals[0] + "".join(a + b for a, b in zip(chosen, literals[1:], strict=True))
+        for chosen in product(*choices)
+    ]
+
+
+def _choices(body: str, pattern: str) -> list[str]:
+    if found := RANGE.fullmatch(body):
+        first, last = found.groups()
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        if not 0 <= int(last) - int(first) < MAX_SHARDS:
+            raise SmaltiError(f"{{{body}}} in {pattern} does not count upwards: mend the range")
+        return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+    if "," in body:
+        return body.split(",")
+    raise SmaltiError(f"{{{body}}} in {pattern} is neither a range nor a list: {{000..009}} counts")
+
+
+def _files(pattern: Path) -> list[Path]:
+    if pattern.is_dir():
+        seen = sorted(path for path in pattern.iterdir() if path.name[0] != ".")
+        for path in seen:
+            if path.name.endswith(COMPRESSED):
+                raise SmaltiError(f"{path} would be passed over: decompress it, or move it away")
+        return [path for path in seen if path.suffix == ".tar"]
+    if not pattern.exists() and any(letter in str(pattern) for letter in "*?["):
+        return [Path(name) for name in sorted(glob(str(pattern)))]
+    return [pattern]  # one that is missing is named when it is opened
+
+
+# -------------------------------------------------------------------------------------------------
+# Pictures in WebDataset shards: tar files whose members 000017.jpg and 000017.cls make a sample.
 
 # Beside the shards: {"000.tar": 1000, ...}, the same under "shards", or wids' "shardlist".
 MANIFESTS = ("manifest.json", "sizes.json", "_shards.json")

@@ -7,6 +7,7 @@ Nothing is written before everything is verified, and then at once.
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ from torch import Tensor, nn
 from smalti.errors import SmaltiError
 from smalti.files import read_json, replacing, write_json
 from smalti.pipelines.convert import SOURCES
-from smalti.pipelines.convert.diffusers_config import check_stated
-from smalti.pipelines.convert.imagenet import NUM_CLASSES, class_names
+from smalti.pipelines.convert.diffusers_autoencoder import check_stated
 from smalti.pipelines.convert.layout import Imported, export_tensors, import_tensors, matches
 from smalti.pipelines.convert.reader import (
     CONFIG,
@@ -34,6 +34,34 @@ from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.registry import TOKENIZERS
+
+# -------------------------------------------------------------------------------------------------
+# The names of the 1000 classes of ImageNet, as models of them number their labels.
+
+NUM_CLASSES = 1000
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """The names in label order, each once.
+
+    They come with torchvision; where it calls two classes alike, the number tells them apart.
+    """
+    from torchvision.models import AlexNet_Weights
+
+    names: list[str] = AlexNet_Weights.IMAGENET1K_V1.meta["categories"]
+    repeated = {name for name, count in Counter(names).items() if count > 1}
+    return tuple(f"{n} ({i})" if n in repeated else n for i, n in enumerate(names))
+
+
+def class_names(count: int) -> tuple[str, ...]:
+    """Names for the classes of a published model: ImageNet's for 1000, else their numbers."""
+    if count == NUM_CLASSES:
+        return imagenet_classes()
+    return tuple(str(number) for number in range(count))
+
+
+# -------------------------------------------------------------------------------------------------
+# Published weights -> our folders, and back: read, infer, map, verify, write.
 
 Converted = Tokenizer | Prior | Pipeline
 

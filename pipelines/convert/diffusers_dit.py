@@ -12,7 +12,7 @@ import torch
 
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
-from smalti.pipelines.convert.diffusers_config import number, refusal, whole
+from smalti.pipelines.convert.diffusers_autoencoder import number, refusal, whole
 from smalti.pipelines.convert.dit import (
     NOISE_ON_A_CHAIN,
     PUBLISHED_HEADS,
@@ -22,9 +22,17 @@ from smalti.pipelines.convert.dit import (
     network_facts,
 )
 from smalti.pipelines.convert.layout import Layout, Link, Tensors, same
-from smalti.pipelines.convert.prior_sizes import dims, fingerprint, head_count, layers, single_side
 from smalti.pipelines.convert.reader import Checkpoint
-from smalti.pipelines.convert.source import Inferred, Options, Source
+from smalti.pipelines.convert.source import (
+    Inferred,
+    Options,
+    Source,
+    dims,
+    fingerprint,
+    head_count,
+    layers,
+    single_side,
+)
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.registry import PRIORS

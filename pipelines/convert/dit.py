@@ -8,7 +8,11 @@ import torch
 
 from smalti.errors import SmaltiError
 from smalti.pipelines.convert.layout import Buffer, Layout, same
-from smalti.pipelines.convert.prior_sizes import (
+from smalti.pipelines.convert.reader import Checkpoint
+from smalti.pipelines.convert.source import (
+    Inferred,
+    Options,
+    Source,
     dims,
     fingerprint,
     head_count,
@@ -16,13 +20,14 @@ from smalti.pipelines.convert.prior_sizes import (
     layers,
     square_side,
 )
-from smalti.pipelines.convert.reader import Checkpoint
-from smalti.pipelines.convert.source import Inferred, Options, Source
+from smalti.prior.attention import sin_cos_table
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.path import DDPMPath
 from smalti.prior.flow.prior import FlowConfig
-from smalti.prior.positions import sin_cos_table
 from smalti.prior.registry import PRIORS
+
+# -------------------------------------------------------------------------------------------------
+# DiT's weights (Peebles and Xie, 2212.09748): a state dict, or the `ema` of a training run.
 
 POSITIONS = "pos_embed"  # (1, N, width): sines and cosines
 NETWORK = "network."  # what our names of the same tensors begin with
@@ -159,3 +164,17 @@ def is_plain(network: DiTConfig) -> bool:
     height, width = network.grid
     parts = (network.positions, network.feed_forward, network.norm)
     return height == width and parts == ("sin-cos", "gelu", "layer") and not network.qk_norm
+
+
+# -------------------------------------------------------------------------------------------------
+# SiT's weights (Ma et al., 2401.08740), which are laid out as DiT's.
+
+
+class SiT(DiTNetwork):
+    """A velocity on straight paths, told a time from 0, noise, to 1, data.
+
+    The second half of the output channels is not used, as in SiT.
+    """
+
+    title = "SiT"
+    objective = FlowConfig()

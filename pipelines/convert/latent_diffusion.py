@@ -5,8 +5,15 @@ import math
 from typing import Any
 
 from smalti.errors import SmaltiError
-from smalti.pipelines.convert.conv import ConvSource, OneCodebook, stated_size
-from smalti.pipelines.convert.conv_names import PUBLISHED_GROUPS, ConvNames, conv_facts, infer_conv
+from smalti.pipelines.convert.conv import (
+    PUBLISHED_GROUPS,
+    ConvNames,
+    ConvSource,
+    OneCodebook,
+    conv_facts,
+    infer_conv,
+    stated_size,
+)
 from smalti.pipelines.convert.reader import Checkpoint
 from smalti.pipelines.convert.source import Inferred, Options
 from smalti.pipelines.convert.taming import (

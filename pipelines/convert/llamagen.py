@@ -3,11 +3,230 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from smalti.pipelines.convert.conv import OneCodebook
-from smalti.pipelines.convert.conv_names import ConvNames, mirrored
-from smalti.pipelines.convert.layout import Buffer
+from smalti.data.latents import CodeSpec
+from smalti.errors import SmaltiError
+from smalti.pipelines.convert.conv import ConvNames, OneCodebook, mirrored
+from smalti.pipelines.convert.layout import Buffer, Layout, same
 from smalti.pipelines.convert.reader import Checkpoint
+from smalti.pipelines.convert.source import (
+    Inferred,
+    Options,
+    Source,
+    dims,
+    fingerprint,
+    head_count,
+    head_flags,
+    layers,
+    single_side,
+    square_side,
+)
+from smalti.prior.layers import rotary_table
+from smalti.prior.next_token.model import NextTokenConfig
+from smalti.prior.registry import PRIORS
+
+# -------------------------------------------------------------------------------------------------
+# LlamaGen's priors (Sun et al., 2406.06525), of classes and of captions.
+#
+# A file names neither its heads nor its grid, unless it is an old one that holds the rotary
+# table, or was saved after sampling, with masks and caches inside. Those are checked and left
+# out.
+
+PUBLISHED_HEADS = {3200: 32, 4096: 32}  # by width: 3B and 7B
+PUBLISHED_SIDE = 16  # codes per side: 256 px
+
+CAPTIONS, NO_CAPTION = "cls_embedding.cap_proj.", "cls_embedding.uncond_embedding"
+CLASSES = "cls_embedding.embedding_table.weight"
+QKV, GATE = "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight"
+
+ROTARY = "freqs_cis"  # (prefix + codes, head_dim / 2, 2): cosines and sines
+MASKS = ("causal_mask", "mask_cache")  # (..., T, T)
+CACHES = "layers.*.attention.kv_cache.*_cache"  # (B, heads, T, head_dim)
+CACHE = "layers.0.attention.kv_cache.k_cache"
+
+
+class LlamaGenPrior(Source):
+    """Names are ours but for the class table; conditions do not turn (`prefix_rotary` "zero")."""
+
+    title = "LlamaGen prior"
+    registry = PRIORS
+    options = frozenset({"heads", "scales", "tokenizer"})
+    wrappers = ("model", "module", "state_dict", "ema")  # in the order of the authors' sampler
+    export_wrapper = "model"
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        codes = checkpoint.has("tok_embeddings.") or checkpoint.has("cls_embedding.")
+        return codes and checkpoint.has("layers.")
+
+    def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
+        vocab, width = dims(checkpoint, "tok_embeddings.weight", 2)
+        sizes, facts = _condition(checkpoint)
+        heads, assumed = head_count(options, width, PUBLISHED_HEADS, _told_heads(checkpoint, width))
+        side, origin = _side(checkpoint, options, sizes)
+        config = NextTokenConfig(
+            spec=CodeSpec(vocab, ((side, side),)),
+            depth=layers(checkpoint, "layers.{}."),
+            width=width,
+            num_heads=heads,
+            num_kv_heads=_kv_heads(checkpoint, width, heads),
+            hidden=dims(checkpoint, GATE, 2)[0],
+            prefix_rotary="zero",
+            tokenizer_fingerprint=fingerprint(options),
+            **sizes,
+        )
+        _check_leftovers(checkpoint, config)
+        facts |= {"codes": vocab, "width": width, "depth": config.depth, "hidden": config.hidden}
+        facts |= {} if assumed else {"heads": heads}
+        facts |= {} if origin else {"grid": f"{side} x {side}"}
+        return Inferred(config, facts, assumed | origin)
+
+    def layout(self, config: NextTokenConfig) -> Layout:
+        with torch.device("meta"):
+            names = PRIORS.build(config).state_dict()
+        links = [same(n, CLASSES if n == "cls_embedding.weight" else n) for n in names]
+        return Layout(links, surplus=(ROTARY, *MASKS, CACHES))
+
+    def flags(self, config: NextTokenConfig) -> dict[str, object]:
+        heads = head_flags(config.num_heads, config.width, PUBLISHED_HEADS)
+        side = config.spec.grids[0][0]
+        return heads | ({} if side == PUBLISHED_SIDE else {"scales": side})
+
+    def fits(self, config: Any) -> bool:
+        if not isinstance(config, NextTokenConfig):
+            return False
+        height, width = config.spec.grids[0]
+        return (
+            config.prefix_rotary == "zero"
+            and height == width
+            and not config.qk_norm
+            and config.random_order is None
+            and config.norm_eps == NextTokenConfig.norm_eps
+            and config.rotary_base == NextTokenConfig.rotary_base
+        )
+
+
+def _condition(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, object]]:
+    """Fields of the config that say what the prior is told, and facts to print."""
+    if not (checkpoint.has(CAPTIONS) or NO_CAPTION in checkpoint.tensors):
+        classes = dims(checkpoint, CLASSES, 2)[0] - 1  # the last row is no class
+        return {"num_classes": classes}, {"classes": classes}
+    length, dim = dims(checkpoint, NO_CAPTION, 2)
+    fields = {"condition": "text", "num_classes": 0, "text_length": length, "text_dim": dim}
+    return fields, {"captions": f"{length} tokens of {dim} features"}
+
+
+def _told_heads(checkpoint: Checkpoint, width: int) -> int | None:
+    """Heads according to a rotary table or cache in the file."""
+    if ROTARY in checkpoint.tensors:
+        name, head_dim = ROTARY, 2 * dims(checkpoint, ROTARY, 3)[1]
+    elif CACHE in checkpoint.tensors:
+        name, head_dim = CACHE, dims(checkpoint, CACHE, 4)[3]
+    else:
+        return None
+    if width % head_dim:
+        raise SmaltiError(
+            f"{checkpoint.path}: {name} is for heads of width {head_dim}, which does not divide "
+            f"the width {width} of tok_embeddings.weight"
+        )
+    return width // head_dim
+
+
+def _kv_heads(checkpoint: Checkpoint, width: int, heads: int) -> int:
+    """Heads of keys and values as the config has them: 0 for as many as queries have."""
+    rows = dims(checkpoint, QKV, 2)[0]
+    kv_heads, rest = divmod(rows - width, 2 * (width // heads))
+    if rest or not 1 <= kv_heads <= heads or heads % kv_heads:
+        raise SmaltiError(
+            f"{checkpoint.path}: {QKV} has {rows} rows, which {heads} heads in a width of {width} "
+            "do not make: give their number with --heads"
+        )
+    return 0 if kv_heads == heads else kv_heads
+
+
+def _side(
+    checkpoint: Checkpoint, options: Options, condition: dict[str, Any]
+) -> tuple[int, dict[str, object]]:
+    """Side of the code grid, and if the file does not tell it, where it comes from, to print.
+
+    Raises:
+        SmaltiError: the tokenizer has no such grid.
+    """
+    if options.tokenizer is not None:
+        spec = options.tokenizer.spec
+        if not isinstance(spec, CodeSpec) or len(spec.grids) != 1:
+            raise SmaltiError(
+                f"the tokenizer makes {spec}; a LlamaGen prior models one grid of codes: give its "
+                "own tokenizer"
+            )
+        if options.scales is None:
+            side = spec.grids[0][1]
+            return side, {"grid": f"{side} x {side}, the tokenizer's"}
+    if options.scales is None and ROTARY in checkpoint.tensors:
+        prefix = condition.get("text_length", 1)
+        side = square_side(max(0, dims(checkpoint, ROTARY, 3)[0] - prefix))
+        if side:
+            return side, {}
+    return single_side(options, PUBLISHED_SIDE)
+
+
+# -- what old code left in a file -----------------------------------------------------------------
+
+
+def _check_leftovers(checkpoint: Checkpoint, config: NextTokenConfig) -> None:
+    """Raise `SmaltiError` if a table or mask in the file is not the one that our model makes."""
+    tensors, path = checkpoint.tensors, checkpoint.path
+    if ROTARY in tensors:
+        expected = _rotary(config)
+        if not _close(tensors[ROTARY], expected):
+            raise SmaltiError(
+                f"{path}: {ROTARY} is not the table of {tuple(expected.shape)} numbers for "
+                f"{config.num_heads} heads and grids of {config.spec.grids[0][0]} codes per side: "
+                "give theirs with --heads and --scales"
+            )
+    for name in MASKS:
+        if name in tensors and not _is_causal(tensors[name], config.condition == "text"):
+            raise SmaltiError(f"{path}: {name} is no causal mask, but the model is causal")
+    for name in tensors:
+        if ".kv_cache." in name:
+            shape = dims(checkpoint, name, 4)
+            if shape[1] not in (config.num_heads, config.kv_heads) or shape[3] != config.head_dim:
+                raise SmaltiError(
+                    f"{path}: {name} has shape {shape}, which is not for {config.num_heads} heads "
+                    f"of width {config.head_dim}"
+                )
+
+
+def _rotary(config: NextTokenConfig) -> Tensor:
+    grid, prefix = config.spec.grids[0], config.prefix_length
+    table = rotary_table(grid, config.head_dim, config.rotary_base, prefix, prefix_is_zero=True)
+    return torch.view_as_real(table)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Whether both agree to the precision of what was found."""
+    if found.shape != expected.shape or not found.is_floating_point():
+        return False
+    tolerance = max(1e-5, torch.finfo(found.dtype).eps)
+    return torch.allclose(found.double(), expected.double(), rtol=0, atol=tolerance)
+
+
+def _is_causal(mask: Tensor, padded: bool) -> bool:
+    """Whether a mask (..., T, T), of flags or to be added to scores, lets all see themselves and
+    what is before, and nothing else; where captions are padded, less."""
+    if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2]:
+        return False
+    added = mask.is_floating_point() and bool((mask < 0).any())
+    seen = mask == 0 if added else mask.bool()
+    before = torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
+    if padded:
+        own = seen.diagonal(dim1=-2, dim2=-1)
+        return bool(own.all()) and not bool((seen & ~before).any())
+    return bool((seen == before).all())
+
+
+# -------------------------------------------------------------------------------------------------
+# LlamaGen's tokenizers VQ-8 and VQ-16 (Sun et al., 2406.06525).
 
 NAMES = ConvNames(
     rules=(

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from smalti.pipelines.convert.conv import TRAINING_PARTS, OneCodebook
-from smalti.pipelines.convert.conv_names import ConvNames
+from smalti.pipelines.convert.conv import TRAINING_PARTS, ConvNames, OneCodebook
 from smalti.pipelines.convert.reader import Checkpoint
 from smalti.pipelines.convert.source import Options
 from smalti.tokenizer.conv import ConvConfig

@@ -1,26 +1,44 @@
 """VAR's multi-scale residual tokenizer (Tian et al., 2404.02905)."""
 
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
 from smalti.pipelines.convert.conv import (
+    ConvNames,
     VQSource,
     codebook_facts,
     infer_codebook,
     stated_size,
 )
-from smalti.pipelines.convert.conv_names import ConvNames
-from smalti.pipelines.convert.layout import Buffer
+from smalti.pipelines.convert.layout import Buffer, Layout, same
 from smalti.pipelines.convert.reader import WRAPPERS, Checkpoint
-from smalti.pipelines.convert.source import Inferred, Options
+from smalti.pipelines.convert.source import (
+    Inferred,
+    Options,
+    Source,
+    dims,
+    head_count,
+    head_flags,
+    layers,
+    square_side,
+)
+from smalti.prior.next_scale.model import NextScaleConfig, block_causal_mask, scale_of_codes
+from smalti.prior.next_scale.quantizer import FrozenQuantizer
+from smalti.prior.registry import PRIORS
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.quantizers import QuantizerConfig
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
-from smalti.tokenizer.vq import VQConfig
+from smalti.tokenizer.vq import VQConfig, VQTokenizer
+
+# -------------------------------------------------------------------------------------------------
+# VAR's multi-scale residual tokenizer (Tian et al., 2404.02905).
 
 # Sides of the code grids, by the side of the last one: 256 px and 512 px.
 PUBLISHED_SCALES = {
@@ -153,3 +171,198 @@ def _sides(options: Options, conv: ConvConfig) -> tuple[tuple[int, ...], str]:
         )
     sides = PUBLISHED_SCALES[last]
     return sides, f"{', '.join(map(str, sides))}, the default of --scales"
+
+
+# -------------------------------------------------------------------------------------------------
+# VAR's priors (Tian et al., 2404.02905), which are told by sums of code vectors and so own a copy
+# of their tokenizer's quantizer; the published file lacks it.
+
+LEVELS = "lvl_1L"  # (1, L) number of the scale of every code
+MASK = "attn_bias_for_masking"  # (1, 1, L, L) 0, or -inf where a code must not look
+KEY_BIAS = "blocks.{}.attn.zero_k_bias"  # (width,) zeros
+HEAD_SCALES = "blocks.{}.attn.scale_mul_1H11"  # (1, heads, 1, 1)
+
+
+class VARPrior(Source):
+    """Names are ours, in VAR's order of modulations; `quantizer.*` comes from the tokenizer."""
+
+    title = "VAR prior"
+    registry = PRIORS
+    options = frozenset({"heads", "scales", "tokenizer"})
+    wrappers = ("trainer", "var_wo_ddp", *WRAPPERS)
+
+    def recognises(self, checkpoint: Checkpoint) -> bool:
+        own = any(checkpoint.has(name) for name in ("pos_1LC", "lvl_embed.", "word_embed."))
+        return own and checkpoint.has("blocks.")
+
+    def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
+        sizes = Sizes.of(checkpoint)
+        tokenizer = _tokenizer(options)
+        quantizer = tokenizer.config.quantizer
+        assert isinstance(quantizer, MultiScaleConfig)
+        _check_fit(sizes, _told_scales(checkpoint, options), quantizer)
+        l2_norm = any(".scale_mul_1H11" in name for name in checkpoint.tensors)
+        told = dims(checkpoint, HEAD_SCALES.format(0), 4)[1] if l2_norm else None
+        heads, assumed = head_count(options, sizes.width, {}, told)
+        config = NextScaleConfig(
+            spec=CodeSpec(quantizer.codebook.vocab_size, quantizer.scales),
+            quantizer=quantizer,
+            num_classes=sizes.classes,
+            depth=sizes.depth,
+            width=sizes.width,
+            num_heads=heads,
+            mlp_ratio=sizes.hidden / sizes.width,
+            drop_path=min(0.1 * sizes.depth / 24, 0.5),  # for fine-tuning, as in VAR
+            shared_adaln=checkpoint.has("shared_ada_lin."),
+            qk_l2_norm=l2_norm,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+        )
+        facts: dict[str, object] = {
+            "scales": ", ".join(str(side) for side, _ in quantizer.scales),
+            "codes": sizes.vocab,
+            "classes": sizes.classes,
+            "width": sizes.width,
+            "depth": sizes.depth,
+            "adaLN": "shared" if config.shared_adaln else "of every block",
+            "attention": "l2-normalised" if l2_norm else "plain",
+        }
+        return Inferred(config, facts | ({} if assumed else {"heads": heads}), assumed)
+
+    def layout(self, config: NextScaleConfig) -> Layout:
+        with torch.device("meta"):
+            names = PRIORS.build(config).state_dict()
+        links = [same(name, name) for name in names if not name.startswith("quantizer.")]
+        return Layout(links, buffers=_buffers(config), own=("quantizer.*",))
+
+    def own_tensors(self, config: NextScaleConfig, options: Options) -> dict[str, Tensor]:
+        """The tokenizer's quantizer, frozen."""
+        with torch.random.fork_rng(devices=[]):
+            frozen = FrozenQuantizer(config.quantizer)
+        frozen.bind(_tokenizer(options).quantizer)
+        return {f"quantizer.{name}": tensor for name, tensor in frozen.state_dict().items()}
+
+    def flags(self, config: NextScaleConfig) -> dict[str, object]:
+        heads = {} if config.qk_l2_norm else head_flags(config.num_heads, config.width, {})
+        return {"tokenizer": "TOKENIZER", **heads}
+
+    def fits(self, config: Any) -> bool:
+        if not isinstance(config, NextScaleConfig):
+            return False
+        quantizer = config.quantizer
+        return (
+            all(height == width for height, width in config.spec.grids)
+            and config.norm_eps == NextScaleConfig.norm_eps
+            and not quantizer.codebook.l2_normalise
+            and quantizer.residual_ratio == MultiScaleConfig.residual_ratio
+            and quantizer.shared_out == sharing(len(quantizer.scales), quantizer.convolutions)
+        )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the shapes of a published file say."""
+
+    width: int
+    depth: int
+    hidden: int  # of the feed-forward
+    classes: int
+    vocab: int
+    code_dim: int
+    scales: int
+    length: int  # codes of all scales
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """Raises `SmaltiError` if a tensor that tells a size is missing."""
+        width, code_dim = dims(checkpoint, "word_embed.weight", 2)
+        return cls(
+            width=width,
+            depth=layers(checkpoint, "blocks.{}."),
+            hidden=dims(checkpoint, "blocks.0.ffn.fc1.weight", 2)[0],
+            classes=dims(checkpoint, "class_emb.weight", 2)[0] - 1,  # the last row is no class
+            vocab=dims(checkpoint, "head.weight", 2)[0],
+            code_dim=code_dim,
+            scales=dims(checkpoint, "lvl_embed.weight", 2)[0],
+            length=dims(checkpoint, "pos_1LC", 3)[1],
+        )
+
+
+def _tokenizer(options: Options) -> VQTokenizer:
+    """The tokenizer that was given, which has to be a multi-scale one."""
+    tokenizer = options.tokenizer
+    if tokenizer is None:
+        raise SmaltiError(
+            "a VAR prior is told by the code vectors of its tokenizer: convert that first, from "
+            "var-tokenizer, and give its folder with --tokenizer"
+        )
+    if not isinstance(tokenizer, VQTokenizer) or not isinstance(
+        tokenizer.config.quantizer, MultiScaleConfig
+    ):
+        raise SmaltiError(
+            f"the tokenizer makes {tokenizer.spec}; a VAR prior needs codes of several scales: "
+            "convert its own tokenizer, from var-tokenizer"
+        )
+    return tokenizer
+
+
+def _told_scales(checkpoint: Checkpoint, options: Options) -> tuple[int, ...] | None:
+    """Sides of the scales according to the file, or else to the flag.
+
+    Raises:
+        SmaltiError: both speak, and differ; the file's are no squares.
+    """
+    if LEVELS not in checkpoint.tensors:
+        return options.scales
+    levels = checkpoint.tensors[LEVELS].flatten()
+    numbers, counts = levels.unique_consecutive(return_counts=True)
+    sides = [square_side(count) for count in counts.tolist()]
+    if numbers.tolist() != list(range(len(numbers))) or None in sides:
+        raise SmaltiError(
+            f"{checkpoint.path}: {LEVELS} does not number the codes of square grids, coarse to fine"
+        )
+    told = tuple(side for side in sides if side is not None)
+    if options.scales not in (None, told):
+        raise SmaltiError(
+            f"--scales is {_listed(options.scales or ())}, but {LEVELS} in the file says "
+            f"{_listed(told)}: leave it out"
+        )
+    return told
+
+
+def _check_fit(sizes: Sizes, told: tuple[int, ...] | None, quantizer: MultiScaleConfig) -> None:
+    """Raise `SmaltiError` if the prior was not made for codes of this quantizer."""
+    sides = tuple(side for side, _ in quantizer.scales)
+    if told is not None and tuple((side, side) for side in told) != quantizer.scales:
+        raise SmaltiError(
+            f"the prior has the scales {_listed(told)}, the tokenizer {_listed(sides)}: give the "
+            f"prior's own tokenizer, converted with --scales {_listed(told, ',')}"
+        )
+    made = sum(height * width for height, width in quantizer.scales)
+    if (len(sides), made) != (sizes.scales, sizes.length):
+        raise SmaltiError(
+            f"the prior has {sizes.length} codes in {sizes.scales} scales, the tokenizer {made} in "
+            f"{len(sides)}, {_listed(sides)}: give the prior's own tokenizer"
+        )
+    codebook = quantizer.codebook
+    if (codebook.vocab_size, codebook.code_dim) != (sizes.vocab, sizes.code_dim):
+        raise SmaltiError(
+            f"the prior knows {sizes.vocab} codes of {sizes.code_dim} numbers, the tokenizer has "
+            f"{codebook.vocab_size} of {codebook.code_dim}: give the prior's own tokenizer"
+        )
+
+
+def _listed(sides: tuple[int, ...], separator: str = ", ") -> str:
+    return separator.join(map(str, sides))
+
+
+def _buffers(config: NextScaleConfig) -> dict[str, Buffer]:
+    """What VAR keeps beside its weights, although it follows from the sizes."""
+    cpu = torch.device("cpu")
+    seen = block_causal_mask(config.spec.grids, cpu)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None]
+    zeros = torch.zeros(config.width)
+    return {
+        LEVELS: Buffer(scale_of_codes(config.spec.grids, cpu)[None], tolerance=0),
+        MASK: Buffer(mask, tolerance=0),
+        **{KEY_BIAS.format(i): Buffer(zeros, tolerance=0) for i in range(config.depth)},
+    }

@@ -12,6 +12,7 @@ Names are those of the published weights, which fit without renaming: `x_embedde
 `attn.k_norm` and `mlp.{w1,w2,w3}`, which DiT and SiT do not have.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
 
@@ -22,11 +23,113 @@ from torch import Tensor, nn
 from smalti.config import check_at_least
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
-from smalti.prior.attention import attend
-from smalti.prior.flow.conditioning import LabelEmbedder, Modulation, TimestepEmbedder, modulate
-from smalti.prior.flow.patches import PatchEmbedder, unpatchify
+from smalti.prior.attention import FixedTable, attend
 from smalti.prior.layers import RMSNorm, SwiGLU, rotate
-from smalti.prior.positions import FixedTable
+
+# -------------------------------------------------------------------------------------------------
+# What a denoising network is told beside its input: the time and the class.
+
+MAX_PERIOD = 10000.0
+
+
+def sinusoids(t: Tensor, size: int, shift: int = 0) -> Tensor:
+    """cos(t w_i), then sin(t w_i), with w_i = 10000^(-i / (size / 2 - shift)): (B,) -> (B, size)
+    fp32.
+
+    The embedding of DDPM (2006.11239) as in guided diffusion and DiT (2212.09748), where shift is
+    0; in DDPM's own code and in Diffusers' DiT it is 1. `t` is taken as it is: steps from 0 to 999
+    in DiT, times from 0 to 1 in SiT (2401.08740).
+    """
+    half = size // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
+    angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """linear(silu(linear(sinusoids(t)))).
+
+    Computed in fp32 whatever the precision of the model: the sinusoids of neighbouring times in
+    [0, 1] differ by less than bf16 resolves.
+    """
+
+    def __init__(self, frequency_size: int, width: int, frequency_shift: int = 0) -> None:
+        super().__init__()
+        self.frequency_size = frequency_size
+        self.frequency_shift = frequency_shift
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_size, width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:  # (B,) -> (B, width)
+        weight1, bias1, weight2, bias2 = self.mlp.parameters()
+        with torch.autocast(t.device.type, enabled=False):
+            waves = sinusoids(t, self.frequency_size, self.frequency_shift)
+            hidden = F.linear(waves, weight1.float(), bias1.float())
+            embedded = F.linear(F.silu(hidden), weight2.float(), bias2.float())
+        return embedded.to(weight2.dtype)
+
+
+class LabelEmbedder(nn.Module):
+    """One learned row per class, and a last one, `num_classes`, for no class."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:  # (B,) in [0, num_classes] -> (B, width)
+        return self.embedding_table(labels)
+
+
+class Modulation(nn.Sequential):
+    """linear(silu(c)), cut into `parts` vectors, each (B, 1, width); zero in a new network."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
+        self.parts = parts
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:  # (B, width)
+        return super().forward(input).unflatten(-1, (self.parts, 1, -1)).unbind(1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift; x (B, N, width), the others (B, 1, width)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+# -------------------------------------------------------------------------------------------------
+# Latents cut into square patches, one token each in raster order, and put together again.
+
+
+def patchify(x: Tensor, patch_size: int) -> Tensor:
+    """(B, C, rows * p, columns * p) -> (B, N, C * p * p), channels first in each patch."""
+    cut = x.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, token_grid: tuple[int, int], patch_size: int) -> Tensor:
+    """(B, N, p * p * C), channels last in each patch -> (B, C, rows * p, columns * p)."""
+    patches = patches.unflatten(-1, (patch_size, patch_size, -1)).unflatten(1, token_grid)
+    pixels = patches.permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, p, columns, p)
+    return pixels.flatten(4, 5).flatten(2, 3)
+
+
+class PatchEmbedder(nn.Module):
+    """A linear map of each patch, its weights those of a convolution as in the published files."""
+
+    def __init__(self, in_channels: int, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, N, width)
+        weight, bias = self.proj.weight, self.proj.bias
+        patches = patchify(x.to(weight.dtype), self.patch_size)
+        return F.linear(patches, weight.flatten(1), bias).to(weight.dtype)  # autocast: fp32 again
+
+
+# -------------------------------------------------------------------------------------------------
+# DiT: a transformer that denoises latents (Peebles and Xie, 2212.09748); SiT's is the same.
 
 NORM_EPS = 1e-6
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.prior.flow.dynamics import Field
 from smalti.prior.flow.path import GaussianPath, spread
-from smalti.prior.flow.prediction import Prediction, per_score
+from smalti.prior.flow.prediction import Field, Prediction, per_score
 from smalti.prior.sampling import is_interval, is_number
 
 # x (B, C, h, w), times (B,), labels (B,) -> (B, C_out, h, w)

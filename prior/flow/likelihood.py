@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from smalti.prior.flow.dynamics import Dynamics, Field
+from smalti.prior.flow.prediction import Dynamics, Field
 from smalti.prior.flow.solvers.base import ODESolver
 from smalti.randomness import NormalSource
 

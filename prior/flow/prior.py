@@ -5,6 +5,7 @@ The parts are independent: paths, predictions, times and weights, solvers, sched
 the network each have a file of their own.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -16,9 +17,7 @@ from smalti.errors import SmaltiError
 from smalti.prior.base import Loss, Prior
 from smalti.prior.flow.config import PRESETS, FlowConfig
 from smalti.prior.flow.dit import DiT
-from smalti.prior.flow.dynamics import Dynamics, Estimate
 from smalti.prior.flow.guidance import Classifier, ClassifierFree, classifier_free, with_classifier
-from smalti.prior.flow.learned_variance import bound_weight, variance_bound
 from smalti.prior.flow.likelihood import (
     bits_per_dimension,
     exact_divergence,
@@ -26,12 +25,57 @@ from smalti.prior.flow.likelihood import (
     log_likelihood,
     signs,
 )
-from smalti.prior.flow.path import DDPMPath, spread
-from smalti.prior.flow.prediction import exact_times, of_data_and_noise, time_range
+from smalti.prior.flow.path import DDPMPath, log_variance, spread, transitions
+from smalti.prior.flow.prediction import (
+    Dynamics,
+    Estimate,
+    exact_times,
+    of_data_and_noise,
+    time_range,
+)
 from smalti.prior.flow.solvers.base import ODESolver, Solver, make_solver, times_of
 from smalti.prior.flow.solvers.schedules import Schedule, make_schedule
 from smalti.prior.flow.times import loss_weight
 from smalti.randomness import Drawn, Generators, NormalSource
+
+# -------------------------------------------------------------------------------------------------
+# Training the variances of DDPM's steps (improved DDPM, 2102.09672, section 3.1).
+#
+# A network with twice the channels of the latents says, beside its prediction, where between
+# beta~ and beta the variance of the next step lies. The squared error does not reach these
+# channels; a term of the variational bound does: KL(q(x_s | x_t, x_1) || p(x_s | x_t)), where s
+# is one step of the chain beyond t. Its gradient is kept from the prediction, which the squared
+# error trains alone.
+
+WEIGHT_OF_CHAIN = 1e-3  # lambda of the bound, a sum over the steps of the chain (eq. 16)
+
+
+def bound_weight(path: DDPMPath) -> float:
+    """What the mean bound of a step is multiplied by beside the squared error."""
+    return WEIGHT_OF_CHAIN * path.num_train_timesteps
+
+
+def variance_bound(path: DDPMPath, estimate: Estimate, data: Tensor, noise: Tensor) -> Tensor:
+    """The bound on the steps from x_t (B, C, h, w), in bits per number: (B,).
+
+    0 where the step would end beyond index 0 of the chain: that to the data draws nothing.
+    """
+    t, step = exact_times(estimate.t), 1 / path.num_train_timesteps
+    last = 1 - 2 * step  # index 1, which steps to index 0
+    start = t.clamp_max(last)
+    to = transitions(path, start, start + step)
+    log_small, log_large = (spread(v.log(), data) for v in (to.small, to.large))
+    claimed = log_variance(estimate.surplus.float(), log_small, log_large)
+    missed = spread(to.alpha, data) * (data - estimate.data.detach())
+    missed = missed + spread(to.kept, data) * (noise - estimate.noise.detach())
+    nats = (claimed - log_small + (log_small - claimed).exp() - 1) / 2
+    nats = nats + missed.square() * (-claimed).exp() / 2
+    return torch.where(t < last + 1e-9, nats.flatten(1).mean(1) / math.log(2), 0.0)
+
+
+# -------------------------------------------------------------------------------------------------
+# Flow and diffusion prior: a network that predicts velocity, noise, score or data on a path from
+# noise to latents (flow matching, 2210.02747; DDPM, 2006.11239; SiT, 2401.08740).
 
 __all__ = ["PRESETS", "FlowConfig", "FlowPrior"]
 

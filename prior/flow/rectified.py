@@ -14,8 +14,8 @@ from torch import Tensor
 
 from smalti.errors import SmaltiError
 from smalti.prior.base import Prior
-from smalti.prior.flow.dynamics import Dynamics
 from smalti.prior.flow.path import LinearPath
+from smalti.prior.flow.prediction import Dynamics
 from smalti.prior.flow.prior import FlowPrior
 from smalti.prior.flow.solvers.base import ODESolver, make_solver, times_of
 from smalti.randomness import Generators, NormalSource

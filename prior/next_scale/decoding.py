@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from smalti.prior.attention import KeyValueCache
-from smalti.prior.next_scale.scale_mask import lengths_of
 from smalti.prior.sampling import SamplingOptions, draw, draw_uniforms, filtered, guide
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class ScaleDecoder:
             labels = torch.cat([labels, torch.full_like(labels, prior.num_classes)])
         embedded = prior.class_emb(labels)  # (rows, width)
         self.modulation = prior.modulation(embedded)
-        self.lengths = lengths_of(config.spec.grids)
+        self.lengths = config.spec.lengths
         self.positions = prior.positions().split(self.lengths, 1)
         self.tokens = prior.first_tokens(embedded)  # input of the scale to come
         height, width = config.spec.grids[-1]

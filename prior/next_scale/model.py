@@ -10,6 +10,7 @@ buffers are derived and left out (`lvl_1L`, `attn_bias_for_masking`, `blocks.*.a
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,24 +21,215 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
-from smalti.prior.adaln import HeadNorm, condition_projection
-from smalti.prior.attention import KeyValueCache
-from smalti.prior.base import Loss, check_codes
-from smalti.prior.code_prior import CodePrior
-from smalti.prior.drop_path import drop_path_rates
+from smalti.prior.adaln import HeadNorm, adaptive_norm, as_parts, condition_projection
+from smalti.prior.attention import KeyValueCache, attend
+from smalti.prior.base import CodePrior, Loss, check_codes
+from smalti.prior.layers import DropPath, drop_path_rates
 from smalti.prior.next_scale.config import PRESETS, NextScaleConfig
 from smalti.prior.next_scale.decoding import ScaleDecoder
-from smalti.prior.next_scale.noisy_context import noisy_context, true_context
 from smalti.prior.next_scale.quantizer import FrozenQuantizer
-from smalti.prior.next_scale.scale_block import (
-    MODULATION_INIT,
-    PARTS,
-    OwnBlock,
-    SharedBlock,
-    begin_gently,
-)
-from smalti.prior.next_scale.scale_mask import block_causal_mask, lengths_of, scale_of_codes
 from smalti.prior.sampling import SamplingOptions, draw_uniforms
+
+# -------------------------------------------------------------------------------------------------
+# A transformer block of the next-scale prior: attention between scales, feed-forward, and adaptive
+# norms (VAR, 2404.02905). Module names are VAR's.
+
+PARTS = 6  # of a block's modulation: gate, scale and shift of attention and feed-forward
+MAX_LOG_SCALE = math.log(100)  # of attention, where it is learned
+INITIAL_SCALE = 4.0
+MODULATION_INIT = 0.5  # scales and shifts begin this much smaller than other projections
+
+
+class ScaleAttention(nn.Module):
+    """Self-attention, by default between queries and keys of length 1 (QK norm, 2010.04245):
+    a head's scores are e^s cos(q, k) with a learned s <= ln 100."""
+
+    def __init__(self, config: NextScaleConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.num_heads = config.num_heads
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)  # rows q | k | v, each head-major
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))  # keys have none: softmax would not see it
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.scale = 0.25 / math.sqrt(width // config.num_heads)  # VAR's, if it is not learned
+        self.register_parameter("scale_mul_1H11", None)
+        if config.qk_l2_norm:
+            initial = torch.full((1, config.num_heads, 1, 1), math.log(INITIAL_SCALE))
+            self.scale_mul_1H11 = nn.Parameter(initial)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, layer: int, cache: KeyValueCache | None
+    ) -> Tensor:  # (B, T, width)
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, T, head_dim)
+            for part in F.linear(x, self.mat_qkv.weight, bias).chunk(3, dim=-1)
+        )
+        scale = self.scale
+        if self.scale_mul_1H11 is not None:
+            query = F.normalize(query.float(), dim=-1)
+            query = (query * self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).exp()).to(value.dtype)
+            key = F.normalize(key.float(), dim=-1).to(value.dtype)
+            scale = 1.0
+        if cache is not None:
+            key, value = cache.write(layer, key, value)
+        attended = attend(query, key, value, mask=mask, scale=scale)
+        return self.dropout(self.proj(attended.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """fc2(gelu(fc1 x)), with the tanh approximation of GELU."""
+
+    def __init__(self, config: NextScaleConfig) -> None:
+        super().__init__()
+        hidden = round(config.mlp_ratio * config.width)
+        self.fc1 = nn.Linear(config.width, hidden)
+        self.fc2 = nn.Linear(hidden, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, width)
+        return self.dropout(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
+
+
+class Block(nn.Module, ABC):
+    """x + gate1 attention(norm1(x)), then x + gate2 feed_forward(norm2(x))."""
+
+    def __init__(self, config: NextScaleConfig, drop_path: float) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.attn = ScaleAttention(config)
+        self.ffn = FeedForward(config)
+        self.drop_path = DropPath(drop_path)
+
+    @abstractmethod
+    def modulation(self, condition: Tensor) -> Tensor:
+        """What the class says to this block, (B, 1, 6, width): gate1, gate2, scale1, scale2,
+        shift1, shift2. It is the same at every scale."""
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        mask: Tensor | None,
+        layer: int,
+        cache: KeyValueCache | None,
+    ) -> Tensor:  # (B, T, width)
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        attended = self.attn(adaptive_norm(x, scale1, shift1, self.eps), mask, layer, cache)
+        x = x + self.drop_path(attended * gate1)
+        return x + self.drop_path(self.ffn(adaptive_norm(x, scale2, shift2, self.eps)) * gate2)
+
+
+class OwnBlock(Block):
+    """A block with a condition projection of its own: a third of the model's parameters."""
+
+    def __init__(self, config: NextScaleConfig, drop_path: float) -> None:
+        super().__init__(config, drop_path)
+        self.ada_lin = condition_projection(config.width, PARTS)
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """Of the class embedding (B, width)."""
+        return as_parts(self.ada_lin(condition), condition.shape[-1])
+
+
+class SharedBlock(Block):
+    """A block that adds an offset of its own to the projection that all blocks share."""
+
+    def __init__(self, config: NextScaleConfig, drop_path: float) -> None:
+        super().__init__(config, drop_path)
+        width = config.width
+        self.ada_gss = nn.Parameter(torch.randn(1, 1, PARTS, width) / math.sqrt(width))
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """Of the shared projection (B, 6 width)."""
+        return as_parts(condition, self.ada_gss.shape[-1]) + self.ada_gss
+
+
+def begin_gently(parts: Tensor, gate_init: float) -> None:
+    """Shrink the first values of a modulation, whose first dimension is its six parts: the gates by
+    gate_init, so that a new block hardly changes its input, scales and shifts by a half."""
+    with torch.no_grad():
+        parts[:2] *= gate_init
+        parts[2:] *= MODULATION_INIT
+
+
+# -------------------------------------------------------------------------------------------------
+# Who may see whom when grids of codes, coarse to fine, lie end to end.
+
+Grids = tuple[tuple[int, int], ...]
+
+
+def scale_of_codes(grids: Grids, device: torch.device) -> Tensor:
+    """Number of the grid that each code lies in, (L,) int64."""
+    return torch.cat(
+        [torch.full((h * w,), scale, device=device) for scale, (h, w) in enumerate(grids)]
+    )
+
+
+def block_causal_mask(grids: Grids, device: torch.device) -> Tensor:
+    """(L, L) bool, True where query i may see key j: j's scale is i's own or a coarser one.
+
+    VAR, 2404.02905, figure 4: within a scale all codes see each other, for all are predicted at
+    once; their inputs know nothing but the scales before.
+    """
+    scales = scale_of_codes(grids, device)
+    return scales[:, None] >= scales
+
+
+# -------------------------------------------------------------------------------------------------
+# Teacher forcing for a next-scale prior, with or without mistakes in what it is shown.
+
+
+@dataclass
+class Context:
+    """One training example per row."""
+
+    inputs: Tensor  # (B, L - h_0 w_0, d): what is shown before each scale but the first
+    targets: Tensor  # (B, L) int64: what is to be predicted
+
+
+@torch.no_grad()
+def true_context(quantizer: FrozenQuantizer, codes: Tensor) -> Context:
+    """Teacher forcing with the true codes (B, L)."""
+    return Context(quantizer.next_scale_inputs(codes), codes)
+
+
+@torch.no_grad()
+def noisy_context(quantizer: FrozenQuantizer, codes: Tensor, most: float) -> Context:
+    """Codes (B, L) with mistakes, and targets that mend them.
+
+    A prior that never saw its own mistakes cannot mend them (exposure bias). Of every picture a
+    share p ~ U(0, most) of the codes shown is random; what is to be predicted next is quantized
+    again, against the sum that was shown (bitwise self-correction of Infinity, 2412.04431, section
+    3.3, here for a codebook).
+
+    Infinity quantizes f - s' at scale k, with features f and the sum s' shown so far. The cache
+    keeps no f, but f - s' = (f - s) + (s - s') with the sum s of the true codes, and the cells of
+    f - s are about the vector of the true code k. So the target is the code nearest to that vector
+    plus the cells of s - s': without mistakes the true code.
+    """
+    parts = codes.split_with_sizes(quantizer.lengths, 1)
+    share = torch.rand(len(codes), 1, device=codes.device) * most
+    true = shown = quantizer.lookup_first(codes, 0)  # both sums begin at 0, (B, d, H, W)
+    inputs = [codes.new_zeros(len(codes), 0, quantizer.dim).float()]
+    targets = []
+    for scale, part in enumerate(parts):
+        if scale:
+            inputs.append(quantizer.scale_input(shown, scale))
+        missing = quantizer.scale_input(true - shown, scale)
+        wanted = quantizer.nearest(quantizer.codebook.lookup(part) + missing)
+        targets.append(wanted)
+        mistaken = torch.rand(part.shape, device=codes.device) < share
+        given = torch.where(mistaken, torch.randint_like(part, quantizer.vocab_size), wanted)
+        true = true + quantizer.contribution(part, scale)
+        shown = shown + quantizer.contribution(given, scale)
+    return Context(torch.cat(inputs, 1), torch.cat(targets, 1))
+
+
+# -------------------------------------------------------------------------------------------------
+# Next-scale prior: a transformer over maps of codes from coarse to fine (VAR, 2404.02905).
 
 __all__ = ["PRESETS", "Modulation", "NextScaleConfig", "NextScalePrior"]
 
@@ -67,7 +259,7 @@ class NextScalePrior(CodePrior):
         width, grids = config.width, config.spec.grids
         self.quantizer = FrozenQuantizer(config.quantizer)
         self.class_emb = nn.Embedding(config.num_classes + 1, width)  # last row: null
-        self.pos_start = nn.Parameter(torch.empty(1, lengths_of(grids)[0], width))
+        self.pos_start = nn.Parameter(torch.empty(1, config.spec.lengths[0], width))
         self.pos_1LC = nn.Parameter(torch.empty(1, config.spec.length, width))
         self.lvl_embed = nn.Embedding(len(grids), width)
         self.word_embed = nn.Linear(config.quantizer.codebook.code_dim, width)

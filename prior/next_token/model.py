@@ -13,18 +13,145 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
-from smalti.prior.attention import KeyValueCache
-from smalti.prior.base import Loss, check_codes
-from smalti.prior.code_prior import CodePrior
+from smalti.prior.attention import KeyValueCache, attend
+from smalti.prior.base import CodePrior, Loss, check_codes
 from smalti.prior.conditions.text import CaptionEmbedding, Condition, TextCondition
-from smalti.prior.drop_path import drop_path_rates
-from smalti.prior.layers import RMSNorm, rotary_table
+from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates, rotary_table, rotate
 from smalti.prior.next_token.config import PRESETS, NextTokenConfig
 from smalti.prior.next_token.decoding import TokenDecoder
-from smalti.prior.next_token.random_order import check_order, draw_orders, random_order_probability
-from smalti.prior.next_token.token_block import Block
-from smalti.prior.next_token.token_corruption import corrupted
 from smalti.prior.sampling import SamplingOptions, draw_uniforms
+
+# -------------------------------------------------------------------------------------------------
+# A transformer block of the next-token prior: causal attention and feed-forward (Llama, as in
+# LlamaGen, 2406.06525). Module names are LlamaGen's.
+
+
+class CausalAttention(nn.Module):
+    """Each token attends to itself and to earlier ones.
+
+    With fewer key and value heads than heads, neighbouring heads share them (grouped queries,
+    2305.13245).
+    """
+
+    def __init__(self, config: NextTokenConfig) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads = config.num_heads, config.kv_heads
+        kv_dim = config.kv_heads * config.head_dim
+        # rows q | k | v, each head-major
+        self.wqkv = nn.Linear(config.width, config.width + 2 * kv_dim, bias=False)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:  # of every head (2302.05442): keeps scores in range
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.weight_dropout = config.attention_dropout
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor,
+        mask: Tensor | None,
+        layer: int,
+        cache: KeyValueCache | None,
+    ) -> Tensor:  # (B, T, width)
+        heads = (self.num_heads, self.kv_heads, self.kv_heads)
+        query, key, value = (
+            self.wqkv(x).unflatten(-1, (sum(heads), -1)).transpose(1, 2).split(heads, dim=1)
+        )  # (B, heads, T, head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, table), rotate(key, table)
+        if cache is not None:
+            key, value = cache.write(layer, key, value)
+        # A single new token may see everything; several start an empty cache or have none.
+        causal = mask is None and query.shape[2] > 1
+        dropout = self.weight_dropout if self.training else 0.0
+        attended = attend(query, key, value, causal, mask, dropout=dropout)
+        return self.dropout(self.wo(attended.transpose(1, 2).flatten(2)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: NextTokenConfig, drop_path: float) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = CausalAttention(config)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.feed_forward = SwiGLU(config.width, config.feed_forward_hidden, config.dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor,
+        mask: Tensor | None,
+        layer: int,
+        cache: KeyValueCache | None,
+    ) -> Tensor:  # (B, T, width)
+        attended = self.attention(self.attention_norm(x), table, mask, layer, cache)
+        x = x + self.drop_path(attended)
+        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+
+
+# -------------------------------------------------------------------------------------------------
+# Random-order annealing (RAR, 2411.00776): early in training a prior learns to
+# predict codes in any order, later ever more often in raster order, in which it samples.
+#
+# Seen in every order, each code is predicted from both sides; a permuted sequence does not say
+# which code is next, so its position is given to the prior with the code before it.
+
+
+def random_order_probability(progress: float, annealing: tuple[float, float]) -> float:
+    """The probability of a random order: 1 until the first share of the training is done, then
+    linearly to 0 at the second."""
+    begin, end = annealing
+    if progress >= end:
+        return 0.0
+    return 1.0 if progress < begin else (end - progress) / (end - begin)
+
+
+def draw_orders(rows: int, length: int, probability: Tensor) -> Tensor:
+    """An order for every sample, (rows, length) int64: random with a probability (), else raster.
+
+    Codes are to be read as codes.gather(1, order).
+    """
+    device = probability.device
+    shuffled = torch.rand(rows, length, device=device).argsort(1)
+    chosen = torch.rand(rows, 1, device=device) < probability
+    return torch.where(chosen, shuffled, torch.arange(length, device=device))
+
+
+def check_order(order: Tensor, rows: int, length: int) -> None:
+    """Raise `SmaltiError` unless every row of an order is a permutation of 0 to length - 1."""
+    if order.shape != (rows, length) or order.dtype != torch.int64:
+        raise SmaltiError(
+            f"the order has shape {tuple(order.shape)} and type {order.dtype}; "
+            f"give ({rows}, {length}) int64"
+        )
+    if torch.compiler.is_compiling():  # a branch on values would break the graph
+        return
+    if not (order.sort(1).values == torch.arange(length, device=order.device)).all():
+        raise SmaltiError(f"the order is no permutation of 0 to {length - 1} in every row")
+
+
+# -------------------------------------------------------------------------------------------------
+# Mistakes in what a next-token prior is shown in training.
+
+
+def corrupted(codes: Tensor, vocab_size: int, probability: float) -> Tensor:
+    """Codes (B, L) int64, each replaced with a probability by a uniformly random one.
+
+    A prior that never saw a mistake cannot go on from its own (exposure bias). The targets stay
+    true; 1 - probability is `pkeep` in taming transformers (2012.09841).
+    """
+    mistaken = torch.rand(codes.shape, device=codes.device) < probability
+    return torch.where(mistaken, torch.randint_like(codes, vocab_size), codes)
+
+
+# -------------------------------------------------------------------------------------------------
+# Next-token prior: a Llama-style transformer over codes in raster order (LlamaGen, 2406.06525).
 
 __all__ = ["PRESETS", "NextTokenConfig", "NextTokenPrior"]
 

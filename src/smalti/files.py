@@ -5,14 +5,23 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from smalti.config import nearest
 from smalti.errors import SmaltiError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+# -------------------------------------------------------------------------------------------------
+# Files: written so that a reader finds the old one or the new one, read so that damage is told.
 
 
 @contextmanager
@@ -99,3 +108,174 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def append_line(path: Path, content: dict[str, Any]) -> None:
+    """Append one line of JSON to a file."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(content) + "\n")
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines of a log, if there is one, up to a step."""
+    if path.is_file():
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; damaged ones, as a killed run leaves them, are left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+# -------------------------------------------------------------------------------------------------
+# Weights on disk: one safetensors file, written whole and read strictly.
+#
+# A file from the Hub is a stranger's: its tensors are compared with the model, and the size of the
+# model with its tensors, before any memory is taken. Pickle is never read.
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# How the dtype codes of safetensors begin (BOOL, BF16, F8_E4M3, I64, U8, C64) -> kind of number.
+KINDS = {"B": "float", "F": "float", "I": "integer", "U": "integer", "C": "complex"}
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What is known of a tensor before it is read; loading never converts between kinds."""
+
+    shape: tuple[int, ...]
+    kind: str  # "float", "integer", "bool" or "complex"
+
+
+def save_weights(path: Path, state: "Mapping[str, Tensor]") -> None:
+    """Write tensors, from any device, to a safetensors file."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format": "pt"})
+
+
+def hash_weights(state: "Mapping[str, Tensor]", prefix: bytes = b"") -> str:
+    """sha256 over `prefix` and the names, shapes and values of tensors, on any device.
+
+    Half-precision numbers count as the 32-bit numbers that they are equal to, so that a model has
+    one hash in memory, on disk, and loaded again.
+    """
+    import torch
+
+    digest = hashlib.sha256(prefix)
+    for name, tensor in sorted(state.items()):
+        values = tensor.detach().cpu()
+        if values.dtype in (torch.bfloat16, torch.float16):
+            values = values.float()
+        digest.update(f"{name}/{values.dtype}/{tuple(values.shape)}".encode())
+        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_weights(build: "Callable[[], nn.Module]", path: Path) -> "nn.Module":
+    """The model that `build` makes, with every parameter and buffer read from `path`.
+
+    Floating-point tensors are converted to the precision of the model. The global random state
+    stays as it was.
+
+    Raises:
+        SmaltiError: the file is missing or damaged; a tensor is missing, unknown, or of the wrong
+            shape or kind.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise SmaltiError(f"{path.parent} has no {path.name}{_pickle_hint(path.parent)}")
+    try:
+        found = _read_headers(path)
+        with torch.device("meta"), _registering_at_most(4 * len(found) + 64, path):
+            expected = {name: _header(value) for name, value in build().state_dict().items()}
+        _compare(expected, found, path)
+        with torch.random.fork_rng(devices=[]):
+            model = build()
+        model.load_state_dict(load_file(path))
+    except SafetensorError as error:
+        raise SmaltiError(f"{path} is damaged: {error}") from error
+    return model
+
+
+def _pickle_hint(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    return f" ({names[0]} is a pickle, which can run code and is not read)" if names else ""
+
+
+def _read_headers(path: Path) -> dict[str, _Header]:
+    """Shapes and kinds of the tensors in a file; none of them is read."""
+    from safetensors import safe_open
+
+    headers = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            part = file.get_slice(name)
+            code = part.get_dtype()
+            kind = "bool" if code == "BOOL" else KINDS[code[0]]
+            headers[name] = _Header(tuple(part.get_shape()), kind)
+    return headers
+
+
+def _header(tensor: "Tensor") -> _Header:
+    dtype = tensor.dtype
+    if dtype.is_floating_point or dtype.is_complex:
+        return _Header(tuple(tensor.shape), "complex" if dtype.is_complex else "float")
+    return _Header(tuple(tensor.shape), "bool" if str(dtype) == "torch.bool" else "integer")
+
+
+@contextmanager
+def _registering_at_most(limit: int, path: Path) -> Iterator[None]:
+    """Stop building a model once it has more than `limit` parameters.
+
+    A config that asks for a billion layers would otherwise never come to the comparison.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    count = 0
+
+    def on_parameter(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise SmaltiError(f"{path} has far fewer tensors than the model that the config names")
+
+    handle = register_module_parameter_registration_hook(on_parameter)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _compare(expected: dict[str, _Header], found: dict[str, _Header], path: Path) -> None:
+    missing, surplus = sorted(expected.keys() - found), sorted(found.keys() - expected)
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        hint = f"; it has {surplus[0]}, which is unknown" if surplus else ""
+        raise SmaltiError(f"{path} lacks the tensor {missing[0]}{more}{hint}")
+    if surplus:
+        hint = nearest(surplus[0], expected)
+        raise SmaltiError(f"{path} has a tensor {surplus[0]} that the model does not know; {hint}")
+    for name, header in expected.items():
+        if found[name].shape != header.shape:
+            raise SmaltiError(
+                f"{path}: {name} has shape {found[name].shape}; the config says {header.shape}"
+            )
+        if found[name].kind != header.kind:
+            raise SmaltiError(
+                f"{path}: {name} holds {found[name].kind} numbers; the model takes {header.kind}"
+            )

@@ -11,21 +11,141 @@ touches the network.
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from smalti.config import config_from_dict, config_to_dict, nearest
 from smalti.errors import SmaltiError
-from smalti.files import read_json, write_json
-from smalti.precision import AS_SAVED, chosen_dtype, saved_dtype
-from smalti.remote import resolve_folder, upload
-from smalti.weights import hash_weights, load_weights, save_weights
+from smalti.files import hash_weights, load_weights, read_json, save_weights, write_json
 
 if TYPE_CHECKING:
     import torch
+
+
+# -------------------------------------------------------------------------------------------------
+# The precision that a model is loaded in, as users of Hugging Face say it: a `torch.dtype`, its
+# name, or "auto".
+
+AS_SAVED = "auto"
+NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # in safetensors
+
+
+def chosen_dtype(
+    dtype: "torch.dtype | str | None", torch_dtype: "torch.dtype | str | None"
+) -> "torch.dtype | Literal['auto'] | None":
+    """What `dtype=` and `torch_dtype=`, its older name, ask for together; None: neither is given.
+
+    Raises:
+        SmaltiError: they differ, or one of them is no floating-point type.
+    """
+    given, older = _read("dtype", dtype), _read("torch_dtype", torch_dtype)
+    if given is not None and older is not None and given != older:
+        raise SmaltiError(
+            f"dtype is {dtype}, torch_dtype is {torch_dtype}: they mean the same, give one of them"
+        )
+    return older if given is None else given
+
+
+def _read(
+    argument: str, value: "torch.dtype | str | None"
+) -> "torch.dtype | Literal['auto'] | None":
+    import torch
+
+    if value is None or value == AS_SAVED:
+        return value
+    if isinstance(value, str) and value in NAMES.values():
+        return getattr(torch, value)
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return value
+    hint = nearest(str(value).removeprefix("torch."), {AS_SAVED, *NAMES.values()})
+    raise SmaltiError(f"{argument} is {value!r}, no precision of a model; {hint}")
+
+
+def saved_dtype(path: Path) -> "torch.dtype | None":
+    """The type of the floating-point numbers in a safetensors file; None if there are several."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        codes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    names = {NAMES[code] for code in codes if code in NAMES}
+    return getattr(torch, names.pop()) if len(names) == 1 else None
+
+
+# -------------------------------------------------------------------------------------------------
+# Model folders from the Hugging Face Hub and to it. A local folder never touches the network.
+
+
+def resolve_folder(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """A local folder, or the local copy of a Hub repository (JSON, safetensors and model card).
+
+    Raises:
+        SmaltiError: no such folder, or the Hub cannot give it.
+    """
+    text = os.path.expanduser(str(path_or_hub_id))
+    if os.path.isdir(text):
+        return Path(text)
+    parts = text.split("/")
+    looks_like_path = isinstance(path_or_hub_id, Path) or text.startswith((".", "/", "~"))
+    if looks_like_path or len(parts) != 2 or not all(parts) or os.path.isdir(parts[0]):
+        raise SmaltiError(f"folder not found: {path_or_hub_id}")
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                text,
+                revision=revision,
+                token=token,
+                local_files_only=local_files_only,
+                allow_patterns=["*.json", "*.safetensors", "*.md", "samples.png"],
+            )
+        )
+    except Exception as error:  # the Hub client raises many kinds; all mean "not available"
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SmaltiError(
+            f'"{text}" is no local folder, and the Hub did not give it: {first_line}'
+        ) from error
+
+
+def upload(
+    save: Callable[[str | Path], Any],
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | None,
+    commit_message: str,
+    create_pr: bool,
+) -> str:
+    """Save into a temporary folder and upload it to the Hub in one commit."""
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        info = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+    return str(info)
+
+
+# -------------------------------------------------------------------------------------------------
+# Models by name, saved and loaded like any Hugging Face model, but strictly.
 
 __all__ = [
     "Pretrained",

@@ -1,12 +1,32 @@
 """Random numbers come from generators that the caller passes: one for all samples of a batch, or a
 list with one for each, whose sample then does not depend on its neighbours."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from smalti.errors import SmaltiError
+
+# -------------------------------------------------------------------------------------------------
+# Random numbers as a pure function of where they are used, so that a resumed run repeats them.
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 32-bit seed that depends on every part: (run seed, what for, step, rank, ...)."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:4], "big")  # all that a CPU generator keeps of its seed
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A fresh CPU generator seeded by `derive_seed(*parts)`."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+# -------------------------------------------------------------------------------------------------
+# Random numbers come from generators that the caller passes: one for all samples of a batch, or a
+# list with one for each, whose sample then does not depend on its neighbours.
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Drawn = Mapping[str, Tensor]  # random numbers that were drawn before they are used, by name

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smalti.data.decoding import FolderOptions
+from smalti.data.image_io import FolderOptions
 from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
 

@@ -7,7 +7,7 @@ import torch
 
 from smalti.data import dataset as dataset_module
 from smalti.data.dataset import ImageDataset
-from smalti.data.decoding import FolderOptions
+from smalti.data.image_io import FolderOptions
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.data.sources.base import open_source
@@ -115,7 +115,7 @@ def test_a_class_that_is_damaged_as_a_whole_is_refused(pictures: Path) -> None:
 
 def test_a_picture_is_decoded_once_to_check_it_in_a_process(pictures: Path, monkeypatch) -> None:
     """Whether its set is opened once or several times, under one name or two."""
-    from smalti.data.sources import verification
+    from smalti.data.sources import base as verification
 
     decoded = []
     decode = verification.decode

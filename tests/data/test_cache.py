@@ -19,7 +19,7 @@ from smalti.data.latent_cache.cache import (
     write_cache,
 )
 from smalti.data.latents import CodeSpec, ContinuousSpec
-from smalti.data.views import VIEW_SETS
+from smalti.data.transforms import VIEW_SETS
 from smalti.errors import SmaltiError
 
 INFO = CacheInfo(

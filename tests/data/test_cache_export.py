@@ -14,8 +14,7 @@ import webdataset
 
 from smalti.config import config_from_dict
 from smalti.data.latent_cache import export as cache_export
-from smalti.data.latent_cache.cache import EncodedRange, LatentCache, write_cache
-from smalti.data.latent_cache.cache_info import CacheInfo
+from smalti.data.latent_cache.cache import CacheInfo, EncodedRange, LatentCache, write_cache
 from smalti.data.latent_cache.export import export_cache
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.errors import SmaltiError

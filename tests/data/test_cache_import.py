@@ -12,7 +12,7 @@ from smalti.data.latent_cache.cache import LatentCache
 from smalti.data.latent_cache.imports import Division, Origin, import_latents, open_foreign
 from smalti.data.latent_cache.llamagen import TEN_CROPS
 from smalti.data.latents import CodeSpec, ContinuousSpec
-from smalti.data.views import VIEW_SETS
+from smalti.data.transforms import VIEW_SETS
 from smalti.errors import SmaltiError
 
 COUNT = 30

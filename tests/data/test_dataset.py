@@ -12,9 +12,9 @@ from PIL import Image
 from smalti.data import dataset as dataset_module
 from smalti.data.dataset import ImageDataset
 from smalti.data.image_io import image_grid, save_png, to_pil, to_uint8
+from smalti.data.latents import to_float
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
-from smalti.data.pixels import to_float
 from smalti.data.sources.base import heldout_mask, open_source
 from smalti.data.transforms import center_crop, flips, to_tensor
 from smalti.errors import SmaltiError

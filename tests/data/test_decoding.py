@@ -12,7 +12,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 import smalti.data
-from smalti.data.decoding import FORMATS, FolderOptions, Unusable, decode, format_of
+from smalti.data.image_io import FORMATS, FolderOptions, Unusable, decode, format_of
 from smalti.data.sources.base import HuggingFaceOptions, ImageSource, open_source
 from smalti.data.sources.folder import EXTENSIONS, read_picture
 from smalti.errors import SmaltiError

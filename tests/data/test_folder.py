@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from smalti.data.decoding import FolderOptions
+from smalti.data.image_io import FolderOptions
 from smalti.data.sources.base import divide, heldout_mask, open_source
 from smalti.data.sources.folder import read_picture
 from smalti.errors import SmaltiError

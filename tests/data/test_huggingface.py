@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smalti.data import stream as stream_module
-from smalti.data.decoding import FolderOptions
+from smalti.data.image_io import FolderOptions
+from smalti.data.sources import huggingface as stream_module
 from smalti.data.sources.base import HuggingFaceOptions, open_source
-from smalti.data.sources.columns import find_columns
-from smalti.data.sources.stream import Sample, copy_stream
+from smalti.data.sources.huggingface import Sample, copy_stream, find_columns
 from smalti.errors import SmaltiError
 
 

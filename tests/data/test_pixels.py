@@ -2,7 +2,7 @@
 
 import torch
 
-from smalti.data.pixels import rounded, to_float, to_levels
+from smalti.data.latents import rounded, to_float, to_levels
 
 
 def test_every_level_of_a_file_survives_the_way_in_and_out() -> None:

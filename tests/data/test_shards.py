@@ -18,9 +18,14 @@ from PIL import Image
 from smalti.data.sources import download
 from smalti.data.sources.base import open_source
 from smalti.data.sources.folder import EXTENSIONS
-from smalti.data.sources.patterns import expand_braces, expand_shards
-from smalti.data.sources.shard_labels import MAX_LABEL_BYTES
-from smalti.data.sources.webdataset import BLOCK, list_members, read_manifest
+from smalti.data.sources.webdataset import (
+    BLOCK,
+    MAX_LABEL_BYTES,
+    expand_braces,
+    expand_shards,
+    list_members,
+    read_manifest,
+)
 from smalti.errors import SmaltiError
 
 COUNT = 6

@@ -16,7 +16,7 @@ from PIL import Image
 
 from smalti.data import dataset as dataset_module
 from smalti.data.dataset import ImageDataset
-from smalti.data.decoding import FolderOptions
+from smalti.data.image_io import FolderOptions
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.data.sources.arrays import ArraySource

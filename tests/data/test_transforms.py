@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from smalti.data.dataset import ImageDataset
-from smalti.data.decoding import FolderOptions, decode
+from smalti.data.image_io import FolderOptions, decode
 from smalti.data.sources.base import open_source
 from smalti.data.transforms import CropDraw, RandomCrop, center_crop, crop_draw, random_crop
 from smalti.errors import SmaltiError

@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import TenCrop
 
 from smalti.data.latent_cache.llamagen import ORDERS, TEN_CROPS
-from smalti.data.views import VIEW_SETS, decoded_size, views_of
+from smalti.data.transforms import VIEW_SETS, decoded_size, views_of
 
 
 @pytest.mark.parametrize("size", [16, 20, 256])

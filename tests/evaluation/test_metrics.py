@@ -10,15 +10,18 @@ import torch
 import torchmetrics.functional.image as oracle
 from torchmetrics.image.kid import poly_mmd
 
-from smalti.data.pixels import to_float, to_levels
+from smalti.data.latents import to_float, to_levels
 from smalti.errors import SmaltiError
-from smalti.evaluation.codebook import code_counts, perplexity, usage
-from smalti.evaluation.distances import FeatureStatistics, frechet_distance
+from smalti.evaluation.distances import (
+    FeatureStatistics,
+    frechet_distance,
+    kernel_distance,
+    squared_mmd,
+)
 from smalti.evaluation.features import parted
-from smalti.evaluation.kernel_distance import kernel_distance, squared_mmd
 from smalti.evaluation.neighbours import nearest_neighbours
 from smalti.evaluation.protocol import Metric, write_summary
-from smalti.evaluation.reconstruction import psnr, ssim
+from smalti.evaluation.reconstruction import code_counts, perplexity, psnr, ssim, usage
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:

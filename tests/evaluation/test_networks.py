@@ -10,10 +10,11 @@ from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
 from smalti.evaluation import features as features_module
 from smalti.evaluation.classifier import ImageClassifier, train_classifier
-from smalti.evaluation.efficientnet import EfficientNetLite0, SameConv2d
 from smalti.evaluation.features import (
     AlexNetFeatures,
     EfficientNetFeatures,
+    EfficientNetLite0,
+    SameConv2d,
     extract,
     find_efficientnet,
 )
@@ -23,7 +24,7 @@ from smalti.evaluation.samples import (
     distance_metrics,
     reconstruction_metrics,
 )
-from smalti.seeding import generator
+from smalti.randomness import generator
 from smalti.tokenizer.losses.perceptual import LPIPS
 
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from smalti.errors import SmaltiError
 from smalti.pipelines.convert import SOURCES
-from smalti.pipelines.convert.convert import convert, export, read_published
-from smalti.pipelines.convert.imagenet import class_names
+from smalti.pipelines.convert.convert import class_names, convert, export, read_published
 from smalti.pipelines.convert.layout import Buffer, Layout, Link, import_tensors, joined, same
 from smalti.pipelines.convert.reader import read_checkpoint
 from smalti.pipelines.convert.source import Options

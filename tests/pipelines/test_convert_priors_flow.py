@@ -373,7 +373,7 @@ def test_the_mean_weights_of_a_training_checkpoint_are_taken(tmp_path: Path) -> 
 
 def test_heads_have_the_published_defaults() -> None:
     from smalti.pipelines.convert.dit import PUBLISHED_HEADS
-    from smalti.pipelines.convert.prior_sizes import head_count
+    from smalti.pipelines.convert.source import head_count
 
     for name in ("sit-s/2", "sit-b/4", "sit-l/2", "dit-xl/2"):
         network = PRESETS[name].network

@@ -257,8 +257,8 @@ def test_heads_and_grid_have_the_published_defaults(tmp_path: Path) -> None:
 
 
 def test_the_published_sizes_with_wide_heads_are_known(tmp_path: Path) -> None:
-    from smalti.pipelines.convert.from_llamagen_prior import PUBLISHED_HEADS
-    from smalti.pipelines.convert.prior_sizes import head_count
+    from smalti.pipelines.convert.llamagen import PUBLISHED_HEADS
+    from smalti.pipelines.convert.source import head_count
     from smalti.prior.next_token.model import PRESETS
 
     for config in PRESETS.values():

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from smalti.prior.flow.dynamics import Dynamics
 from smalti.prior.flow.path import GaussianPath
-from smalti.prior.flow.prediction import Prediction, of_data_and_noise
+from smalti.prior.flow.prediction import Dynamics, Prediction, of_data_and_noise
 
 
 @dataclass(frozen=True)

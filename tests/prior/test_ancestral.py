@@ -5,12 +5,17 @@ import pytest
 import torch
 
 from smalti.errors import SmaltiError
-from smalti.prior.flow.dynamics import Dynamics
-from smalti.prior.flow.path import DDPMPath, LinearPath, TrigonometricPath, VEPath, VPCosinePath
-from smalti.prior.flow.prediction import TimeRange
+from smalti.prior.flow.path import (
+    DDPMPath,
+    LinearPath,
+    TrigonometricPath,
+    VEPath,
+    VPCosinePath,
+    transition,
+)
+from smalti.prior.flow.prediction import Dynamics, TimeRange
 from smalti.prior.flow.solvers.ancestral import DDIM, DDPM
 from smalti.prior.flow.solvers.schedules import DDPMSpaced
-from smalti.prior.flow.transition import transition
 from smalti.randomness import NormalSource
 
 DOUBLE = torch.float64

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from smalti.config import config_from_dict, config_to_dict
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
-from smalti.prior.flow.conditioning import sinusoids
-from smalti.prior.flow.dit import PRESETS, DiT, DiTConfig
-from smalti.prior.flow.patches import PatchEmbedder, unpatchify
+from smalti.prior.attention import FixedTable, sin_cos_table
+from smalti.prior.flow.dit import PRESETS, DiT, DiTConfig, PatchEmbedder, sinusoids, unpatchify
 from smalti.prior.layers import rotate
-from smalti.prior.positions import FixedTable, sin_cos_table
 
 TINY = DiTConfig(
     in_channels=3,

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from smalti.prior.flow.dynamics import Estimate
 from smalti.prior.flow.path import (
     LinearPath,
     TrigonometricPath,
@@ -12,7 +11,7 @@ from smalti.prior.flow.path import (
     VPLinearPath,
     spread,
 )
-from smalti.prior.flow.prediction import PREDICTIONS, of_data_and_noise
+from smalti.prior.flow.prediction import PREDICTIONS, Estimate, of_data_and_noise
 
 PATHS = [
     LinearPath(),

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from smalti.errors import SmaltiError
-from smalti.prior.flow.dynamics import Dynamics
 from smalti.prior.flow.guidance import Classifier, ClassifierFree, classifier_free, with_classifier
 from smalti.prior.flow.path import LinearPath, VPLinearPath
-from smalti.prior.flow.prediction import PREDICTIONS
+from smalti.prior.flow.prediction import PREDICTIONS, Dynamics
 
 LABELS = torch.tensor([0, 1, 2])
 NULL = 3

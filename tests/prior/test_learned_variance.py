@@ -9,11 +9,9 @@ from chance import randomised
 from torch.distributions import Normal, kl_divergence
 
 from smalti.prior.flow.dit import DiTConfig
-from smalti.prior.flow.dynamics import Estimate
-from smalti.prior.flow.learned_variance import bound_weight, variance_bound
-from smalti.prior.flow.path import DDPMPath, LinearPath
-from smalti.prior.flow.prior import FlowConfig, FlowPrior
-from smalti.prior.flow.transition import transition
+from smalti.prior.flow.path import DDPMPath, LinearPath, transition
+from smalti.prior.flow.prediction import Estimate
+from smalti.prior.flow.prior import FlowConfig, FlowPrior, bound_weight, variance_bound
 
 PATH = DDPMPath(num_train_timesteps=50, beta_end=0.2)
 CONFIG = FlowConfig(

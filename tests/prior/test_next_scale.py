@@ -13,10 +13,15 @@ from torch import Tensor
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.errors import SmaltiError
 from smalti.prior.next_scale.decoding import ScaleDecoder
-from smalti.prior.next_scale.model import PRESETS, NextScaleConfig, NextScalePrior
-from smalti.prior.next_scale.noisy_context import noisy_context, true_context
-from smalti.prior.next_scale.scale_block import DropPath
-from smalti.prior.next_scale.scale_mask import block_causal_mask
+from smalti.prior.next_scale.model import (
+    PRESETS,
+    DropPath,
+    NextScaleConfig,
+    NextScalePrior,
+    block_causal_mask,
+    noisy_context,
+    true_context,
+)
 from smalti.prior.sampling import SamplingOptions, filtered
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer

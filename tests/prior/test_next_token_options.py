@@ -10,10 +10,9 @@ from chance import randomised
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
 from smalti.prior.attention import attend
-from smalti.prior.drop_path import DropPath, drop_path_rates
+from smalti.prior.layers import DropPath, drop_path_rates
 from smalti.prior.next_token.decoding import TokenDecoder
-from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
-from smalti.prior.next_token.token_corruption import corrupted
+from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior, corrupted
 from smalti.prior.sampling import SamplingOptions
 
 TINY = NextTokenConfig(

@@ -14,8 +14,12 @@ from smalti.errors import SmaltiError
 from smalti.prior.base import Prior
 from smalti.prior.conditions.text import TextCondition
 from smalti.prior.next_scale.model import NextScalePrior
-from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
-from smalti.prior.next_token.random_order import draw_orders, random_order_probability
+from smalti.prior.next_token.model import (
+    NextTokenConfig,
+    NextTokenPrior,
+    draw_orders,
+    random_order_probability,
+)
 
 TINY = NextTokenConfig(
     spec=CodeSpec(16, ((3, 5),)),

@@ -7,8 +7,8 @@ from torch import nn
 
 from smalti.errors import SmaltiError
 from smalti.prior.flow.dit import DiTConfig
-from smalti.prior.flow.dynamics import Dynamics
 from smalti.prior.flow.path import LinearPath, TrigonometricPath
+from smalti.prior.flow.prediction import Dynamics
 from smalti.prior.flow.prior import FlowConfig, FlowPrior
 from smalti.prior.flow.rectified import check_straight, generate_pairs, straightness
 from smalti.prior.flow.solvers.runge_kutta import RK4, Heun

@@ -6,9 +6,8 @@ import torch
 from smalti.errors import SmaltiError
 from smalti.prior.flow.path import LinearPath, TrigonometricPath, VEPath, VPLinearPath
 from smalti.prior.flow.solvers.ancestral import DDIM, DDPM
-from smalti.prior.flow.solvers.langevin import Langevin
 from smalti.prior.flow.solvers.runge_kutta import Euler, Heun
-from smalti.prior.flow.solvers.sde import DIFFUSIONS, EulerMaruyama
+from smalti.prior.flow.solvers.sde import DIFFUSIONS, EulerMaruyama, Langevin
 from smalti.randomness import NormalSource
 
 DOUBLE = torch.float64

@@ -15,8 +15,7 @@ from runs import losses, weights
 from safetensors.torch import save_file
 
 from smalti.config import config_to_dict
-from smalti.scripts.critic import critic_draws
-from smalti.scripts.train_tokenizer import TrainTokenizerConfig, train
+from smalti.scripts.train_tokenizer import TrainTokenizerConfig, critic_draws, train
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.discriminators.augmentation import AugmentConfig
 from smalti.tokenizer.discriminators.frozen_features import FeatureCriticConfig
@@ -77,7 +76,7 @@ def config(pictures: Path, out: Path, **changes) -> TrainTokenizerConfig:
 
 def test_a_weight_of_zero_leaves_the_network_out(pictures: Path, tmp_path: Path, monkeypatch):
     """A plain VQ-VAE builds neither critic nor LPIPS, and its checkpoint holds neither."""
-    from smalti.scripts import critic
+    from smalti.scripts import train_tokenizer as critic
     from smalti.tokenizer.losses.perceptual import LPIPS
 
     def never(*args, **options):

@@ -15,7 +15,7 @@ from toy_run import train as train_toy
 
 import smalti
 from smalti.cli import main
-from smalti.data.latent_cache.cache_shard import shard_path
+from smalti.data.latent_cache.cache import shard_path
 from smalti.pipelines.info import info
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.training.checkpoint import checkpoints

@@ -15,8 +15,11 @@ from smalti.errors import SmaltiError
 from smalti.tokenizer.discriminators import CRITICS, build_critic
 from smalti.tokenizer.discriminators.frozen_features import FeatureCritic, FeatureCriticConfig
 from smalti.tokenizer.discriminators.patchgan import PatchGAN, PatchGANConfig
-from smalti.tokenizer.discriminators.regularisers import r1_penalty
-from smalti.tokenizer.discriminators.spectral import SpectralConv2d, advance_spectral_norms
+from smalti.tokenizer.discriminators.regularisers import (
+    SpectralConv2d,
+    advance_spectral_norms,
+    r1_penalty,
+)
 from smalti.tokenizer.discriminators.stylegan import StyleGANCritic, StyleGANCriticConfig, halve
 from smalti.tokenizer.losses.objective import ObjectiveConfig
 from smalti.tokenizer.vit import FrozenViT, ViTSizes

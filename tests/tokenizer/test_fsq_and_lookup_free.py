@@ -7,8 +7,7 @@ import torch
 from vector_quantize_pytorch import FSQ, LFQ
 
 from smalti.errors import SmaltiError
-from smalti.tokenizer.quantizers.base import as_rows
-from smalti.tokenizer.quantizers.entropy import entropy_loss
+from smalti.tokenizer.quantizers.base import as_rows, entropy_loss
 from smalti.tokenizer.quantizers.fsq import FSQConfig, FSQuantizer
 from smalti.tokenizer.quantizers.lookup_free import (
     LookupFreeConfig,

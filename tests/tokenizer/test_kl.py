@@ -11,9 +11,7 @@ from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.equivariance import transformed
-from smalti.tokenizer.gaussian import DiagonalGaussian
-from smalti.tokenizer.kl import KLConfig, KLTokenizer
+from smalti.tokenizer.kl import DiagonalGaussian, KLConfig, KLTokenizer, transformed
 
 CONV = ConvConfig(
     channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=4

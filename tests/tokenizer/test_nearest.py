@@ -7,12 +7,10 @@ from vector_quantize_pytorch import SimVQ, VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from smalti.errors import SmaltiError
-from smalti.tokenizer import entropy as entropy_module
+from smalti.tokenizer.quantizers import base as entropy_module
 from smalti.tokenizer.quantizers import base as quantize
-from smalti.tokenizer.quantizers.base import as_maps, as_rows, nearest_codes
+from smalti.tokenizer.quantizers.base import as_maps, as_rows, entropy_loss, nearest_codes, rotation
 from smalti.tokenizer.quantizers.codebook import EMA_SMOOTHING, CodebookConfig
-from smalti.tokenizer.quantizers.entropy import entropy_loss
-from smalti.tokenizer.quantizers.estimators import rotation
 from smalti.tokenizer.quantizers.nearest import NearestConfig, NearestQuantizer
 
 LEARNING = ("gradient", "ema", "simvq")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from smalti.data.pixels import rounded
+from smalti.data.latents import rounded
 from smalti.errors import SmaltiError
 from smalti.tokenizer.base import Reconstruction
 from smalti.tokenizer.discriminators.adversarial import GAMES, adaptive_weight
@@ -14,13 +14,14 @@ from smalti.tokenizer.discriminators.augmentation import AugmentConfig, augment
 from smalti.tokenizer.discriminators.objective import DRAWS, CriticObjective
 from smalti.tokenizer.discriminators.patchgan import PatchGAN, PatchGANConfig
 from smalti.tokenizer.discriminators.regularisers import PenaltyConfig
-from smalti.tokenizer.losses.gram import gram_distance, gram_matrices
 from smalti.tokenizer.losses.objective import (
     Judges,
     ObjectiveConfig,
     ObjectiveLoss,
     frozen,
     generator_loss,
+    gram_distance,
+    gram_matrices,
 )
 from smalti.tokenizer.losses.perceptual import LPIPS
 

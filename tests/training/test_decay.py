@@ -5,7 +5,7 @@ from torch import nn
 
 from smalti.prior.next_scale.model import NextScaleConfig, NextScalePrior
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
-from smalti.training.decay import split_by_decay
+from smalti.training.optim import split_by_decay
 
 
 class Model(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from smalti.errors import SmaltiError
-from smalti.training import precision
+from smalti.training import processes as precision
 from smalti.training.checkpoint import checkpoints, save_checkpoint, verify
 from smalti.training.config import RunConfig
 from smalti.training.folder import METRICS, RECIPE, refuse_other_settings

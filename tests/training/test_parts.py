@@ -14,14 +14,13 @@ from torch import nn
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import SmaltiError
-from smalti.seeding import derive_seed, generator
-from smalti.training import precision
-from smalti.training.config import RunConfig
+from smalti.randomness import derive_seed, generator
+from smalti.training import processes as precision
+from smalti.training.config import RunConfig, check_tracker
 from smalti.training.ema import EMA
-from smalti.training.interrupt import InterruptGuard
-from smalti.training.log import MetricsLog, mean_of
-from smalti.training.schedule import warmup_cosine
-from smalti.training.trackers import check_tracker
+from smalti.training.logging import MetricsLog, mean_of
+from smalti.training.optim import warmup_cosine
+from smalti.training.signals import InterruptGuard
 
 
 def rate(step: int, **changes) -> float:

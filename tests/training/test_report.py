@@ -11,9 +11,9 @@ from runs import losses
 from torch import nn
 from toy_run import toy_config, train
 
-from smalti.training import throughput
+from smalti.training import logging as throughput
+from smalti.training.logging import Throughput, peak_flops
 from smalti.training.report import MAX_PICTURES, MAX_POINTS, chart, curves, thinned, write_report
-from smalti.training.throughput import Throughput, peak_flops
 
 
 class Page(HTMLParser):

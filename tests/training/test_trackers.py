@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from toy_run import toy_config, train
 
-from smalti.training.trackers import send_picture
+from smalti.training.logging import send_picture
 
 PICTURE = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
 

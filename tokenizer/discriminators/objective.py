@@ -3,13 +3,17 @@
 import torch
 from torch import Tensor, nn
 
-from smalti.data.pixels import rounded
+from smalti.data.latents import rounded
 from smalti.tokenizer.discriminators import build_critic
 from smalti.tokenizer.discriminators.adversarial import GAMES
 from smalti.tokenizer.discriminators.augmentation import DRAWS as AUGMENT_DRAWS
 from smalti.tokenizer.discriminators.augmentation import augment
-from smalti.tokenizer.discriminators.regularisers import LeCam, gradient_penalty, r1_penalty
-from smalti.tokenizer.discriminators.spectral import advance_spectral_norms
+from smalti.tokenizer.discriminators.regularisers import (
+    LeCam,
+    advance_spectral_norms,
+    gradient_penalty,
+    r1_penalty,
+)
 from smalti.tokenizer.losses.objective import ObjectiveConfig, ObjectiveLoss
 
 DRAWS = AUGMENT_DRAWS + 1  # uniform numbers per picture; the last one mixes real and fake

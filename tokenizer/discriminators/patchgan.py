@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
 from smalti.tokenizer.discriminators.augmentation import resized
-from smalti.tokenizer.discriminators.spectral import SpectralConv2d
+from smalti.tokenizer.discriminators.regularisers import SpectralConv2d
 
 
 @dataclass(frozen=True)

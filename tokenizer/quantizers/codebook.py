@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from smalti.distributed import draw_rows, sum_over_processes
 from smalti.errors import SmaltiError
-from smalti.tokenizer.quantizers.base import nearest_codes
+from smalti.tokenizer.quantizers.base import Quantizer, nearest_codes
+
+# -------------------------------------------------------------------------------------------------
+# A codebook: V vectors of d numbers, how they are compared, learned, and revived when dead.
 
 EMA_SMOOTHING = 1e-5  # pseudo-count of Laplace smoothing
 
@@ -188,3 +191,29 @@ class SimVQCodebook(Codebook):
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes (...) in [0, V) -> vectors (..., d), fp32."""
         return self.normalise(F.embedding(codes, self.table).float() @ self.transform.float())
+
+
+# -------------------------------------------------------------------------------------------------
+# What quantizers with a learned codebook share.
+
+
+class CodebookQuantizer(Quantizer):
+    """A quantizer whose codes are the rows of one codebook, which learns when a step ends."""
+
+    def __init__(self, codebook: CodebookConfig) -> None:
+        super().__init__()
+        self.codebook = codebook.build()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.codebook.config.vocab_size
+
+    @property
+    def dim(self) -> int:
+        return self.codebook.config.code_dim
+
+    def after_step(self, generator: torch.Generator) -> None:
+        self.codebook.after_step(generator)
+
+    def discard_step(self) -> None:
+        self.codebook.discard_step()

@@ -10,8 +10,13 @@ from torch import Tensor
 
 from smalti.errors import SmaltiError
 from smalti.randomness import Drawn
-from smalti.tokenizer.quantizers.base import Quantized, Quantizer, as_maps, as_rows
-from smalti.tokenizer.quantizers.estimators import straight_through
+from smalti.tokenizer.quantizers.base import (
+    Quantized,
+    Quantizer,
+    as_maps,
+    as_rows,
+    straight_through,
+)
 
 EDGE = 1e-3  # the bound reaches this much beyond the outermost level
 

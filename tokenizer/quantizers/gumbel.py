@@ -11,8 +11,14 @@ from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
 from smalti.randomness import Drawn
-from smalti.tokenizer.quantizers.base import SEARCH_ELEMENTS, Quantized, Quantizer, as_maps, as_rows
-from smalti.tokenizer.quantizers.entropy import entropy
+from smalti.tokenizer.quantizers.base import (
+    SEARCH_ELEMENTS,
+    Quantized,
+    Quantizer,
+    as_maps,
+    as_rows,
+    entropy,
+)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,14 @@ from torch import Tensor
 from smalti.distributed import mean_over_processes
 from smalti.errors import SmaltiError
 from smalti.randomness import Drawn
-from smalti.tokenizer.quantizers.base import Quantized, Quantizer, as_maps, as_rows
-from smalti.tokenizer.quantizers.entropy import entropy
-from smalti.tokenizer.quantizers.estimators import straight_through
+from smalti.tokenizer.quantizers.base import (
+    Quantized,
+    Quantizer,
+    as_maps,
+    as_rows,
+    entropy,
+    straight_through,
+)
 
 MAX_GROUP_BITS = 12  # 2^12 joint probabilities per feature
 

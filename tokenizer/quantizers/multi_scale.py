@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
 from smalti.randomness import Drawn
-from smalti.tokenizer.quantizers.base import Grids, Quantized, as_maps, as_rows
-from smalti.tokenizer.quantizers.codebook import CodebookConfig
-from smalti.tokenizer.quantizers.codebook_quantizer import CodebookQuantizer
-from smalti.tokenizer.quantizers.estimators import Estimator, estimate
+from smalti.tokenizer.quantizers.base import Estimator, Grids, Quantized, as_maps, as_rows, estimate
+from smalti.tokenizer.quantizers.codebook import CodebookConfig, CodebookQuantizer
 
 # Where a scale's convolution lies among few shared ones (VAR): scale k uses convolution i. Its
 # published map for 10 scales and 4 convolutions rests on ties that rounding in double precision

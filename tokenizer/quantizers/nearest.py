@@ -8,11 +8,15 @@ from torch import Tensor
 
 from smalti.errors import SmaltiError
 from smalti.randomness import Drawn
-from smalti.tokenizer.quantizers.base import Quantized, as_maps, as_rows
-from smalti.tokenizer.quantizers.codebook import CodebookConfig
-from smalti.tokenizer.quantizers.codebook_quantizer import CodebookQuantizer
-from smalti.tokenizer.quantizers.entropy import entropy_loss
-from smalti.tokenizer.quantizers.estimators import Estimator, estimate
+from smalti.tokenizer.quantizers.base import (
+    Estimator,
+    Quantized,
+    as_maps,
+    as_rows,
+    entropy_loss,
+    estimate,
+)
+from smalti.tokenizer.quantizers.codebook import CodebookConfig, CodebookQuantizer
 
 
 @dataclass(frozen=True)

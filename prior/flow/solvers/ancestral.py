@@ -11,9 +11,9 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.prior.flow.dynamics import Dynamics
+from smalti.prior.flow.path import Transition, log_variance, transition
+from smalti.prior.flow.prediction import Dynamics
 from smalti.prior.flow.solvers.base import StepSolver, times_of
-from smalti.prior.flow.transition import Transition, log_variance, transition
 from smalti.randomness import NormalSource
 
 Variance = Literal["auto", "small", "large", "learned"]

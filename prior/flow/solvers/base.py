@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from smalti.hub import Registry
-from smalti.prior.flow.dynamics import Dynamics, Field
+from smalti.prior.flow.prediction import Dynamics, Field
 from smalti.prior.sampling import exact_dtype
 from smalti.randomness import NormalSource
 
@@ -33,7 +33,7 @@ SOLVERS = Registry(
         "euler-maruyama": "smalti.prior.flow.solvers.sde:EulerMaruyama",
         "ddpm": "smalti.prior.flow.solvers.ancestral:DDPM",
         "ddim": "smalti.prior.flow.solvers.ancestral:DDIM",
-        "langevin": "smalti.prior.flow.solvers.langevin:Langevin",
+        "langevin": "smalti.prior.flow.solvers.sde:Langevin",
     },
 )
 

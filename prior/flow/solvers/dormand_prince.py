@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.prior.flow.dynamics import Field
 from smalti.prior.flow.path import spread
+from smalti.prior.flow.prediction import Field
 from smalti.prior.flow.solvers.base import ODESolver, times_of
 
 NODES = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1)

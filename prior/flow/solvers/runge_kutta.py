@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from smalti.prior.flow.dynamics import Field
+from smalti.prior.flow.prediction import Field
 from smalti.prior.flow.solvers.base import ODESolver, times_of
 
 
