@@ -135,8 +135,8 @@ def side_by_side(contestants: Sequence[Contestant], columns: int, picture: Path)
     """New pictures, a row per class, some columns for each prior."""
     names = contestants[0].pipeline.classes
     labels = [label for label in range(len(names)) for _ in range(columns)]
-    drawn = [c.draw(labels).unflatten(0, (len(names), columns)) for c in contestants]
-    images = torch.cat(drawn, 1).flatten(0, 1)  # row by row
+    grids = [c.draw(labels).unflatten(0, (len(names), columns)) for c in contestants]
+    images = torch.cat(grids, 1).flatten(0, 1)  # row by row
     grid = image_grid(
         images,
         columns * len(contestants),

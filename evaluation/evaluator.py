@@ -83,10 +83,12 @@ class TokenizerEvaluation:
     def reconstruction(self, picture: Path) -> dict[str, Metric]:
         """Metrics on all held-out pictures; some are shown above their reconstructions."""
         latents, output = self.round_trip(self.heldout)
-        spread = torch.linspace(0, len(output) - 1, min(SHOWN_RECONSTRUCTIONS, len(output))).long()
-        both = torch.cat([self.heldout[spread], output[spread]])
+        evenly_spaced = torch.linspace(
+            0, len(output) - 1, min(SHOWN_RECONSTRUCTIONS, len(output))
+        ).long()
+        both = torch.cat([self.heldout[evenly_spaced], output[evenly_spaced]])
         names = ("held-out original", "reconstruction")
-        save_png(picture, image_grid(both, columns=len(spread), row_labels=names, scale=2))
+        save_png(picture, image_grid(both, columns=len(evenly_spaced), row_labels=names, scale=2))
         metrics = reconstruction_metrics(output, self.heldout, self.lpips, self.protocol)
         spec = self.tokenizer.spec
         if isinstance(spec, CodeSpec):
@@ -126,7 +128,7 @@ class PipelineEvaluation(TokenizerEvaluation):
         self.saw_training = {"": "not known", train.fingerprint: "yes"}.get(known, "no")
         super().__init__(config, pipeline.tokenizer)
         self.class_counts = train.labels.bincount(minlength=len(train.classes))
-        self.train, self.train_labels = spread(train, config.num_references)
+        self.train, self.train_labels = evenly_spaced(train, config.num_references)
 
     @classmethod
     def load(cls, config: "EvaluateConfig", folder: Path) -> Self:
@@ -264,7 +266,7 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def spread(dataset: ImageDataset, limit: int) -> tuple[Tensor, Tensor]:
+def evenly_spaced(dataset: ImageDataset, limit: int) -> tuple[Tensor, Tensor]:
     """At most `limit` pictures (N, 3, S, S), evenly spread over the set, and their labels (N,)."""
     if len(dataset) <= limit:
         return dataset.all_images(), dataset.labels

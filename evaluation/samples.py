@@ -38,10 +38,10 @@ def reconstruction_metrics(
     device = lpips.shift.device
     with torch.no_grad():
         perceptual = torch.cat([lpips(a.to(device), b.to(device)).cpu() for a, b in pairs])
-    fidelity = psnr(images, reference).clamp(max=BEST_PSNR).mean().item()
+    mean_psnr = psnr(images, reference).clamp(max=BEST_PSNR).mean().item()
     trunk = {"trunk": "alex", "version": "0.1", "weights_sha256": weights_sha256(lpips)}
     return {
-        "psnr": Metric(fidelity, {**base, "unit": "dB", "exact_copy_counts_as": BEST_PSNR}),
+        "psnr": Metric(mean_psnr, {**base, "unit": "dB", "exact_copy_counts_as": BEST_PSNR}),
         "ssim": Metric(ssim(images, reference).mean().item(), {**base, **SSIM_PROTOCOL}),
         "lpips": Metric(perceptual.mean().item(), {**base, **trunk}),
     }

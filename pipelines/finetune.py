@@ -47,7 +47,7 @@ def saved_tokenizer(path_or_hub_id: str) -> TokenizerConfig:
     return replace(saved, latent_mean=(), latent_std=()) if isinstance(saved, KLConfig) else saved
 
 
-def begin_from(model: Model, path_or_hub_id: str) -> None:
+def load_initial_weights(model: Model, path_or_hub_id: str) -> None:
     """Give a new model the weights of a saved one: a pipeline's, or a folder of its own.
 
     If the number of classes differs, all class embeddings but that of no class begin anew, and
@@ -90,7 +90,7 @@ def _check_settings(model: Model, source: Model, where: str) -> None:
     kind, theirs = type(model).registry.kind, source.config
     if isinstance(model, Prior) and isinstance(source, Prior):
         theirs = fitted_as(source.config, model.config)
-    found = first_difference(model.config, theirs, kind, free="FREE_OF_WEIGHTS")
+    found = first_difference(model.config, theirs, kind, free="NON_ARCHITECTURE_FIELDS")
     if found:
         raise SmaltiError(
             f"{found.name} is {found.value}, but {found.other} in {where}: give the same settings,"

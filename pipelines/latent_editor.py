@@ -51,7 +51,7 @@ class StatisticsOptions(StripOptions):
         check_at_least(1, self, "max_pictures")
 
 
-class Workbench:
+class LatentEditor:
     """A tokenizer, and pictures as it takes them.
 
     Raises:
@@ -130,7 +130,7 @@ class Workbench:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def draw(self, vectors: Tensor) -> Tensor:
+    def decode(self, vectors: Tensor) -> Tensor:
         """Vectors (N, d, h, w) -> images (N, 3, S, S), decoded in batches."""
         parts = vectors.split(self.options.batch_size)
         return torch.cat([self.tokenizer.decode_vectors(part).float() for part in parts])
@@ -164,7 +164,7 @@ def signed(number: float) -> str:
     return f"{number:+g}" if number else "0"
 
 
-def spread(indices: Sequence[int], count: int) -> list[int]:
+def evenly_spaced(indices: Sequence[int], count: int) -> list[int]:
     """At most `count` of the indices, at equal distances, from the first on."""
     count = min(count, len(indices))
     return [indices[row * len(indices) // count] for row in range(count)]

@@ -245,15 +245,15 @@ class Pipeline:
         latents, images = [], []
         for start in tqdm(range(0, len(wanted), chunk), disable=not progress, unit="batch"):
             part = slice(start, start + chunk)
-            drawn = self.prior.sample(
+            sampled = self.prior.sample(
                 wanted.part(part, self.device),
                 guidance_scale=guidance_scale,
                 generator=generator[part] if isinstance(generator, Sequence) else generator,
                 **options,
             )
-            latents.append(drawn)
+            latents.append(sampled)
             if output_type != "latent":
-                images.append(self.tokenizer.decode(drawn).float().clamp(-1, 1).cpu())
+                images.append(self.tokenizer.decode(sampled).float().clamp(-1, 1).cpu())
         decoded = _as_output(torch.cat(images), output_type) if images else None
         return PipelineOutput(decoded, torch.cat(latents), wanted.labels)
 

@@ -39,7 +39,9 @@ class Prior(nn.Module, Pretrained, ABC):
 
     registry: ClassVar[Registry] = PRIORS
     class_table: ClassVar[str]  # name of the weight whose rows are the classes, the last one null
-    undecayed: ClassVar[tuple[str, ...]] = ()  # weights of layers that weight decay must spare
+    no_weight_decay: ClassVar[
+        tuple[str, ...]
+    ] = ()  # weights of layers that weight decay must spare
     config: Any
 
     @property
@@ -75,7 +77,7 @@ class Prior(nn.Module, Pretrained, ABC):
         generator only. guidance_scale s means uncond + s (cond - uncond); 1 is off.
         """
 
-    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random numbers for a training pass over `count` samples, a row for each, which `forward`
         takes as `drawn`; most priors draw within."""
         del count, generator

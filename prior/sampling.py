@@ -134,7 +134,7 @@ def _peak(logits: Tensor) -> Tensor:
     return peak
 
 
-def draw(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
+def sample_codes(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     """One code per row.
 
     Args:
@@ -166,7 +166,7 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def draw_uniforms(rows: int, length: int, generator: Generators) -> Tensor:
+def sample_uniforms(rows: int, length: int, generator: Generators) -> Tensor:
     """All random numbers of a sampling call, (rows, length) in [0, 1).
 
     With a list of generators row i comes from generators[i] alone. They are drawn where the
@@ -179,8 +179,8 @@ def draw_uniforms(rows: int, length: int, generator: Generators) -> Tensor:
     generator = given_or_new(generator, rows)
     if isinstance(generator, torch.Generator):
         return _uniforms((rows, length), generator)
-    drawn = [_uniforms((length,), own).cpu() for own in generator]
-    return torch.stack(drawn) if drawn else torch.empty(0, length)
+    random_inputs = [_uniforms((length,), own).cpu() for own in generator]
+    return torch.stack(random_inputs) if random_inputs else torch.empty(0, length)
 
 
 def _uniforms(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

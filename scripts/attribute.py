@@ -13,7 +13,7 @@ import torch
 from smalti.cli import parse_config, run_command
 from smalti.config import nearest
 from smalti.errors import SmaltiError
-from smalti.pipelines.latent_editor import StatisticsOptions, Workbench, signed, spread
+from smalti.pipelines.latent_editor import LatentEditor, StatisticsOptions, evenly_spaced, signed
 from smalti.tokenizer.manipulation import attribute_direction, move
 
 
@@ -34,17 +34,17 @@ class AttributeConfig(StatisticsOptions):
 
 def attribute(config: AttributeConfig) -> Path:
     """Write the strip, and return its path."""
-    bench = Workbench(config)
+    bench = LatentEditor(config)
     positive, negative = _classes(config, bench.source.classes)
     pictures = bench.pictures()
     labels = bench.source.labels
     shown: list[int] = []
     for label in (positive, negative):
         members = (labels == label).nonzero().flatten().tolist()
-        shown += spread(members, max(1, config.max_pictures // 2))
+        shown += evenly_spaced(members, max(1, config.max_pictures // 2))
     direction = attribute_direction(bench.vectors_of(shown), labels[shown], positive, negative)
     moved = move(bench.vectors(pictures), direction, config.strengths)  # (B, S, d, h, w)
-    images = bench.draw(moved.flatten(0, 1)).unflatten(0, moved.shape[:2])
+    images = bench.decode(moved.flatten(0, 1)).unflatten(0, moved.shape[:2])
     columns = ["original", *map(signed, config.strengths)]
     return bench.save(torch.cat([pictures[:, None], images], dim=1), bench.names, columns)
 

@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from smalti.cli import parse_config, run_command
 from smalti.errors import SmaltiError
-from smalti.pipelines.convert import SOURCES
+from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.convert import convert
 from smalti.pipelines.convert.source import Options
 from smalti.tokenizer.base import Tokenizer
@@ -48,7 +48,9 @@ class ConvertConfig:
         return tuple(map(int, parts))
 
 
-ConvertConfig.__doc__ = f"{ConvertConfig.__doc__}\n\nSOURCE is one of: {', '.join(SOURCES)}."
+ConvertConfig.__doc__ = (
+    f"{ConvertConfig.__doc__}\n\nSOURCE is one of: {', '.join(PUBLISHED_SOURCES)}."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

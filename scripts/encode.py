@@ -66,14 +66,14 @@ def encode(config: EncodeConfig) -> Path:
             write_cache(
                 config.output_dir / split,
                 info,
-                Encoder(tokenizer, larger, info.views, config.batch_size),
+                EncodedViews(tokenizer, larger, info.views, config.batch_size),
                 **share,
             )
     return config.output_dir
 
 
 @dataclass
-class Encoder:
+class EncodedViews:
     """(start, stop) -> the encoded pictures of that range, all views."""
 
     tokenizer: Tokenizer

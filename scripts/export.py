@@ -16,7 +16,7 @@ from smalti.cli import parse_config, run_command
 from smalti.errors import SmaltiError
 from smalti.files import read_json
 from smalti.hub import resolve_folder
-from smalti.pipelines.convert import SOURCES
+from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.convert import export
 from smalti.pipelines.index import INDEX
 from smalti.prior.base import Prior
@@ -51,7 +51,9 @@ def load_model(name: str) -> Tokenizer | Prior:
     return (Prior if is_prior else Tokenizer).from_pretrained(folder)
 
 
-ExportConfig.__doc__ = f"{ExportConfig.__doc__}\n\nFORMAT is one of: {', '.join(SOURCES)}."
+ExportConfig.__doc__ = (
+    f"{ExportConfig.__doc__}\n\nFORMAT is one of: {', '.join(PUBLISHED_SOURCES)}."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

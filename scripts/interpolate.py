@@ -12,7 +12,7 @@ import torch
 from smalti.cli import parse_config, run_command
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
-from smalti.pipelines.latent_editor import StripOptions, Workbench
+from smalti.pipelines.latent_editor import LatentEditor, StripOptions
 from smalti.tokenizer import manipulation
 
 
@@ -31,7 +31,7 @@ class InterpolateConfig(StripOptions):
 
 def interpolate(config: InterpolateConfig) -> Path:
     """Write the strip, and return its path."""
-    bench = Workbench(config)
+    bench = LatentEditor(config)
     pictures = bench.pictures(count=2)
     start, end = bench.vectors(pictures).split(1)
     discrete = isinstance(bench.tokenizer.spec, CodeSpec)
@@ -42,7 +42,7 @@ def interpolate(config: InterpolateConfig) -> Path:
     rows = []
     for blend in blends.values():
         path = manipulation.interpolate(start, end, config.steps, blend)[0]  # (steps, d, h, w)
-        rows.append(torch.cat([pictures[:1], bench.draw(path), pictures[1:]]))
+        rows.append(torch.cat([pictures[:1], bench.decode(path), pictures[1:]]))
     places = [f"{i / (config.steps - 1):.3g}" for i in range(config.steps)]
     return bench.save(torch.stack(rows), list(blends), ["original", *places, "original"])
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from smalti.cli import parse_config, run_command
 from smalti.errors import SmaltiError
-from smalti.pipelines.latent_editor import StatisticsOptions, Workbench, spread
+from smalti.pipelines.latent_editor import LatentEditor, StatisticsOptions, evenly_spaced
 from smalti.tokenizer import manipulation
 from smalti.tokenizer.losses.perceptual import LPIPS, MIN_SIDE
 from smalti.tokenizer.manipulation import Inversion
@@ -45,7 +45,7 @@ class InvertConfig(StatisticsOptions):
 
 def invert(config: InvertConfig) -> Inversion:
     """Write the strip, and return what was found."""
-    bench = Workbench(config)
+    bench = LatentEditor(config)
     distance = partial(
         manipulation.picture_distance,
         perceptual=_perceptual(config, bench),
@@ -55,7 +55,7 @@ def invert(config: InvertConfig) -> Inversion:
     encoded = bench.vectors(pictures)
     rows = {"encoder": encoded}
     if config.start == "mean":
-        measured = spread(range(len(bench.source)), config.max_pictures)
+        measured = evenly_spaced(range(len(bench.source)), config.max_pictures)
         rows["mean"] = bench.vectors_of(measured).mean(0).expand_as(encoded)
     shown = {config.steps // 16, config.steps // 4} - {0}  # it is fast at first
     with tqdm(total=config.steps, desc="invert") as bar:
@@ -75,14 +75,14 @@ def invert(config: InvertConfig) -> Inversion:
             observe=observe,
         )
     rows[f"best of {config.steps}"] = found.vectors
-    images = [bench.draw(vectors) for vectors in rows.values()]
+    images = [bench.decode(vectors) for vectors in rows.values()]
     means = [distance(image, pictures).mean() for image in images]
     labels = [f"{name}: {mean:.4f}" for name, mean in zip(rows, means, strict=True)]
     bench.save(torch.stack([pictures, *images]), ["original", *labels], bench.names)
     return found
 
 
-def _perceptual(config: InvertConfig, bench: Workbench) -> LPIPS | None:
+def _perceptual(config: InvertConfig, bench: LatentEditor) -> LPIPS | None:
     """LPIPS, if it has a weight."""
     if not config.perceptual_weight:
         return None

@@ -115,17 +115,17 @@ def reflow(config: ReflowConfig) -> float:
                 PairMaker(prior, config, split),
                 **share,
             )
-    return bend(prior, config)
+    return mean_straightness(prior, config)
 
 
 @torch.no_grad()
-def bend(prior: FlowPrior, config: ReflowConfig) -> float:
+def mean_straightness(prior: FlowPrior, config: ReflowConfig) -> float:
     """Mean straightness of the flow, 0 for straight lines, over some noises of all classes."""
     solver = make_solver(config.options.get("solver", "heun"))
     assert isinstance(solver, ODESolver)
     labels = torch.arange(MEASURED_PAIRS) % prior.num_classes
     generators = [picture_generator(config.seed, i) for i in range(MEASURED_PAIRS)]
-    noise = prior.draw_noise(MEASURED_PAIRS, NormalSource(generators, MEASURED_PAIRS))
+    noise = prior.initial_noise(MEASURED_PAIRS, NormalSource(generators, MEASURED_PAIRS))
     options = config.options
     steps = options.get("num_inference_steps", 50)
     times = prior.time_grid(steps, solver, options.get("schedule"))

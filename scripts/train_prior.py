@@ -19,13 +19,13 @@ from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import SmaltiError
 from smalti.pipelines.conditions import check_options
-from smalti.pipelines.finetune import begin_from, fitted_as, saved_prior
+from smalti.pipelines.finetune import fitted_as, load_initial_weights, saved_prior
 from smalti.pipelines.generation import class_grid
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Loss, Prior
 from smalti.prior.flow.rectified import check_straight
 from smalti.prior.presets import PRESETS, PriorConfig
-from smalti.randomness import Drawn, generator
+from smalti.randomness import RandomInputs, generator
 from smalti.scripts.options import Sampling
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.checkpoint import OptimizerState
@@ -33,7 +33,7 @@ from smalti.training.config import RunConfig
 from smalti.training.ema import EMA
 from smalti.training.logging import mean_of
 from smalti.training.processes import say
-from smalti.training.run import Run, drawn_for, shares
+from smalti.training.run import Run, random_inputs_for, shares
 
 VALIDATION_SAMPLES = 1024
 
@@ -79,7 +79,7 @@ class Stage:
             )
         self.prior = build_prior(config.prior, latents, self.tokenizer).to(run.device)
         if config.initial:
-            begin_from(self.prior, config.initial)
+            load_initial_weights(self.prior, config.initial)
         self.pairs = bool(latents.info.pairs)
         if self.pairs:
             check_straight(self.prior)
@@ -96,10 +96,10 @@ class Stage:
         self.wrapped.train()
         self.prior.set_progress(step / self.config.max_train_steps)
         parts = []
-        drawn = drawn_for(self.run, self.prior, step)
+        random_inputs = random_inputs_for(self.run, self.prior, step)
         for index, (batch, noise) in enumerate(zip(micro_batches, self.noise(step), strict=True)):
             with self.run.micro_batch(index, self.wrapped):
-                loss = self.loss(self.wrapped, batch, noise, drawn[index])
+                loss = self.loss(self.wrapped, batch, noise, random_inputs[index])
                 self.run.backward(loss.total)
             parts.append({"loss": loss.total.detach(), **loss.parts})
         norm = self.run.apply(self.optimizer, self.prior, step)
@@ -111,7 +111,7 @@ class Stage:
         """Draws latents from their posterior, for each micro-batch of this process; codes are
         certain and need none."""
         config, draws = self.config, generator(self.config.seed, "posterior", step, 0, 0)
-        whole = self.tokenizer.draw(config.train_batch_size, draws).get("noise")
+        whole = self.tokenizer.sample_random_inputs(config.train_batch_size, draws).get("noise")
         if whole is None:
             return [None] * config.gradient_accumulation_steps
         return list(shares(self.run, whole))
@@ -121,7 +121,7 @@ class Stage:
         prior: torch.nn.Module,
         batch: LatentBatch,
         noise: torch.Tensor | None = None,
-        drawn: Drawn | None = None,
+        random_inputs: RandomInputs | None = None,
     ) -> Loss:
         """The loss of one batch under a prior, wrapped or not.
 
@@ -130,7 +130,7 @@ class Stage:
             drawn: what the prior draws; None or nothing leaves that to itself.
         """
         stored, labels = batch.stored.to(self.run.device), batch.labels.to(self.run.device)
-        options: dict[str, Any] = {"drawn": drawn} if drawn else {}
+        options: dict[str, Any] = {"random_inputs": random_inputs} if random_inputs else {}
         if self.pairs:
             data, start = stored.chunk(2, dim=1)
             return prior(data, labels, start, **options)

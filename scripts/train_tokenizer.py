@@ -22,19 +22,19 @@ from smalti.data.order import DataOrder
 from smalti.data.transforms import RandomCrop
 from smalti.errors import SmaltiError
 from smalti.evaluation.reconstruction import code_counts, perplexity, psnr, usage
-from smalti.pipelines.finetune import begin_from, saved_tokenizer
-from smalti.randomness import Drawn, generator
+from smalti.pipelines.finetune import load_initial_weights, saved_tokenizer
+from smalti.randomness import RandomInputs, generator
 from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.discriminators.adversarial import adaptive_weight, last_layer_gradients
-from smalti.tokenizer.discriminators.objective import DRAWS, CriticObjective
+from smalti.tokenizer.discriminators.objective import DRAWS, DiscriminatorObjective
 from smalti.tokenizer.losses.alignment import AlignedTokenizer, AlignmentConfig
 from smalti.tokenizer.losses.objective import (
-    Judges,
+    LossNetworks,
     ObjectiveConfig,
     ObjectiveLoss,
     adversarial_loss,
-    fidelity_losses,
     generator_loss,
+    reconstruction_losses,
     sum_of,
 )
 from smalti.tokenizer.losses.perceptual import LPIPS
@@ -43,18 +43,18 @@ from smalti.training.checkpoint import OptimizerState
 from smalti.training.ema import EMA
 from smalti.training.logging import mean_of
 from smalti.training.processes import say
-from smalti.training.run import Run, RunConfig, drawn_for, shares
+from smalti.training.run import Run, RunConfig, random_inputs_for, shares
 
 # -------------------------------------------------------------------------------------------------
 # The critic of stage one: how it is trained beside a tokenizer.
 
 
-class CriticStage:
+class DiscriminatorStage:
     """A critic, its optimizer, and one step of both."""
 
     def __init__(self, run: Run, config: ObjectiveConfig, image_size: int) -> None:
         self.run = run
-        self.objective = CriticObjective(config, image_size).to(run.device)
+        self.objective = DiscriminatorObjective(config, image_size).to(run.device)
         self.optimizer = run.adamw(self.objective)
         run.track(
             discriminator=self.objective, discriminator_optimizer=OptimizerState(self.optimizer)
@@ -88,7 +88,7 @@ class CriticStage:
         return {**mean_of(parts), "discriminator_gradient_norm": torch.tensor(norm)}
 
 
-def critic_draws(run: Run, step: int) -> list[Tensor]:
+def discriminator_uniforms(run: Run, step: int) -> list[Tensor]:
     """Uniform numbers (B, DRAWS) for the pictures of each micro-batch of this process.
 
     A picture's numbers depend on its place in the whole batch of the step alone, not on how that
@@ -138,7 +138,7 @@ class Stage:
         self.objective = config.objective
         self.tokenizer: Tokenizer = Tokenizer.registry.build(config.tokenizer).to(run.device)
         if config.initial:
-            begin_from(self.tokenizer, config.initial)
+            load_initial_weights(self.tokenizer, config.initial)
         self.trained: nn.Module = self.tokenizer
         if config.alignment is not None:
             self.trained = AlignedTokenizer.of(self.tokenizer, config.alignment).to(run.device)
@@ -156,22 +156,28 @@ class Stage:
         # A network whose weight is 0 is neither built nor trained nor saved.
         objective = config.objective
         size = config.tokenizer.image_size
-        self.critic = CriticStage(run, objective, size) if objective.needs_critic else None
+        self.discriminator = (
+            DiscriminatorStage(run, objective, size) if objective.needs_discriminator else None
+        )
         perceptual = None
         if objective.needs_features:
             perceptual = LPIPS.of(objective.perceptual_network, objective.perceptual_weights)
             perceptual.to(run.device)
-        self.judges = Judges(perceptual, self.critic.objective.critic if self.critic else None)
+        self.loss_networks = LossNetworks(
+            perceptual, self.discriminator.objective.discriminator if self.discriminator else None
+        )
 
     def train_step(self, micro_batches: list[ImageBatch], step: int) -> dict[str, torch.Tensor]:
         """Tokenizer, then critic, on the same pictures; returns losses for the log."""
         self.wrapped_tokenizer.train()
         images = [batch.images.to(self.run.device) for batch in micro_batches]
-        draws = critic_draws(self.run, step)
-        drawn = drawn_for(self.run, self.tokenizer, step)
-        balance = self.balance(images, drawn, draws, step)
+        draws = discriminator_uniforms(self.run, step)
+        random_inputs = random_inputs_for(self.run, self.tokenizer, step)
+        balance = self.balance(images, random_inputs, draws, step)
         parts, pairs, self.codes = [], [], []
-        for index, (real, chance, numbers) in enumerate(zip(images, drawn, draws, strict=True)):
+        for index, (real, chance, numbers) in enumerate(
+            zip(images, random_inputs, draws, strict=True)
+        ):
             with self.run.micro_batch(index, self.wrapped_tokenizer):
                 loss, output = self.generator_loss(real, chance, numbers, step, balance)
                 self.run.backward(loss.total)
@@ -182,25 +188,25 @@ class Stage:
         norm = self.run.apply(self.optimizer, self.trained, step)
         self.accept(norm, step)
         values = {**mean_of(parts), "gradient_norm": torch.tensor(norm)}
-        if self.critic is not None:
-            values |= self.critic.train_step(pairs, draws, step)
+        if self.discriminator is not None:
+            values |= self.discriminator.train_step(pairs, draws, step)
         return values
 
     def generator_loss(
         self,
         images: torch.Tensor,
-        drawn: Drawn,
+        random_inputs: RandomInputs,
         draws: torch.Tensor,
         step: int,
         balance: torch.Tensor | None = None,
     ) -> tuple[ObjectiveLoss, Reconstruction]:
         """The tokenizer's loss, and what it made of images (B, 3, H, W)."""
-        reconstruction = self.wrapped_tokenizer(images, drawn)
+        reconstruction = self.wrapped_tokenizer(images, random_inputs)
         # The unwrapped critic: no gradients of it are made, none are communicated.
         with self.run.accelerator.autocast():
             loss = generator_loss(
                 self.objective,
-                self.judges,
+                self.loss_networks,
                 reconstruction,
                 draws=draws,
                 last_layer=self.tokenizer.last_layer,
@@ -212,7 +218,7 @@ class Stage:
     def balance(
         self,
         images: list[torch.Tensor],
-        drawn: Sequence[Drawn],
+        random_inputs: Sequence[RandomInputs],
         draws: list[torch.Tensor],
         step: int,
     ) -> torch.Tensor | None:
@@ -221,9 +227,9 @@ class Stage:
         It takes a pass of its own: the gradients of the first micro-batch cannot be weighed
         before those of the last are known. That pass stops at the decoder's last layer.
         """
-        config, critic = self.objective, self.judges.critic
+        config, discriminator = self.objective, self.loss_networks.discriminator
         heard = config.adversarial_strength(step) > 0
-        if critic is None or not (heard and config.adaptive and len(images) > 1):
+        if discriminator is None or not (heard and config.adaptive and len(images) > 1):
             return None
         gradients = []
         devices = [self.run.device] if self.run.device.type == "cuda" else []
@@ -233,12 +239,16 @@ class Stage:
             self.run.accelerator.no_sync(self.wrapped_tokenizer),
             self.run.accelerator.autocast(),
         ):
-            for real, chance, numbers in zip(images, drawn, draws, strict=True):
+            for real, chance, numbers in zip(images, random_inputs, draws, strict=True):
                 output = self.wrapped_tokenizer(real, chance)
-                fidelity = sum_of(fidelity_losses(config, self.judges, output))
-                adversarial = adversarial_loss(config, critic, output.images, numbers)
+                reconstruction_loss = sum_of(
+                    reconstruction_losses(config, self.loss_networks, output)
+                )
+                adversarial = adversarial_loss(config, discriminator, output.images, numbers)
                 gradients.append(
-                    last_layer_gradients(fidelity, adversarial, self.tokenizer.last_layer)
+                    last_layer_gradients(
+                        reconstruction_loss, adversarial, self.tokenizer.last_layer
+                    )
                 )
         self.tokenizer.discard_step()
         return adaptive_weight(gradients)

@@ -11,7 +11,7 @@ import torch
 
 from smalti.cli import parse_config, run_command
 from smalti.errors import SmaltiError
-from smalti.pipelines.latent_editor import StatisticsOptions, Workbench, signed, spread
+from smalti.pipelines.latent_editor import LatentEditor, StatisticsOptions, evenly_spaced, signed
 from smalti.tokenizer.manipulation import channel_axis, channel_deviations, move
 
 DEFAULT_CHANNELS = 8
@@ -34,18 +34,18 @@ class TraverseConfig(StatisticsOptions):
 
 def traverse(config: TraverseConfig) -> Path:
     """Write the strip, and return its path."""
-    bench = Workbench(config)
+    bench = LatentEditor(config)
     pictures = bench.pictures(count=1)
     vectors = bench.vectors(pictures)  # (1, d, h, w)
     width = vectors.shape[1]
     channels = config.channels or range(min(width, DEFAULT_CHANNELS))
     axes = [channel_axis(channel, width).to(vectors) for channel in channels]
-    measured = spread(range(len(bench.source)), config.max_pictures)
+    measured = evenly_spaced(range(len(bench.source)), config.max_pictures)
     deviations = channel_deviations(bench.vectors_of(measured))
     rows = []
     for axis in axes:
         moved = move(vectors, deviations * axis, config.strengths)[0]  # (S, d, h, w)
-        rows.append(torch.cat([pictures, bench.draw(moved)]))
+        rows.append(torch.cat([pictures, bench.decode(moved)]))
     columns = ["original", *(f"{signed(s)} sd" for s in config.strengths)]
     return bench.save(torch.stack(rows), [f"channel {c}" for c in channels], columns)
 

@@ -30,7 +30,7 @@ from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig
-from smalti.training.checkpoint import is_sharded, whole
+from smalti.training.checkpoint import full_tensor, is_sharded
 from smalti.training.run import Run
 
 CONV = ConvConfig(
@@ -128,7 +128,7 @@ def gradients_of(root: Path, out: Path, *, sharded: bool = False) -> None:
         def recorded(self, optimizer, module, step, job=job, seen=seen):
             assert is_sharded(module) == sharded
             named = module.named_parameters()
-            found = {k: whole(p.grad).contiguous() for k, p in named if p.grad is not None}
+            found = {k: full_tensor(p.grad).contiguous() for k, p in named if p.grad is not None}
             if self.accelerator.is_main_process:
                 save_file(found, out / f"{job}-{len(seen)}.safetensors")
             seen.append(found)

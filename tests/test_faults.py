@@ -368,16 +368,16 @@ def test_f7_a_critic_that_is_never_finite_ends_the_run_too(
     pictures: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """F7 counter, abort after n in a row: of each model by itself."""
-    from smalti.tokenizer.discriminators.objective import CriticObjective
+    from smalti.tokenizer.discriminators.objective import DiscriminatorObjective
 
-    original = CriticObjective.forward
+    original = DiscriminatorObjective.forward
 
     def poisoned(self, *args):
         loss = original(self, *args)
         loss.total = loss.total * float("nan")
         return loss
 
-    monkeypatch.setattr(CriticObjective, "forward", poisoned)
+    monkeypatch.setattr(DiscriminatorObjective, "forward", poisoned)
     with pytest.raises(SmaltiError, match="gradient of the critic was not finite in 2 steps"):
         script.train(tokenizer_config(pictures, tmp_path / "run", max_skipped_steps=2))
 

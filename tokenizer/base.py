@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from smalti.data.latents import LatentSpec
 from smalti.errors import SmaltiError
 from smalti.hub import Pretrained, Registry
-from smalti.randomness import Drawn, Generators
+from smalti.randomness import Generators, RandomInputs
 from smalti.tokenizer.registry import TOKENIZERS
 
 
@@ -71,7 +71,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         """Latents -> images (B, 3, H, W), about [-1, 1] but not clamped."""
         return self.decode_vectors(self.vectors(latents))
 
-    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random numbers for a training pass over `count` pictures, a row for each; most tokenizers
         need none.
 
@@ -82,7 +82,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         return {}
 
     @abstractmethod
-    def forward(self, images: Tensor, drawn: Drawn | None = None) -> Reconstruction:
+    def forward(self, images: Tensor, random_inputs: RandomInputs | None = None) -> Reconstruction:
         """Encode, quantize or sample, decode: the differentiable pass that training optimises.
 
         Args:

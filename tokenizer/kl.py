@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
-from smalti.randomness import Drawn, Generators, NormalSource
+from smalti.randomness import Generators, NormalSource, RandomInputs
 from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
 
@@ -94,7 +94,7 @@ class KLConfig:
     """Defaults: the 8x down-sampling auto-encoder of Stable Diffusion."""
 
     # May change without changing what saved weights mean.
-    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+    NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
         "image_size",
         "kl_weight",
         "equivariance",
@@ -246,7 +246,7 @@ class KLTokenizer(Tokenizer):
         z = z.to(self.last_layer.dtype)
         return self.decoder(self.post_quant_conv(z) if self.post_quant_conv else z)
 
-    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Noise for the posterior (B, C, h, w), and three numbers, in every row the same, that
         decide on a transformation of the whole batch (B, 3)."""
         spec, device = self.spec, generator.device
@@ -255,12 +255,12 @@ class KLTokenizer(Tokenizer):
         chance = torch.rand(3, generator=generator, device=device)
         return {"noise": noise, "transformation": chance.expand(count, 3)}
 
-    def forward(self, images: Tensor, drawn: Drawn | None = None) -> Reconstruction:
+    def forward(self, images: Tensor, random_inputs: RandomInputs | None = None) -> Reconstruction:
         gaussian = self.gaussian(images)
-        latents = gaussian.sample(None if drawn is None else drawn["noise"])
+        latents = gaussian.sample(None if random_inputs is None else random_inputs["noise"])
         z, targets = latents, images
         if self.training and self.config.equivariance:
-            chance = torch.rand(3) if drawn is None else drawn["transformation"][0]
+            chance = torch.rand(3) if random_inputs is None else random_inputs["transformation"][0]
             decides, turn, size = chance.tolist()
             if decides < self.config.equivariance:
                 z, targets = transformed(latents, images, turn, size)

@@ -65,7 +65,7 @@ class FrozenViT(nn.Module):
         self.patch_embed = nn.ModuleDict(
             {"proj": nn.Conv2d(3, width, sizes.patch_size, sizes.patch_size)}
         )
-        self.blocks = nn.ModuleList(Block(sizes, num_heads) for _ in range(sizes.depth))
+        self.blocks = nn.ModuleList(ViTBlock(sizes, num_heads) for _ in range(sizes.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.digest = 0  # of the file, 63 bits
         self.requires_grad_(False)
@@ -135,13 +135,13 @@ class FrozenViT(nn.Module):
         return found
 
 
-class Block(nn.Module):
+class ViTBlock(nn.Module):
     """Pre-norm attention and MLP, each with a residual."""
 
     def __init__(self, sizes: ViTSizes, num_heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(sizes.width, eps=1e-6)
-        self.attn = Attention(sizes.width, num_heads)
+        self.attn = ViTAttention(sizes.width, num_heads)
         self.ls1 = LayerScale(sizes.width) if sizes.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(sizes.width, eps=1e-6)
         self.mlp = nn.ModuleDict(
@@ -157,7 +157,7 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
 
 
-class Attention(nn.Module):
+class ViTAttention(nn.Module):
     """Multi-head self-attention."""
 
     def __init__(self, width: int, num_heads: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
-from smalti.randomness import Drawn, Generators
+from smalti.randomness import Generators, RandomInputs
 from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
 from smalti.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
@@ -27,7 +27,7 @@ class VQConfig:
     """Defaults: LlamaGen's VQ-16."""
 
     # May change without changing what saved weights mean.
-    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = ("image_size",)
+    NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ("image_size",)
 
     kind: Literal["vq"] = "vq"
     image_size: int = 256  # pixels, square
@@ -131,11 +131,11 @@ class VQTokenizer(Tokenizer):
         codes = self._checked(codes, first=scales)
         return self.decode_vectors(self.quantizer.lookup_first(codes, scales)).clamp(-1, 1)
 
-    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return self.quantizer.draw(count, generator)
+    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return self.quantizer.sample_random_inputs(count, generator)
 
-    def forward(self, images: Tensor, drawn: Drawn | None = None) -> Reconstruction:
-        quantized = self.quantizer(self.features(images), drawn)
+    def forward(self, images: Tensor, random_inputs: RandomInputs | None = None) -> Reconstruction:
+        quantized = self.quantizer(self.features(images), random_inputs)
         return Reconstruction(
             images=self.decode_vectors(quantized.latents),
             targets=images,

@@ -41,7 +41,7 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor put together from its shards; every process of its mesh must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -110,7 +110,7 @@ def collect(objects: Mapping[str, Stateful], *, keep: bool) -> dict[str, dict[st
     for name, source in objects.items():
         states[name] = {}
         for key, value in source.state_dict().items():
-            tensor = whole(value.detach())
+            tensor = full_tensor(value.detach())
             if keep:
                 states[name][key] = tensor.contiguous()
     return states
@@ -165,7 +165,7 @@ def save_checkpoint(
     temporary = folder / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
     try:
         temporary.mkdir(parents=True)
-        refuse_full_disk(folder, target.name, sum(map(_bytes, states.values())))
+        check_free_space(folder, target.name, sum(map(_bytes, states.values())))
         described = _write_tensors(temporary, states)
         write_json(temporary / STATE, {"step": step, **state})
         described[STATE] = _describe(temporary / STATE)
@@ -185,7 +185,7 @@ def save_checkpoint(
     return target
 
 
-def refuse_full_disk(folder: Path, name: str, size: int) -> None:
+def check_free_space(folder: Path, name: str, size: int) -> None:
     """Raise `OSError` if `size` bytes do not fit; the message says so, and what is kept."""
     free = shutil.disk_usage(folder).free
     if size > free:

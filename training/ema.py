@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from smalti.training.checkpoint import is_sharded, sharded_like, whole
+from smalti.training.checkpoint import full_tensor, is_sharded, sharded_like
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,7 +41,7 @@ class EMA(Generic[Model]):
     def gather(self) -> None:
         """Bring `model` up to date on the first process; every process must call this."""
         for average, shard in zip(self.model.parameters(), self._shards, strict=False):
-            average.copy_(whole(shard))
+            average.copy_(full_tensor(shard))
 
     def _averages(self, model: Model) -> list[Tensor]:
         """What this process averages: all parameters, or its shards of them."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
 from smalti.training import processes
-from smalti.training.checkpoint import whole
+from smalti.training.checkpoint import full_tensor
 from smalti.training.config import RunConfig
 
 # -------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
     Weights of layers decay. Biases, norms and bare parameters (positions, codebooks, attention
     scales) do not, nor do those that the module names in `undecayed`.
     """
-    spared = set(getattr(module, "undecayed", ()))
+    spared = set(getattr(module, "no_weight_decay", ()))
     matrices = {
         id(layer.weight)
         for name, layer in module.named_modules()
@@ -195,7 +195,7 @@ class Steps:
             The gradient norm before clipping. It is not finite, and nothing was changed, if on any
             process the gradient or a loss since the last call was not: all skip alike.
         """
-        norm = whole(nn.utils.clip_grad_norm_(module.parameters(), self.config.max_grad_norm))
+        norm = full_tensor(nn.utils.clip_grad_norm_(module.parameters(), self.config.max_grad_norm))
         accepted = self.guard.accepts(norm)
         if accepted:
             for group in optimizer.param_groups:

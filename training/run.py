@@ -327,17 +327,17 @@ def _refuse_other_run(checkpoint: Checkpoint, kind: str, config: RunConfig) -> N
 # same however the batch is shared among processes or cut into micro-batches.
 
 
-class Drawing(Protocol):
+class HasRandomInputs(Protocol):
     """A model that draws random numbers in training."""
 
-    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]: ...
+    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]: ...
 
 
-def drawn_for(run: Run, model: Drawing, step: int) -> list[dict[str, Tensor]]:
+def random_inputs_for(run: Run, model: HasRandomInputs, step: int) -> list[dict[str, Tensor]]:
     """What a model draws for each micro-batch of this process."""
     config = run.config
     generator = torch.Generator(run.device).manual_seed(derive_seed(config.seed, step, 0))
-    whole = model.draw(config.train_batch_size, generator)
+    whole = model.sample_random_inputs(config.train_batch_size, generator)
     parts = {name: shares(run, values) for name, values in whole.items()}
     return [
         {name: part[index] for name, part in parts.items()}

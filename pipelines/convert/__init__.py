@@ -5,7 +5,7 @@ A model is exported in the first layout that holds it; into a file, in the first
 
 from smalti.hub import Registry
 
-SOURCES = Registry(
+PUBLISHED_SOURCES = Registry(
     "source",
     {
         "llamagen-tokenizer": "smalti.pipelines.convert.llamagen:LlamaGenTokenizer",
@@ -17,8 +17,8 @@ SOURCES = Registry(
         "ldm-kl": "smalti.pipelines.convert.latent_diffusion:LatentDiffusionKL",
         "llamagen-prior": "smalti.pipelines.convert.llamagen:LlamaGenPrior",
         "var-prior": "smalti.pipelines.convert.var:VARPrior",
-        "sit": "smalti.pipelines.convert.dit:SiT",
+        "sit": "smalti.pipelines.convert.dit:SiTSource",
         "diffusers-dit": "smalti.pipelines.convert.diffusers_dit:DiffusersDiT",
-        "dit": "smalti.pipelines.convert.dit:DiT",
+        "dit": "smalti.pipelines.convert.dit:DiTSource",
     },
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smalti.errors import SmaltiError
 from smalti.pipelines.convert.layout import Buffer, Layout, Link, joined, pointwise, same
-from smalti.pipelines.convert.reader import Checkpoint
+from smalti.pipelines.convert.reader import PublishedCheckpoint
 from smalti.pipelines.convert.source import Inferred, Options, Source
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.quantizers import QuantizerConfig
@@ -80,7 +80,7 @@ def mirrored(before: str) -> Callable[[re.Match[str], int], str]:
 
 
 def infer_conv(
-    checkpoint: Checkpoint,
+    checkpoint: PublishedCheckpoint,
     names: ConvNames,
     *,
     double_z: bool = False,
@@ -204,7 +204,7 @@ class VQSource(ConvSource):
     own = (IDLE_STEPS,)
     l2_normalise: ClassVar[bool]
 
-    def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
         conv = infer_conv(checkpoint, self.names, norm_groups=self.norm_groups(checkpoint))
         quantizer, found, supposed = self.infer_quantizer(checkpoint, options, conv)
         size, assumed = self.image_size(options, conv, quantizer)
@@ -220,7 +220,7 @@ class VQSource(ConvSource):
             assumed={**supposed, "image_size": assumed},
         )
 
-    def norm_groups(self, checkpoint: Checkpoint) -> int:
+    def norm_groups(self, checkpoint: PublishedCheckpoint) -> int:
         """Groups of the normalisations, which shapes do not tell."""
         del checkpoint
         return PUBLISHED_GROUPS
@@ -234,7 +234,7 @@ class VQSource(ConvSource):
 
     @abstractmethod
     def infer_quantizer(
-        self, checkpoint: Checkpoint, options: Options, conv: ConvConfig
+        self, checkpoint: PublishedCheckpoint, options: Options, conv: ConvConfig
     ) -> tuple[QuantizerConfig, dict[str, object], dict[str, object]]:
         """The quantizer's config; what was read from the tensors; what was assumed."""
 
@@ -261,14 +261,16 @@ class OneCodebook(VQSource):
     """`quantize.embedding.weight` (V, d) holds the codebook."""
 
     def infer_quantizer(
-        self, checkpoint: Checkpoint, options: Options, conv: ConvConfig
+        self, checkpoint: PublishedCheckpoint, options: Options, conv: ConvConfig
     ) -> tuple[QuantizerConfig, dict[str, object], dict[str, object]]:
         del options, conv
         codebook = infer_codebook(checkpoint, "quantize.embedding.weight", self.l2_normalise)
         return NearestConfig(codebook=codebook), codebook_facts(codebook), {}
 
 
-def infer_codebook(checkpoint: Checkpoint, name: str, l2_normalise: bool) -> CodebookConfig:
+def infer_codebook(
+    checkpoint: PublishedCheckpoint, name: str, l2_normalise: bool
+) -> CodebookConfig:
     """The codebook that a table (V, d) is; none of its codes will be revived.
 
     Raises:

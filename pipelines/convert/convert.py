@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
 from smalti.files import read_json, replacing, write_json
-from smalti.pipelines.convert import SOURCES
+from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.diffusers_autoencoder import check_stated
 from smalti.pipelines.convert.layout import Imported, export_tensors, import_tensors, matches
 from smalti.pipelines.convert.reader import (
     CONFIG,
     PICKLES,
     SAFETENSORS,
-    Checkpoint,
+    PublishedCheckpoint,
     read_checkpoint,
 )
 from smalti.pipelines.convert.source import Inferred, Options, Source
@@ -98,7 +98,7 @@ def read_published(
             is ours already; a tensor is missing, unknown, mis-shaped or not finite; config.json
             is another model's; an option does not apply; the tokenizer does not fit the prior.
     """
-    reader: Source = SOURCES.resolve(source)()
+    reader: Source = PUBLISHED_SOURCES.resolve(source)()
     options = options or Options()
     for name in sorted(options.given - reader.options):
         raise SmaltiError(f"--{name} says nothing about a {reader.title}: leave it out")
@@ -146,15 +146,15 @@ def _check_not_ours(path: Path) -> None:
         raise SmaltiError(f"{path} is a smalti model already: it needs no conversion")
 
 
-def _recognised(reader: Source, path: Path) -> Checkpoint:
+def _recognised(reader: Source, path: Path) -> PublishedCheckpoint:
     """The checkpoint, if it looks like one of this source."""
     _check_not_ours(path)
     checkpoint = reader.prepare(read_checkpoint(path, reader.wrappers))
     if reader.recognises(checkpoint):
         return checkpoint
     others: list[str] = []
-    for name in SOURCES:
-        other: Source = SOURCES.resolve(name)()
+    for name in PUBLISHED_SOURCES:
+        other: Source = PUBLISHED_SOURCES.resolve(name)()
         if other.recognises(other.prepare(checkpoint)):
             others.append(name)
     hint = f"it looks like {' or '.join(others)}" if others else "it looks like no known source"
@@ -163,7 +163,7 @@ def _recognised(reader: Source, path: Path) -> Checkpoint:
 
 
 def _build(
-    reader: Source, checkpoint: Checkpoint, inferred: Inferred, options: Options
+    reader: Source, checkpoint: PublishedCheckpoint, inferred: Inferred, options: Options
 ) -> tuple[Tokenizer | Prior, Imported]:
     """The model with its weights; memory is taken only after names and shapes agree."""
     layout = reader.layout(inferred.config)
@@ -186,7 +186,7 @@ def _blank_model(reader: Source, config: Any) -> nn.Module:
 
 
 def _report(
-    reader: Source, checkpoint: Checkpoint, inferred: Inferred, imported: Imported
+    reader: Source, checkpoint: PublishedCheckpoint, inferred: Inferred, imported: Imported
 ) -> list[str]:
     others = ", ".join(f'"{other}"' for other in checkpoint.others)
     beside = f"; not taken: {others}" if others else ""
@@ -225,7 +225,7 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
     """
     is_file = out.suffix in (SAFETENSORS, *PICKLES)
     name = layout or _fitting_layout(model, is_file)
-    writer: Source = SOURCES.resolve(name)()
+    writer: Source = PUBLISHED_SOURCES.resolve(name)()
     if not writer.fits(model.config):
         raise SmaltiError(f"this model is no {writer.title}: its layout cannot hold it")
     _check_out(out)
@@ -256,8 +256,8 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
 def _fitting_layout(model: Tokenizer | Prior, is_file: bool) -> str:
     """The first layout that holds the model; for a file, the first without a config.json."""
     fitting: list[str] = []
-    for name in SOURCES:
-        source: Source = SOURCES.resolve(name)()
+    for name in PUBLISHED_SOURCES:
+        source: Source = PUBLISHED_SOURCES.resolve(name)()
         if source.registry is model.registry and source.fits(model.config):
             if not is_file or source.export_config(model.config) is None:
                 return name

@@ -16,7 +16,7 @@ from smalti.pipelines.convert.conv import (
     stated_size,
 )
 from smalti.pipelines.convert.latent_diffusion import SCALING_FACTOR, KLSource
-from smalti.pipelines.convert.reader import CONFIG, Checkpoint
+from smalti.pipelines.convert.reader import CONFIG, PublishedCheckpoint
 from smalti.pipelines.convert.source import Inferred, Options, Source
 from smalti.pipelines.convert.taming import has_codes
 from smalti.tokenizer.conv import ConvConfig
@@ -28,18 +28,20 @@ from smalti.tokenizer.vq import VQConfig
 # config.json of a Diffusers folder: settings, checked as they are read.
 
 
-def config_path(checkpoint: Checkpoint) -> Path:
+def config_path(checkpoint: PublishedCheckpoint) -> Path:
     """Where the file lies, or would."""
     return checkpoint.path.parent / CONFIG
 
 
-def refusal(checkpoint: Checkpoint, key: str, expected: str) -> SmaltiError:
+def refusal(checkpoint: PublishedCheckpoint, key: str, expected: str) -> SmaltiError:
     """What is said of a setting that is not as expected."""
     value = checkpoint.config.get(key)
     return SmaltiError(f"{config_path(checkpoint)}: {key} is {value!r}; expected {expected}")
 
 
-def number(checkpoint: Checkpoint, key: str, default: float, *, positive: bool = False) -> float:
+def number(
+    checkpoint: PublishedCheckpoint, key: str, default: float, *, positive: bool = False
+) -> float:
     """A number; what the file lacks, or has as null, is the default."""
     value = checkpoint.config.get(key)
     value = default if value is None else value
@@ -48,7 +50,7 @@ def number(checkpoint: Checkpoint, key: str, default: float, *, positive: bool =
     return value
 
 
-def numbers(checkpoint: Checkpoint, key: str, count: int) -> tuple[float, ...] | None:
+def numbers(checkpoint: PublishedCheckpoint, key: str, count: int) -> tuple[float, ...] | None:
     """A list of so many numbers; None where there is none."""
     value = checkpoint.config.get(key)
     if value is None:
@@ -58,7 +60,7 @@ def numbers(checkpoint: Checkpoint, key: str, count: int) -> tuple[float, ...] |
     return tuple(map(float, value))
 
 
-def whole(checkpoint: Checkpoint, key: str) -> int | None:
+def whole(checkpoint: PublishedCheckpoint, key: str) -> int | None:
     """A whole number from 1; None where there is none."""
     value = checkpoint.config.get(key)
     if value is None:
@@ -68,7 +70,7 @@ def whole(checkpoint: Checkpoint, key: str) -> int | None:
     return value
 
 
-def check_stated(checkpoint: Checkpoint, stated: Mapping[str, object]) -> None:
+def check_stated(checkpoint: PublishedCheckpoint, stated: Mapping[str, object]) -> None:
     """Raise `SmaltiError` if config.json speaks of other sizes than the tensors have.
 
     Args:
@@ -142,7 +144,7 @@ SIZES = (
 )
 
 
-def current_names(checkpoint: Checkpoint) -> Checkpoint:
+def current_names(checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
     """The checkpoint with attention spelt as today."""
 
     def current(name: str) -> str:
@@ -160,10 +162,10 @@ class DiffusersFolder(Source):
     names = NAMES
     class_name: ClassVar[str]
 
-    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+    def prepare(self, checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
         return current_names(checkpoint)
 
-    def settings(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
+    def settings(self, checkpoint: PublishedCheckpoint) -> Mapping[str, Any]:
         """config.json, if it describes a model that ours can be.
 
         Raises:
@@ -179,7 +181,7 @@ class DiffusersFolder(Source):
                 raise SmaltiError(f"{where}: {key} is {found[key]!r}; only {value!r} is read")
         return found
 
-    def norm_groups(self, checkpoint: Checkpoint) -> int:
+    def norm_groups(self, checkpoint: PublishedCheckpoint) -> int:
         """Groups of the normalisations."""
         groups = number(checkpoint, "norm_num_groups", PUBLISHED_GROUPS, positive=True)
         if groups != int(groups):
@@ -213,7 +215,7 @@ class LatentScale:
     assumed: Mapping[str, object]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, options: Options, channels: int) -> Self:
+    def of(cls, checkpoint: PublishedCheckpoint, options: Options, channels: int) -> Self:
         """Ours are (z - mean) / std; Diffusers' (z - shift) * scaling, or (z - mean) * scaling /
         std where config.json has both lists."""
         scaling = number(checkpoint, "scaling_factor", SCALING_FACTOR, positive=True)
@@ -248,10 +250,10 @@ class DiffusersKL(DiffusersFolder, KLSource):
     title = "Diffusers AutoencoderKL"
     class_name = "AutoencoderKL"
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         return looks_like_diffusers(checkpoint) and not has_codes(checkpoint)
 
-    def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
         settings = self.settings(checkpoint)
         groups = self.norm_groups(checkpoint)
         conv, channels, convs = self.infer_sizes(checkpoint, groups)
@@ -298,10 +300,10 @@ class DiffusersVQ(DiffusersFolder, OneCodebook):
     class_name = "VQModel"
     l2_normalise = False
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         return looks_like_diffusers(checkpoint) and has_codes(checkpoint)
 
-    def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
         self.settings(checkpoint)
         return super().infer(checkpoint, options)
 
@@ -316,7 +318,7 @@ class DiffusersVQ(DiffusersFolder, OneCodebook):
         }
 
 
-def looks_like_diffusers(checkpoint: Checkpoint) -> bool:
+def looks_like_diffusers(checkpoint: PublishedCheckpoint) -> bool:
     """Whether encoder or decoder are called as in Diffusers."""
     return checkpoint.has("encoder.down_blocks.") or checkpoint.has("decoder.up_blocks.")
 

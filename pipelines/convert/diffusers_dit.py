@@ -22,7 +22,7 @@ from smalti.pipelines.convert.dit import (
     network_facts,
 )
 from smalti.pipelines.convert.layout import Layout, Link, Tensors, same
-from smalti.pipelines.convert.reader import Checkpoint
+from smalti.pipelines.convert.reader import PublishedCheckpoint
 from smalti.pipelines.convert.source import (
     Inferred,
     Options,
@@ -97,11 +97,11 @@ class DiffusersDiT(Source):
     registry = PRIORS
     options = frozenset({"heads", "scales", "tokenizer"})
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         ends = checkpoint.has("pos_embed.proj.") or checkpoint.has("proj_out_")
         return ends and checkpoint.has("transformer_blocks.")
 
-    def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
         _check_settings(checkpoint)
         width, channels, patch, _ = dims(checkpoint, "pos_embed.proj.weight", 4)
         depth = layers(checkpoint, "transformer_blocks.{}.")
@@ -228,7 +228,7 @@ def _qkv(block: int, kind: str) -> Link:
     )
 
 
-def _check_copies(checkpoint: Checkpoint, depth: int) -> None:
+def _check_copies(checkpoint: PublishedCheckpoint, depth: int) -> None:
     """Raise `SmaltiError` if the blocks' embedders of time and class differ: ours has one."""
     tensors = checkpoint.tensors
     for name in EMBEDDERS.values():
@@ -245,7 +245,7 @@ def _check_copies(checkpoint: Checkpoint, depth: int) -> None:
 # -- config.json ----------------------------------------------------------------------------------
 
 
-def _check_settings(checkpoint: Checkpoint) -> None:
+def _check_settings(checkpoint: PublishedCheckpoint) -> None:
     """Raise `SmaltiError` if config.json describes a model that ours cannot be."""
     found = checkpoint.config
     if found.get("_class_name", CLASSES[-1]) not in CLASSES:
@@ -255,21 +255,21 @@ def _check_settings(checkpoint: Checkpoint) -> None:
             raise refusal(checkpoint, key, f"{value!r}, as all published ones have")
 
 
-def _norm_eps(checkpoint: Checkpoint) -> float:
+def _norm_eps(checkpoint: PublishedCheckpoint) -> float:
     value = number(checkpoint, "norm_eps", NORM_EPS)
     if not 0 <= value < 1:
         raise refusal(checkpoint, "norm_eps", "a small number, like 1e-5")
     return float(value)
 
 
-def _frequency_shift(checkpoint: Checkpoint) -> int:
+def _frequency_shift(checkpoint: PublishedCheckpoint) -> int:
     value = checkpoint.config.get(OURS, FREQUENCY_SHIFT)
     if value not in (0, FREQUENCY_SHIFT):
         raise refusal(checkpoint, OURS, f"0 or {FREQUENCY_SHIFT}")
     return int(value)
 
 
-def _side(checkpoint: Checkpoint, options: Options) -> tuple[int, dict[str, object]]:
+def _side(checkpoint: PublishedCheckpoint, options: Options) -> tuple[int, dict[str, object]]:
     """Side of the latents, and if config.json does not tell it, where it comes from, to print."""
     side = whole(checkpoint, "sample_size")
     if side is None:

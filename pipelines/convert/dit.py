@@ -8,7 +8,7 @@ import torch
 
 from smalti.errors import SmaltiError
 from smalti.pipelines.convert.layout import Buffer, Layout, same
-from smalti.pipelines.convert.reader import Checkpoint
+from smalti.pipelines.convert.reader import PublishedCheckpoint
 from smalti.pipelines.convert.source import (
     Inferred,
     Options,
@@ -48,11 +48,11 @@ class DiTNetwork(Source):
     options = frozenset({"heads", "scales", "tokenizer"})
     objective: ClassVar[FlowConfig]  # what time and output mean, around any network
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         ends = checkpoint.has("x_embedder.") or checkpoint.has("final_layer.")
         return ends and checkpoint.has("blocks.")
 
-    def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
         width, channels, patch, _ = dims(checkpoint, "x_embedder.proj.weight", 4)
         heads, assumed = head_count(options, width, PUBLISHED_HEADS)
         side = _side(checkpoint, options, patch)
@@ -95,7 +95,7 @@ class DiTNetwork(Source):
         )
 
 
-class DiT(DiTNetwork):
+class DiTSource(DiTNetwork):
     """A noise and its variance on the chain of DDPM, told the index of a step.
 
     The authors' sampler is ours with solver "ddim" or "ddpm" (variance "learned") on the schedule
@@ -127,7 +127,7 @@ def mlp_ratio(hidden: int, width: int) -> float:
     return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _side(checkpoint: Checkpoint, options: Options, patch: int) -> int:
+def _side(checkpoint: PublishedCheckpoint, options: Options, patch: int) -> int:
     """Side of the latents.
 
     Raises:
@@ -170,7 +170,7 @@ def is_plain(network: DiTConfig) -> bool:
 # SiT's weights (Ma et al., 2401.08740), which are laid out as DiT's.
 
 
-class SiT(DiTNetwork):
+class SiTSource(DiTNetwork):
     """A velocity on straight paths, told a time from 0, noise, to 1, data.
 
     The second half of the output channels is not used, as in SiT.

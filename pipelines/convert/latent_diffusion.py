@@ -14,7 +14,7 @@ from smalti.pipelines.convert.conv import (
     infer_conv,
     stated_size,
 )
-from smalti.pipelines.convert.reader import Checkpoint
+from smalti.pipelines.convert.reader import PublishedCheckpoint
 from smalti.pipelines.convert.source import Inferred, Options
 from smalti.pipelines.convert.taming import (
     NAMES,
@@ -44,10 +44,10 @@ class LatentDiffusionVQ(OneCodebook):
     l2_normalise = False
     export_wrapper = "state_dict"
 
-    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+    def prepare(self, checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
         return autoencoder_alone(checkpoint)
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         gumbel = checkpoint.has("quantize.embed.")
         return looks_like_taming(checkpoint) and has_codes(checkpoint) and not gumbel
 
@@ -58,7 +58,7 @@ class KLSource(ConvSource):
     options = frozenset({"image_size", "scaling_factor"})
 
     def infer_sizes(
-        self, checkpoint: Checkpoint, norm_groups: int = PUBLISHED_GROUPS
+        self, checkpoint: PublishedCheckpoint, norm_groups: int = PUBLISHED_GROUPS
     ) -> tuple[ConvConfig, int, bool]:
         """Sizes of encoder and decoder; latent channels; whether there are quant_convs."""
         conv = infer_conv(checkpoint, self.names, double_z=True, norm_groups=norm_groups)
@@ -86,13 +86,13 @@ class LatentDiffusionKL(KLSource):
     aside = REST
     export_wrapper = "state_dict"
 
-    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+    def prepare(self, checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
         return autoencoder_alone(checkpoint)
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         return looks_like_taming(checkpoint) and not has_codes(checkpoint)
 
-    def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
         conv, channels, convs = self.infer_sizes(checkpoint)
         size, stated = stated_size(options)
         facts = {**conv_facts(conv), "latent channels": channels}
@@ -124,7 +124,7 @@ class LatentDiffusionKL(KLSource):
         return super().flags(config) | ({} if scaling == default else {"scaling_factor": scaling})
 
 
-def _measured_scaling(checkpoint: Checkpoint) -> float:
+def _measured_scaling(checkpoint: PublishedCheckpoint) -> float:
     """What latents are multiplied by, according to the diffusion model in the file."""
     checkpoint.shape(MEASURED_SCALING, 0)
     scaling = float(checkpoint.tensors[MEASURED_SCALING])

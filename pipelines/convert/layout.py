@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.pipelines.convert.reader import Checkpoint
+from smalti.pipelines.convert.reader import PublishedCheckpoint
 
 Tensors = Sequence[Tensor]
 
@@ -90,7 +90,7 @@ class Imported:
 
 
 def import_tensors(
-    layout: Layout, checkpoint: Checkpoint, expected: Mapping[str, Tensor], source: str
+    layout: Layout, checkpoint: PublishedCheckpoint, expected: Mapping[str, Tensor], source: str
 ) -> Imported:
     """Our tensors from theirs, every one of which is used exactly once.
 
@@ -145,7 +145,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _import_link(
-    link: Link, checkpoint: Checkpoint, expected: Mapping[str, Tensor]
+    link: Link, checkpoint: PublishedCheckpoint, expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     theirs = [checkpoint.tensors[name] for name in link.theirs]
     names, shapes = ", ".join(link.theirs), ", ".join(str(tuple(t.shape)) for t in theirs)
@@ -167,7 +167,7 @@ def _import_link(
     return ours
 
 
-def _check_finite(name: str, checkpoint: Checkpoint) -> None:
+def _check_finite(name: str, checkpoint: PublishedCheckpoint) -> None:
     """Raise `SmaltiError` if a tensor holds what is no number in single precision."""
     wrong = (~checkpoint.tensors[name].float().isfinite()).sum().item()
     if wrong:
@@ -177,7 +177,7 @@ def _check_finite(name: str, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_buffer(name: str, buffer: Buffer, checkpoint: Checkpoint) -> None:
+def _check_buffer(name: str, buffer: Buffer, checkpoint: PublishedCheckpoint) -> None:
     found = checkpoint.tensors[name]
     if found.shape != buffer.value.shape:
         raise SmaltiError(

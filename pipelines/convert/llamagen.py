@@ -9,7 +9,7 @@ from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
 from smalti.pipelines.convert.conv import ConvNames, OneCodebook, mirrored
 from smalti.pipelines.convert.layout import Buffer, Layout, same
-from smalti.pipelines.convert.reader import Checkpoint
+from smalti.pipelines.convert.reader import PublishedCheckpoint
 from smalti.pipelines.convert.source import (
     Inferred,
     Options,
@@ -55,11 +55,11 @@ class LlamaGenPrior(Source):
     wrappers = ("model", "module", "state_dict", "ema")  # in the order of the authors' sampler
     export_wrapper = "model"
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         codes = checkpoint.has("tok_embeddings.") or checkpoint.has("cls_embedding.")
         return codes and checkpoint.has("layers.")
 
-    def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
         vocab, width = dims(checkpoint, "tok_embeddings.weight", 2)
         sizes, facts = _condition(checkpoint)
         heads, assumed = head_count(options, width, PUBLISHED_HEADS, _told_heads(checkpoint, width))
@@ -106,7 +106,7 @@ class LlamaGenPrior(Source):
         )
 
 
-def _condition(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, object]]:
+def _condition(checkpoint: PublishedCheckpoint) -> tuple[dict[str, Any], dict[str, object]]:
     """Fields of the config that say what the prior is told, and facts to print."""
     if not (checkpoint.has(CAPTIONS) or NO_CAPTION in checkpoint.tensors):
         classes = dims(checkpoint, CLASSES, 2)[0] - 1  # the last row is no class
@@ -116,7 +116,7 @@ def _condition(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, object
     return fields, {"captions": f"{length} tokens of {dim} features"}
 
 
-def _told_heads(checkpoint: Checkpoint, width: int) -> int | None:
+def _told_heads(checkpoint: PublishedCheckpoint, width: int) -> int | None:
     """Heads according to a rotary table or cache in the file."""
     if ROTARY in checkpoint.tensors:
         name, head_dim = ROTARY, 2 * dims(checkpoint, ROTARY, 3)[1]
@@ -132,7 +132,7 @@ def _told_heads(checkpoint: Checkpoint, width: int) -> int | None:
     return width // head_dim
 
 
-def _kv_heads(checkpoint: Checkpoint, width: int, heads: int) -> int:
+def _kv_heads(checkpoint: PublishedCheckpoint, width: int, heads: int) -> int:
     """Heads of keys and values as the config has them: 0 for as many as queries have."""
     rows = dims(checkpoint, QKV, 2)[0]
     kv_heads, rest = divmod(rows - width, 2 * (width // heads))
@@ -145,7 +145,7 @@ def _kv_heads(checkpoint: Checkpoint, width: int, heads: int) -> int:
 
 
 def _side(
-    checkpoint: Checkpoint, options: Options, condition: dict[str, Any]
+    checkpoint: PublishedCheckpoint, options: Options, condition: dict[str, Any]
 ) -> tuple[int, dict[str, object]]:
     """Side of the code grid, and if the file does not tell it, where it comes from, to print.
 
@@ -173,7 +173,7 @@ def _side(
 # -- what old code left in a file -----------------------------------------------------------------
 
 
-def _check_leftovers(checkpoint: Checkpoint, config: NextTokenConfig) -> None:
+def _check_leftovers(checkpoint: PublishedCheckpoint, config: NextTokenConfig) -> None:
     """Raise `SmaltiError` if a table or mask in the file is not the one that our model makes."""
     tensors, path = checkpoint.tensors, checkpoint.path
     if ROTARY in tensors:
@@ -250,7 +250,7 @@ class LlamaGenTokenizer(OneCodebook):
     l2_normalise = True
     export_wrapper = "model"
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         return checkpoint.has("encoder.conv_blocks.") or checkpoint.has("decoder.conv_blocks.")
 
     def buffers(self, config: Any) -> dict[str, Buffer]:

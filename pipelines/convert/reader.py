@@ -291,7 +291,7 @@ PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class PublishedCheckpoint:
     """The tensors of a published file."""
 
     path: Path
@@ -317,7 +317,7 @@ class Checkpoint:
             )
         return shape
 
-    def renamed(self, rename: Callable[[str], str]) -> "Checkpoint":
+    def renamed(self, rename: Callable[[str], str]) -> "PublishedCheckpoint":
         """The same tensors under other names.
 
         Raises:
@@ -354,7 +354,7 @@ class Checkpoint:
         return highest + 1
 
 
-def read_checkpoint(path: Path, wrappers: Sequence[str] = WRAPPERS) -> Checkpoint:
+def read_checkpoint(path: Path, wrappers: Sequence[str] = WRAPPERS) -> PublishedCheckpoint:
     """The tensors of a file, or of the one weights file in a folder.
 
     Args:
@@ -377,7 +377,7 @@ def read_checkpoint(path: Path, wrappers: Sequence[str] = WRAPPERS) -> Checkpoin
             )
     config = file.parent / CONFIG
     settings = read_json(config) if config.is_file() else {}
-    return Checkpoint(
+    return PublishedCheckpoint(
         path=file,
         tensors=_without_prefixes(tensors),
         wrapper=".".join(keys),

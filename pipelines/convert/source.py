@@ -11,7 +11,7 @@ from torch import Tensor
 from smalti.errors import SmaltiError
 from smalti.hub import Registry
 from smalti.pipelines.convert.layout import Layout
-from smalti.pipelines.convert.reader import WRAPPERS, Checkpoint
+from smalti.pipelines.convert.reader import WRAPPERS, PublishedCheckpoint
 from smalti.tokenizer.base import Tokenizer
 
 # -------------------------------------------------------------------------------------------------
@@ -69,16 +69,16 @@ class Source(ABC):
     # Of a file that original code reads: the key around the state dict, empty for none.
     export_wrapper: ClassVar[str] = ""
 
-    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+    def prepare(self, checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
         """The checkpoint with older spellings of its names made current."""
         return checkpoint
 
     @abstractmethod
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         """Whether the names of the tensors look like this source, though some may be missing."""
 
     @abstractmethod
-    def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
         """The config of our model.
 
         Raises:
@@ -126,7 +126,7 @@ class Source(ABC):
 PUBLISHED_HEAD_DIM = 64
 
 
-def dims(checkpoint: Checkpoint, name: str, count: int) -> tuple[int, ...]:
+def dims(checkpoint: PublishedCheckpoint, name: str, count: int) -> tuple[int, ...]:
     """The shape of a tensor with so many dimensions.
 
     Raises:
@@ -140,7 +140,7 @@ def dims(checkpoint: Checkpoint, name: str, count: int) -> tuple[int, ...]:
     return shape
 
 
-def layers(checkpoint: Checkpoint, template: str) -> int:
+def layers(checkpoint: PublishedCheckpoint, template: str) -> int:
     """How many blocks there are, called "blocks.{}.".
 
     Raises:

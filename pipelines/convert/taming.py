@@ -3,7 +3,7 @@
 from typing import Any
 
 from smalti.pipelines.convert.conv import TRAINING_PARTS, ConvNames, OneCodebook
-from smalti.pipelines.convert.reader import Checkpoint
+from smalti.pipelines.convert.reader import PublishedCheckpoint
 from smalti.pipelines.convert.source import Options
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.quantizers import QuantizerConfig
@@ -35,14 +35,14 @@ class TamingVQGAN(OneCodebook):
     l2_normalise = False
     export_wrapper = "state_dict"
 
-    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+    def prepare(self, checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
         return autoencoder_alone(checkpoint)
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         return looks_like_taming(checkpoint) and has_codes(checkpoint)
 
     def infer_quantizer(
-        self, checkpoint: Checkpoint, options: Options, conv: ConvConfig
+        self, checkpoint: PublishedCheckpoint, options: Options, conv: ConvConfig
     ) -> tuple[QuantizerConfig, dict[str, object], dict[str, object]]:
         if not checkpoint.has("quantize.embed."):
             return super().infer_quantizer(checkpoint, options, conv)
@@ -59,13 +59,13 @@ class TamingVQGAN(OneCodebook):
         return self.published_conv(config.conv) and config.quant_kernel == 1 and square
 
 
-def looks_like_taming(checkpoint: Checkpoint) -> bool:
+def looks_like_taming(checkpoint: PublishedCheckpoint) -> bool:
     """Whether encoder or decoder are called as in taming-transformers, and are not VAR's."""
     named = checkpoint.has("encoder.down.") or checkpoint.has("decoder.up.")
     return named and not checkpoint.has("quantize.quant_resi.")
 
 
-def has_codes(checkpoint: Checkpoint) -> bool:
+def has_codes(checkpoint: PublishedCheckpoint) -> bool:
     """Whether a codebook belongs between encoder and decoder, even where it is missing: features of
     as many channels go out of one as into the other. A Gaussian takes twice as many."""
     out, into = (checkpoint.tensors.get(name) for name in ENDS)
@@ -74,7 +74,7 @@ def has_codes(checkpoint: Checkpoint) -> bool:
     return out.shape[:1] == into.shape[1:2]
 
 
-def autoencoder_alone(checkpoint: Checkpoint) -> Checkpoint:
+def autoencoder_alone(checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
     """The checkpoint with the names of an autoencoder, and the rest of the model set apart."""
     if not checkpoint.has(FIRST_STAGE):
         return checkpoint

@@ -18,7 +18,7 @@ from smalti.pipelines.convert.conv import (
     stated_size,
 )
 from smalti.pipelines.convert.layout import Buffer, Layout, same
-from smalti.pipelines.convert.reader import WRAPPERS, Checkpoint
+from smalti.pipelines.convert.reader import WRAPPERS, PublishedCheckpoint
 from smalti.pipelines.convert.source import (
     Inferred,
     Options,
@@ -73,15 +73,15 @@ class VARTokenizer(VQSource):
     names = _names(convolutions=4)
     l2_normalise = False
 
-    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+    def prepare(self, checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
         """One spelling for convolutions that are shared and that are each scale's own."""
         return checkpoint.renamed(lambda name: BY_SCALE.sub(rf"{SEVERAL}\1.", name))
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         return checkpoint.has("quantize.quant_resi.") or checkpoint.has(HITS)
 
     def infer_quantizer(
-        self, checkpoint: Checkpoint, options: Options, conv: ConvConfig
+        self, checkpoint: PublishedCheckpoint, options: Options, conv: ConvConfig
     ) -> tuple[QuantizerConfig, dict[str, object], dict[str, object]]:
         codebook = infer_codebook(checkpoint, "quantize.embedding.weight", self.l2_normalise)
         convolutions = 1 if checkpoint.has(ONE) else checkpoint.count(f"{SEVERAL}{{}}.")
@@ -101,7 +101,7 @@ class VARTokenizer(VQSource):
         facts = {**codebook_facts(codebook), "residual convolutions": convolutions}
         return config, facts, {"scales": origin}
 
-    def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
         if not checkpoint.has("quantize.quant_resi."):
             raise SmaltiError(f"{checkpoint.path} lacks the tensors quantize.quant_resi.*")
         return super().infer(checkpoint, options)
@@ -191,11 +191,11 @@ class VARPrior(Source):
     options = frozenset({"heads", "scales", "tokenizer"})
     wrappers = ("trainer", "var_wo_ddp", *WRAPPERS)
 
-    def recognises(self, checkpoint: Checkpoint) -> bool:
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         own = any(checkpoint.has(name) for name in ("pos_1LC", "lvl_embed.", "word_embed."))
         return own and checkpoint.has("blocks.")
 
-    def infer(self, checkpoint: Checkpoint, options: Options) -> Inferred:
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
         sizes = Sizes.of(checkpoint)
         tokenizer = _tokenizer(options)
         quantizer = tokenizer.config.quantizer
@@ -272,7 +272,7 @@ class Sizes:
     length: int  # codes of all scales
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Self:
+    def of(cls, checkpoint: PublishedCheckpoint) -> Self:
         """Raises `SmaltiError` if a tensor that tells a size is missing."""
         width, code_dim = dims(checkpoint, "word_embed.weight", 2)
         return cls(
@@ -305,7 +305,7 @@ def _tokenizer(options: Options) -> VQTokenizer:
     return tokenizer
 
 
-def _told_scales(checkpoint: Checkpoint, options: Options) -> tuple[int, ...] | None:
+def _told_scales(checkpoint: PublishedCheckpoint, options: Options) -> tuple[int, ...] | None:
     """Sides of the scales according to the file, or else to the flag.
 
     Raises:

@@ -20,7 +20,7 @@ class FlowConfig:
     """Defaults: SiT-B/2, with straight paths and their velocity."""
 
     # May change without changing what saved weights mean.
-    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+    NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
         "times",
         "loss_weight",
         "label_dropout",

@@ -257,7 +257,7 @@ PRESETS: dict[str, DiTConfig] = {
 }
 
 
-class Attention(nn.Module):
+class DiTAttention(nn.Module):
     """Every token attends to all."""
 
     def __init__(self, config: DiTConfig) -> None:
@@ -280,7 +280,7 @@ class Attention(nn.Module):
         return self.proj(attend(query, key, value, causal=False).transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class DiTMLP(nn.Module):
     """fc2(gelu(fc1 x)), with the tanh form of GELU."""
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -298,17 +298,19 @@ def _norm(config: DiTConfig, eps: float = NORM_EPS) -> nn.Module:
     return kind(config.width, eps=eps, elementwise_affine=False)
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """x + gate attention(modulate(norm x)), then the same with the feed-forward (figure 3)."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.norm1 = _norm(config)
-        self.attn = Attention(config)
+        self.attn = DiTAttention(config)
         self.norm2 = _norm(config, config.mlp_norm_eps)
         gelu = config.feed_forward == "gelu"
         self.mlp = (
-            MLP(config.width, config.hidden) if gelu else SwiGLU(config.width, config.hidden, 0.0)
+            DiTMLP(config.width, config.hidden)
+            if gelu
+            else SwiGLU(config.width, config.hidden, 0.0)
         )
         self.adaLN_modulation = Modulation(config.width, 6)
 
@@ -351,7 +353,7 @@ class DiT(nn.Module):
         added, turned = config.positions != "rotary", config.positions != "sin-cos"
         self.pos_embed = FixedTable.sin_cos(config.token_grid, config.width) if added else None
         self.turns = FixedTable.rotary(config.token_grid, config.head_dim) if turned else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self._initialise()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.prior.flow.path import GaussianPath, spread
+from smalti.prior.flow.path import GaussianPath, expand_like
 from smalti.prior.flow.prediction import Field, Prediction, per_score
 from smalti.prior.sampling import is_interval, is_number
 
@@ -62,7 +62,7 @@ def classifier_free(network: Network, labels: Tensor, null: int, options: Classi
         conditional, unconditional = network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         count = x.shape[1] if options.channels is None else options.channels
         without = unconditional[:, :count]
-        guided = without + spread(scales, x) * (conditional[:, :count] - without)
+        guided = without + expand_like(scales, x) * (conditional[:, :count] - without)
         return torch.cat([guided, conditional[:, count:]], 1)
 
     return field
@@ -94,7 +94,7 @@ def with_classifier(
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         output, channels = field(x, t), x.shape[1]
-        shift = spread(per_score(prediction, path, t), x) * classifier.gradient(x, t, labels)
+        shift = expand_like(per_score(prediction, path, t), x) * classifier.gradient(x, t, labels)
         return torch.cat([output[:, :channels] + shift, output[:, channels:]], 1)
 
     return guided

@@ -58,8 +58,8 @@ def _gradient(total: Tensor, leaf: Tensor) -> Tensor:
 
 def signs(count: int, like: Tensor, normal: NormalSource) -> Tensor:
     """Probes (count, B, ...) of random signs, which have the least variance."""
-    drawn = torch.stack([normal(like) for _ in range(count)])
-    return torch.where(drawn >= 0, 1.0, -1.0).to(like.dtype)
+    random_inputs = torch.stack([normal(like) for _ in range(count)])
+    return torch.where(random_inputs >= 0, 1.0, -1.0).to(like.dtype)
 
 
 def log_likelihood(

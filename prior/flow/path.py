@@ -67,10 +67,10 @@ class GaussianPath(ABC):
 
     def mix(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of data and noise (B, ...) at times (B,)."""
-        return spread(self.alpha(t), data) * data + spread(self.sigma(t), noise) * noise
+        return expand_like(self.alpha(t), data) * data + expand_like(self.sigma(t), noise) * noise
 
 
-def spread(coefficients: Tensor, like: Tensor) -> Tensor:
+def expand_like(coefficients: Tensor, like: Tensor) -> Tensor:
     """Coefficients (B,) as (B, 1, ...), to be multiplied with a tensor (B, ...), in its type."""
     return coefficients.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 

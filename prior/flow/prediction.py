@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from smalti.prior.flow.path import TINY, GaussianPath, spread
+from smalti.prior.flow.path import TINY, GaussianPath, expand_like
 from smalti.prior.sampling import exact_dtype
 
 # -------------------------------------------------------------------------------------------------
@@ -74,8 +74,8 @@ def of_data_and_noise(
     if prediction == "noise":
         return noise
     if prediction == "score":
-        return spread(-1 / _safe(path.sigma(t)), noise) * noise
-    return spread(path.d_alpha(t), data) * data + spread(path.d_sigma(t), noise) * noise
+        return expand_like(-1 / _safe(path.sigma(t)), noise) * noise
+    return expand_like(path.d_alpha(t), data) * data + expand_like(path.d_sigma(t), noise) * noise
 
 
 def _data(value: Tensor, source: Prediction, path: GaussianPath, x: Tensor, t: Tensor) -> Tensor:
@@ -83,22 +83,22 @@ def _data(value: Tensor, source: Prediction, path: GaussianPath, x: Tensor, t: T
         return value
     if source == "velocity":
         d = _safe(path.determinant(t))
-        return spread(path.sigma(t) / d, x) * value - spread(path.d_sigma(t) / d, x) * x
+        return expand_like(path.sigma(t) / d, x) * value - expand_like(path.d_sigma(t) / d, x) * x
     alpha, sigma = _safe(path.alpha(t)), path.sigma(t)
     share = sigma.square() if source == "score" else -sigma
-    return spread(1 / alpha, x) * x + spread(share / alpha, x) * value
+    return expand_like(1 / alpha, x) * x + expand_like(share / alpha, x) * value
 
 
 def _noise(value: Tensor, source: Prediction, path: GaussianPath, x: Tensor, t: Tensor) -> Tensor:
     if source == "noise":
         return value
     if source == "score":
-        return spread(-path.sigma(t), x) * value
+        return expand_like(-path.sigma(t), x) * value
     if source == "velocity":
         d = _safe(path.determinant(t))
-        return spread(path.d_alpha(t) / d, x) * x - spread(path.alpha(t) / d, x) * value
+        return expand_like(path.d_alpha(t) / d, x) * x - expand_like(path.alpha(t) / d, x) * value
     sigma = _safe(path.sigma(t))
-    return spread(1 / sigma, x) * x - spread(path.alpha(t) / sigma, x) * value
+    return expand_like(1 / sigma, x) * x - expand_like(path.alpha(t) / sigma, x) * value
 
 
 def convert(
@@ -125,9 +125,9 @@ def convert(
     if target == "noise":
         return noise
     if target == "score":
-        return spread(-1 / _safe(path.sigma(t)), x) * noise
+        return expand_like(-1 / _safe(path.sigma(t)), x) * noise
     data = _data(value, source, path, x, t)
-    return spread(path.d_alpha(t), x) * data + spread(path.d_sigma(t), x) * noise
+    return expand_like(path.d_alpha(t), x) * data + expand_like(path.d_sigma(t), x) * noise
 
 
 def per_data(prediction: Prediction, path: GaussianPath, t: Tensor) -> Tensor:

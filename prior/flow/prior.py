@@ -25,7 +25,7 @@ from smalti.prior.flow.likelihood import (
     log_likelihood,
     signs,
 )
-from smalti.prior.flow.path import DDPMPath, log_variance, spread, transitions
+from smalti.prior.flow.path import DDPMPath, expand_like, log_variance, transitions
 from smalti.prior.flow.prediction import (
     Dynamics,
     Estimate,
@@ -36,7 +36,7 @@ from smalti.prior.flow.prediction import (
 from smalti.prior.flow.solvers.base import ODESolver, Solver, make_solver, times_of
 from smalti.prior.flow.solvers.schedules import Schedule, make_schedule
 from smalti.prior.flow.times import loss_weight
-from smalti.randomness import Drawn, Generators, NormalSource
+from smalti.randomness import Generators, NormalSource, RandomInputs
 
 # -------------------------------------------------------------------------------------------------
 # Training the variances of DDPM's steps (improved DDPM, 2102.09672, section 3.1).
@@ -64,10 +64,10 @@ def variance_bound(path: DDPMPath, estimate: Estimate, data: Tensor, noise: Tens
     last = 1 - 2 * step  # index 1, which steps to index 0
     start = t.clamp_max(last)
     to = transitions(path, start, start + step)
-    log_small, log_large = (spread(v.log(), data) for v in (to.small, to.large))
+    log_small, log_large = (expand_like(v.log(), data) for v in (to.small, to.large))
     claimed = log_variance(estimate.surplus.float(), log_small, log_large)
-    missed = spread(to.alpha, data) * (data - estimate.data.detach())
-    missed = missed + spread(to.kept, data) * (noise - estimate.noise.detach())
+    missed = expand_like(to.alpha, data) * (data - estimate.data.detach())
+    missed = missed + expand_like(to.kept, data) * (noise - estimate.noise.detach())
     nats = (claimed - log_small + (log_small - claimed).exp() - 1) / 2
     nats = nats + missed.square() * (-claimed).exp() / 2
     return torch.where(t < last + 1e-9, nats.flatten(1).mean(1) / math.log(2), 0.0)
@@ -96,22 +96,24 @@ class FlowPrior(Prior):
 
     # -- training -----------------------------------------------------------------------------
 
-    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Numbers in [0, 1) that drop labels, and that become times, (B,); noise (B, C, h, w)."""
         spec, options = self.config.spec, {"generator": generator, "device": generator.device}
-        drawn = {}
+        random_inputs = {}
         if self.config.label_dropout:
-            drawn["label_dropout"] = torch.rand(count, **options)
-        drawn["times"] = torch.rand(count, **options)
-        drawn["noise"] = torch.randn(count, spec.channels, spec.height, spec.width, **options)
-        return drawn
+            random_inputs["label_dropout"] = torch.rand(count, **options)
+        random_inputs["times"] = torch.rand(count, **options)
+        random_inputs["noise"] = torch.randn(
+            count, spec.channels, spec.height, spec.width, **options
+        )
+        return random_inputs
 
     def forward(
         self,
         latents: Tensor,
         condition: Tensor,
         noise: Tensor | None = None,
-        drawn: Drawn | None = None,
+        random_inputs: RandomInputs | None = None,
     ) -> Loss:
         """The weighted squared error of the prediction, averaged over times and numbers; and on a
         DDPM path the bound on the variances, if the network predicts them.
@@ -129,9 +131,13 @@ class FlowPrior(Prior):
         self.check_labels(condition)
         self._check_latents(latents, "latents")
         latents = latents.float()
-        chance = drawn.get("label_dropout") if drawn else None
+        chance = random_inputs.get("label_dropout") if random_inputs else None
         labels = self.drop_labels(condition, self.config.label_dropout, chance)
-        u, x0 = (drawn["times"], drawn["noise"]) if drawn else self._times_and_noise(latents)
+        u, x0 = (
+            (random_inputs["times"], random_inputs["noise"])
+            if random_inputs
+            else self._times_and_noise(latents)
+        )
         noise = x0 if noise is None else noise.float()
         self._check_latents(noise, "noise")
         path, prediction, within = self.config.path, self.config.prediction, self.time_range
@@ -161,7 +167,9 @@ class FlowPrior(Prior):
         """The network at x (B, C, h, w) and times t (B,) from 0, noise, to 1, data."""
         t = exact_times(t)
         units = self.config.time_shift + self.config.time_scale * t
-        return self.network(spread(self.config.path.input_scale(t), x) * x, units.float(), labels)
+        return self.network(
+            expand_like(self.config.path.input_scale(t), x) * x, units.float(), labels
+        )
 
     def _check_latents(self, latents: Tensor, name: str) -> None:
         spec = self.config.spec
@@ -264,7 +272,7 @@ class FlowPrior(Prior):
         times = self.time_grid(num_inference_steps, solver, schedule)
         normal = NormalSource(generator, len(condition))
         rows = len(condition)
-        x0 = self.draw_noise(rows, normal) if noise is None else self._check_noise(noise, rows)
+        x0 = self.initial_noise(rows, normal) if noise is None else self._check_noise(noise, rows)
         x = dynamics.path.marginal_std(times[0]).item() * x0
         if not len(x):
             return x
@@ -282,7 +290,7 @@ class FlowPrior(Prior):
             )
         return x
 
-    def draw_noise(self, rows: int, normal: NormalSource) -> Tensor:
+    def initial_noise(self, rows: int, normal: NormalSource) -> Tensor:
         """Standard normal x_0 (rows, C, h, w)."""
         spec, device = self.config.spec, next(self.parameters()).device
         return normal(torch.empty(rows, spec.channels, spec.height, spec.width, device=device))

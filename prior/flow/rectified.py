@@ -44,7 +44,7 @@ def generate_pairs(
     solver = make_solver(options.pop("solver", "heun"))
     if not isinstance(solver, ODESolver):
         raise SmaltiError(f"{solver} makes no pairs: use an ODE solver, like heun")
-    noise = prior.draw_noise(len(labels), NormalSource(generator, len(labels)))
+    noise = prior.initial_noise(len(labels), NormalSource(generator, len(labels)))
     data = prior.sample(labels, solver=solver, noise=noise, **options)
     return Pairs(noise, data, labels)
 

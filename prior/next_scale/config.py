@@ -18,7 +18,7 @@ class NextScaleConfig:
     """Defaults: VAR-d16 for 256 px ImageNet codes."""
 
     # May change without changing what saved weights mean.
-    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+    NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
         "dropout",
         "drop_path",
         "label_dropout",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smalti.prior.attention import KeyValueCache
-from smalti.prior.sampling import SamplingOptions, draw, draw_uniforms, filtered, guide
+from smalti.prior.sampling import SamplingOptions, filtered, guide, sample_codes, sample_uniforms
 
 if TYPE_CHECKING:
     from smalti.prior.next_scale.model import NextScalePrior
@@ -55,7 +55,7 @@ class ScaleDecoder:
         parts = []
         for scale, numbers in enumerate(uniforms.split(self.lengths, 1)):
             hidden = self.hidden(scale)
-            parts.append(self._draw(hidden, numbers, scale))
+            parts.append(self._sample(hidden, numbers, scale))
             if scale + 1 < len(self.lengths):
                 self.append(self.prior.quantizer.contribution(parts[-1], scale), scale)
             self._report(scale, on_step)
@@ -68,7 +68,7 @@ class ScaleDecoder:
         quantizer = self.prior.quantizer
         for scale, length in enumerate(self.lengths):
             hidden = self.hidden(scale)
-            numbers = draw_uniforms(self.batch, length * quantizer.vocab_size, generator)
+            numbers = sample_uniforms(self.batch, length * quantizer.vocab_size, generator)
             numbers = numbers.to(self.total.device).view(self.batch, length, -1)  # (B, n, V)
             self.append(quantizer.place(self._mix(hidden, numbers, scale), scale), scale)
             self._report(scale, on_step)
@@ -110,13 +110,13 @@ class ScaleDecoder:
         blocks = [parts[rows] for parts in self.modulation.blocks]
         self.modulation = replace(self.modulation, blocks=blocks, head=self.modulation.head[rows])
 
-    def _draw(self, hidden: Tensor, numbers: Tensor, scale: int) -> Tensor:
+    def _sample(self, hidden: Tensor, numbers: Tensor, scale: int) -> Tensor:
         """Codes (B, n) of tokens (rows, n, width), drawn with numbers (B, n)."""
         return torch.cat(
             [
-                draw(self.logits(tokens, scale).flatten(0, 1), part.flatten(), self.options).view(
-                    part.shape
-                )
+                sample_codes(
+                    self.logits(tokens, scale).flatten(0, 1), part.flatten(), self.options
+                ).view(part.shape)
                 for tokens, part in self._in_turn(hidden, numbers)
             ],
             1,

@@ -28,7 +28,7 @@ from smalti.prior.layers import DropPath, drop_path_rates
 from smalti.prior.next_scale.config import PRESETS, NextScaleConfig
 from smalti.prior.next_scale.decoding import ScaleDecoder
 from smalti.prior.next_scale.quantizer import FrozenQuantizer
-from smalti.prior.sampling import SamplingOptions, draw_uniforms
+from smalti.prior.sampling import SamplingOptions, sample_uniforms
 
 # -------------------------------------------------------------------------------------------------
 # A transformer block of the next-scale prior: attention between scales, feed-forward, and adaptive
@@ -93,7 +93,7 @@ class FeedForward(nn.Module):
         return self.dropout(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
 
 
-class Block(nn.Module, ABC):
+class ScaleBlock(nn.Module, ABC):
     """x + gate1 attention(norm1(x)), then x + gate2 feed_forward(norm2(x))."""
 
     def __init__(self, config: NextScaleConfig, drop_path: float) -> None:
@@ -122,7 +122,7 @@ class Block(nn.Module, ABC):
         return x + self.drop_path(self.ffn(adaptive_norm(x, scale2, shift2, self.eps)) * gate2)
 
 
-class OwnBlock(Block):
+class OwnBlock(ScaleBlock):
     """A block with a condition projection of its own: a third of the model's parameters."""
 
     def __init__(self, config: NextScaleConfig, drop_path: float) -> None:
@@ -134,7 +134,7 @@ class OwnBlock(Block):
         return as_parts(self.ada_lin(condition), condition.shape[-1])
 
 
-class SharedBlock(Block):
+class SharedBlock(ScaleBlock):
     """A block that adds an offset of its own to the projection that all blocks share."""
 
     def __init__(self, config: NextScaleConfig, drop_path: float) -> None:
@@ -147,7 +147,7 @@ class SharedBlock(Block):
         return as_parts(condition, self.ada_gss.shape[-1]) + self.ada_gss
 
 
-def begin_gently(parts: Tensor, gate_init: float) -> None:
+def initialise_modulation(parts: Tensor, gate_init: float) -> None:
     """Shrink the first values of a modulation, whose first dimension is its six parts: the gates by
     gate_init, so that a new block hardly changes its input, scales and shifts by a half."""
     with torch.no_grad():
@@ -231,13 +231,13 @@ def noisy_context(quantizer: FrozenQuantizer, codes: Tensor, most: float) -> Con
 # -------------------------------------------------------------------------------------------------
 # Next-scale prior: a transformer over maps of codes from coarse to fine (VAR, 2404.02905).
 
-__all__ = ["PRESETS", "Modulation", "NextScaleConfig", "NextScalePrior"]
+__all__ = ["PRESETS", "NextScaleConfig", "NextScalePrior"]
 
 HEAD_INIT = 0.02  # a new head is this much smaller than other layers: the first loss is about ln V
 
 
 @dataclass
-class Modulation:
+class SharedModulation:
     """What the class says to every norm and gate; the same at every scale."""
 
     blocks: list[Tensor]  # (B, 1, 6, width) each
@@ -249,7 +249,9 @@ class NextScalePrior(CodePrior):
     codes of one scale independent of each other."""
 
     Config: ClassVar[type] = NextScaleConfig
-    undecayed: ClassVar[tuple[str, ...]] = ("lvl_embed.weight",)  # positions do not decay, either
+    no_weight_decay: ClassVar[tuple[str, ...]] = (
+        "lvl_embed.weight",
+    )  # positions do not decay, either
     class_table: ClassVar[str] = "class_emb.weight"
     config: NextScaleConfig
 
@@ -289,11 +291,11 @@ class NextScalePrior(CodePrior):
                 if name.endswith(("attn.proj.weight", "ffn.fc2.weight")):
                     parameter /= math.sqrt(2 * config.depth)
                 elif name.endswith(".ada_gss"):
-                    begin_gently(parameter[0, 0], config.gate_init)
+                    initialise_modulation(parameter[0, 0], config.gate_init)
                 elif name == "head_nm.ada_lin.1.weight":
                     parameter *= MODULATION_INIT
                 elif name.endswith("ada_lin.1.weight"):
-                    begin_gently(parameter.view(PARTS, config.width, -1), config.gate_init)
+                    initialise_modulation(parameter.view(PARTS, config.width, -1), config.gate_init)
 
     # -- the tokenizer's quantizer --------------------------------------------------------------
 
@@ -379,16 +381,16 @@ class NextScalePrior(CodePrior):
         scales = scale_of_codes(self.config.spec.grids, self.pos_1LC.device)
         return self.pos_1LC + self.lvl_embed(scales)
 
-    def modulation(self, embedded: Tensor) -> Modulation:
+    def modulation(self, embedded: Tensor) -> SharedModulation:
         """All condition projections of class embeddings (B, width)."""
         condition = self.shared_ada_lin(embedded)
         blocks = [block.modulation(condition) for block in self.blocks]  # type: ignore[operator]
-        return Modulation(blocks, self.head_nm.modulation(embedded))
+        return SharedModulation(blocks, self.head_nm.modulation(embedded))
 
     def transform(
         self,
         tokens: Tensor,
-        modulation: Modulation,
+        modulation: SharedModulation,
         mask: Tensor | None,
         cache: KeyValueCache | None,
     ) -> Tensor:
@@ -400,7 +402,7 @@ class NextScalePrior(CodePrior):
             cache.length += tokens.shape[1]
         return x
 
-    def read(self, hidden: Tensor, modulation: Modulation) -> Tensor:
+    def read(self, hidden: Tensor, modulation: SharedModulation) -> Tensor:
         """Logits (B, T, V) from what the last block gave, (B, T, width)."""
         normed = self.head_nm(hidden, modulation.head)
         return self.head(normed.to(self.head.weight.dtype))
@@ -460,5 +462,5 @@ class NextScalePrior(CodePrior):
             decoder = ScaleDecoder(self, labels, options)
             if smooth:
                 return decoder.smooth_codes(generator, on_step)
-            uniforms = draw_uniforms(len(labels), length, generator).to(labels.device)
+            uniforms = sample_uniforms(len(labels), length, generator).to(labels.device)
             return decoder.codes(uniforms, on_step)

@@ -13,7 +13,7 @@ class NextTokenConfig:
     """Defaults: LlamaGen GPT-B for 256 px ImageNet codes."""
 
     # May change without changing what saved weights mean.
-    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+    NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
         "dropout",
         "token_dropout",
         "attention_dropout",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from smalti.prior.attention import KeyValueCache
 from smalti.prior.conditions.text import Condition, TextCondition
-from smalti.prior.sampling import SamplingOptions, draw, guide
+from smalti.prior.sampling import SamplingOptions, guide, sample_codes
 
 if TYPE_CHECKING:
     from smalti.prior.next_token.model import NextTokenPrior
@@ -44,11 +44,11 @@ class TokenDecoder:
         )
         self.cache = self.both.part(slice(self.batch))  # of the rows that are read
 
-    def draw(self, uniforms: Tensor, on_step: Callable[[int, int], None] | None) -> Tensor:
+    def sample(self, uniforms: Tensor, on_step: Callable[[int, int], None] | None) -> Tensor:
         """Codes (B, L), drawn with one number in [0, 1) each, (B, L)."""
         uniforms = uniforms.to(self.codes.device)
         for step in range(len(self.scales)):
-            self.append(draw(self.logits(step), uniforms[:, step], self.options), step)
+            self.append(sample_codes(self.logits(step), uniforms[:, step], self.options), step)
             if on_step is not None:
                 on_step(step + 1, len(self.scales))
         return self.codes

@@ -19,7 +19,7 @@ from smalti.prior.conditions.text import CaptionEmbedding, Condition, TextCondit
 from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates, rotary_table, rotate
 from smalti.prior.next_token.config import PRESETS, NextTokenConfig
 from smalti.prior.next_token.decoding import TokenDecoder
-from smalti.prior.sampling import SamplingOptions, draw_uniforms
+from smalti.prior.sampling import SamplingOptions, sample_uniforms
 
 # -------------------------------------------------------------------------------------------------
 # A transformer block of the next-token prior: causal attention and feed-forward (Llama, as in
@@ -71,7 +71,7 @@ class CausalAttention(nn.Module):
         return self.dropout(self.wo(attended.transpose(1, 2).flatten(2)))
 
 
-class Block(nn.Module):
+class CausalBlock(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, config: NextTokenConfig, drop_path: float) -> None:
@@ -112,7 +112,7 @@ def random_order_probability(progress: float, annealing: tuple[float, float]) ->
     return 1.0 if progress < begin else (end - progress) / (end - begin)
 
 
-def draw_orders(rows: int, length: int, probability: Tensor) -> Tensor:
+def sample_orders(rows: int, length: int, probability: Tensor) -> Tensor:
     """An order for every sample, (rows, length) int64: random with a probability (), else raster.
 
     Codes are to be read as codes.gather(1, order).
@@ -185,7 +185,7 @@ class NextTokenPrior(CodePrior):
         token_dropout = config.dropout if config.token_dropout is None else config.token_dropout
         self.dropout = nn.Dropout(token_dropout)
         rates = drop_path_rates(config.drop_path, config.depth)
-        self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.layers = nn.ModuleList(CausalBlock(config, rate) for rate in rates)
         self.norm = RMSNorm(width, config.norm_eps)
         self.output = nn.Linear(width, spec.vocab_size, bias=False)
         order_probability = None if config.random_order is None else torch.ones(())
@@ -234,10 +234,12 @@ class NextTokenPrior(CodePrior):
 
     def no_conditions(self) -> Condition:
         """The condition of no samples at all: labels (0,), or captions (0, T, D)."""
-        nobody, config = super().no_conditions(), self.config
+        empty_labels, config = super().no_conditions(), self.config
         if config.condition == "class":
-            return nobody
-        features = nobody.new_empty(0, config.text_length, config.text_dim, dtype=torch.float32)
+            return empty_labels
+        features = empty_labels.new_empty(
+            0, config.text_length, config.text_dim, dtype=torch.float32
+        )
         return TextCondition(features, features[..., 0].bool())
 
     def set_progress(self, progress: float) -> None:
@@ -278,7 +280,7 @@ class NextTokenPrior(CodePrior):
                 "prior.set_progress(step / max_train_steps) before every step"
             )
         rows, length = codes.shape
-        return draw_orders(rows, length, self.order_probability)
+        return sample_orders(rows, length, self.order_probability)
 
     def logits(self, codes: Tensor, condition: Condition, order: Tensor | None = None) -> Tensor:
         """Teacher-forced logits (B, L, V) of codes (B, L) given their conditions.
@@ -401,8 +403,8 @@ class NextTokenPrior(CodePrior):
             temperature, top_k, top_p, guidance_scale, guidance_schedule, guidance_interval
         )
         device, length = self.output.weight.device, self.config.spec.length
-        uniforms = draw_uniforms(len(condition), length, generator)
+        uniforms = sample_uniforms(len(condition), length, generator)
         if not len(condition):
             return torch.empty(0, length, dtype=torch.int64, device=device)
         with self.evaluating():
-            return TokenDecoder(self, condition.to(device), options).draw(uniforms, on_step)
+            return TokenDecoder(self, condition.to(device), options).sample(uniforms, on_step)

@@ -33,7 +33,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def draw_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def uniform_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` random ones of the rows (N, d) of all processes laid end to end, the same on each.
 
     Args:

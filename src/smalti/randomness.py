@@ -29,7 +29,7 @@ def generator(*parts: int | str) -> torch.Generator:
 # list with one for each, whose sample then does not depend on its neighbours.
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-Drawn = Mapping[str, Tensor]  # random numbers that were drawn before they are used, by name
+RandomInputs = Mapping[str, Tensor]  # random numbers that were drawn before they are used, by name
 
 
 def check_generators(generator: Generators, rows: int) -> None:
@@ -79,12 +79,12 @@ class NormalSource:
         """Numbers with the shape (rows, ...), type and device of `like`."""
         if isinstance(self.generator, torch.Generator):
             return _draw(like.shape, self.generator, like)
-        drawn = [_draw(like.shape[1:], own, like) for own in self.generator]
-        return torch.stack(drawn) if drawn else torch.empty_like(like)
+        rows = [_draw(like.shape[1:], own, like) for own in self.generator]
+        return torch.stack(rows) if rows else torch.empty_like(like)
 
 
 def _draw(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:
     # Drawn in fp32 or better whatever the type of the samples, then rounded.
     dtype = like.dtype if like.dtype == torch.float64 else torch.float32
-    drawn = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
-    return drawn.to(like)
+    values = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+    return values.to(like)

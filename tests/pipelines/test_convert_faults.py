@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.pipelines.convert import SOURCES
+from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.convert import class_names, convert, export, read_published
 from smalti.pipelines.convert.layout import Buffer, Layout, Link, import_tensors, joined, same
 from smalti.pipelines.convert.reader import read_checkpoint
@@ -413,8 +413,8 @@ def test_a_misspelt_source_is_told(tmp_path: Path) -> None:
 
 
 def test_every_source_resolves_and_has_a_title() -> None:
-    for name in SOURCES:
-        assert SOURCES.resolve(name).title
+    for name in PUBLISHED_SOURCES:
+        assert PUBLISHED_SOURCES.resolve(name).title
 
 
 def test_imagenet_names_are_1000_different_ones() -> None:

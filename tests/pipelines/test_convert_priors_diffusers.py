@@ -124,7 +124,7 @@ def test_samples_are_those_of_diffusers_pipeline(folder: Path) -> None:
     scheduler.set_timesteps(10)
     x, _, _ = asked(model)
     labels, null = torch.tensor([0, 1, 4]), torch.full((3,), 5)
-    drawn = model.sample(
+    sampled = model.sample(
         labels,
         noise=x,
         solver="ddim",
@@ -137,7 +137,7 @@ def test_samples_are_those_of_diffusers_pipeline(folder: Path) -> None:
         conditional, unconditional = both.chunk(2)
         noise = unconditional + 3.0 * (conditional - unconditional)
         x = scheduler.step(noise, k, x).prev_sample
-    close(drawn, x)
+    close(sampled, x)
 
 
 @torch.no_grad()

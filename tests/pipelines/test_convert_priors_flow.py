@@ -243,11 +243,13 @@ def test_sit_samples_as_the_original_with_three_guided_channels(kind: str, tmp_p
     s = KINDS[kind]
     state, x, labels = published(s), noises(s), labels_of(s)
     model = read("sit", state, tmp_path, Options(heads=s.heads))
-    drawn = model.sample(labels, noise=x, solver="euler", num_inference_steps=4, guidance_scale=2.0)
+    sampled = model.sample(
+        labels, noise=x, solver="euler", num_inference_steps=4, guidance_scale=2.0
+    )
     for i in range(4):
         times = torch.full((3,), i / 4)
         x = x + 0.25 * guided(state, s, x, times, labels, 2.0)[:, : s.channels]
-    close(drawn, x)
+    close(sampled, x)
 
 
 @torch.no_grad()
@@ -283,7 +285,7 @@ def test_dit_samples_by_ddim_as_the_original(kind: str, scale: float, tmp_path: 
     s = KINDS[kind]
     state, x, labels = published(s), noises(s), labels_of(s)
     model = read("dit", state, tmp_path, Options(heads=s.heads))
-    drawn = model.sample(
+    sampled = model.sample(
         labels,
         noise=x,
         solver="ddim",
@@ -293,7 +295,7 @@ def test_dit_samples_by_ddim_as_the_original(kind: str, scale: float, tmp_path: 
     )
     expected = ddim(state, s, x, labels, list(range(0, 1000, 100)), scale)
     assert expected.abs().max() > 10  # which clipping would change
-    close(drawn, expected)
+    close(sampled, expected)
 
 
 @torch.no_grad()
@@ -302,7 +304,7 @@ def test_dit_samples_by_ddpm_with_the_learned_variance(spacing: str, tmp_path: P
     s = PLAIN
     state, x, labels = published(s), noises(s), labels_of(s)
     model = read("dit", state, tmp_path, Options(heads=s.heads))
-    drawn = model.sample(
+    sampled = model.sample(
         labels,
         noise=x,
         solver={"kind": "ddpm", "variance": "learned"},
@@ -312,7 +314,7 @@ def test_dit_samples_by_ddpm_with_the_learned_variance(spacing: str, tmp_path: P
     )
     normal = NormalSource(torch.Generator().manual_seed(4), 3)
     taken = list(range(0, 1000, 100)) if spacing == "leading" else [111 * i for i in range(10)]
-    close(drawn, ddpm(state, s, x, labels, taken, normal))
+    close(sampled, ddpm(state, s, x, labels, taken, normal))
 
 
 def test_dit_knows_the_chain_of_ddpm(tmp_path: Path) -> None:

@@ -209,8 +209,8 @@ def test_class_priors_give_the_original_logits_and_greedy_codes(s: Sizes, tmp_pa
     told, null = table[labels[:2], None], table[[-1, -1], None]
     expected = greedy(state, s, told, null, None, scale=1.7)
     assert expected.unique().numel() > 3
-    drawn = model.sample(labels[:2], guidance_scale=1.7, temperature=0)
-    assert torch.equal(drawn, expected)
+    sampled = model.sample(labels[:2], guidance_scale=1.7, temperature=0)
+    assert torch.equal(sampled, expected)
 
 
 @torch.no_grad()
@@ -229,8 +229,8 @@ def test_caption_priors_give_the_original_logits_and_greedy_codes(tmp_path: Path
     condition = TextCondition(features, valid)
     close(model.logits(codes, condition), original(state, s, told, codes[:, :-1], valid))
     expected = greedy(state, s, told, null, valid, scale=2.5)
-    drawn = model.sample(condition, guidance_scale=2.5, temperature=0)
-    assert torch.equal(drawn, expected)
+    sampled = model.sample(condition, guidance_scale=2.5, temperature=0)
+    assert torch.equal(sampled, expected)
 
 
 @pytest.mark.parametrize("s", [CLASSES, UNLIKE, CAPTIONS], ids=["plain", "grouped", "captions"])

@@ -268,8 +268,8 @@ def test_priors_give_the_original_logits_and_greedy_codes(kind: str, tmp_path: P
     close(model.logits(codes, labels), original(state, s, tokenizer, parts, labels))
     expected = greedy(state, s, tokenizer, labels[:2], cfg=1.5)
     assert expected.unique().numel() > 3
-    drawn = model.sample(labels[:2], guidance_scale=2.5, temperature=0)
-    assert torch.equal(drawn, expected)
+    sampled = model.sample(labels[:2], guidance_scale=2.5, temperature=0)
+    assert torch.equal(sampled, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

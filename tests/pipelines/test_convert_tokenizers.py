@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.pipelines.convert import SOURCES
+from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.convert import convert, export, read_published
 from smalti.pipelines.convert.source import Options
 from smalti.pipelines.convert.var import sharing
@@ -236,7 +236,7 @@ def vectors(codes: Tensor, table: Tensor, height: int, width: int) -> Tensor:
     ],
 )
 def test_published_sizes_have_the_published_number_of_tensors(source, preset, tensors) -> None:
-    writer = SOURCES.resolve(source)()
+    writer = PUBLISHED_SOURCES.resolve(source)()
     layout = writer.layout(PRESETS[preset])
     assert writer.fits(PRESETS[preset])
     assert sum(len(link.theirs) for link in layout.links) + len(layout.buffers) == tensors

@@ -90,10 +90,10 @@ def test_ddpm_is_diffusers(variance, theirs, spacing) -> None:
     )
     scheduler.set_timesteps(20)
     x = torch.randn(2, 3, 4, 4, dtype=DOUBLE)
-    drawn = ours(DDPM(variance), x, spacing, surplus=variance == "learned")
+    sampled = ours(DDPM(variance), x, spacing, surplus=variance == "learned")
     if variance != "large":  # what is chosen where nothing is said
-        assert torch.equal(drawn, ours(DDPM(), x, spacing, surplus=variance == "learned"))
-    torch.testing.assert_close(drawn, loop(scheduler, x), rtol=2e-4, atol=2e-4)
+        assert torch.equal(sampled, ours(DDPM(), x, spacing, surplus=variance == "learned"))
+    torch.testing.assert_close(sampled, loop(scheduler, x), rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_the_large_variance_is_exact_for_gaussian_data_and_the_small_for_a_point
         data = mixtures.gaussian([0.0], [std])
         a, b = (PATH.alpha(times) ** 2 * std**2 + PATH.sigma(times) ** 2).sqrt().tolist()
         x = a * normal(torch.empty(count, 1, dtype=DOUBLE))
-        drawn = solver.solve(data.dynamics(PATH), x, times, normal)
-        assert drawn.std().item() == pytest.approx(b, rel=0.01)
+        sampled = solver.solve(data.dynamics(PATH), x, times, normal)
+        assert sampled.std().item() == pytest.approx(b, rel=0.01)
 
 
 def test_mistakes_are_explained(mixtures) -> None:

@@ -9,7 +9,7 @@ from smalti.prior.flow.path import (
     VEPath,
     VPCosinePath,
     VPLinearPath,
-    spread,
+    expand_like,
 )
 from smalti.prior.flow.prediction import PREDICTIONS, Estimate, of_data_and_noise
 
@@ -80,4 +80,4 @@ def test_the_surplus_of_a_network_is_kept_apart() -> None:
     estimate = Estimate(LinearPath(), "velocity", x, t, output)
     assert torch.equal(estimate.velocity, output[:, :3])
     assert torch.equal(estimate.surplus, output[:, 3:])
-    torch.testing.assert_close(estimate.data, x + spread(1 - t, x) * output[:, :3])
+    torch.testing.assert_close(estimate.data, x + expand_like(1 - t, x) * output[:, :3])

@@ -98,8 +98,8 @@ def test_every_path_and_prediction_trains_and_samples(path, prediction) -> None:
     assert loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     for solver in ("heun", "ddim"):
-        drawn = model.sample(LABELS, num_inference_steps=4, solver=solver)
-        assert drawn.shape == (4, 2, 4, 6) and drawn.isfinite().all()
+        sampled = model.sample(LABELS, num_inference_steps=4, solver=solver)
+        assert sampled.shape == (4, 2, 4, 6) and sampled.isfinite().all()
 
 
 def test_labels_are_dropped_in_training_only() -> None:
@@ -195,10 +195,10 @@ def test_euler_sampling_written_out() -> None:
             velocity = model.network(x, torch.full((4,), i / 5), LABELS)
             nothing = model.network(x, torch.full((4,), i / 5), torch.full_like(LABELS, 3))
             x = x + (nothing + 3 * (velocity - nothing)) / 5
-    drawn = model.sample(
+    sampled = model.sample(
         LABELS, noise=LATENTS, guidance_scale=3.0, num_inference_steps=5, solver="euler"
     )
-    torch.testing.assert_close(drawn, x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sampled, x, rtol=1e-4, atol=1e-4)
 
 
 def test_one_generator_repeats_and_none_leaves_the_global_state_alone() -> None:
@@ -224,14 +224,14 @@ def test_sampling_leaves_the_mode_alone_and_reports_progress() -> None:
 def test_options_are_names_mappings_or_objects() -> None:
     model = make_prior()
     one = {"noise": LATENTS, "num_inference_steps": 4}
-    drawn = [
+    sampled = [
         model.sample(LABELS, solver=solver, schedule=schedule, **one)
         for solver, schedule in (
             ("ddim", "uniform"),
             ({"kind": "ddim", "eta": 0.0}, {"kind": "shifted", "shift": 1.0}),
         )
     ]
-    torch.testing.assert_close(drawn[0], drawn[1])
+    torch.testing.assert_close(sampled[0], sampled[1])
 
 
 def test_a_learned_variance_is_used_by_ddpm_alone() -> None:

@@ -86,10 +86,10 @@ def test_probes_are_signs_of_their_own_generators() -> None:
     def generators(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    drawn = signs(4, torch.empty(3, 50), NormalSource(generators(1, 2, 3), 3))
-    assert set(drawn.unique().tolist()) == {-1.0, 1.0} and drawn.shape == (4, 3, 50)
+    sampled = signs(4, torch.empty(3, 50), NormalSource(generators(1, 2, 3), 3))
+    assert set(sampled.unique().tolist()) == {-1.0, 1.0} and sampled.shape == (4, 3, 50)
     alone = signs(4, torch.empty(1, 50), NormalSource(generators(2), 1))
-    assert torch.equal(drawn[:, 1:2], alone)
+    assert torch.equal(sampled[:, 1:2], alone)
 
 
 def test_a_field_that_does_not_depend_on_x_has_no_divergence() -> None:

@@ -200,8 +200,10 @@ def test_a_first_scale_of_several_codes() -> None:
     scales = ((1, 2), (2, 3))
     config = replace(TINY, spec=CodeSpec(16, scales), quantizer=replace(QUANTIZER, scales=scales))
     model = make_prior(config)
-    drawn = model.sample(LABELS, temperature=0)
-    assert drawn.shape == (4, 8) and torch.equal(drawn, model.logits(drawn, LABELS).argmax(-1))
+    sampled = model.sample(LABELS, temperature=0)
+    assert sampled.shape == (4, 8) and torch.equal(
+        sampled, model.logits(sampled, LABELS).argmax(-1)
+    )
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -293,8 +295,8 @@ def test_autocast_changes_little_and_the_loss_stays_fp32(model) -> None:
     exact = model(CODES, LABELS).total
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(CODES, LABELS).total
-        drawn = model.sample(LABELS, guidance_scale=2.0)
-    assert rough.dtype == torch.float32 and drawn.shape == (4, LENGTH)
+        sampled = model.sample(LABELS, guidance_scale=2.0)
+    assert rough.dtype == torch.float32 and sampled.shape == (4, LENGTH)
     assert rough.item() == pytest.approx(exact.item(), rel=2e-2)
 
 
@@ -324,28 +326,28 @@ def test_cached_and_teacher_forced_logits_agree_at_every_scale(model) -> None:
 def test_decoding_meets_the_inputs_of_teacher_forcing(model) -> None:
     met = []
     handle = model.word_embed.register_forward_pre_hook(lambda m, args: met.append(args[0]))
-    drawn = model.sample(LABELS, generator=generators(1, 2, 3, 4))
+    sampled = model.sample(LABELS, generator=generators(1, 2, 3, 4))
     handle.remove()
-    torch.testing.assert_close(torch.cat(met, 1), model.quantizer.next_scale_inputs(drawn))
+    torch.testing.assert_close(torch.cat(met, 1), model.quantizer.next_scale_inputs(sampled))
 
 
 def test_greedy_sampling_follows_the_argmax_of_the_logits(model) -> None:
-    drawn = model.sample(LABELS, temperature=0)
-    assert torch.equal(drawn, model.logits(drawn, LABELS).argmax(-1))
+    sampled = model.sample(LABELS, temperature=0)
+    assert torch.equal(sampled, model.logits(sampled, LABELS).argmax(-1))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 def test_guided_greedy_sampling_follows_the_guided_logits(model, schedule: str) -> None:
     labels = LABELS[:3]
-    drawn = model.sample(labels, temperature=0, guidance_scale=2.5, guidance_schedule=schedule)
-    conditional = model.logits(drawn, labels)
-    unconditional = model.logits(drawn, torch.full_like(labels, 3))
+    sampled = model.sample(labels, temperature=0, guidance_scale=2.5, guidance_schedule=schedule)
+    conditional = model.logits(sampled, labels)
+    unconditional = model.logits(sampled, torch.full_like(labels, 3))
     scales = [1.0, 1.5, 2.0, 2.5] if schedule == "linear" else [2.5] * 4
     each = torch.tensor(scales).repeat_interleave(torch.tensor(LENGTHS))[:, None]
     guided = unconditional + each * (conditional - unconditional)
-    assert torch.equal(drawn, guided.argmax(-1))
+    assert torch.equal(sampled, guided.argmax(-1))
     if schedule == "linear":
-        assert torch.equal(drawn, model.sample(labels, temperature=0, guidance_scale=2.5))
+        assert torch.equal(sampled, model.sample(labels, temperature=0, guidance_scale=2.5))
 
 
 @pytest.mark.parametrize(("scale", "rows"), [(1.0, 4), (1.5, 8)])
@@ -560,8 +562,8 @@ def test_a_tiny_prior_recovers_a_known_distribution() -> None:
         loss.backward()
         optimizer.step()
     for label in (0, 1):
-        drawn = model.sample(torch.full((8000,), label), generator=rng)
-        counts = torch.bincount(drawn @ torch.tensor([9, 3, 1]), minlength=27).double()
+        sampled = model.sample(torch.full((8000,), label), generator=rng)
+        counts = torch.bincount(sampled @ torch.tensor([9, 3, 1]), minlength=27).double()
         joint = coarse[label][:, None, None] * left[:, :, None] * right[:, None, :]
         expected = 8000 * joint.flatten().double()
         assert counts[expected == 0].sum() <= 16

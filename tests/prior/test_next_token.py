@@ -122,18 +122,18 @@ def test_cached_and_teacher_forced_logits_agree(rotary) -> None:
 
 
 def test_greedy_sampling_follows_the_argmax_of_the_logits(prior) -> None:
-    drawn = prior.sample(LABELS, temperature=0)
-    assert torch.equal(drawn, prior.logits(drawn, LABELS).argmax(-1))
+    sampled = prior.sample(LABELS, temperature=0)
+    assert torch.equal(sampled, prior.logits(sampled, LABELS).argmax(-1))
 
 
 def test_guided_greedy_sampling_follows_the_guided_logits(prior) -> None:
     labels = LABELS[:3]
-    drawn = prior.sample(labels, temperature=0, guidance_scale=2.5, guidance_schedule="linear")
-    conditional = prior.logits(drawn, labels)
-    unconditional = prior.logits(drawn, torch.full_like(labels, 3))
+    sampled = prior.sample(labels, temperature=0, guidance_scale=2.5, guidance_schedule="linear")
+    conditional = prior.logits(sampled, labels)
+    unconditional = prior.logits(sampled, torch.full_like(labels, 3))
     scales = 1 + 1.5 * torch.arange(64) / 63
     guided = unconditional + scales[:, None] * (conditional - unconditional)
-    assert torch.equal(drawn, guided.argmax(-1))
+    assert torch.equal(sampled, guided.argmax(-1))
 
 
 @pytest.mark.parametrize(("scale", "passes"), [(1.0, 64 * [4]), (1.5, [4, 4] + 63 * [8])])
@@ -205,8 +205,8 @@ def test_autocast_changes_little_and_the_loss_stays_fp32(prior) -> None:
     exact = prior(CODES, LABELS).total
     with torch.autocast("cpu", torch.bfloat16):
         rough = prior(CODES, LABELS).total
-        drawn = prior.sample(LABELS, guidance_scale=2.0)
-    assert rough.dtype == torch.float32 and drawn.shape == (4, 64)
+        sampled = prior.sample(LABELS, guidance_scale=2.0)
+    assert rough.dtype == torch.float32 and sampled.shape == (4, 64)
     assert rough.item() == pytest.approx(exact.item(), rel=1e-2)
 
 
@@ -364,8 +364,8 @@ def test_a_tiny_prior_recovers_a_known_distribution() -> None:
         loss.backward()
         optimizer.step()
     for label in (0, 1):
-        drawn = model.sample(torch.full((4000,), label), generator=rng)
-        counts = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9).double()
+        sampled = model.sample(torch.full((4000,), label), generator=rng)
+        counts = torch.bincount(sampled[:, 0] * 3 + sampled[:, 1], minlength=9).double()
         expected = 4000 * (first[label][:, None] * second).flatten().double()
         assert counts[expected == 0].sum() <= 8
         likely = expected > 0

@@ -85,11 +85,11 @@ def test_grouped_queries_are_attention_with_repeated_heads(kv_heads: int) -> Non
     torch.testing.assert_close(
         grouped.logits(CODES, LABELS), full.logits(CODES, LABELS), rtol=1e-4, atol=1e-5
     )
-    drawn, same = (
+    sampled, same = (
         model.sample(LABELS, generator=torch.Generator().manual_seed(1), guidance_scale=1.5)
         for model in (grouped, full)
     )
-    assert torch.equal(drawn, same)
+    assert torch.equal(sampled, same)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -160,15 +160,15 @@ def test_attention_dropout_is_of_the_weights_and_unbiased() -> None:
     attention = make_prior(replace(TINY, attention_dropout=0.5)).layers[0].attention
     x, table = torch.randn(1, 3, 32).expand(4000, -1, -1), torch.ones(3, 4, dtype=torch.complex64)
     exact = attention.eval()(x[:1], table, None, 0, None)[0]
-    drawn = attention.train()(x, table, None, 0, None)
+    sampled = attention.train()(x, table, None, 0, None)
     # The first token sees itself alone: its value twice, or nothing, head by head.
-    first = drawn[:, 0] @ torch.linalg.inv(attention.wo.weight.T)
+    first = sampled[:, 0] @ torch.linalg.inv(attention.wo.weight.T)
     value = (x[0, 0] @ attention.wqkv.weight.T)[64:]
     ratio = (first / value).view(4000, 4, 8)
     kept = ratio[..., :1].round() / 2
     torch.testing.assert_close(ratio, 2 * kept.expand_as(ratio), rtol=0, atol=5e-2)
     assert kept.unique().tolist() == [0, 1] and kept.mean().item() == pytest.approx(0.5, abs=0.02)
-    torch.testing.assert_close(drawn.mean(0), exact, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(sampled.mean(0), exact, rtol=0.1, atol=0.1)
 
 
 def test_drop_path_is_unbiased_and_absent_in_evaluation() -> None:
@@ -261,8 +261,8 @@ def test_everything_together_trains_compiles_saves_and_samples(tmp_path) -> None
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     loaded = NextTokenPrior.from_pretrained(model.save_pretrained(tmp_path / "prior"))
     assert loaded.config == EVERYTHING
-    drawn = loaded.sample(LABELS, temperature=0)
-    assert torch.equal(drawn, loaded.logits(drawn, LABELS).argmax(-1))
+    sampled = loaded.sample(LABELS, temperature=0)
+    assert torch.equal(sampled, loaded.logits(sampled, LABELS).argmax(-1))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -166,9 +166,12 @@ def test_guidance_leaves_from_the_learned_caption(model) -> None:
     """At scale 0 nothing of the text is left; at others it is the usual mixture."""
     unconditional = model.sample(null_of(model), temperature=0)
     assert torch.equal(model.sample(TEXT, temperature=0, guidance_scale=0.0), unconditional)
-    drawn = model.sample(TEXT, temperature=0, guidance_scale=2.5)
-    conditional, without = model.logits(drawn, TEXT), model.logits(drawn, null_of(model))
-    assert torch.equal(drawn, (without + 2.5 * (conditional - without)).argmax(-1))
+    sampled = model.sample(TEXT, temperature=0, guidance_scale=2.5)
+    conditional, without = (
+        model.logits(sampled, TEXT),
+        model.logits(sampled, null_of(model)),
+    )
+    assert torch.equal(sampled, (without + 2.5 * (conditional - without)).argmax(-1))
 
 
 def test_whole_captions_are_dropped_in_training_only() -> None:

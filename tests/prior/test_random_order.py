@@ -17,8 +17,8 @@ from smalti.prior.next_scale.model import NextScalePrior
 from smalti.prior.next_token.model import (
     NextTokenConfig,
     NextTokenPrior,
-    draw_orders,
     random_order_probability,
+    sample_orders,
 )
 
 TINY = NextTokenConfig(
@@ -70,7 +70,7 @@ def test_a_schedule_may_be_a_step_or_constant(progress: float) -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_orders_are_permutations_and_as_often_random_as_said(probability: float) -> None:
-    orders = draw_orders(4000, 4, torch.tensor(probability))
+    orders = sample_orders(4000, 4, torch.tensor(probability))
     assert torch.equal(orders.sort(1).values, torch.arange(4).expand(4000, -1))
     raster = (orders == torch.arange(4)).all(1).float().mean().item()
     assert raster == pytest.approx(1 - probability * 23 / 24, abs=0.03)
@@ -95,7 +95,7 @@ def test_the_identity_is_raster_order() -> None:
 def test_a_training_step_predicts_the_codes_of_its_order(monkeypatch) -> None:
     model = make_prior().train()
     model.set_progress(0.0)
-    monkeypatch.setattr("smalti.prior.next_token.model.draw_orders", lambda *args: ORDER)
+    monkeypatch.setattr("smalti.prior.next_token.model.sample_orders", lambda *args: ORDER)
     loss = model(CODES, LABELS)
     logits, targets = model.logits(CODES, LABELS, ORDER), CODES.gather(1, ORDER)
     torch.testing.assert_close(loss.total, cross_entropy(logits, targets))
@@ -107,7 +107,7 @@ def test_mistakes_in_what_is_shown_are_no_targets_in_any_order(monkeypatch) -> N
     model = make_prior(replace(TINY, token_corruption=0.5)).train()
     model.set_progress(0.0)
     shown = CODES.flip(1)
-    monkeypatch.setattr("smalti.prior.next_token.model.draw_orders", lambda *args: ORDER)
+    monkeypatch.setattr("smalti.prior.next_token.model.sample_orders", lambda *args: ORDER)
     monkeypatch.setattr("smalti.prior.next_token.model.corrupted", lambda *args: shown)
     logits = model.logits(shown, LABELS, ORDER)
     expected = cross_entropy(logits, CODES.gather(1, ORDER))
@@ -174,8 +174,8 @@ def test_captions_come_before_codes_in_any_order() -> None:
 def test_the_share_of_random_orders_follows_the_progress(monkeypatch) -> None:
     model, seen = make_prior().train(), []
     monkeypatch.setattr(
-        "smalti.prior.next_token.model.draw_orders",
-        lambda rows, length, p: seen.append(p.item()) or draw_orders(rows, length, p),
+        "smalti.prior.next_token.model.sample_orders",
+        lambda rows, length, p: seen.append(p.item()) or sample_orders(rows, length, p),
     )
     for progress in (0.0, 0.625, 0.75):
         model.set_progress(progress)
@@ -272,8 +272,8 @@ def test_a_prior_of_all_orders_knows_every_conditional_distribution() -> None:
     model = NextTokenPrior(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(500):
-        drawn = torch.multinomial(joint.flatten(), 512, True)
-        codes = torch.stack([drawn // 3, drawn % 3], 1)
+        sampled = torch.multinomial(joint.flatten(), 512, True)
+        codes = torch.stack([sampled // 3, sampled % 3], 1)
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - step / 500)
         model.set_progress(step / 500)

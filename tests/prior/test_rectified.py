@@ -56,8 +56,8 @@ def test_pairs_are_noise_and_what_the_ode_makes_of_it() -> None:
     pairs = generate_pairs(model, labels, generator=generators(1, 2, 3), num_inference_steps=6)
     again = model.sample(labels, noise=pairs.noise, num_inference_steps=6)
     assert torch.equal(pairs.data, again) and torch.equal(pairs.labels, labels)
-    drawn = model.sample(labels, generator=generators(1, 2, 3), num_inference_steps=6)
-    torch.testing.assert_close(pairs.data, drawn)
+    sampled = model.sample(labels, generator=generators(1, 2, 3), num_inference_steps=6)
+    torch.testing.assert_close(pairs.data, sampled)
     with pytest.raises(SmaltiError, match="makes no pairs: use an ODE solver"):
         generate_pairs(model, labels, solver="ddpm")
 

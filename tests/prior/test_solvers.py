@@ -178,9 +178,9 @@ def test_every_solver_reaches_gaussian_data(mixtures, name) -> None:
     data, solver, random = mixtures.gaussian([0.6], [0.5]), make_solver(name), normal(4000)
     x = random(torch.empty(4000, 1, dtype=DOUBLE)) * path.marginal_std(grid(1))[0]
     end = 1.0 if solver.lands_on_data else 0.999
-    drawn = solver.solve(data.dynamics(path), x, grid(250, 0.0, end), random)
-    assert drawn.mean().item() == pytest.approx(0.6, abs=0.035)
-    assert drawn.std().item() == pytest.approx(0.5, abs=0.035)
+    sampled = solver.solve(data.dynamics(path), x, grid(250, 0.0, end), random)
+    assert sampled.mean().item() == pytest.approx(0.6, abs=0.035)
+    assert sampled.std().item() == pytest.approx(0.5, abs=0.035)
 
 
 def test_solvers_by_name_with_options_and_mistakes() -> None:

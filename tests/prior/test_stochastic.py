@@ -43,10 +43,10 @@ def test_ode_and_sde_have_the_marginals_of_the_data(mixtures, path, name) -> Non
     """Every w(t) gives the same: shares, means and spreads of both components."""
     data, normal = mixtures.two(), NormalSource(torch.Generator().manual_seed(0), COUNT)
     x = normal(torch.empty(COUNT, 2, dtype=DOUBLE))
-    drawn = SOLVERS[name].solve(data.dynamics(path), x, grid(150), normal)
+    sampled = SOLVERS[name].solve(data.dynamics(path), x, grid(150), normal)
     expected = moments(data.sample(200_000, torch.Generator().manual_seed(1)))
     # 20,000 samples know a share to 0.003; 150 steps leave a bias of the same size.
-    torch.testing.assert_close(moments(drawn), expected, atol=0.025, rtol=0)
+    torch.testing.assert_close(moments(sampled), expected, atol=0.025, rtol=0)
 
 
 @pytest.mark.parametrize("path", [LinearPath(), VPLinearPath()], ids=lambda path: path.kind)
@@ -124,19 +124,19 @@ def test_euler_maruyama_is_its_definition(mixtures) -> None:
 def test_langevin_settles_in_the_marginal_of_the_last_level(mixtures) -> None:
     path, normal = VEPath(0.05, 5.0), NormalSource(torch.Generator().manual_seed(0), COUNT)
     data, x = mixtures.two(), 5 * normal(torch.empty(COUNT, 2, dtype=DOUBLE))
-    drawn = Langevin(30, 0.05).solve(data.dynamics(path, "score"), x, grid(40), normal)
+    sampled = Langevin(30, 0.05).solve(data.dynamics(path, "score"), x, grid(40), normal)
     expected = moments(data.sample(200_000, torch.Generator().manual_seed(1)))
-    torch.testing.assert_close(moments(drawn), expected, atol=0.04, rtol=0)
+    torch.testing.assert_close(moments(sampled), expected, atol=0.04, rtol=0)
 
 
 def test_langevin_inflates_a_gaussian_as_much_as_its_step_says(mixtures) -> None:
     """The stationary variance of x' = (1 - a / V) x + sqrt(2 a) z is V / (1 - a / 2V)."""
     path, normal = VEPath(1.0, 2.0), NormalSource(torch.Generator().manual_seed(0), COUNT)
     data, x = mixtures.gaussian([0.0], [0.5]), normal(torch.empty(COUNT, 1, dtype=DOUBLE))
-    drawn = Langevin(60, 0.4).solve(data.dynamics(path), x, grid(1), normal)
+    sampled = Langevin(60, 0.4).solve(data.dynamics(path), x, grid(1), normal)
     variance = 1.0 + 0.25
     expected = variance / (1 - 0.4 / (2 * variance))
-    assert drawn.var().item() == pytest.approx(expected, rel=0.03)
+    assert sampled.var().item() == pytest.approx(expected, rel=0.03)
 
 
 def test_a_sample_has_noise_of_its_own_generator(mixtures) -> None:
@@ -153,9 +153,9 @@ def test_a_sample_has_noise_of_its_own_generator(mixtures) -> None:
 
 def test_normal_numbers_are_normal_repeat_and_leave_the_global_state_alone() -> None:
     state, like = torch.get_rng_state(), torch.empty(1000, 50)
-    drawn = NormalSource(None, 1000)(like)
+    sampled = NormalSource(None, 1000)(like)
     assert torch.equal(torch.get_rng_state(), state)
-    assert abs(drawn.mean()) < 0.02 and abs(drawn.std() - 1) < 0.02
+    assert abs(sampled.mean()) < 0.02 and abs(sampled.std() - 1) < 0.02
     one, two = (NormalSource(torch.Generator().manual_seed(4), 2) for _ in range(2))
     assert torch.equal(one(like[:2]), two(like[:2])) and not torch.equal(one(like[:2]), two(like))
     half = NormalSource(None, 2)(like[:2].bfloat16())

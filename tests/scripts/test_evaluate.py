@@ -9,7 +9,7 @@ import torch
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
-from smalti.evaluation.evaluator import PipelineEvaluation, first_of_each, spread
+from smalti.evaluation.evaluator import PipelineEvaluation, evenly_spaced, first_of_each
 from smalti.evaluation.samples import PictureSets
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
@@ -105,10 +105,10 @@ def test_what_was_trained_on_is_not_held_out(config, pipeline) -> None:
 
 def test_few_references_are_spread_over_the_set(config) -> None:
     dataset = config.dataset("train", 32)
-    images, labels = spread(dataset, 5)
+    images, labels = evenly_spaced(dataset, 5)
     assert len(images) == 5 and labels.tolist() == sorted(labels.tolist())
     assert set(labels.tolist()) == {0, 1, 2}
-    everything, _ = spread(dataset, 1000)
+    everything, _ = evenly_spaced(dataset, 1000)
     assert torch.equal(everything, dataset.all_images())
 
 

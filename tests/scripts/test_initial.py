@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import smalti
 from smalti.cli import main as smalti_main
 from smalti.data.latents import CodeSpec
-from smalti.pipelines.finetune import begin_from, saved_prior, saved_tokenizer
+from smalti.pipelines.finetune import load_initial_weights, saved_prior, saved_tokenizer
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.path import DDPMPath, LinearPath
 from smalti.prior.flow.prior import FlowConfig, FlowPrior
@@ -118,7 +118,7 @@ def test_settings_that_give_the_weights_another_meaning_are_refused(
 def test_a_flow_on_another_path_is_refused(tmp_path: Path, changes, message: str) -> None:
     FlowPrior(replace(FLOW, tokenizer_fingerprint="1" * 64)).save_pretrained(tmp_path / "flow")
     with pytest.raises(smalti.SmaltiError, match=message):
-        begin_from(FlowPrior(replace(FLOW, **changes)), str(tmp_path / "flow"))
+        load_initial_weights(FlowPrior(replace(FLOW, **changes)), str(tmp_path / "flow"))
 
 
 def test_settings_of_training_alone_are_free(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_settings_of_training_alone_are_free(tmp_path: Path) -> None:
     saved.save_pretrained(tmp_path / "flow")
     assert saved_prior(str(tmp_path / "flow")).path == DDPMPath()
     new = FlowPrior(replace(FLOW, loss_weight="min-snr", label_dropout=0.0, guided_channels=1))
-    begin_from(new, str(tmp_path / "flow"))
+    load_initial_weights(new, str(tmp_path / "flow"))
     assert all(torch.equal(v, saved.state_dict()[name]) for name, v in new.state_dict().items())
 
 
@@ -158,4 +158,4 @@ def test_a_tokenizer_with_other_codes_is_refused(tmp_path: Path) -> None:
     book = replace(VQ.quantizer.codebook, l2_normalise=False)
     other = replace(VQ, quantizer=replace(VQ.quantizer, codebook=book))
     with pytest.raises(smalti.SmaltiError, match="l2_normalise is False, but True in"):
-        begin_from(VQTokenizer(other), str(tmp_path / "saved"))
+        load_initial_weights(VQTokenizer(other), str(tmp_path / "saved"))

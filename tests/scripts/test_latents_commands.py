@@ -135,8 +135,10 @@ def test_latents_of_lightningdit_train_a_prior(root: Path, tmp_path: Path) -> No
     torch.save(unit, tmp_path / "src" / "latents_stats.pt")
     assert smalti_main([*import_of(tmp_path, root / "kl"), "--format", "lightningdit"]) == 0
     stored = LatentCache(tmp_path / "lat" / "train").first_view([0, 1]).stored
-    drawn = tokenizer.latents(stored, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(drawn, tokenizer.latents(stored))  # without a deviation, draws are the mean
+    sampled = tokenizer.latents(stored, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        sampled, tokenizer.latents(stored)
+    )  # without a deviation, draws are the mean
     train_prior(prior_run(tmp_path, root / "kl", FLOW))
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from smalti.cli import main as smalti_main
 from smalti.pipelines import latent_editor as strips
-from smalti.pipelines.latent_editor import signed, spread
+from smalti.pipelines.latent_editor import evenly_spaced, signed
 from smalti.pipelines.pipeline import Pipeline
 from smalti.scripts.interpolate import InterpolateConfig, interpolate
 from smalti.scripts.invert import InvertConfig, invert
@@ -85,13 +85,16 @@ def test_the_ends_of_a_strip_are_reconstructions_beside_their_originals(
     config = InterpolateConfig(
         model=str(model), data=str(pictures), indices=(3, 20), output=output, steps=4
     )
-    strip, bench = interpolate(config), strips.Workbench(replace(config, output=tmp_path / "n.png"))
+    strip, bench = (
+        interpolate(config),
+        strips.LatentEditor(replace(config, output=tmp_path / "n.png")),
+    )
     left = Image.open(strip).width - 6 * (18 * 6 + 2)
     images = bench.read([3, 20])
-    drawn = ((tokenizer.reconstruct(images) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    sampled = ((tokenizer.reconstruct(images) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
     original = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
     for row in range(2):
-        expected = [original[0], drawn[0], drawn[1], original[1]]
+        expected = [original[0], sampled[0], sampled[1], original[1]]
         for column, picture in zip((0, 1, 4, 5), expected, strict=True):
             shown = cell(strip, row, column, left=left).astype(int)
             assert np.abs(shown - picture.numpy()).max() <= 1
@@ -215,8 +218,8 @@ def test_mistakes_end_in_one_line_and_write_nothing(
 
 
 def test_spread_takes_equal_distances() -> None:
-    assert spread(range(100), 4) == [0, 25, 50, 75]
-    assert spread([4, 7], 10) == [4, 7]
+    assert evenly_spaced(range(100), 4) == [0, 25, 50, 75]
+    assert evenly_spaced([4, 7], 10) == [4, 7]
 
 
 def test_columns_are_headed_by_signed_numbers() -> None:

@@ -10,11 +10,11 @@ from runs import losses
 import smalti
 from smalti.cli import main as smalti_main
 from smalti.data.latent_cache.cache import LatentCache
-from smalti.pipelines.finetune import begin_from
+from smalti.pipelines.finetune import load_initial_weights
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.path import TrigonometricPath
 from smalti.prior.flow.prior import FlowConfig, FlowPrior
-from smalti.scripts.reflow import ReflowConfig, bend, load, reflow
+from smalti.scripts.reflow import ReflowConfig, load, mean_straightness, reflow
 from smalti.scripts.train_prior import TrainPriorConfig, train
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
@@ -111,7 +111,7 @@ def test_training_on_pairs_straightens_the_flow(bent: Path, tmp_path: Path) -> N
         )
     )
     _, straight = load(replace(config, model=str(tmp_path / "run" / "pipeline")))
-    assert bend(straight, config) < 0.5 * bent_by
+    assert mean_straightness(straight, config) < 0.5 * bent_by
     assert losses(tmp_path / "run")[0]["loss"] < 5
 
 
@@ -144,7 +144,7 @@ def test_a_run_begins_with_the_weights_of_a_saved_model(bent: Path) -> None:
     new, saved = flow(), smalti.Prior.from_pretrained(bent / "prior")
     for parameter in new.parameters():
         torch.nn.init.zeros_(parameter)
-    begin_from(new, str(bent))
+    load_initial_weights(new, str(bent))
     for name, value in saved.state_dict().items():
         assert torch.equal(new.state_dict()[name], value), name
 
@@ -152,7 +152,7 @@ def test_a_run_begins_with_the_weights_of_a_saved_model(bent: Path) -> None:
 def test_other_classes_begin_anew_but_no_class_is_known(bent: Path) -> None:
     more = sized(num_classes=5)
     before = more.state_dict()[more.class_table].clone()
-    begin_from(more, str(bent / "prior"))
+    load_initial_weights(more, str(bent / "prior"))
     after = more.state_dict()[more.class_table]
     saved = smalti.Prior.from_pretrained(bent / "prior").state_dict()
     assert torch.equal(after[:-1], before[:-1])
@@ -182,12 +182,12 @@ def sized(**changes) -> FlowPrior:
 )
 def test_weights_that_do_not_fit_are_refused(bent: Path, model, message: str) -> None:
     with pytest.raises(smalti.SmaltiError, match=message):
-        begin_from(model(), str(bent))
+        load_initial_weights(model(), str(bent))
 
 
 def test_a_tokenizer_begins_with_the_weights_of_a_saved_one(bent: Path) -> None:
     new = KLTokenizer(KL)
-    begin_from(new, str(bent))
+    load_initial_weights(new, str(bent))
     saved = smalti.Tokenizer.from_pretrained(bent / "tokenizer").state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in new.state_dict().items())
 

@@ -79,17 +79,17 @@ def test_a_preset_never_has_half_an_effect(tmp_path: Path) -> None:
 
 def test_a_kind_is_what_the_other_values_start_from() -> None:
     from smalti.scripts.train_tokenizer import TrainTokenizerConfig
-    from smalti.tokenizer.discriminators.stylegan import StyleGANCriticConfig
+    from smalti.tokenizer.discriminators.stylegan import StyleGANDiscriminatorConfig
     from smalti.tokenizer.quantizers.fsq import FSQConfig
 
     def train_config(*argv: str) -> TrainTokenizerConfig:
         return parse_config(TrainTokenizerConfig, argv, prog="test")
 
     flags = ("--objective.discriminator.kind", "stylegan", "--objective.discriminator.channels=16")
-    critic = train_config(*flags).objective.discriminator
-    assert critic == StyleGANCriticConfig(channels=16)
+    discriminator = train_config(*flags).objective.discriminator
+    assert discriminator == StyleGANDiscriminatorConfig(channels=16)
     both = train_config("--tokenizer.quantizer.kind=fsq", *flags)
-    assert both.tokenizer.quantizer == FSQConfig() and both.objective.discriminator == critic
+    assert both.tokenizer.quantizer == FSQConfig() and both.objective.discriminator == discriminator
     with pytest.raises(SmaltiError, match=r'quantizer: kind is .fsk.; did you mean "fsq"'):
         train_config("--tokenizer.quantizer.kind", "fsk")
 

@@ -67,9 +67,9 @@ def test_gradients_of_every_loss_are_its_closed_form(name) -> None:
 @pytest.mark.parametrize("name", GAMES)
 @pytest.mark.parametrize(("real", "fake"), [(0.0, 0.0), (0.3, -0.7), (-2.0, 3.0), (5.0, -5.0)])
 def test_values_of_every_loss(name, real: float, fake: float) -> None:
-    critic, generator = VALUES[name]
+    discriminator, generator = VALUES[name]
     tensors = torch.tensor([[real]]), torch.tensor([[fake]])
-    assert GAMES[name].discriminator(*tensors).item() == pytest.approx(critic(real, fake))
+    assert GAMES[name].discriminator(*tensors).item() == pytest.approx(discriminator(real, fake))
     assert GAMES[name].generator(tensors[1]).item() == pytest.approx(generator(fake))
 
 

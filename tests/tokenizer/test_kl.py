@@ -68,17 +68,17 @@ def test_verbs_agree_with_one_another(kl, images) -> None:
     assert kl.spec == ContinuousSpec(4, 8, 8) and z.shape == (3, 4, 8, 8)
     assert torch.equal(z, kl.latents(stored))
     assert torch.equal(kl.reconstruct(images), kl.decode(z).clamp(-1, 1))
-    drawn = kl.latents(stored, generator=torch.Generator().manual_seed(1))
+    sampled = kl.latents(stored, generator=torch.Generator().manual_seed(1))
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(drawn, mean + (0.5 * logvar).exp() * noise)
+    torch.testing.assert_close(sampled, mean + (0.5 * logvar).exp() * noise)
 
 
 def test_a_list_draws_picture_i_from_generator_i(kl, images) -> None:
     stored = kl.store(images).detach()
-    drawn = kl.latents(stored, generator=[torch.Generator().manual_seed(s) for s in (5, 6, 7)])
+    sampled = kl.latents(stored, generator=[torch.Generator().manual_seed(s) for s in (5, 6, 7)])
     for i, seed in enumerate((5, 6, 7)):
         alone = kl.latents(stored[i : i + 1], generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(drawn[i : i + 1], alone)
+        assert torch.equal(sampled[i : i + 1], alone)
     for wrong, message in (
         ([torch.Generator()] * 2, "2 generators were given for 3 samples: give one each"),
         ([torch.Generator(), 1, 2], "generator holds 1: give a torch.Generator"),

@@ -11,11 +11,11 @@ from smalti.errors import SmaltiError
 from smalti.tokenizer.base import Reconstruction
 from smalti.tokenizer.discriminators.adversarial import GAMES, adaptive_weight
 from smalti.tokenizer.discriminators.augmentation import AugmentConfig, augment
-from smalti.tokenizer.discriminators.objective import DRAWS, CriticObjective
+from smalti.tokenizer.discriminators.objective import DRAWS, DiscriminatorObjective
 from smalti.tokenizer.discriminators.patchgan import PatchGAN, PatchGANConfig
 from smalti.tokenizer.discriminators.regularisers import PenaltyConfig
 from smalti.tokenizer.losses.objective import (
-    Judges,
+    LossNetworks,
     ObjectiveConfig,
     ObjectiveLoss,
     frozen,
@@ -38,9 +38,9 @@ def test_the_critic_is_heard_late_and_gradually() -> None:
 
 
 def test_networks_are_asked_only_where_their_weight_counts() -> None:
-    assert CONFIG.needs_critic and CONFIG.needs_features
+    assert CONFIG.needs_discriminator and CONFIG.needs_features
     plain = replace(CONFIG, adversarial_weight=0.0, perceptual_weight=0.0)
-    assert not plain.needs_critic and not plain.needs_features
+    assert not plain.needs_discriminator and not plain.needs_features
     assert replace(plain, gram_weight=1.0).needs_features
 
 
@@ -50,13 +50,13 @@ class Setup:
     def __init__(self) -> None:
         self.layer = nn.Conv2d(3, 3, 1)
         self.images = torch.rand(2, 3, 32, 32) * 2 - 1
-        self.judges = Judges(LPIPS.from_embedded(), PatchGAN(PatchGANConfig(8, 1), 32))
+        self.loss_networks = LossNetworks(LPIPS.from_embedded(), PatchGAN(PatchGANConfig(8, 1), 32))
 
     def loss(self, config: ObjectiveConfig, step: int, **options) -> ObjectiveLoss:
         output = self.layer(self.images)
         return generator_loss(
             config,
-            self.judges,
+            self.loss_networks,
             Reconstruction(output, self.images, {"codebook": torch.tensor(0.25)}),
             draws=DRAWN,
             last_layer=self.layer.weight,
@@ -127,12 +127,16 @@ def test_adaptive_weight_balances_reconstruction_and_critic() -> None:
     """With weight 1 the adversarial gradient is as long as the reconstruction's."""
     setup = Setup()
     config = replace(CONFIG, adversarial_weight=1.0, adaptive=True, adversarial_loss="vanilla")
-    fidelity = setup.gradient(config, 0)
+    reconstruction_loss = setup.gradient(config, 0)
     both = setup.gradient(config, 100)
-    torch.testing.assert_close((both - fidelity).norm(), fidelity.norm(), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        (both - reconstruction_loss).norm(), reconstruction_loss.norm(), rtol=1e-2, atol=0
+    )
     given = setup.gradient(config, 100, balance=torch.tensor(3.0))
     plain = setup.gradient(replace(config, adaptive=False), 100)
-    torch.testing.assert_close(given - fidelity, 3 * (plain - fidelity), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        given - reconstruction_loss, 3 * (plain - reconstruction_loss), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_adaptive_weight_is_not_measured_before_the_critic_is_heard(monkeypatch) -> None:
@@ -155,8 +159,10 @@ def test_adaptive_weight_is_not_measured_before_the_critic_is_heard(monkeypatch)
 def test_the_generator_makes_no_gradients_of_the_critic() -> None:
     setup = Setup()
     setup.gradient(CONFIG, 100)
-    assert setup.judges.critic is not None
-    assert all(p.grad is None and p.requires_grad for p in setup.judges.critic.parameters())
+    assert setup.loss_networks.discriminator is not None
+    assert all(
+        p.grad is None and p.requires_grad for p in setup.loss_networks.discriminator.parameters()
+    )
 
 
 def test_what_was_frozen_stays_frozen() -> None:
@@ -170,9 +176,9 @@ def test_what_was_frozen_stays_frozen() -> None:
 # -- the critic's side --------------------------------------------------------------------------
 
 
-def critic_of(**changes) -> CriticObjective:
+def critic_of(**changes) -> DiscriminatorObjective:
     torch.manual_seed(3)
-    return CriticObjective(replace(CONFIG, **changes), 32)
+    return DiscriminatorObjective(replace(CONFIG, **changes), 32)
 
 
 def pictures() -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,7 +192,7 @@ def test_the_critic_minimises_its_game_on_eight_bit_pictures(name) -> None:
     )
     images, fakes = pictures()
     loss = objective(images, fakes, DRAWN, 0)
-    real, fake = (objective.critic(rounded(x)) for x in (images, fakes))
+    real, fake = (objective.discriminator(rounded(x)) for x in (images, fakes))
     expected = GAMES[name].discriminator(real, fake)
     torch.testing.assert_close(loss.parts["discriminator"], expected.detach())
     torch.testing.assert_close(loss.parts["logits_real"], real.detach().mean())
@@ -196,7 +202,7 @@ def test_the_critic_minimises_its_game_on_eight_bit_pictures(name) -> None:
 def test_the_critic_sees_detached_eight_bit_fakes() -> None:
     seen = []
     objective = critic_of()
-    objective.critic.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    objective.discriminator.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     images, fakes = pictures()
     images = rounded(images)
     fakes.requires_grad_()
@@ -210,9 +216,11 @@ def test_the_critic_sees_detached_eight_bit_fakes() -> None:
 def test_both_sides_see_the_same_augmentation() -> None:
     seen = []
     setup, config = Setup(), replace(CONFIG, augment=AugmentConfig(1.0, 0.125, 0.5))
-    objective = CriticObjective(config, 32)
-    setup.judges.critic = objective.critic
-    objective.critic.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    objective = DiscriminatorObjective(config, 32)
+    setup.loss_networks.discriminator = objective.discriminator
+    objective.discriminator.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].detach())
+    )
     setup.loss(config, 100)
     output = setup.layer(setup.images).detach()
     objective(setup.images, output, DRAWN, 0)
@@ -288,7 +296,12 @@ def test_what_moves_besides_the_weights_moves_after_the_step_and_is_saved() -> N
     assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
     objective.after_step()
     moved = {k for k, v in objective.state_dict().items() if not torch.equal(v, before[k])}
-    assert {"lecam.anchors", "lecam.updates", "critic.main.0.u", "critic.main.0.v"} <= moved
+    assert {
+        "lecam.anchors",
+        "lecam.updates",
+        "discriminator.main.0.u",
+        "discriminator.main.0.v",
+    } <= moved
     assert not any(k.endswith("weight") for k in moved)
 
 

@@ -9,7 +9,7 @@ from smalti.training.optim import split_by_decay
 
 
 class Model(nn.Module):
-    undecayed = ("spared.weight",)
+    no_weight_decay = ("spared.weight",)
 
     def __init__(self) -> None:
         super().__init__()

@@ -58,13 +58,13 @@ def test_the_page_of_a_run_stands_alone(tmp_path: Path) -> None:
 
 
 def test_a_curve_ends_where_its_values_do() -> None:
-    drawn = chart("loss", [(0, 1.0), (50, 3.0), (100, 2.0)])
-    points = re.search(r'points="([^"]*)"', drawn)[1].split()
+    sampled = chart("loss", [(0, 1.0), (50, 3.0), (100, 2.0)])
+    points = re.search(r'points="([^"]*)"', sampled)[1].split()
     (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points)
     assert x0 < x1 < x2 and x1 - x0 == pytest.approx(x2 - x1, abs=0.11)
     assert y0 > y2 > y1  # down is small
     assert y2 == pytest.approx((y0 + y1) / 2, abs=0.11)
-    assert "loss: 2<" in drawn and ">3<" in drawn and ">1<" in drawn
+    assert "loss: 2<" in sampled and ">3<" in sampled and ">1<" in sampled
     assert chart("flat", [(1, 2.0)]).count("polyline") == 1  # one value has no height
 
 

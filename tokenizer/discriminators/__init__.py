@@ -3,25 +3,27 @@
 from torch import nn
 
 from smalti.hub import Registry
-from smalti.tokenizer.discriminators.frozen_features import FeatureCriticConfig
+from smalti.tokenizer.discriminators.frozen_features import FrozenFeatureDiscriminatorConfig
 from smalti.tokenizer.discriminators.patchgan import PatchGANConfig
-from smalti.tokenizer.discriminators.stylegan import StyleGANCriticConfig
+from smalti.tokenizer.discriminators.stylegan import StyleGANDiscriminatorConfig
 
-CRITICS = Registry(
+DISCRIMINATORS = Registry(
     "discriminator",
     {
         "patchgan": "smalti.tokenizer.discriminators.patchgan:PatchGAN",
-        "stylegan": "smalti.tokenizer.discriminators.stylegan:StyleGANCritic",
-        "features": "smalti.tokenizer.discriminators.frozen_features:FeatureCritic",
+        "stylegan": "smalti.tokenizer.discriminators.stylegan:StyleGANDiscriminator",
+        "features": "smalti.tokenizer.discriminators.frozen_features:FrozenFeatureDiscriminator",
     },
 )
-CriticConfig = PatchGANConfig | StyleGANCriticConfig | FeatureCriticConfig
+DiscriminatorConfig = (
+    PatchGANConfig | StyleGANDiscriminatorConfig | FrozenFeatureDiscriminatorConfig
+)
 
 
-def build_critic(config: CriticConfig, image_size: int) -> nn.Module:
+def build_discriminator(config: DiscriminatorConfig, image_size: int) -> nn.Module:
     """A new critic for pictures of `image_size` px: images (B, 3, S, S) -> logits (B, ...).
 
     Raises:
         SmaltiError: it cannot judge pictures of that size, or its backbone's file is wrong.
     """
-    return CRITICS.resolve(config.kind)(config, image_size)
+    return DISCRIMINATORS.resolve(config.kind)(config, image_size)

@@ -21,7 +21,7 @@ BACKBONE = "backbone."
 
 
 @dataclass(frozen=True)
-class FeatureCriticConfig:
+class FrozenFeatureDiscriminatorConfig:
     """Defaults: DINO's ViT-S at 224 px, heads at four depths."""
 
     backbone: Path  # a safetensors file with DINO's or timm's keys
@@ -40,16 +40,16 @@ class FeatureCriticConfig:
             )
 
 
-class FeatureCritic(nn.Module):
+class FrozenFeatureDiscriminator(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> logits (B, N), positive for real, of all heads and patches.
 
     Only the heads learn, and only they stand in a checkpoint, with the backbone's digest, so that
     a run goes on with the very backbone it began with.
     """
 
-    Config: ClassVar[type] = FeatureCriticConfig
+    Config: ClassVar[type] = FrozenFeatureDiscriminatorConfig
 
-    def __init__(self, config: FeatureCriticConfig, image_size: int) -> None:
+    def __init__(self, config: FrozenFeatureDiscriminatorConfig, image_size: int) -> None:
         super().__init__()
         del image_size  # pictures are resized
         self.config = config
@@ -95,7 +95,7 @@ def _leave_out_backbone(module: nn.Module, state: Any, prefix: str, metadata: An
 
 
 def _put_in_backbone(module: nn.Module, state: Any, prefix: str, *_: Any) -> None:
-    assert isinstance(module, FeatureCritic)
+    assert isinstance(module, FrozenFeatureDiscriminator)
     saved = state.get(f"{prefix}digest")
     if saved is not None and int(saved) != int(module.digest):
         raise SmaltiError(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.data.latents import rounded
-from smalti.tokenizer.discriminators import build_critic
+from smalti.tokenizer.discriminators import build_discriminator
 from smalti.tokenizer.discriminators.adversarial import GAMES
 from smalti.tokenizer.discriminators.augmentation import DRAWS as AUGMENT_DRAWS
 from smalti.tokenizer.discriminators.augmentation import augment
@@ -19,7 +19,7 @@ from smalti.tokenizer.losses.objective import ObjectiveConfig, ObjectiveLoss
 DRAWS = AUGMENT_DRAWS + 1  # uniform numbers per picture; the last one mixes real and fake
 
 
-class CriticObjective(nn.Module):
+class DiscriminatorObjective(nn.Module):
     """A critic and its loss in one module, so that DDP and autocast wrap the whole of it.
 
     Nothing in it depends on how a batch is cut into micro-batches or shared among processes: what
@@ -30,9 +30,10 @@ class CriticObjective(nn.Module):
     def __init__(self, config: ObjectiveConfig, image_size: int) -> None:
         super().__init__()
         self.config = config
-        self.critic = build_critic(config.discriminator, image_size)
+        self.discriminator = build_discriminator(config.discriminator, image_size)
         penalties = config.penalties
         self.lecam = LeCam(penalties.lecam_decay) if penalties.lecam_weight else None
+        self.register_load_state_dict_pre_hook(_rename_critic)
 
     def forward(self, images: Tensor, fakes: Tensor, draws: Tensor, step: int) -> ObjectiveLoss:
         """The loss on real images against reconstructions of them.
@@ -47,7 +48,7 @@ class CriticObjective(nn.Module):
             augment(rounded(x.detach()), self.config.augment, draws) for x in (images, fakes)
         )
         # One pass over both is faster than two; no critic mixes the pictures of a batch.
-        real_logits, fake_logits = self.critic(torch.cat([real, fake])).float().chunk(2)
+        real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).float().chunk(2)
         losses = {
             "discriminator": GAMES[self.config.adversarial_loss].discriminator(
                 real_logits, fake_logits
@@ -68,14 +69,16 @@ class CriticObjective(nn.Module):
         penalties = self.config.penalties
         losses = {}
         if strength := penalties.r1_strength(step):
-            losses["r1"] = strength * r1_penalty(self.critic, real)
+            losses["r1"] = strength * r1_penalty(self.discriminator, real)
         if weight := penalties.gradient_penalty_weight:
-            losses["gradient_penalty"] = weight * gradient_penalty(self.critic, real, fake, mix)
+            losses["gradient_penalty"] = weight * gradient_penalty(
+                self.discriminator, real, fake, mix
+            )
         return losses
 
     def after_step(self) -> None:
         """Once after every accepted optimizer step."""
-        advance_spectral_norms(self.critic)
+        advance_spectral_norms(self.discriminator)
         if self.lecam is not None:
             self.lecam.after_step()
 
@@ -83,3 +86,9 @@ class CriticObjective(nn.Module):
         """Forget what `forward` collected: the step was skipped."""
         if self.lecam is not None:
             self.lecam.discard_step()
+
+
+def _rename_critic(module: nn.Module, state: dict[str, Tensor], *_: object) -> None:
+    """Checkpoints of smalti 0.1 name the discriminator `critic`."""
+    for name in [name for name in state if name.startswith("critic.")]:
+        state["discriminator." + name.removeprefix("critic.")] = state.pop(name)

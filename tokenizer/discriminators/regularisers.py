@@ -70,7 +70,7 @@ def advance_spectral_norms(network: nn.Module) -> None:
 # -------------------------------------------------------------------------------------------------
 # What keeps a critic smooth: R1, the gradient penalty of WGAN-GP, and LeCam.
 
-Critic = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, ...)
+Discriminator = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> logits (B, ...)
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,18 @@ class PenaltyConfig:
         return self.r1_weight * self.r1_interval if due else 0.0
 
 
-def r1_penalty(critic: Critic, images: Tensor) -> Tensor:
+def r1_penalty(discriminator: Discriminator, images: Tensor) -> Tensor:
     """E[|grad_x D(x)|^2] / 2 over real pictures (Mescheder et al., 1801.04406, eq. 9), a scalar.
 
     Args:
         images: (B, 3, H, W) as the critic sees them.
     """
-    return input_gradients(critic, images).square().sum(1).mean() / 2
+    return input_gradients(discriminator, images).square().sum(1).mean() / 2
 
 
-def gradient_penalty(critic: Critic, images: Tensor, fakes: Tensor, mix: Tensor) -> Tensor:
+def gradient_penalty(
+    discriminator: Discriminator, images: Tensor, fakes: Tensor, mix: Tensor
+) -> Tensor:
     """E[(|grad_x D(x)| - 1)^2], x = mix images + (1 - mix) fakes (1704.00028, eq. 3), a scalar.
 
     Args:
@@ -114,15 +116,15 @@ def gradient_penalty(critic: Critic, images: Tensor, fakes: Tensor, mix: Tensor)
         mix: (B,), uniform in [0, 1).
     """
     mix = mix.view(-1, 1, 1, 1)
-    squares = input_gradients(critic, mix * images + (1 - mix) * fakes).square().sum(1)
+    squares = input_gradients(discriminator, mix * images + (1 - mix) * fakes).square().sum(1)
     return ((squares + 1e-12).sqrt() - 1).square().mean()  # finite where the gradient is 0
 
 
-def input_gradients(critic: Critic, images: Tensor) -> Tensor:
+def input_gradients(discriminator: Discriminator, images: Tensor) -> Tensor:
     """Gradient of D at each picture, (B, 3 H W), itself differentiable; always in fp32."""
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         images = images.detach().float().requires_grad_()
-        scores = critic(images).reshape(len(images), -1).mean(1)  # (B,)
+        scores = discriminator(images).reshape(len(images), -1).mean(1)  # (B,)
         # Each score depends on its own picture alone, so their sum has all the gradients.
         (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
     return gradients.flatten(1)

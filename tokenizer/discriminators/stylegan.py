@@ -22,7 +22,7 @@ SLOPE = 0.2  # of the leaky ReLU
 
 
 @dataclass(frozen=True)
-class StyleGANCriticConfig:
+class StyleGANDiscriminatorConfig:
     """Width at full resolution; doubles at each halving up to `max_channels`."""
 
     channels: int = 64
@@ -37,15 +37,15 @@ class StyleGANCriticConfig:
             )
 
 
-class StyleGANCritic(nn.Module):
+class StyleGANDiscriminator(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1), positive for real pictures.
 
     Images of another side than `image_size` are resized to it.
     """
 
-    Config: ClassVar[type] = StyleGANCriticConfig
+    Config: ClassVar[type] = StyleGANDiscriminatorConfig
 
-    def __init__(self, config: StyleGANCriticConfig, image_size: int) -> None:
+    def __init__(self, config: StyleGANDiscriminatorConfig, image_size: int) -> None:
         super().__init__()
         self.config = config
         self.image_size = image_size

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
-from smalti.randomness import Drawn
+from smalti.randomness import RandomInputs
 from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.discriminators.augmentation import resized
 from smalti.tokenizer.vit import FrozenViT
@@ -114,7 +114,7 @@ class AlignedTokenizer(nn.Module):
             )
         return cls(tokenizer, Alignment(config, tokenizer.spec.channels))
 
-    def forward(self, images: Tensor, drawn: Drawn | None = None) -> Reconstruction:
-        output = self.tokenizer(images, drawn)
+    def forward(self, images: Tensor, random_inputs: RandomInputs | None = None) -> Reconstruction:
+        output = self.tokenizer(images, random_inputs)
         output.losses["alignment"] = self.alignment(output.latents, images)
         return output

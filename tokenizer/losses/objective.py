@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
 from smalti.tokenizer.base import Reconstruction
-from smalti.tokenizer.discriminators import CriticConfig
+from smalti.tokenizer.discriminators import DiscriminatorConfig
 from smalti.tokenizer.discriminators.adversarial import (
     GAMES,
     AdversarialLoss,
@@ -74,16 +74,21 @@ class ObjectiveConfig:
     # switching on both at once is the best-known way to wreck a tokenizer.
     adversarial_start: int = 20_000  # first step at which the generator hears the critic
     adversarial_ramp: int = 1_000  # steps from weight 0 to the full weight
-    discriminator: CriticConfig = field(default_factory=PatchGANConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=PatchGANConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # of what the critic sees
     penalties: PenaltyConfig = field(default_factory=PenaltyConfig)  # what the critic pays for
 
     def __post_init__(self) -> None:
-        fidelity = (self.l1_weight, self.l2_weight, self.perceptual_weight, self.gram_weight)
-        if min(*fidelity, self.adversarial_weight) < 0:
-            lowest = min(*fidelity, self.adversarial_weight)
+        reconstruction_loss = (
+            self.l1_weight,
+            self.l2_weight,
+            self.perceptual_weight,
+            self.gram_weight,
+        )
+        if min(*reconstruction_loss, self.adversarial_weight) < 0:
+            lowest = min(*reconstruction_loss, self.adversarial_weight)
             raise SmaltiError(f"a loss weight is negative: {lowest}")
-        if sum(fidelity) == 0:
+        if sum(reconstruction_loss) == 0:
             raise SmaltiError(
                 "l1_weight, l2_weight, perceptual_weight and gram_weight are all 0: nothing to "
                 "learn"
@@ -104,7 +109,7 @@ class ObjectiveConfig:
         return self.adversarial_weight * min(progress, 1.0)
 
     @property
-    def needs_critic(self) -> bool:
+    def needs_discriminator(self) -> bool:
         """Whether a critic has any say."""
         return self.adversarial_weight > 0
 
@@ -123,16 +128,16 @@ class ObjectiveLoss:
 
 
 @dataclass
-class Judges:
+class LossNetworks:
     """The networks that look at reconstructions; None where the objective does not ask them."""
 
     perceptual: LPIPS | None
-    critic: nn.Module | None  # images (B, 3, H, W) -> logits (B, ...)
+    discriminator: nn.Module | None  # images (B, 3, H, W) -> logits (B, ...)
 
 
 def generator_loss(
     config: ObjectiveConfig,
-    judges: Judges,
+    loss_networks: LossNetworks,
     reconstruction: Reconstruction,
     *,
     draws: Tensor,  # (B, at least augment.DRAWS), uniform
@@ -147,22 +152,26 @@ def generator_loss(
         balance: the adaptive weight of the whole batch, if this reconstruction is only a part of
             it; otherwise it is measured here. See `adversarial.adaptive_weight`.
     """
-    parts = fidelity_losses(config, judges, reconstruction)
-    fidelity = sum_of(parts)
+    parts = reconstruction_losses(config, loss_networks, reconstruction)
+    reconstruction_loss = sum_of(parts)
     parts |= reconstruction.losses
     strength = config.adversarial_strength(step)
-    if judges.critic is not None and strength:
-        adversarial = adversarial_loss(config, judges.critic, reconstruction.images, draws)
+    if loss_networks.discriminator is not None and strength:
+        adversarial = adversarial_loss(
+            config, loss_networks.discriminator, reconstruction.images, draws
+        )
         if config.adaptive:
             if balance is None:
-                balance = adaptive_weight([last_layer_gradients(fidelity, adversarial, last_layer)])
+                balance = adaptive_weight(
+                    [last_layer_gradients(reconstruction_loss, adversarial, last_layer)]
+                )
             adversarial = balance * adversarial
         parts["adversarial"] = strength * adversarial
     return ObjectiveLoss(sum_of(parts), {k: v.detach() for k, v in parts.items()})
 
 
-def fidelity_losses(
-    config: ObjectiveConfig, judges: Judges, reconstruction: Reconstruction
+def reconstruction_losses(
+    config: ObjectiveConfig, loss_networks: LossNetworks, reconstruction: Reconstruction
 ) -> dict[str, Tensor]:
     """The weighted distances between reconstructions and what they should look like: scalars."""
     output, images = reconstruction.images.float(), reconstruction.targets
@@ -171,11 +180,11 @@ def fidelity_losses(
         parts["l1"] = config.l1_weight * F.l1_loss(output, images)
     if config.l2_weight:
         parts["l2"] = config.l2_weight * F.mse_loss(output, images)
-    if judges.perceptual is not None and config.needs_features:
+    if loss_networks.perceptual is not None and config.needs_features:
         with torch.autocast(images.device.type, enabled=False):
-            ours, theirs = (judges.perceptual.features(x.float()) for x in (output, images))
+            ours, theirs = (loss_networks.perceptual.features(x.float()) for x in (output, images))
             if config.perceptual_weight:
-                distance = judges.perceptual.distance(ours, theirs).mean()
+                distance = loss_networks.perceptual.distance(ours, theirs).mean()
                 parts["perceptual"] = config.perceptual_weight * distance
             if config.gram_weight:
                 parts["gram"] = config.gram_weight * gram_distance(ours, theirs).mean()
@@ -183,14 +192,14 @@ def fidelity_losses(
 
 
 def adversarial_loss(
-    config: ObjectiveConfig, critic: nn.Module, output: Tensor, draws: Tensor
+    config: ObjectiveConfig, discriminator: nn.Module, output: Tensor, draws: Tensor
 ) -> Tensor:
     """What the critic says of reconstructions (B, 3, H, W), a scalar, not yet weighted.
 
     No gradients of the critic's own weights are made.
     """
-    with frozen(critic):
-        logits = critic(augment(output.float(), config.augment, draws))
+    with frozen(discriminator):
+        logits = discriminator(augment(output.float(), config.augment, draws))
     return GAMES[config.adversarial_loss].generator(logits.float())
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smalti.distributed import mean_over_processes
 from smalti.errors import SmaltiError
-from smalti.randomness import Drawn
+from smalti.randomness import RandomInputs
 
 # -------------------------------------------------------------------------------------------------
 # Gradients through a choice that has none: from a quantized vector back to the feature.
@@ -133,13 +133,13 @@ class Quantizer(nn.Module, ABC):
         """The (h, w) code grids of features of this size, coarse to fine."""
         return ((height, width),)
 
-    def draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random numbers for a training pass over `count` pictures, a row for each."""
         del count, generator
         return {}
 
     @abstractmethod
-    def _quantize(self, features: Tensor, drawn: Drawn | None) -> Quantized:
+    def _quantize(self, features: Tensor, random_inputs: RandomInputs | None) -> Quantized:
         """`forward` of fp32 features, without autocast."""
 
     @abstractmethod
@@ -150,14 +150,14 @@ class Quantizer(nn.Module, ABC):
     def _lookup(self, codes: Tensor, height: int, width: int) -> Tensor:
         """`lookup` without autocast."""
 
-    def forward(self, features: Tensor, drawn: Drawn | None = None) -> Quantized:
+    def forward(self, features: Tensor, random_inputs: RandomInputs | None = None) -> Quantized:
         """The differentiable pass over features (B, d, h, w).
 
         Args:
             drawn: rows of what `draw` returned; None draws from torch's global generators.
         """
         with torch.autocast(features.device.type, enabled=False):
-            return self._quantize(features.float(), drawn)
+            return self._quantize(features.float(), random_inputs)
 
     @torch.no_grad()
     def search(self, features: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.distributed import draw_rows, sum_over_processes
+from smalti.distributed import sum_over_processes, uniform_rows
 from smalti.errors import SmaltiError
 from smalti.tokenizer.quantizers.base import Quantizer, nearest_codes
 
@@ -23,7 +23,7 @@ class CodebookConfig:
     are the cheapest cure of collapse."""
 
     # May change without changing what saved weights mean.
-    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = ("ema_decay", "revive_after")
+    NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ("ema_decay", "revive_after")
 
     vocab_size: int = 16384  # codes in the codebook, V
     code_dim: int = 8  # numbers per code, d
@@ -131,7 +131,7 @@ class Codebook(nn.Module):
         dead = (self.idle_steps > self.config.revive_after).nonzero().flatten()
         # The number of dead codes is the same everywhere: so is the decision to communicate.
         if len(dead):
-            self._replace(dead, draw_rows(rows, len(dead), generator))
+            self._replace(dead, uniform_rows(rows, len(dead), generator))
             self.idle_steps[dead] = 0
 
     def _learn(self, rows: Tensor, codes: Tensor, counts: Tensor) -> None:

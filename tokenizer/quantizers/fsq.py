@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.randomness import Drawn
+from smalti.randomness import RandomInputs
 from smalti.tokenizer.quantizers.base import (
     Quantized,
     Quantizer,
@@ -73,8 +73,8 @@ class FSQuantizer(Quantizer):
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         return torch.tanh(rows + torch.atanh(offset / reach)) * reach - offset
 
-    def _quantize(self, features: Tensor, drawn: Drawn | None) -> Quantized:
-        del drawn
+    def _quantize(self, features: Tensor, random_inputs: RandomInputs | None) -> Quantized:
+        del random_inputs
         shape = (len(features), *features.shape[2:])
         bounded = self.bounded(as_rows(features))
         rounded = straight_through(bounded, bounded.round())

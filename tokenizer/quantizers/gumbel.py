@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
-from smalti.randomness import Drawn
+from smalti.randomness import RandomInputs
 from smalti.tokenizer.quantizers.base import (
     SEARCH_ELEMENTS,
     Quantized,
@@ -26,7 +26,7 @@ class GumbelConfig:
     """Defaults: the published VQGAN f8 with 8192 codes."""
 
     # May change without changing what saved weights mean.
-    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = ("temperature", "kl_weight")
+    NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ("temperature", "kl_weight")
 
     kind: Literal["gumbel"] = "gumbel"
     vocab_size: int = 8192  # codes, V
@@ -68,8 +68,8 @@ class GumbelQuantizer(Quantizer):
         bias = None if self.proj.bias is None else self.proj.bias.float()
         return F.linear(rows, self.proj.weight.float().flatten(1), bias)
 
-    def _quantize(self, features: Tensor, drawn: Drawn | None) -> Quantized:
-        del drawn
+    def _quantize(self, features: Tensor, random_inputs: RandomInputs | None) -> Quantized:
+        del random_inputs
         shape = (len(features), *features.shape[2:])
         scores = self.scores(as_rows(features))  # (N, V)
         if self.training:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smalti.distributed import mean_over_processes
 from smalti.errors import SmaltiError
-from smalti.randomness import Drawn
+from smalti.randomness import RandomInputs
 from smalti.tokenizer.quantizers.base import (
     Quantized,
     Quantizer,
@@ -29,7 +29,7 @@ class LookupFreeConfig:
     """Defaults: MAGVIT-v2's weights at 2^18 codes."""
 
     # May change without changing what saved weights mean.
-    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+    NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
         "commitment_weight",
         "entropy_weight",
         "entropy_diversity",
@@ -88,8 +88,8 @@ class LookupFreeQuantizer(Quantizer):
         rows = as_rows(features)
         return F.normalize(rows, dim=-1) if self.config.spherical else rows
 
-    def _quantize(self, features: Tensor, drawn: Drawn | None) -> Quantized:
-        del drawn
+    def _quantize(self, features: Tensor, random_inputs: RandomInputs | None) -> Quantized:
+        del random_inputs
         shape = (len(features), *features.shape[2:])
         rows = self._rows(features)
         positive = rows > 0

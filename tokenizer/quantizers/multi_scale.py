@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
-from smalti.randomness import Drawn
+from smalti.randomness import RandomInputs
 from smalti.tokenizer.quantizers.base import Estimator, Grids, Quantized, as_maps, as_rows, estimate
 from smalti.tokenizer.quantizers.codebook import CodebookConfig, CodebookQuantizer
 
@@ -28,7 +28,7 @@ class MultiScaleConfig:
     """Defaults: VAR's quantizer at 256 px."""
 
     # May change without changing what saved weights mean.
-    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+    NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
         "commitment_weight",
         "estimator",
         "scale_dropout",
@@ -145,7 +145,9 @@ class MultiScaleQuantizer(CodebookQuantizer):
 
     # -- training -------------------------------------------------------------------------------
 
-    def draw(self, count: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+    def sample_random_inputs(
+        self, count: int, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
         """For scale dropout: how many scales would be kept, and the chance to drop any, (B,)."""
         config, scales = self.config, len(self.config.scales)
         if not config.scale_dropout or scales <= config.scale_dropout_keeps:
@@ -154,9 +156,9 @@ class MultiScaleQuantizer(CodebookQuantizer):
         fewer = torch.randint(config.scale_dropout_keeps, scales, (count,), **options)
         return {"fewer_scales": fewer, "scale_dropout": torch.rand(count, **options)}
 
-    def _quantize(self, features: Tensor, drawn: Drawn | None) -> Quantized:
+    def _quantize(self, features: Tensor, random_inputs: RandomInputs | None) -> Quantized:
         batch, scales = len(features), range(len(self.config.scales))
-        kept = self._kept_scales(features, drawn)  # (B,)
+        kept = self._kept_scales(features, random_inputs)  # (B,)
         rest, total = features.detach(), torch.zeros_like(features)
         cells, codes, losses = [], [], []
         for scale in scales:
@@ -180,15 +182,15 @@ class MultiScaleQuantizer(CodebookQuantizer):
         mean = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
         return Quantized(estimate(self.config.estimator, features, total), all_codes, mean)
 
-    def _kept_scales(self, features: Tensor, drawn: Drawn | None) -> Tensor:
+    def _kept_scales(self, features: Tensor, random_inputs: RandomInputs | None) -> Tensor:
         """How many scales tell each picture, (B,): all, or by chance fewer in training."""
         kept = torch.full((len(features),), len(self.config.scales), device=features.device)
-        if self.training and drawn is None:
-            drawn = self.draw(len(features), None)
-        if not self.training or not drawn:
+        if self.training and random_inputs is None:
+            random_inputs = self.sample_random_inputs(len(features), None)
+        if not self.training or not random_inputs:
             return kept
-        dropped = drawn["scale_dropout"].to(kept.device) < self.config.scale_dropout
-        return torch.where(dropped, drawn["fewer_scales"].to(kept.device), kept)
+        dropped = random_inputs["scale_dropout"].to(kept.device) < self.config.scale_dropout
+        return torch.where(dropped, random_inputs["fewer_scales"].to(kept.device), kept)
 
     def _loss(self, features: Tensor, total: Tensor, heard: Tensor) -> dict[str, Tensor]:
         """Both sides of the VQ loss for the sum so far; pictures without this scale add nothing."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.randomness import Drawn
+from smalti.randomness import RandomInputs
 from smalti.tokenizer.quantizers.base import (
     Estimator,
     Quantized,
@@ -24,7 +24,7 @@ class NearestConfig:
     """Defaults: LlamaGen's."""
 
     # May change without changing what saved weights mean.
-    FREE_OF_WEIGHTS: ClassVar[tuple[str, ...]] = (
+    NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
         "commitment_weight",
         "estimator",
         "entropy_weight",
@@ -63,8 +63,8 @@ class NearestQuantizer(CodebookQuantizer):
     def _lookup(self, codes: Tensor, height: int, width: int) -> Tensor:
         return as_maps(self.codebook.lookup(codes.flatten()), len(codes), height, width)
 
-    def _quantize(self, features: Tensor, drawn: Drawn | None) -> Quantized:
-        del drawn
+    def _quantize(self, features: Tensor, random_inputs: RandomInputs | None) -> Quantized:
+        del random_inputs
         shape = (len(features), *features.shape[2:])
         rows = self.codebook.normalise(as_rows(features))  # (N, d)
         codes = self.codebook.search(rows)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import SmaltiError
-from smalti.prior.flow.path import spread
+from smalti.prior.flow.path import expand_like
 from smalti.prior.flow.prediction import Field
 from smalti.prior.flow.solvers.base import ODESolver, times_of
 
@@ -97,10 +97,10 @@ class _Walk:
         size, speed = self._norm(self.x, scale), self._norm(self.slope, scale)
         small = (size < 1e-5) | (speed < 1e-5)
         trial = torch.where(small, 1e-6, 0.01 * size / speed).clamp_max(longest)
-        moved = self.x + spread(self.direction * trial, self.x) * self.slope
+        moved = self.x + expand_like(self.direction * trial, self.x) * self.slope
         change = self.field(moved, self.t + self.direction * trial) - self.slope
-        bend = self._norm(change, scale) / trial
-        steepest = torch.maximum(speed, bend)
+        mean_straightness = self._norm(change, scale) / trial
+        steepest = torch.maximum(speed, mean_straightness)
         careful = (1e-3 * trial).clamp_min(1e-6)
         by_order = (0.01 / steepest) ** (1 / ERROR_ORDER)
         first = torch.where(steepest <= 1e-15, careful, by_order)
@@ -121,7 +121,7 @@ class _Walk:
         after = torch.where(arrives, torch.full_like(self.t, stop), self.t + self.direction * h)
         slopes.append(self.field(x, after))
         scale = self._tolerance(torch.maximum(self.x.abs(), x.abs()))
-        error = self._norm(_combine(slopes, ERRORS, spread(h, x)), scale)
+        error = self._norm(_combine(slopes, ERRORS, expand_like(h, x)), scale)
         if not error.isfinite().all():
             raise SmaltiError("the model gives NaN: its weights are damaged or overflow their type")
         moving = left > 0
@@ -133,7 +133,7 @@ class _Walk:
 
     def _slopes(self, h: Tensor) -> tuple[list[Tensor], Tensor]:
         """The six slopes of a step of signed length h (B,), and where it leads."""
-        wide, slopes = spread(h, self.x), [self.slope]
+        wide, slopes = expand_like(h, self.x), [self.slope]
         for node, row in zip(NODES[1:], ROWS[1:], strict=True):
             slopes.append(self.field(self.x + _combine(slopes, row, wide), self.t + node * h))
         return slopes, self.x + _combine(slopes, WEIGHTS, wide)

@@ -15,13 +15,13 @@ from runs import losses, weights
 from safetensors.torch import save_file
 
 from smalti.config import config_to_dict
-from smalti.scripts.train_tokenizer import TrainTokenizerConfig, critic_draws, train
+from smalti.scripts.train_tokenizer import TrainTokenizerConfig, discriminator_uniforms, train
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.discriminators.augmentation import AugmentConfig
-from smalti.tokenizer.discriminators.frozen_features import FeatureCriticConfig
+from smalti.tokenizer.discriminators.frozen_features import FrozenFeatureDiscriminatorConfig
 from smalti.tokenizer.discriminators.patchgan import PatchGANConfig
 from smalti.tokenizer.discriminators.regularisers import PenaltyConfig
-from smalti.tokenizer.discriminators.stylegan import StyleGANCriticConfig
+from smalti.tokenizer.discriminators.stylegan import StyleGANDiscriminatorConfig
 from smalti.tokenizer.losses.objective import ObjectiveConfig
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
@@ -76,13 +76,13 @@ def config(pictures: Path, out: Path, **changes) -> TrainTokenizerConfig:
 
 def test_a_weight_of_zero_leaves_the_network_out(pictures: Path, tmp_path: Path, monkeypatch):
     """A plain VQ-VAE builds neither critic nor LPIPS, and its checkpoint holds neither."""
-    from smalti.scripts import train_tokenizer as critic
+    from smalti.scripts import train_tokenizer as discriminator
     from smalti.tokenizer.losses.perceptual import LPIPS
 
     def never(*args, **options):
         raise AssertionError("built though its weight is 0")
 
-    monkeypatch.setattr(critic, "CriticObjective", never)
+    monkeypatch.setattr(discriminator, "DiscriminatorObjective", never)
     monkeypatch.setattr(LPIPS, "__init__", never)
     plain = ObjectiveConfig(adversarial_weight=0.0, perceptual_weight=0.0)
     train(config(pictures, tmp_path / "run", objective=plain, max_train_steps=2))
@@ -121,7 +121,7 @@ def test_resume_restores_all_that_the_critic_remembers(pictures: Path, tmp_path:
     assert whole.keys() == cut.keys()
     assert [k for k in whole if not torch.equal(whole[k], cut[k])] == []
     kept = {key.rpartition("/")[2] for key in whole if key.startswith("discriminator.")}
-    assert {"lecam.anchors", "lecam.updates", "critic.main.0.u"} <= kept
+    assert {"lecam.anchors", "lecam.updates", "discriminator.main.0.u"} <= kept
     assert whole["discriminator.safetensors/lecam.updates"] == 4
 
 
@@ -144,11 +144,13 @@ def write_backbone(path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["stylegan", "features"])
 def test_other_critics_train_and_resume(pictures: Path, tmp_path: Path, kind: str) -> None:
     file = write_backbone(tmp_path / "vit.safetensors")
-    critic = {
-        "stylegan": StyleGANCriticConfig(4, 8),
-        "features": FeatureCriticConfig(file, num_heads=2, depths=(0, 1), image_size=32),
+    discriminator = {
+        "stylegan": StyleGANDiscriminatorConfig(4, 8),
+        "features": FrozenFeatureDiscriminatorConfig(
+            file, num_heads=2, depths=(0, 1), image_size=32
+        ),
     }[kind]
-    objective = replace(EVERYTHING, discriminator=critic)
+    objective = replace(EVERYTHING, discriminator=discriminator)
     train(config(pictures, tmp_path / "whole", objective=objective, max_train_steps=3))
     out = tmp_path / "cut"
     train(config(pictures, out, objective=objective, max_train_steps=2))
@@ -170,7 +172,7 @@ def test_the_numbers_of_a_picture_depend_on_its_place_in_the_batch_alone() -> No
             accelerator=SimpleNamespace(num_processes=world, process_index=rank),
             device=torch.device("cpu"),
         )
-        return critic_draws(run, step)  # type: ignore[arg-type]
+        return discriminator_uniforms(run, step)  # type: ignore[arg-type]
 
     (whole,) = draws(1, 0, 1)
     for world, micro in ((1, 4), (2, 1), (2, 3), (4, 2)):

@@ -12,15 +12,22 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from smalti.config import config_from_dict, config_to_dict
 from smalti.errors import SmaltiError
-from smalti.tokenizer.discriminators import CRITICS, build_critic
-from smalti.tokenizer.discriminators.frozen_features import FeatureCritic, FeatureCriticConfig
+from smalti.tokenizer.discriminators import DISCRIMINATORS, build_discriminator
+from smalti.tokenizer.discriminators.frozen_features import (
+    FrozenFeatureDiscriminator,
+    FrozenFeatureDiscriminatorConfig,
+)
 from smalti.tokenizer.discriminators.patchgan import PatchGAN, PatchGANConfig
 from smalti.tokenizer.discriminators.regularisers import (
     SpectralConv2d,
     advance_spectral_norms,
     r1_penalty,
 )
-from smalti.tokenizer.discriminators.stylegan import StyleGANCritic, StyleGANCriticConfig, halve
+from smalti.tokenizer.discriminators.stylegan import (
+    StyleGANDiscriminator,
+    StyleGANDiscriminatorConfig,
+    halve,
+)
 from smalti.tokenizer.losses.objective import ObjectiveConfig
 from smalti.tokenizer.vit import FrozenViT, ViTSizes
 
@@ -53,13 +60,15 @@ def config(request, backbone: Path):
     return {
         "patchgan": PatchGANConfig(8, 2),
         "spectral": PatchGANConfig(8, 2, "spectral"),
-        "stylegan": StyleGANCriticConfig(8, 16),
+        "stylegan": StyleGANDiscriminatorConfig(8, 16),
         "features": feature_config(backbone),
     }[request.param]
 
 
-def feature_config(backbone: Path, **changes) -> FeatureCriticConfig:
-    base = FeatureCriticConfig(backbone, num_heads=2, depths=(0, 2), image_size=16, channels=8)
+def feature_config(backbone: Path, **changes) -> FrozenFeatureDiscriminatorConfig:
+    base = FrozenFeatureDiscriminatorConfig(
+        backbone, num_heads=2, depths=(0, 2), image_size=16, channels=8
+    )
     return replace(base, **changes)
 
 
@@ -67,55 +76,60 @@ def feature_config(backbone: Path, **changes) -> FeatureCriticConfig:
 
 
 def test_all_critics_are_tested() -> None:
-    assert set(KINDS) == {*CRITICS, "spectral"}
+    assert set(KINDS) == {*DISCRIMINATORS, "spectral"}
 
 
 def test_every_critic_judges_each_picture_for_itself(config) -> None:
-    critic, images = build_critic(config, 32), torch.rand(4, 3, 32, 32) * 2 - 1
-    logits = critic(images)
+    discriminator, images = build_discriminator(config, 32), torch.rand(4, 3, 32, 32) * 2 - 1
+    logits = discriminator(images)
     assert len(logits) == 4 and logits.numel() >= 4
-    alone = torch.cat([critic(image[None]) for image in images])
+    alone = torch.cat([discriminator(image[None]) for image in images])
     torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
-    assert torch.equal(critic(images), logits)  # asking changes nothing
-    assert torch.equal(critic.eval()(images), logits)
+    assert torch.equal(discriminator(images), logits)  # asking changes nothing
+    assert torch.equal(discriminator.eval()(images), logits)
 
 
 def test_every_critic_learns_to_tell_dark_from_bright(config) -> None:
-    critic = build_critic(config, 32)
-    optimizer = torch.optim.Adam([p for p in critic.parameters() if p.requires_grad], lr=1e-2)
+    discriminator = build_discriminator(config, 32)
+    optimizer = torch.optim.Adam(
+        [p for p in discriminator.parameters() if p.requires_grad], lr=1e-2
+    )
     images = torch.full((4, 3, 32, 32), 0.5) + 0.1 * torch.randn(4, 3, 32, 32)
     fakes = images - 1
     for _ in range(60):
-        loss = F.relu(1 - critic(images)).mean() + F.relu(1 + critic(fakes)).mean()
+        loss = F.relu(1 - discriminator(images)).mean() + F.relu(1 + discriminator(fakes)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        advance_spectral_norms(critic)
-    assert critic(images).mean() > 0.3 > -0.3 > critic(fakes).mean()
+        advance_spectral_norms(discriminator)
+    assert discriminator(images).mean() > 0.3 > -0.3 > discriminator(fakes).mean()
 
 
 def test_every_critic_has_second_derivatives(config) -> None:
-    critic = build_critic(config, 32)
-    r1_penalty(critic, torch.rand(2, 3, 32, 32)).backward()
-    learning = [p for p in critic.parameters() if p.requires_grad and p.ndim > 1]
+    discriminator = build_discriminator(config, 32)
+    r1_penalty(discriminator, torch.rand(2, 3, 32, 32)).backward()
+    learning = [p for p in discriminator.parameters() if p.requires_grad and p.ndim > 1]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learning)
     assert any(p.grad.abs().max() > 0 for p in learning if p.grad is not None)
 
 
 def test_every_critic_works_in_bf16(config) -> None:
-    critic, images = build_critic(config, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
+    discriminator, images = (
+        build_discriminator(config, 32),
+        torch.rand(2, 3, 32, 32, requires_grad=True),
+    )
     with torch.autocast("cpu", torch.bfloat16):
-        logits = critic(images)
+        logits = discriminator(images)
     logits.float().mean().backward()
     assert images.grad is not None and images.grad.isfinite().all()
-    torch.testing.assert_close(logits.float(), critic(images), rtol=0.1, atol=0.05)
+    torch.testing.assert_close(logits.float(), discriminator(images), rtol=0.1, atol=0.05)
 
 
 def test_every_config_goes_through_a_recipe(config) -> None:
     objective = ObjectiveConfig(discriminator=config)
     again = config_from_dict(ObjectiveConfig, config_to_dict(objective), "recipe")
     assert again == objective
-    assert CRITICS.resolve(config.kind).Config is type(config)  # type: ignore[attr-defined]
+    assert DISCRIMINATORS.resolve(config.kind).Config is type(config)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -166,9 +180,9 @@ def test_an_iteration_may_come_between_forward_and_backward() -> None:
 
 
 def test_patchgan_normalises_every_layer() -> None:
-    critic = PatchGAN(PatchGANConfig(8, 2, "spectral"), 32)
-    assert len([m for m in critic.modules() if isinstance(m, SpectralConv2d)]) == 4
-    assert not [m for m in critic.modules() if type(m) is nn.Conv2d]
+    discriminator = PatchGAN(PatchGANConfig(8, 2, "spectral"), 32)
+    assert len([m for m in discriminator.modules() if isinstance(m, SpectralConv2d)]) == 4
+    assert not [m for m in discriminator.modules() if type(m) is nn.Conv2d]
 
 
 # -- patchgan and stylegan ----------------------------------------------------------------------
@@ -177,38 +191,40 @@ def test_patchgan_normalises_every_layer() -> None:
 @pytest.mark.parametrize(("layers", "side"), [(1, 30), (2, 14), (3, 6), (4, 2)])
 def test_patchgan_judges_patches(layers: int, side: int) -> None:
     config, least = PatchGANConfig(8, layers), 3 * 2**layers
-    critic = PatchGAN(config, 64)
-    assert critic(torch.zeros(1, 3, 64, 64)).shape == (1, 1, side, side)
-    assert critic(torch.zeros(1, 3, least, least)).shape == (1, 1, 1, 1)
-    assert critic(torch.zeros(1, 3, 5, 5)).shape == (1, 1, 1, 1)  # enlarged
+    discriminator = PatchGAN(config, 64)
+    assert discriminator(torch.zeros(1, 3, 64, 64)).shape == (1, 1, side, side)
+    assert discriminator(torch.zeros(1, 3, least, least)).shape == (1, 1, 1, 1)
+    assert discriminator(torch.zeros(1, 3, 5, 5)).shape == (1, 1, 1, 1)  # enlarged
     with pytest.raises(SmaltiError, match=f"at least {least} px"):
         PatchGAN(config, least - 1)
 
 
 def test_a_patch_of_three_layers_sees_70_pixels() -> None:
-    critic = PatchGAN(PatchGANConfig(8, 3, "spectral"), 128)  # no norm that looks at the whole
+    discriminator = PatchGAN(
+        PatchGANConfig(8, 3, "spectral"), 128
+    )  # no norm that looks at the whole
     images = torch.rand(1, 3, 128, 128, requires_grad=True)
-    (gradient,) = torch.autograd.grad(critic(images)[0, 0, 7, 7], images)
+    (gradient,) = torch.autograd.grad(discriminator(images)[0, 0, 7, 7], images)
     rows = gradient.abs().sum((0, 1, 3)).nonzero().flatten()
     assert rows.max() - rows.min() + 1 == 70
 
 
 @pytest.mark.parametrize("side", [8, 16, 24, 32, 96])
 def test_stylegan_takes_sizes_that_can_be_halved(side: int) -> None:
-    critic = StyleGANCritic(StyleGANCriticConfig(4, 8), side)
-    assert critic(torch.rand(2, 3, side, side)).shape == (2, 1)
-    assert critic(torch.rand(2, 3, side + 3, side + 3)).shape == (2, 1)  # resized
+    discriminator = StyleGANDiscriminator(StyleGANDiscriminatorConfig(4, 8), side)
+    assert discriminator(torch.rand(2, 3, side, side)).shape == (2, 1)
+    assert discriminator(torch.rand(2, 3, side + 3, side + 3)).shape == (2, 1)  # resized
 
 
 @pytest.mark.parametrize("side", [4, 7, 9, 30, 100])
 def test_stylegan_refuses_other_sizes(side: int) -> None:
     with pytest.raises(SmaltiError, match=rf"{side} px cannot be halved"):
-        StyleGANCritic(StyleGANCriticConfig(4, 8), side)
+        StyleGANDiscriminator(StyleGANDiscriminatorConfig(4, 8), side)
 
 
 def test_stylegan_begins_with_logits_of_about_unit_size() -> None:
-    critic = StyleGANCritic(StyleGANCriticConfig(32, 64), 32)
-    logits = critic(torch.randn(64, 3, 32, 32))
+    discriminator = StyleGANDiscriminator(StyleGANDiscriminatorConfig(32, 64), 32)
+    logits = discriminator(torch.randn(64, 3, 32, 32))
     assert 0.05 < logits.square().mean().sqrt() < 3
 
 
@@ -227,10 +243,10 @@ def test_halving_keeps_constants_and_kills_the_finest_pattern() -> None:
     [
         (lambda: PatchGANConfig(num_layers=9), "num_layers is 9"),
         (lambda: PatchGANConfig(channels=12), "channels is 12"),
-        (lambda: StyleGANCriticConfig(64, 32), "channels is 64 and max_channels 32"),
-        (lambda: FeatureCriticConfig(Path("x"), depths=()), "depths is"),
-        (lambda: FeatureCriticConfig(Path("x"), depths=(1, 1)), "depths is"),
-        (lambda: FeatureCriticConfig(Path("x"), channels=0), "channels 0"),
+        (lambda: StyleGANDiscriminatorConfig(64, 32), "channels is 64 and max_channels 32"),
+        (lambda: FrozenFeatureDiscriminatorConfig(Path("x"), depths=()), "depths is"),
+        (lambda: FrozenFeatureDiscriminatorConfig(Path("x"), depths=(1, 1)), "depths is"),
+        (lambda: FrozenFeatureDiscriminatorConfig(Path("x"), channels=0), "channels 0"),
     ],
 )
 def test_impossible_critics_are_refused(make, message: str) -> None:
@@ -275,20 +291,22 @@ def test_oracle_the_backbone_is_a_vision_transformer(backbone: Path) -> None:
 
 
 def test_the_backbone_is_frozen_and_lets_gradients_through(backbone: Path) -> None:
-    critic = FeatureCritic(feature_config(backbone), 16).train()
-    assert not any(m.training for m in critic.backbone.modules())
-    assert not any(p.requires_grad for p in critic.backbone.parameters())
+    discriminator = FrozenFeatureDiscriminator(feature_config(backbone), 16).train()
+    assert not any(m.training for m in discriminator.backbone.modules())
+    assert not any(p.requires_grad for p in discriminator.backbone.parameters())
     images = torch.rand(2, 3, 16, 16, requires_grad=True)
-    critic(images).mean().backward()
-    assert all(p.grad is None for p in critic.backbone.parameters())
-    assert all(p.grad is not None for p in critic.heads.parameters())
+    discriminator(images).mean().backward()
+    assert all(p.grad is None for p in discriminator.backbone.parameters())
+    assert all(p.grad is not None for p in discriminator.heads.parameters())
     assert images.grad is not None and images.grad.abs().max() > 0
 
 
 def test_every_depth_has_its_head(backbone: Path) -> None:
-    critic = FeatureCritic(feature_config(backbone, depths=(0, 1, 2)), 16)
-    assert critic(torch.rand(2, 3, 16, 16)).shape == (2, 3 * 16)
-    other = FeatureCritic(feature_config(backbone, image_size=24), 16)  # positions interpolated
+    discriminator = FrozenFeatureDiscriminator(feature_config(backbone, depths=(0, 1, 2)), 16)
+    assert discriminator(torch.rand(2, 3, 16, 16)).shape == (2, 3 * 16)
+    other = FrozenFeatureDiscriminator(
+        feature_config(backbone, image_size=24), 16
+    )  # positions interpolated
     assert other(torch.rand(2, 3, 16, 16)).shape == (2, 2 * 36)
 
 
@@ -301,18 +319,18 @@ def test_the_number_of_attention_heads_matters(backbone: Path) -> None:
 def test_a_checkpoint_holds_the_heads_and_wants_the_same_backbone(
     backbone: Path, tmp_path: Path
 ) -> None:
-    critic = FeatureCritic(feature_config(backbone), 16)
-    state = critic.state_dict()
+    discriminator = FrozenFeatureDiscriminator(feature_config(backbone), 16)
+    state = discriminator.state_dict()
     assert not [key for key in state if "backbone" in key]
-    again = FeatureCritic(feature_config(backbone), 16)
+    again = FrozenFeatureDiscriminator(feature_config(backbone), 16)
     again.load_state_dict(state)
     images = torch.rand(2, 3, 16, 16)
-    assert torch.equal(again(images), critic(images))
+    assert torch.equal(again(images), discriminator(images))
     wrapped = nn.ModuleDict({"critic": again})  # as an objective holds it
-    wrapped.load_state_dict(nn.ModuleDict({"critic": critic}).state_dict())
+    wrapped.load_state_dict(nn.ModuleDict({"critic": discriminator}).state_dict())
     other = write_backbone(tmp_path / "other.safetensors", cls_token=torch.ones(1, 1, 16))
     with pytest.raises(SmaltiError, match="not the backbone that this critic was trained on"):
-        FeatureCritic(feature_config(other), 16).load_state_dict(state)
+        FrozenFeatureDiscriminator(feature_config(other), 16).load_state_dict(state)
 
 
 def test_layer_scale_is_read_from_the_file(tmp_path: Path) -> None:
@@ -348,12 +366,12 @@ def test_building_draws_no_random_numbers_for_the_backbone(backbone: Path) -> No
 def test_a_wrong_backbone_is_refused(tmp_path: Path, changes, options, message: str) -> None:
     file = write_backbone(tmp_path / "vit.safetensors", **changes)
     with pytest.raises(SmaltiError, match=message):
-        build_critic(feature_config(file, **options), 32)
+        build_discriminator(feature_config(file, **options), 32)
 
 
 def test_a_missing_or_damaged_backbone_is_never_replaced_by_chance(tmp_path: Path) -> None:
     with pytest.raises(SmaltiError, match=r"nowhere.safetensors does not exist: give a"):
-        build_critic(feature_config(tmp_path / "nowhere.safetensors"), 32)
+        build_discriminator(feature_config(tmp_path / "nowhere.safetensors"), 32)
     (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
     with pytest.raises(SmaltiError, match="damaged"):
-        build_critic(feature_config(tmp_path / "cut.safetensors"), 32)
+        build_discriminator(feature_config(tmp_path / "cut.safetensors"), 32)

@@ -42,58 +42,62 @@ class Quadratic(nn.Module):
 
 @pytest.mark.parametrize("logits", [1, 9])
 def test_r1_of_a_linear_critic(logits: int) -> None:
-    critic = Linear(logits)
-    penalty = r1_penalty(critic, torch.randn(5, *SHAPE))
-    torch.testing.assert_close(penalty, critic.weight.square().sum() / 2)
+    discriminator = Linear(logits)
+    penalty = r1_penalty(discriminator, torch.randn(5, *SHAPE))
+    torch.testing.assert_close(penalty, discriminator.weight.square().sum() / 2)
     penalty.backward()
-    torch.testing.assert_close(critic.weight.grad, critic.weight.detach())  # d(|w|^2 / 2) / dw
+    torch.testing.assert_close(
+        discriminator.weight.grad, discriminator.weight.detach()
+    )  # d(|w|^2 / 2) / dw
 
 
 @pytest.mark.parametrize("logits", [1, 9])
 def test_gradient_penalty_of_a_linear_critic(logits: int) -> None:
-    critic = Linear(logits)
+    discriminator = Linear(logits)
     a, b, mix = torch.randn(5, *SHAPE), torch.randn(5, *SHAPE), torch.rand(5)
-    norm = critic.weight.detach().norm()
-    penalty = gradient_penalty(critic, a, b, mix)
+    norm = discriminator.weight.detach().norm()
+    penalty = gradient_penalty(discriminator, a, b, mix)
     torch.testing.assert_close(penalty.detach(), (norm - 1) ** 2)
     penalty.backward()
-    torch.testing.assert_close(critic.weight.grad, 2 * (norm - 1) * critic.weight.detach() / norm)
+    torch.testing.assert_close(
+        discriminator.weight.grad, 2 * (norm - 1) * discriminator.weight.detach() / norm
+    )
 
 
 def test_penalties_of_a_quadratic_critic_depend_on_where_they_look() -> None:
-    critic, a, b = Quadratic(), torch.randn(5, *SHAPE), torch.randn(5, *SHAPE)
+    discriminator, a, b = Quadratic(), torch.randn(5, *SHAPE), torch.randn(5, *SHAPE)
     expected = 1.5**2 * a.square().sum((1, 2, 3)).mean() / 2
-    torch.testing.assert_close(r1_penalty(critic, a), expected)
+    torch.testing.assert_close(r1_penalty(discriminator, a), expected)
     mix = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
     mixed = torch.stack([m * x + (1 - m) * y for m, x, y in zip(mix, a, b, strict=True)])
     expected = (1.5 * mixed.flatten(1).norm(dim=1) - 1).square().mean()
-    torch.testing.assert_close(gradient_penalty(critic, a, b, mix), expected)
+    torch.testing.assert_close(gradient_penalty(discriminator, a, b, mix), expected)
 
 
 def test_a_flat_critic_has_finite_gradients() -> None:
-    critic = Linear()
-    nn.init.zeros_(critic.weight)
+    discriminator = Linear()
+    nn.init.zeros_(discriminator.weight)
     a = torch.randn(2, *SHAPE)
-    penalty = gradient_penalty(critic, a, a, torch.rand(2))
+    penalty = gradient_penalty(discriminator, a, a, torch.rand(2))
     penalty.backward()
     torch.testing.assert_close(penalty.detach(), torch.tensor(1.0))
-    assert critic.weight.grad is not None and critic.weight.grad.isfinite().all()
+    assert discriminator.weight.grad is not None and discriminator.weight.grad.isfinite().all()
 
 
 def test_penalties_are_computed_in_fp32_under_autocast() -> None:
-    critic = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LeakyReLU(), nn.Conv2d(8, 1, 2))
+    discriminator = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LeakyReLU(), nn.Conv2d(8, 1, 2))
     images = torch.randn(2, *SHAPE)
-    expected = input_gradients(critic, images)
+    expected = input_gradients(discriminator, images)
     with torch.autocast("cpu", torch.bfloat16):
-        found = input_gradients(critic, images)
+        found = input_gradients(discriminator, images)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
 
 
 def test_each_picture_is_penalised_for_its_own_gradient() -> None:
-    critic, images = Quadratic(), torch.randn(4, *SHAPE)
-    parts = [r1_penalty(critic, image[None]) for image in images]
-    torch.testing.assert_close(r1_penalty(critic, images), torch.stack(parts).mean())
+    discriminator, images = Quadratic(), torch.randn(4, *SHAPE)
+    parts = [r1_penalty(discriminator, image[None]) for image in images]
+    torch.testing.assert_close(r1_penalty(discriminator, images), torch.stack(parts).mean())
 
 
 def test_r1_is_lazy_and_costs_the_same_on_average() -> None:
