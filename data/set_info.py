@@ -1,7 +1,5 @@
 """What `smalti info` says of latent caches and of pictures in shards."""
 
-import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 from smalti.data.latent_cache.cache import MANIFEST, SPLITS, CacheInfo, read_manifest, shard_path
@@ -9,26 +7,7 @@ from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.data.sources.webdataset import ShardPictures
 from smalti.errors import SmaltiError
 from smalti.files import read_json, sha256_of
-
-# -------------------------------------------------------------------------------------------------
-# What `smalti info` says of a folder.
-
-
-@dataclass(frozen=True)
-class Info:
-    """Lines (name, value) about a folder, and whether all in it is whole."""
-
-    lines: list[tuple[str, str]]
-    whole: bool = True
-
-
-def command(*words: str | Path) -> str:
-    """A command of smalti as a shell takes it."""
-    return shlex.join(["smalti", *map(str, words)])
-
-
-# -------------------------------------------------------------------------------------------------
-# What `smalti info` says of latent caches and of pictures in shards.
+from smalti.folder_info import Info, command
 
 
 def of_cache(path: Path) -> Info:

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from smalti.data.set_info import (
-    Info,
-    command,
     holds_latents,
     is_shards,
     of_cache,
@@ -15,6 +13,7 @@ from smalti.data.set_info import (
 )
 from smalti.errors import SmaltiError
 from smalti.files import read_json
+from smalti.folder_info import Info, command
 from smalti.pipelines.index import INDEX
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior

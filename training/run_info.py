@@ -6,9 +6,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from smalti.data.set_info import Info, command
 from smalti.errors import SmaltiError
 from smalti.files import read_json, read_lines
+from smalti.folder_info import Info, command
 from smalti.training.checkpoint import Checkpoint, checkpoints, verify
 from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, told_by_run
 from smalti.training.lock import RunLock

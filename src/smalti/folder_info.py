@@ -1,0 +1,18 @@
+"""What `smalti info` says of a folder: one type for runs, caches, image sets and models."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Info:
+    """Lines (name, value) about a folder, and whether all in it is whole."""
+
+    lines: list[tuple[str, str]]
+    whole: bool = True
+
+
+def command(*words: str | Path) -> str:
+    """A command of smalti as a shell takes it."""
+    return shlex.join(["smalti", *map(str, words)])
