@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from smalti.data.latents import LatentSpec
+from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.errors import SmaltiError
 from smalti.hub import Pretrained, Registry
 from smalti.randomness import Generators, RandomInputs
@@ -51,6 +51,19 @@ class Tokenizer(nn.Module, Pretrained, ABC):
     @abstractmethod
     def last_layer(self) -> nn.Parameter:
         """The decoder's last weight: where the adaptive adversarial weight compares gradients."""
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of what `store` returns for one image; as a rule that of its latents."""
+        if isinstance(self.spec, CodeSpec):
+            return (self.spec.length,)
+        return (self.spec.channels, self.spec.height, self.spec.width)
+
+    @property
+    def stored_statistics(self) -> tuple[str, ...]:
+        """Names of the statistics that `store` stacks along the channels, ("mean", "std") of a
+        Gaussian posterior; empty if it returns the latents themselves."""
+        return ()
 
     @abstractmethod
     def store(self, images: Tensor) -> Tensor:

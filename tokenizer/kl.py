@@ -198,6 +198,16 @@ class KLTokenizer(Tokenizer):
         gaussian = self.gaussian(images)
         return gaussian.mean, gaussian.logvar
 
+    @property
+    def stored_statistics(self) -> tuple[str, ...]:
+        """Mean and standard deviation of the posterior, one after the other."""
+        return ("mean", "std")
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """(2C, h, w)."""
+        return (2 * self.spec.channels, self.spec.height, self.spec.width)
+
     def store(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> posterior mean and std (B, 2C, h, w), raw units."""
         gaussian = self.gaussian(images)
