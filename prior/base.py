@@ -1,23 +1,21 @@
-"""Stage two: what every prior promises."""
+"""The contract of stage two: what every prior does, and what priors over codes share."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.data.latents import CodeSpec, LatentSpec
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError, GenerationError
 from smalti.hub import Pretrained, Registry
 from smalti.prior.registry import PRIORS
-
-# -------------------------------------------------------------------------------------------------
-# Stage two: what every prior promises.
+from smalti.randomness import Generators, RandomInputs
 
 
 @dataclass
@@ -28,21 +26,55 @@ class Loss:
     parts: dict[str, Tensor] = field(default_factory=dict)  # detached scalars for the log
 
 
+@dataclass(frozen=True)
+class PriorConfig:
+    """The configuration of a prior: a frozen dataclass with a `kind`, the prior's registered name.
+
+    Every subclass has `spec`, `num_classes` and `tokenizer_fingerprint`, as fields or properties.
+    """
+
+    registry: ClassVar[Registry] = PRIORS
+    # Fields that may change without changing what saved weights mean.
+    NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ()
+
+    def fitted(
+        self,
+        spec: LatentSpec,
+        num_classes: int,
+        tokenizer_fingerprint: str | None,
+        quantizer: object = None,
+    ) -> Self:
+        """This size of prior for other latents.
+
+        Args:
+            quantizer: the configuration of the tokenizer's quantizer, if it has one.
+
+        Raises:
+            ConfigurationError: the prior does not model such latents.
+        """
+        raise NotImplementedError
+
+
 class Prior(nn.Module, Pretrained, ABC):
     """A distribution over the latents described by `spec`, given a condition.
 
     A condition is class labels (B,) int64 in [0, num_classes]; `num_classes` itself is the null
     label: no condition. (A next-token prior may take a `TextCondition` instead, and has no classes
     then.) `forward` is the training objective, so that DDP, FSDP and compile wrap the object
-    itself.
+    itself. The keyword options of `sample`, with their types, defaults and the help texts of its
+    docstring, are the flags of the commands that sample.
     """
 
     registry: ClassVar[Registry] = PRIORS
-    class_table: ClassVar[str]  # name of the weight whose rows are the classes, the last one null
-    no_weight_decay: ClassVar[
-        tuple[str, ...]
-    ] = ()  # weights of layers that weight decay must spare
+    PRESETS: ClassVar[Mapping[str, Any]] = {}  # configurations by name, for --prior.preset
+    class_table: ClassVar[str] = ""  # name of the weight whose rows are the classes, the null last
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # names of layers' weights that do not decay
     config: Any
+
+    @classmethod
+    @abstractmethod
+    def models(cls, spec: LatentSpec) -> bool:
+        """Whether priors of this class model latents like these."""
 
     @property
     def spec(self) -> LatentSpec:
@@ -60,8 +92,15 @@ class Prior(nn.Module, Pretrained, ABC):
         return self.config.tokenizer_fingerprint
 
     @abstractmethod
-    def forward(self, latents: Tensor, condition: Any) -> Loss:
-        """The training objective; drops labels at random in training mode."""
+    def forward(
+        self, latents: Tensor, condition: Any, random_inputs: RandomInputs | None = None
+    ) -> Loss:
+        """The training objective; drops conditions at random in training mode.
+
+        Args:
+            random_inputs: rows of what `sample_random_inputs` returned, one for each sample; None
+                takes random numbers from torch's global generators.
+        """
 
     @abstractmethod
     def sample(
@@ -69,17 +108,17 @@ class Prior(nn.Module, Pretrained, ABC):
         condition: Any,
         *,
         guidance_scale: float = 1.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
     ) -> Tensor:
-        """Draw latents for every condition (B,). Each prior adds keyword options of its own.
+        """Sample latents for every condition (B,). Each prior adds keyword options of its own.
 
         `generator` may be a list with one generator per sample: sample i then depends on its own
         generator only. guidance_scale s means uncond + s (cond - uncond); 1 is off.
         """
 
     def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random numbers for a training pass over `count` samples, a row for each, which `forward`
-        takes as `drawn`; most priors draw within."""
+        """Random numbers for a training pass over `count` samples by name, a row for each sample:
+        the `random_inputs` of `forward`. Empty if `forward` takes them from torch's generators."""
         del count, generator
         return {}
 
@@ -88,45 +127,61 @@ class Prior(nn.Module, Pretrained, ABC):
         return torch.empty(0, dtype=torch.int64, device=next(self.parameters()).device)
 
     def bind(self, quantizer: nn.Module | None) -> None:
-        """Take what the prior needs of the quantizer of the tokenizer whose latents it models, if
-        that has one: once, before training. Most need nothing."""
+        """Copy what the prior needs of the tokenizer's quantizer, None if it has none: called once,
+        before training. Most priors need nothing."""
         del quantizer
 
     def set_progress(self, progress: float) -> None:
-        """Tell the prior the share of the training that is done, before every training step.
+        """Set the share of the training that is done: called before every training step.
 
-        It is no part of the state: a function of the step alone, which a resumed run gives again.
-        A prior whose objective changes as training goes on overrides this; others need no call.
+        It is not saved: it is a function of the step alone, so a resumed run sets it again. A prior
+        whose objective changes during training overrides this.
 
         Raises:
-            SmaltiError: it does not lie in [0, 1].
+            ConfigurationError: it does not lie in [0, 1].
         """
         if not 0 <= progress <= 1:
-            raise SmaltiError(f"progress is {progress}; it is a share of the training, 0 to 1")
+            raise ConfigurationError(
+                f"progress is {progress}; it is a share of the training, 0 to 1"
+            )
 
-    @abstractmethod
     def bits_per_dimension(
         self,
         latents: Tensor,
         condition: Any,
         *,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
     ) -> Tensor:
-        """-log2 p(latents | condition) per code, or per number of continuous latents, (B,)."""
+        """-log2 p(latents | condition) per code, or per number of continuous latents, (B,).
+
+        A prior need not have a likelihood: see `has_likelihood`.
+
+        Raises:
+            GenerationError: it has none.
+        """
+        raise GenerationError(
+            f"a {self.registry.name_of(type(self))} prior has no likelihood: leave out "
+            "bits per dimension"
+        )
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether `bits_per_dimension` can be asked for."""
+        return type(self).bits_per_dimension is not Prior.bits_per_dimension
 
     def check_labels(self, labels: Tensor) -> None:
-        """Raise `SmaltiError` unless labels are (B,) integers in [0, num_classes]."""
+        """Raise `GenerationError` unless labels are (B,) integers in [0, num_classes]."""
         if not isinstance(labels, Tensor):
-            raise SmaltiError(f"labels are a {type(labels).__name__}; give a tensor (B,) int64")
+            raise GenerationError(f"labels are a {type(labels).__name__}; give a tensor (B,) int64")
         if labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32):
-            raise SmaltiError(
+            raise GenerationError(
                 f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; give (B,) int64"
             )
         if torch.compiler.is_compiling():  # a branch on values would break the graph
             return
         if labels.numel() and (labels.min() < 0 or labels.max() > self.num_classes):
             wrong = labels.min().item() if labels.min() < 0 else labels.max().item()
-            raise SmaltiError(
+            raise GenerationError(
                 f"class label {wrong} is out of range: use 0 to {self.num_classes - 1}, "
                 f"or {self.num_classes} for no class"
             )
@@ -143,39 +198,36 @@ class Prior(nn.Module, Pretrained, ABC):
                 module.training = True
 
     def drop_labels(
-        self, labels: Tensor, probability: float, chance: Tensor | None = None
+        self, labels: Tensor, probability: float, uniforms: Tensor | None = None
     ) -> Tensor:
         """In training, replace each label by the null label with a probability
         (classifier-free guidance, Ho and Salimans, 2207.12598).
 
         Args:
-            chance: numbers in [0, 1) like labels that decide it; None draws them.
+            uniforms: in [0, 1), like labels: those below the probability drop their label; None
+                takes them from torch's global generator.
         """
         if not (self.training and probability):
             return labels
-        if chance is None:
-            chance = torch.rand(labels.shape, device=labels.device)
-        return torch.where(chance < probability, self.num_classes, labels)
+        if uniforms is None:
+            uniforms = torch.rand(labels.shape, device=labels.device)
+        return torch.where(uniforms < probability, self.num_classes, labels)
 
 
 def check_codes(codes: Tensor, spec: CodeSpec) -> None:
-    """Raise `SmaltiError` unless codes are (B, L) int64 in [0, vocab_size)."""
+    """Raise `GenerationError` unless codes are (B, L) int64 in [0, vocab_size)."""
     if codes.ndim != 2 or codes.shape[1] != spec.length or codes.dtype != torch.int64:
-        raise SmaltiError(
+        raise GenerationError(
             f"codes have shape {tuple(codes.shape)} and type {codes.dtype}; "
             f"this prior takes (B, {spec.length}) int64"
         )
     if torch.compiler.is_compiling():  # a branch on values would break the graph
         return
     if codes.numel() and (codes.min() < 0 or codes.max() >= spec.vocab_size):
-        raise SmaltiError(
+        raise GenerationError(
             f"codes lie in [{codes.min().item()}, {codes.max().item()}]; "
             f"this prior knows 0 to {spec.vocab_size - 1}"
         )
-
-
-# -------------------------------------------------------------------------------------------------
-# What priors over discrete codes share.
 
 
 class CodePrior(Prior):

@@ -1,12 +1,12 @@
-"""Every prior by name: the published sizes, and small ones that train in minutes."""
+"""Every prior by name: the published sizes, and small ones that train in minutes.
 
-from smalti.prior.flow.config import PRESETS as FLOW
-from smalti.prior.flow.config import FlowConfig
-from smalti.prior.next_scale.config import PRESETS as NEXT_SCALE
-from smalti.prior.next_scale.config import NextScaleConfig
-from smalti.prior.next_token.model import PRESETS as NEXT_TOKEN
-from smalti.prior.next_token.model import NextTokenConfig
+The presets of a prior stand beside its configuration; this is all of them.
+"""
 
-PriorConfig = NextTokenConfig | NextScaleConfig | FlowConfig
+from smalti.hub import Presets
+from smalti.prior.base import PriorConfig
+from smalti.prior.registry import PRIORS
 
-PRESETS: dict[str, PriorConfig] = {**NEXT_TOKEN, **NEXT_SCALE, **FLOW}
+__all__ = ["PRESETS", "PriorConfig"]
+
+PRESETS = Presets(PRIORS)

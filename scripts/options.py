@@ -1,62 +1,99 @@
-"""How pictures are drawn: the flags that every command that samples has in common."""
+"""The sampling flags of every command that samples, read off the priors themselves.
 
-from dataclasses import dataclass, fields
-from typing import Any
+A prior owns the options of its `sample`: each keyword of a type that a command line can hold is a
+flag, with its type, its default, and the help text of its docstring.
+"""
 
-from smalti.errors import SmaltiError
+import inspect
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from docstring_parser import parse
+from tyro.conf import arg
+
+from smalti.hub import named_options
+from smalti.prior.registry import PRIORS
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """Options of a prior's `sample`. Those left out are the prior's own defaults; one that a prior
-    does not have is refused."""
+class SamplingBase:
+    """Options of a prior's `sample`. One that is left out has the prior's own default; one that a
+    prior does not have is refused."""
 
     guidance_scale: float = 2.0  # s in uncond + s (cond - uncond); 1 is off
-    guidance_interval: tuple[float, float] | None = None  # the part of sampling that is guided
-    # Of next-token and next-scale priors.
-    guidance_schedule: str | None = None  # constant, linear, cosine or power-cosine
-    temperature: float | None = None  # 0 is greedy
-    top_k: int | None = None  # keep the k likeliest codes; 0 is off
-    top_p: float | None = None  # keep the likeliest codes with this total probability
-    smooth: bool | None = None  # next-scale: mixtures of codes instead of draws
-    # Of flow priors.
-    num_inference_steps: int | None = None
-    solver: str | None = None  # by name: heun, or with options: ddim:eta=1.0
-    schedule: str | None = None  # of the steps; by name, or with options: shifted:shift=3.0
 
     @property
     def options(self) -> dict[str, Any]:
         """What was given, as keyword arguments of a pipeline."""
-        given = {field.name: getattr(self, field.name) for field in fields(Sampling)}
-        options = {name: value for name, value in given.items() if value is not None}
-        for name in ("solver", "schedule"):
-            if name in options:
-                options[name] = with_options(options[name])
-        return options
+        given = {part.name: getattr(self, part.name) for part in fields(Sampling)}
+        return {
+            name: named_options(value) if isinstance(value, str) and ":" in value else value
+            for name, value in given.items()
+            if value is not None
+        }
 
 
-def with_options(text: str) -> str | dict[str, Any]:
-    """ "ddim:eta=1.0,..." as {"kind": "ddim", "eta": 1.0, ...}; a bare name as it is.
+@dataclass
+class SampleOption:
+    """A keyword of one prior's `sample`."""
 
-    Raises:
-        SmaltiError: what follows the colon is not option=value, or gives an option twice.
-    """
-    import yaml
+    prior: str
+    name: str
+    type: Any
+    default: Any
+    help: str
 
-    kind, colon, rest = text.partition(":")
-    if not colon:
-        return text
-    options: dict[str, Any] = {"kind": kind}
-    for part in rest.split(","):
-        name, equals, value = part.partition("=")
-        if not (name and equals and value):
-            raise SmaltiError(f'"{part}" in "{text}" is no option: write {kind}:option=value,...')
-        if name in options:
-            raise SmaltiError(f'"{name}" stands twice in "{text}": give each option once')
-        try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise SmaltiError(
-                f'"{value}" in "{text}" is no value: write {kind}:{name}=1.0'
-            ) from error
-    return options
+
+def sample_options() -> Iterator[SampleOption]:
+    """Every option of every registered prior that a command line can hold."""
+    for prior in PRIORS:
+        function = PRIORS.resolve(prior).sample
+        hints = typing.get_type_hints(function)
+        texts = {p.arg_name: p.description or "" for p in parse(function.__doc__ or "").params}
+        for name, parameter in inspect.signature(function).parameters.items():
+            kind = _flag_type(hints.get(name))
+            if parameter.kind is parameter.KEYWORD_ONLY and kind is not None:
+                text = " ".join(texts.get(name, "").split())
+                yield SampleOption(prior, name, kind, parameter.default, text)
+
+
+def _flag_type(hint: Any) -> Any:
+    """The member of a union that a command line can hold: a number, a word or two numbers."""
+    members = typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()
+    for candidate in (bool, int, float, str, tuple[float, float]):
+        if hint == candidate or candidate in members:
+            return candidate
+    return None
+
+
+def _flags() -> list[tuple[str, Any, Any]]:
+    """A field for each option: where priors share one, its help names each of them."""
+    owners: dict[str, list[SampleOption]] = {}
+    for option in sample_options():
+        if option.name not in {part.name for part in fields(SamplingBase)}:
+            owners.setdefault(option.name, []).append(option)
+    flags = []
+    for name, options in owners.items():
+        texts: dict[tuple[str, str], list[str]] = {}  # (help, default) -> priors
+        for option in options:
+            texts.setdefault((option.help, str(option.default)), []).append(option.prior)
+        text = " ".join(
+            f"{', '.join(priors)}: {what} Default: {default}."
+            for (what, default), priors in texts.items()
+        )
+        flags.append((name, Annotated[options[0].type | None, arg(help=text)], field(default=None)))
+    return flags
+
+
+if TYPE_CHECKING:
+    Sampling = SamplingBase
+else:
+    Sampling = make_dataclass(
+        "Sampling",
+        _flags(),
+        bases=(SamplingBase,),
+        frozen=True,
+        namespace={"__doc__": SamplingBase.__doc__, "__module__": __name__},
+    )

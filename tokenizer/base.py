@@ -1,7 +1,7 @@
 """Stage one: what every tokenizer promises."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +26,16 @@ class Reconstruction:
     latents: Tensor | None = None  # (B, C, h, w) of a continuous one, in raw units
 
 
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The configuration of a tokenizer: a frozen dataclass with a `kind`, its registered name, and
+    an `image_size` in pixels."""
+
+    registry: ClassVar[Registry] = TOKENIZERS
+    # Fields that may change without changing what saved weights mean.
+    NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ()
+
+
 class Tokenizer(nn.Module, Pretrained, ABC):
     """Images (B, 3, H, W) in [-1, 1] <-> latents described by `spec`.
 
@@ -35,7 +45,13 @@ class Tokenizer(nn.Module, Pretrained, ABC):
     """
 
     registry: ClassVar[Registry] = TOKENIZERS
+    PRESETS: ClassVar[Mapping[str, Any]] = {}  # configurations by name, for --tokenizer.preset
     config: Any
+
+    @classmethod
+    def settings_before_training(cls, config: Any) -> Any:
+        """A saved configuration without what `calibrate` measured: what fine-tuning begins with."""
+        return config
 
     @property
     @abstractmethod

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
 from smalti.randomness import Generators, NormalSource, RandomInputs
-from smalti.tokenizer.base import Reconstruction, Tokenizer
+from smalti.tokenizer.base import Reconstruction, Tokenizer, TokenizerConfig
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
 
 # -------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def resized(maps: Tensor, height: int, width: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KLConfig:
+class KLConfig(TokenizerConfig):
     """Defaults: the 8x down-sampling auto-encoder of Stable Diffusion."""
 
     # May change without changing what saved weights mean.
@@ -150,6 +150,11 @@ class KLTokenizer(Tokenizer):
 
     Config: ClassVar[type] = KLConfig
     config: KLConfig
+
+    @classmethod
+    def settings_before_training(cls, config: KLConfig) -> KLConfig:
+        """Mean and standard deviation of the latents are measured anew."""
+        return replace(config, latent_mean=(), latent_std=())
 
     def __init__(self, config: KLConfig) -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from smalti.hub import Presets
+from smalti.tokenizer.base import TokenizerConfig
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig
 from smalti.tokenizer.quantizers import QuantizerConfig
@@ -10,9 +12,10 @@ from smalti.tokenizer.quantizers.fsq import FSQConfig
 from smalti.tokenizer.quantizers.lookup_free import LookupFreeConfig
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
+from smalti.tokenizer.registry import TOKENIZERS
 from smalti.tokenizer.vq import VQConfig
 
-TokenizerConfig = VQConfig | KLConfig
+__all__ = ["PRESETS", "TokenizerConfig"]
 
 # -- published ----------------------------------------------------------------------------------
 
@@ -131,4 +134,4 @@ SMALL: dict[str, TokenizerConfig] = {
     ),
 }
 
-PRESETS: dict[str, TokenizerConfig] = {**PUBLISHED, **SMALL}
+PRESETS = Presets(TOKENIZERS, {**PUBLISHED, **SMALL})

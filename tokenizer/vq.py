@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
 from smalti.randomness import Generators, RandomInputs
-from smalti.tokenizer.base import Reconstruction, Tokenizer
+from smalti.tokenizer.base import Reconstruction, Tokenizer, TokenizerConfig
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
 from smalti.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
 from smalti.tokenizer.quantizers.base import Quantizer
@@ -23,7 +23,7 @@ from smalti.tokenizer.quantizers.nearest import NearestConfig
 
 
 @dataclass(frozen=True)
-class VQConfig:
+class VQConfig(TokenizerConfig):
     """Defaults: LlamaGen's VQ-16."""
 
     # May change without changing what saved weights mean.

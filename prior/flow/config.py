@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from smalti.data.latents import ContinuousSpec, LatentSpec
 from smalti.errors import SmaltiError
+from smalti.prior.base import PriorConfig
 from smalti.prior.flow.dit import PRESETS as NETWORKS
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.path import DDPMPath, LinearPath, PathConfig
@@ -16,7 +17,7 @@ LATENTS = ContinuousSpec(4, 32, 32)  # of 256 px ImageNet, which all presets are
 
 
 @dataclass(frozen=True)
-class FlowConfig:
+class FlowConfig(PriorConfig):
     """Defaults: SiT-B/2, with straight paths and their velocity."""
 
     # May change without changing what saved weights mean.

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from smalti.data.latents import ContinuousSpec, LatentSpec
 from smalti.errors import SmaltiError
 from smalti.prior.base import Loss, Prior
 from smalti.prior.flow.config import PRESETS, FlowConfig
@@ -84,8 +85,14 @@ class FlowPrior(Prior):
     """p(latents | class), as the end of a flow that begins in Gaussian noise."""
 
     Config: ClassVar[type] = FlowConfig
+    PRESETS: ClassVar[Mapping[str, FlowConfig]] = PRESETS
     class_table: ClassVar[str] = "network.y_embedder.embedding_table.weight"
     config: FlowConfig
+
+    @classmethod
+    def models(cls, spec: LatentSpec) -> bool:
+        """Continuous latents."""
+        return isinstance(spec, ContinuousSpec)
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self
 from smalti.config import check_at_least
 from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.errors import SmaltiError
+from smalti.prior.base import PriorConfig
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
 
 
@@ -14,7 +15,7 @@ def _spec_of(quantizer: MultiScaleConfig) -> CodeSpec:
 
 
 @dataclass(frozen=True)
-class NextScaleConfig:
+class NextScaleConfig(PriorConfig):
     """Defaults: VAR-d16 for 256 px ImageNet codes."""
 
     # May change without changing what saved weights mean.

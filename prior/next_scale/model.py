@@ -11,7 +11,7 @@ buffers are derived and left out (`lvl_1L`, `attn_bias_for_masking`, `blocks.*.a
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.errors import SmaltiError
 from smalti.prior.adaln import HeadNorm, adaptive_norm, as_parts, condition_projection
 from smalti.prior.attention import KeyValueCache, attend
@@ -249,11 +250,17 @@ class NextScalePrior(CodePrior):
     codes of one scale independent of each other."""
 
     Config: ClassVar[type] = NextScaleConfig
+    PRESETS: ClassVar[Mapping[str, NextScaleConfig]] = PRESETS
     no_weight_decay: ClassVar[tuple[str, ...]] = (
         "lvl_embed.weight",
     )  # positions do not decay, either
     class_table: ClassVar[str] = "class_emb.weight"
     config: NextScaleConfig
+
+    @classmethod
+    def models(cls, spec: LatentSpec) -> bool:
+        """Codes of several grids, from coarse to fine."""
+        return isinstance(spec, CodeSpec) and len(spec.grids) > 1
 
     def __init__(self, config: NextScaleConfig) -> None:
         super().__init__()

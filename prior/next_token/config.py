@@ -6,10 +6,11 @@ from typing import ClassVar, Literal, Self
 from smalti.config import check_at_least
 from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.errors import SmaltiError
+from smalti.prior.base import PriorConfig
 
 
 @dataclass(frozen=True)
-class NextTokenConfig:
+class NextTokenConfig(PriorConfig):
     """Defaults: LlamaGen GPT-B for 256 px ImageNet codes."""
 
     # May change without changing what saved weights mean.

@@ -5,13 +5,14 @@ code j the next from the condition and the codes before it. Module names are Lla
 published weights fit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.errors import SmaltiError
 from smalti.prior.attention import KeyValueCache, attend
 from smalti.prior.base import CodePrior, Loss, check_codes
@@ -165,9 +166,15 @@ class NextTokenPrior(CodePrior):
     """
 
     Config: ClassVar[type] = NextTokenConfig
+    PRESETS: ClassVar[Mapping[str, NextTokenConfig]] = PRESETS
     class_table: ClassVar[str] = "cls_embedding.weight"
     config: NextTokenConfig
     order_probability: Tensor | None  # () fp32, of a random order in the training steps to come
+
+    @classmethod
+    def models(cls, spec: LatentSpec) -> bool:
+        """Codes of one grid."""
+        return isinstance(spec, CodeSpec) and len(spec.grids) == 1
 
     def __init__(self, config: NextTokenConfig) -> None:
         super().__init__()

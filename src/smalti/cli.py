@@ -4,6 +4,7 @@ PRESETS  <-  strict YAML recipe (--config FILE)  <-  command-line flags
 """
 
 import contextlib
+import dataclasses
 import errno
 import importlib
 import io
@@ -13,9 +14,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from smalti.config import config_from_dict, config_to_dict, nearest, recipe_text
+from smalti.config import (
+    config_from_dict,
+    config_to_dict,
+    nearest,
+    recipe_text,
+    registry_of,
+)
 from smalti.errors import EXIT_INTERRUPTED, SmaltiError
 
 T = TypeVar("T")
@@ -163,8 +170,9 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     kinds = _take_kinds(arguments)
     _refuse_two_kinds(base, flags, kinds)
     default = config_from_dict(config_class, kinds, "command line", default)
-    # tyro shows the comment beside each field as its help text.
-    with _mistakes_as_one_line(prog):
+    # tyro shows the comment beside each field as its help text, and lets a field that is annotated
+    # with a base class be of its default's class.
+    with _mistakes_as_one_line(prog), _all_kinds_shown(default):
         config = tyro.cli(
             config_class,
             default=default,
@@ -179,6 +187,37 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
         print(recipe_text(config), end="")
         raise SystemExit(0)
     return config
+
+
+@contextlib.contextmanager
+def _all_kinds_shown(config: Any) -> Iterator[None]:
+    """Help lists every registered kind of a part of the configuration.
+
+    A class states its own kind alone, `kind: Literal["linear"]`, and tyro takes the choices from
+    there. While tyro reads the classes in `config`, each names all kinds of its registry. The flag
+    itself never comes to tyro, see `_take_kinds`.
+    """
+    stated = {cls: cls.__annotations__["kind"] for cls in _classes_with_kinds(config)}
+    try:
+        for cls, registry in _classes_with_kinds(config).items():
+            cls.__annotations__["kind"] = Literal[tuple(registry)]  # type: ignore[valid-type]
+        yield
+    finally:
+        for cls, own in stated.items():
+            cls.__annotations__["kind"] = own
+
+
+def _classes_with_kinds(config: Any) -> dict[type, Any]:
+    """The classes of a configuration's parts that come in several kinds -> their registry."""
+    found: dict[type, Any] = {}
+    for part in dataclasses.fields(config):
+        value = getattr(config, part.name)
+        if dataclasses.is_dataclass(value):
+            found |= _classes_with_kinds(value)
+    registry = next((r for r in map(registry_of, type(config).__mro__) if r is not None), None)
+    if registry is not None and "kind" in type(config).__annotations__:
+        found[type(config)] = registry
+    return found
 
 
 @contextlib.contextmanager

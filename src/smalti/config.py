@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError, SmaltiError
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ def check_at_least(least: float, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not value >= least:  # NaN is not
-            raise SmaltiError(f"{name} is {value}; it must be at least {least}")
+            raise ConfigurationError(f"{name} is {value}; it must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +97,14 @@ def config_from_dict(cls: type[T], data: Any, where: str, base: T | None = None)
             refuses.
     """
     if not isinstance(data, Mapping):
-        raise SmaltiError(
+        raise ConfigurationError(
             f"{where}: expected keys and values for {cls.__name__}, got {_short(data)}"
         )
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
-            raise SmaltiError(f'{where}: unknown key "{key}"; {nearest(str(key), fields)}')
+            raise ConfigurationError(f'{where}: unknown key "{key}"; {nearest(str(key), fields)}')
     values: dict[str, Any] = {}
     for name, field in fields.items():
         default = getattr(base, name) if base is not None else None
@@ -113,11 +113,11 @@ def config_from_dict(cls: type[T], data: Any, where: str, base: T | None = None)
         elif base is not None:
             values[name] = default
         elif not _has_default(field):
-            raise SmaltiError(f'{where}: the key "{name}" is missing')
+            raise ConfigurationError(f'{where}: the key "{name}" is missing')
     try:
         return cls(**values)
     except (ArithmeticError, ValueError) as error:  # what the class itself finds wrong
-        raise SmaltiError(f"{where}: {error}") from error
+        raise ConfigurationError(f"{where}: {error}") from error
 
 
 def _has_default(field: dataclasses.Field) -> bool:
@@ -133,18 +133,38 @@ def _convert(value: Any, hint: Any, where: str, base: Any = None) -> Any:
     if origin is Literal:
         if value not in get_args(hint):
             choices = ", ".join(map(str, get_args(hint)))
-            raise SmaltiError(f"{where} is {_short(value)}; choose one of {choices}")
+            raise ConfigurationError(f"{where} is {_short(value)}; choose one of {choices}")
         return value
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, hint, where, base)
     if dataclasses.is_dataclass(hint):
-        same = base if type(base) is hint else None
-        return config_from_dict(hint, value, where, same)  # type: ignore[arg-type]
+        chosen = _registered(hint, value, where, base)
+        same = base if type(base) is chosen else None
+        return config_from_dict(chosen, value, where, same)  # type: ignore[arg-type]
     if origin is tuple:
         return _convert_tuple(value, get_args(hint), where)
     if origin in (dict, Mapping) or hint is dict:
         return _convert_mapping(value, get_args(hint), where)
     return _convert_scalar(value, hint, where)
+
+
+def registry_of(hint: Any) -> Any:
+    """The registry whose configurations may stand where a base class is annotated, or None.
+
+    Such a base class sets `registry`; its subclasses are told apart by their `kind`.
+    """
+    return vars(hint).get("registry") if isinstance(hint, type) else None
+
+
+def _registered(hint: Any, value: Any, where: str, base: Any) -> Any:
+    """`hint` itself, or the subclass of it that the kind in `value`, or else in `base`, names."""
+    registry = registry_of(hint)
+    if registry is None or not isinstance(value, Mapping):
+        return hint
+    kind = value.get("kind", getattr(base, "kind", None))
+    if not isinstance(kind, str) or kind not in registry:
+        raise ConfigurationError(f"{where}: kind is {_short(kind)}; {nearest(str(kind), registry)}")
+    return registry.config_class(kind)
 
 
 def _convert_union(value: Any, hint: Any, where: str, base: Any) -> Any:
@@ -161,7 +181,9 @@ def _convert_union(value: Any, hint: Any, where: str, base: Any) -> Any:
         except SmaltiError:
             if len(options) == 1:
                 raise
-    raise SmaltiError(f"{where} is {_short(value)}; expected {' or '.join(map(_name, options))}")
+    raise ConfigurationError(
+        f"{where} is {_short(value)}; expected {' or '.join(map(_name, options))}"
+    )
 
 
 def _by_kind(value: Mapping, options: tuple[Any, ...], where: str) -> Any:
@@ -173,24 +195,24 @@ def _by_kind(value: Mapping, options: tuple[Any, ...], where: str) -> Any:
     }
     kind = value.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
-        raise SmaltiError(f"{where}: kind is {_short(kind)}; {nearest(str(kind), kinds)}")
+        raise ConfigurationError(f"{where}: kind is {_short(kind)}; {nearest(str(kind), kinds)}")
     return kinds[kind]
 
 
 def _convert_tuple(value: Any, hints: tuple[Any, ...], where: str) -> tuple:
     if not isinstance(value, list | tuple):
-        raise SmaltiError(f"{where} is {_short(value)}; expected a list")
+        raise ConfigurationError(f"{where} is {_short(value)}; expected a list")
     if len(hints) == 2 and hints[1] is Ellipsis:
         hints = (hints[0],) * len(value)
     if len(hints) != len(value):
-        raise SmaltiError(f"{where} has {len(value)} values; expected {len(hints)}")
+        raise ConfigurationError(f"{where} has {len(value)} values; expected {len(hints)}")
     pairs = zip(value, hints, strict=True)
     return tuple(_convert(v, h, f"{where}[{i}]") for i, (v, h) in enumerate(pairs))
 
 
 def _convert_mapping(value: Any, hints: tuple[Any, ...], where: str) -> dict:
     if not isinstance(value, Mapping):
-        raise SmaltiError(f"{where} is {_short(value)}; expected keys and values")
+        raise ConfigurationError(f"{where} is {_short(value)}; expected keys and values")
     inner = hints[1] if len(hints) == 2 else Any
     return {str(k): _convert(v, inner, f"{where}.{k}") for k, v in value.items()}
 
@@ -204,7 +226,7 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
         return Path(os.path.expanduser(value))  # no shell expands ~ in a recipe
     elif type(value) is hint:  # exact: a bool is not an int
         return value
-    raise SmaltiError(f"{where} is {_short(value)}; expected {_name(hint)}")
+    raise ConfigurationError(f"{where} is {_short(value)}; expected {_name(hint)}")
 
 
 def _finite(value: int | float | str) -> float | None:

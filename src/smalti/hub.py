@@ -9,9 +9,9 @@ registry, never imported; a missing, surplus or mis-shaped tensor is an error. A
 touches the network.
 """
 
-import importlib
 import json
 import os
+import pkgutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,11 +20,174 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from smalti.config import config_from_dict, config_to_dict, nearest
-from smalti.errors import SmaltiError
+from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.files import hash_weights, load_weights, read_json, save_weights, write_json
 
 if TYPE_CHECKING:
     import torch
+
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+COPY = "copy_of"  # in config.json of a model whose precision was changed by `cast`
+
+# Every registry, looked into only to say what a model is that was loaded as something else.
+REGISTRIES = ("smalti.tokenizer.registry:TOKENIZERS", "smalti.prior.registry:PRIORS")
+
+
+# -------------------------------------------------------------------------------------------------
+# Classes by name
+
+
+class Registry:
+    """Classes by name. An entry is a class, or "module:Class", imported only when it is asked for.
+
+    A registered class is a model or a part of one, and names its configuration in `Config`; a
+    configuration that needs no other class (a path, a solver) is registered itself.
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, str | type]) -> None:
+        self.kind = kind
+        self._entries = dict(entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def names(self) -> list[str]:
+        """All names, in order of registration."""
+        return list(self._entries)
+
+    def register(self, name: str, target: str | type) -> None:
+        """Add a class, or "module:Class", under a new name.
+
+        Raises:
+            ConfigurationError: the name is taken.
+        """
+        if name in self._entries:
+            raise ConfigurationError(f'a {self.kind} is already called "{name}": choose another')
+        self._entries[name] = target
+
+    def resolve(self, name: str) -> Any:
+        """The class registered under `name`.
+
+        Raises:
+            ConfigurationError: no such name; the message offers the nearest.
+        """
+        if name not in self._entries:
+            hint = nearest(name, self._entries)
+            raise ConfigurationError(f'no {self.kind} is called "{name}"; {hint}')
+        target = self._entries[name]
+        return pkgutil.resolve_name(target) if isinstance(target, str) else target
+
+    def config_class(self, name: str) -> type:
+        """The configuration of the class registered under `name`."""
+        cls = self.resolve(name)
+        return getattr(cls, "Config", cls)
+
+    def name_of(self, cls: type) -> str:
+        """The name under which `cls` is registered.
+
+        Raises:
+            ConfigurationError: it is not registered.
+        """
+        target = f"{cls.__module__}:{cls.__qualname__}"
+        for name, entry in self._entries.items():
+            if entry in (cls, target):
+                return name
+        raise ConfigurationError(
+            f"{cls.__name__} is not registered as a {self.kind}: register it in one line, "
+            f'registry.register("name", {cls.__name__})'
+        )
+
+    def configured(self, wanted: str | Mapping[str, Any]) -> Any:
+        """A registered dataclass by name, "heun", or with options, "ddim:eta=1.0" or
+        {"kind": "ddim", "eta": 1.0}.
+
+        Raises:
+            ConfigurationError: no such name, option or value.
+        """
+        options = named_options(wanted) if isinstance(wanted, str) else wanted
+        name = options.get("kind") if isinstance(options, Mapping) else None
+        if not isinstance(name, str):
+            raise ConfigurationError(
+                f"{self.kind} is {wanted!r}; give a name, name:option=value,... or "
+                '{"kind": name, option: value, ...}'
+            )
+        others = {key: value for key, value in options.items() if key != "kind"}
+        return config_from_dict(self.resolve(name), others, f"{self.kind} {name}")
+
+    def build(self, config: Any) -> Any:
+        """A new model of the class whose `Config` is the type of `config`.
+
+        Raises:
+            ConfigurationError: no registered class has such a `Config`.
+        """
+        for name in self._entries:
+            cls = self.resolve(name)
+            if cls.Config is type(config):
+                return cls(config)
+        raise ConfigurationError(f"no {self.kind} is configured by {type(config).__name__}")
+
+
+class Presets(Mapping[str, Any]):
+    """The configurations that registered classes name in `PRESETS`, all in one mapping.
+
+    It reads the registry at each use, so a class that is registered later is in it, too.
+
+    Args:
+        own: more of them, which come first.
+    """
+
+    def __init__(self, registry: Registry, own: Mapping[str, Any] | None = None) -> None:
+        self.registry, self.own = registry, dict(own or {})
+
+    def _all(self) -> dict[str, Any]:
+        classes = map(self.registry.resolve, self.registry)
+        registered = {name: preset for cls in classes for name, preset in cls.PRESETS.items()}
+        return {**self.own, **registered}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+def named_options(text: str) -> dict[str, Any]:
+    """ "ddim:eta=1.0,..." as {"kind": "ddim", "eta": 1.0, ...}; a name alone as {"kind": name}.
+
+    Raises:
+        ConfigurationError: what follows the colon is not option=value, or an option is repeated.
+    """
+    import yaml
+
+    kind, colon, rest = text.partition(":")
+    options: dict[str, Any] = {"kind": kind}
+    for part in rest.split(",") if colon else ():
+        name, equals, value = part.partition("=")
+        if not (name and equals and value):
+            raise ConfigurationError(
+                f'"{part}" in "{text}" is not an option: write {kind}:option=value,...'
+            )
+        if name in options:
+            raise ConfigurationError(f'"{name}" is repeated in "{text}": give each option once')
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigurationError(
+                f'"{value}" in "{text}" is not a value: write {kind}:{name}=1.0'
+            ) from error
+    return options
 
 
 # -------------------------------------------------------------------------------------------------
@@ -45,7 +208,7 @@ def chosen_dtype(
     """
     given, older = _read("dtype", dtype), _read("torch_dtype", torch_dtype)
     if given is not None and older is not None and given != older:
-        raise SmaltiError(
+        raise ConfigurationError(
             f"dtype is {dtype}, torch_dtype is {torch_dtype}: they mean the same, give one of them"
         )
     return older if given is None else given
@@ -63,7 +226,7 @@ def _read(
     if isinstance(value, torch.dtype) and value.is_floating_point:
         return value
     hint = nearest(str(value).removeprefix("torch."), {AS_SAVED, *NAMES.values()})
-    raise SmaltiError(f"{argument} is {value!r}, no precision of a model; {hint}")
+    raise ConfigurationError(f"{argument} is {value!r}, not a precision of a model; {hint}")
 
 
 def saved_dtype(path: Path) -> "torch.dtype | None":
@@ -99,7 +262,7 @@ def resolve_folder(
     parts = text.split("/")
     looks_like_path = isinstance(path_or_hub_id, Path) or text.startswith((".", "/", "~"))
     if looks_like_path or len(parts) != 2 or not all(parts) or os.path.isdir(parts[0]):
-        raise SmaltiError(f"folder not found: {path_or_hub_id}")
+        raise CheckpointError(f"folder not found: {path_or_hub_id}")
     import huggingface_hub
 
     try:
@@ -114,7 +277,7 @@ def resolve_folder(
         )
     except Exception as error:  # the Hub client raises many kinds; all mean "not available"
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SmaltiError(
+        raise CheckpointError(
             f'"{text}" is no local folder, and the Hub did not give it: {first_line}'
         ) from error
 
@@ -145,96 +308,7 @@ def upload(
 
 
 # -------------------------------------------------------------------------------------------------
-# Models by name, saved and loaded like any Hugging Face model, but strictly.
-
-__all__ = [
-    "Pretrained",
-    "Registry",
-    "chosen_dtype",
-    "config_from_dict",
-    "config_to_dict",
-    "resolve_folder",
-    "upload",
-    "write_json",
-]
-
-FORMAT_VERSION = 1
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-COPY = "copy_of"  # in config.json of a model whose precision was changed by `cast`
-
-# Every registry, looked into only to say what a model is that was loaded as something else.
-REGISTRIES = ("smalti.tokenizer.registry:TOKENIZERS", "smalti.prior.registry:PRIORS")
-
-
-class Registry:
-    """Classes by name; each entry is "module:Class" and is imported only when asked for."""
-
-    def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
-        self.kind = kind
-        self._entries = dict(entries)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def names(self) -> list[str]:
-        """All names, in order of registration."""
-        return list(self._entries)
-
-    def resolve(self, name: str) -> type:
-        """The class registered under `name`.
-
-        Raises:
-            SmaltiError: no such name; the message offers the nearest.
-        """
-        if name not in self._entries:
-            raise SmaltiError(f'no {self.kind} is called "{name}"; {nearest(name, self._entries)}')
-        return _import(self._entries[name])
-
-    def name_of(self, cls: type) -> str:
-        """The name under which `cls` is registered.
-
-        Raises:
-            SmaltiError: it is not.
-        """
-        target = f"{cls.__module__}:{cls.__qualname__}"
-        for name, entry in self._entries.items():
-            if entry == target:
-                return name
-        raise SmaltiError(f"{cls.__name__} is not registered as a {self.kind}")
-
-    def configured(self, wanted: str | Mapping[str, Any]) -> Any:
-        """A registered dataclass by name, "heun", or with options, {"kind": "ddim", "eta": 1}.
-
-        Raises:
-            SmaltiError: no such name, option or value.
-        """
-        known = isinstance(wanted, str | Mapping)
-        options = {"kind": wanted} if not isinstance(wanted, Mapping) else dict(wanted)
-        name = options.pop("kind", None) if known else None
-        if not isinstance(name, str):
-            raise SmaltiError(
-                f'{self.kind} is {wanted!r}; give a name, or {{"kind": name, option: value, ...}}'
-            )
-        return config_from_dict(self.resolve(name), options, f"{self.kind} {name}")
-
-    def build(self, config: Any) -> Any:
-        """A new model of the class whose `Config` is the type of `config`.
-
-        Raises:
-            SmaltiError: no registered class has such a `Config`.
-        """
-        for name in self._entries:
-            cls: Any = self.resolve(name)
-            if cls.Config is type(config):
-                return cls(config)
-        raise SmaltiError(f"no {self.kind} is configured by {type(config).__name__}")
+# Models that are saved and loaded
 
 
 @dataclass(frozen=True)
@@ -274,7 +348,9 @@ class Pretrained:
         }
         if self._copy_of is not None and self._copy_of.checksum == self.checksum:
             header[COPY] = config_to_dict(self._copy_of)
-        write_json(folder / CONFIG, {**header, **config_to_dict(self.config)})
+        write_json(
+            folder / CONFIG, {**header, **_rename_key(config_to_dict(self.config), "kind", "type")}
+        )
         return folder
 
     @classmethod
@@ -333,8 +409,9 @@ class Pretrained:
         copy = content.pop(COPY, None)
         target: Any = cls.registry.resolve(content.pop("type"))
         if not issubclass(target, cls):
-            raise SmaltiError(f"{folder} holds a {target.__name__}, not a {cls.__name__}")
-        return target, config_from_dict(target.Config, content, str(folder / CONFIG)), copy
+            raise CheckpointError(f"{folder} holds a {target.__name__}, not a {cls.__name__}")
+        settings = _rename_key(content, "type", "kind")
+        return target, config_from_dict(target.Config, settings, str(folder / CONFIG)), copy
 
     def cast(self, dtype: "torch.dtype") -> Self:
         """Change the precision of all weights in place, and keep the fingerprint; return self.
@@ -383,9 +460,20 @@ class Pretrained:
         return checksum
 
 
-def _import(entry: str) -> Any:
-    module, _, attribute = entry.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def _rename_key(content: Any, old: str, new: str) -> Any:
+    """Plain values in which every key `old` is called `new`.
+
+    A file says "type" of the model and of each of its parts, as Hugging Face's do; a dataclass
+    calls the same `kind`, for `type` is a builtin. Files of smalti 0.1 hold both words.
+    """
+    if isinstance(content, Mapping):
+        return {
+            new if key == old else key: _rename_key(value, old, new)
+            for key, value in content.items()
+        }
+    if isinstance(content, list | tuple):
+        return [_rename_key(value, old, new) for value in content]
+    return content
 
 
 def _check_target(folder: Path, registry: Registry) -> None:
@@ -393,13 +481,13 @@ def _check_target(folder: Path, registry: Registry) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise SmaltiError(f"{folder} is a file: choose a folder")
+        raise CheckpointError(f"{folder} is a file: choose a folder")
     if all(path.name.startswith(".tmp-") for path in folder.iterdir()):
         return
     try:
         _read_config(folder, registry)
     except SmaltiError as error:
-        raise SmaltiError(
+        raise CheckpointError(
             f"{folder} exists and is not a saved {registry.kind}: choose another folder"
         ) from error
 
@@ -407,16 +495,16 @@ def _check_target(folder: Path, registry: Registry) -> None:
 def _read_config(folder: Path, registry: Registry) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
-        raise SmaltiError(f"{folder} has no {CONFIG}: it is not a saved {registry.kind}")
+        raise CheckpointError(f"{folder} has no {CONFIG}: it is not a saved {registry.kind}")
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("type"), str):
-        raise SmaltiError(f'{path} has no "type": it is not a saved {registry.kind}')
+        raise CheckpointError(f'{path} has no "type": it is not a saved {registry.kind}')
     found = content.pop("format_version", None)
     if found != FORMAT_VERSION:
-        raise SmaltiError(f"{path} has format {found}; this smalti reads {FORMAT_VERSION}")
+        raise CheckpointError(f"{path} has format {found}; this smalti reads {FORMAT_VERSION}")
     content.pop("smalti_version", None)  # for people: which release wrote the file
     if content["type"] not in registry:
-        raise SmaltiError(f"{path}: {_unknown_type(content['type'], registry)}")
+        raise CheckpointError(f"{path}: {_unknown_type(content['type'], registry)}")
     return content
 
 
@@ -424,7 +512,7 @@ def _read_copy(content: Any, model: Pretrained, folder: Path) -> Copy:
     """What config.json says the weights are a copy of, if they are still those that were saved."""
     copy = config_from_dict(Copy, content, f"{folder / CONFIG}: {COPY}")
     if copy.checksum != model.checksum:
-        raise SmaltiError(
+        raise CheckpointError(
             f"{folder / WEIGHTS} is not the copy of {copy.fingerprint[:12]} that {CONFIG} speaks "
             f'of: save it again, or remove "{COPY}" from {CONFIG} if it is another model now'
         )
@@ -432,7 +520,7 @@ def _read_copy(content: Any, model: Pretrained, folder: Path) -> Copy:
 
 
 def _unknown_type(name: str, registry: Registry) -> str:
-    for other in map(_import, REGISTRIES):
+    for other in map(pkgutil.resolve_name, REGISTRIES):
         if name in other:
             return f'"{name}" is a {other.kind}, not a {registry.kind}'
     return f'no {registry.kind} is called "{name}"; {nearest(name, registry)}'
@@ -453,6 +541,6 @@ def _build(target: Any, config: Any, folder: Path) -> Any:
         ValueError,
     ) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SmaltiError(
+        raise CheckpointError(
             f"{folder / CONFIG} describes an impossible model: {first_line}"
         ) from error

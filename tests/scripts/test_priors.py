@@ -301,10 +301,10 @@ def test_the_demo_refuses_a_pair_that_does_not_fit(asked, message: str) -> None:
     ("solver", "message"),
     [
         ("ddpm:variance=learned", "this network predicts no variance"),
-        ("ddim:eta=[1", '"[1" in "ddim:eta=[1" is no value'),
-        ("ddim:eta=1,eta=0", '"eta" stands twice'),
-        ("ddim:kind=heun", '"kind" stands twice'),
-        ("ddim:eta", "is no option"),
+        ("ddim:eta=[1", '"[1" in "ddim:eta=[1" is not a value'),
+        ("ddim:eta=1,eta=0", '"eta" is repeated'),
+        ("ddim:kind=heun", '"kind" is repeated'),
+        ("ddim:eta", "is not an option"),
         ("huen", 'did you mean "heun"'),
     ],
 )
