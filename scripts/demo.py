@@ -20,9 +20,9 @@ import torch
 from smalti.cli import parse_config, run_command
 from smalti.config import config_to_dict, nearest
 from smalti.data.dataset import DataOptions
-from smalti.data.latents import CodeSpec
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 from smalti.files import first_difference, write_json
+from smalti.prior.base import Prior
 from smalti.prior.presets import PRESETS as PRIORS
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.evaluate import EvaluateConfig, evaluate, table
@@ -35,10 +35,9 @@ from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.discriminators.patchgan import PatchGANConfig
 from smalti.tokenizer.losses.objective import ObjectiveConfig
 from smalti.tokenizer.presets import PRESETS as TOKENIZERS
-from smalti.tokenizer.presets import TokenizerConfig
 
 # -------------------------------------------------------------------------------------------------
-# What the demo trains: a scale for each kind of machine, with a recipe for each kind of prior.
+# What the demo trains: a scale for each kind of machine, with a recipe for each kind of prior
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Scale:
         )
 
 
-SAMPLING = {"flow": Sampling(num_inference_steps=12)}
+SAMPLING = {"flow": Sampling(num_inference_steps=12)}  # type: ignore[call-arg]
 TOKENIZER_CPU = TrainTokenizerConfig(
     tokenizer=TOKENIZERS["vq-32-tiny"],
     objective=ObjectiveConfig(
@@ -157,7 +156,7 @@ SCALES = {
 
 
 # -------------------------------------------------------------------------------------------------
-# The whole way in one command: pictures -> tokenizer -> latents -> prior -> new pictures.
+# The four stages, each resumed where it stopped
 
 SETTINGS = "demo.json"
 
@@ -228,7 +227,7 @@ def chosen_scale(config: DemoConfig) -> Scale:
     """What to do on this machine, with the tokenizer and the prior that were asked for.
 
     Raises:
-        SmaltiError: no such tokenizer or prior, or the two do not fit.
+        ConfigurationError: no such tokenizer or prior, or the two do not fit.
     """
     name = "quick" if config.quick else "gpu" if torch.cuda.is_available() else "cpu"
     kind = _kind(config)
@@ -246,32 +245,28 @@ def chosen_scale(config: DemoConfig) -> Scale:
 
 
 def _kind(config: DemoConfig) -> str:
-    """The kind of prior: as asked for, or what models the latents of the tokenizer."""
+    """The kind of prior: as asked for, or the first that models the latents of the tokenizer."""
     for what, name, known in (
         ("tokenizer", config.tokenizer, TOKENIZERS),
         ("prior", config.prior, PRIORS),
     ):
         if name and name not in known:
-            raise SmaltiError(f'no {what} preset is called "{name}"; {nearest(name, known)}')
-    wanted = PRIORS[config.prior].kind if config.prior else ""
+            raise ConfigurationError(f'no {what} preset is called "{name}"; {nearest(name, known)}')
     if not config.tokenizer:
-        return wanted or "next-token"
-    fitting = _kind_for(TOKENIZERS[config.tokenizer])
-    if wanted and wanted != fitting:
-        raise SmaltiError(
-            f"{config.prior} is a {wanted} prior; the latents of {config.tokenizer} need a "
-            f"{fitting} prior: leave out --tokenizer or --prior"
-        )
-    return fitting
-
-
-def _kind_for(tokenizer: TokenizerConfig) -> str:
-    """The kind of prior that models its latents."""
+        return PRIORS[config.prior].kind if config.prior else "next-token"
     with torch.device("meta"):
-        spec = Tokenizer.registry.build(tokenizer).spec
-    if not isinstance(spec, CodeSpec):
-        return "flow"
-    return "next-token" if len(spec.grids) == 1 else "next-scale"
+        spec = Tokenizer.registry.build(TOKENIZERS[config.tokenizer]).spec
+    registry = Prior.registry
+    fitting = [kind for kind in registry if registry.resolve(kind).models(spec)]
+    if not config.prior:
+        return fitting[0]
+    wanted = PRIORS[config.prior].kind
+    if wanted not in fitting:
+        raise ConfigurationError(
+            f"{config.prior} is a {wanted} prior; the latents of {config.tokenizer} need a "
+            f"{' or '.join(fitting)} prior: leave out --tokenizer or --prior"
+        )
+    return wanted
 
 
 def _claim(config: DemoConfig) -> None:
@@ -279,7 +274,7 @@ def _claim(config: DemoConfig) -> None:
     folder, settings = config.output_dir, config_to_dict(config)
     del settings["output_dir"]
     if folder.exists() and not folder.is_dir():
-        raise SmaltiError(f"{folder} is a file, not a folder: choose another --output_dir")
+        raise ConfigurationError(f"{folder} is a file, not a folder: choose another --output_dir")
     held = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if held - {SETTINGS}:
         _refuse_another_demo(folder, settings)
@@ -290,11 +285,11 @@ def _claim(config: DemoConfig) -> None:
 def _refuse_another_demo(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     if not path.is_file():
-        raise SmaltiError(f"{folder} is not empty: choose another --output_dir")
+        raise ConfigurationError(f"{folder} is not empty: choose another --output_dir")
     different = first_difference(path, settings)
     if different:
         name, value = different
-        raise SmaltiError(
+        raise ConfigurationError(
             f"{folder} holds a demo with another {name} ({value}): choose another --output_dir"
         )
 

@@ -49,8 +49,18 @@ def prior() -> NextTokenPrior:
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """A folder of 24 noisy pictures, 40 x 36 px, in the classes blue, green and red."""
+    return make_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture(scope="session")
+def pictures_once(tmp_path_factory) -> Path:
+    """The same pictures for tests that leave them as they are."""
+    return make_pictures(tmp_path_factory.mktemp("once") / "pictures")
+
+
+def make_pictures(root: Path) -> Path:
+    """Write them; return the folder."""
     random = np.random.default_rng(0)
-    root = tmp_path / "pictures"
     for channel, name in enumerate(("red", "green", "blue")):
         (root / name).mkdir(parents=True)
         for number in range(8):
