@@ -458,8 +458,8 @@ def read_only(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (full_for_safetensors, "make room, or choose another disk"),
-        (full_for_json, "make room, or choose another disk"),
+        (full_for_safetensors, "free some space, or choose another disk"),
+        (full_for_json, "free some space, or choose another disk"),
         (full_from_the_start, "MB and 0.0 MB are free; checkpoint-000002 is kept"),
         (read_only, "check the permissions"),
     ],

@@ -1,24 +1,42 @@
 """smalti: train your own image generator in two stages, on your own pictures.
 
-The names below are loaded when first used, so that `import smalti` is quick.
+`Pipeline`, `Prior` and `Tokenizer` are imported when first used, so that `import smalti` is quick.
 """
 
 import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from smalti.errors import SmaltiError
+from smalti.errors import (
+    CheckpointError,
+    ConfigurationError,
+    ConversionError,
+    DataError,
+    GenerationError,
+    SmaltiError,
+)
 
 if TYPE_CHECKING:
     from smalti.pipelines.pipeline import Pipeline
     from smalti.prior.base import Prior
     from smalti.tokenizer.base import Tokenizer
 
-__all__ = ["Pipeline", "Prior", "SmaltiError", "Tokenizer", "__version__"]
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "ConversionError",
+    "DataError",
+    "GenerationError",
+    "Pipeline",
+    "Prior",
+    "SmaltiError",
+    "Tokenizer",
+    "__version__",
+]
 
 __version__ = version("smalti")
 
-_HOMES = {
+_MODULES = {
     "Pipeline": "smalti.pipelines.pipeline",
     "Prior": "smalti.prior.base",
     "Tokenizer": "smalti.tokenizer.base",
@@ -26,8 +44,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'smalti' has no attribute {name!r}")
 
 

@@ -23,7 +23,7 @@ from smalti.config import (
     recipe_text,
     registry_of,
 )
-from smalti.errors import EXIT_INTERRUPTED, SmaltiError
+from smalti.errors import EXIT_INTERRUPTED, ConfigurationError, SmaltiError
 
 T = TypeVar("T")
 
@@ -40,11 +40,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("smalti.scripts.evaluate", "measure a saved tokenizer or pipeline"),
     "convert": ("smalti.scripts.convert", "published weights -> a folder of smalti's"),
     "export": ("smalti.scripts.export", "a model -> the file that other code reads"),
-    "info": ("smalti.scripts.info", "what a folder is, whether it is whole, how to go on"),
+    "info": ("smalti.scripts.info", "what a folder is, whether it is complete, what to do next"),
     "interpolate": ("smalti.scripts.interpolate", "blend two pictures in latent space"),
     "attribute": ("smalti.scripts.attribute", "add the difference of two classes to pictures"),
     "traverse": ("smalti.scripts.traverse", "vary single latent channels of a picture"),
-    "invert": ("smalti.scripts.invert", "search the latents that draw given pictures"),
+    "invert": ("smalti.scripts.invert", "find the latents of given pictures by optimisation"),
 }
 
 BOX_FRAME = " ╭╮╰╯│─"  # around what tyro says
@@ -56,27 +56,27 @@ WORKER_REMEDY = (
     "lower --dataloader_num_workers, and go on with --resume_from_checkpoint latest if a run ended"
 )
 
-# Faults that one line can tell, and the remedy. Any other is a defect of ours and keeps its
-# traceback.
+# Errors of the system that one line explains, with the remedy. Any other keeps its traceback: it
+# is a defect of smalti.
 MACHINE_FAULTS = {
     getattr(errno, name): remedy
     for name, remedy in (
-        ("ENOSPC", "make room, or choose another disk"),
-        ("EDQUOT", "make room, or choose another disk"),
-        ("EACCES", "check the permissions, or choose another place"),
-        ("EPERM", "check the permissions, or choose another place"),
+        ("ENOSPC", "free some space, or choose another disk"),
+        ("EDQUOT", "free some space, or choose another disk"),
+        ("EACCES", "check the permissions, or choose another path"),
+        ("EPERM", "check the permissions, or choose another path"),
         ("ENOENT", "check the path"),
-        ("EROFS", "choose a place that can be written"),
+        ("EROFS", "choose a path that can be written"),
         ("ENAMETOOLONG", "choose a shorter name"),
-        ("EEXIST", "a file stands where a folder is needed; choose another place"),
-        ("ENOTDIR", "a file stands where a folder is needed; choose another place"),
-        ("EISDIR", "a folder stands where a file is needed; choose another place"),
+        ("EEXIST", "a file exists where a folder is expected: choose another path"),
+        ("ENOTDIR", "a file exists where a folder is expected: choose another path"),
+        ("EISDIR", "a folder exists where a file is expected: choose another path"),
     )
     if hasattr(errno, name)  # EDQUOT is unknown on Windows
 }
 
-# What PyYAML lets through on values like 2020-13-45, !!int x, !!bool x, !!timestamp x, or on a
-# recipe nested without end.
+# PyYAML raises these, not YAMLError, on values like 2020-13-45, !!int x, !!bool x, !!timestamp x,
+# and on very deep nesting.
 UNTRANSLATED_BY_YAML = (ValueError, LookupError, AttributeError, RecursionError)
 
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: Sequence[str] | None) -> int | None:
-    """Run the command that the first argument names with the others."""
+    """Run the command that the first argument names, with the remaining arguments."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else EXIT_MISTAKE
@@ -95,19 +95,19 @@ def _dispatch(arguments: Sequence[str] | None) -> int | None:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        raise SmaltiError(f'no command is called "{name}"; {nearest(name, COMMANDS)}')
+        raise ConfigurationError(f'no command is called "{name}"; {nearest(name, COMMANDS)}')
     return importlib.import_module(COMMANDS[name][0]).main(rest)
 
 
 def run_command(
     command: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
 ) -> int:
-    """Run a command so that a mistake ends in one clear line, not in a traceback.
+    """Run a command so that a mistake ends in one clear line instead of a traceback.
 
     Returns:
         The exit status: what the command returned, EXIT_MISTAKE, EXIT_FAILURE or EXIT_INTERRUPTED.
     """
-    first = os.environ.get("RANK", "0") == "0"  # of a job, whose processes do alike
+    first = os.environ.get("RANK", "0") == "0"  # all processes of a job log the same
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
@@ -118,7 +118,7 @@ def run_command(
         return _complain(str(error))
     except KeyboardInterrupt:
         return _complain("interrupted", EXIT_INTERRUPTED)
-    except BrokenPipeError:  # whoever read what we print has had enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
     except RuntimeError as error:
@@ -134,8 +134,8 @@ def run_command(
 
 
 def leave_job() -> None:
-    """End the talk with the other processes of a job, if there are any, when all is done. Left to
-    the end of the interpreter, its threads abort the process now and then."""
+    """Close the connection to the other processes of a job, if there is one. Left open until the
+    interpreter ends, its threads abort the process now and then."""
     distributed: Any = sys.modules.get("torch.distributed")  # not imported for this
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -145,11 +145,11 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     """The configuration of a command: defaults, then `--config FILE`, then flags.
 
     A class may have `PRESETS`, a mapping from a field to its named presets; `--field.preset NAME`
-    or `preset: NAME` in the recipe then chooses what the other values of that field start from.
-    The flag is refused beside a recipe that gives values of the field, for those would win. Where
-    a field may hold configurations of several kinds, `--field.kind NAME` begins with another one.
-    With `SAVED`, a mapping from a field to a function, `initial` begins with what that function
-    says of the model it names.
+    or `preset: NAME` in the recipe then chooses the values that the field starts from. The flag is
+    refused if the recipe gives values of the field, because those would override it. Where a field
+    may hold configurations of several kinds, `--field.kind NAME` starts from the defaults of that
+    kind. `SAVED` maps a field to a function that reads its values from the saved model that
+    `initial` names.
     `--print-config` prints the result as a recipe and exits.
 
     Raises:
@@ -170,8 +170,8 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     kinds = _take_kinds(arguments)
     _refuse_two_kinds(base, flags, kinds)
     default = config_from_dict(config_class, kinds, "command line", default)
-    # tyro shows the comment beside each field as its help text, and lets a field that is annotated
-    # with a base class be of its default's class.
+    # tyro shows the comment beside each field as its help text, and a field that is annotated
+    # with a base class takes the class of its default.
     with _mistakes_as_one_line(prog), _all_kinds_shown(default):
         config = tyro.cli(
             config_class,
@@ -222,7 +222,7 @@ def _classes_with_kinds(config: Any) -> dict[type, Any]:
 
 @contextlib.contextmanager
 def _mistakes_as_one_line(prog: str) -> Iterator[None]:
-    """tyro frames a mistake in a box of several lines and exits: tell it as all our errors."""
+    """tyro prints a mistake in a box of several lines and exits: raise it as a one-line error."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -231,7 +231,7 @@ def _mistakes_as_one_line(prog: str) -> Iterator[None]:
         if not stop.code:
             raise
         cause: BaseException | None = stop
-        while cause is not None:  # what a config class itself found wrong
+        while cause is not None:  # an error that a config class itself raised
             if isinstance(cause, SmaltiError):
                 raise cause from None
             cause = cause.__context__
@@ -241,14 +241,14 @@ def _mistakes_as_one_line(prog: str) -> Iterator[None]:
             .partition("For full helptext")[0]
             .strip()
         )
-        raise SmaltiError(f"{text.rstrip('.')}; {prog} --help lists the options") from None
+        raise ConfigurationError(f"{text.rstrip('.')}; {prog} --help lists the options") from None
 
 
 def _with_presets(
     config_class: type[T], recipe: dict[str, Any], arguments: list[str], where: str
 ) -> T:
-    """The defaults of a class with the presets that the flags or the recipe name, or with the
-    settings of the saved model that training is to begin with."""
+    """The defaults of a class, with the presets that the flags or the recipe name, or with the
+    settings of the saved model that `initial` names."""
     chosen: dict[str, Any] = {}
     tables: Mapping[str, Mapping[str, Any]] = getattr(config_class, "PRESETS", {})
     for field, presets in tables.items():
@@ -256,15 +256,15 @@ def _with_presets(
         name = part.pop("preset", None) if isinstance(part, dict) else None
         flag = _take(arguments, f"--{field}.preset")
         if flag is not None and part:
-            raise SmaltiError(
-                f"{where} gives values of {field}, which --{field}.preset {flag} would not "
-                f"replace: write preset: {flag} into a recipe without them, or leave the flag out"
+            raise ConfigurationError(
+                f"{where} gives values of {field}, which would override --{field}.preset {flag}: "
+                f"write preset: {flag} into a recipe without them, or leave the flag out"
             )
         name = name if flag is None else flag
         if name is None:
             continue
         if not isinstance(name, str) or name not in presets:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f'{where}: no preset is called "{name}"; {nearest(str(name), presets)}'
             )
         chosen[field] = presets[name]
@@ -295,20 +295,20 @@ def _refuse_two_kinds(base: Any, flags: list[str], kinds: Mapping[str, Any]) -> 
         preset, chosen = _take(list(flags), f"--{field}.preset"), getattr(base, field)
         wanted = kinds.get(field, {}).get("kind")
         if preset and wanted not in (None, getattr(chosen, "kind", None)):
-            raise SmaltiError(
-                f"--{field}.preset {preset} is not of the kind {wanted}: leave out one of the two"
+            raise ConfigurationError(
+                f"--{field}.preset {preset} is not of kind {wanted}: leave out one of the two flags"
             )
 
 
 def _take(arguments: list[str], flag: str) -> str | None:
-    """Remove `flag VALUE` or `flag=VALUE` from the arguments; the last one counts."""
+    """Remove every `flag VALUE` and `flag=VALUE` from the arguments; return the last value."""
     value = None
     position = 0
     while position < len(arguments):
         argument = arguments[position]
         if argument == flag:
             if position + 1 >= len(arguments):
-                raise SmaltiError(f"{flag} needs a value")
+                raise ConfigurationError(f"{flag} needs a value")
             value = arguments[position + 1]
             del arguments[position : position + 2]
         elif argument.startswith(f"{flag}="):
@@ -323,7 +323,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
-        raise SmaltiError(f"the recipe {path} does not exist: check --config")
+        raise ConfigurationError(f"the recipe {path} does not exist: check --config")
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
         _refuse_repeated_keys(node, path)
@@ -331,14 +331,14 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     except SmaltiError:
         raise
     except (yaml.YAMLError, *UNTRANSLATED_BY_YAML) as error:
-        raise SmaltiError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise SmaltiError(f"{path} holds no keys and values: it is not a recipe")
+        raise ConfigurationError(f"{path} is not a recipe: it holds no keys and values")
     return content
 
 
 def _refuse_repeated_keys(node: Any, path: Path) -> None:
-    """YAML would silently let the last of two equal keys win."""
+    """Raise `ConfigurationError` on a repeated key; YAML would silently take the last one."""
     import yaml
 
     if not isinstance(node, yaml.MappingNode):
@@ -347,7 +347,7 @@ def _refuse_repeated_keys(node: Any, path: Path) -> None:
     for key, value in node.value:
         if str(key.value) in seen:
             line = key.start_mark.line + 1
-            raise SmaltiError(f'{path}, line {line}: the key "{key.value}" stands twice')
+            raise ConfigurationError(f'{path}, line {line}: the key "{key.value}" is repeated')
         seen.add(str(key.value))
         _refuse_repeated_keys(value, path)
 
@@ -361,9 +361,9 @@ def _description(config_class: type) -> str:
 
 
 def _complain(message: str, status: int = EXIT_MISTAKE) -> int:
-    """One line on stderr; returns the status. What every process of a job would say of the same
-    mistake is said by the first; the fault of a machine is said where it happens."""
-    if message.startswith("Caught "):  # torch wraps what a loader's worker raises in a traceback
+    """Print one line on stderr; return the status. A mistake in the input is the same on every
+    process of a job and printed by the first; an error of the machine is printed by its process."""
+    if message.startswith("Caught "):  # torch adds the traceback of a loader worker
         message = message.rstrip().splitlines()[-1].partition(": ")[2]
     line = " ".join(message.split())
     shown = "".join(letter if letter.isprintable() else "?" for letter in line)

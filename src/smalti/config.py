@@ -27,7 +27,7 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def check_at_least(least: float, config: Any, *names: str) -> None:
-    """Raise `SmaltiError` unless the fields of a config with these names are `least` or more."""
+    """Raise `ConfigurationError` unless each of the named fields is `least` or more."""
     for name in names:
         value = getattr(config, name)
         if not value >= least:  # NaN is not
@@ -65,7 +65,7 @@ def first_difference(config: Any, other: Any, name: str, free: str = "") -> Diff
 
 
 def config_to_dict(config: Any) -> Any:
-    """A dataclass, with all that is nested in it, as values that JSON and YAML can hold."""
+    """A dataclass and everything nested in it as values that JSON and YAML can hold."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {
             field.name: config_to_dict(getattr(config, field.name))
@@ -93,8 +93,8 @@ def config_from_dict(cls: type[T], data: Any, where: str, base: T | None = None)
         base: values for the keys that `data` lacks; without it only declared defaults are used.
 
     Raises:
-        SmaltiError: an unknown or missing key, a value of the wrong type, or one that the class
-            refuses.
+        ConfigurationError: an unknown or missing key, a value of the wrong type, or a value that
+            the class refuses.
     """
     if not isinstance(data, Mapping):
         raise ConfigurationError(
@@ -116,7 +116,7 @@ def config_from_dict(cls: type[T], data: Any, where: str, base: T | None = None)
             raise ConfigurationError(f'{where}: the key "{name}" is missing')
     try:
         return cls(**values)
-    except (ArithmeticError, ValueError) as error:  # what the class itself finds wrong
+    except (ArithmeticError, ValueError) as error:  # raised by the class itself
         raise ConfigurationError(f"{where}: {error}") from error
 
 
@@ -126,7 +126,7 @@ def _has_default(field: dataclasses.Field) -> bool:
 
 
 def _convert(value: Any, hint: Any, where: str, base: Any = None) -> Any:
-    """`value` as the annotation `hint` wants it."""
+    """`value` as an instance of the annotation `hint`."""
     origin = get_origin(hint)
     if hint is Any:
         return value
@@ -243,6 +243,6 @@ def _name(hint: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """How a value stands in a message, which remains one readable line."""
+    """A value as text that fits into one line of a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

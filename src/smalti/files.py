@@ -1,4 +1,7 @@
-"""Files: written so that a reader finds the old one or the new one, read so that damage is told."""
+"""Files on disk: replaced as a whole when written, checked when read.
+
+Text, JSON, JSON lines, and the weights of models as safetensors.
+"""
 
 import errno
 import hashlib
@@ -14,14 +17,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from smalti.config import nearest
-from smalti.errors import SmaltiError
+from smalti.errors import CheckpointError, SmaltiError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-
-# -------------------------------------------------------------------------------------------------
-# Files: written so that a reader finds the old one or the new one, read so that damage is told.
 
 
 @contextmanager
@@ -36,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         with write_errors(path):
             yield temporary
-        temporary.chmod(mode)  # safetensors makes files that only their owner may read
+        temporary.chmod(mode)  # safetensors creates files that only their owner may read
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -46,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn what safetensors says of a full or failing disk into the `OSError` that it was."""
+    """Raise the `OSError` behind a `SafetensorError`, for example that the disk is full."""
     try:
         yield
     except SafetensorError as error:
@@ -79,7 +78,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
         SmaltiError: the file is not UTF-8, or not JSON.
@@ -92,15 +91,15 @@ def read_json(path: Path) -> Any:
 
 
 def first_difference(path: Path, settings: dict[str, Any]) -> tuple[str, Any] | None:
-    """Name and stored value of the first of `settings` that a JSON file has otherwise, or None.
+    """Name and stored value of the first of `settings` that differs in a JSON file, or None.
 
     Raises:
         SmaltiError: the file is damaged, or holds no settings.
     """
     stored = read_json(path)
     if not isinstance(stored, dict):
-        raise SmaltiError(f"{path} holds no settings: choose another output folder")
-    wanted = json.loads(json.dumps(settings))  # a tuple comes back as a list
+        raise SmaltiError(f"{path} does not hold settings: choose another output folder")
+    wanted = json.loads(json.dumps(settings))  # tuples become lists
     return next(((k, stored.get(k)) for k in wanted if stored.get(k) != wanted[k]), None)
 
 
@@ -124,7 +123,7 @@ def drop_lines_after(path: Path, step: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; damaged ones, as a killed run leaves them, are left out."""
+    """The lines of a log; incomplete ones, which a killed run leaves, are skipped."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -137,10 +136,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 # -------------------------------------------------------------------------------------------------
-# Weights on disk: one safetensors file, written whole and read strictly.
-#
-# A file from the Hub is a stranger's: its tensors are compared with the model, and the size of the
-# model with its tensors, before any memory is taken. Pickle is never read.
+# Weights: one safetensors file. Its names and shapes are compared with those of the model, and the
+# number of the model's parameters with the file, before memory is allocated. Pickle is never read.
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -190,15 +187,15 @@ def load_weights(build: "Callable[[], nn.Module]", path: Path) -> "nn.Module":
     stays as it was.
 
     Raises:
-        SmaltiError: the file is missing or damaged; a tensor is missing, unknown, or of the wrong
-            shape or kind.
+        CheckpointError: the file is missing or damaged; a tensor is missing, unknown, or has
+            the wrong shape or kind.
     """
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise SmaltiError(f"{path.parent} has no {path.name}{_pickle_hint(path.parent)}")
+        raise CheckpointError(f"{path.parent} has no {path.name}{_pickle_hint(path.parent)}")
     try:
         found = _read_headers(path)
         with torch.device("meta"), _registering_at_most(4 * len(found) + 64, path):
@@ -208,7 +205,7 @@ def load_weights(build: "Callable[[], nn.Module]", path: Path) -> "nn.Module":
             model = build()
         model.load_state_dict(load_file(path))
     except SafetensorError as error:
-        raise SmaltiError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     return model
 
 
@@ -223,7 +220,7 @@ def _read_headers(path: Path) -> dict[str, _Header]:
 
     headers = {}
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (it is no dict)
+        for name in file.keys():  # noqa: SIM118 (not a dict)
             part = file.get_slice(name)
             code = part.get_dtype()
             kind = "bool" if code == "BOOL" else KINDS[code[0]]
@@ -242,7 +239,7 @@ def _header(tensor: "Tensor") -> _Header:
 def _registering_at_most(limit: int, path: Path) -> Iterator[None]:
     """Stop building a model once it has more than `limit` parameters.
 
-    A config that asks for a billion layers would otherwise never come to the comparison.
+    A config with a billion layers would otherwise never reach the comparison.
     """
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -252,7 +249,9 @@ def _registering_at_most(limit: int, path: Path) -> Iterator[None]:
         nonlocal count
         count += 1
         if count > limit:
-            raise SmaltiError(f"{path} has far fewer tensors than the model that the config names")
+            raise CheckpointError(
+                f"{path} has far fewer tensors than the model that the config names"
+            )
 
     handle = register_module_parameter_registration_hook(on_parameter)
     try:
@@ -266,16 +265,18 @@ def _compare(expected: dict[str, _Header], found: dict[str, _Header], path: Path
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         hint = f"; it has {surplus[0]}, which is unknown" if surplus else ""
-        raise SmaltiError(f"{path} lacks the tensor {missing[0]}{more}{hint}")
+        raise CheckpointError(f"{path} lacks the tensor {missing[0]}{more}{hint}")
     if surplus:
         hint = nearest(surplus[0], expected)
-        raise SmaltiError(f"{path} has a tensor {surplus[0]} that the model does not know; {hint}")
+        raise CheckpointError(
+            f"{path} has a tensor {surplus[0]} that the model does not have; {hint}"
+        )
     for name, header in expected.items():
         if found[name].shape != header.shape:
-            raise SmaltiError(
+            raise CheckpointError(
                 f"{path}: {name} has shape {found[name].shape}; the config says {header.shape}"
             )
         if found[name].kind != header.kind:
-            raise SmaltiError(
+            raise CheckpointError(
                 f"{path}: {name} holds {found[name].kind} numbers; the model takes {header.kind}"
             )

@@ -1,4 +1,4 @@
-"""Models by name, saved and loaded like any Hugging Face model, but strictly.
+"""Models by name; saving and loading them like any Hugging Face model, but strictly.
 
     folder/config.json          {"type": registry name, "format_version": 1, "smalti_version": ...,
                                  and the fields of the model's config}
@@ -32,7 +32,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 COPY = "copy_of"  # in config.json of a model whose precision was changed by `cast`
 
-# Every registry, looked into only to say what a model is that was loaded as something else.
+# The registries of models: an error names the right one if a model is loaded as another kind.
 REGISTRIES = ("smalti.tokenizer.registry:TOKENIZERS", "smalti.prior.registry:PRIORS")
 
 
@@ -191,8 +191,7 @@ def named_options(text: str) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------
-# The precision that a model is loaded in, as users of Hugging Face say it: a `torch.dtype`, its
-# name, or "auto".
+# The precision of a loaded model: a `torch.dtype`, its name, or "auto", the one it was saved in
 
 AS_SAVED = "auto"
 NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # in safetensors
@@ -201,15 +200,15 @@ NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64
 def chosen_dtype(
     dtype: "torch.dtype | str | None", torch_dtype: "torch.dtype | str | None"
 ) -> "torch.dtype | Literal['auto'] | None":
-    """What `dtype=` and `torch_dtype=`, its older name, ask for together; None: neither is given.
+    """The value of `dtype=` or of `torch_dtype=`, its older name; None if neither is given.
 
     Raises:
-        SmaltiError: they differ, or one of them is no floating-point type.
+        ConfigurationError: they differ, or one is not a floating-point type.
     """
     given, older = _read("dtype", dtype), _read("torch_dtype", torch_dtype)
     if given is not None and older is not None and given != older:
         raise ConfigurationError(
-            f"dtype is {dtype}, torch_dtype is {torch_dtype}: they mean the same, give one of them"
+            f"dtype is {dtype}, torch_dtype is {torch_dtype}: they mean the same: give one of them"
         )
     return older if given is None else given
 
@@ -241,7 +240,7 @@ def saved_dtype(path: Path) -> "torch.dtype | None":
 
 
 # -------------------------------------------------------------------------------------------------
-# Model folders from the Hugging Face Hub and to it. A local folder never touches the network.
+# Model folders, local or from the Hugging Face Hub; a local folder never touches the network
 
 
 def resolve_folder(
@@ -254,7 +253,7 @@ def resolve_folder(
     """A local folder, or the local copy of a Hub repository (JSON, safetensors and model card).
 
     Raises:
-        SmaltiError: no such folder, or the Hub cannot give it.
+        CheckpointError: no such folder, or the Hub cannot give it.
     """
     text = os.path.expanduser(str(path_or_hub_id))
     if os.path.isdir(text):
@@ -275,10 +274,10 @@ def resolve_folder(
                 allow_patterns=["*.json", "*.safetensors", "*.md", "samples.png"],
             )
         )
-    except Exception as error:  # the Hub client raises many kinds; all mean "not available"
+    except Exception as error:  # the Hub client raises many types; all mean "not available"
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f'"{text}" is no local folder, and the Hub did not give it: {first_line}'
+            f'"{text}" is not a local folder, and cannot be downloaded from the Hub: {first_line}'
         ) from error
 
 
@@ -313,14 +312,14 @@ def upload(
 
 @dataclass(frozen=True)
 class Copy:
-    """Says that weights with the hash `checksum` are those of the model `fingerprint`, rounded."""
+    """Weights with the hash `checksum` are those of the model `fingerprint`, rounded by `cast`."""
 
     fingerprint: str
     checksum: str
 
 
 class Pretrained:
-    """What makes an `nn.Module` saveable; a mixin.
+    """A mixin that saves and loads an `nn.Module`.
 
     A subclass sets `Config`, keeps its config in `self.config`, and is built by `cls(config)`. Its
     base class sets `registry`; `from_pretrained` on the base class finds the class by "type".
@@ -329,13 +328,13 @@ class Pretrained:
     registry: ClassVar[Registry]
     Config: ClassVar[type]
     config: Any
-    _copy_of: Copy | None = None  # set by `cast`; void as soon as the weights change
+    _copy_of: Copy | None = None  # set by `cast`; no longer valid once the weights change
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write config.json and model.safetensors into the folder `path`.
 
         Raises:
-            SmaltiError: the folder exists and holds something that is not a model of this kind.
+            CheckpointError: the folder exists and holds something that is not a model of this kind.
         """
         folder = Path(path)
         _check_target(folder, self.registry)
@@ -374,7 +373,7 @@ class Pretrained:
             torch_dtype: another name of `dtype`.
 
         Raises:
-            SmaltiError: nothing there; another kind of model; a config key or a tensor is
+            CheckpointError: nothing there; another kind of model; a config key or a tensor is
                 missing, unknown or of the wrong type or shape; a file is damaged; no such
                 precision.
         """
@@ -398,13 +397,13 @@ class Pretrained:
         """The config of the model in a local folder, without its weights.
 
         Raises:
-            SmaltiError: nothing there; another kind of model; a config key is wrong.
+            CheckpointError: nothing there; another kind of model; a config key is wrong.
         """
         return cls._saved(folder)[1]
 
     @classmethod
     def _saved(cls, folder: Path) -> tuple[Any, Any, Any]:
-        """The class, the config, and what config.json says of a copy."""
+        """The class, the config, and the `copy_of` entry of config.json."""
         content = _read_config(folder, cls.registry)
         copy = content.pop(COPY, None)
         target: Any = cls.registry.resolve(content.pop("type"))
@@ -414,9 +413,9 @@ class Pretrained:
         return target, config_from_dict(target.Config, settings, str(folder / CONFIG)), copy
 
     def cast(self, dtype: "torch.dtype") -> Self:
-        """Change the precision of all weights in place, and keep the fingerprint; return self.
+        """Change the precision of all weights in place, keep the fingerprint, and return self.
 
-        `model.to(dtype)` rounds them too, but to smalti the result is another model.
+        After `model.to(dtype)` the rounded weights count as another model.
         """
         model: Any = self
         fingerprint = self.fingerprint
@@ -452,8 +451,8 @@ class Pretrained:
 
     @property
     def fingerprint(self) -> str:
-        """The checksum, or in a copy made by `cast` that of the original: what a prior knows its
-        tokenizer by."""
+        """The checksum, or for a copy made by `cast` that of the original. A prior stores the
+        fingerprint of its tokenizer."""
         checksum = self.checksum
         if self._copy_of is not None and self._copy_of.checksum == checksum:
             return self._copy_of.fingerprint
@@ -463,8 +462,8 @@ class Pretrained:
 def _rename_key(content: Any, old: str, new: str) -> Any:
     """Plain values in which every key `old` is called `new`.
 
-    A file says "type" of the model and of each of its parts, as Hugging Face's do; a dataclass
-    calls the same `kind`, for `type` is a builtin. Files of smalti 0.1 hold both words.
+    config.json names the type of the model and of each of its parts "type", as Hugging Face's does;
+    dataclasses name it `kind`, because `type` is a builtin. Files of smalti 0.1 hold both keys.
     """
     if isinstance(content, Mapping):
         return {
@@ -509,12 +508,12 @@ def _read_config(folder: Path, registry: Registry) -> dict[str, Any]:
 
 
 def _read_copy(content: Any, model: Pretrained, folder: Path) -> Copy:
-    """What config.json says the weights are a copy of, if they are still those that were saved."""
+    """The `copy_of` entry of config.json, if the weights are those that were saved."""
     copy = config_from_dict(Copy, content, f"{folder / CONFIG}: {COPY}")
     if copy.checksum != model.checksum:
         raise CheckpointError(
-            f"{folder / WEIGHTS} is not the copy of {copy.fingerprint[:12]} that {CONFIG} speaks "
-            f'of: save it again, or remove "{COPY}" from {CONFIG} if it is another model now'
+            f"{folder / WEIGHTS} is not the copy of {copy.fingerprint[:12]} that {CONFIG} "
+            f'names: save it again, or remove "{COPY}" from {CONFIG} if it is another model now'
         )
     return copy
 
@@ -527,7 +526,7 @@ def _unknown_type(name: str, registry: Registry) -> str:
 
 
 def _build(target: Any, config: Any, folder: Path) -> Any:
-    """A new model; what torch says of a senseless config becomes one clear line."""
+    """A new model; torch's error on an impossible config becomes one line."""
     try:
         return target(config)
     except SmaltiError:

@@ -67,7 +67,7 @@ def test_a_preset_is_what_the_other_values_start_from(tmp_path: Path) -> None:
 
 def test_a_preset_never_has_half_an_effect(tmp_path: Path) -> None:
     spelt_out = recipe(tmp_path, recipe_text(Config()))
-    message = "gives values of model, which --model.preset big would not replace"
+    message = "gives values of model, which would override --model.preset big"
     with pytest.raises(SmaltiError, match=message):
         parse("--config", spelt_out, "--model.preset", "big")
     with pytest.raises(SmaltiError, match=message):
@@ -109,8 +109,8 @@ def test_print_config_is_a_recipe(tmp_path: Path, capsys) -> None:
         ("stpes: 3\n", 'unknown key "stpes"; did you mean "steps"'),
         ("steps: many\n", "expected int"),
         ("model: {preset: bgi}\n", 'no preset is called "bgi"; did you mean "big"'),
-        ("steps: 1\nsteps: 2\n", 'line 2: the key "steps" stands twice'),
-        ("model:\n  width: 1\n  width: 2\n", 'line 3: the key "width" stands twice'),
+        ("steps: 1\nsteps: 2\n", 'line 2: the key "steps" is repeated'),
+        ("model:\n  width: 1\n  width: 2\n", 'line 3: the key "width" is repeated'),
         ("", "not a recipe"),
         ("[1, 2]\n", "not a recipe"),
         ("a: [\n", "not valid YAML"),
@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_line_and_status_1(capsys) -> None:
         raise OSError(28, "No space left on device", "file")
 
     assert run_command(command) == 1
-    told = "error: No space left on device: file: make room, or choose another disk\n"
+    told = "error: No space left on device: file: free some space, or choose another disk\n"
     assert capsys.readouterr().err == told
 
 
@@ -223,7 +223,7 @@ def test_a_file_in_the_way_is_one_line_with_a_remedy(tmp_path: Path, capsys, bel
 
     assert run_command(command) == 1
     told = capsys.readouterr().err
-    assert "a file stands where a folder is needed; choose another place" in told
+    assert "a file exists where a folder is expected: choose another path" in told
     assert len(told.splitlines()) == 1 and str(tmp_path / "file") in told
 
 

@@ -276,7 +276,7 @@ def test_a_hub_id_is_downloaded_without_pickles(saved: Path, monkeypatch) -> Non
 
 
 def test_an_unreachable_hub_is_one_clear_line(monkeypatch) -> None:
-    with pytest.raises(SmaltiError, match="the Hub did not give it"):
+    with pytest.raises(SmaltiError, match="cannot be downloaded from the Hub"):
         resolve_folder("someone/model", local_files_only=True)
 
 
