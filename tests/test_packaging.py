@@ -1,5 +1,6 @@
 """What users install: everything that is in the repository, and a quick front door."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -38,21 +39,65 @@ def test_public_names_are_there() -> None:
         smalti.Tokeniser  # noqa: B018
 
 
-@pytest.mark.slow
-def test_the_wheel_holds_every_tracked_file_of_the_packages(tmp_path: Path) -> None:
-    copy = tmp_path / "checkout"
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A fresh clone of the repository."""
+    copy = tmp_path_factory.mktemp("packaging") / "clone"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
-    options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(copy)], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(clone: Path) -> Path:
+    """The wheel that is built from it."""
+    out = clone.parent / "dist"
+    options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(out)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(clone)], check=True)
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(clone: Path, wheel: Path) -> dict[str, str]:
+    """An environment in which the installed wheel is imported, not the clone."""
+    site = clone.parent / "site"
+    options = ["-q", "--no-deps", "--no-compile", "--target", str(site)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True)
+    return {**os.environ, "PYTHONPATH": str(site)}
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_tracked_file_of_the_packages(clone: Path, wheel: Path) -> None:
+    """No sub-package, recipe, asset or py.typed is missing; no folder is installed bare."""
     packed = set(zipfile.ZipFile(wheel).namelist())
     tracked = subprocess.run(
         ["git", "ls-files", "src/smalti", *FOLDERS],
-        cwd=copy,
+        cwd=clone,
         capture_output=True,
         text=True,
         check=True,
     ).stdout.splitlines()
-    expected = {f"smalti/{f.removeprefix('src/smalti/')}" for f in tracked}
+    expected = {f"smalti/{name.removeprefix('src/smalti/')}" for name in tracked}
     assert expected <= packed
     assert not [name for name in packed if name.split("/")[0] in FOLDERS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["inside the clone", "elsewhere"])
+def test_the_installed_package_works_everywhere(
+    place: str, clone: Path, installed: dict[str, str], tmp_path: Path
+) -> None:
+    """No folder of the clone hides the installed package."""
+    folder = clone if place == "inside the clone" else tmp_path
+    code = "import smalti; print(smalti.Pipeline.__module__, smalti.__file__)"
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    for command in (
+        ["-c", code],
+        ["-m", "smalti", "train-prior", "--print-config"],
+        [*launch, "-m", "smalti.scripts.train_tokenizer", "--print-config"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=folder, env=installed, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-1000:]
+        if command[0] == "-c":
+            assert done.stdout.split()[1].startswith(installed["PYTHONPATH"])
