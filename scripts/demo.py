@@ -1,11 +1,11 @@
 """The whole way in one command: pictures -> tokenizer -> latents -> prior -> new pictures.
 
     smalti demo                      emoji; under ten minutes on two CPU cores
-    smalti demo --quick              fashion; rougher, under two minutes
+    smalti demo --quick              fashion; lower quality, under two minutes
     smalti demo --data my_pictures   a folder with one sub-folder per class
     smalti demo --prior var-nano     another family of priors, with the tokenizer that it needs
 
-Run it again and it goes on where it stopped.
+After an interruption the same command continues.
 """
 
 import sys
@@ -167,13 +167,13 @@ class DemoConfig(DataOptions):
 
     data: str = ""  # emoji, fashion or a folder; empty = emoji, or fashion with --quick
     output_dir: Path = Path("runs/demo")
-    quick: bool = False  # rougher, in under two minutes
-    seed: int = 0
-    guidance_scale: float = 2.0
+    quick: bool = False  # lower quality, in under two minutes
+    seed: int = 0  # of training, sampling and evaluation
+    guidance_scale: float = 2.0  # s in uncond + s (cond - uncond); 1 is off
     tokenizer: str = ""  # a tokenizer preset; empty = what suits prior and machine
     prior: str = ""  # a prior preset; empty = what suits tokenizer and machine
-    tokenizer_steps: int = 0  # 0 = what suits the machine
-    prior_steps: int = 0
+    tokenizer_steps: int = 0  # optimizer steps of stage one; 0 = what suits the machine
+    prior_steps: int = 0  # optimizer steps of stage two; 0 = what suits the machine
 
 
 def demo(config: DemoConfig) -> Path:
@@ -270,7 +270,7 @@ def _kind(config: DemoConfig) -> str:
 
 
 def _claim(config: DemoConfig) -> None:
-    """Mark the folder as this demo's; refuse one that holds anything else."""
+    """Write the demo's settings into the folder; refuse one that holds anything else."""
     folder, settings = config.output_dir, config_to_dict(config)
     del settings["output_dir"]
     if folder.exists() and not folder.is_dir():

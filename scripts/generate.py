@@ -2,7 +2,7 @@
 
     smalti generate --model runs/demo/pipeline --output_dir samples --num_images_per_class 8
 
-Killed? The same command goes on where it stopped.
+After an interruption the same command continues.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
-from smalti.errors import SmaltiError
+from smalti.errors import GenerationError
 from smalti.pipelines.generation import generate_folder
 from smalti.pipelines.pipeline import Pipeline
 from smalti.scripts.options import Sampling
@@ -26,8 +26,8 @@ class GenerateConfig(Sampling):
     output_dir: Path = Path("samples")
     class_labels: tuple[str, ...] = ()  # names or numbers; empty = all classes
     num_images_per_class: int = 8
-    seed: int = 0
-    batch_size: int = 64
+    seed: int = 0  # picture i depends on the seed and i alone
+    batch_size: int = 64  # pictures sampled at once; changes speed and memory, not the pictures
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "num_images_per_class", "batch_size")
@@ -37,13 +37,13 @@ def generate(config: GenerateConfig) -> list[Path]:
     """Write the pictures, class by class, and return their paths.
 
     Raises:
-        SmaltiError: the pipeline draws from text, or no class has such a name or number.
+        GenerationError: the pipeline is text-conditional, or no class has such a name or number.
     """
     state = join_job()
     pipeline = Pipeline.from_pretrained(config.model, device=state.device)
     if not pipeline.classes:
-        raise SmaltiError(
-            f"{config.model} draws from text, not classes: call it in Python with prompt_embeds"
+        raise GenerationError(
+            f"{config.model} is text-conditional: call it in Python with prompt_embeds"
         )
     ids = pipeline.label_ids(config.class_labels or range(len(pipeline.classes)))
     labels = [label for label in ids for _ in range(config.num_images_per_class)]
