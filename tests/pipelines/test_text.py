@@ -118,5 +118,5 @@ def test_the_command_line_says_that_it_needs_python(pipe, tmp_path: Path, capsys
     pipe.save_pretrained(tmp_path / "pipe")
     command = ["generate", "--model", str(tmp_path / "pipe"), "--output_dir", str(tmp_path / "o")]
     assert smalti_main(command) == 2
-    assert "draws from text" in capsys.readouterr().err
+    assert "is text-conditional" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
