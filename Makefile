@@ -1,6 +1,7 @@
 # make demo   train a generator on the embedded pictures and show what it makes
 # make test   every test, slow ones too
 # make lint   style;   make types   type checks
+# make docs   the documentation site, in build/site; a dead link fails it
 #
 # Each needs Python 3.11 or newer and nothing else: what it uses is installed into .venv, once.
 # make demo ARGS=--quick and make test ARGS="-k hub" pass options on.
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := data tokenizer prior pipelines training evaluation scripts
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types docs layout clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/smalti demo $(ARGS)
@@ -23,12 +24,18 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The packages lie at the root but are imported as smalti.*: the checker sees a copy laid out so.
-types: $(VENV)/.installed-test
+types: $(VENV)/.installed-test layout
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.installed-test layout
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The packages lie at the root but are imported as smalti.*: the type checker and the reference pages
+# see a copy laid out so.
+layout:
 	rm -rf build/types && mkdir -p build/types
 	cp -r src/smalti build/types/smalti
 	cp -r $(PACKAGES) build/types/smalti/
-	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

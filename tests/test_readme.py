@@ -1,33 +1,87 @@
-"""What the README names is there."""
+"""What the README, the pages of `docs/` and CONTRIBUTING.md name is there."""
 
+import contextlib
+import io
 import re
+import shlex
 from pathlib import Path
 
+import pytest
+
 from smalti.cli import COMMANDS
+from smalti.cli import main as smalti
 from smalti.prior.presets import PRESETS as PRIORS
 from smalti.tokenizer.presets import PRESETS as TOKENIZERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")))
+}
+EVERYTHING = "\n".join(PAGES.values())
+FOLDERS = (
+    "scripts|benchmarks|docs|data|tokenizer|prior|pipelines|training|evaluation|examples|tests|tools"
+    "|src"
+)
+# What prints numbers: a command of the library, a benchmark, or the record of how one was measured.
+PRINTS = re.compile(r"make demo|smalti [a-z]+|python benchmarks/\w+\.py|tokenizer/assets/README\.md")
+
+
+def shell_blocks(text: str) -> list[str]:
+    """The commands in fenced shell blocks, with continued lines joined."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def prose(text: str) -> str:
+    """A page without code, addresses and versions of Python."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`]*`|\]\([^)]*\)|Python \d\.\d+|Apache-2\.0", "", text)
 
 
 def test_every_test_that_holds_a_promise_exists() -> None:
     source = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
-    named = set(re.findall(r"`(test_\w+)`", README))
+    named = set(re.findall(r"`(test_\w+)`", EVERYTHING))
     assert len(named) > 10
     assert [name for name in named if f"def {name}(" not in source] == []
 
 
 def test_every_command_and_file_exists() -> None:
-    commands = set(re.findall(r"^\s*smalti ([a-z-]+)", README, re.MULTILINE))
+    commands = set(re.findall(r"^\s*smalti ([a-z-]+)", EVERYTHING, re.MULTILINE))
+    commands |= set(re.findall(r"`smalti ([a-z-]+)", EVERYTHING))
     assert commands >= {"demo", "train-tokenizer", "encode", "train-prior", "evaluate", "generate"}
     assert commands <= set(COMMANDS)
-    paths = re.findall(r"(?:scripts|benchmarks|docs|data|tokenizer|prior)/[\w./-]*\w\.\w+", README)
+    paths = re.findall(rf"(?<![\w./-])(?:{FOLDERS})/[\w./-]*\w\.\w+", EVERYTHING)
+    assert len(paths) > 30
     assert [path for path in paths if not (ROOT / path).is_file()] == []
 
 
+def test_every_command_of_the_library_is_described() -> None:
+    table = PAGES["docs/getting_started.md"]
+    assert [name for name in COMMANDS if f"`smalti {name}`" not in table] == []
+
+
+@pytest.mark.slow
+def test_every_flag_exists() -> None:
+    """Each flag of an example is in the help of its command."""
+    used: dict[str, set[str]] = {}
+    for line in shell_blocks(EVERYTHING):
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["smalti"]:
+            flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+            used.setdefault(words[1], set()).update(flags)
+    assert len(used) > 8
+    for command, flags in used.items():
+        help_text = io.StringIO()
+        with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
+            smalti([command, "--help"])
+        known = set(re.findall(r"--[\w.-]+", help_text.getvalue())) | {"--config"}
+        assert flags <= known, f"smalti {command}"
+
+
 def test_every_preset_exists() -> None:
-    named = set(re.findall(r"`([a-z]+-[a-z0-9/-]+)`", README))
+    named = set(re.findall(r"`([a-z]+-[a-z0-9/-]+)`", EVERYTHING))
     known = set(TOKENIZERS) | set(PRIORS)
     ours = r"(vq|vqgan|vqvae|var|kl|fsq|lfq|bsq|ema|gpt|sit|dit|flow)-"
     like = {name for name in named if re.match(ours, name)}
@@ -35,5 +89,30 @@ def test_every_preset_exists() -> None:
 
 
 def test_nothing_is_left_to_fill_in() -> None:
-    assert "@@" not in README
-    assert len(re.findall(r"!\[[^\]]+\]\(docs/\w+\.png\)", README)) >= 3
+    assert "@@" not in EVERYTHING
+    assert len(re.findall(r"!\[[^\]]+\]\(docs/\w+\.png\)", README)) >= 1
+    shown = set(re.findall(r"!\[[^\]]+\]\((?:docs/)?(\w+\.png)\)", EVERYTHING))
+    assert shown == {path.name for path in ROOT.glob("docs/*.png")}
+
+
+def test_the_readme_is_one_screen_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) <= 85
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", README)
+    assert len(links) > 12
+    for target, anchor in links:
+        assert (ROOT / target).is_file(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (ROOT / target).read_text(), re.MULTILINE)
+            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/changelog.md"])
+def test_no_number_stands_without_the_command_that_prints_it(page: str) -> None:
+    """Decimal numbers in prose need a command on the page; in a table, one in the same section."""
+    text = PAGES[page]
+    if re.search(r"\d\.\d", prose(text)):
+        assert PRINTS.search(text)
+    for section in re.split(r"^#+ .*$", text, flags=re.MULTILINE):
+        rows = [row for row in prose(section).splitlines() if row.startswith("|")]
+        if re.search(r"\d\.\d", "\n".join(rows)):
+            assert PRINTS.search(section)

@@ -1,0 +1,99 @@
+"""The documentation: it builds, its links lead somewhere, docstrings fit their functions."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("data", "tokenizer", "prior", "pipelines", "training", "evaluation", "scripts")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+
+def build(config: Path, site: Path, packages: Path | None = None) -> subprocess.CompletedProcess:
+    """`mkdocs build --strict`, as `make docs` calls it."""
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    if packages is not None:
+        environment["SMALTI_PACKAGES"] = str(packages)
+    command = ["-m", "mkdocs", "build", "--strict", "-f", str(config), "-d", str(site)]
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    packages = tmp_path / "packages"  # laid out as they are imported, as `make layout` does
+    shutil.copytree(ROOT / "src" / "smalti", packages / "smalti")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, packages / "smalti" / folder)
+    result = build(ROOT / "mkdocs.yml", tmp_path / "site", packages)
+    assert result.returncode == 0, result.stderr
+    reference = (tmp_path / "site" / "reference" / "tokenizer" / "index.html").read_text()
+    assert 'id="smalti.tokenizer.base.Tokenizer.decode"' in reference
+    served = (tmp_path / "site" / "index.html").read_text()
+    assert "fonts.googleapis.com" not in served
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page",
+    [
+        "[nowhere](missing.md)",
+        "[no such heading](#missing)",
+        "![no picture](missing.png)",
+        "[beside it](other.md)",  # exists, but is not in the navigation
+    ],
+)
+def test_a_dead_link_fails_the_build(tmp_path: Path, page: str) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    config = tmp_path / "mkdocs.yml"
+    config.write_text(
+        f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: docs\nnav: [index.md]\nplugins: []\n"
+    )
+    (docs / "index.md").write_text("# Title\n")
+    assert build(config, tmp_path / "site").returncode == 0
+    (docs / "index.md").write_text(f"# Title\n\n{page}\n")
+    if "other" in page:
+        (docs / "other.md").write_text("# Other\n")
+    assert build(config, tmp_path / "site").returncode != 0
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, "src/smalti"])
+def test_the_arguments_of_docstrings_exist(folder: str) -> None:
+    wrong = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                unknown = documented(node) - taken(node)
+                wrong += [f"{path.relative_to(ROOT)}:{node.name}: {name}" for name in unknown]
+    assert wrong == []
+
+
+def documented(function: ast.FunctionDef) -> set[str]:
+    """The names under "Args:"; "a, b: text" describes two."""
+    text = ast.get_docstring(function) or ""
+    found = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, re.MULTILINE)
+    lines = re.findall(r"^    ([\w, *]+):", found[1], re.MULTILINE) if found else []
+    return {name.strip(" *") for line in lines for name in line.split(",")}
+
+
+def taken(function: ast.FunctionDef) -> set[str]:
+    """The names of a function's parameters."""
+    given = function.args
+    all_of = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+    return {argument.arg for argument in all_of if argument is not None}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_in_the_pages_compiles(page: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        if not block.startswith("--8<--"):
+            compile(block, str(page), "exec")
