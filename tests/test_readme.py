@@ -24,8 +24,10 @@ FOLDERS = (
     "scripts|benchmarks|docs|data|tokenizer|prior|pipelines|training|evaluation|examples|tests|tools"
     "|src"
 )
-# What prints numbers: a command of the library, a benchmark, or the record of how one was measured.
-PRINTS = re.compile(r"make demo|smalti [a-z]+|python benchmarks/\w+\.py|tokenizer/assets/README\.md")
+# What prints numbers: a command, a benchmark, or the record of how one was measured.
+PRINTS = re.compile(
+    r"make demo|smalti [a-z]+|python benchmarks/\w+\.py|tokenizer/assets/README\.md"
+)
 
 
 def shell_blocks(text: str) -> list[str]:
