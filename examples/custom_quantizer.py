@@ -1,9 +1,9 @@
 """A quantizer of your own in one class and one line, inside a tokenizer of smalti's.
 
-    python examples/custom_quantizer.py --steps 300 --output_dir runs/sign
+    python examples/custom_quantizer.py --steps 300 --output_dir runs/ternary
 
-The quantizer keeps the sign of each number: d numbers are d bits, so there are 2^d codes, and the
-gradient passes straight through. (LFQ, 2310.05737, without its entropy loss.)
+Each number is rounded to -1, 0 or 1, so d numbers make 3^d codes, and the gradient passes straight
+through (FSQ, 2309.15505, with three levels everywhere).
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from smalti.data.dataset import DataOptions
@@ -19,61 +20,68 @@ from smalti.data.image_io import image_grid
 from smalti.scripts.train_tokenizer import TrainTokenizerConfig, train
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.presets import PRESETS
-from smalti.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
-from smalti.tokenizer.quantizers.base import Quantized, Quantizer, straight_through
+from smalti.tokenizer.quantizers import QUANTIZERS
+from smalti.tokenizer.quantizers.base import (
+    Quantized,
+    Quantizer,
+    QuantizerConfig,
+    straight_through,
+)
 
 
 @dataclass(frozen=True)
-class SignConfig(QuantizerConfig):
-    """The number of bits per position."""
+class TernaryConfig(QuantizerConfig):
+    """The defaults give 3^6 = 729 codes."""
 
-    kind: Literal["sign"] = "sign"
-    bits: int = 10
+    kind: Literal["ternary"] = "ternary"
+    digits: int = 6  # numbers per position of the grid
 
 
-class SignQuantizer(Quantizer):
-    """Features (B, d, h, w) -> their signs; bit i of a code says that number i is positive."""
+class TernaryQuantizer(Quantizer):
+    """Features (B, d, h, w) -> numbers in {-1, 0, 1}; a code is its d numbers read in base 3."""
 
-    Config: ClassVar[type] = SignConfig
+    Config: ClassVar[type] = TernaryConfig
 
-    def __init__(self, config: SignConfig) -> None:
+    def __init__(self, config: TernaryConfig) -> None:
         super().__init__()
         self.config = config
+        self.register_buffer("radix", 3 ** torch.arange(config.digits), persistent=False)
+        self.radix: Tensor  # (d,)
 
     @property
     def vocab_size(self) -> int:
-        return 2**self.config.bits
+        return 3**self.config.digits
 
     @property
     def dim(self) -> int:
-        return self.config.bits
+        return self.config.digits
 
-    def _search(self, features: Tensor) -> Tensor:
-        weights = 2 ** torch.arange(self.dim, device=features.device).view(-1, 1, 1)  # (d, 1, 1)
-        return ((features > 0) * weights).sum(1).flatten(1)  # (B, h w)
+    def _search(self, features: Tensor) -> Tensor:  # (B, d, h, w) -> codes (B, h w)
+        digits = features.tanh().round().long() + 1  # 0, 1 or 2
+        return (rearrange(digits, "b d h w -> b (h w) d") * self.radix).sum(-1)
 
-    def _lookup(self, codes: Tensor, height: int, width: int) -> Tensor:
-        bits = codes[:, None] >> torch.arange(self.dim, device=codes.device).view(-1, 1) & 1
-        return (2.0 * bits - 1).unflatten(2, (height, width))  # (B, d, h, w)
+    def _lookup(self, codes: Tensor, height: int, width: int) -> Tensor:  # (B, h w) -> (B, d, h, w)
+        digits = codes[..., None] // self.radix % 3
+        return rearrange(digits.float() - 1, "b (h w) d -> b d h w", h=height, w=width)
 
-    def _quantize(self, features: Tensor, random_inputs: object) -> Quantized:
+    def _quantize(self, features: Tensor) -> Quantized:
         codes = self._search(features)
-        signs = self._lookup(codes, *features.shape[2:])
-        return Quantized(straight_through(features, signs), codes)
+        rounded = self._lookup(codes, *features.shape[2:])
+        return Quantized(straight_through(features.tanh(), rounded), codes)
 
 
-QUANTIZERS.register("sign", SignQuantizer)  # all that is needed
+QUANTIZERS.register("ternary", TernaryQuantizer)  # all that is needed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="emoji")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/sign"))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/ternary"))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=64)
     options = parser.parse_args()
 
-    config = replace(PRESETS["vq-32-tiny"], quantizer=SignConfig(bits=10))
+    config = replace(PRESETS["vq-32-tiny"], quantizer=TernaryConfig())
     folder = train(
         TrainTokenizerConfig(
             data=options.data,
@@ -86,7 +94,7 @@ def main() -> None:
         )
     )
 
-    # It is saved and loaded like any other: config.json says {"kind": "sign", "bits": 10}.
+    # It is saved and loaded like any other: config.json says {"type": "ternary", "digits": 6}.
     tokenizer = Tokenizer.from_pretrained(folder)
     heldout = DataOptions(data=options.data).dataset("heldout", tokenizer.image_size)
     images = next(iter(heldout.batches(12))).images

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,43 @@ def test_python_in_the_pages_compiles(page: Path) -> None:
     for block in blocks:
         if not block.startswith("--8<--"):
             compile(block, str(page), "exec")
+
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+SECTION = re.compile(r"^### ([^\n]+)$.*?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+EXAMPLES = dict(SECTION.findall(CONTRIBUTING))  # heading -> its code block
+IN_EXTENSION = ("A quantizer", "A tokenizer", "A prior")
+
+
+def test_contributing_has_an_example_of_everything() -> None:
+    others = {"A path of a flow prior", "A solver of a flow prior", "A discriminator"}
+    others |= {"A data source", "A metric"}
+    assert EXAMPLES.keys() == {*IN_EXTENSION, *others}
+
+
+@pytest.mark.parametrize("heading", IN_EXTENSION)
+def test_the_first_examples_are_those_that_every_command_is_tested_with(heading: str) -> None:
+    """`tests/test_extension.py` runs them."""
+    assert EXAMPLES[heading] in (ROOT / "tests" / "extension.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("heading", [name for name in EXAMPLES if name not in IN_EXTENSION])
+def test_an_example_of_contributing_runs(heading: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block is a module, and ends with its own test; what it registers is undone."""
+    from smalti.data.sources.base import SOURCES
+    from smalti.prior.flow.path import PATHS
+    from smalti.prior.flow.solvers.base import SOLVERS
+    from smalti.tokenizer.discriminators import DISCRIMINATORS
+
+    for registry in (PATHS, SOLVERS, DISCRIMINATORS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    sources = dict(SOURCES)
+    block = EXAMPLES[heading]
+    named = re.match(r"# (\w+)\.py\n", block)
+    module = types.ModuleType(named[1] if named else "contributed")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    try:
+        exec(compile(block, heading, "exec"), vars(module))
+    finally:
+        SOURCES.clear()
+        SOURCES.update(sources)

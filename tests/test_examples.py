@@ -60,7 +60,7 @@ def test_custom_quantizer(monkeypatch, tmp_path: Path, pictures: Path) -> None:
     options = {"data": pictures, "output_dir": out, "steps": 2, "batch_size": 4}
     run(monkeypatch, "custom_quantizer.py", **options)
     assert (out / "reconstructions.png").is_file()
-    assert Tokenizer.from_pretrained(out / "tokenizer").spec.vocab_size == 1024
+    assert Tokenizer.from_pretrained(out / "tokenizer").spec.vocab_size == 729
 
 
 def test_the_notebook(monkeypatch, capsys, pictures: Path, pipeline: Path) -> None:
