@@ -115,8 +115,8 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         """Encode, quantize or sample, decode: the differentiable pass that training optimises.
 
         Args:
-            drawn: rows of what `draw` returned, one for each picture; None draws here, from torch's
-                global generators.
+            random_inputs: rows of what `sample_random_inputs` returned, one for each picture; None
+                takes random numbers from torch's global generators.
         """
 
     def latents(
