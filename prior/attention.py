@@ -1,4 +1,5 @@
-"""Softmax attention, and the cache that makes decoding linear in what has been written."""
+"""Attention of the priors' transformers: softmax attention, the key-value cache, rotary frequencies
+and fixed sine-cosine positions."""
 
 import copy
 from collections.abc import Callable
@@ -7,93 +8,10 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 
-from smalti.prior.layers import rotary_table
-
-# -------------------------------------------------------------------------------------------------
-# Fixed 2D positions of a grid of tokens, in raster order: added to the tokens, or turning queries
-# and keys. Any grid, square or not.
-
 ROTARY_BASE = 10000.0
-
-
-def sin_cos_table(grid: tuple[int, int], dim: int) -> Tensor:
-    """Sines and cosines of column and row, (h * w, dim) fp32 in [-1, 1].
-
-    "Attention is all you need" (1706.03762, section 3.5) per axis, in the order of MAE (2111.06377)
-    and DiT (2212.09748), whose published weights expect it: the first half of the channels speaks
-    of the column, the second of the row; in each half all sines, then all cosines, at frequencies
-    10000^(-i / (dim / 4)). The angles are computed in fp64.
-    """
-    height, width = grid
-    quarter = dim // 4
-    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    angles = [axis.flatten()[:, None] * frequencies for axis in (columns, rows)]
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=-1).float()
-
-
-def _turning_table(grid: tuple[int, int], head_dim: int) -> Tensor:
-    """Cosine and sine of every turn, (h * w, head_dim / 2, 2) fp32: real, because gloo broadcasts
-    no complex numbers."""
-    return torch.view_as_real(rotary_table(grid, head_dim, ROTARY_BASE, 0, False))
-
-
-class FixedTable(nn.Module):
-    """A constant that follows its model to any device, but not to lower precision; never saved."""
-
-    table: Tensor
-
-    def __init__(self, make: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self.make = make
-        self.register_buffer("table", make(), persistent=False)
-
-    @classmethod
-    def sin_cos(cls, grid: tuple[int, int], dim: int) -> Self:
-        """To be added to tokens, (h * w, dim)."""
-        return cls(partial(sin_cos_table, grid, dim))
-
-    @classmethod
-    def rotary(cls, grid: tuple[int, int], head_dim: int) -> Self:
-        """To turn the pairs of queries and keys, (h * w, head_dim / 2, 2)."""
-        return cls(partial(_turning_table, grid, head_dim))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Of `Module.to`, `half` and their like only the device counts."""
-        super()._apply(fn, recurse)
-        self.table = self.make().to(self.table.device)
-        return self
-
-
-# -------------------------------------------------------------------------------------------------
-# Softmax attention, and the cache that makes decoding linear in what has been written.
-
-
-class KeyValueCache:
-    """Keys and values of all tokens so far, for every layer; allocated once per sampling call."""
-
-    def __init__(
-        self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor
-    ) -> None:
-        shape = (layers, rows, heads, length, head_dim)
-        self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.values = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.length = 0  # tokens written by all layers
-
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (rows, heads, n, head_dim); return all so far, without copying."""
-        start, stop = self.length, self.length + keys.shape[2]
-        self.keys[layer, :, :, start:stop] = keys
-        self.values[layer, :, :, start:stop] = values
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
-
-    def part(self, rows: slice) -> "KeyValueCache":
-        """Some of the rows in the same memory, with a length of their own from now on."""
-        part = copy.copy(self)
-        part.keys, part.values = self.keys[:, rows], self.values[:, rows]
-        return part
 
 
 def attend(
@@ -105,34 +23,150 @@ def attend(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Softmax attention of queries (B, heads, T, head_dim) to keys and values (B, kv_heads, n,
-    head_dim); heads / kv_heads neighbouring heads share theirs.
+    """softmax(scale q k^T) v of queries (B, heads, T, head_dim) to keys and values
+    (B, kv_heads, n, head_dim), like the queries.
 
-    On a CPU always in fp32: torch's bf16 kernel is several times slower there.
+    With fewer key and value heads, heads / kv_heads neighbouring heads share theirs (grouped-query
+    attention, 2305.13245).
 
     Args:
-        causal: whether query i sees keys 0 to i alone.
-        mask: (T, n) or (B, 1, T, n) bool, True where a query may see a key.
+        causal: whether query i attends to keys 0 to i only.
+        mask: (T, n) or (B, 1, T, n) bool, True where a query may attend to a key.
         scale: what scores are multiplied by; None is 1 / sqrt(head_dim).
-        dropout: the probability with which an attention weight is left out.
+        dropout: the probability with which an attention weight is set to zero.
     """
     shape, kv_heads = query.shape, key.shape[1]
     if shape[2] == 1:  # heads that share keys become queries of one head: no key is repeated
-        query = query.reshape(shape[0], kv_heads, -1, shape[3])
-    shared = query.shape[1] != kv_heads
+        query = query.reshape(shape[0], kv_heads, -1, shape[3])  # (B, kv_heads, group, head_dim)
+    grouped = query.shape[1] != kv_heads
+    attention = partial(
+        F.scaled_dot_product_attention,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=grouped,
+    )
     if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, causal, scale=scale, enable_gqa=shared
-        ).view(shape)
+        return attention(query, key, value).view(shape)
+    # On a CPU always in fp32: torch's bf16 kernel is several times slower there.
     with torch.autocast("cpu", enabled=False):
-        attended = F.scaled_dot_product_attention(
-            query.float(),
-            key.float(),
-            value.float(),
-            mask,
-            dropout,
-            causal,
-            scale=scale,
-            enable_gqa=shared,
-        )
+        attended = attention(query.float(), key.float(), value.float())
     return attended.to(query.dtype).view(shape)
+
+
+class KeyValueCache:
+    """Keys and values of all tokens so far, for every layer; allocated once per sampling call."""
+
+    def __init__(
+        self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor
+    ) -> None:
+        shape = (layers, rows, heads, length, head_dim)
+        self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.length = 0  # tokens written so far; the model adds to it after its last layer
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values (rows, heads, n, head_dim) of new tokens; return views of those of
+        all tokens so far, (rows, heads, length + n, head_dim)."""
+        start, stop = self.length, self.length + keys.shape[2]
+        self.keys[layer, :, :, start:stop] = keys
+        self.values[layer, :, :, start:stop] = values
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+    def part(self, rows: slice) -> "KeyValueCache":
+        """Some of the rows in the same memory; from now on with a length of its own."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, rows], self.values[:, rows]
+        return part
+
+
+# -------------------------------------------------------------------------------------------------
+# Positions on a grid of tokens in raster order. Any grid, square or not.
+
+
+def raster_positions(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Row and column of every position of a grid (h, w) in raster order, each (h * w, 1) int64."""
+    height, width = grid
+    rows = repeat(torch.arange(height), "h -> (h w) 1", w=width)
+    columns = repeat(torch.arange(width), "w -> (h w) 1", h=height)
+    return rows, columns
+
+
+def rotary_frequencies(
+    grid: tuple[int, int],
+    head_dim: int,
+    base: float = ROTARY_BASE,
+    prefix: int = 0,
+    prefix_is_zero: bool = False,
+) -> Tensor:
+    """e^(i angle) of every position and pair of channels, (prefix + h * w, head_dim / 2) complex64.
+
+    RoFormer (2104.09864, section 3.2.2) per axis: of the head_dim / 2 pairs, the first half
+    rotates by row * theta_i and the second by column * theta_i, with
+    theta_i = base^(-2i / (head_dim / 2)).
+    Prefix tokens are not rotated: their factor is 1. LlamaGen's published models have the factor 0
+    there instead, which sets the prefix's queries and keys to zero.
+    """
+    quarter = head_dim // 4
+    theta = base ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
+    angles = torch.cat([axis * theta for axis in raster_positions(grid)], dim=-1)
+    rotated = torch.polar(torch.ones_like(angles), angles)  # (h * w, head_dim / 2)
+    constant = torch.full((prefix, head_dim // 2), 0.0 if prefix_is_zero else 1.0)
+    return torch.cat([constant.to(rotated.dtype), rotated])
+
+
+def rotate(x: Tensor, rope_freqs: Tensor) -> Tensor:
+    """Multiply the interleaved pairs x[2j] + i x[2j+1] of x (B, heads, T, head_dim) by rope_freqs
+    (T, head_dim / 2) complex, or (B, 1, T, head_dim / 2) for positions that differ by sample;
+    computed in fp32, returned in x's type."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rope_freqs).flatten(-2).to(x.dtype)
+
+
+def sin_cos_table(grid: tuple[int, int], dim: int) -> Tensor:
+    """Sines and cosines of column and row, (h * w, dim) fp32 in [-1, 1].
+
+    "Attention is all you need" (1706.03762, section 3.5) per axis, in the order of MAE (2111.06377)
+    and DiT (2212.09748), whose published weights expect it: the first half of the channels encodes
+    the column, the second the row; each half holds all sines, then all cosines, at frequencies
+    10000^(-i / (dim / 4)). The angles are computed in fp64.
+    """
+    quarter = dim // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    rows, columns = raster_positions(grid)
+    angles = [columns * frequencies, rows * frequencies]  # each (h * w, dim / 4)
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=-1).float()
+
+
+def _real_rotary_frequencies(grid: tuple[int, int], head_dim: int) -> Tensor:
+    return torch.view_as_real(rotary_frequencies(grid, head_dim))
+
+
+class FixedTable(nn.Module):
+    """A constant tensor that moves with its model to any device but keeps its precision; it is not
+    saved."""
+
+    table: Tensor
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.make = make
+        self.register_buffer("table", make(), persistent=False)
+
+    @classmethod
+    def sin_cos(cls, grid: tuple[int, int], dim: int) -> Self:
+        """To be added to tokens, (h * w, dim) fp32."""
+        return cls(partial(sin_cos_table, grid, dim))
+
+    @classmethod
+    def rotary(cls, grid: tuple[int, int], head_dim: int) -> Self:
+        """Rotary frequencies as cosine and sine, (h * w, head_dim / 2, 2) fp32: real numbers,
+        because gloo cannot broadcast complex ones."""
+        return cls(partial(_real_rotary_frequencies, grid, head_dim))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Of `Module.to`, `half` and similar calls, only the device applies."""
+        super()._apply(fn, recurse)
+        self.table = self.make().to(self.table.device)
+        return self

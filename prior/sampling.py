@@ -1,4 +1,4 @@
-"""From logits to codes: guidance, temperature, top-k, top-p, and a draw. Pure functions."""
+"""From logits to codes: guidance, temperature, top-k, top-p, and sampling. Pure functions."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smalti.config import nearest
-from smalti.errors import SmaltiError
+from smalti.errors import GenerationError
 from smalti.randomness import Generators, given_or_new
 
 # progress in [0, 1] -> share of the way from no guidance (1) to the full scale
@@ -23,10 +23,10 @@ GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How codes are drawn from logits.
+    """How codes are sampled from logits.
 
     Raises:
-        SmaltiError: a value out of its range.
+        GenerationError: a value out of its range.
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -34,32 +34,36 @@ class SamplingOptions:
     top_p: float = 1.0  # keep the likeliest codes with this total probability
     guidance_scale: float = 1.0  # s in uncond + s (cond - uncond); 1 is off
     guidance_schedule: str = "constant"  # a name in GUIDANCE_SCHEDULES
-    # Shares of the steps, 0 the first and 1 the last, between which there is guidance (2404.07724).
+    # Guidance applies between these shares of the steps, 0 the first and 1 the last (2404.07724).
     guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if not (is_number(self.guidance_scale) and math.isfinite(self.guidance_scale)):
-            raise SmaltiError(f"guidance_scale is {self.guidance_scale}; it must be finite")
+            raise GenerationError(f"guidance_scale is {self.guidance_scale}; it must be finite")
         if not (is_number(self.temperature) and 0 <= self.temperature < math.inf):
-            raise SmaltiError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+            raise GenerationError(
+                f"temperature is {self.temperature}; it must be 0 (greedy) or more, and finite"
+            )
         if type(self.top_k) is not int or self.top_k < 0:
-            raise SmaltiError(f"top_k is {self.top_k}; it must be a whole number, 0 (off) or more")
+            raise GenerationError(
+                f"top_k is {self.top_k}; it must be a whole number, 0 (off) or more"
+            )
         if not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise SmaltiError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+            raise GenerationError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
-            raise SmaltiError(
-                f'no guidance schedule is called "{self.guidance_schedule}"; '
+            raise GenerationError(
+                f'there is no guidance schedule "{self.guidance_schedule}"; '
                 f"{nearest(self.guidance_schedule, GUIDANCE_SCHEDULES)}"
             )
         if not is_interval(self.guidance_interval):
-            raise SmaltiError(
-                f"guidance_interval is {self.guidance_interval}; give two shares of the sampling, "
-                "0 <= from <= to <= 1"
+            raise GenerationError(
+                f"guidance_interval is {self.guidance_interval}; give two shares of the sampling "
+                "steps, 0 <= from <= to <= 1"
             )
 
     def guidance_scales(self, steps: int) -> list[float]:
-        """s_i for every step: all of it, or from 1 at the first step to all at the last; 1 outside
-        the interval."""
+        """s_i of every step: constant, or growing from 1 at the first step to guidance_scale at the
+        last; 1 outside the interval."""
         share = GUIDANCE_SCHEDULES[self.guidance_schedule]
         begin, end = self.guidance_interval
         progress = [step / (steps - 1) for step in range(steps)] if steps > 1 else [1.0]
@@ -68,18 +72,18 @@ class SamplingOptions:
         ]
 
     def guided_steps(self, steps: int) -> range:
-        """The steps with guidance, s_i != 1; they follow each other, as every schedule grows."""
+        """The steps with guidance, s_i != 1: consecutive, because every schedule is monotonic."""
         guided = [step for step, scale in enumerate(self.guidance_scales(steps)) if scale != 1]
         return range(guided[0], guided[-1] + 1) if guided else range(0)
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a number, and not True or False."""
+    """Whether value is an int or a float, and not True or False."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_interval(value: object) -> bool:
-    """Whether it is a pair 0 <= from <= to <= 1."""
+    """Whether value is a pair 0 <= from <= to <= 1."""
     if not isinstance(value, tuple | list) or len(value) != 2:
         return False
     return all(map(is_number, value)) and 0 <= value[0] <= value[1] <= 1
@@ -94,13 +98,13 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Logits (B, V) with all but the k largest at -inf; codes that tie with the k-th stay."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
-    threshold = logits.topk(k, dim=-1).values[..., -1:]
+    threshold = logits.topk(k, dim=-1).values[..., -1:]  # (B, 1)
     return logits.masked_fill(logits < threshold, -torch.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Logits (B, V) with all at -inf but the smallest set of likeliest codes whose probabilities
-    reach p in total (nucleus sampling, 1904.09751); of codes that tie, the lower go first."""
+    """Nucleus sampling (1904.09751): logits (B, V) with all at -inf except the smallest set of
+    likeliest codes whose total probability reaches p; of codes that tie, the lower come first."""
     if p == 1:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -110,68 +114,67 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def filtered(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """Logits (B, V) divided by the temperature, with those at -inf that top-k and top-p leave out,
-    in the most exact type of the device; the likeliest of a row is 0.
+    """Logits (B, V) divided by the temperature, with those that top-k and top-p exclude at -inf, in
+    the most exact type of the device; the largest of every row is 0.
 
     Raises:
-        SmaltiError: the likeliest logit of a row is not finite.
+        GenerationError: the largest logit of a row is not finite.
     """
     dtype = exact_dtype(logits.device)
-    # Below the peak all are negative: a temperature near 0 makes them -inf, which is greedy.
-    below = logits.to(dtype) - _peak(logits)
+    # Relative to the largest, all are 0 or less: a temperature near 0 makes them -inf, not NaN.
+    below = logits.to(dtype) - _largest(logits)
     logits = below / max(options.temperature, torch.finfo(dtype).tiny)
     return keep_top_p(keep_top_k(logits, options.top_k), options.top_p)
 
 
-def _peak(logits: Tensor) -> Tensor:
-    """The likeliest logit of every row, (B, 1), which must be finite."""
-    peak = logits.amax(dim=-1, keepdim=True)  # NaN if any logit is
-    if not torch.compiler.is_compiling() and not peak.isfinite().all():
-        raise SmaltiError(
-            "the model gives NaN or infinity: its weights are damaged or overflow their type, or"
-            " guidance_scale is too large"
+def _largest(logits: Tensor) -> Tensor:
+    """The largest logit of every row, (B, 1), which must be finite."""
+    largest = logits.amax(dim=-1, keepdim=True)  # NaN if any logit of the row is
+    if not torch.compiler.is_compiling() and not largest.isfinite().all():
+        raise GenerationError(
+            "the model gives NaN or infinity: its weights are damaged or overflow their type (use"
+            " fp32), or guidance_scale is too large"
         )
-    return peak
+    return largest
 
 
 def sample_codes(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
-    """One code per row.
+    """One code per row, by the inverse of the row's cumulative distribution.
 
     Args:
         logits: (B, V).
-        uniforms: (B,) in [0, 1], one number per row: the inverse of the cumulative distribution
-            turns it into a code, so a row depends on nothing but its own logits and number.
+        uniforms: (B,) in [0, 1], one per row: a row depends only on its own logits and uniform.
 
     Returns:
         (B,) int64.
 
     Raises:
-        SmaltiError: the likeliest logit of a row is not finite.
+        GenerationError: the largest logit of a row is not finite.
     """
     if options.temperature == 0:
-        _peak(logits)  # refuses what is not finite
+        _largest(logits)  # refuses NaN and infinity
         return logits.argmax(dim=-1)
     logits = filtered(logits, options)
     dtype = logits.dtype
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-    total = cumulative[:, -1:]  # not quite 1, by rounding
-    below = total.nextafter(torch.zeros_like(total))  # so that a code of probability 0 stays out
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, V)
+    total = cumulative[:, -1:]  # not exactly 1, by rounding
+    below = total.nextafter(torch.zeros_like(total))  # excludes codes of probability 0 at the end
     target = torch.minimum(uniforms[:, None].to(logits.device, dtype) * total, below)
     found = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     return found.clamp(max=logits.shape[-1] - 1)
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """The most exact type of a device: float64, which Apple's GPUs lack."""
+    """The most exact type of a device: float64, except on Apple's GPUs, which lack it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def sample_uniforms(rows: int, length: int, generator: Generators) -> Tensor:
-    """All random numbers of a sampling call, (rows, length) in [0, 1).
+    """The random numbers of a sampling call, (rows, length) uniform in [0, 1).
 
-    With a list of generators row i comes from generators[i] alone. They are drawn where the
-    generator lives, so a CPU generator gives the same codes on any device. None is a new generator
-    with a random seed: sampling leaves torch's global random state, and so training, alone.
+    With a list of generators, row i comes from generators[i] alone. They are generated on the
+    generator's device, so a CPU generator gives the same codes on any device. None is a new
+    generator with a random seed: sampling does not change torch's global random state.
 
     Raises:
         SmaltiError: the list has another length than there are rows.
@@ -179,8 +182,8 @@ def sample_uniforms(rows: int, length: int, generator: Generators) -> Tensor:
     generator = given_or_new(generator, rows)
     if isinstance(generator, torch.Generator):
         return _uniforms((rows, length), generator)
-    random_inputs = [_uniforms((length,), own).cpu() for own in generator]
-    return torch.stack(random_inputs) if random_inputs else torch.empty(0, length)
+    uniforms = [_uniforms((length,), own).cpu() for own in generator]
+    return torch.stack(uniforms) if uniforms else torch.empty(0, length)
 
 
 def _uniforms(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

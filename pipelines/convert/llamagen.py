@@ -22,7 +22,7 @@ from smalti.pipelines.convert.source import (
     single_side,
     square_side,
 )
-from smalti.prior.layers import rotary_table
+from smalti.prior.attention import rotary_frequencies
 from smalti.prior.next_token.model import NextTokenConfig
 from smalti.prior.registry import PRIORS
 
@@ -199,7 +199,9 @@ def _check_leftovers(checkpoint: PublishedCheckpoint, config: NextTokenConfig) -
 
 def _rotary(config: NextTokenConfig) -> Tensor:
     grid, prefix = config.spec.grids[0], config.prefix_length
-    table = rotary_table(grid, config.head_dim, config.rotary_base, prefix, prefix_is_zero=True)
+    table = rotary_frequencies(
+        grid, config.head_dim, config.rotary_base, prefix, prefix_is_zero=True
+    )
     return torch.view_as_real(table)
 
 

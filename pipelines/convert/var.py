@@ -29,8 +29,12 @@ from smalti.pipelines.convert.source import (
     layers,
     square_side,
 )
-from smalti.prior.next_scale.model import NextScaleConfig, block_causal_mask, scale_of_codes
-from smalti.prior.next_scale.quantizer import FrozenQuantizer
+from smalti.prior.next_scale.model import (
+    FrozenQuantizer,
+    NextScaleConfig,
+    block_causal_mask,
+    scale_of_codes,
+)
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.quantizers import QuantizerConfig

@@ -1,1 +1,1 @@
-"""What a prior may be conditioned on: one file per condition."""
+"""The conditions that a prior accepts, one file each."""

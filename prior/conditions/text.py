@@ -1,4 +1,4 @@
-"""Text as a condition: the features of captions, and how a prior is told them (LlamaGen)."""
+"""Text as a condition: features of captions, and their embedding as prefix tokens (LlamaGen)."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -7,19 +7,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.errors import SmaltiError
+from smalti.errors import GenerationError
+
+
+def _check_shapes(features: Tensor, mask: Tensor) -> None:
+    if features.ndim != 3 or not features.dtype.is_floating_point:
+        raise GenerationError(
+            f"text features have shape {tuple(features.shape)} and type {features.dtype}; "
+            "give (B, T, D) of a floating-point type"
+        )
+    if mask.shape != features.shape[:2] or mask.dtype != torch.bool:
+        raise GenerationError(
+            f"the mask has shape {tuple(mask.shape)} and type {mask.dtype}; "
+            f"give {tuple(features.shape[:2])} bool, True at tokens"
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class TextCondition:
-    """Captions as a text encoder gives them, padded on the left to one length.
+    """The features that a text encoder gives for captions, padded on the left to one length.
 
     Raises:
-        SmaltiError: the shapes or types differ from those below; a caption has no token, or its
+        GenerationError: the shapes or types differ from those below; a caption has no token, or its
             padding is not on the left.
     """
 
-    features: Tensor  # (B, T, D) floating point; what stands at padding has no influence
+    features: Tensor  # (B, T, D) floating point; values at padding have no influence
     mask: Tensor  # (B, T) bool, True at tokens
 
     def __post_init__(self) -> None:
@@ -28,17 +41,19 @@ class TextCondition:
         if torch.compiler.is_compiling():  # a branch on values would break the graph
             return
         if not mask.any(1).all():
-            raise SmaltiError("a caption has no token: even an empty text has its end token")
+            raise GenerationError("a caption has no token: even an empty text has its end token")
         if (mask[:, :-1] & ~mask[:, 1:]).any():
-            raise SmaltiError("a caption is not padded on the left: use TextCondition.left_padded")
+            raise GenerationError(
+                "a caption is not padded on the left: use TextCondition.left_padded"
+            )
 
     @classmethod
     def left_padded(cls, features: Tensor, mask: Tensor) -> Self:
-        """From features (B, T, D) and a mask (B, T) bool with padding anywhere; tokens stay in
-        their order.
+        """From features (B, T, D) and a mask (B, T) bool with padding anywhere; the order of the
+        tokens stays.
 
         Raises:
-            SmaltiError: as for a condition that is padded on the left.
+            GenerationError: the shapes or types differ from those above; a caption has no token.
         """
         _check_shapes(features, mask)
         order = mask.int().argsort(dim=1, stable=True)  # padding first
@@ -51,38 +66,26 @@ class TextCondition:
         return type(self)(self.features[rows], self.mask[rows])
 
     def repeat(self, each: int) -> Self:
-        """Every caption `each` times, in order."""
+        """Every caption `each` times, one after the other: (B * each, T, D)."""
         features, mask = (t.repeat_interleave(each, 0) for t in (self.features, self.mask))
         return type(self)(features, mask)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
+        """The same captions on another device."""
         return type(self)(self.features.to(device), self.mask.to(device))
 
     def attention_mask(self, start: int, stop: int) -> Tensor:
-        """Which of the tokens 0 to stop the tokens start to stop attend to, (B, 1, stop - start,
-        stop) bool, where the caption is the first T of a sequence.
+        """The causal mask of the tokens start to stop of a sequence that begins with the caption,
+        (B, 1, stop - start, stop) bool, True where a token may attend to another.
 
         Each attends to itself and to earlier ones, but not to padding. (Padding attends to itself,
         so that no softmax is empty.)
         """
         keys = torch.arange(stop, device=self.mask.device)
         queries = keys[start:, None]
+        # Of the tokens after the caption none is padding.
         tokens = F.pad(self.mask, (0, max(0, stop - self.mask.shape[1])), value=True)[:, :stop]
         return ((keys < queries) & tokens[:, None, None]) | (keys == queries)
-
-
-def _check_shapes(features: Tensor, mask: Tensor) -> None:
-    if features.ndim != 3 or not features.dtype.is_floating_point:
-        raise SmaltiError(
-            f"text features have shape {tuple(features.shape)} and type {features.dtype}; "
-            "give (B, T, D) of a floating-point type"
-        )
-    if mask.shape != features.shape[:2] or mask.dtype != torch.bool:
-        raise SmaltiError(
-            f"the mask has shape {tuple(mask.shape)} and type {mask.dtype}; "
-            f"give {tuple(features.shape[:2])} bool, True at tokens"
-        )
 
 
 Condition = Tensor | TextCondition  # class labels (B,), or captions
@@ -102,9 +105,9 @@ class CaptionProjection(nn.Module):
 
 
 class CaptionEmbedding(nn.Module):
-    """Features of captions to prefix tokens, and a learned caption for no text.
+    """Projects the features of captions to prefix tokens, and holds learned features for no text.
 
-    Module names are LlamaGen's. (Its null caption is a buffer that was never trained.)
+    Module names are LlamaGen's. (Its features for no text are a buffer that was never trained.)
     """
 
     def __init__(self, length: int, dim: int, width: int) -> None:
@@ -113,29 +116,30 @@ class CaptionEmbedding(nn.Module):
         self.uncond_embedding = nn.Parameter(torch.randn(length, dim) / dim**0.5)
 
     def forward(self, condition: TextCondition) -> Tensor:  # (B, T, width)
+        # Padding may hold anything, even NaN, which 0 * NaN in attention would spread.
         features = condition.features.masked_fill(~condition.mask[..., None], 0)
         return self.cap_proj(features)
 
     def null(self, condition: TextCondition) -> TextCondition:
-        """No text, of the lengths of these captions."""
+        """The condition "no text", with the padding of these captions."""
         features = self.uncond_embedding.expand(len(condition), -1, -1)
         return TextCondition(features, condition.mask)
 
     def drop(self, condition: TextCondition, probability: float) -> TextCondition:
-        """Replace each caption by no text with a probability."""
+        """Replace each caption by no text with a probability (2207.12598)."""
         dropped = torch.rand(len(condition), 1, 1, device=condition.features.device) < probability
         features = torch.where(dropped, self.uncond_embedding, condition.features)
         return TextCondition(features, condition.mask)
 
     def check(self, condition: object) -> None:
-        """Raise `SmaltiError` unless these are captions of the length and width that it takes."""
+        """Raise `GenerationError` unless the condition is captions of the right length and width."""
         if not isinstance(condition, TextCondition):
-            raise SmaltiError(
+            raise GenerationError(
                 f"this prior takes text, not a {type(condition).__name__}: give a TextCondition"
             )
         if condition.features.shape[1:] != self.uncond_embedding.shape:
             expected = ", ".join(map(str, self.uncond_embedding.shape))
-            raise SmaltiError(
+            raise GenerationError(
                 f"text features have shape {tuple(condition.features.shape)}; "
                 f"this prior takes (B, {expected})"
             )

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from smalti.config import check_at_least
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
-from smalti.prior.attention import FixedTable, attend
-from smalti.prior.layers import RMSNorm, SwiGLU, rotate
+from smalti.prior.adaln import Modulation, modulate
+from smalti.prior.attention import FixedTable, attend, rotate
+from smalti.prior.layers import RMSNorm, SwiGLU
 
 # -------------------------------------------------------------------------------------------------
 # What a denoising network is told beside its input: the time and the class.
@@ -79,22 +80,6 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:  # (B,) in [0, num_classes] -> (B, width)
         return self.embedding_table(labels)
-
-
-class Modulation(nn.Sequential):
-    """linear(silu(c)), cut into `parts` vectors, each (B, 1, width); zero in a new network."""
-
-    def __init__(self, width: int, parts: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
-        self.parts = parts
-
-    def forward(self, input: Tensor) -> tuple[Tensor, ...]:  # (B, width)
-        return super().forward(input).unflatten(-1, (self.parts, 1, -1)).unbind(1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift; x (B, N, width), the others (B, 1, width)."""
-    return torch.addcmul(shift, x, 1 + scale)
 
 
 # -------------------------------------------------------------------------------------------------

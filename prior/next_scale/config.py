@@ -1,11 +1,11 @@
-"""Sizes of the next-scale prior: the published ones, and small ones that train in minutes."""
+"""The config of the next-scale prior: published sizes, and small ones that train in minutes."""
 
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 from smalti.config import check_at_least
 from smalti.data.latents import CodeSpec, LatentSpec
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 from smalti.prior.base import PriorConfig
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
 
@@ -18,7 +18,7 @@ def _spec_of(quantizer: MultiScaleConfig) -> CodeSpec:
 class NextScaleConfig(PriorConfig):
     """Defaults: VAR-d16 for 256 px ImageNet codes."""
 
-    # May change without changing what saved weights mean.
+    # These may change without changing what saved weights compute.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
         "dropout",
         "drop_path",
@@ -29,7 +29,7 @@ class NextScaleConfig(PriorConfig):
 
     kind: Literal["next-scale"] = "next-scale"
     spec: CodeSpec = field(default_factory=lambda: _spec_of(MultiScaleConfig()))
-    # Of the tokenizer, whose quantizer the prior owns a copy of.
+    # The tokenizer's, of which the prior owns a frozen copy.
     quantizer: MultiScaleConfig = field(default_factory=MultiScaleConfig)
     num_classes: int = 1000
     depth: int = 16
@@ -39,39 +39,39 @@ class NextScaleConfig(PriorConfig):
     dropout: float = 0.0  # of attention and feed-forward outputs
     drop_path: float = 0.1 * 16 / 24  # of the last block; from 0 at the first it grows linearly
     label_dropout: float = 0.1  # probability of training without the class
-    shared_adaln: bool = False  # one condition projection for all blocks, and an offset for each
-    qk_l2_norm: bool = True  # queries and keys of length 1, a learned scale for each head
-    gate_init: float = 1e-3  # the gates' weights begin this much smaller than other layers'
-    context_noise: float = 0.0  # in training, at most this share of the codes shown is random
+    shared_adaln: bool = False  # one adaLN projection for all blocks, and offsets for each
+    qk_l2_norm: bool = True  # queries and keys of norm 1, and a learned scale for each head
+    gate_init: float = 1e-3  # factor on the initial weights of the adaLN gates
+    context_noise: float = 0.0  # in training, at most this share of the input codes is random
     norm_eps: float = 1e-6
     tokenizer_fingerprint: str | None = None  # of the tokenizer that made the training latents
 
     def __post_init__(self) -> None:
         if len(self.spec.grids) < 2:
-            raise SmaltiError(
-                "a next-scale prior models code grids from coarse to fine; the latents have one: "
-                "use a next-token prior"
+            raise ConfigurationError(
+                "the latents have one code grid, but a next-scale prior models several, coarse to "
+                "fine: use a next-token prior"
             )
         if self.spec != _spec_of(self.quantizer):
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"the latents are {self.spec}, but the quantizer makes {_spec_of(self.quantizer)}:"
                 " give the quantizer of the tokenizer that made the latents"
             )
         check_at_least(1, self, "num_classes", "depth", "width", "num_heads")
         if self.width % self.num_heads:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"width {self.width} does not divide into {self.num_heads} heads: use a multiple"
             )
         for name in ("dropout", "drop_path", "label_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise SmaltiError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
         for name in ("context_noise", "gate_init"):
             if not 0 <= getattr(self, name) <= 1:
-                raise SmaltiError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
         if self.mlp_ratio * self.width < 1 or not self.norm_eps >= 0:
-            raise SmaltiError(
-                f"mlp_ratio is {self.mlp_ratio}, norm_eps {self.norm_eps}: the feed-forward needs a"
-                " width of at least 1, and norm_eps must not be negative"
+            raise ConfigurationError(
+                f"mlp_ratio is {self.mlp_ratio}, norm_eps {self.norm_eps}: mlp_ratio * width must"
+                " be at least 1, and norm_eps 0 or more"
             )
 
     def fitted(
@@ -81,19 +81,21 @@ class NextScaleConfig(PriorConfig):
         tokenizer_fingerprint: str | None,
         quantizer: object = None,
     ) -> Self:
-        """This size of model for other latents.
+        """This config for other latents.
 
         Args:
             quantizer: the config of the tokenizer's quantizer, `tokenizer.config.quantizer`.
 
         Raises:
-            SmaltiError: the latents are not codes of several grids, or of another quantizer.
+            ConfigurationError: the latents are not codes of several grids, or of another quantizer.
         """
         if not isinstance(spec, CodeSpec):
-            raise SmaltiError(f"a next-scale prior models codes, not {spec}: use a flow prior")
+            raise ConfigurationError(
+                f"a next-scale prior models codes, not {spec}: use a flow prior"
+            )
         if not isinstance(quantizer, MultiScaleConfig):
-            raise SmaltiError(
-                f"a next-scale prior needs a multi-scale tokenizer; this one quantizes by "
+            raise ConfigurationError(
+                "a next-scale prior needs a multi-scale tokenizer; this one has a "
                 f"{type(quantizer).__name__}: use a next-token prior, or train a tokenizer such as"
                 " var-32-tiny"
             )
@@ -107,7 +109,7 @@ class NextScaleConfig(PriorConfig):
 
 
 def _var(depth: int, **changes: object) -> NextScaleConfig:
-    """VAR's rule: a depth gives all other sizes."""
+    """VAR's scaling rule: the depth gives all other sizes."""
     size = NextScaleConfig(
         depth=depth, width=64 * depth, num_heads=depth, drop_path=0.1 * depth / 24
     )
@@ -115,8 +117,8 @@ def _var(depth: int, **changes: object) -> NextScaleConfig:
 
 
 PRESETS: dict[str, NextScaleConfig] = {
-    # Published sizes (VAR, section 5 and repository), and the next smaller one. `fitted` gives them
-    # the grids of their latents: 512 px for var-d36.
+    # Published sizes (VAR, section 5 and repository), and one smaller. `fitted` sets the grids of
+    # the latents: var-d36 was published for 512 px.
     "var-d12": _var(12),
     "var-d16": _var(16),
     "var-d20": _var(20),

@@ -1,76 +1,100 @@
-"""Decoding of a next-scale prior: scale by scale, with a cache of keys and values."""
+"""Decoding of the next-scale prior: scale by scale, with a cache of keys and values."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
+from smalti.prior.adaln import Modulations
 from smalti.prior.attention import KeyValueCache
+from smalti.prior.next_scale.config import NextScaleConfig
 from smalti.prior.sampling import SamplingOptions, filtered, guide, sample_codes, sample_uniforms
+from smalti.randomness import Generators
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleQuantizer
 
-if TYPE_CHECKING:
-    from smalti.prior.next_scale.model import NextScalePrior
-
-LOGITS_AT_ONCE = 2**24  # held while drawing: 128 MB in fp64, whatever batch, grid and vocabulary
+LOGITS_AT_ONCE = 2**24  # in memory while sampling: 128 MB in fp64, for any batch, grid, vocabulary
 Progress = Callable[[int, int], None] | None
 
 
-class ScaleDecoder:
-    """One call of `sample`. Until the last guided scale, a second half of the rows has no class.
+class ScaleModel(Protocol):
+    """What decoding needs of the model. B samples; n tokens of a scale, L of all scales."""
 
-    What the class says to norms and gates is computed here, once for all scales.
+    config: NextScaleConfig
+    class_emb: nn.Embedding
+    head: nn.Linear
+
+    @property
+    def quantizer(self) -> MultiScaleQuantizer: ...
+    def modulation(self, embedded: Tensor) -> Modulations: ...  # of (B, width)
+    def positions(self) -> Tensor: ...  # (1, L, width)
+    def first_tokens(self, embedded: Tensor) -> Tensor: ...  # (B, width) -> (B, n, width)
+    def embed(self, inputs: Tensor) -> Tensor: ...  # (B, n, d) -> (B, n, width)
+    def transform(
+        self,
+        tokens: Tensor,
+        modulation: Modulations,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor: ...  # (B, n, width) -> (B, n, width)
+    def read(self, hidden: Tensor, modulation: Modulations) -> Tensor: ...  # -> (B, n, V)
+
+
+class ScaleDecoder:
+    """The state of one call of `sample`.
+
+    Until the last guided scale every pass reads twice the rows: the samples, then the same samples
+    without class. adaLN modulations depend on the class alone, so they are computed once for all
+    scales.
     """
 
-    def __init__(self, prior: "NextScalePrior", labels: Tensor, options: SamplingOptions) -> None:
-        self.prior, self.options = prior, options
-        config = prior.config
+    def __init__(self, model: ScaleModel, labels: Tensor, options: SamplingOptions) -> None:
+        self.model, self.options = model, options
+        config = model.config
         self.scales = options.guidance_scales(len(config.spec.grids))
         self.guided = options.guided_steps(len(config.spec.grids))
         self.batch = len(labels)
         if self.guided:
-            labels = torch.cat([labels, torch.full_like(labels, prior.num_classes)])
-        embedded = prior.class_emb(labels)  # (rows, width)
-        self.modulation = prior.modulation(embedded)
+            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+        embedded = model.class_emb(labels)  # (rows, width)
+        self.modulation = model.modulation(embedded)
         self.lengths = config.spec.lengths
-        self.positions = prior.positions().split(self.lengths, 1)
-        self.tokens = prior.first_tokens(embedded)  # input of the scale to come
+        self.positions = model.positions().split(self.lengths, 1)
+        self.tokens = model.first_tokens(embedded)  # input of the next scale, (rows, n, width)
         height, width = config.spec.grids[-1]
-        shape = (self.batch, prior.quantizer.dim, height, width)
-        self.total = torch.zeros(shape, device=labels.device)  # what the scales so far say, fp32
+        shape = (self.batch, model.quantizer.dim, height, width)
+        self.total = torch.zeros(shape, device=labels.device)  # the sum over scales so far, fp32
         self.cache = KeyValueCache(
             config.depth,
             len(labels),
             config.num_heads,
             config.spec.length,
             config.width // config.num_heads,
-            like=torch.empty(0, dtype=_matmul_dtype(prior, labels.device), device=labels.device),
+            like=torch.empty(0, dtype=_matmul_dtype(model, labels.device), device=labels.device),
         )
 
-    # -- drawing all scales ---------------------------------------------------------------------
+    # -- all scales -----------------------------------------------------------------------------
 
     def codes(self, uniforms: Tensor, on_step: Progress) -> Tensor:
-        """Codes (B, L), drawn with one number in [0, 1) each, (B, L)."""
-        parts = []
-        for scale, numbers in enumerate(uniforms.split(self.lengths, 1)):
+        """Codes (B, L), sampled with one number in [0, 1) each, (B, L)."""
+        codes = []
+        for scale, scale_uniforms in enumerate(uniforms.split(self.lengths, 1)):
             hidden = self.hidden(scale)
-            parts.append(self._sample(hidden, numbers, scale))
+            codes.append(self._sample(hidden, scale_uniforms, scale))
             if scale + 1 < len(self.lengths):
-                self.append(self.prior.quantizer.contribution(parts[-1], scale), scale)
+                self.append(self.model.quantizer.contribution(codes[-1], scale), scale)
             self._report(scale, on_step)
-        return torch.cat(parts, 1)
+        return torch.cat(codes, 1)
 
-    def smooth_codes(
-        self, generator: torch.Generator | Sequence[torch.Generator] | None, on_step: Progress
-    ) -> Tensor:
-        """Codes (B, L) of the picture that mixtures of codes tell."""
-        quantizer = self.prior.quantizer
+    def smooth_codes(self, generator: Generators, on_step: Progress) -> Tensor:
+        """Codes (B, L) of the features that mixtures of codebook vectors sum up to."""
+        quantizer = self.model.quantizer
         for scale, length in enumerate(self.lengths):
             hidden = self.hidden(scale)
-            numbers = sample_uniforms(self.batch, length * quantizer.vocab_size, generator)
-            numbers = numbers.to(self.total.device).view(self.batch, length, -1)  # (B, n, V)
-            self.append(quantizer.place(self._mix(hidden, numbers, scale), scale), scale)
+            uniforms = sample_uniforms(self.batch, length * quantizer.vocab_size, generator)
+            uniforms = uniforms.to(self.total.device).view(self.batch, length, -1)  # (B, n, V)
+            self.append(quantizer.place(self._mix(hidden, uniforms, scale), scale), scale)
             self._report(scale, on_step)
         return quantizer.search(self.total)
 
@@ -81,70 +105,66 @@ class ScaleDecoder:
     # -- one scale ------------------------------------------------------------------------------
 
     def hidden(self, scale: int) -> Tensor:
-        """What the last block gives for the tokens of a scale, (rows, n, width); they stay in the
-        cache."""
+        """Output of the last block for the tokens of a scale, (rows, n, width); their keys and
+        values stay in the cache."""
         tokens = self.tokens + self.positions[scale]
-        return self.prior.transform(tokens, self.modulation, None, self.cache)
+        return self.model.transform(tokens, self.modulation, None, self.cache)
 
     def logits(self, hidden: Tensor, scale: int) -> Tensor:
         """Guided logits (B, n, V) fp32 of tokens (rows, n, width) of a scale."""
-        logits = self.prior.read(hidden, self.modulation).float()
+        logits = self.model.read(hidden, self.modulation).float()
         if scale not in self.guided:
             return logits[: self.batch]
         conditional, unconditional = logits.chunk(2)
         return guide(conditional, unconditional, self.scales[scale])
 
     def append(self, added: Tensor, scale: int) -> None:
-        """Add what a scale says, (B, d, H, W), and look at the sum as the next scale does."""
+        """Add the contribution of a scale to the sum, (B, d, H, W), and read the sum at the next
+        scale's resolution as its input."""
         self.total = self.total + added
         if scale + 1 < len(self.lengths):
-            seen = self.prior.embed(self.prior.quantizer.scale_input(self.total, scale + 1))
-            if scale + 1 == self.guided.stop:
-                self._end_guidance()
-            self.tokens = torch.cat([seen, seen]) if scale + 1 < self.guided.stop else seen
+            tokens = self.model.embed(self.model.quantizer.scale_input(self.total, scale + 1))
+            if scale + 1 == self.guided.stop:  # the rows without class end here
+                self.cache = self.cache.part(slice(self.batch))
+                self.modulation = self.modulation.first(self.batch)
+            self.tokens = torch.cat([tokens, tokens]) if scale + 1 < self.guided.stop else tokens
 
-    def _end_guidance(self) -> None:
-        """Leave the rows that have no class."""
-        rows = slice(self.batch)
-        self.cache = self.cache.part(rows)
-        blocks = [parts[rows] for parts in self.modulation.blocks]
-        self.modulation = replace(self.modulation, blocks=blocks, head=self.modulation.head[rows])
+    def _sample(self, hidden: Tensor, uniforms: Tensor, scale: int) -> Tensor:
+        """Codes (B, n) of tokens (rows, n, width), sampled with uniforms (B, n)."""
+        codes = []
+        for tokens, part in self._portions(hidden, uniforms):
+            logits = self.logits(tokens, scale).flatten(0, 1)  # (B n, V)
+            codes.append(sample_codes(logits, part.flatten(), self.options).view(part.shape))
+        return torch.cat(codes, 1)
 
-    def _sample(self, hidden: Tensor, numbers: Tensor, scale: int) -> Tensor:
-        """Codes (B, n) of tokens (rows, n, width), drawn with numbers (B, n)."""
-        return torch.cat(
-            [
-                sample_codes(
-                    self.logits(tokens, scale).flatten(0, 1), part.flatten(), self.options
-                ).view(part.shape)
-                for tokens, part in self._in_turn(hidden, numbers)
-            ],
-            1,
-        )
+    def _mix(self, hidden: Tensor, uniforms: Tensor, scale: int) -> Tensor:
+        """Mixtures of codebook vectors, (B, n, d), for tokens (rows, n, width).
 
-    def _mix(self, hidden: Tensor, numbers: Tensor, scale: int) -> Tensor:
-        """Vectors (B, n, d): sum over codes of softmax((logits (1 + r) + g) / tau) times their
-        vectors, with g Gumbel noise made of numbers (B, n, V), r the progress in [0, 1], and
-        tau = 0.27 (1 - 0.95 r) (VAR's published code; Gumbel-softmax, 1611.01144)."""
+        The weights of the codes are softmax((logits (1 + r) + g) / tau) with Gumbel noise g from
+        uniforms (B, n, V), the progress r in [0, 1] and tau = 0.27 (1 - 0.95 r) (VAR's published
+        code; Gumbel-softmax, 1611.01144).
+        """
         progress = scale / max(len(self.lengths) - 1, 1)
         tau = 0.27 * (1 - 0.95 * progress)
-        vectors, mixtures = self.prior.quantizer.codebook.vectors, []
-        for tokens, part in self._in_turn(hidden, numbers):
-            logits = filtered(self.logits(tokens, scale).flatten(0, 1), self.options)
+        vectors, mixtures = self.model.quantizer.codebook.vectors, []
+        for tokens, part in self._portions(hidden, uniforms):
+            logits = filtered(self.logits(tokens, scale).flatten(0, 1), self.options)  # (B n, V)
             gumbel = -(-part.flatten(0, 1).log()).log()
-            shares = ((logits * (1 + progress) + gumbel) / tau).softmax(-1)
-            mixtures.append((shares.to(vectors.dtype) @ vectors).unflatten(0, part.shape[:2]))
+            weights = ((logits * (1 + progress) + gumbel) / tau).softmax(-1)
+            mixture = weights.to(vectors.dtype) @ vectors
+            mixtures.append(rearrange(mixture, "(b n) d -> b n d", b=self.batch))
         return torch.cat(mixtures, 1)
 
-    def _in_turn(self, hidden: Tensor, numbers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens (rows, n, width) and their numbers (B, n, ...), as many as memory should hold."""
-        per_token = max(1, len(hidden)) * self.prior.config.spec.vocab_size
-        chunk = max(1, LOGITS_AT_ONCE // per_token)
-        return zip(hidden.split(chunk, 1), numbers.split(chunk, 1), strict=True)
+    def _portions(self, hidden: Tensor, uniforms: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens (rows, n, width) with their uniforms (B, n, ...), a few at a time: logits of all
+        at once could exceed the memory."""
+        per_token = max(1, len(hidden)) * self.model.config.spec.vocab_size
+        portion = max(1, LOGITS_AT_ONCE // per_token)
+        return zip(hidden.split(portion, 1), uniforms.split(portion, 1), strict=True)
 
 
-def _matmul_dtype(prior: "NextScalePrior", device: torch.device) -> torch.dtype:
-    """Of keys and values, so that the cache is no larger than it needs to be."""
+def _matmul_dtype(model: ScaleModel, device: torch.device) -> torch.dtype:
+    """The type of keys and values: the cache is no larger than it needs to be."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
-    return prior.head.weight.dtype
+    return model.head.weight.dtype

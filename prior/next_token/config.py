@@ -1,19 +1,19 @@
-"""Sizes of the next-token prior: the published ones, and small ones that train in minutes."""
+"""The config of the next-token prior: published sizes, and small ones that train in minutes."""
 
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 from smalti.config import check_at_least
 from smalti.data.latents import CodeSpec, LatentSpec
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 from smalti.prior.base import PriorConfig
 
 
 @dataclass(frozen=True)
 class NextTokenConfig(PriorConfig):
-    """Defaults: LlamaGen GPT-B for 256 px ImageNet codes."""
+    """Defaults: LlamaGen's GPT-B for 256 px ImageNet codes."""
 
-    # May change without changing what saved weights mean.
+    # These may change without changing what saved weights compute.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
         "dropout",
         "token_dropout",
@@ -29,53 +29,57 @@ class NextTokenConfig(PriorConfig):
     num_classes: int = 1000  # 0 for text
     condition: Literal["class", "text"] = "class"
     text_length: int = 120  # tokens of a caption, padded
-    text_dim: int = 2048  # of a caption token's features
+    text_dim: int = 2048  # channels of the features of a caption token
     depth: int = 12
     width: int = 768
     num_heads: int = 12
-    num_kv_heads: int = 0  # heads of keys and values; 0 = num_heads, fewer shrink the cache
-    hidden: int = 0  # of the feed-forward; 0 = 8/3 width, rounded up to a multiple of 256
-    qk_norm: bool = False  # RMSNorm of every head's queries and keys
+    num_kv_heads: int = 0  # heads of keys and values; 0 = num_heads, fewer make the cache smaller
+    hidden: int = 0  # width in the feed-forward; 0 = 8/3 width, rounded up to a multiple of 256
+    qk_norm: bool = False  # RMS norm of every head's queries and keys
     dropout: float = 0.1  # of attention and feed-forward outputs
     token_dropout: float | None = None  # of embeddings; None = dropout
     attention_dropout: float = 0.0  # of attention weights
     drop_path: float = 0.0  # of the last block; from 0 at the first it grows linearly
     label_dropout: float = 0.1  # probability of training without the condition
-    token_corruption: float = 0.0  # in training, this share of the codes shown is random
-    # Shares of the training until which every order is random, and from which on all is raster;
-    # (0.5, 0.75) in RAR. None trains in raster order.
+    token_corruption: float = 0.0  # in training, this share of the input codes is random
+    # Random-order annealing: until the first share of the training every order is random, from the
+    # second on every order is raster; (0.5, 0.75) in RAR. None trains in raster order only.
     random_order: tuple[float, float] | None = None
     norm_eps: float = 1e-5
     rotary_base: float = 10000.0
-    prefix_rotary: Literal["identity", "zero"] = "identity"  # zero: as LlamaGen's weights expect
+    prefix_rotary: Literal["identity", "zero"] = "identity"  # LlamaGen's weights expect "zero"
     tokenizer_fingerprint: str | None = None  # of the tokenizer that made the training latents
 
     def __post_init__(self) -> None:
         if len(self.spec.grids) != 1:
-            raise SmaltiError(
-                f"a next-token prior models one code grid; the latents have {len(self.spec.grids)}:"
-                " use a next-scale prior"
+            raise ConfigurationError(
+                f"the latents have {len(self.spec.grids)} code grids, but a next-token prior models"
+                " one: use a next-scale prior"
             )
         check_at_least(1, self, "depth", "width", "num_heads")
         if self.width % self.num_heads or self.head_dim % 4:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"width {self.width} with {self.num_heads} heads: each head needs a multiple of 4"
             )
         if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"num_kv_heads is {self.num_kv_heads}; it must divide num_heads {self.num_heads}, "
                 "or be 0 for as many"
             )
         if self.hidden < 0 or not (self.norm_eps >= 0 and self.rotary_base > 1):
-            raise SmaltiError("hidden and norm_eps must be 0 or more, and rotary_base more than 1")
+            raise ConfigurationError(
+                f"hidden is {self.hidden}, norm_eps {self.norm_eps}, rotary_base "
+                f"{self.rotary_base}; hidden and norm_eps must be 0 or more, and rotary_base more"
+                " than 1"
+            )
         self._check_condition()
         self._check_training()
 
     def _check_condition(self) -> None:
         if self.condition == "text" and self.num_classes:
-            raise SmaltiError(
-                f"a prior of text has no classes, but num_classes is {self.num_classes}: set it to"
-                " 0"
+            raise ConfigurationError(
+                "a prior with condition text has no classes, but num_classes is "
+                f"{self.num_classes}: set it to 0"
             )
         if self.condition == "class":
             check_at_least(1, self, "num_classes")
@@ -85,13 +89,15 @@ class NextTokenConfig(PriorConfig):
         for name in ("dropout", "token_dropout", "attention_dropout", "drop_path", "label_dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
-                raise SmaltiError(f"{name} is {value}; it must lie in [0, 1)")
+                raise ConfigurationError(f"{name} is {value}; it must lie in [0, 1)")
         if not 0 <= self.token_corruption <= 1:
-            raise SmaltiError(f"token_corruption is {self.token_corruption}; it must lie in [0, 1]")
+            raise ConfigurationError(
+                f"token_corruption is {self.token_corruption}; it must lie in [0, 1]"
+            )
         if self.random_order is not None:
             begin, end = self.random_order
             if not 0 <= begin <= end <= 1:
-                raise SmaltiError(
+                raise ConfigurationError(
                     f"random_order is {self.random_order}; give two shares of the training, "
                     "0 <= from <= to <= 1"
                 )
@@ -108,12 +114,12 @@ class NextTokenConfig(PriorConfig):
 
     @property
     def feed_forward_hidden(self) -> int:
-        """Width of the feed-forward's hidden layer."""
+        """Width of the feed-forward's hidden layer (LlamaGen rounds it up to a multiple of 256)."""
         return self.hidden or -(-int(8 * self.width / 3) // 256) * 256
 
     @property
     def prefix_length(self) -> int:
-        """Number of condition tokens before the codes."""
+        """Number of condition tokens P before the codes: one for a class, or a caption's."""
         return self.text_length if self.condition == "text" else 1
 
     def fitted(
@@ -123,16 +129,18 @@ class NextTokenConfig(PriorConfig):
         tokenizer_fingerprint: str | None,
         quantizer: object = None,
     ) -> Self:
-        """This size of model for other latents; one of text has no classes whatever they have.
+        """This config for other latents. With condition text, num_classes stays 0.
 
         Args:
-            quantizer: of the tokenizer; a next-token prior needs nothing of it.
+            quantizer: the config of the tokenizer's quantizer, which this prior does not need.
 
         Raises:
-            SmaltiError: the latents are not codes of one grid.
+            ConfigurationError: the latents are not codes of one grid.
         """
         if not isinstance(spec, CodeSpec):
-            raise SmaltiError(f"a next-token prior models codes, not {spec}: use a flow prior")
+            raise ConfigurationError(
+                f"a next-token prior models codes, not {spec}: use a flow prior"
+            )
         del quantizer
         return replace(
             self,

@@ -1,51 +1,63 @@
-"""Decoding of a next-token prior: token by token, with a cache of keys and values."""
+"""Decoding of the next-token prior: token by token, with a cache of keys and values."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from einops import repeat
+from torch import Tensor, nn
 
 from smalti.prior.attention import KeyValueCache
 from smalti.prior.conditions.text import Condition, TextCondition
+from smalti.prior.next_token.config import NextTokenConfig
 from smalti.prior.sampling import SamplingOptions, guide, sample_codes
 
-if TYPE_CHECKING:
-    from smalti.prior.next_token.model import NextTokenPrior
+
+class TokenModel(Protocol):
+    """What decoding needs of the model. B samples, P prefix tokens, n codes."""
+
+    config: NextTokenConfig
+    output: nn.Linear  # hidden states (..., width) -> logits (..., V)
+
+    def tokens(self, condition: Condition, codes: Tensor) -> Tensor: ...  # (B, P + n, width)
+    def next_token(self, codes: Tensor, position: int) -> Tensor: ...  # (B, 1, width)
+    def null(self, condition: Condition) -> Condition: ...  # the unconditional condition
+    def rope_freqs(self, device: torch.device) -> Tensor: ...  # (P + L - 1, head_dim / 2)
+    def transform(
+        self, tokens: Tensor, rope_freqs: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor: ...  # (B, n, width) -> (B, n, width)
 
 
 class TokenDecoder:
-    """One call of `sample`.
+    """The state of one call of `sample`.
 
-    Guided steps read a second half of rows, without a condition. It comes to be at the first of
-    them, where it reads all tokens so far at once, and ends with the last: a step without guidance
-    costs one pass over the samples alone.
+    Steps with guidance read twice the rows: the samples, then the same samples without condition.
+    The second half starts at the first guided step, where it reads all tokens so far at once, and
+    ends with the last one, so that a step without guidance costs one pass over the samples only.
     """
 
-    def __init__(
-        self, prior: "NextTokenPrior", condition: Condition, options: SamplingOptions
-    ) -> None:
-        self.prior, self.condition, self.options = prior, condition, options
-        config, self.batch = prior.config, len(condition)
+    def __init__(self, model: TokenModel, condition: Condition, options: SamplingOptions) -> None:
+        self.model, self.condition, self.options = model, condition, options
+        config, self.batch = model.config, len(condition)
         self.scales = options.guidance_scales(config.spec.length)
         self.guided = options.guided_steps(config.spec.length)
-        device = prior.output.weight.device
+        device = model.output.weight.device
         shape = (self.batch, config.spec.length)
         self.codes = torch.empty(shape, dtype=torch.int64, device=device)
-        self.next_input = prior.tokens(condition, self.codes[:, :0])  # (B, P, width)
-        self.table = prior.rotary(device)
-        self.both = KeyValueCache(
+        self.next_input = model.tokens(condition, self.codes[:, :0])  # (B, P, width)
+        self.rope_freqs = model.rope_freqs(device)
+        self.full_cache = KeyValueCache(
             config.depth,
             self.batch * (2 if self.guided else 1),
             config.kv_heads,
-            config.prefix_length + config.spec.length - 1,
+            config.prefix_length + config.spec.length - 1,  # the last code is never an input
             config.head_dim,
             like=self.next_input,
         )
-        self.cache = self.both.part(slice(self.batch))  # of the rows that are read
+        self.cache = self.full_cache.part(slice(self.batch))  # the rows that are read
 
     def sample(self, uniforms: Tensor, on_step: Callable[[int, int], None] | None) -> Tensor:
-        """Codes (B, L), drawn with one number in [0, 1) each, (B, L)."""
+        """Codes (B, L), sampled with one number in [0, 1) each, (B, L)."""
         uniforms = uniforms.to(self.codes.device)
         for step in range(len(self.scales)):
             self.append(sample_codes(self.logits(step), uniforms[:, step], self.options), step)
@@ -54,33 +66,33 @@ class TokenDecoder:
         return self.codes
 
     def logits(self, step: int) -> Tensor:
-        """Logits (B, V) fp32 of the code to come, guided where the step is; steps in their order,
-        with `append` between them."""
+        """Logits (B, V) fp32 of the next code, guided where the step is. Steps must be read in
+        order, with `append` between them."""
         if step not in self.guided:
             return self._read(self.next_input, self.cache)
         if step == self.guided.start:
             conditional = self._read(self.next_input, self.cache)
-            unconditional = self._catch_up(step)
+            unconditional = self._start_guidance(step)
         else:
-            tokens = torch.cat([self.next_input, self.next_input])
+            tokens = torch.cat([self.next_input, self.next_input])  # (2B, 1, width)
             conditional, unconditional = self._read(tokens, self.cache).chunk(2)
         if step + 1 == self.guided.stop:
-            self.cache = self.both.part(slice(self.batch))
+            self.cache = self.full_cache.part(slice(self.batch))
         return guide(conditional, unconditional, self.scales[step])
 
     def append(self, codes: Tensor, step: int) -> None:
-        """The code drawn at a step for every sample, (B,), is the next input."""
+        """Store the codes (B,) of a step and make them the next input."""
         self.codes[:, step] = codes
         if step + 1 < len(self.scales):
-            self.next_input = self.prior.next_token(codes, step + 1)
+            self.next_input = self.model.next_token(codes, step + 1)
 
-    def _catch_up(self, step: int) -> Tensor:
-        """Begin the rows without a condition; their logits (B, V)."""
-        tokens = self.prior.tokens(self.prior.null(self.condition), self.codes[:, :step])
-        unconditional = self.both.part(slice(self.batch, None))
+    def _start_guidance(self, step: int) -> Tensor:
+        """Fill the cache rows without condition; their logits (B, V) of this step."""
+        tokens = self.model.tokens(self.model.null(self.condition), self.codes[:, :step])
+        unconditional = self.full_cache.part(slice(self.batch, None))
         logits = self._read(tokens, unconditional)
-        self.both.length = unconditional.length
-        self.cache = self.both
+        self.full_cache.length = unconditional.length
+        self.cache = self.full_cache
         return logits
 
     def _read(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
@@ -89,6 +101,6 @@ class TokenDecoder:
         mask = None
         if isinstance(self.condition, TextCondition):
             mask = self.condition.attention_mask(start, stop)  # no text has the same padding
-            mask = mask.repeat(len(tokens) // self.batch, 1, 1, 1)
-        hidden = self.prior.transform(tokens, self.table[start:stop], mask, cache)
-        return self.prior.output(hidden[:, -1]).float()
+            mask = repeat(mask, "b 1 q k -> (n b) 1 q k", n=len(tokens) // self.batch)
+        hidden = self.model.transform(tokens, self.rope_freqs[start:stop], mask, cache)
+        return self.model.output(hidden[:, -1]).float()

@@ -1,37 +1,39 @@
 """Next-token prior: a Llama-style transformer over codes in raster order (LlamaGen, 2406.06525).
 
-The class is a prefix token, or a caption several; the last of them predicts the first code, and
-code j the next from the condition and the codes before it. Module names are LlamaGen's, whose
-published weights fit.
+A class is one prefix token, a caption several. The last prefix token predicts the first code; every
+later code is predicted from the condition and the codes before it. Module names are LlamaGen's,
+whose published weights fit.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from smalti.data.latents import CodeSpec, LatentSpec
-from smalti.errors import SmaltiError
-from smalti.prior.attention import KeyValueCache, attend
+from smalti.errors import ConfigurationError, GenerationError
+from smalti.prior.attention import KeyValueCache, attend, rotary_frequencies, rotate
 from smalti.prior.base import CodePrior, Loss, check_codes
 from smalti.prior.conditions.text import CaptionEmbedding, Condition, TextCondition
-from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates, rotary_table, rotate
+from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates
 from smalti.prior.next_token.config import PRESETS, NextTokenConfig
 from smalti.prior.next_token.decoding import TokenDecoder
 from smalti.prior.sampling import SamplingOptions, sample_uniforms
+from smalti.randomness import Generators, RandomInputs
 
-# -------------------------------------------------------------------------------------------------
-# A transformer block of the next-token prior: causal attention and feed-forward (Llama, as in
-# LlamaGen, 2406.06525). Module names are LlamaGen's.
+__all__ = ["PRESETS", "NextTokenConfig", "NextTokenPrior"]
+
+INIT_STD = 0.02
 
 
 class CausalAttention(nn.Module):
     """Each token attends to itself and to earlier ones.
 
-    With fewer key and value heads than heads, neighbouring heads share them (grouped queries,
-    2305.13245).
+    With fewer key and value heads than query heads, neighbouring heads share them (grouped-query
+    attention, 2305.13245).
     """
 
     def __init__(self, config: NextTokenConfig) -> None:
@@ -42,7 +44,7 @@ class CausalAttention(nn.Module):
         self.wqkv = nn.Linear(config.width, config.width + 2 * kv_dim, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
         self.q_norm = self.k_norm = None
-        if config.qk_norm:  # of every head (2302.05442): keeps scores in range
+        if config.qk_norm:  # of every head (2302.05442): keeps attention scores in range
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.weight_dropout = config.attention_dropout
@@ -51,25 +53,24 @@ class CausalAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        table: Tensor,
+        rope_freqs: Tensor,
         mask: Tensor | None,
         layer: int,
         cache: KeyValueCache | None,
     ) -> Tensor:  # (B, T, width)
         heads = (self.num_heads, self.kv_heads, self.kv_heads)
-        query, key, value = (
-            self.wqkv(x).unflatten(-1, (sum(heads), -1)).transpose(1, 2).split(heads, dim=1)
-        )  # (B, heads, T, head_dim)
+        qkv = rearrange(self.wqkv(x), "b t (h d) -> b h t d", h=sum(heads))
+        query, key, value = qkv.split(heads, dim=1)  # (B, heads, T, head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, table), rotate(key, table)
+        query, key = rotate(query, rope_freqs), rotate(key, rope_freqs)
         if cache is not None:
             key, value = cache.write(layer, key, value)
-        # A single new token may see everything; several start an empty cache or have none.
+        # A single new token attends to everything; several start an empty cache or have none.
         causal = mask is None and query.shape[2] > 1
         dropout = self.weight_dropout if self.training else 0.0
         attended = attend(query, key, value, causal, mask, dropout=dropout)
-        return self.dropout(self.wo(attended.transpose(1, 2).flatten(2)))
+        return self.dropout(self.wo(rearrange(attended, "b h t d -> b t (h d)")))
 
 
 class CausalBlock(nn.Module):
@@ -86,27 +87,26 @@ class CausalBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        table: Tensor,
+        rope_freqs: Tensor,
         mask: Tensor | None,
         layer: int,
         cache: KeyValueCache | None,
     ) -> Tensor:  # (B, T, width)
-        attended = self.attention(self.attention_norm(x), table, mask, layer, cache)
+        attended = self.attention(self.attention_norm(x), rope_freqs, mask, layer, cache)
         x = x + self.drop_path(attended)
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
 
 
 # -------------------------------------------------------------------------------------------------
-# Random-order annealing (RAR, 2411.00776): early in training a prior learns to
-# predict codes in any order, later ever more often in raster order, in which it samples.
-#
-# Seen in every order, each code is predicted from both sides; a permuted sequence does not say
-# which code is next, so its position is given to the prior with the code before it.
+# Random-order annealing (RAR, 2411.00776): early in training the prior predicts codes in random
+# orders, later ever more often in raster order, in which it samples. So it learns from context on
+# both sides. The position of the code to predict is given with the code before it,
+# because a permuted sequence does not tell which code is next.
 
 
 def random_order_probability(progress: float, annealing: tuple[float, float]) -> float:
     """The probability of a random order: 1 until the first share of the training is done, then
-    linearly to 0 at the second."""
+    falling linearly to 0 at the second."""
     begin, end = annealing
     if progress >= end:
         return 0.0
@@ -120,56 +120,50 @@ def sample_orders(rows: int, length: int, probability: Tensor) -> Tensor:
     """
     device = probability.device
     shuffled = torch.rand(rows, length, device=device).argsort(1)
-    chosen = torch.rand(rows, 1, device=device) < probability
-    return torch.where(chosen, shuffled, torch.arange(length, device=device))
+    is_random = torch.rand(rows, 1, device=device) < probability
+    return torch.where(is_random, shuffled, torch.arange(length, device=device))
 
 
 def check_order(order: Tensor, rows: int, length: int) -> None:
-    """Raise `SmaltiError` unless every row of an order is a permutation of 0 to length - 1."""
+    """Raise `GenerationError` unless every row of an order is a permutation of 0 to length - 1."""
     if order.shape != (rows, length) or order.dtype != torch.int64:
-        raise SmaltiError(
+        raise GenerationError(
             f"the order has shape {tuple(order.shape)} and type {order.dtype}; "
             f"give ({rows}, {length}) int64"
         )
     if torch.compiler.is_compiling():  # a branch on values would break the graph
         return
     if not (order.sort(1).values == torch.arange(length, device=order.device)).all():
-        raise SmaltiError(f"the order is no permutation of 0 to {length - 1} in every row")
+        raise GenerationError(
+            f"the order is no permutation of 0 to {length - 1} in every row: name each position"
+            " once"
+        )
 
 
 # -------------------------------------------------------------------------------------------------
-# Mistakes in what a next-token prior is shown in training.
+# Input corruption (taming transformers, 2012.09841): some input codes are random, the targets stay
+# true. A prior that was trained on true codes only continues badly from its own mistakes (exposure
+# bias).
 
 
 def corrupted(codes: Tensor, vocab_size: int, probability: float) -> Tensor:
-    """Codes (B, L) int64, each replaced with a probability by a uniformly random one.
-
-    A prior that never saw a mistake cannot go on from its own (exposure bias). The targets stay
-    true; 1 - probability is `pkeep` in taming transformers (2012.09841).
-    """
-    mistaken = torch.rand(codes.shape, device=codes.device) < probability
-    return torch.where(mistaken, torch.randint_like(codes, vocab_size), codes)
-
-
-# -------------------------------------------------------------------------------------------------
-# Next-token prior: a Llama-style transformer over codes in raster order (LlamaGen, 2406.06525).
-
-__all__ = ["PRESETS", "NextTokenConfig", "NextTokenPrior"]
-
-INIT_STD = 0.02
+    """Codes (B, L) int64, each replaced by a uniformly random one with a probability, which is
+    1 - `pkeep` of taming transformers."""
+    is_random = torch.rand(codes.shape, device=codes.device) < probability
+    return torch.where(is_random, torch.randint_like(codes, vocab_size), codes)
 
 
 class NextTokenPrior(CodePrior):
     """p(codes | condition) = prod_j p(code_j | condition, codes before j).
 
-    The condition is class labels (B,) or, by its config, a `TextCondition`.
+    The condition is class labels (B,) or, if the config says so, a `TextCondition`.
     """
 
     Config: ClassVar[type] = NextTokenConfig
     PRESETS: ClassVar[Mapping[str, NextTokenConfig]] = PRESETS
     class_table: ClassVar[str] = "cls_embedding.weight"
     config: NextTokenConfig
-    order_probability: Tensor | None  # () fp32, of a random order in the training steps to come
+    order_probability: Tensor | None  # () fp32, of a random order in the next training steps
 
     @classmethod
     def models(cls, spec: LatentSpec) -> bool:
@@ -187,7 +181,7 @@ class NextTokenPrior(CodePrior):
         )
         self.tok_embeddings = nn.Embedding(spec.vocab_size, width)
         self.register_parameter("target_positions", None)
-        if config.random_order is not None:  # what a token is told of the code it predicts
+        if config.random_order is not None:  # added to a token: the position that it predicts
             self.target_positions = nn.Parameter(torch.empty(spec.length, width))
         token_dropout = config.dropout if config.token_dropout is None else config.token_dropout
         self.dropout = nn.Dropout(token_dropout)
@@ -195,13 +189,14 @@ class NextTokenPrior(CodePrior):
         self.layers = nn.ModuleList(CausalBlock(config, rate) for rate in rates)
         self.norm = RMSNorm(width, config.norm_eps)
         self.output = nn.Linear(width, spec.vocab_size, bias=False)
+        # A tensor, so that its new values do not recompile the model.
         order_probability = None if config.random_order is None else torch.ones(())
         self.register_buffer("order_probability", order_probability, persistent=False)
-        self._told_progress = False
+        self._progress_is_set = False
         self._initialise()
 
     def _initialise(self) -> None:
-        """N(0, 0.02) everywhere; a head of zeros, so that the first loss is exactly ln V."""
+        """N(0, 0.02^2) everywhere; an output layer of zeros: the first loss is exactly ln V."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INIT_STD)
@@ -209,38 +204,113 @@ class NextTokenPrior(CodePrior):
             nn.init.normal_(self.target_positions, std=INIT_STD)
         nn.init.zeros_(self.output.weight)
 
-    # -- the condition ------------------------------------------------------------------------
+    # -- the network ----------------------------------------------------------------------------
+
+    def tokens(self, condition: Condition, codes: Tensor, order: Tensor | None = None) -> Tensor:
+        """Inputs (B, P + n, width): the condition, then the first n codes (B, n) of an order
+        (B, L), or of raster order."""
+        prefix = self.cls_embedding(condition)
+        if isinstance(condition, Tensor):
+            prefix = prefix[:, None]  # (B, 1, width)
+        tokens = torch.cat([prefix, self.tok_embeddings(codes)], 1)
+        if self.target_positions is None:
+            return tokens
+        count = codes.shape[1] + 1  # the last prefix token predicts, too
+        targets = self.target_positions[:count]  # (n + 1, width)
+        if order is not None:
+            targets = F.embedding(order[:, :count], self.target_positions)  # (B, n + 1, width)
+        return tokens + F.pad(targets, (0, 0, self.config.prefix_length - 1, 0))
+
+    def next_token(self, codes: Tensor, position: int) -> Tensor:
+        """The input (B, 1, width) for codes (B,) that predicts `position` in raster order."""
+        token = self.tok_embeddings(codes)[:, None]
+        return token if self.target_positions is None else token + self.target_positions[position]
+
+    def rope_freqs(self, device: torch.device, order: Tensor | None = None) -> Tensor:
+        """Rotary frequencies of the prefix and of all codes but the last, which is never an input:
+        (P + L - 1, head_dim / 2), or for an order (B, L) (B, 1, P + L - 1, head_dim / 2)."""
+        config, prefix = self.config, self.config.prefix_length
+        zero = config.prefix_rotary == "zero"
+        grid = config.spec.grids[0]
+        rope_freqs = rotary_frequencies(grid, config.head_dim, config.rotary_base, prefix, zero)
+        rope_freqs = rope_freqs.to(device)
+        if order is None:
+            return rope_freqs[:-1]
+        before = torch.arange(prefix, device=device).expand(len(order), -1)  # (B, P)
+        positions = torch.cat([before, prefix + order[:, :-1]], 1)
+        return rope_freqs[positions][:, None]
+
+    def transform(
+        self, tokens: Tensor, rope_freqs: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """All blocks and the last norm, (B, T, width) to (B, T, width)."""
+        x = self.dropout(tokens)
+        for layer, block in enumerate(self.layers):
+            x = block(x, rope_freqs, mask, layer, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x)
+
+    def logits(self, codes: Tensor, condition: Condition, order: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits (B, L, V) of codes (B, L) given their conditions.
+
+        Args:
+            order: (B, L) int64, a permutation in every row: logits [b, k] are those of the code at
+                order[b, k], given the codes at order[b, :k]. None is raster order.
+
+        Raises:
+            SmaltiError: codes, condition or order do not fit; an order is given to a prior that was
+                made without `random_order`.
+        """
+        self._check(codes, condition)
+        if order is not None:
+            check_order(order, *codes.shape)
+            if self.target_positions is None:
+                raise ConfigurationError(
+                    "this prior knows raster order alone: train with random_order, or give no order"
+                )
+        return self._logits(codes, condition, order)
+
+    def _logits(self, codes: Tensor, condition: Condition, order: Tensor | None) -> Tensor:
+        if order is not None:
+            codes = codes.gather(1, order)
+        tokens = self.tokens(condition, codes[:, :-1], order)  # (B, P + L - 1, width)
+        mask = None
+        if isinstance(condition, TextCondition):
+            mask = condition.attention_mask(0, tokens.shape[1])
+        hidden = self.transform(tokens, self.rope_freqs(tokens.device, order), mask, None)
+        return self.output(hidden[:, self.config.prefix_length - 1 :])
+
+    # -- the condition --------------------------------------------------------------------------
 
     @property
     def _captions(self) -> CaptionEmbedding:
-        """The embedding of the condition of a prior of text."""
+        """The embedding of captions; only with condition text."""
         return cast(CaptionEmbedding, self.cls_embedding)
 
     def check_condition(self, condition: Condition) -> None:
-        """Raise `SmaltiError` unless a condition is of the kind and size that the config says."""
+        """Raise `SmaltiError` unless a condition has the kind and size that the config says."""
         if self.config.condition == "text":
             self._captions.check(condition)
         else:
             self.check_labels(cast(Tensor, condition))
 
     def null(self, condition: Condition) -> Condition:
-        """As many conditions that say nothing; of captions the padding stays."""
+        """As many unconditional conditions; captions keep their padding."""
         if isinstance(condition, TextCondition):
             return self._captions.null(condition)
         return torch.full_like(condition, self.num_classes)
 
     def _drop(self, condition: Condition) -> Condition:
-        """In training, replace each condition by none with a probability (2207.12598)."""
+        """In training, replace each condition by the null one with a probability (2207.12598)."""
         if isinstance(condition, Tensor):
             return self.drop_labels(condition, self.config.label_dropout)
         if not self.training:
             return condition
         return self._captions.drop(condition, self.config.label_dropout)
 
-    # -- training -----------------------------------------------------------------------------
-
     def no_conditions(self) -> Condition:
-        """The condition of no samples at all: labels (0,), or captions (0, T, D)."""
+        """An empty batch of conditions: labels (0,), or captions (0, T, D)."""
         empty_labels, config = super().no_conditions(), self.config
         if config.condition == "class":
             return empty_labels
@@ -249,128 +319,63 @@ class NextTokenPrior(CodePrior):
         )
         return TextCondition(features, features[..., 0].bool())
 
+    def _check(self, codes: Tensor, condition: Condition) -> None:
+        self.check_condition(condition)
+        check_codes(codes, self.config.spec)
+        if len(codes) != len(condition):
+            raise GenerationError(
+                f"{len(condition)} conditions were given for {len(codes)} samples: give one each"
+            )
+
+    # -- training -------------------------------------------------------------------------------
+
     def set_progress(self, progress: float) -> None:
-        """With random orders, tell the prior the share of the training that is done."""
+        """Set the share of the training that is done, which random-order annealing follows."""
         super().set_progress(progress)
         annealing = self.config.random_order
         if self.order_probability is not None and annealing is not None:
             self.order_probability.fill_(random_order_probability(progress, annealing))
-            self._told_progress = True
+            self._progress_is_set = True
 
-    def forward(self, latents: Tensor, condition: Condition) -> Loss:
+    def forward(
+        self, latents: Tensor, condition: Condition, random_inputs: RandomInputs | None = None
+    ) -> Loss:
         """Cross-entropy of codes (B, L) given their conditions, in nats per code.
 
-        In training with `token_corruption`, the codes that are shown have mistakes; with
-        `random_order`, they are predicted in an order that is drawn for every sample.
+        In training with `token_corruption`, some input codes are random; with `random_order`, the
+        order of the prediction is sampled for every sample.
+
+        Args:
+            random_inputs: unused; random numbers come from torch's global generator.
 
         Raises:
             SmaltiError: codes or condition do not fit; `set_progress` was not called before a
                 training step with random orders.
         """
+        del random_inputs
         self._check(latents, condition)
-        shown, order = latents, self._draw_orders(latents)
+        inputs, order = latents, self._sample_orders(latents)
         if self.training and self.config.token_corruption:
-            shown = corrupted(latents, self.config.spec.vocab_size, self.config.token_corruption)
-        logits = self._logits(shown, self._drop(condition), order).float()
+            inputs = corrupted(latents, self.config.spec.vocab_size, self.config.token_corruption)
+        logits = self._logits(inputs, self._drop(condition), order).float()  # (B, L, V)
         targets = latents if order is None else latents.gather(1, order)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         correct = (logits.detach().argmax(-1) == targets).float().mean()
         return Loss(loss, {"accuracy": correct})
 
-    def _draw_orders(self, codes: Tensor) -> Tensor | None:
+    def _sample_orders(self, codes: Tensor) -> Tensor | None:
         """Orders (B, L) of codes (B, L); None is raster order."""
         if not self.training or self.order_probability is None:
             return None
-        if not self._told_progress:
-            raise SmaltiError(
+        if not self._progress_is_set:
+            raise ConfigurationError(
                 "random_order changes with the progress of training: call "
                 "prior.set_progress(step / max_train_steps) before every step"
             )
         rows, length = codes.shape
         return sample_orders(rows, length, self.order_probability)
 
-    def logits(self, codes: Tensor, condition: Condition, order: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits (B, L, V) of codes (B, L) given their conditions.
-
-        Args:
-            order: (B, L) int64, a permutation in every row: logits [b, k] are then of the code
-                order[b, k], given those at order[b, :k]. None is raster order.
-
-        Raises:
-            SmaltiError: codes, condition or order do not fit; an order is given to a prior that
-                knows raster order alone.
-        """
-        self._check(codes, condition)
-        if order is not None:
-            check_order(order, *codes.shape)
-            if self.target_positions is None:
-                raise SmaltiError("this prior knows raster order alone: train with random_order")
-        return self._logits(codes, condition, order)
-
-    def _logits(self, codes: Tensor, condition: Condition, order: Tensor | None) -> Tensor:
-        if order is not None:
-            codes = codes.gather(1, order)
-        tokens = self.tokens(condition, codes[:, :-1], order)
-        mask = None
-        if isinstance(condition, TextCondition):
-            mask = condition.attention_mask(0, tokens.shape[1])
-        hidden = self.transform(tokens, self.rotary(tokens.device, order), mask, None)
-        return self.output(hidden[:, self.config.prefix_length - 1 :])
-
-    def _check(self, codes: Tensor, condition: Condition) -> None:
-        self.check_condition(condition)
-        check_codes(codes, self.config.spec)
-        if len(codes) != len(condition):
-            raise SmaltiError(
-                f"{len(condition)} conditions were given for {len(codes)} samples: give one each"
-            )
-
-    # -- the network, part by part ------------------------------------------------------------
-
-    def tokens(self, condition: Condition, codes: Tensor, order: Tensor | None = None) -> Tensor:
-        """Inputs (B, P + n, width): the condition and the first n codes (B, n) of an order (B, L),
-        or of raster order."""
-        prefix = self.cls_embedding(condition)
-        if isinstance(condition, Tensor):
-            prefix = prefix[:, None]
-        tokens = torch.cat([prefix, self.tok_embeddings(codes)], 1)
-        if self.target_positions is None:
-            return tokens
-        count = codes.shape[1] + 1  # the last prefix token predicts, too
-        targets = self.target_positions[:count]
-        if order is not None:
-            targets = F.embedding(order[:, :count], self.target_positions)
-        return tokens + F.pad(targets, (0, 0, self.config.prefix_length - 1, 0))
-
-    def next_token(self, codes: Tensor, position: int) -> Tensor:
-        """Input (B, 1, width) of codes (B,), after which in raster order comes `position`."""
-        token = self.tok_embeddings(codes)[:, None]
-        return token if self.target_positions is None else token + self.target_positions[position]
-
-    def transform(
-        self, tokens: Tensor, table: Tensor, mask: Tensor | None, cache: KeyValueCache | None
-    ) -> Tensor:
-        """All blocks and the last norm, (B, T, width) to (B, T, width)."""
-        x = self.dropout(tokens)
-        for layer, block in enumerate(self.layers):
-            x = block(x, table, mask, layer, cache)
-        if cache is not None:
-            cache.length += tokens.shape[1]
-        return self.norm(x)
-
-    def rotary(self, device: torch.device, order: Tensor | None = None) -> Tensor:
-        """Rotary table of the prefix and all codes but the last, which is never an input:
-        (P + L - 1, head_dim / 2), or in an order (B, 1, P + L - 1, head_dim / 2)."""
-        config, prefix = self.config, self.config.prefix_length
-        zero = config.prefix_rotary == "zero"
-        grid = config.spec.grids[0]
-        table = rotary_table(grid, config.head_dim, config.rotary_base, prefix, zero).to(device)
-        if order is None:
-            return table[:-1]
-        still = torch.arange(prefix, device=device).expand(len(order), -1)
-        return table[torch.cat([still, prefix + order[:, :-1]], 1)][:, None]
-
-    # -- sampling -----------------------------------------------------------------------------
+    # -- sampling -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(
@@ -378,7 +383,7 @@ class NextTokenPrior(CodePrior):
         condition: Condition,
         *,
         guidance_scale: float = 1.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         guidance_schedule: str = "constant",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         temperature: float = 1.0,
@@ -386,23 +391,23 @@ class NextTokenPrior(CodePrior):
         top_p: float = 1.0,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Draw codes (B, L) for labels (B,) or captions, in raster order.
+        """Sample codes (B, L) for labels (B,) or captions, in raster order.
 
         Args:
             guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass.
             generator: one, or a list with one per sample: sample i then depends on its own only;
-                on any device. None is a new one with a random seed. (In bf16 a matrix product
-                rounds differently for other batch sizes, which can turn a draw; fp32 is safe.)
+                on any device. None is a new one with a random seed. (In bf16, matrix products round
+                differently at other batch sizes, which can change a code; in fp32 they do not.)
             guidance_schedule: how s_i grows over the codes: constant, linear, cosine, power-cosine.
             guidance_interval: shares of the sampling, from 0, the first code, to 1, the last,
                 between which s_i applies; elsewhere there is no guidance and no second pass.
             temperature: logits are divided by it; 0 is greedy.
             top_k: keep the k likeliest codes; 0 keeps all.
             top_p: keep the likeliest codes with this total probability.
-            on_step: called with (codes drawn, L) after every code.
+            on_step: called with (codes sampled, L) after every code.
 
         Raises:
-            SmaltiError: a condition or an option out of its range; the model's logits are not
+            SmaltiError: a condition or an option is out of its range; the model's logits are not
                 finite.
         """
         self.check_condition(condition)

@@ -1,4 +1,4 @@
-"""The next-scale prior: VAR written out, block causality, cached decoding, guidance, learning."""
+"""The next-scale prior: VAR written out, block causality, cached decoding, guidance, training."""
 
 import copy
 import math
@@ -15,7 +15,6 @@ from smalti.errors import SmaltiError
 from smalti.prior.next_scale.decoding import ScaleDecoder
 from smalti.prior.next_scale.model import (
     PRESETS,
-    DropPath,
     NextScaleConfig,
     NextScalePrior,
     block_causal_mask,
@@ -54,7 +53,7 @@ def make_quantizer(config: MultiScaleConfig = QUANTIZER) -> MultiScaleQuantizer:
 
 
 def make_prior(config: NextScaleConfig = TINY) -> NextScalePrior:
-    """A bound model in which every weight matters, without the gentle start of a new one."""
+    """A bound model in which every weight matters: a new one is close to the identity."""
     torch.manual_seed(0)
     model = randomised(NextScalePrior(config))
     model.bind(make_quantizer(config.quantizer))
@@ -121,7 +120,7 @@ def plain_logits(model: NextScalePrior, codes: Tensor, label: int) -> Tensor:
         mean, var = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
         return (x - mean) / (var + 1e-6).sqrt() * (1 + scale) + shift
 
-    # Inputs: class token, then area-downsampled sums of what the scales before say.
+    # Inputs: class token, then area-downsampled sums of the contributions of the scales before.
     condition = w["class_emb.weight"][label]
     activated = condition * condition.sigmoid()
     total, inputs = torch.zeros(1, 4, 2, 3), [condition + w["pos_start"][0]]
@@ -242,25 +241,19 @@ def test_the_objective_compiles_into_one_graph(noise: float) -> None:
     torch.testing.assert_close(compiled(CODES, LABELS).total, expected)
 
 
-def test_drop_path_leaves_out_whole_samples_in_training_only() -> None:
-    path, x = DropPath(0.25), torch.ones(4000, 2, 3)
-    dropped = path(x)
-    assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
-    assert torch.equal(dropped.amax((1, 2)), dropped.amin((1, 2)))
-    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
-    assert torch.equal(path.eval()(x), x)
+def test_drop_path_rates_grow_linearly_over_the_blocks() -> None:
     rates = [b.drop_path.probability for b in NextScalePrior(replace(TINY, drop_path=0.2)).blocks]
     assert rates == [0.0, pytest.approx(0.2)]
 
 
-def test_a_context_without_mistakes_is_the_true_one(model) -> None:
+def test_a_context_without_noise_is_the_true_one(model) -> None:
     true, same = true_context(model.quantizer, CODES), noisy_context(model.quantizer, CODES, 0.0)
     assert torch.equal(true.targets, CODES) and torch.equal(same.targets, CODES)
     torch.testing.assert_close(same.inputs, true.inputs)
 
 
 def test_a_noisy_context_is_its_definition(model) -> None:
-    """Inputs follow codes some of which are random; targets mend the difference."""
+    """Inputs follow codes some of which are random; targets correct the error."""
     torch.manual_seed(7)
     context = noisy_context(model.quantizer, CODES, 0.9)
     torch.manual_seed(7)
@@ -323,12 +316,12 @@ def test_cached_and_teacher_forced_logits_agree_at_every_scale(model) -> None:
             decoder.append(model.quantizer.contribution(part, k), k)
 
 
-def test_decoding_meets_the_inputs_of_teacher_forcing(model) -> None:
-    met = []
-    handle = model.word_embed.register_forward_pre_hook(lambda m, args: met.append(args[0]))
+def test_decoding_has_the_inputs_of_teacher_forcing(model) -> None:
+    inputs = []
+    handle = model.word_embed.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
     sampled = model.sample(LABELS, generator=generators(1, 2, 3, 4))
     handle.remove()
-    torch.testing.assert_close(torch.cat(met, 1), model.quantizer.next_scale_inputs(sampled))
+    torch.testing.assert_close(torch.cat(inputs, 1), model.quantizer.next_scale_inputs(sampled))
 
 
 def test_greedy_sampling_follows_the_argmax_of_the_logits(model) -> None:
@@ -354,10 +347,12 @@ def test_guided_greedy_sampling_follows_the_guided_logits(model, schedule: str) 
 def test_guidance_one_costs_no_second_pass(model, scale: float, rows: int) -> None:
     seen, projected = [], []
     model.blocks[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[:2]))
-    model.blocks[1].ada_lin.register_forward_hook(lambda m, args, out: projected.append(len(out)))
+    model.blocks[1].ada_lin.register_forward_pre_hook(
+        lambda m, args: projected.append(len(args[0]))
+    )
     model.sample(LABELS, guidance_scale=scale)
     assert seen == [(rows, n) for n in LENGTHS]  # one pass per scale, of its tokens alone
-    assert projected == [rows]  # condition projections: once per call
+    assert projected == [rows]  # adaLN modulations: once per call
 
 
 @pytest.mark.parametrize("smooth", [False, True])
@@ -369,7 +364,7 @@ def test_with_a_list_of_generators_a_sample_does_not_see_its_neighbours(model, s
     assert torch.equal(together[1], alone[0]) and torch.equal(together[1], other[1])
 
 
-def test_drawing_in_small_portions_changes_nothing(model, monkeypatch) -> None:
+def test_sampling_in_small_portions_changes_nothing(model, monkeypatch) -> None:
     whole = model.sample(LABELS, generator=generators(1, 2, 3, 4))
     monkeypatch.setattr("smalti.prior.next_scale.decoding.LOGITS_AT_ONCE", 4 * 16 * 2)
     assert torch.equal(model.sample(LABELS, generator=generators(1, 2, 3, 4)), whole)
@@ -397,22 +392,22 @@ def test_a_mixture_of_codes_is_its_formula(model) -> None:
     with torch.no_grad():
         decoder = ScaleDecoder(model, LABELS, options)
         hidden = decoder.hidden(0)
-        numbers = torch.rand(4, 1, 16, dtype=torch.float64)
+        uniforms = torch.rand(4, 1, 16, dtype=torch.float64)
         for k, progress in ((0, 0.0), (2, 2 / 3)):
             logits = filtered(decoder.logits(hidden, k)[:, 0], options)
-            noise = -torch.log(-torch.log(numbers[:, 0]))
+            noise = -torch.log(-torch.log(uniforms[:, 0]))
             tau = 0.27 * (1 - progress * 0.95)
             shares = ((logits * (1 + progress) + noise) / tau).softmax(-1)
             expected = shares.float() @ model.quantizer.codebook.vectors
-            torch.testing.assert_close(decoder._mix(hidden, numbers, k)[:, 0], expected)
+            torch.testing.assert_close(decoder._mix(hidden, uniforms, k)[:, 0], expected)
 
 
-def test_smooth_sampling_of_a_sure_model_tells_its_sure_picture(model) -> None:
+def test_smooth_sampling_of_a_confident_model_is_greedy_sampling(model) -> None:
     with torch.no_grad():
         model.head.weight *= 1e5
         model.head.bias *= 1e5
-    sure = model.sample(LABELS, temperature=0)
-    expected = model.quantizer.search(model.quantizer.lookup(sure, 2, 3))
+    greedy = model.sample(LABELS, temperature=0)
+    expected = model.quantizer.search(model.quantizer.lookup(greedy, 2, 3))
     assert torch.equal(model.sample(LABELS, smooth=True), expected)
 
 
@@ -428,7 +423,7 @@ def test_a_saved_prior_needs_no_tokenizer(model, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("learning", ["ema", "simvq"])
-def test_other_codebooks_are_owned_too(learning, tmp_path) -> None:
+def test_other_codebooks_are_copied_too(learning, tmp_path) -> None:
     revive = 0 if learning == "simvq" else 200
     book = replace(QUANTIZER.codebook, learning=learning, revive_after=revive)
     quantizer = MultiScaleQuantizer(replace(QUANTIZER, codebook=book))
@@ -500,7 +495,7 @@ def test_mistakes_are_explained(model, call, message: str) -> None:
         call(model)
 
 
-def test_a_damaged_model_is_not_sampled_from(model) -> None:
+def test_sampling_from_a_damaged_model_is_refused(model) -> None:
     model.blocks[0].ffn.fc2.weight.data[0, 0] = math.nan
     for smooth in (False, True):
         with pytest.raises(SmaltiError, match="the model gives NaN"):

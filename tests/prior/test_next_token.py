@@ -1,4 +1,4 @@
-"""The next-token prior: published sizes, causality, cached decoding, guidance, and learning."""
+"""The next-token prior: published sizes, causality, cached decoding, guidance, and training."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,6 @@ from chance import generators, randomised
 
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.errors import SmaltiError
-from smalti.prior.layers import RMSNorm, rotary_table, rotate
 from smalti.prior.next_token.decoding import TokenDecoder
 from smalti.prior.next_token.model import PRESETS, NextTokenConfig, NextTokenPrior
 from smalti.prior.sampling import SamplingOptions
@@ -62,7 +61,7 @@ def plain_logits(model: NextTokenPrior, codes: torch.Tensor, label: int) -> torc
     def rms(x: torch.Tensor, name: str) -> torch.Tensor:
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[name]
 
-    def turn(x: torch.Tensor) -> torch.Tensor:  # (L, heads, head_dim)
+    def rotated(x: torch.Tensor) -> torch.Tensor:  # (L, heads, head_dim)
         out = x.clone()
         for t in range(length):
             for pair in range(head_dim // 2):
@@ -85,7 +84,7 @@ def plain_logits(model: NextTokenPrior, codes: torch.Tensor, label: int) -> torc
         at = f"layers.{i}"
         qkv = rms(x, f"{at}.attention_norm.weight") @ weights[f"{at}.attention.wqkv.weight"].T
         query, key, value = qkv.view(length, 3, heads, head_dim).unbind(1)
-        scores = torch.einsum("qhd,khd->hqk", turn(query), turn(key)) / math.sqrt(head_dim)
+        scores = torch.einsum("qhd,khd->hqk", rotated(query), rotated(key)) / math.sqrt(head_dim)
         attended = torch.einsum("hqk,khd->qhd", (scores + mask).softmax(-1), value).flatten(1)
         x = x + attended @ weights[f"{at}.attention.wo.weight"].T
         w1, w2, w3 = (weights[f"{at}.feed_forward.w{n}.weight"] for n in (1, 2, 3))
@@ -186,7 +185,7 @@ def test_the_length_one_and_no_samples_at_all() -> None:
     assert model.sample(LABELS[:0], generator=[]).shape == (0, 1)
 
 
-def test_a_model_that_overflows_is_not_sampled_from(prior) -> None:
+def test_sampling_from_a_damaged_model_is_refused(prior) -> None:
     prior.layers[0].feed_forward.w2.weight.data[0, 0] = math.nan
     with pytest.raises(SmaltiError, match="the model gives NaN"):
         prior.sample(LABELS)
@@ -249,38 +248,6 @@ def test_embeddings_attention_and_feed_forward_have_dropout_in_training_only(pri
     assert shares == [0, 0, 0]
     prior.train()(CODES, LABELS)
     assert shares[3:] == [pytest.approx(0.1, abs=0.03)] * 3
-
-
-def test_rotary_scores_depend_on_the_offset_alone() -> None:
-    table = rotary_table((6, 6), 16, 10000.0, 1, False)[1:].view(6, 6, 8)
-    query, key = torch.randn(2, 16)
-
-    def score(a: tuple[int, int], b: tuple[int, int]) -> float:
-        turned = [
-            rotate(x.view(1, 1, 1, 16), table[p].view(1, 8)).flatten()
-            for x, p in ((query, a), (key, b))
-        ]
-        return (turned[0] @ turned[1]).item()
-
-    assert score((1, 2), (3, 5)) == pytest.approx(score((2, 0), (4, 3)), rel=1e-4)
-    assert score((1, 2), (3, 5)) != pytest.approx(score((1, 2), (5, 3)), rel=1e-2)
-
-
-def test_the_rotary_table_is_llamagens() -> None:
-    """Pairs turn with the row first, then with the column; base^(-2i / (head_dim / 2))."""
-    table = rotary_table((2, 3), 8, 10000.0, 1, True)
-    assert table.shape == (7, 4) and not table[0].abs().any()
-    row, column = 1, 2
-    angles = torch.tensor([row * 1.0, row * 0.01, column * 1.0, column * 0.01])
-    torch.testing.assert_close(table[1 + row * 3 + column].angle(), angles)
-    assert (rotary_table((2, 3), 8, 10000.0, 1, False)[0] == 1).all()
-
-
-def test_rms_norm_is_its_definition() -> None:
-    norm, x = RMSNorm(8, 1e-5), torch.randn(3, 8)
-    torch.nn.init.normal_(norm.weight)
-    expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
-    torch.testing.assert_close(norm(x), expected)
 
 
 def test_fitting_a_preset_to_latents() -> None:

@@ -9,8 +9,6 @@ from chance import randomised
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
-from smalti.prior.attention import attend
-from smalti.prior.layers import DropPath, drop_path_rates
 from smalti.prior.next_token.decoding import TokenDecoder
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior, corrupted
 from smalti.prior.sampling import SamplingOptions
@@ -63,8 +61,8 @@ def test_cached_and_teacher_forced_logits_agree(changes, scale: float) -> None:
 def test_the_cache_holds_key_and_value_heads_alone(kv_heads, scale, rows) -> None:
     model = NextTokenPrior(replace(TINY, num_kv_heads=kv_heads)).eval()
     decoder = TokenDecoder(model, LABELS, SamplingOptions(guidance_scale=scale))
-    assert decoder.both.keys.shape == decoder.both.values.shape
-    assert decoder.both.keys.shape == (2, rows, kv_heads or 4, 15, 8)
+    assert decoder.full_cache.keys.shape == decoder.full_cache.values.shape
+    assert decoder.full_cache.keys.shape == (2, rows, kv_heads or 4, 15, 8)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -92,21 +90,7 @@ def test_grouped_queries_are_attention_with_repeated_heads(kv_heads: int) -> Non
     assert torch.equal(sampled, same)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_shared_heads_attend_as_repeated_ones(tokens: int, dtype) -> None:
-    query = torch.randn(2, 6, tokens, 8).to(dtype)
-    key, value = torch.randn(2, 2, 2, 5, 8).to(dtype)
-    mask = torch.rand(2, 1, tokens, 5) < 0.6
-    mask[..., 0] = True
-    repeated = (part.repeat_interleave(3, 1) for part in (key, value))
-    expected = attend(query, *repeated, mask=mask)
-    attended = attend(query, key, value, mask=mask)
-    assert attended.dtype == dtype
-    torch.testing.assert_close(attended, expected)
-
-
-def test_normed_heads_do_not_see_the_length_of_queries_and_keys() -> None:
+def test_normed_heads_ignore_the_norm_of_queries_and_keys() -> None:
     model, plain = make_prior(replace(TINY, qk_norm=True, norm_eps=0.0)), make_prior(TINY)
     names = {"q_norm.weight", "k_norm.weight"}
     added = set(model.state_dict()) - set(plain.state_dict())
@@ -121,12 +105,12 @@ def test_normed_heads_do_not_see_the_length_of_queries_and_keys() -> None:
 
 
 def test_normed_heads_are_their_definition() -> None:
-    """Of queries and keys, before they are turned; never of values."""
+    """Of queries and keys, before they are rotated; never of values."""
     attention = make_prior(replace(TINY, qk_norm=True)).layers[0].attention
-    x, table = torch.randn(1, 1, 32), torch.ones(1, 4, dtype=torch.complex64)
+    x, rope_freqs = torch.randn(1, 1, 32), torch.ones(1, 4, dtype=torch.complex64)
     query = torch.zeros(1, 4, 1, 8)
     attention.q_norm.register_forward_hook(lambda module, args, out: query.copy_(out))
-    out = attention(x, table, None, 0, None)
+    out = attention(x, rope_freqs, None, 0, None)
     raw_query, _, value = (x @ attention.wqkv.weight.T).chunk(3, -1)
     torch.testing.assert_close(out, value @ attention.wo.weight.T)  # one token: its own value
     heads = raw_query.view(4, 8)
@@ -158,9 +142,12 @@ def test_each_dropout_drops_what_its_name_says() -> None:
 
 def test_attention_dropout_is_of_the_weights_and_unbiased() -> None:
     attention = make_prior(replace(TINY, attention_dropout=0.5)).layers[0].attention
-    x, table = torch.randn(1, 3, 32).expand(4000, -1, -1), torch.ones(3, 4, dtype=torch.complex64)
-    exact = attention.eval()(x[:1], table, None, 0, None)[0]
-    sampled = attention.train()(x, table, None, 0, None)
+    x, rope_freqs = (
+        torch.randn(1, 3, 32).expand(4000, -1, -1),
+        torch.ones(3, 4, dtype=torch.complex64),
+    )
+    exact = attention.eval()(x[:1], rope_freqs, None, 0, None)[0]
+    sampled = attention.train()(x, rope_freqs, None, 0, None)
     # The first token sees itself alone: its value twice, or nothing, head by head.
     first = sampled[:, 0] @ torch.linalg.inv(attention.wo.weight.T)
     value = (x[0, 0] @ attention.wqkv.weight.T)[64:]
@@ -169,15 +156,6 @@ def test_attention_dropout_is_of_the_weights_and_unbiased() -> None:
     torch.testing.assert_close(ratio, 2 * kept.expand_as(ratio), rtol=0, atol=5e-2)
     assert kept.unique().tolist() == [0, 1] and kept.mean().item() == pytest.approx(0.5, abs=0.02)
     torch.testing.assert_close(sampled.mean(0), exact, rtol=0.1, atol=0.1)
-
-
-def test_drop_path_is_unbiased_and_absent_in_evaluation() -> None:
-    path, x = DropPath(0.25), torch.randn(3, 2, 3).repeat(4000, 1, 1)
-    mean = path(x).view(4000, 3, 2, 3).mean(0)
-    torch.testing.assert_close(mean, x[:3], rtol=0.05, atol=0.01)
-    assert path.eval()(x) is x
-    assert list(drop_path_rates(0.3, 4)) == pytest.approx([0.0, 0.1, 0.2, 0.3])
-    assert list(drop_path_rates(0.3, 1)) == [0.0]
 
 
 def test_drop_path_leaves_out_whole_branches_of_a_sample() -> None:
@@ -211,17 +189,17 @@ def test_codes_are_corrupted_at_their_rate_and_uniformly() -> None:
     assert torch.bincount(corrupted(codes, 16, 1.0).flatten(), minlength=16).min() > 2000
 
 
-def test_corruption_is_of_what_is_shown_in_training_and_never_of_the_targets() -> None:
+def test_corruption_is_of_inputs_in_training_and_never_of_targets() -> None:
     model = make_prior(replace(TINY, token_corruption=1.0))
     plain = make_prior(TINY)
     assert torch.equal(model(CODES, LABELS).total, plain(CODES, LABELS).total)  # evaluation
-    shown = []
-    model.tok_embeddings.register_forward_pre_hook(lambda m, args: shown.append(args[0]))
+    inputs = []
+    model.tok_embeddings.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
     torch.manual_seed(3)
     loss = model.train()(CODES, LABELS).total
-    assert (shown[0] == CODES[:, :-1]).float().mean() < 0.3
-    # Teacher forcing with what was shown, whose logits score the true codes.
-    given = torch.cat([shown[0], CODES[:, -1:]], 1)
+    assert (inputs[0] == CODES[:, :-1]).float().mean() < 0.3
+    # Teacher forcing with the corrupted inputs, whose logits score the true codes.
+    given = torch.cat([inputs[0], CODES[:, -1:]], 1)
     logits = plain.logits(given, LABELS).log_softmax(-1)
     torch.testing.assert_close(loss, -logits.gather(-1, CODES[..., None]).mean())
 
@@ -242,7 +220,7 @@ EVERYTHING = replace(
 )
 
 
-def test_options_that_are_off_draw_no_random_numbers() -> None:
+def test_options_that_are_off_use_no_random_numbers() -> None:
     model = make_prior(TINY).train()
     state = torch.get_rng_state()
     model(CODES, LABELS)

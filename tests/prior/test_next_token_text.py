@@ -1,4 +1,4 @@
-"""Text before the codes: LlamaGen's prefix written out, padding, no text, and decoding."""
+"""Captions as the prefix: LlamaGen written out, padding, no text, and decoding."""
 
 import math
 from dataclasses import replace
@@ -84,11 +84,11 @@ def plain_logits(model: NextTokenPrior, codes: Tensor, features: Tensor, mask: T
         for pair in range(head_dim // 2):
             side, i = divmod(pair, head_dim // 4)
             angles[t, pair] = divmod(t - prefix, columns)[side] * 10000 ** (-4 * i / head_dim)
-    turns = torch.polar(torch.ones_like(angles), angles)
-    turns[:prefix] = 0 if config.prefix_rotary == "zero" else 1
+    rope_freqs = torch.polar(torch.ones_like(angles), angles)
+    rope_freqs[:prefix] = 0 if config.prefix_rotary == "zero" else 1
 
-    def turn(x: Tensor) -> Tensor:  # (length, heads, head_dim)
-        pairs = torch.complex(x[..., ::2], x[..., 1::2]) * turns[:, None]
+    def rotated(x: Tensor) -> Tensor:  # (length, heads, head_dim)
+        pairs = torch.complex(x[..., ::2], x[..., 1::2]) * rope_freqs[:, None]
         return torch.stack([pairs.real, pairs.imag], -1).flatten(-2)
 
     allowed = torch.ones(length, length).tril().bool()
@@ -98,7 +98,7 @@ def plain_logits(model: NextTokenPrior, codes: Tensor, features: Tensor, mask: T
         at = f"layers.{i}"
         qkv = rms(x, f"{at}.attention_norm.weight") @ w[f"{at}.attention.wqkv.weight"].T
         query, key, value = qkv.view(length, 3, heads, head_dim).unbind(1)
-        scores = torch.einsum("qhd,khd->hqk", turn(query), turn(key)) / math.sqrt(head_dim)
+        scores = torch.einsum("qhd,khd->hqk", rotated(query), rotated(key)) / math.sqrt(head_dim)
         shares = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
         attended = torch.einsum("hqk,khd->qhd", shares, value).flatten(1)
         x = x + attended @ w[f"{at}.attention.wo.weight"].T
@@ -139,7 +139,7 @@ def test_every_token_of_a_caption_has_influence(model) -> None:
 
 
 def test_a_shorter_prefix_is_the_same_caption() -> None:
-    """Three tokens of padding are as none."""
+    """Three tokens of padding have no influence."""
     model, text = (
         make_prior(),
         TextCondition(TEXT.features, torch.arange(5) >= 3 * torch.ones(4, 1)),
@@ -162,8 +162,8 @@ def test_no_text_is_the_learned_caption_with_the_same_padding(model) -> None:
     assert not torch.allclose(model.logits(CODES, null), model.logits(CODES, TEXT))
 
 
-def test_guidance_leaves_from_the_learned_caption(model) -> None:
-    """At scale 0 nothing of the text is left; at others it is the usual mixture."""
+def test_guidance_starts_from_the_learned_caption(model) -> None:
+    """At scale 0 the text has no influence; otherwise uncond + s (cond - uncond)."""
     unconditional = model.sample(null_of(model), temperature=0)
     assert torch.equal(model.sample(TEXT, temperature=0, guidance_scale=0.0), unconditional)
     sampled = model.sample(TEXT, temperature=0, guidance_scale=2.5)
@@ -176,22 +176,22 @@ def test_guidance_leaves_from_the_learned_caption(model) -> None:
 
 def test_whole_captions_are_dropped_in_training_only() -> None:
     model = make_prior(replace(TINY, label_dropout=0.3))
-    told = []
-    model.cls_embedding.cap_proj.register_forward_pre_hook(lambda m, args: told.append(args[0]))
+    embedded = []
+    model.cls_embedding.cap_proj.register_forward_pre_hook(lambda m, args: embedded.append(args[0]))
     text = TextCondition(torch.ones(1000, 5, 6), torch.ones(1000, 5, dtype=torch.bool))
     codes = CODES[:1].expand(1000, -1)
     model(codes, text)
-    assert (told[0] == 1).all()
+    assert (embedded[0] == 1).all()
     loss = model.train()(codes, text).total
-    null = (told[1] == model.cls_embedding.uncond_embedding).all((1, 2))
+    null = (embedded[1] == model.cls_embedding.uncond_embedding).all((1, 2))
     assert null.float().mean().item() == pytest.approx(0.3, abs=0.05)
-    assert (told[1][~null] == 1).all()
+    assert (embedded[1][~null] == 1).all()
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 def test_the_learned_caption_is_always_in_the_graph() -> None:
-    """DDP wants a gradient for every parameter, even where no caption is dropped."""
+    """DDP needs a gradient for every parameter, even where no caption is dropped."""
     model = make_prior(replace(TINY, label_dropout=0.0)).train()
     model(CODES, TEXT).total.backward()
     assert (model.cls_embedding.uncond_embedding.grad == 0).all()
@@ -276,7 +276,7 @@ def test_padding_moves_to_the_left() -> None:
         (torch.ones(4, 5, 6), MASK.flip(1), "use TextCondition.left_padded"),
     ],
 )
-def test_what_is_no_text_is_refused(features: Tensor, mask: Tensor, message: str) -> None:
+def test_an_invalid_text_condition_is_refused(features: Tensor, mask: Tensor, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
         TextCondition(features, mask)
 

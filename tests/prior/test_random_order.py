@@ -103,7 +103,7 @@ def test_a_training_step_predicts_the_codes_of_its_order(monkeypatch) -> None:
     assert not torch.allclose(loss.total, model.eval()(CODES, LABELS).total)
 
 
-def test_mistakes_in_what_is_shown_are_no_targets_in_any_order(monkeypatch) -> None:
+def test_corrupted_inputs_are_no_targets_in_any_order(monkeypatch) -> None:
     model = make_prior(replace(TINY, token_corruption=0.5)).train()
     model.set_progress(0.0)
     shown = CODES.flip(1)
@@ -126,7 +126,7 @@ def test_logits_see_the_codes_before_them_in_their_order_and_no_others() -> None
         assert ((before - after)[:, k + 1 :].abs().amax((1, 2)) > 1e-3).all()
 
 
-def test_logits_know_the_position_that_they_are_of() -> None:
+def test_logits_depend_on_the_position_that_they_predict() -> None:
     """Two orders that differ in what comes next, after the same codes."""
     model = make_prior()
     swapped = ORDER.clone()
@@ -140,8 +140,8 @@ def test_logits_know_the_position_that_they_are_of() -> None:
     assert torch.equal(one[:, 6], other[:, 6])
 
 
-def test_codes_are_turned_by_their_own_positions_in_any_order() -> None:
-    """The last logits see a set of codes with their positions: their order says little else."""
+def test_codes_are_rotated_by_their_own_positions_in_any_order() -> None:
+    """The last logits depend on a set of codes with their positions, not on their order."""
     model = make_prior(replace(TINY, depth=1))
     with torch.no_grad():
         model.target_positions.zero_()
@@ -186,7 +186,7 @@ def test_the_share_of_random_orders_follows_the_progress(monkeypatch) -> None:
 
 
 def test_progress_is_no_part_of_the_state() -> None:
-    """It follows from the step: a resumed run gives it again."""
+    """It follows from the step: a resumed run sets it again."""
     model = make_prior()
     raster = NextTokenPrior(replace(TINY, random_order=None))
     model.set_progress(0.7)
@@ -222,8 +222,8 @@ def test_training_without_the_progress_is_refused() -> None:
     model.eval()(CODES, LABELS)
 
 
-def test_every_prior_may_be_told_the_progress() -> None:
-    """One that has no use for it goes on as before."""
+def test_every_prior_accepts_the_progress() -> None:
+    """It changes nothing for one without random orders."""
     plain = make_prior(replace(TINY, random_order=None)).train()
     before = plain(CODES, LABELS).total
     plain.set_progress(0.5)
@@ -243,12 +243,12 @@ def test_every_prior_may_be_told_the_progress() -> None:
         (ORDER + 1, "no permutation of 0 to 14"),
     ],
 )
-def test_what_is_no_order_is_refused(order: Tensor, message: str) -> None:
+def test_an_invalid_order_is_refused(order: Tensor, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
         make_prior().logits(CODES, LABELS, order)
 
 
-def test_a_prior_of_raster_order_knows_no_other() -> None:
+def test_a_prior_of_raster_order_accepts_no_other() -> None:
     plain = NextTokenPrior(replace(TINY, random_order=None)).eval()
     assert "target_positions" not in plain.state_dict()
     with pytest.raises(SmaltiError, match="raster order alone: train with random_order"):
@@ -263,7 +263,7 @@ def test_impossible_schedules_are_refused(shares: tuple[float, float]) -> None:
 
 @pytest.mark.slow
 def test_a_prior_of_all_orders_knows_every_conditional_distribution() -> None:
-    """Two codes with a joint distribution; both ways to draw them give it."""
+    """Two codes with a joint distribution; sampling in both orders gives it."""
     joint = torch.tensor([[0.3, 0.1, 0.0], [0.0, 0.2, 0.1], [0.2, 0.0, 0.1]])
     config = replace(
         TINY, spec=CodeSpec(3, ((1, 2),)), num_classes=1, width=32, hidden=64, random_order=(1, 1)

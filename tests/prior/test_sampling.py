@@ -1,4 +1,4 @@
-"""Filters, guidance and draws against closed forms."""
+"""Filters, guidance and sampling against closed forms."""
 
 import pytest
 import torch
@@ -40,13 +40,13 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float, kept: set[int]) -
     assert set(left) == kept
 
 
-def test_draw_inverts_the_cumulative_distribution() -> None:
+def test_sampling_inverts_the_cumulative_distribution() -> None:
     uniforms = torch.tensor([0.0, 0.0999, 0.1001, 0.4999, 0.5001, 0.6999, 0.7001, 0.9999999])
     codes = sample_codes(LOGITS.expand(8, -1), uniforms, SamplingOptions())
     assert codes.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_draws_have_the_right_frequencies() -> None:
+def test_samples_have_the_right_frequencies() -> None:
     uniforms = torch.rand(20000, generator=torch.Generator().manual_seed(0))
     codes = sample_codes(LOGITS.expand(20000, -1), uniforms, SamplingOptions())
     frequencies = torch.bincount(codes, minlength=4) / 20000
@@ -54,7 +54,7 @@ def test_draws_have_the_right_frequencies() -> None:
     assert chi_square < 16.3  # 3 degrees of freedom, 0.1 %
 
 
-def test_a_filtered_code_is_never_drawn() -> None:
+def test_a_filtered_code_is_never_sampled() -> None:
     uniforms = torch.linspace(0, 1 - 1e-9, 1001, dtype=torch.float64)
     codes = sample_codes(LOGITS.expand(1001, -1), uniforms, SamplingOptions(top_k=2))
     assert set(codes.tolist()) == {1, 3}
@@ -82,7 +82,7 @@ def test_a_temperature_next_to_zero_is_greedy() -> None:
     [[0.0, torch.nan, 0.0], [0.0, torch.inf, 0.0], [-torch.inf] * 3],
     ids=["nan", "infinity", "nothing"],
 )
-def test_logits_that_say_nothing_are_refused(row: list[float], temperature: float) -> None:
+def test_logits_without_a_finite_maximum_are_refused(row: list[float], temperature: float) -> None:
     logits = torch.stack([torch.zeros(3), torch.tensor(row)])
     with pytest.raises(SmaltiError, match="the model gives NaN or infinity"):
         sample_codes(logits, torch.full((2,), 0.5), SamplingOptions(temperature=temperature))
@@ -96,7 +96,7 @@ def test_a_code_may_be_impossible() -> None:
     }
 
 
-def test_the_last_number_draws_the_last_code_that_is_left() -> None:
+def test_the_largest_uniform_gives_the_last_code_that_is_left() -> None:
     """1 is what rounding may make of the largest number below it."""
     assert sample_codes(LOGITS, torch.ones(1), SamplingOptions()).item() == 3
     assert sample_codes(LOGITS, torch.ones(1), SamplingOptions(top_k=1)).item() == 1
@@ -108,7 +108,7 @@ def test_codes_that_tie_are_kept_by_top_p_in_their_order() -> None:
     assert left.tolist() == list(range(16))
 
 
-def test_draws_agree_with_torch_multinomial_after_both_filters() -> None:
+def test_samples_agree_with_torch_multinomial_after_both_filters() -> None:
     """Chi-square of two samples, one drawn by torch from the filtered distribution."""
     rng = torch.Generator().manual_seed(3)
     logits = torch.randn(1, 40, generator=rng)

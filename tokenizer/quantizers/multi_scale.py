@@ -233,6 +233,11 @@ class MultiScaleQuantizer(CodebookQuantizer):
 
     # -- what a next-scale prior reads -----------------------------------------------------------
 
+    def place(self, vectors: Tensor, scale: int) -> Tensor:
+        """What vectors (B, h_k w_k, d) at one scale add to the sum, (B, d, H, W) fp32."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            return self._place(vectors.flatten(0, 1), len(vectors), scale)
+
     def scale_input(self, total: Tensor, scale: int) -> Tensor:
         """What a prior sees before it predicts a scale: the sum (B, d, H, W) of the scales before
         it, through the cells of this one, (B, h_k w_k, d)."""
