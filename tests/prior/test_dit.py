@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from smalti.config import config_from_dict, config_to_dict
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import SmaltiError
-from smalti.prior.attention import FixedTable, sin_cos_table
+from smalti.prior.attention import FixedTable, rotate, sin_cos_table
 from smalti.prior.flow.dit import PRESETS, DiT, DiTConfig, PatchEmbedder, sinusoids, unpatchify
-from smalti.prior.layers import rotate
 
 TINY = DiTConfig(
     in_channels=3,
