@@ -177,7 +177,7 @@ def sample_uniforms(rows: int, length: int, generator: Generators) -> Tensor:
     generator with a random seed: sampling does not change torch's global random state.
 
     Raises:
-        SmaltiError: the list has another length than there are rows.
+        GenerationError: the list has another length than there are rows.
     """
     generator = given_or_new(generator, rows)
     if isinstance(generator, torch.Generator):

@@ -132,7 +132,7 @@ class CaptionEmbedding(nn.Module):
         return TextCondition(features, condition.mask)
 
     def check(self, condition: object) -> None:
-        """Raise `GenerationError` unless the condition is captions of the right length and width."""
+        """Raise `GenerationError` unless these are captions of the right length and width."""
         if not isinstance(condition, TextCondition):
             raise GenerationError(
                 f"this prior takes text, not a {type(condition).__name__}: give a TextCondition"

@@ -393,9 +393,9 @@ class NextScalePrior(CodePrior):
         """The adaLN modulations of class embeddings (B, width), the same at every scale."""
         if self.config.shared_adaln:
             shared = self.shared_ada_lin(embedded)
-            blocks = [shared_modulation(shared, block.ada_gss) for block in self.blocks]
+            blocks = [shared_modulation(shared, block.ada_gss) for block in self.blocks]  # type: ignore[arg-type]
         else:
-            blocks = [block.ada_lin(embedded) for block in self.blocks]
+            blocks = [block.ada_lin(embedded) for block in self.blocks]  # type: ignore[operator]
         return Modulations(blocks, self.head_nm.ada_lin(embedded))
 
     def transform(
