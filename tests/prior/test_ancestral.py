@@ -128,8 +128,8 @@ def test_the_posterior_is_bayes_rule(path) -> None:
     t = torch.tensor([0.4, 0.6], dtype=DOUBLE)
     (alpha_t, alpha_s), (sigma_t, sigma_s) = path.alpha(t).tolist(), path.sigma(t).tolist()
     r = alpha_t / alpha_s
-    assert step.large == pytest.approx(sigma_t**2 - r**2 * sigma_s**2)
-    assert 1 / step.small == pytest.approx(1 / sigma_s**2 + r**2 / step.large)
+    assert step.beta == pytest.approx(sigma_t**2 - r**2 * sigma_s**2)
+    assert 1 / step.beta_tilde == pytest.approx(1 / sigma_s**2 + r**2 / step.beta)
 
 
 def test_the_large_variance_is_exact_for_gaussian_data_and_the_small_for_a_point(mixtures) -> None:

@@ -328,11 +328,11 @@ def test_attention_with_rotary_positions_follows_a_shift_of_the_latent() -> None
         model = make_network(replace(TINY, grid=(2, 6), patch_size=1, positions=positions))
         outputs = []
         for column in (0, 4):
-            table = model.turns if positions == "rotary" else model.pos_embed
+            table = model.rope_freqs if positions == "rotary" else model.pos_embed
             pair = table.table[column : column + 2]
-            turns = torch.view_as_complex(pair) if positions == "rotary" else None
+            freqs = torch.view_as_complex(pair) if positions == "rotary" else None
             tokens = x if positions == "rotary" else x + pair
-            outputs.append(model.blocks[0].attn(tokens, turns))
+            outputs.append(model.blocks[0].attn(tokens, freqs))
         assert torch.allclose(*outputs, atol=1e-5) == same
 
 
@@ -439,10 +439,10 @@ def test_the_time_is_embedded_in_fp32_under_autocast() -> None:
 
 def test_the_tables_keep_their_precision_and_are_not_saved() -> None:
     model = DiT(MODERN)
-    before = model.pos_embed.table.clone(), model.turns.table.clone()
+    before = model.pos_embed.table.clone(), model.rope_freqs.table.clone()
     model.to(torch.bfloat16).float()
     assert torch.equal(model.pos_embed.table, before[0])
-    assert torch.equal(model.turns.table, before[1])
+    assert torch.equal(model.rope_freqs.table, before[1])
     assert not any("table" in key and "embedding" not in key for key in model.state_dict())
 
 

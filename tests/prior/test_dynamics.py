@@ -11,7 +11,7 @@ from smalti.prior.flow.path import (
     VPLinearPath,
     expand_like,
 )
-from smalti.prior.flow.prediction import PREDICTIONS, Estimate, of_data_and_noise
+from smalti.prior.flow.prediction import PREDICTIONS, Estimate, prediction_target
 
 PATHS = [
     LinearPath(),
@@ -65,7 +65,7 @@ def test_conditional_and_marginal_flow_matching_have_the_same_gradient(mixtures,
     features = torch.stack([torch.ones_like(t), t, x[:, 0], x[:, 1], x[:, 0] * t, x[:, 1] ** 2], 1)
     weights = torch.randn(6, 2, generator=random, dtype=DOUBLE)
     model = features @ weights
-    conditional = model - of_data_and_noise("velocity", path, x1, x0, t)
+    conditional = model - prediction_target("velocity", path, x1, x0, t)
     marginal = model - data.predict("velocity", path, x, t)
     # Gradients of the squared errors with respect to the weights, sample by sample.
     difference = features[:, :, None] * (conditional - marginal)[:, None, :]
@@ -79,5 +79,5 @@ def test_the_surplus_of_a_network_is_kept_apart() -> None:
     x, output, t = torch.randn(2, 3, 4, 4), torch.randn(2, 6, 4, 4), torch.full((2,), 0.5)
     estimate = Estimate(LinearPath(), "velocity", x, t, output)
     assert torch.equal(estimate.velocity, output[:, :3])
-    assert torch.equal(estimate.surplus, output[:, 3:])
+    assert torch.equal(estimate.variance_output, output[:, 3:])
     torch.testing.assert_close(estimate.data, x + expand_like(1 - t, x) * output[:, :3])

@@ -69,7 +69,7 @@ def test_the_first_loss_is_the_variance_of_the_target() -> None:
 def test_the_objective_is_flow_matching() -> None:
     """Written out for the linear path, with the times and noise of eval mode."""
     model = make_prior()
-    u, noise = model._times_and_noise(LATENTS)
+    u, noise = model._times_and_noise(LATENTS).values()
     assert sorted(u.tolist()) == [0.125, 0.375, 0.625, 0.875]
     t = u[:, None, None, None]
     predicted = model.network(t * LATENTS + (1 - t) * noise, u, LABELS)
@@ -366,12 +366,13 @@ def test_impossible_configs_are_refused(changes, message: str) -> None:
         (lambda p: p.sample(LABELS, num_inference_steps=2.5), "num_inference_steps is 2.5"),
         (lambda p: p.sample(LABELS, solver="huen"), 'did you mean "heun"'),
         (lambda p: p.sample(LABELS, schedule="ddpm"), "is for a ddpm path"),
-        (lambda p: p.sample(LABELS, noise=LATENTS[:2]), r"noise has shape \(2, 2, 4, 6\)"),
+        (lambda p: p.sample(LABELS, noise=LATENTS[:2]), r"noise of shape \(2, 2, 4, 6\)"),
         (lambda p: p.sample(LABELS, guidance_interval=(0.5, 0.1)), "guidance_interval"),
         (lambda p: p.sample(LABELS, generator=generators(1)), "1 generators were given for 4"),
         (lambda p: p(LATENTS[:, :1], LABELS), r"takes \(B, 2, 4, 6\) of floats"),
         (lambda p: p(LATENTS.long(), LABELS), "int64"),
-        (lambda p: p(LATENTS, LABELS, LATENTS[:, :1]), "noise have shape"),
+        (lambda p: p(LATENTS, LABELS, {"noise": LATENTS[:, :1]}), r"noise of shape \(4, 1, 4, 6\)"),
+        (lambda p: p(LATENTS, LABELS, {"noise": LATENTS[:2]}), r"takes \(4, 2, 4, 6\) of floats"),
         (lambda p: p.bits_per_dimension(LATENTS, LABELS, solver="ddim"), "use an ODE solver"),
         (lambda p: p.bits_per_dimension(LATENTS, LABELS, num_probes=0), "num_probes is 0"),
     ],

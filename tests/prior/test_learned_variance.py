@@ -51,9 +51,9 @@ def test_the_bound_is_the_divergence_of_the_two_steps(index: int) -> None:
     estimate = estimate_of(t, data, noise, output)
     to = transition(PATH, t.item(), t.item() + 1 / 50)
     share = (output[:, 2:] + 1) / 2
-    std = (share * math.log(to.large) + (1 - share) * math.log(to.small)).div(2).exp()
-    true = Normal(to.alpha * data + to.kept * noise, math.sqrt(to.small))
-    claimed = Normal(to.alpha * estimate.data + to.kept * estimate.noise, std)
+    std = (share * math.log(to.beta) + (1 - share) * math.log(to.beta_tilde)).div(2).exp()
+    true = Normal(to.alpha * data + to.noise_weight * noise, math.sqrt(to.beta_tilde))
+    claimed = Normal(to.alpha * estimate.data + to.noise_weight * estimate.noise, std)
     expected = kl_divergence(true, claimed).mean() / math.log(2)
     bound = variance_bound(PATH, estimate, data, noise)
     assert bound.item() == pytest.approx(expected.item(), rel=2e-4)
