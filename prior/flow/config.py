@@ -45,9 +45,13 @@ class FlowConfig(PriorConfig):
 
     kind: Literal["flow"] = "flow"
     network: DiTConfig = field(default_factory=lambda: NETWORKS["dit-b/2"])
-    path: GaussianPath = field(default_factory=LinearPath)  # a kind in PATHS
+    path: GaussianPath = field(
+        default_factory=LinearPath
+    )  # the path from noise to data: kinds in PATHS
     prediction: Prediction = "velocity"  # the meaning of the network's output
-    times: TrainingTimes = field(default_factory=UniformTimes)  # of training: a kind in TIMES
+    times: TrainingTimes = field(
+        default_factory=UniformTimes
+    )  # distribution of training times: TIMES
     loss_weight: LossWeight = "constant"  # of the squared error at each time
     label_dropout: float = 0.1  # probability of the null label in training
     guided_channels: int | None = None  # how many, from the first; 3 for published DiT and SiT

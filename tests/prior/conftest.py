@@ -65,11 +65,11 @@ class Mixture:
         return data, (share * sigma * offset).sum(1)
 
     def predict(self, prediction: Prediction, path: GaussianPath, x: Tensor, t: Tensor) -> Tensor:
-        """What a perfect network says, (B, D)."""
+        """The prediction of a perfect network, (B, D)."""
         return prediction_target(prediction, path, *self.expected(path, x, t), t)
 
     def dynamics(self, path: GaussianPath, prediction: Prediction = "velocity") -> Dynamics:
-        """The flow of a perfect network."""
+        """The dynamics of a perfect network."""
         return Dynamics(path, prediction, lambda x, t: self.predict(prediction, path, x, t))
 
 

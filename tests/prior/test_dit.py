@@ -273,7 +273,7 @@ def test_the_position_table_is_the_published_one(side: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (1, 7)])
-def test_the_position_table_speaks_of_column_and_row_on_any_grid(grid: tuple[int, int]) -> None:
+def test_the_position_table_encodes_column_and_row_on_any_grid(grid: tuple[int, int]) -> None:
     table = sin_cos_table(grid, 16).view(*grid, 4, 4)  # column sin, cos, row sin, cos
     for row in range(grid[0]):
         for column in range(grid[1]):
@@ -321,8 +321,8 @@ def test_rotary_scores_depend_on_the_offset_alone() -> None:
 
 
 def test_attention_with_rotary_positions_follows_a_shift_of_the_latent() -> None:
-    """Shifted queries and keys have the same scores, so two tokens in an otherwise equal latent
-    attend to each other alike wherever they lie; with added positions they do not."""
+    """With rotary positions the output of attention between two neighbouring tokens is the same
+    wherever they lie on the grid; with added positions it is not."""
     x = torch.randn(1, 2, 16)  # two neighbouring tokens
     for positions, same in (("rotary", True), ("sin-cos", False)):
         model = make_network(replace(TINY, grid=(2, 6), patch_size=1, positions=positions))
@@ -381,7 +381,7 @@ def test_the_rest_is_initialised_as_published() -> None:
 
 
 @pytest.mark.parametrize("config", [TINY, MODERN])
-def test_gradients_reach_every_parameter(config: DiTConfig) -> None:
+def test_every_parameter_has_a_gradient(config: DiTConfig) -> None:
     model = DiT(config)
     for layer in model.zero_layers():
         nn.init.normal_(layer.weight, std=0.1)

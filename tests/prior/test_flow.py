@@ -58,7 +58,7 @@ def make_prior(config: FlowConfig = TINY) -> FlowPrior:
 
 
 def test_the_first_loss_is_the_variance_of_the_target() -> None:
-    """A new network says 0; velocity of unit data and noise has the variance 2, noise 1."""
+    """A new network outputs 0. For unit data and noise the velocity has variance 2, the noise 1."""
     latents, labels = torch.randn(4000, 2, 4, 6), torch.randint(4, (4000,))
     for prediction, expected in (("velocity", 2), ("noise", 1), ("data", 1)):
         loss = FlowPrior(replace(TINY, prediction=prediction))(latents, labels)
@@ -112,7 +112,7 @@ def test_labels_are_dropped_in_training_only() -> None:
     assert 0.4 < (seen[0] == 3).float().mean() < 0.6 and (seen[1] == 0).all()
 
 
-def test_the_network_is_told_the_time_in_its_own_units() -> None:
+def test_the_network_receives_the_time_in_its_own_units() -> None:
     seen = []
     dit = replace(TINY, path=DDPMPath(), prediction="noise", time_scale=-1000.0, time_shift=999.0)
     for config in (TINY, replace(TINY, time_scale=1000.0), dit):
@@ -155,7 +155,7 @@ def test_the_objective_compiles_into_one_graph() -> None:
 
 
 @pytest.mark.parametrize("solver", list(SOLVERS))
-def test_with_a_list_of_generators_a_sample_does_not_see_its_neighbours(solver) -> None:
+def test_with_a_list_of_generators_a_sample_does_not_depend_on_its_neighbours(solver) -> None:
     path = VEPath() if solver == "langevin" else LinearPath()
     model = make_prior(replace(TINY, path=path)).double()
     options = {"num_inference_steps": 4, "solver": solver, "guidance_scale": 2.0}
@@ -246,7 +246,7 @@ def test_a_learned_variance_is_used_by_ddpm_alone() -> None:
 
 
 def test_a_classifier_guides() -> None:
-    """One that wants large values gets them."""
+    """A classifier that prefers large values increases the mean."""
     model = make_prior(replace(TINY, path=VPLinearPath()))
     classifier = Classifier(lambda x, t, labels: x.flatten(1).sum(1), scale=2.0)
     options = {"noise": LATENTS, "num_inference_steps": 10}
@@ -262,7 +262,7 @@ def test_velocity_and_score_are_of_the_same_prediction() -> None:
     torch.testing.assert_close(score, -noise / 0.6)
 
 
-def test_a_model_that_overflows_is_not_sampled_from() -> None:
+def test_an_output_that_is_not_finite_is_an_error() -> None:
     model = make_prior()
     model.network.final_layer.linear.weight.data[0, 0] = math.nan
     with pytest.raises(SmaltiError, match="the model gives NaN"):
@@ -273,7 +273,7 @@ def test_a_model_that_overflows_is_not_sampled_from() -> None:
 
 
 def test_the_likelihood_of_a_new_model_is_that_of_noise() -> None:
-    """Its velocity is 0, so data are noise: log2 of the normal density."""
+    """Its velocity is 0, so the data have the density of the noise: log2 of the normal density."""
     bits = FlowPrior(TINY).bits_per_dimension(LATENTS, LABELS, num_inference_steps=2)
     nats = torch.distributions.Normal(0, 1).log_prob(LATENTS).flatten(1).mean(1)
     torch.testing.assert_close(bits, -nats / math.log(2))
@@ -331,7 +331,7 @@ def test_save_and_load(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
-def test_a_chain_is_walked_in_even_strides_from_its_first_step(solver: str) -> None:
+def test_the_default_steps_of_a_chain_are_even_strides_to_its_first_index(solver: str) -> None:
     chain = FlowPrior(replace(TINY, path=DDPMPath(), prediction="noise"))
     times = chain.time_grid(10, make_solver(solver))
     assert torch.equal(times, chain.time_grid(10, make_solver(solver), "ddpm"))

@@ -1,4 +1,4 @@
-"""Change of variables: exact on a Gaussian and on a mixture; Hutchinson is unbiased."""
+"""Change of variables: exact on a Gaussian and on a mixture; Hutchinson's estimate is unbiased."""
 
 import math
 

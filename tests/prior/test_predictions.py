@@ -1,4 +1,4 @@
-"""Conversions between velocity, noise, score and data: round trips, ends, and sensitivities."""
+"""Conversions between velocity, noise, score and data: round trips, ends, and derivatives."""
 
 import itertools
 
@@ -54,7 +54,7 @@ def test_every_prediction_is_converted_into_every_other(path, source, target) ->
 @pytest.mark.parametrize("path", PATHS, ids=name)
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_conversions_are_inverses_for_any_prediction_also_in_fp32(path, source, target) -> None:
-    """Of a network nothing is known: its value is any number."""
+    """The output of a network may be any number."""
     t = torch.linspace(0.1, 0.9, 17)
     value, x = torch.randn(2, 17, 4)
     there = convert(value, source, target, path, x, t)
@@ -97,7 +97,7 @@ def test_the_velocity_determines_all_at_the_ends_of_the_linear_path() -> None:
 
 @pytest.mark.parametrize("path", PATHS, ids=name)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_sensitivities_are_derivatives_of_the_conversion(path, prediction) -> None:
+def test_derivatives_are_those_of_the_conversion(path, prediction) -> None:
     t = torch.tensor([0.31], dtype=torch.float64)
     x = torch.randn(1, 1, dtype=torch.float64)
     for source, expected in (("data", derivative_by_data), ("score", derivative_by_score)):

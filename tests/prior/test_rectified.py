@@ -1,4 +1,4 @@
-"""Rectified flow: pairs, the reflow objective, and flows that become straighter."""
+"""Rectified flow: pairs, the reflow objective, and straightness."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_the_straightness_of_a_gaussian_flow_is_its_integral(mixtures) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_pairs_are_noise_and_what_the_ode_makes_of_it() -> None:
+def test_pairs_are_noise_and_the_data_that_the_ode_maps_it_to() -> None:
     model, labels = make_prior(), torch.tensor([0, 1, 2])
     pairs = generate_pairs(model, labels, generator=generators(1, 2, 3), num_inference_steps=6)
     again = model.sample(labels, noise=pairs.noise, num_inference_steps=6)
