@@ -130,10 +130,10 @@ class Stage:
             drawn: what the prior draws; None or nothing leaves that to itself.
         """
         stored, labels = batch.stored.to(self.run.device), batch.labels.to(self.run.device)
-        options: dict[str, Any] = {"random_inputs": random_inputs} if random_inputs else {}
-        if self.pairs:
+        if self.pairs:  # reflow: the cache holds the noise that belongs to each latent
             data, start = stored.chunk(2, dim=1)
-            return prior(data, labels, start, **options)
+            return prior(data, labels, random_inputs={**(random_inputs or {}), "noise": start})
+        options: dict[str, Any] = {"random_inputs": random_inputs} if random_inputs else {}
         return prior(self.tokenizer.latents(stored, noise=noise), labels, **options)
 
     @torch.no_grad()

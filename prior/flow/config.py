@@ -1,26 +1,41 @@
-"""What decides a flow prior, and the sizes and objectives that are known by name."""
+"""The configuration of a flow prior, and its presets: SiT and DiT in their published sizes, and
+small models.
+
+What can be chosen, and where each choice is defined:
+
+    path         linear, trigonometric, vp-linear, vp-cosine, ddpm, ve            path.py
+    prediction   velocity, noise, score, data                                     prediction.py
+    times        uniform, logit-normal                                            times.py
+    loss_weight  constant, velocity, noise, data, score, min-snr, likelihood      times.py
+    network      dit-s, dit-b, dit-l, dit-xl, dit-nano, dit-micro                 dit.py
+
+When sampling:
+
+    solver       euler, midpoint, heun, rk4, dopri5, ddpm, ddim, euler-maruyama, langevin   solvers/
+    schedule     uniform, shifted, karras, ddpm                               solvers/schedules.py
+"""
 
 import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 from smalti.data.latents import ContinuousSpec, LatentSpec
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 from smalti.prior.base import PriorConfig
 from smalti.prior.flow.dit import PRESETS as NETWORKS
 from smalti.prior.flow.dit import DiTConfig
-from smalti.prior.flow.path import DDPMPath, LinearPath, PathConfig
+from smalti.prior.flow.path import DDPMPath, GaussianPath, LinearPath
 from smalti.prior.flow.prediction import Prediction
-from smalti.prior.flow.times import LogitNormalTimes, LossWeight, TimesConfig, UniformTimes
+from smalti.prior.flow.times import LogitNormalTimes, LossWeight, TrainingTimes, UniformTimes
 
 LATENTS = ContinuousSpec(4, 32, 32)  # of 256 px ImageNet, which all presets are for until fitted
 
 
 @dataclass(frozen=True)
 class FlowConfig(PriorConfig):
-    """Defaults: SiT-B/2, with straight paths and their velocity."""
+    """Defaults: SiT-B/2, which predicts the velocity on the linear path."""
 
-    # May change without changing what saved weights mean.
+    # Fields that may change without changing the meaning of saved weights
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
         "times",
         "loss_weight",
@@ -30,13 +45,17 @@ class FlowConfig(PriorConfig):
 
     kind: Literal["flow"] = "flow"
     network: DiTConfig = field(default_factory=lambda: NETWORKS["dit-b/2"])
-    path: PathConfig = field(default_factory=LinearPath)
-    prediction: Prediction = "velocity"  # what the network's output means
-    times: TimesConfig = field(default_factory=UniformTimes)  # of training
-    loss_weight: LossWeight = "constant"
-    label_dropout: float = 0.1  # probability of training without the class
-    guided_channels: int | None = None  # the first so many; 3 for published DiT and SiT weights
-    # The network is told time_shift + time_scale t: SiT t itself, DiT 999 - 1000 t, the chain's k.
+    path: GaussianPath = field(
+        default_factory=LinearPath
+    )  # the path from noise to data: kinds in PATHS
+    prediction: Prediction = "velocity"  # the meaning of the network's output
+    times: TrainingTimes = field(
+        default_factory=UniformTimes
+    )  # distribution of training times: TIMES
+    loss_weight: LossWeight = "constant"  # of the squared error at each time
+    label_dropout: float = 0.1  # probability of the null label in training
+    guided_channels: int | None = None  # how many, from the first; 3 for published DiT and SiT
+    # The network is given time_shift + time_scale t: for SiT t, for DiT 999 - 1000 t (index k)
     time_scale: float = 1.0
     time_shift: float = 0.0
     tokenizer_fingerprint: str | None = None  # of the tokenizer that made the training latents
@@ -44,20 +63,22 @@ class FlowConfig(PriorConfig):
     def __post_init__(self) -> None:
         channels, outputs = self.network.in_channels, self.network.out_channels
         if outputs not in (channels, 2 * channels):
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"the network has {outputs} output channels for latents of {channels}: use "
                 f"{channels}, or {2 * channels} with a variance"
             )
         if not 0 <= self.label_dropout < 1:
-            raise SmaltiError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1)")
+            raise ConfigurationError(
+                f"label_dropout is {self.label_dropout}; it must lie in [0, 1)"
+            )
         if self.guided_channels is not None and not 1 <= self.guided_channels <= channels:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"guided_channels is {self.guided_channels}; there are {channels} channels"
             )
         if not (math.isfinite(self.time_shift) and 0 < abs(self.time_scale) < math.inf):
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"time_scale and time_shift are {self.time_scale} and {self.time_shift}; "
-                "the scale must not be 0"
+                "both must be finite, and the scale must not be 0"
             )
 
     @property
@@ -67,7 +88,7 @@ class FlowConfig(PriorConfig):
 
     @property
     def predicts_variance(self) -> bool:
-        """Whether the network has channels for the variance of a step of ddpm."""
+        """Whether the network has channels for the variance of a DDPM step."""
         return self.network.out_channels == 2 * self.network.in_channels
 
     @property
@@ -85,13 +106,13 @@ class FlowConfig(PriorConfig):
         """This size of model for other latents.
 
         Args:
-            quantizer: of the tokenizer; a flow prior needs nothing of it.
+            quantizer: of the tokenizer; a flow prior needs none.
 
         Raises:
-            SmaltiError: the latents are codes, or cannot be cut into the network's patches.
+            ConfigurationError: the latents are codes, or cannot be cut into the network's patches.
         """
         if not isinstance(spec, ContinuousSpec):
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"a flow prior models continuous latents, not {spec}: use a next-token prior, or "
                 "a tokenizer with continuous latents"
             )
@@ -101,7 +122,7 @@ class FlowConfig(PriorConfig):
 
 
 def _published() -> dict[str, FlowConfig]:
-    """SiT and DiT in all their sizes."""
+    """SiT (2401.08740) and DiT (2212.09748) in all their sizes."""
     presets = {}
     for name, network in NETWORKS.items():
         if "/" in name:
@@ -117,14 +138,14 @@ def _published() -> dict[str, FlowConfig]:
 
 
 def _small(network: str) -> FlowConfig:
-    """With the cheap wins of LightningDiT (2501.01423)."""
+    """With the inexpensive improvements of LightningDiT (2501.01423)."""
     small = NETWORKS[network].fitted(LATENTS, 1000)
     return FlowConfig(network=small, times=LogitNormalTimes(), time_scale=1000.0)
 
 
 PRESETS: dict[str, FlowConfig] = {
     **_published(),
-    # For a CPU or minutes on a GPU.
+    # For a CPU, or for minutes on a GPU
     "flow-nano": _small("dit-nano"),
     "flow-micro": _small("dit-micro"),
 }

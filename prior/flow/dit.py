@@ -1,15 +1,17 @@
-"""DiT: a transformer that denoises latents (Peebles and Xie, 2212.09748); SiT's is the same.
+"""DiT: a transformer that denoises latents (Peebles and Xie, 2212.09748). SiT has the same network.
 
-The latent is cut into patches; every block is told the time and the class through adaptive layer
-norm whose gates start at zero ("adaLN-zero", section 3.2). Options follow LightningDiT
+The latent is cut into patches, one token each. Every block receives time and class through adaptive
+layer norm whose gates start at zero ("adaLN-zero", section 3.2). Options follow LightningDiT
 (2501.01423): rotary positions, SwiGLU, RMS norm, and normalised queries and keys.
 
-Names are those of the published weights, which fit without renaming: `x_embedder.proj`,
+Module names are those of the published weights, which load without renaming: `x_embedder.proj`,
 `t_embedder.mlp.{0,2}`, `y_embedder.embedding_table`, `blocks.{i}.attn.{qkv,proj}`,
 `blocks.{i}.mlp.{fc1,fc2}`, `blocks.{i}.adaLN_modulation.1`, `final_layer.linear` and
-`final_layer.adaLN_modulation.1`. Two things differ: `pos_embed` (1, N, width) is no weight here but
-`sin_cos_table` of the grid, to be compared and dropped; and the options add `attn.q_norm`,
-`attn.k_norm` and `mlp.{w1,w2,w3}`, which DiT and SiT do not have.
+`final_layer.adaLN_modulation.1`. Two things differ: the published `pos_embed` (1, N, width) is a
+constant here, `sin_cos_table` of the grid, to be compared and dropped when weights are converted;
+and the options add `attn.q_norm`, `attn.k_norm` and `mlp.{w1,w2,w3}`.
+
+Shapes: B batch, C channels, (h, w) latent grid, p patch size, N = h w / p^2 tokens.
 """
 
 import math
@@ -18,105 +20,18 @@ from typing import Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from smalti.config import check_at_least
 from smalti.data.latents import ContinuousSpec
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError, DataError
 from smalti.prior.adaln import Modulation, modulate
 from smalti.prior.attention import FixedTable, attend, rotate
 from smalti.prior.layers import RMSNorm, SwiGLU
 
-# -------------------------------------------------------------------------------------------------
-# What a denoising network is told beside its input: the time and the class.
-
-MAX_PERIOD = 10000.0
-
-
-def sinusoids(t: Tensor, size: int, shift: int = 0) -> Tensor:
-    """cos(t w_i), then sin(t w_i), with w_i = 10000^(-i / (size / 2 - shift)): (B,) -> (B, size)
-    fp32.
-
-    The embedding of DDPM (2006.11239) as in guided diffusion and DiT (2212.09748), where shift is
-    0; in DDPM's own code and in Diffusers' DiT it is 1. `t` is taken as it is: steps from 0 to 999
-    in DiT, times from 0 to 1 in SiT (2401.08740).
-    """
-    half = size // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
-    angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-class TimestepEmbedder(nn.Module):
-    """linear(silu(linear(sinusoids(t)))).
-
-    Computed in fp32 whatever the precision of the model: the sinusoids of neighbouring times in
-    [0, 1] differ by less than bf16 resolves.
-    """
-
-    def __init__(self, frequency_size: int, width: int, frequency_shift: int = 0) -> None:
-        super().__init__()
-        self.frequency_size = frequency_size
-        self.frequency_shift = frequency_shift
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_size, width), nn.SiLU(), nn.Linear(width, width)
-        )
-
-    def forward(self, t: Tensor) -> Tensor:  # (B,) -> (B, width)
-        weight1, bias1, weight2, bias2 = self.mlp.parameters()
-        with torch.autocast(t.device.type, enabled=False):
-            waves = sinusoids(t, self.frequency_size, self.frequency_shift)
-            hidden = F.linear(waves, weight1.float(), bias1.float())
-            embedded = F.linear(F.silu(hidden), weight2.float(), bias2.float())
-        return embedded.to(weight2.dtype)
-
-
-class LabelEmbedder(nn.Module):
-    """One learned row per class, and a last one, `num_classes`, for no class."""
-
-    def __init__(self, num_classes: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, labels: Tensor) -> Tensor:  # (B,) in [0, num_classes] -> (B, width)
-        return self.embedding_table(labels)
-
-
-# -------------------------------------------------------------------------------------------------
-# Latents cut into square patches, one token each in raster order, and put together again.
-
-
-def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """(B, C, rows * p, columns * p) -> (B, N, C * p * p), channels first in each patch."""
-    cut = x.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
-    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpatchify(patches: Tensor, token_grid: tuple[int, int], patch_size: int) -> Tensor:
-    """(B, N, p * p * C), channels last in each patch -> (B, C, rows * p, columns * p)."""
-    patches = patches.unflatten(-1, (patch_size, patch_size, -1)).unflatten(1, token_grid)
-    pixels = patches.permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, p, columns, p)
-    return pixels.flatten(4, 5).flatten(2, 3)
-
-
-class PatchEmbedder(nn.Module):
-    """A linear map of each patch, its weights those of a convolution as in the published files."""
-
-    def __init__(self, in_channels: int, patch_size: int, width: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, N, width)
-        weight, bias = self.proj.weight, self.proj.bias
-        patches = patchify(x.to(weight.dtype), self.patch_size)
-        return F.linear(patches, weight.flatten(1), bias).to(weight.dtype)  # autocast: fp32 again
-
-
-# -------------------------------------------------------------------------------------------------
-# DiT: a transformer that denoises latents (Peebles and Xie, 2212.09748); SiT's is the same.
-
 NORM_EPS = 1e-6
+MAX_PERIOD = 10000.0
 
 Positions = Literal["sin-cos", "rotary", "both"]
 FeedForward = Literal["gelu", "swiglu"]
@@ -125,23 +40,23 @@ Norm = Literal["layer", "rms"]
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Defaults: DiT-B/2 for 256 px ImageNet latents, which predicts a noise and its variance."""
+    """Defaults: DiT-B/2 for 256 px ImageNet latents, which predicts noise and variance."""
 
     in_channels: int = 4  # C of the latents
     out_channels: int = 8  # 2 C where variances are learned, as in all published weights
     grid: tuple[int, int] = (32, 32)  # (h, w) of the latents
-    patch_size: int = 2  # side of the square of latent positions that becomes one token
+    patch_size: int = 2  # p, side of the square of latent positions that becomes one token
     width: int = 768
     depth: int = 12
     num_heads: int = 12
-    mlp_ratio: float = 4.0  # hidden / width of the feed-forward; SwiGLU has 2/3 of it, as costly
-    num_classes: int = 1000  # the label table has one more row: no class
-    positions: Positions = "sin-cos"  # sin-cos: added; rotary: turns queries and keys
+    mlp_ratio: float = 4.0  # hidden / width of the feed-forward; SwiGLU: 2/3 of it, the same cost
+    num_classes: int = 1000  # the label table has one more row, for the null label
+    positions: Positions = "sin-cos"  # sin-cos: added to tokens; rotary: rotates queries and keys
     feed_forward: FeedForward = "gelu"
     norm: Norm = "layer"
-    qk_norm: bool = False  # RMS norm of each head's queries and keys: keeps large models stable
-    frequency_size: int = 256  # sinusoids of the time, which is given in the network's own units
-    # Their frequencies are 10000^(-i / (frequency_size / 2 - frequency_shift)); Diffusers' DiT: 1
+    qk_norm: bool = False  # RMS norm of each head's queries and keys: stabilises large models
+    frequency_size: int = 256  # number of sinusoids of the time
+    # The frequencies are 10000^(-i / (frequency_size / 2 - frequency_shift)); Diffusers' DiT: 1
     frequency_shift: int = 0
     mlp_norm_eps: float = NORM_EPS  # of the norms before the feed-forward; Diffusers' DiT: 1e-5
 
@@ -150,35 +65,39 @@ class DiTConfig:
         for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
                 wrong, right = getattr(self, name), ", ".join(get_args(known))
-                raise SmaltiError(f'{name} is "{wrong}"; choose one of {right}')
+                raise ConfigurationError(f'{name} is "{wrong}"; choose one of {right}')
         check_at_least(
             1, self, "in_channels", "out_channels", "width", "depth", "num_heads", "num_classes"
         )
         if self.patch_size < 1 or min(self.grid) < 1 or any(s % self.patch_size for s in self.grid):
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"a grid of {self.grid[0]} x {self.grid[1]} cannot be cut into patches of side "
                 f"{self.patch_size}: choose a patch_size that divides both"
             )
         if self.width % self.num_heads or self.width % 4:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"width {self.width} with {self.num_heads} heads: the width must be a multiple of"
-                " both 4 and the heads"
+                " both 4 and the number of heads"
             )
         if self.positions != "sin-cos" and self.head_dim % 4:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"width {self.width} with {self.num_heads} heads: with rotary positions each head "
-                "needs a multiple of 4"
+                "needs a width that is a multiple of 4"
             )
         if not 0 < self.mlp_ratio < float("inf") or self.hidden < 1:
-            raise SmaltiError(f"mlp_ratio is {self.mlp_ratio}; it must be more than 0, like 4")
+            raise ConfigurationError(f"mlp_ratio is {self.mlp_ratio}; it must be positive, like 4")
         if self.frequency_size < 2 or self.frequency_size % 2:
-            raise SmaltiError(f"frequency_size is {self.frequency_size}; it must be even, from 2")
+            raise ConfigurationError(
+                f"frequency_size is {self.frequency_size}; it must be even, 2 or more"
+            )
         if not 0 <= self.frequency_shift < self.frequency_size // 2:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"frequency_shift is {self.frequency_shift}; use 0, or 1 as in Diffusers' DiT"
             )
         if not 0 <= self.mlp_norm_eps < 1:
-            raise SmaltiError(f"mlp_norm_eps is {self.mlp_norm_eps}; use a small number, like 1e-6")
+            raise ConfigurationError(
+                f"mlp_norm_eps is {self.mlp_norm_eps}; use a small number, like 1e-6"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -197,7 +116,7 @@ class DiTConfig:
         return int(hidden) if self.feed_forward == "gelu" else -(-int(hidden * 2 / 3) // 32) * 32
 
     def fitted(self, spec: ContinuousSpec, num_classes: int) -> Self:
-        """This size of network for other latents, with or without a variance as before."""
+        """This size of network for other latents; it predicts a variance if it did before."""
         return replace(
             self,
             in_channels=spec.channels,
@@ -208,7 +127,7 @@ class DiTConfig:
 
 
 def _published() -> dict[str, DiTConfig]:
-    """Table 1 of the paper, at patches of 2, 4 and 8, and of 1."""
+    """Table 1 of the paper, with patches of 2, 4 and 8, and also of 1."""
     sizes = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
     return {
         f"dit-{size}/{patch}": DiTConfig(
@@ -220,7 +139,7 @@ def _published() -> dict[str, DiTConfig]:
 
 
 # For 8 x 8 latents on two CPU cores: 4 and 7 million parameters. Without q/k norm, which costs a
-# sixth of a step there and pays in large models only.
+# sixth of the time of a step there and helps large models only.
 _NANO = DiTConfig(
     in_channels=8,
     out_channels=8,
@@ -242,31 +161,125 @@ PRESETS: dict[str, DiTConfig] = {
 }
 
 
+# -------------------------------------------------------------------------------------------------
+# Embeddings of time and class
+
+
+def sinusoids(t: Tensor, size: int, shift: int = 0) -> Tensor:
+    """cos(t w_i), then sin(t w_i), with w_i = 10000^(-i / (size / 2 - shift)): (B,) -> (B, size)
+    fp32.
+
+    The time embedding of DDPM (2006.11239). `shift` is 0 in guided diffusion and DiT, and 1 in the
+    code of DDPM and in the DiT of Diffusers. `t` is not scaled: it is an index from 0 to 999 in
+    DiT, and a time from 0 to 1 in SiT (2401.08740).
+    """
+    half = size // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
+    angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """linear(silu(linear(sinusoids(t)))).
+
+    Computed in fp32 whatever the precision of the model: bf16 cannot tell the sinusoids of
+    neighbouring times in [0, 1] apart.
+    """
+
+    def __init__(self, frequency_size: int, width: int, frequency_shift: int = 0) -> None:
+        super().__init__()
+        self.frequency_size = frequency_size
+        self.frequency_shift = frequency_shift
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_size, width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:  # (B,) -> (B, width)
+        weight1, bias1, weight2, bias2 = self.mlp.parameters()
+        with torch.autocast(t.device.type, enabled=False):
+            waves = sinusoids(t, self.frequency_size, self.frequency_shift)
+            hidden = F.linear(waves, weight1.float(), bias1.float())
+            embedded = F.linear(F.silu(hidden), weight2.float(), bias2.float())
+        return embedded.to(weight2.dtype)
+
+
+class LabelEmbedder(nn.Module):
+    """One learned row per class, and a last row, `num_classes`, for the null label."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:  # (B,) in [0, num_classes] -> (B, width)
+        return self.embedding_table(labels)
+
+
+# -------------------------------------------------------------------------------------------------
+# Patches: each square of p x p latent positions is one token, in raster order
+
+
+def patchify(x: Tensor, patch_size: int) -> Tensor:
+    """(B, C, h, w) -> (B, N, C p p), channels first in each patch, as in a convolution weight."""
+    p = patch_size
+    return rearrange(x, "b c (rows p) (columns q) -> b (rows columns) (c p q)", p=p, q=p)
+
+
+def unpatchify(patches: Tensor, token_grid: tuple[int, int], patch_size: int) -> Tensor:
+    """(B, N, p p C), channels last in each patch, as in the published head -> (B, C, h, w)."""
+    return rearrange(
+        patches,
+        "b (rows columns) (p q c) -> b c (rows p) (columns q)",
+        rows=token_grid[0],
+        p=patch_size,
+        q=patch_size,
+    )
+
+
+class PatchEmbedder(nn.Module):
+    """A linear map of each patch. The weight has the shape of a convolution, as published."""
+
+    def __init__(self, in_channels: int, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, N, width)
+        weight, bias = self.proj.weight, self.proj.bias
+        # The strided convolution as one matrix product.
+        patches = patchify(x.to(weight.dtype), self.patch_size)
+        tokens = F.linear(patches, weight.flatten(1), bias)
+        return tokens.to(weight.dtype)  # under autocast: the residual stream stays in fp32
+
+
+# -------------------------------------------------------------------------------------------------
+# Blocks: adaLN-zero (2212.09748, section 3.2 and figure 3)
+
+
 class DiTAttention(nn.Module):
-    """Every token attends to all."""
+    """Multi-head self-attention without a mask."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.width, 3 * config.width)  # rows q | k | v, each head-major
         self.proj = nn.Linear(config.width, config.width)
-        normalise = config.qk_norm
-        self.q_norm = RMSNorm(config.head_dim, NORM_EPS) if normalise else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, NORM_EPS) if normalise else nn.Identity()
+        use_norm = config.qk_norm
+        self.q_norm = RMSNorm(config.head_dim, NORM_EPS) if use_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, NORM_EPS) if use_norm else nn.Identity()
 
-    def forward(self, x: Tensor, turns: Tensor | None) -> Tensor:  # (B, N, width)
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, head_dim)
-            for part in self.qkv(x).chunk(3, dim=-1)
+    def forward(self, x: Tensor, rope_freqs: Tensor | None) -> Tensor:  # (B, N, width)
+        query, key, value = rearrange(  # each (B, heads, N, head_dim)
+            self.qkv(x), "b n (k heads d) -> k b heads n d", k=3, heads=self.num_heads
         )
         query, key = self.q_norm(query), self.k_norm(key)
-        if turns is not None:
-            query, key = rotate(query, turns), rotate(key, turns)
-        return self.proj(attend(query, key, value, causal=False).transpose(1, 2).flatten(2))
+        if rope_freqs is not None:
+            query, key = rotate(query, rope_freqs), rotate(key, rope_freqs)
+        attended = attend(query, key, value, causal=False)
+        return self.proj(rearrange(attended, "b heads n d -> b n (heads d)"))
 
 
 class DiTMLP(nn.Module):
-    """fc2(gelu(fc1 x)), with the tanh form of GELU."""
+    """fc2(gelu(fc1 x)), with the tanh approximation of GELU, as published."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -278,35 +291,37 @@ class DiTMLP(nn.Module):
 
 
 def _norm(config: DiTConfig, eps: float = NORM_EPS) -> nn.Module:
-    """Without gain and bias, which the modulation supplies."""
+    """A norm without gain and bias, which the modulation supplies."""
     kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.width, eps=eps, elementwise_affine=False)
 
 
 class DiTBlock(nn.Module):
-    """x + gate attention(modulate(norm x)), then the same with the feed-forward (figure 3)."""
+    """x + gate attention(modulate(norm x)), then the same with the feed-forward (figure 3). With
+    gates of zero, as at the start of training, the block is the identity."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.norm1 = _norm(config)
         self.attn = DiTAttention(config)
         self.norm2 = _norm(config, config.mlp_norm_eps)
-        gelu = config.feed_forward == "gelu"
         self.mlp = (
             DiTMLP(config.width, config.hidden)
-            if gelu
-            else SwiGLU(config.width, config.hidden, 0.0)
+            if config.feed_forward == "gelu"
+            else SwiGLU(config.width, config.hidden, dropout=0.0)
         )
         self.adaLN_modulation = Modulation(config.width, 6)
 
-    def forward(self, x: Tensor, c: Tensor, turns: Tensor | None) -> Tensor:  # (B, N, width)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
-        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), turns))
+    def forward(self, x: Tensor, c: Tensor, rope_freqs: Tensor | None) -> Tensor:
+        """Tokens x (B, N, width) and conditioning c (B, width) -> (B, N, width)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)  # (B, 1, width)
+        attended = self.attn(modulate(self.norm1(x), shift1, scale1), rope_freqs)
+        x = torch.addcmul(x, gate1, attended)  # x + gate1 attended, in one kernel
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
-    """linear(modulate(norm x)): tokens to patches (B, N, p * p * C_out)."""
+    """linear(modulate(norm x)): tokens (B, N, width) to patches (B, N, p p C_out)."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -319,12 +334,17 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+# -------------------------------------------------------------------------------------------------
+# The network
+
+
 class DiT(nn.Module):
     """Latents (B, C, h, w), times (B,) and labels (B,) -> (B, C_out, h, w).
 
-    Times are in the network's own units; labels lie in [0, num_classes], the last being no class:
-    dropping labels and scaling times is the prior's. What comes out (velocity, noise, ...) too.
-    Computed in the precision of the weights or of autocast, returned in that of the latents.
+    Times are in the network's own units, and labels lie in [0, num_classes], the last being the
+    null label: the prior scales times, drops labels, and defines what the output means (velocity,
+    noise, ...). Computed in the precision of the weights or of autocast, returned in that of the
+    latents.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -335,19 +355,19 @@ class DiT(nn.Module):
             config.frequency_size, config.width, config.frequency_shift
         )
         self.y_embedder = LabelEmbedder(config.num_classes, config.width)
-        added, turned = config.positions != "rotary", config.positions != "sin-cos"
-        self.pos_embed = FixedTable.sin_cos(config.token_grid, config.width) if added else None
-        self.turns = FixedTable.rotary(config.token_grid, config.head_dim) if turned else None
+        grid, use = config.token_grid, config.positions
+        self.pos_embed = FixedTable.sin_cos(grid, config.width) if use != "rotary" else None
+        self.rope_freqs = FixedTable.rotary(grid, config.head_dim) if use != "sin-cos" else None
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self._initialise()
 
     def _initialise(self) -> None:
-        """As DiT: the modulations and the last layer are zero, so that every block is the identity
-        and the first output 0."""
+        """As published: linear layers Xavier, embeddings N(0, 0.02^2), biases zero; modulations and
+        the last layer zero, so that every block is the identity and the first output is 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: patches are rows
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view; patches as vectors
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
@@ -362,27 +382,29 @@ class DiT(nn.Module):
         return [self.final_layer.linear, *(m[1] for m in modulations)]  # type: ignore[list-item]
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Latents (B, C, h, w), times (B,) and labels (B,) -> (B, C_out, h, w)."""
         self._check(x, t, labels)
         tokens = self.x_embedder(x)  # (B, N, width)
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed.table.to(tokens.dtype)
-        turns = None if self.turns is None else torch.view_as_complex(self.turns.table)
+        # (N, head_dim / 2) complex, stored as pairs of real numbers
+        freqs = None if self.rope_freqs is None else torch.view_as_complex(self.rope_freqs.table)
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, width)
         for block in self.blocks:
-            tokens = block(tokens, c, turns)
-        patches = self.final_layer(tokens, c).to(x.dtype)
+            tokens = block(tokens, c, freqs)
+        patches = self.final_layer(tokens, c).to(x.dtype)  # (B, N, p p C_out)
         return unpatchify(patches, self.config.token_grid, self.config.patch_size)
 
     def _check(self, x: Tensor, t: Tensor, labels: Tensor) -> None:
         expected = (self.config.in_channels, *self.config.grid)
         if tuple(x.shape[1:]) != expected:
-            raise SmaltiError(
+            raise DataError(
                 f"latents have shape {tuple(x.shape)}; this network takes (B, "
                 f"{', '.join(map(str, expected))})"
             )
         for name, value in (("times", t), ("labels", labels)):
             if value.shape != x.shape[:1]:
-                raise SmaltiError(
+                raise DataError(
                     f"{name} have shape {tuple(value.shape)}; give one for each of the "
                     f"{len(x)} latents"
                 )

@@ -1,7 +1,9 @@
-"""Guidance: what is asked of the network besides the condition.
+"""Guidance of a flow: classifier-free, in an interval of times, and by a classifier of noisy
+latents.
 
-Velocity, noise, score and data at the same x_t are affine functions of each other, so a guided one
-converted is the other guided: guidance is applied to whatever the network predicts.
+Velocity, noise, score and data at the same x_t are affine functions of each other, so a guided
+prediction of one kind converts into the guided prediction of any other: guidance is applied to
+whatever the network predicts.
 """
 
 import math
@@ -11,30 +13,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smalti.errors import SmaltiError
+from smalti.errors import GenerationError
 from smalti.prior.flow.path import GaussianPath, expand_like
-from smalti.prior.flow.prediction import Field, Prediction, per_score
+from smalti.prior.flow.prediction import Field, Prediction, derivative_by_score
 from smalti.prior.sampling import is_interval, is_number
 
 # x (B, C, h, w), times (B,), labels (B,) -> (B, C_out, h, w)
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-# The same, but -> log p(label | x_t) (B,), differentiable in x
+# x (B, C, h, w), times (B,), labels (B,) -> log p(label | x_t) (B,), differentiable in x
 LogProbability = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# -------------------------------------------------------------------------------------------------
+# Classifier-free guidance: uncond + s (cond - uncond) (Ho and Salimans, 2207.12598, eq. 6)
 
 
 @dataclass(frozen=True)
 class ClassifierFree:
-    """uncond + s (cond - uncond) inside an interval of times (2207.12598; 2404.07724)."""
+    """The scale s, and the interval of times in which it applies (2404.07724)."""
 
     scale: float = 1.0  # s; 1 is off
     interval: tuple[float, float] = (0.0, 1.0)  # t, from noise to data
-    channels: int | None = None  # the first so many are guided, the others stay conditional
+    channels: int | None = None  # how many, from the first, are guided; None: all
 
     def __post_init__(self) -> None:
         if not (is_number(self.scale) and math.isfinite(self.scale)):
-            raise SmaltiError(f"guidance_scale is {self.scale}; it must be finite")
+            raise GenerationError(f"guidance_scale is {self.scale}; it must be finite")
         if not is_interval(self.interval):
-            raise SmaltiError(
+            raise GenerationError(
                 f"guidance_interval is {self.interval}; give two times, 0 <= from <= to <= 1"
             )
 
@@ -46,10 +51,10 @@ class ClassifierFree:
 
 
 def classifier_free(network: Network, labels: Tensor, null: int, options: ClassifierFree) -> Field:
-    """A network with its labels (B,), guided against the null label.
+    """A network conditioned on labels (B,) and guided against the null label.
 
-    Where no sample is guided the network runs once, on B samples; else once on 2B, conditional
-    first.
+    If no sample is guided at its time, the network runs on B samples; otherwise once on 2 B, the
+    conditional ones first.
     """
 
     def field(x: Tensor, t: Tensor) -> Tensor:
@@ -58,21 +63,27 @@ def classifier_free(network: Network, labels: Tensor, null: int, options: Classi
         scales = options.scales(t)
         if not (scales != 1).any():
             return network(x, t, labels)
-        both = torch.cat([labels, torch.full_like(labels, null)])
+        both = torch.cat([labels, torch.full_like(labels, null)])  # (2 B,)
         conditional, unconditional = network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        # The remaining channels, variances among them, stay conditional.
         count = x.shape[1] if options.channels is None else options.channels
-        without = unconditional[:, :count]
-        guided = without + expand_like(scales, x) * (conditional[:, :count] - without)
+        uncond = unconditional[:, :count]
+        guided = uncond + expand_like(scales, x) * (conditional[:, :count] - uncond)
         return torch.cat([guided, conditional[:, count:]], 1)
 
     return field
 
 
+# -------------------------------------------------------------------------------------------------
+# Classifier guidance: score + s grad log p(label | x_t) (2105.05233, section 4; 2011.13456, eq. 14)
+
+
 @dataclass(frozen=True)
 class Classifier:
-    """score + s grad log p(label | x_t), with a classifier of noisy latents (2105.05233, sec. 4).
+    """A classifier of noisy latents and its scale s.
 
-    `log_probability` takes x_t (B, C, h, w), t (B,) from 0, noise, to 1, data, and labels (B,).
+    `log_probability` takes x_t (B, C, h, w), times t (B,) from 0, noise, to 1, data, and labels
+    (B,).
     """
 
     log_probability: LogProbability
@@ -82,6 +93,7 @@ class Classifier:
         """s grad_x log p(label | x), like x."""
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
+            # Samples are independent, so the gradient of the sum holds that of each sample.
             total = self.log_probability(leaf, t, labels).sum()
             (gradient,) = torch.autograd.grad(total, leaf)
         return self.scale * gradient
@@ -90,11 +102,12 @@ class Classifier:
 def with_classifier(
     field: Field, labels: Tensor, classifier: Classifier, path: GaussianPath, prediction: Prediction
 ) -> Field:
-    """A field whose score, and so whatever it predicts, is guided by a classifier."""
+    """A field whose score, and so its prediction of any kind, is guided by a classifier."""
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         output, channels = field(x, t), x.shape[1]
-        shift = expand_like(per_score(prediction, path, t), x) * classifier.gradient(x, t, labels)
+        factor = expand_like(derivative_by_score(prediction, path, t), x)
+        shift = factor * classifier.gradient(x, t, labels)
         return torch.cat([output[:, :channels] + shift, output[:, channels:]], 1)
 
     return guided

@@ -1,107 +1,129 @@
-"""Training times, and what an error at a time counts.
+"""Training times, and the weight of the loss at each time.
 
-t = 0 is noise, t = 1 is data. A distribution of times and a weight of the loss say the same thing
-in two ways: their product is what counts (Kingma and Gao, 2303.00848).
+t = 0 is noise, t = 1 is data. Only the product of the density of the times and the weight of the
+loss matters for the objective; the choice affects the variance of its gradient (Kingma and Gao,
+2303.00848).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
+from smalti.hub import Registry
 from smalti.prior.flow.path import GaussianPath
-from smalti.prior.flow.prediction import Prediction, exact_times, per_data
+from smalti.prior.flow.prediction import Prediction, derivative_by_data, exact_times
+
+TIMES = Registry(
+    "distribution of times",
+    {
+        "uniform": "smalti.prior.flow.times:UniformTimes",
+        "logit-normal": "smalti.prior.flow.times:LogitNormalTimes",
+    },
+)
+
+# -------------------------------------------------------------------------------------------------
+# Distributions of training times (Stable Diffusion 3, 2403.03206, section 3.1)
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
-    """Move times in [0, 1] towards noise by a factor > 1: 1 - t becomes
+    """Times in [0, 1] moved towards noise for shift > 1: with s = shift, 1 - t becomes
     s (1 - t) / (1 + (s - 1) (1 - t)), which multiplies sigma / alpha of the linear path by s
-    (Stable Diffusion 3, 2403.03206, eq. 23)."""
-    noise = 1 - t
-    return 1 - shift * noise / (1 + (shift - 1) * noise)
+    (2403.03206, eq. 23)."""
+    noise_level = 1 - t
+    return 1 - shift * noise_level / (1 + (shift - 1) * noise_level)
 
 
 def check_shift(shift: float) -> None:
-    """Raise `SmaltiError` unless the shift is positive and finite."""
+    """Raise `ConfigurationError` unless the shift is positive and finite."""
     if not 0 < shift < float("inf"):
-        raise SmaltiError(f"shift is {shift}; it must be positive: 1 is none, more is more noise")
+        raise ConfigurationError(
+            f"shift is {shift}; it must be positive: 1 is no shift, more shifts towards noise"
+        )
 
 
 @dataclass(frozen=True)
-class UniformTimes:
-    """Every time is as likely."""
+class TrainingTimes(ABC):
+    """A distribution of times in [0, 1]."""
 
-    shift: float = 1.0  # towards noise: larger latents need more
+    registry: ClassVar[Registry] = TIMES  # a configuration may hold any that is registered here
+
+    @abstractmethod
+    def quantile(self, u: Tensor) -> Tensor:
+        """Times (B,) in [0, 1] from uniforms u (B,): the inverse cumulative distribution."""
+
+
+@dataclass(frozen=True)
+class UniformTimes(TrainingTimes):
+    """All times in [0, 1] are equally likely."""
+
+    shift: float = 1.0  # more than 1 shifts towards noise, which larger latents need
     kind: Literal["uniform"] = "uniform"
 
     def __post_init__(self) -> None:
         check_shift(self.shift)
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The times (B,) in [0, 1] below which the shares u (B,) of all times lie."""
         return shift_times(u, self.shift)
 
 
 @dataclass(frozen=True)
-class LogitNormalTimes:
-    """sigmoid(N(mean, std^2)): most often in the middle (2403.03206, eq. 19)."""
+class LogitNormalTimes(TrainingTimes):
+    """sigmoid(N(mean, std^2)): times in the middle are the most likely (2403.03206, eq. 19)."""
 
-    mean: float = 0.0  # more is nearer to data
+    mean: float = 0.0  # larger is nearer to the data
     std: float = 1.0
-    shift: float = 1.0  # towards noise: larger latents need more
+    shift: float = 1.0  # more than 1 shifts towards noise, which larger latents need
     kind: Literal["logit-normal"] = "logit-normal"
 
     def __post_init__(self) -> None:
         check_shift(self.shift)
         if not 0 < self.std < float("inf"):
-            raise SmaltiError(f"std is {self.std}; it must be positive")
+            raise ConfigurationError(f"std is {self.std}; it must be positive and finite")
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The times (B,) in [0, 1] below which the shares u (B,) of all times lie."""
-        normal = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
+        normal = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))  # finite at 0 and 1
         return shift_times(torch.sigmoid(self.mean + self.std * normal), self.shift)
 
 
-TimesConfig = UniformTimes | LogitNormalTimes
-
-
-# -- weights ------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# Loss weights. At a fixed x_t predictions are affine functions of each other, so the squared error
+# of one is that of another times a squared derivative.
 
 LossWeight = Literal["constant", "velocity", "noise", "data", "score", "min-snr", "likelihood"]
 MIN_SNR = 5.0  # gamma of min-SNR weighting (2303.09556)
 
 
-def _min_snr(path: GaussianPath, t: Tensor) -> Tensor:
-    return path.snr(t).clamp_max(MIN_SNR)
-
-
 def _likelihood(path: GaussianPath, t: Tensor) -> Tensor:
-    """Half the growth of SNR: then the loss is the variational bound (2107.00630, eq. 17)."""
+    """d SNR / dt / 2, which makes the loss the variational bound (2107.00630, eq. 17)."""
     return path.snr(t) * path.determinant(t) / (path.alpha(t) * path.sigma(t)).clamp_min(1e-12)
 
 
-# Weights of the squared error of data.
-_OF_DATA: dict[str, Callable[[GaussianPath, Tensor], Tensor]] = {
-    "velocity": lambda path, t: per_data("velocity", path, t).square(),
-    "noise": lambda path, t: per_data("noise", path, t).square(),
+# Each is a weight of the squared error of the data.
+_DATA_ERROR_WEIGHTS: dict[str, Callable[[GaussianPath, Tensor], Tensor]] = {
+    "velocity": lambda path, t: derivative_by_data("velocity", path, t).square(),
+    "noise": lambda path, t: derivative_by_data("noise", path, t).square(),
     "data": lambda path, t: torch.ones_like(t),
-    "score": lambda path, t: per_data("score", path, t).square(),
-    "min-snr": _min_snr,
+    "score": lambda path, t: derivative_by_data("score", path, t).square(),
+    "min-snr": lambda path, t: path.snr(t).clamp_max(MIN_SNR),  # min(SNR, gamma)
     "likelihood": _likelihood,
 }
 
 
 def loss_weight(name: LossWeight, path: GaussianPath, prediction: Prediction, t: Tensor) -> Tensor:
-    """What the squared error of a prediction at times t (B,) is multiplied by: (B,) fp32.
+    """The factor of the squared error of a prediction at times t (B,): (B,) fp32.
 
-    "constant" is 1. "velocity", "noise", "data" and "score" measure the error as if the network
-    predicted that: "noise" is the loss of DDPM whatever is predicted. "min-snr" is the error of
-    data times min(SNR, 5), "likelihood" that times half the derivative of SNR.
+    "constant" is 1. "velocity", "noise", "data" and "score" give the squared error of that
+    quantity, whatever the network predicts: "noise" is the loss of DDPM (2006.11239, eq. 14).
+    "min-snr" is the squared error of the data times min(SNR, 5), "likelihood" that error times half
+    the derivative of SNR.
     """
     if name in ("constant", prediction):
         return torch.ones_like(t, dtype=torch.float32)
     t = exact_times(t)
-    return (_OF_DATA[name](path, t) / per_data(prediction, path, t).square()).float()
+    weight = _DATA_ERROR_WEIGHTS[name](path, t)
+    return (weight / derivative_by_data(prediction, path, t).square()).float()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smalti.prior.flow.path import GaussianPath
-from smalti.prior.flow.prediction import Dynamics, Prediction, of_data_and_noise
+from smalti.prior.flow.prediction import Dynamics, Prediction, prediction_target
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Mixture:
         return data, (share * sigma * offset).sum(1)
 
     def predict(self, prediction: Prediction, path: GaussianPath, x: Tensor, t: Tensor) -> Tensor:
-        """What a perfect network says, (B, D)."""
-        return of_data_and_noise(prediction, path, *self.expected(path, x, t), t)
+        """The prediction of a perfect network, (B, D)."""
+        return prediction_target(prediction, path, *self.expected(path, x, t), t)
 
     def dynamics(self, path: GaussianPath, prediction: Prediction = "velocity") -> Dynamics:
-        """The flow of a perfect network."""
+        """The dynamics of a perfect network."""
         return Dynamics(path, prediction, lambda x, t: self.predict(prediction, path, x, t))
 
 

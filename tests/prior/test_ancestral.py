@@ -24,7 +24,7 @@ MIXED = torch.randn(3, 3, generator=torch.Generator().manual_seed(7))
 
 
 class Replay(NormalSource):
-    """Every draw is the same, as in diffusers when its generator is seeded anew."""
+    """The noise is the same at every call, as in diffusers when its generator is seeded anew."""
 
     def __init__(self) -> None:
         super().__init__(torch.Generator(), 1)
@@ -49,9 +49,9 @@ def loop(scheduler, x: torch.Tensor, **options) -> torch.Tensor:
     return x
 
 
-def ours(solver, x: torch.Tensor, spacing: str, surplus: bool = False) -> torch.Tensor:
+def ours(solver, x: torch.Tensor, spacing: str, learned: bool = False) -> torch.Tensor:
     def output(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.cat([network(x), network(x).cos()], 1) if surplus else network(x)
+        return torch.cat([network(x), network(x).cos()], 1) if learned else network(x)
 
     times = DDPMSpaced(spacing).times(20, PATH, TimeRange(0.0, 1.0))
     return solver.solve(Dynamics(PATH, "noise", output), x, times, Replay())
@@ -68,7 +68,7 @@ def test_ddim_is_diffusers(spacing, eta) -> None:
     times = DDPMSpaced(spacing).times(20, PATH, TimeRange(0.0, 1.0))
     index = (1000 * (1 - times[:-1]) - 1).round().int().tolist()
     assert index == scheduler.timesteps.tolist()
-    if spacing == "linspace":  # diffusers steps back by T // N, which leads not to the next
+    if spacing == "linspace":  # diffusers steps back by T // N, which is not the next index
         return
     torch.testing.assert_close(
         ours(DDIM(eta), x, spacing), loop(scheduler, x, eta=eta), rtol=2e-4, atol=2e-4
@@ -90,16 +90,16 @@ def test_ddpm_is_diffusers(variance, theirs, spacing) -> None:
     )
     scheduler.set_timesteps(20)
     x = torch.randn(2, 3, 4, 4, dtype=DOUBLE)
-    sampled = ours(DDPM(variance), x, spacing, surplus=variance == "learned")
-    if variance != "large":  # what is chosen where nothing is said
-        assert torch.equal(sampled, ours(DDPM(), x, spacing, surplus=variance == "learned"))
+    sampled = ours(DDPM(variance), x, spacing, learned=variance == "learned")
+    if variance != "large":  # chosen by default
+        assert torch.equal(sampled, ours(DDPM(), x, spacing, learned=variance == "learned"))
     torch.testing.assert_close(sampled, loop(scheduler, x), rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize(
     "path", [LinearPath(), TrigonometricPath(), VPCosinePath(), VEPath()], ids=lambda p: p.kind
 )
-def test_ddim_without_noise_is_euler_in_its_own_variable(mixtures, path) -> None:
+def test_ddim_with_eta_0_is_euler_in_its_own_variable(mixtures, path) -> None:
     """With y = x / alpha and r = sigma / alpha the probability-flow ODE is dy/dr = noise."""
     dynamics, x = mixtures.two().dynamics(path), torch.randn(30, 2, dtype=DOUBLE)
     times = torch.linspace(0.1, 0.95, 12, dtype=DOUBLE)
@@ -113,7 +113,7 @@ def test_ddim_without_noise_is_euler_in_its_own_variable(mixtures, path) -> None
 
 
 @pytest.mark.parametrize("path", [PATH, LinearPath(), VEPath()], ids=lambda path: path.kind)
-def test_ddim_with_all_noise_is_ddpm_with_the_small_variance(mixtures, path) -> None:
+def test_ddim_with_eta_1_is_ddpm_with_beta_tilde(mixtures, path) -> None:
     dynamics, x = mixtures.two().dynamics(path), torch.randn(30, 2, dtype=DOUBLE)
     times = torch.linspace(0, 1, 9, dtype=DOUBLE)
     torch.testing.assert_close(
@@ -128,11 +128,11 @@ def test_the_posterior_is_bayes_rule(path) -> None:
     t = torch.tensor([0.4, 0.6], dtype=DOUBLE)
     (alpha_t, alpha_s), (sigma_t, sigma_s) = path.alpha(t).tolist(), path.sigma(t).tolist()
     r = alpha_t / alpha_s
-    assert step.large == pytest.approx(sigma_t**2 - r**2 * sigma_s**2)
-    assert 1 / step.small == pytest.approx(1 / sigma_s**2 + r**2 / step.large)
+    assert step.beta == pytest.approx(sigma_t**2 - r**2 * sigma_s**2)
+    assert 1 / step.beta_tilde == pytest.approx(1 / sigma_s**2 + r**2 / step.beta)
 
 
-def test_the_large_variance_is_exact_for_gaussian_data_and_the_small_for_a_point(mixtures) -> None:
+def test_beta_is_exact_for_gaussian_data_and_beta_tilde_for_a_point(mixtures) -> None:
     """DDPM, section 3.2: one big step from the exact marginal ends in the exact marginal."""
     normal, count = NormalSource(torch.Generator().manual_seed(0), 100_000), 100_000
     times = torch.tensor([0.5, 0.8], dtype=DOUBLE)

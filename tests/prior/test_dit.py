@@ -272,7 +272,7 @@ def test_the_position_table_is_the_published_one(side: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (1, 7)])
-def test_the_position_table_speaks_of_column_and_row_on_any_grid(grid: tuple[int, int]) -> None:
+def test_the_position_table_encodes_column_and_row_on_any_grid(grid: tuple[int, int]) -> None:
     table = sin_cos_table(grid, 16).view(*grid, 4, 4)  # column sin, cos, row sin, cos
     for row in range(grid[0]):
         for column in range(grid[1]):
@@ -320,18 +320,18 @@ def test_rotary_scores_depend_on_the_offset_alone() -> None:
 
 
 def test_attention_with_rotary_positions_follows_a_shift_of_the_latent() -> None:
-    """Shifted queries and keys have the same scores, so two tokens in an otherwise equal latent
-    attend to each other alike wherever they lie; with added positions they do not."""
+    """With rotary positions the output of attention between two neighbouring tokens is the same
+    wherever they lie on the grid; with added positions it is not."""
     x = torch.randn(1, 2, 16)  # two neighbouring tokens
     for positions, same in (("rotary", True), ("sin-cos", False)):
         model = make_network(replace(TINY, grid=(2, 6), patch_size=1, positions=positions))
         outputs = []
         for column in (0, 4):
-            table = model.turns if positions == "rotary" else model.pos_embed
+            table = model.rope_freqs if positions == "rotary" else model.pos_embed
             pair = table.table[column : column + 2]
-            turns = torch.view_as_complex(pair) if positions == "rotary" else None
+            freqs = torch.view_as_complex(pair) if positions == "rotary" else None
             tokens = x if positions == "rotary" else x + pair
-            outputs.append(model.blocks[0].attn(tokens, turns))
+            outputs.append(model.blocks[0].attn(tokens, freqs))
         assert torch.allclose(*outputs, atol=1e-5) == same
 
 
@@ -380,7 +380,7 @@ def test_the_rest_is_initialised_as_published() -> None:
 
 
 @pytest.mark.parametrize("config", [TINY, MODERN])
-def test_gradients_reach_every_parameter(config: DiTConfig) -> None:
+def test_every_parameter_has_a_gradient(config: DiTConfig) -> None:
     model = DiT(config)
     for layer in model.zero_layers():
         nn.init.normal_(layer.weight, std=0.1)
@@ -438,10 +438,10 @@ def test_the_time_is_embedded_in_fp32_under_autocast() -> None:
 
 def test_the_tables_keep_their_precision_and_are_not_saved() -> None:
     model = DiT(MODERN)
-    before = model.pos_embed.table.clone(), model.turns.table.clone()
+    before = model.pos_embed.table.clone(), model.rope_freqs.table.clone()
     model.to(torch.bfloat16).float()
     assert torch.equal(model.pos_embed.table, before[0])
-    assert torch.equal(model.turns.table, before[1])
+    assert torch.equal(model.rope_freqs.table, before[1])
     assert not any("table" in key and "embedding" not in key for key in model.state_dict())
 
 

@@ -11,7 +11,7 @@ from smalti.prior.flow.path import (
     VPLinearPath,
     expand_like,
 )
-from smalti.prior.flow.prediction import PREDICTIONS, Estimate, of_data_and_noise
+from smalti.prior.flow.prediction import PREDICTIONS, Estimate, prediction_target
 
 PATHS = [
     LinearPath(),
@@ -26,7 +26,7 @@ DOUBLE = torch.float64
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.kind)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_every_perfect_network_says_the_same(mixtures, path, prediction) -> None:
+def test_perfect_networks_of_all_predictions_agree(mixtures, path, prediction) -> None:
     data, x = mixtures.two(), torch.randn(40, 2, dtype=DOUBLE)
     t = torch.linspace(0.05, 0.95, 40, dtype=DOUBLE)
     estimate = data.dynamics(path, prediction).estimate(x, t)
@@ -39,8 +39,8 @@ def test_every_perfect_network_says_the_same(mixtures, path, prediction) -> None
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.kind)
-def test_the_velocity_moves_the_density(mixtures, path) -> None:
-    """The continuity equation: d/dt log p + v . grad log p + div v = 0."""
+def test_the_velocity_satisfies_the_continuity_equation(mixtures, path) -> None:
+    """d/dt log p + v . grad log p + div v = 0."""
     data, x = mixtures.two(), torch.randn(30, 2, dtype=DOUBLE, requires_grad=True)
     t = torch.linspace(0.1, 0.9, 30, dtype=DOUBLE, requires_grad=True)
     score, rate = torch.autograd.grad(data.log_density(path, x, t).sum(), (x, t))
@@ -65,7 +65,7 @@ def test_conditional_and_marginal_flow_matching_have_the_same_gradient(mixtures,
     features = torch.stack([torch.ones_like(t), t, x[:, 0], x[:, 1], x[:, 0] * t, x[:, 1] ** 2], 1)
     weights = torch.randn(6, 2, generator=random, dtype=DOUBLE)
     model = features @ weights
-    conditional = model - of_data_and_noise("velocity", path, x1, x0, t)
+    conditional = model - prediction_target("velocity", path, x1, x0, t)
     marginal = model - data.predict("velocity", path, x, t)
     # Gradients of the squared errors with respect to the weights, sample by sample.
     difference = features[:, :, None] * (conditional - marginal)[:, None, :]
@@ -75,9 +75,9 @@ def test_conditional_and_marginal_flow_matching_have_the_same_gradient(mixtures,
     assert gradient.abs().max() > 20 * (difference.std(0) / count**0.5).max()
 
 
-def test_the_surplus_of_a_network_is_kept_apart() -> None:
+def test_the_variance_output_is_separate_from_the_prediction() -> None:
     x, output, t = torch.randn(2, 3, 4, 4), torch.randn(2, 6, 4, 4), torch.full((2,), 0.5)
     estimate = Estimate(LinearPath(), "velocity", x, t, output)
     assert torch.equal(estimate.velocity, output[:, :3])
-    assert torch.equal(estimate.surplus, output[:, 3:])
+    assert torch.equal(estimate.variance_output, output[:, 3:])
     torch.testing.assert_close(estimate.data, x + expand_like(1 - t, x) * output[:, :3])

@@ -58,7 +58,7 @@ def make_prior(config: FlowConfig = TINY) -> FlowPrior:
 
 
 def test_the_first_loss_is_the_variance_of_the_target() -> None:
-    """A new network says 0; velocity of unit data and noise has the variance 2, noise 1."""
+    """A new network outputs 0. For unit data and noise the velocity has variance 2, the noise 1."""
     latents, labels = torch.randn(4000, 2, 4, 6), torch.randint(4, (4000,))
     for prediction, expected in (("velocity", 2), ("noise", 1), ("data", 1)):
         loss = FlowPrior(replace(TINY, prediction=prediction))(latents, labels)
@@ -69,7 +69,7 @@ def test_the_first_loss_is_the_variance_of_the_target() -> None:
 def test_the_objective_is_flow_matching() -> None:
     """Written out for the linear path, with the times and noise of eval mode."""
     model = make_prior()
-    u, noise = model._times_and_noise(LATENTS)
+    u, noise = model._times_and_noise(LATENTS).values()
     assert sorted(u.tolist()) == [0.125, 0.375, 0.625, 0.875]
     t = u[:, None, None, None]
     predicted = model.network(t * LATENTS + (1 - t) * noise, u, LABELS)
@@ -112,7 +112,7 @@ def test_labels_are_dropped_in_training_only() -> None:
     assert 0.4 < (seen[0] == 3).float().mean() < 0.6 and (seen[1] == 0).all()
 
 
-def test_the_network_is_told_the_time_in_its_own_units() -> None:
+def test_the_network_receives_the_time_in_its_own_units() -> None:
     seen = []
     dit = replace(TINY, path=DDPMPath(), prediction="noise", time_scale=-1000.0, time_shift=999.0)
     for config in (TINY, replace(TINY, time_scale=1000.0), dit):
@@ -155,7 +155,7 @@ def test_the_objective_compiles_into_one_graph() -> None:
 
 
 @pytest.mark.parametrize("solver", list(SOLVERS))
-def test_with_a_list_of_generators_a_sample_does_not_see_its_neighbours(solver) -> None:
+def test_with_a_list_of_generators_a_sample_does_not_depend_on_its_neighbours(solver) -> None:
     path = VEPath() if solver == "langevin" else LinearPath()
     model = make_prior(replace(TINY, path=path)).double()
     options = {"num_inference_steps": 4, "solver": solver, "guidance_scale": 2.0}
@@ -246,7 +246,7 @@ def test_a_learned_variance_is_used_by_ddpm_alone() -> None:
 
 
 def test_a_classifier_guides() -> None:
-    """One that wants large values gets them."""
+    """A classifier that prefers large values increases the mean."""
     model = make_prior(replace(TINY, path=VPLinearPath()))
     classifier = Classifier(lambda x, t, labels: x.flatten(1).sum(1), scale=2.0)
     options = {"noise": LATENTS, "num_inference_steps": 10}
@@ -262,7 +262,7 @@ def test_velocity_and_score_are_of_the_same_prediction() -> None:
     torch.testing.assert_close(score, -noise / 0.6)
 
 
-def test_a_model_that_overflows_is_not_sampled_from() -> None:
+def test_an_output_that_is_not_finite_is_an_error() -> None:
     model = make_prior()
     model.network.final_layer.linear.weight.data[0, 0] = math.nan
     with pytest.raises(SmaltiError, match="the model gives NaN"):
@@ -273,7 +273,7 @@ def test_a_model_that_overflows_is_not_sampled_from() -> None:
 
 
 def test_the_likelihood_of_a_new_model_is_that_of_noise() -> None:
-    """Its velocity is 0, so data are noise: log2 of the normal density."""
+    """Its velocity is 0, so the data have the density of the noise: log2 of the normal density."""
     bits = FlowPrior(TINY).bits_per_dimension(LATENTS, LABELS, num_inference_steps=2)
     nats = torch.distributions.Normal(0, 1).log_prob(LATENTS).flatten(1).mean(1)
     torch.testing.assert_close(bits, -nats / math.log(2))
@@ -331,7 +331,7 @@ def test_save_and_load(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
-def test_a_chain_is_walked_in_even_strides_from_its_first_step(solver: str) -> None:
+def test_the_default_steps_of_a_chain_are_even_strides_to_its_first_index(solver: str) -> None:
     chain = FlowPrior(replace(TINY, path=DDPMPath(), prediction="noise"))
     times = chain.time_grid(10, make_solver(solver))
     assert torch.equal(times, chain.time_grid(10, make_solver(solver), "ddpm"))
@@ -366,12 +366,13 @@ def test_impossible_configs_are_refused(changes, message: str) -> None:
         (lambda p: p.sample(LABELS, num_inference_steps=2.5), "num_inference_steps is 2.5"),
         (lambda p: p.sample(LABELS, solver="huen"), 'did you mean "heun"'),
         (lambda p: p.sample(LABELS, schedule="ddpm"), "is for a ddpm path"),
-        (lambda p: p.sample(LABELS, noise=LATENTS[:2]), r"noise has shape \(2, 2, 4, 6\)"),
+        (lambda p: p.sample(LABELS, noise=LATENTS[:2]), r"noise of shape \(2, 2, 4, 6\)"),
         (lambda p: p.sample(LABELS, guidance_interval=(0.5, 0.1)), "guidance_interval"),
         (lambda p: p.sample(LABELS, generator=generators(1)), "1 generators were given for 4"),
         (lambda p: p(LATENTS[:, :1], LABELS), r"takes \(B, 2, 4, 6\) of floats"),
         (lambda p: p(LATENTS.long(), LABELS), "int64"),
-        (lambda p: p(LATENTS, LABELS, LATENTS[:, :1]), "noise have shape"),
+        (lambda p: p(LATENTS, LABELS, {"noise": LATENTS[:, :1]}), r"noise of shape \(4, 1, 4, 6\)"),
+        (lambda p: p(LATENTS, LABELS, {"noise": LATENTS[:2]}), r"takes \(4, 2, 4, 6\) of floats"),
         (lambda p: p.bits_per_dimension(LATENTS, LABELS, solver="ddim"), "use an ODE solver"),
         (lambda p: p.bits_per_dimension(LATENTS, LABELS, num_probes=0), "num_probes is 0"),
     ],

@@ -15,7 +15,7 @@ NULL = 3
 
 
 class Network:
-    """Something of x, t and the label; remembers how many rows it was given."""
+    """A function of x, t and the label that records the batch size of every call."""
 
     def __init__(self) -> None:
         self.rows: list[int] = []
@@ -55,8 +55,8 @@ def test_outside_the_interval_there_is_no_guidance_and_no_second_pass() -> None:
     torch.testing.assert_close(run(options, 0.1)[0], run(ClassifierFree(1.0), 0.1)[0])
 
 
-def test_samples_at_times_of_their_own_are_guided_alone() -> None:
-    """As an adaptive solver asks: each is inside or outside for itself."""
+def test_samples_at_different_times_are_guided_independently() -> None:
+    """As an adaptive solver needs: each sample is inside or outside the interval."""
     options, x = ClassifierFree(4.0, (0.2, 0.6)), torch.ones(3, 4, 2, 2)
     t = torch.tensor([0.1, 0.3, 0.7])
     output = classifier_free(Network(), LABELS, NULL, options)(x, t)
@@ -72,7 +72,7 @@ def test_only_chosen_channels_are_guided() -> None:
     torch.testing.assert_close(some[:, 3:], conditional[:, 3:])
 
 
-def test_the_surplus_of_a_network_is_never_guided() -> None:
+def test_the_variance_output_is_never_guided() -> None:
     def network(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.cat([Network()(x, t, labels)] * 2, 1)
 

@@ -51,15 +51,15 @@ def test_the_bound_is_the_divergence_of_the_two_steps(index: int) -> None:
     estimate = estimate_of(t, data, noise, output)
     to = transition(PATH, t.item(), t.item() + 1 / 50)
     share = (output[:, 2:] + 1) / 2
-    std = (share * math.log(to.large) + (1 - share) * math.log(to.small)).div(2).exp()
-    true = Normal(to.alpha * data + to.kept * noise, math.sqrt(to.small))
-    claimed = Normal(to.alpha * estimate.data + to.kept * estimate.noise, std)
+    std = (share * math.log(to.beta) + (1 - share) * math.log(to.beta_tilde)).div(2).exp()
+    true = Normal(to.alpha * data + to.noise_weight * noise, math.sqrt(to.beta_tilde))
+    claimed = Normal(to.alpha * estimate.data + to.noise_weight * estimate.noise, std)
     expected = kl_divergence(true, claimed).mean() / math.log(2)
     bound = variance_bound(PATH, estimate, data, noise)
     assert bound.item() == pytest.approx(expected.item(), rel=2e-4)
 
 
-def test_the_step_to_the_data_counts_nothing_and_its_gradient_is_finite() -> None:
+def test_the_bound_of_the_step_to_the_data_is_zero_with_a_finite_gradient() -> None:
     t = torch.tensor([1 - 1 / 50, 1 - 1e-3, 1.0], dtype=torch.float64)
     output = normal(3, 4, 4, 6).requires_grad_()
     bound = variance_bound(
@@ -71,7 +71,7 @@ def test_the_step_to_the_data_counts_nothing_and_its_gradient_is_finite() -> Non
 
 
 def best_share(std: float, guess) -> float:
-    """The share of log beta, in [0, 1], at which the mean bound of data N(0, std^2) is least."""
+    """The share of log beta, in [0, 1], that minimises the mean bound for data N(0, std^2)."""
     t = PATH.time_of_index(torch.full((20_000,), 5.0, dtype=torch.float64))
     data, noise = std * normal(20_000, 1, 1, 1), normal(20_000, 1, 1, 1, seed=1)
     x = PATH.mix(data, noise, t)
@@ -85,13 +85,13 @@ def best_share(std: float, guess) -> float:
     return shares[torch.stack(bounds).argmin()].item()
 
 
-def test_the_least_bound_is_the_variance_that_is_exact() -> None:
+def test_the_exact_variance_minimises_the_bound() -> None:
     """DDPM, section 3.2: beta for data N(0, 1), beta~ for a single point."""
     assert best_share(1.0, lambda x, t: PATH.alpha(t).float().view(-1, 1, 1, 1) * x) == 1.0
     assert best_share(0.0, lambda x, t: torch.zeros_like(x)) == 0.0
 
 
-def test_the_bound_trains_the_variances_and_nothing_but_them() -> None:
+def test_the_bound_trains_the_variances_alone() -> None:
     data, noise = normal(4, 2, 4, 6), normal(4, 2, 4, 6, seed=1)
     output = normal(4, 4, 4, 6, seed=2).requires_grad_()
     t = torch.full((4,), 0.5)
@@ -107,7 +107,9 @@ def test_the_loss_is_the_squared_error_and_the_bound() -> None:
     expected = loss.parts["mse"] + 0.05 * loss.parts["variance_bound"]
     assert loss.total.item() == pytest.approx(expected.item())
     straight = randomised(FlowPrior(replace(CONFIG, path=LinearPath())), std=0.2)
-    assert set(straight(normal(4, 2, 4, 6), LABELS).parts) == {"mse"}  # SiT leaves them untrained
+    assert set(straight(normal(4, 2, 4, 6), LABELS).parts) == {
+        "mse"
+    }  # as in SiT, which does not train them
 
 
 def test_training_finds_variances_that_fit() -> None:

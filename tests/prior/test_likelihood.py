@@ -1,4 +1,4 @@
-"""Change of variables: exact on a Gaussian and on a mixture; Hutchinson is unbiased."""
+"""Change of variables: exact on a Gaussian and on a mixture; Hutchinson's estimate is unbiased."""
 
 import math
 
@@ -10,7 +10,7 @@ from smalti.prior.flow.likelihood import (
     exact_divergence,
     hutchinson_divergence,
     log_likelihood,
-    signs,
+    rademacher_probes,
 )
 from smalti.prior.flow.path import LinearPath, TrigonometricPath, VPLinearPath
 from smalti.prior.flow.solvers.dormand_prince import DormandPrince
@@ -69,13 +69,13 @@ def test_hutchinson_is_unbiased_and_exact_for_a_diagonal(mixtures) -> None:
     )
     torch.testing.assert_close(exact, jacobians.diagonal(dim1=1, dim2=2).sum(-1))
     many, count = torch.arange(3).repeat_interleave(4000), 12_000
-    probes = signs(1, x[many], NormalSource(torch.Generator().manual_seed(0), count))
+    probes = rademacher_probes(1, x[many], NormalSource(torch.Generator().manual_seed(0), count))
     _, estimates = hutchinson_divergence(probes)(velocity, x[many], t[many])
     means, errors = estimates.view(3, -1).mean(1), estimates.view(3, -1).std(1) / 4000**0.5
     assert ((means - exact).abs() < 4 * errors).all()
     data = mixtures.gaussian([0.5, -1.0], [0.4, 1.0])  # its Jacobian is diagonal
     x = torch.randn(5, 2, dtype=DOUBLE)
-    pair = signs(3, x, NormalSource(None, 5))
+    pair = rademacher_probes(3, x, NormalSource(None, 5))
     for divergence in (exact_divergence, hutchinson_divergence(pair)):
         nats = log_likelihood(data.dynamics(LinearPath()), x, grid(60), Heun(), divergence)
         expected = torch.distributions.Normal(data.means, data.stds).log_prob(x).sum(1)
@@ -86,9 +86,9 @@ def test_probes_are_signs_of_their_own_generators() -> None:
     def generators(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    sampled = signs(4, torch.empty(3, 50), NormalSource(generators(1, 2, 3), 3))
+    sampled = rademacher_probes(4, torch.empty(3, 50), NormalSource(generators(1, 2, 3), 3))
     assert set(sampled.unique().tolist()) == {-1.0, 1.0} and sampled.shape == (4, 3, 50)
-    alone = signs(4, torch.empty(1, 50), NormalSource(generators(2), 1))
+    alone = rademacher_probes(4, torch.empty(1, 50), NormalSource(generators(2), 1))
     assert torch.equal(sampled[:, 1:2], alone)
 
 

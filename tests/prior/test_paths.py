@@ -6,8 +6,11 @@ import diffusers
 import pytest
 import torch
 
+from smalti.config import config_from_dict, config_to_dict
 from smalti.errors import SmaltiError
+from smalti.prior.flow.config import FlowConfig
 from smalti.prior.flow.path import (
+    PATHS,
     DDPMPath,
     LinearPath,
     TrigonometricPath,
@@ -16,7 +19,7 @@ from smalti.prior.flow.path import (
     VPLinearPath,
 )
 
-PATHS = [
+EXAMPLES = [
     LinearPath(),
     LinearPath(sigma_min=0.1),
     TrigonometricPath(),
@@ -33,7 +36,7 @@ def name(path) -> str:
     return path.kind
 
 
-@pytest.mark.parametrize("path", PATHS, ids=name)
+@pytest.mark.parametrize("path", EXAMPLES, ids=name)
 def test_derivatives_are_those_of_autograd(path) -> None:
     t = torch.linspace(0.0123, 0.9871, 61, dtype=torch.float64, requires_grad=True)
     for coefficient, derivative in ((path.alpha, path.d_alpha), (path.sigma, path.d_sigma)):
@@ -42,7 +45,7 @@ def test_derivatives_are_those_of_autograd(path) -> None:
         torch.testing.assert_close(derivative(t), grad, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=name)
+@pytest.mark.parametrize("path", EXAMPLES, ids=name)
 def test_noise_becomes_data(path) -> None:
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     assert (path.log_snr(t).diff() > 0).all()
@@ -52,7 +55,7 @@ def test_noise_becomes_data(path) -> None:
     assert path.alpha(ENDS)[0] / path.sigma(ENDS)[0] < 0.03
 
 
-@pytest.mark.parametrize("path", PATHS, ids=name)
+@pytest.mark.parametrize("path", EXAMPLES, ids=name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_everything_is_finite_at_both_ends(path, dtype) -> None:
     t = ENDS.to(dtype)
@@ -62,7 +65,7 @@ def test_everything_is_finite_at_both_ends(path, dtype) -> None:
         assert value.isfinite().all() and value.dtype == dtype and value.shape == t.shape, method
 
 
-@pytest.mark.parametrize("path", PATHS, ids=name)
+@pytest.mark.parametrize("path", EXAMPLES, ids=name)
 def test_the_log_snr_grows_as_the_determinant_says(path) -> None:
     t = torch.linspace(0.0123, 0.9871, 41, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(path.log_snr(t).sum(), t)
@@ -81,7 +84,7 @@ def test_variance_preserving_paths_preserve_variance_also_where_sigma_is_tiny() 
     assert sigma.item() == pytest.approx(math.sqrt(0.1 * (1 - (1 - near)).item()), rel=1e-4)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=name)
+@pytest.mark.parametrize("path", EXAMPLES, ids=name)
 def test_mixing_is_the_definition(path) -> None:
     data, noise, t = torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2), torch.rand(5)
     mixed = path.mix(data, noise, t)
@@ -120,6 +123,14 @@ def test_variance_exploding_is_geometric() -> None:
     torch.testing.assert_close(sigmas[1:] / sigmas[:-1], torch.full_like(sigmas[1:], 5000**-0.25))
     t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
     torch.testing.assert_close(path.input_scale(t) * path.marginal_std(t), torch.ones_like(t))
+
+
+@pytest.mark.parametrize("kind", list(PATHS))
+def test_a_configuration_may_hold_any_registered_path(kind: str) -> None:
+    config = config_from_dict(FlowConfig, {"path": {"kind": kind}}, "recipe")
+    assert type(config.path) is PATHS.resolve(kind) and config.path.kind == kind
+    assert config_from_dict(FlowConfig, config_to_dict(config), "recipe") == config
+    assert kind in {path.kind for path in EXAMPLES}  # tested here
 
 
 @pytest.mark.parametrize(

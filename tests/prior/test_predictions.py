@@ -1,4 +1,4 @@
-"""Conversions between velocity, noise, score and data: round trips, ends, and sensitivities."""
+"""Conversions between velocity, noise, score and data: round trips, ends, and derivatives."""
 
 import itertools
 
@@ -16,9 +16,9 @@ from smalti.prior.flow.path import (
 from smalti.prior.flow.prediction import (
     PREDICTIONS,
     convert,
-    of_data_and_noise,
-    per_data,
-    per_score,
+    derivative_by_data,
+    derivative_by_score,
+    prediction_target,
     time_range,
 )
 
@@ -44,8 +44,8 @@ def test_every_prediction_is_converted_into_every_other(path, source, target) ->
     t = torch.linspace(0.01, 0.99, 25, dtype=torch.float64)
     data, noise = torch.randn(2, 25, 3, 2, 2, dtype=torch.float64)
     x = path.mix(data, noise, t)
-    given = of_data_and_noise(source, path, data, noise, t)
-    wanted = of_data_and_noise(target, path, data, noise, t)
+    given = prediction_target(source, path, data, noise, t)
+    wanted = prediction_target(target, path, data, noise, t)
     torch.testing.assert_close(
         convert(given, source, target, path, x, t), wanted, rtol=1e-8, atol=1e-8
     )
@@ -54,7 +54,7 @@ def test_every_prediction_is_converted_into_every_other(path, source, target) ->
 @pytest.mark.parametrize("path", PATHS, ids=name)
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_conversions_are_inverses_for_any_prediction_also_in_fp32(path, source, target) -> None:
-    """Of a network nothing is known: its value is any number."""
+    """The output of a network may be any number."""
     t = torch.linspace(0.1, 0.9, 17)
     value, x = torch.randn(2, 17, 4)
     there = convert(value, source, target, path, x, t)
@@ -69,13 +69,13 @@ def test_the_velocity_is_the_derivative_of_the_path() -> None:
         t = torch.tensor([0.43712], dtype=torch.float64)
         step = torch.tensor([1e-6], dtype=torch.float64)
         rise = (path.mix(data, noise, t + step) - path.mix(data, noise, t - step)) / (2 * step)
-        velocity = of_data_and_noise("velocity", path, data, noise, t)
+        velocity = prediction_target("velocity", path, data, noise, t)
         torch.testing.assert_close(velocity, rise, rtol=1e-6, atol=1e-6)
 
 
 def test_the_linear_path_has_the_published_target() -> None:
     data, noise, t = torch.randn(3, 4), torch.randn(3, 4), torch.rand(3)
-    target = of_data_and_noise("velocity", LinearPath(sigma_min=0.2), data, noise, t)
+    target = prediction_target("velocity", LinearPath(sigma_min=0.2), data, noise, t)
     torch.testing.assert_close(target, data - (1 - 0.2) * noise)
 
 
@@ -97,10 +97,10 @@ def test_the_velocity_determines_all_at_the_ends_of_the_linear_path() -> None:
 
 @pytest.mark.parametrize("path", PATHS, ids=name)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_sensitivities_are_derivatives_of_the_conversion(path, prediction) -> None:
+def test_derivatives_are_those_of_the_conversion(path, prediction) -> None:
     t = torch.tensor([0.31], dtype=torch.float64)
     x = torch.randn(1, 1, dtype=torch.float64)
-    for source, expected in (("data", per_data), ("score", per_score)):
+    for source, expected in (("data", derivative_by_data), ("score", derivative_by_score)):
         value = torch.randn(1, 1, dtype=torch.float64, requires_grad=True)
         converted = convert(value, source, prediction, path, x, t)
         (grad,) = torch.autograd.grad(converted.sum(), value)

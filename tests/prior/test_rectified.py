@@ -1,4 +1,4 @@
-"""Rectified flow: pairs, the reflow objective, and flows that become straighter."""
+"""Rectified flow: pairs, the reflow objective, and straightness."""
 
 import pytest
 import torch
@@ -44,14 +44,14 @@ def test_the_straightness_of_a_gaussian_flow_is_its_integral(mixtures) -> None:
     s, x = 0.2, torch.randn(4, 1, dtype=DOUBLE)
     grid = torch.linspace(0, 1, 401, dtype=DOUBLE)
     t = grid.clone().requires_grad_()
-    spread = (t**2 * s**2 + (1 - t) ** 2).sqrt()
-    (speed,) = torch.autograd.grad(spread.sum(), t)
+    std = (t**2 * s**2 + (1 - t) ** 2).sqrt()
+    (speed,) = torch.autograd.grad(std.sum(), t)
     expected = torch.trapezoid((s - 1 - speed).square(), grid) * x[:, 0] ** 2
     found = straightness(mixtures.gaussian([0.0], [s]).dynamics(LinearPath()), x, grid, Heun())
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_pairs_are_noise_and_what_the_ode_makes_of_it() -> None:
+def test_pairs_are_noise_and_the_data_that_the_ode_maps_it_to() -> None:
     model, labels = make_prior(), torch.tensor([0, 1, 2])
     pairs = generate_pairs(model, labels, generator=generators(1, 2, 3), num_inference_steps=6)
     again = model.sample(labels, noise=pairs.noise, num_inference_steps=6)
@@ -65,11 +65,11 @@ def test_pairs_are_noise_and_what_the_ode_makes_of_it() -> None:
 def test_the_objective_with_the_noise_given_is_that_of_the_line_between_the_pair() -> None:
     model = make_prior()
     pairs = generate_pairs(model, torch.tensor([0, 1, 2, 0]), num_inference_steps=4)
-    u, _ = model._times_and_noise(pairs.data)
+    u = model._times_and_noise(pairs.data)["times"]
     t = u[:, None, None, None]
     predicted = model.network(t * pairs.data + (1 - t) * pairs.noise, u, pairs.labels)
     expected = (predicted - (pairs.data - pairs.noise)).square().mean()
-    found = model(pairs.data, pairs.labels, pairs.noise).total
+    found = model(pairs.data, pairs.labels, random_inputs={"noise": pairs.noise}).total
     torch.testing.assert_close(found, expected)
 
 

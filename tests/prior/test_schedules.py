@@ -1,4 +1,4 @@
-"""Time grids: ends, monotony, and the published spacings."""
+"""Time grids: ends, monotonicity, and the published spacings."""
 
 import diffusers
 import numpy as np
@@ -98,7 +98,7 @@ def test_the_leading_stride_is_the_one_of_dit() -> None:
         index = (1000 * (1 - times) - 1).round().int().flip(0).tolist()
         if steps in counts:
             assert index == list(range(0, 1000, counts[steps]))
-        else:  # the whole chain is walked all the same
+        else:  # linspace over the whole chain
             assert index == np.linspace(0, 999, steps).round().astype(int).tolist()
 
 

@@ -34,7 +34,7 @@ def normal(rows: int, seed: int = 0) -> NormalSource:
 
 
 def transported(path, x: torch.Tensor, start: float, stop: float) -> torch.Tensor:
-    """The exact flow of the Gaussian N(MEAN, STD^2): positions in units of the spread stay."""
+    """The exact flow of the Gaussian N(MEAN, STD^2): (x - mean) / std is constant."""
     mean, std = torch.tensor(MEAN, dtype=DOUBLE), torch.tensor(STD, dtype=DOUBLE)
     times = torch.tensor([start, stop], dtype=DOUBLE)
     (a, b), (c, d) = path.alpha(times), path.sigma(times)
@@ -119,7 +119,9 @@ def test_adaptive_steps_do_not_depend_on_the_neighbours(mixtures) -> None:
     assert torch.equal(together, alone)
 
 
-def test_the_adaptive_solver_meets_its_tolerance_stops_at_the_grid_and_goes_back(mixtures) -> None:
+def test_the_adaptive_solver_meets_its_tolerance_at_all_times_of_the_grid_and_is_reversible(
+    mixtures,
+) -> None:
     path, x = TrigonometricPath(), torch.randn(20, 2, dtype=DOUBLE)
     dynamics = mixtures.gaussian(MEAN, STD).dynamics(path)
     solver = DormandPrince(rtol=1e-8, atol=1e-10)
@@ -131,7 +133,7 @@ def test_the_adaptive_solver_meets_its_tolerance_stops_at_the_grid_and_goes_back
     torch.testing.assert_close(back, x, rtol=1e-6, atol=1e-6)
 
 
-def test_an_ode_solver_that_never_ends_or_meets_nan_says_so(mixtures) -> None:
+def test_too_many_steps_and_nan_are_errors(mixtures) -> None:
     x = torch.randn(2, 2, dtype=DOUBLE)
     dynamics = mixtures.two().dynamics(LinearPath())
     with pytest.raises(SmaltiError, match="are not met in 3 steps: loosen them"):
@@ -155,8 +157,10 @@ def test_euler_is_diffusers_flow_matching_scheduler(mixtures) -> None:
 
 
 @pytest.mark.parametrize("solver", [n for n in SOLVERS if SOLVERS.resolve(n)().lands_on_data])
-def test_landing_on_data_never_looks_at_the_end(mixtures, solver) -> None:
-    """Where sigma is 0 all give the data that the network expects at the last time before."""
+def test_the_network_is_not_evaluated_at_the_end_by_solvers_that_land_on_data(
+    mixtures, solver
+) -> None:
+    """Where sigma is 0 all return the data that the network expected at the previous time."""
     data, path, seen = mixtures.two(), VPLinearPath(), []
     exact = data.dynamics(path, "noise")
 
@@ -173,7 +177,7 @@ def test_landing_on_data_never_looks_at_the_end(mixtures, solver) -> None:
 
 @pytest.mark.parametrize("name", list(SOLVERS))
 def test_every_solver_reaches_gaussian_data(mixtures, name) -> None:
-    """Contract: any solver, many steps, the right mean and spread."""
+    """Contract: any solver, many steps, the right mean and standard deviation."""
     path = VEPath(sigma_max=10.0) if name == "langevin" else VPLinearPath()
     data, solver, random = mixtures.gaussian([0.6], [0.5]), make_solver(name), normal(4000)
     x = random(torch.empty(4000, 1, dtype=DOUBLE)) * path.marginal_std(grid(1))[0]

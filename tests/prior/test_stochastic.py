@@ -1,4 +1,4 @@
-"""Solvers that add noise: the same marginals as the ODE, and samples of their own generators."""
+"""Stochastic solvers: the marginals of the ODE, and samples that depend on their own generator."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ SOLVERS = {
 @pytest.mark.parametrize("name", list(SOLVERS))
 @pytest.mark.parametrize("path", [LinearPath(), TrigonometricPath()], ids=lambda path: path.kind)
 def test_ode_and_sde_have_the_marginals_of_the_data(mixtures, path, name) -> None:
-    """Every w(t) gives the same: shares, means and spreads of both components."""
+    """Every w(t) gives the same share, mean and standard deviation of each component."""
     data, normal = mixtures.two(), NormalSource(torch.Generator().manual_seed(0), COUNT)
     x = normal(torch.empty(COUNT, 2, dtype=DOUBLE))
     sampled = SOLVERS[name].solve(data.dynamics(path), x, grid(150), normal)
@@ -50,7 +50,7 @@ def test_ode_and_sde_have_the_marginals_of_the_data(mixtures, path, name) -> Non
 
 
 @pytest.mark.parametrize("path", [LinearPath(), VPLinearPath()], ids=lambda path: path.kind)
-def test_the_marginals_agree_on_the_way_too(mixtures, path) -> None:
+def test_the_marginals_agree_at_an_intermediate_time(mixtures, path) -> None:
     data, stop = mixtures.two(), 0.7
     start = NormalSource(torch.Generator().manual_seed(0), COUNT)(
         torch.empty(COUNT, 2, dtype=DOUBLE)
@@ -78,8 +78,8 @@ def test_without_strength_the_sde_is_the_ode(mixtures) -> None:
     )
 
 
-def test_a_step_is_that_of_the_book_if_nothing_is_held(mixtures) -> None:
-    """x + (v + w score) h + sqrt(2 w h) z, whatever w; and held, w h is a tenth of sigma^2."""
+def test_a_step_is_euler_maruyama_with_and_without_the_limit_on_w(mixtures) -> None:
+    """x + (v + w score) h + sqrt(2 w h) z for any w; with the limit, w h is a tenth of sigma^2."""
     path, t, h = LinearPath(), 0.5, 0.1
     dynamics, x = mixtures.two().dynamics(path), torch.randn(20, 2, dtype=DOUBLE)
     estimate = dynamics.estimate(x, torch.full((20,), t, dtype=DOUBLE))
@@ -121,7 +121,7 @@ def test_euler_maruyama_is_its_definition(mixtures) -> None:
         torch.testing.assert_close(EulerMaruyama(name).solve(dynamics, x, times, fresh()), expected)
 
 
-def test_langevin_settles_in_the_marginal_of_the_last_level(mixtures) -> None:
+def test_langevin_converges_to_the_marginal_of_the_last_level(mixtures) -> None:
     path, normal = VEPath(0.05, 5.0), NormalSource(torch.Generator().manual_seed(0), COUNT)
     data, x = mixtures.two(), 5 * normal(torch.empty(COUNT, 2, dtype=DOUBLE))
     sampled = Langevin(30, 0.05).solve(data.dynamics(path, "score"), x, grid(40), normal)
@@ -129,7 +129,7 @@ def test_langevin_settles_in_the_marginal_of_the_last_level(mixtures) -> None:
     torch.testing.assert_close(moments(sampled), expected, atol=0.04, rtol=0)
 
 
-def test_langevin_inflates_a_gaussian_as_much_as_its_step_says(mixtures) -> None:
+def test_langevin_increases_the_variance_as_its_step_size_predicts(mixtures) -> None:
     """The stationary variance of x' = (1 - a / V) x + sqrt(2 a) z is V / (1 - a / 2V)."""
     path, normal = VEPath(1.0, 2.0), NormalSource(torch.Generator().manual_seed(0), COUNT)
     data, x = mixtures.gaussian([0.0], [0.5]), normal(torch.empty(COUNT, 1, dtype=DOUBLE))
@@ -139,7 +139,7 @@ def test_langevin_inflates_a_gaussian_as_much_as_its_step_says(mixtures) -> None
     assert sampled.var().item() == pytest.approx(expected, rel=0.03)
 
 
-def test_a_sample_has_noise_of_its_own_generator(mixtures) -> None:
+def test_the_noise_of_a_sample_comes_from_its_own_generator(mixtures) -> None:
     dynamics, x = mixtures.two().dynamics(LinearPath()), torch.randn(3, 2, dtype=DOUBLE)
 
     def generators(*seeds: int) -> list[torch.Generator]:
@@ -165,7 +165,7 @@ def test_normal_numbers_are_normal_repeat_and_leave_the_global_state_alone() -> 
         NormalSource([torch.Generator()], 4)
 
 
-def test_time_does_not_go_back(mixtures) -> None:
+def test_descending_times_are_an_error(mixtures) -> None:
     dynamics, x = mixtures.two().dynamics(LinearPath()), torch.randn(3, 2, dtype=DOUBLE)
     with pytest.raises(SmaltiError, match=r"from 0.9 down to 0; use an ODE solver"):
         EulerMaruyama().solve(dynamics, x, grid(1, 0.9, 0.0), NormalSource(None, 3))

@@ -1,1 +1,1 @@
-"""Solvers: from noise to data in a number of steps."""
+"""Solvers of the dynamics of a flow, and the time grids on which they step."""

@@ -1,12 +1,12 @@
-"""How samples move from noise to data: what every solver promises, and the known ones by name.
+"""What every solver provides, and the solvers by name.
 
-    ODE   dx = v dt                            euler, midpoint, heun, rk4, dopri5
+    ODE   dx = v dt                             euler, midpoint, heun, rk4, dopri5
     SDE   dx = (v + w score) dt + sqrt(2 w) dW  euler-maruyama
-    exact steps between Gaussian marginals     ddim, ddpm
-    MCMC at falling noise                      langevin
+    exact Gaussian transitions                  ddpm, ddim
+    MCMC at decreasing noise                    langevin
 
-A solver is a small configuration: `Heun()`, `DDIM(eta=1.0)`. All leave the same marginals p_t in
-the limit of many steps.
+Time runs from 0, noise, to 1, data. A solver is a small configuration: `Heun()`, `DDIM(eta=1.0)`.
+All have the same marginals p_t in the limit of many steps.
 """
 
 from abc import ABC, abstractmethod
@@ -41,8 +41,8 @@ SOLVERS = Registry(
 class Solver(ABC):
     """Moves samples along a grid of times."""
 
-    # Whether the last step may end where the velocity is infinite: the solver never looks there,
-    # and lands on the expected data where sigma is 0.
+    # Whether the last step may end where the velocity is infinite: such a solver does not evaluate
+    # the network there, and returns the expected data where sigma is 0.
     lands_on_data: ClassVar[bool]
 
     @abstractmethod
@@ -53,15 +53,15 @@ class Solver(ABC):
 
         Args:
             x: samples (B, ...) of p_t at times[0].
-            times: (N + 1,) float64, monotonous; from noise to data they ascend.
-            normal: source of noise, for solvers that add some.
+            times: (N + 1,) float64, monotonic; ascending from noise to data.
+            normal: source of standard normal noise, for stochastic solvers.
 
         Yields:
             (B, ...) at times[1], times[2], ..., times[N].
         """
 
     def check(self, predicts_variance: bool) -> None:
-        """Raise `SmaltiError` if the solver needs what such a network does not say."""
+        """Raise `GenerationError` if the solver needs an output that such a network lacks."""
         del predicts_variance
 
     def solve(self, dynamics: Dynamics, x: Tensor, times: Tensor, normal: NormalSource) -> Tensor:
@@ -87,7 +87,7 @@ class ODESolver(Solver):
 
 
 class StepSolver(Solver):
-    """A solver that draws, at the end of each interval, from what x at its start says."""
+    """A solver whose step depends on the samples at the start of the step alone."""
 
     lands_on_data = True
 
@@ -114,6 +114,6 @@ def make_solver(solver: str | Mapping[str, Any] | Solver) -> Solver:
     """A solver by name, "heun", by name and options, {"kind": "ddim", "eta": 1.0}, or itself.
 
     Raises:
-        SmaltiError: no such solver, option or value.
+        SmaltiError: unknown solver or option, or a wrong value.
     """
     return solver if isinstance(solver, Solver) else SOLVERS.configured(solver)

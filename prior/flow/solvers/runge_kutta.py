@@ -14,8 +14,8 @@ from smalti.prior.flow.solvers.base import ODESolver, times_of
 
 @dataclass(frozen=True)
 class Tableau:
-    """Butcher's: slope i is taken at time c_i, at x + h sum_j a_ij k_j; the step is h sum_i b_i
-    k_i."""
+    """A Butcher tableau: slope k_i is evaluated at time c_i, at x + h sum_j a_ij k_j; the step ends
+    at x + h sum_i b_i k_i."""
 
     nodes: tuple[float, ...]  # c
     rows: tuple[tuple[float, ...], ...]  # a, below the diagonal
@@ -46,14 +46,14 @@ def runge_kutta_step(
     """x (B, ...) after one step of dx/dt = field(x, t)."""
     h, slopes = stop - start, []
     for node, row in zip(tableau.nodes, tableau.rows, strict=True):
-        # A node of 1 is exactly `stop`, which start + h may miss by rounding.
+        # At node 1 the time is exactly `stop`; start + h may differ by rounding.
         time = stop if node == 1 else start + node * h
         slopes.append(field(advance(x, slopes, row, h), times_of(time, x)))
     return advance(x, slopes, tableau.weights, h)
 
 
 class RungeKutta(ODESolver):
-    """A fixed-step method, given by its tableau."""
+    """A fixed-step method, defined by its tableau."""
 
     tableau: ClassVar[Tableau]
 
@@ -65,27 +65,27 @@ class RungeKutta(ODESolver):
 
 @dataclass(frozen=True)
 class Euler(RungeKutta):
-    """Order 1, one evaluation a step."""
+    """Order 1, one evaluation per step."""
 
     tableau: ClassVar[Tableau] = EULER
 
 
 @dataclass(frozen=True)
 class Midpoint(RungeKutta):
-    """Order 2, two evaluations a step, none at its end."""
+    """Order 2, two evaluations per step, none at its end."""
 
     tableau: ClassVar[Tableau] = MIDPOINT
 
 
 @dataclass(frozen=True)
 class Heun(RungeKutta):
-    """Order 2, two evaluations a step, at its start and end."""
+    """Order 2, two evaluations per step, at its start and its end."""
 
     tableau: ClassVar[Tableau] = HEUN
 
 
 @dataclass(frozen=True)
 class RK4(RungeKutta):
-    """The classical method of order 4, four evaluations a step."""
+    """The classical method of order 4, four evaluations per step."""
 
     tableau: ClassVar[Tableau] = CLASSICAL

@@ -1,4 +1,4 @@
-"""Time grids of sampling: where between noise and data the solver steps.
+"""Time grids of sampling: the times, from 0, noise, to 1, data, at which a solver steps.
 
 A grid of N steps has N + 1 ascending times. A schedule is a small configuration: `Uniform()`,
 `Shifted(3.0)`, `Karras()`, `DDPMSpaced("leading")`.
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from smalti.errors import SmaltiError
+from smalti.errors import GenerationError
 from smalti.hub import Registry
 from smalti.prior.flow.path import DDPMPath, GaussianPath
 from smalti.prior.flow.prediction import TimeRange
@@ -28,7 +28,7 @@ SCHEDULES = Registry(
         "ddpm": "smalti.prior.flow.solvers.schedules:DDPMSpaced",
     },
 )
-BISECTIONS = 60  # halvings of [0, 1]: to the last bit of a float64
+BISECTIONS = 60  # halvings of [0, 1], which give all bits of a float64
 
 
 class Schedule(ABC):
@@ -39,13 +39,13 @@ class Schedule(ABC):
         """(steps + 1,) float64, ascending; the last is `within.end`.
 
         Raises:
-            SmaltiError: the schedule is not made for such a path.
+            GenerationError: the schedule does not apply to this path or number of steps.
         """
 
 
 @dataclass(frozen=True)
 class Uniform(Schedule):
-    """Equal steps. On a DDPM path that ends at 1 this is the spacing called "trailing"."""
+    """Equal steps. On a DDPM path that ends at 1 this is the "trailing" spacing."""
 
     def times(self, steps: int, path: GaussianPath, within: TimeRange) -> Tensor:
         return torch.linspace(within.start, within.end, steps + 1, dtype=torch.float64)
@@ -53,7 +53,8 @@ class Uniform(Schedule):
 
 @dataclass(frozen=True)
 class Shifted(Schedule):
-    """Smaller steps near noise, as `times.shift_times` has it (2403.03206, eq. 23)."""
+    """Equal steps moved by `shift_times`: smaller steps near noise (Stable Diffusion 3, 2403.03206,
+    eq. 23)."""
 
     shift: float = 3.0
 
@@ -67,9 +68,9 @@ class Shifted(Schedule):
 
 @dataclass(frozen=True)
 class Karras(Schedule):
-    """(sigma / alpha)^(1 / rho) falls in equal steps (EDM, 2206.00364, eq. 5) from its value at
-    the start, at most `ratio_max`, to that at the end, or to `ratio_min` and then in one step to
-    the end."""
+    """(sigma / alpha)^(1 / rho) decreases in equal steps (Karras et al., EDM, 2206.00364, eq. 5),
+    from sigma / alpha at the start, but at most `ratio_max`, to that at the end. If the latter is
+    less than `ratio_min`, the grid goes to `ratio_min` and from there to the end in one step."""
 
     rho: float = 7.0
     ratio_min: float = 0.002
@@ -77,7 +78,7 @@ class Karras(Schedule):
 
     def __post_init__(self) -> None:
         if not (self.rho > 0 and 0 < self.ratio_min < self.ratio_max):
-            raise SmaltiError(
+            raise GenerationError(
                 f"rho, ratio_min and ratio_max are {self.rho}, {self.ratio_min} and "
                 f"{self.ratio_max}; use rho > 0 and 0 < ratio_min < ratio_max"
             )
@@ -88,16 +89,16 @@ class Karras(Schedule):
         largest, smallest = min(first, self.ratio_max), max(last, self.ratio_min)
         if smallest >= largest:
             return Uniform().times(steps, path, within)
-        beyond = last < smallest  # one more step leads from the last ratio to the end
-        share = torch.linspace(0, 1, steps if beyond else steps + 1, dtype=torch.float64)
+        extra_step = last < smallest  # from ratio_min to the end
+        share = torch.linspace(0, 1, steps if extra_step else steps + 1, dtype=torch.float64)
         ratios = largest ** (1 / self.rho) * (1 - share) + smallest ** (1 / self.rho) * share
         inner = time_of_ratio(path, ratios**self.rho)
-        return torch.cat([ends[:1], inner[1:] if beyond else inner[1:-1], ends[1:]])
+        return torch.cat([ends[:1], inner[1:] if extra_step else inner[1:-1], ends[1:]])
 
 
 def time_of_ratio(path: GaussianPath, ratios: Tensor) -> Tensor:
     """The times at which sigma / alpha has these values, float64, by bisection."""
-    target = -2 * ratios.double().log()  # log SNR, which ascends
+    target = -2 * ratios.double().log()  # log SNR, which increases with t on every path
     low, high = torch.zeros_like(target), torch.ones_like(target)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -113,29 +114,31 @@ Spacing = Literal["leading", "linspace", "trailing"]
 class DDPMSpaced(Schedule):
     """N of the T indices of a discrete chain, then the data (2305.08891, table 2).
 
-    "leading" strides from 0, by the least stride with N multiples below T: 0, 100, ..., 900 for
-    ten of a thousand (DiT's `ddimN`); where no stride has N, it is "linspace". "linspace" goes from
-    0 to T - 1, rounded (DiT's `N`), and "trailing" from T - 1 down.
+    "leading" takes the N multiples below T of the smallest stride that has N of them: 0, 100, ...,
+    900 for N = 10 and T = 1000 (DiT's `ddimN`); if no stride has N, it is "linspace". "linspace"
+    goes from 0 to T - 1, rounded (DiT's `N`), and "trailing" from T - 1 down.
     """
 
     spacing: Spacing = "leading"
 
     def __post_init__(self) -> None:
         if self.spacing not in get_args(Spacing):
-            raise SmaltiError(
+            raise GenerationError(
                 f'spacing is "{self.spacing}"; choose one of {", ".join(get_args(Spacing))}'
             )
 
     def times(self, steps: int, path: GaussianPath, within: TimeRange) -> Tensor:
         if not isinstance(path, DDPMPath):
-            raise SmaltiError(
-                f"the schedule ddpm is for a ddpm path; this is {path}: use another schedule"
+            raise GenerationError(
+                f"the schedule ddpm is for a ddpm path; the path is {path}: use another schedule"
             )
         total = path.num_train_timesteps
         if steps > total:
-            raise SmaltiError(f"{steps} steps of a chain of {total} were asked for: use at most it")
+            raise GenerationError(
+                f"{steps} steps of a chain of {total} were requested: use at most {total}"
+            )
         index = torch.arange(steps, dtype=torch.float64)
-        stride = math.ceil(total / steps)  # the least whose multiples are not too many
+        stride = math.ceil(total / steps)  # the smallest with at most N multiples below T
         if self.spacing == "trailing":
             index = (total - (steps - 1 - index) * (total / steps)).round() - 1
             index = index.sort().values
@@ -152,6 +155,6 @@ def make_schedule(schedule: str | Mapping[str, Any] | Schedule) -> Schedule:
     """A schedule by name, by name and options, {"kind": "shifted", "shift": 3.0}, or itself.
 
     Raises:
-        SmaltiError: no such schedule, option or value.
+        SmaltiError: unknown schedule or option, or a wrong value.
     """
     return schedule if isinstance(schedule, Schedule) else SCHEDULES.configured(schedule)
