@@ -10,7 +10,7 @@ from typing import BinaryIO
 import torch
 from PIL import Image
 
-from smalti.data.image_io import FolderOptions, Unusable, decode, our_own_pixel_cap
+from smalti.data.image_io import FolderOptions, Unusable, decode, without_pixel_warning
 from smalti.data.sources.base import EncodedPictures, SourceOptions
 from smalti.errors import SmaltiError
 
@@ -74,7 +74,7 @@ def read_picture(path: Path, options: FolderOptions) -> Image.Image:
         wrong = "is not a file" if path.exists() else "does not exist"
         raise SmaltiError(f"the picture {path} {wrong}: check the path")
     try:
-        with our_own_pixel_cap():
+        with without_pixel_warning():
             return decode(path, options).image
     except Unusable as problem:
         raise SmaltiError(f"{path} {problem}") from problem

@@ -300,7 +300,7 @@ def test_a_manifest_that_does_not_describe_its_shards_is_an_error(tmp_path: Path
         ({"shards": content["shards"][:2]}, "names 2 shards"),
         ({"num_samples": 13}, "names 3 shards"),
         ({"num_samples": 11}, r"shard-00002\.safetensors holds int32 \(2, 2, 6\)"),
-        ({"spec": {**content["spec"], "vocab_size": 9}}, "the manifest promises uint16"),
+        ({"spec": {**content["spec"], "vocab_size": 9}}, "the manifest says uint16"),
         ({"shard_size": 0}, "0 to a file, would be empty"),
     ):
         manifest.write_text(json.dumps({**content, **change}))
@@ -320,3 +320,48 @@ def test_specs_check_their_sizes() -> None:
         CodeSpec(4, ((8589934592, 1),))
     with pytest.raises(SmaltiError, match="use at most 16384"):
         ContinuousSpec(4, 1, 8589934592)
+
+
+@pytest.mark.parametrize(
+    ("info", "stated", "identity"),
+    [
+        (
+            INFO,
+            {"stored_shape": (6,)},
+            "518dc045eef3011ed80f86dd2821a1edd9f860b088d8dc0dd40717efbb560eed",
+        ),
+        (
+            replace(INFO, spec=ContinuousSpec(2, 3, 4)),
+            {"stored_shape": (4, 3, 4), "stored_statistics": ("mean", "std")},
+            "25a374710ca26896455f678f9115aa4ea9e1671f9617bb8ec724f85da7b1e3f1",
+        ),
+        (
+            replace(INFO, spec=ContinuousSpec(2, 3, 4), pairs="p"),
+            {"stored_shape": (4, 3, 4)},
+            "2322b9914a979803a29b7caa17dfe95ed3165a686786b362f077a428280d596e",
+        ),
+    ],
+    ids=["codes", "mean and std", "pairs"],
+)
+def test_the_identity_of_old_caches_stays(info: CacheInfo, stated: dict, identity: str) -> None:
+    """Caches of smalti 0.1.0, whose manifests state no shape, are continued and resumed."""
+    stating = replace(info, **stated)
+    assert info.identity() == stating.identity() == identity
+    assert (info.shape, info.statistics) == (stating.shape, stating.statistics)
+    assert repr(info) == repr(stating)  # which `LatentCache.fingerprint` hashes
+    plain = replace(info, stored_shape=(2, 3, 4), stored_statistics=())
+    assert plain.identity() != identity and plain.shape == (2, 3, 4)
+
+
+def test_a_manifest_records_what_the_tokenizer_states(tmp_path: Path) -> None:
+    spec, stated = ContinuousSpec(2, 3, 3), {"stored_shape": (2, 3, 3), "views": ("identity",)}
+    info = replace(INFO, spec=spec, num_samples=4, **stated)
+    values, labels = torch.randn(4, 1, 2, 3, 3).half().float(), torch.zeros(4, dtype=torch.int64)
+    write_cache(tmp_path / "c", info, lambda a, b: EncodedRange(values, labels))
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    assert manifest["stored_shape"] == [2, 3, 3] and manifest["stored_statistics"] == []
+    cache = LatentCache(tmp_path / "c")
+    assert torch.equal(cache.first_view(range(4)).stored, values[:, 0])
+    assert cache.all_views([1]).shape == (1, 1, 2, 3, 3)
+    with pytest.raises(SmaltiError, match="must be a multiple of the 2 stored statistics"):
+        replace(info, stored_shape=(3, 3, 3), stored_statistics=("mean", "std"))

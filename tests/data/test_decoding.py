@@ -96,7 +96,7 @@ def in_stream(root: Path, content: bytes) -> ImageSource:
 def test_postscript_in_the_place_of_a_picture_is_never_interpreted(
     tmp_path: Path, interpreted: list[str], opened
 ) -> None:
-    with pytest.raises(SmaltiError, match=r"is no picture of a known kind: PNG, JPEG"):
+    with pytest.raises(SmaltiError, match=r"not a picture in a known format: PNG, JPEG"):
         opened(tmp_path, EPS)
     assert not interpreted
 

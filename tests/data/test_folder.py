@@ -88,8 +88,8 @@ def handmade_png(width: int, height: int, pixels: bytes, depth: int = 8) -> byte
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def png_that_claims(width: int, height: int) -> bytes:
-    """A few bytes that claim to be a huge picture."""
+def png_that_declares(width: int, height: int) -> bytes:
+    """A few bytes that declare a huge picture."""
     return handmade_png(width, height, b"\0" * 1000)
 
 
@@ -106,8 +106,8 @@ TROUBLE = {
     "text.jpg": (b"hello, I am text", "cannot be decoded"),
     "cut.jpg": (saved(RGB, "JPEG")[:-60], "cannot be decoded"),
     "cut.png": (saved(RGB, "PNG")[:-60], "cannot be decoded"),
-    "bomb.png": (png_that_claims(20000, 20000), "claims more pixels than can be trusted"),
-    "large.png": (png_that_claims(9000, 9000), "claims 9000 x 9000 pixels"),
+    "bomb.png": (png_that_declares(20000, 20000), "declares more pixels than are allowed"),
+    "large.png": (png_that_declares(9000, 9000), "declares 9000 x 9000 pixels"),
     "deep.png": (saved(GREY16, "PNG"), "is 16-bit"),
     "deep colour.png": (
         handmade_png(20, 20, (b"\0" + struct.pack(">H", 40000) * 60) * 20, depth=16),
@@ -167,7 +167,7 @@ def test_bad_pictures_can_be_skipped_and_are_counted(pictures: Path, name: str, 
 
 def test_a_bomb_is_not_skipped_silently(pictures: Path) -> None:
     (pictures / "red" / "bomb.png").write_bytes(TROUBLE["bomb.png"][0])
-    with pytest.raises(SmaltiError, match="claims"):
+    with pytest.raises(SmaltiError, match="declares"):
         open_source(str(pictures), options=FolderOptions(bad_images="skip"))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from smalti.data.dataset import ImageDataset
 from smalti.data.image_io import FolderOptions, decode
 from smalti.data.sources.base import open_source
-from smalti.data.transforms import CropDraw, RandomCrop, center_crop, crop_draw, random_crop
+from smalti.data.transforms import CropUniforms, RandomCrop, center_crop, crop_uniforms, random_crop
 from smalti.errors import SmaltiError
 
 
@@ -29,7 +29,7 @@ def test_a_random_crop_is_that_of_guided_diffusion(size: tuple[int, int]) -> Non
     draws = random.Random(0)
     image, side, limits = noise(*size), 16, RandomCrop(0.6, 0.9)
     for _ in range(20):
-        draw = CropDraw(draws.random(), draws.random(), draws.random())
+        draw = CropUniforms(draws.random(), draws.random(), draws.random())
         low, high = math.ceil(side / 0.9), math.ceil(side / 0.6)  # 18 and 27
         shorter = low + math.floor(draw.scale * (high + 1 - low))
         step = image
@@ -51,17 +51,17 @@ def test_every_place_and_size_is_reached_and_none_beyond() -> None:
     image = Image.fromarray(pixels)
     corners = Counter()
     for index in range(4000):
-        crop = np.asarray(random_crop(image, 16, RandomCrop(0.8, 0.8), crop_draw(0, 0, index)))
+        crop = np.asarray(random_crop(image, 16, RandomCrop(0.8, 0.8), crop_uniforms(0, 0, index)))
         assert crop.shape == (16, 16, 3)
         corners[int(crop[0, 0, 0]) + 256 * int(crop[0, 0, 1])] += 1
     assert sorted(corners) == sorted(20 * top + left for top in range(5) for left in range(5))
     assert min(corners.values()) > 100  # 160 on average
 
 
-def test_crop_draws_are_uniform_and_pure() -> None:
-    draws = [crop_draw(0, epoch, index) for epoch in range(10) for index in range(200)]
-    assert draws == [crop_draw(0, epoch, index) for epoch in range(10) for index in range(200)]
-    assert crop_draw(1, 0, 0) != draws[0] != draws[1] != draws[200]
+def test_the_random_numbers_of_crops_are_uniform_and_pure() -> None:
+    draws = [crop_uniforms(0, epoch, index) for epoch in range(10) for index in range(200)]
+    assert draws == [crop_uniforms(0, epoch, index) for epoch in range(10) for index in range(200)]
+    assert crop_uniforms(1, 0, 0) != draws[0] != draws[1] != draws[200]
     numbers = np.array([[draw.scale, draw.top, draw.left] for draw in draws])
     assert numbers.min() >= 0 and numbers.max() < 1
     assert np.abs(numbers.mean(0) - 0.5).max() < 0.02
@@ -70,7 +70,7 @@ def test_crop_draws_are_uniform_and_pure() -> None:
 
 def test_a_crop_of_the_whole_at_the_centre_is_the_centre_crop() -> None:
     image = noise(50, 30)
-    crop = random_crop(image, 16, RandomCrop(1.0, 1.0), CropDraw(0.3, 0.0, 0.49))
+    crop = random_crop(image, 16, RandomCrop(1.0, 1.0), CropUniforms(0.3, 0.0, 0.49))
     assert np.array_equal(np.asarray(crop), np.asarray(center_crop(image, 16)))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms import TenCrop
 
-from smalti.data.latent_cache.llamagen import ORDERS, TEN_CROPS
+from smalti.data.latent_cache.imports import ORDERS, TEN_CROPS
 from smalti.data.transforms import VIEW_SETS, decoded_size, views_of
 
 
