@@ -17,8 +17,7 @@ import math
 import os
 import re
 import shutil
-import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from tqdm.auto import tqdm
 from smalti.config import config_to_dict
 from smalti.data.latent_cache.cache import MANIFEST, CacheInfo, LatentCache
 from smalti.data.latents import ContinuousSpec
+from smalti.data.sources.webdataset import tar_writer, write_sample
 from smalti.errors import DataError
 from smalti.files import replacing, sha256_of, write_json, write_text
 
@@ -122,22 +122,16 @@ def _webdataset_writer() -> Writer:
 
 
 def _write_tar(path: Path, indices: np.ndarray, labels: np.ndarray, columns: Columns) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with path.open("wb") as file, tar_writer(file) as archive:
         for row, (index, label) in enumerate(zip(indices, labels, strict=True)):
-            for name, content in _members(columns, row, int(label)):
-                member = tarfile.TarInfo(
-                    f"{index:08d}.{name}"
-                )  # no times: equal caches, equal tars
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+            members = {f"{name}.npy": _npy(values[row]) for name, values in columns.items()}
+            write_sample(archive, f"{index:08d}", {**members, "cls": str(label).encode()})
 
 
-def _members(columns: Columns, row: int, label: int) -> Iterator[tuple[str, bytes]]:
-    for name, values in columns.items():
-        stream = io.BytesIO()
-        np.save(stream, values[row], allow_pickle=False)
-        yield f"{name}.npy", stream.getvalue()
-    yield "cls", str(label).encode()
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
 
 
 # -- parquet --------------------------------------------------------------------------------------

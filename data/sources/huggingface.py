@@ -10,7 +10,6 @@ import io
 import itertools
 import logging
 import os
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +23,15 @@ from smalti.config import nearest
 from smalti.data.image_io import format_of
 from smalti.data.sources.arrays import class_names
 from smalti.data.sources.base import EncodedPictures, HuggingFaceOptions, SourceOptions
-from smalti.data.sources.download import alone, folder_name
+from smalti.data.sources.download import folder_name, locked
 from smalti.data.sources.folder import EXTENSIONS
-from smalti.data.sources.webdataset import MANIFESTS, ShardPictures, list_members
+from smalti.data.sources.webdataset import (
+    MANIFESTS,
+    ShardPictures,
+    list_members,
+    tar_writer,
+    write_sample,
+)
 from smalti.errors import SmaltiError
 from smalti.files import replacing, write_json
 
@@ -179,7 +184,7 @@ def copy_stream(
     Raises:
         SmaltiError: the stream holds nothing.
     """
-    with alone(folder / MANIFEST):
+    with locked(folder / MANIFEST):
         if not (folder / MANIFEST).is_file():
             counts = _write_shards(folder, samples, title, shard_size)
             names = classes()
@@ -217,23 +222,22 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _write_shard(path: Path, samples: list[Sample], first: int) -> None:
-    with replacing(path) as temporary, tarfile.open(temporary, "w") as archive:
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as file,
+        tar_writer(file) as archive,
+    ):
         for number, sample in enumerate(samples, first):
-            _add(archive, f"{number:09d}{_suffix(sample.content)}", sample.content)
+            members = {_extension(sample.content): sample.content}
             if sample.label is not None:
-                _add(archive, f"{number:09d}.cls", str(sample.label).encode())
+                members["cls"] = str(sample.label).encode()
+            write_sample(archive, f"{number:09d}", members)
 
 
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
-
-
-def _suffix(content: bytes) -> str:
-    """How files of this kind are called; a damaged picture is kept, and dealt with later."""
-    suffix = f".{(format_of(content) or '').lower()}"
-    return suffix if suffix in EXTENSIONS else ".png"
+def _extension(content: bytes) -> str:
+    """The file extension of a picture; a damaged one is copied as it is, and verified later."""
+    extension = (format_of(content) or "").lower()
+    return extension if f".{extension}" in EXTENSIONS else "png"
 
 
 # -------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_a_missing_shard_is_named(shards: Path) -> None:
 
 def test_a_compressed_shard_among_others_is_not_passed_over(shards: Path) -> None:
     (shards / "more.tar.gz").write_bytes(b"")
-    with pytest.raises(SmaltiError, match=r"more.tar.gz would be passed over: decompress it"):
+    with pytest.raises(SmaltiError, match=r"more.tar.gz would be ignored: decompress it"):
         open_source(str(shards))
 
 
@@ -124,7 +124,7 @@ def test_manifests_of_other_tools_are_understood(shards: Path) -> None:
     (shards / "_shards.json").write_text(json.dumps({"shardlist": listed, "wids_version": 1}))
     assert read_manifest(shards) == {"000.tar": 6, "001.tar": 6}
     (shards / "_shards.json").write_text(json.dumps({"000.tar": "six"}))
-    with pytest.raises(SmaltiError, match=r"_shards.json does not tell how many"):
+    with pytest.raises(SmaltiError, match=r"_shards.json does not state the number"):
         open_source(str(shards))
     (shards / "_shards.json").write_text(json.dumps({"000.tar": 6}))
     with pytest.raises(SmaltiError, match=r"manifest beside .*001.tar does not name it"):
@@ -319,6 +319,44 @@ def test_archives_of_any_length_are_whole(tmp_path: Path, count: int) -> None:
     assert len(list_members(path)) == count
 
 
+def test_members_belong_together_as_webdataset_says(tmp_path: Path, caplog) -> None:
+    """Dots within a name: the key ends at the first, the kind begins after the last."""
+    names = ("a", "f1.8_c", "b", "f2.8_d")
+    members = {}
+    for number, name in enumerate(names):
+        members |= {f"{name}.png": png(number), f"{name}.cls": str(number % 2).encode()}
+    path = write_tar(tmp_path / "000.tar", members)
+    source = open_source(str(path))
+    theirs = list(webdataset.WebDataset([str(path)], shardshuffle=False))
+    assert [member.key for member in list_members(path)] == [s["__key__"] for s in theirs]
+    assert [source.name(i) for i in range(4)] == [f"000.tar/{name}.png" for name in names]
+    assert [source.read(i).getpixel((0, 0))[0] for i in range(4)] == [0, 1, 2, 3]
+    assert source.labels.tolist() == [0, 1, 0, 1] and caplog.messages == []
+    write_tar(path, {**members, "f1.9_e.png": png(9)})
+    with pytest.raises(SmaltiError, match="two pictures for f1: rename one"):
+        open_source(str(path))
+
+
+def test_members_that_are_ignored_are_counted_and_named(tmp_path: Path, caplog) -> None:
+    more = {f"{n:03d}.{suffix}": b"?" for n in range(3) for suffix in ("txt", "mask.png")}
+    more |= {"._000.png": b"?", "README": b"?", "000.meta.json": b"not JSON", "7.boxes.json": b"?"}
+    source = open_source(str(write_tar(tmp_path / "000.tar", {**more, **samples()})))
+    assert len(source) == COUNT and source.name(0) == "000.tar/000.png"
+    assert source.labels.tolist() == [0, 1] * 3
+    assert "ignored 10 members of" in caplog.text
+    kinds = ".boxes.json, .mask.png, .meta.json, .txt, hidden, without suffix"
+    assert f"neither pictures nor labels ({kinds})" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["{0..99999999999}.tar", "{a,b}" * 40, "{{a,b},c}", "{{a,b}{a,b},{c,d}}" * 20, "{a,b", "a}{b"],
+)
+def test_patterns_that_stand_for_too_much_are_refused_at_once(pattern: str) -> None:
+    with pytest.raises(SmaltiError, match=r"more than 1000000|nested or unbalanced"):
+        expand_braces(pattern)
+
+
 def test_patterns_count_and_list() -> None:
     assert expand_braces("a{08..11}.tar") == [f"a{n:02d}.tar" for n in (8, 9, 10, 11)]
     assert expand_braces("{9..10}") == ["9", "10"]
@@ -327,7 +365,7 @@ def test_patterns_count_and_list() -> None:
     for wrong in ("{3..1}.tar", "{abc}.tar", "{0..999}{0..9999}.tar"):
         with pytest.raises(SmaltiError):
             expand_braces(wrong)
-    with pytest.raises(SmaltiError, match="no shards fit"):
+    with pytest.raises(SmaltiError, match="no shards match"):
         expand_shards("/nowhere/*.tar")
     with pytest.raises(SmaltiError, match="decompress"):
         open_source("/nowhere/0.tar.gz")
