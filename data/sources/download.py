@@ -16,7 +16,7 @@ from urllib.request import url2pathname, urlopen
 from filelock import BaseFileLock, FileLock
 from tqdm.auto import tqdm
 
-from smalti.errors import ConfigurationError, DataError
+from smalti.errors import ConfigurationError, DataError, SmaltiError
 from smalti.files import replacing, write_json
 
 WEB = {"http", "https"}
@@ -125,7 +125,7 @@ def _copy(url: str, target: Path, check: Callable[[Path], object]) -> None:
             if target.suffix == ".tar":
                 raise DataError(f"there is no shard {url}: check --data") from None
             raise
-        except DataError as error:
+        except SmaltiError as error:
             raise DataError(f"{url}: {error}") from error
         except (OSError, HTTPException) as error:
             if attempt == ATTEMPTS:
