@@ -1,4 +1,4 @@
-"""The latent cache: written once whatever the world size, resumable, refused when damaged."""
+"""The latent cache: equal files at any world size, resumable, refused when damaged."""
 
 import json
 import pickle
@@ -65,7 +65,7 @@ def test_views_are_a_pure_function_of_seed_epoch_and_index(tmp_path: Path) -> No
     assert 0.35 < flipped < 0.65
 
 
-def test_every_one_of_ten_views_is_shown_and_the_first_to_evaluation(tmp_path: Path) -> None:
+def test_training_sees_all_ten_views_and_evaluation_the_first(tmp_path: Path) -> None:
     info = replace(INFO, views=VIEW_SETS["ten-crop"], num_samples=4)
     codes = (100 * torch.arange(4)[:, None, None] + torch.arange(10)[:, None]).expand(4, 10, 6)
     labels = torch.zeros(4, dtype=torch.int64)
@@ -89,7 +89,7 @@ def test_a_batch_joins_samples_of_all_shards_in_the_order_of_its_keys(tmp_path: 
     assert np.array_equal(everything, encode(0, 10).stored.numpy())
 
 
-def test_a_worker_process_maps_the_files_anew(tmp_path: Path) -> None:
+def test_a_worker_process_maps_the_files_again(tmp_path: Path) -> None:
     info = replace(INFO, num_samples=4000, shard_size=1000)
     write_cache(tmp_path / "c", info, encode_small)
     cache = LatentCache(tmp_path / "c")
@@ -137,7 +137,7 @@ def test_any_world_size_writes_the_same_files(tmp_path: Path) -> None:
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def test_an_interrupted_encoding_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_encoding_continues(tmp_path: Path) -> None:
     done = []
 
     def failing(start: int, stop: int) -> EncodedRange:
@@ -188,7 +188,7 @@ def test_shards_of_another_cache_without_a_manifest_are_refused(tmp_path: Path) 
     assert files(tmp_path / "c") == before
 
 
-def test_another_tokenizer_or_stranger_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_anything_else_is_refused(tmp_path: Path) -> None:
     write_cache(tmp_path / "c", INFO, encode)
     before = files(tmp_path / "c")
     with pytest.raises(SmaltiError, match="another tokenizer"):
@@ -219,7 +219,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
             read_manifest(tmp_path / "c")
 
 
-def test_latents_may_lie_in_memory_in_any_order(tmp_path: Path) -> None:
+def test_latents_may_have_any_strides(tmp_path: Path) -> None:
     def strided(start: int, stop: int) -> EncodedRange:
         part = encode(start, stop)
         return EncodedRange(part.stored.permute(2, 1, 0).contiguous().permute(2, 1, 0), part.labels)
@@ -278,7 +278,7 @@ def test_the_largest_half_is_kept(tmp_path: Path) -> None:
         ({"labels": 2}, "sample 5 has the label 2, which is none of the 2 classes"),
     ],
 )
-def test_what_the_manifest_cannot_describe_is_never_written(tmp_path, change, message) -> None:
+def test_latents_outside_the_manifest_are_never_written(tmp_path, change, message) -> None:
     def wrong(start: int, stop: int) -> EncodedRange:
         part = encode(start, stop)
         if start == 4:

@@ -1,4 +1,4 @@
-"""Latents of other code arrive whole in a cache, or a file is named."""
+"""Latents of other code are imported completely, or the message names a file."""
 
 import os
 from dataclasses import replace
@@ -35,7 +35,7 @@ SMALL = Division(heldout_fraction=0.2, shard_size=4)
 
 
 class Bomb:
-    """Leaves a file behind if it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,7 +98,7 @@ def joined(train: LatentCache, heldout: LatentCache) -> list[tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("views", [1, 2, 10])
-def test_codes_of_llamagen_arrive_whole(tmp_path: Path, views: int) -> None:
+def test_codes_of_llamagen_are_imported_completely(tmp_path: Path, views: int) -> None:
     codes = llamagen(tmp_path / "src", views)
     train, heldout = take(tmp_path / "src", tmp_path / "out", "llamagen")
     order = list(TEN_CROPS) if views == 10 else list(range(views))
@@ -112,7 +112,7 @@ def test_codes_of_llamagen_arrive_whole(tmp_path: Path, views: int) -> None:
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_latents_of_lightningdit_arrive_whole(tmp_path: Path, flip: bool) -> None:
+def test_latents_of_lightningdit_are_imported_completely(tmp_path: Path, flip: bool) -> None:
     latents = lightningdit(tmp_path / "src", flip=flip)
     train, heldout = take(tmp_path / "src", tmp_path / "out", "lightningdit")
     expected = torch.cat([latents, torch.zeros_like(latents)], 2).numpy().astype(np.float16)
@@ -134,7 +134,7 @@ def test_a_tokenizer_without_statistics_stores_the_latents_alone(tmp_path: Path)
         take(tmp_path / "src", tmp_path / "other", "lightningdit", origin=other)
 
 
-def test_normalised_latents_come_back_raw(tmp_path: Path) -> None:
+def test_normalised_latents_are_imported_raw(tmp_path: Path) -> None:
     raw = lightningdit(tmp_path / "raw")
     lightningdit(tmp_path / "unit")
     mean, std = (torch.tensor(values).view(2, 1, 1) for values in (REAL.mean, REAL.std))
@@ -194,7 +194,7 @@ def test_classes_are_named_beside_the_latents(tmp_path: Path) -> None:
         take(tmp_path / "src", tmp_path / "other", "llamagen")
 
 
-def test_an_import_of_other_latents_does_not_go_on(tmp_path: Path) -> None:
+def test_an_import_of_other_latents_is_not_continued(tmp_path: Path) -> None:
     llamagen(tmp_path / "src")
     take(tmp_path / "src", tmp_path / "out", "llamagen")
     np.save(tmp_path / "src" / "emoji256_labels" / "3.npy", np.array([2]))

@@ -1,4 +1,4 @@
-"""Latents from pictures, to other code and from it, as commands; then a prior trains on them."""
+"""The commands that encode, export and import latents, and a prior trained on the result."""
 
 import json
 from dataclasses import dataclass
@@ -127,7 +127,7 @@ def test_ten_crops_are_encoded_as_llamagen_does(root: Path, tmp_path: Path) -> N
         assert np.array_equal(codes[:, view], tokenizer.encode(crops[number]).numpy())
 
 
-def test_whatever_the_views_the_pictures_are_the_same(root: Path, tmp_path: Path) -> None:
+def test_the_pictures_do_not_depend_on_the_views(root: Path, tmp_path: Path) -> None:
     caches = [
         LatentCache(encode(root, tmp_path / views, "--views", views) / "train")
         for views in ("identity", "flip", "ten-crop")
@@ -269,7 +269,9 @@ def test_the_import_says_that_the_tokenizer_is_not_verified(
     assert manifest["imported"] and manifest["dataset_fingerprint"] == ""
 
 
-def test_latents_are_not_written_among_other_things(root: Path, tmp_path: Path, capsys) -> None:
+def test_latents_are_not_written_to_a_folder_with_other_files(
+    root: Path, tmp_path: Path, capsys
+) -> None:
     write_codes(tmp_path / "src")
     out = str(root / "pictures")
     encoding = ["encode", "--data", out, "--tokenizer", str(root / "vq"), "--output_dir", out]
@@ -300,7 +302,7 @@ def test_latents_are_not_written_among_other_things(root: Path, tmp_path: Path, 
         (["encode", "--heldout_fraction", "1"], "must lie between 0 and 1"),
     ],
 )
-def test_mistakes_end_in_one_line_and_write_nothing(
+def test_an_error_is_one_line_and_writes_nothing(
     root: Path, tmp_path: Path, capsys, monkeypatch, arguments, message
 ) -> None:
     (root / "empty").mkdir(exist_ok=True)
