@@ -1,4 +1,4 @@
-"""What flows: latents and their cache, pictures in a reproducible order, picture files out."""
+"""What flows: pictures in a reproducible order, latents and their cache, image files."""
 
 from smalti.data.dataset import ImageBatch, ImageDataset
 from smalti.data.latent_cache.cache import LatentCache

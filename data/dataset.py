@@ -1,4 +1,8 @@
-"""A split of a picture set as tensors of one size."""
+"""A split of a picture set as tensors of one size, and the options that choose it.
+
+`ImageDataset` is indexed with keys (epoch, index), of which augmentation is a pure function: the
+same keys give the same batch in any process, whatever was read before.
+"""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -24,26 +28,23 @@ from smalti.data.sources.base import (
 from smalti.data.transforms import (
     RandomCrop,
     center_crop,
-    crop_draw,
+    crop_uniforms,
     flips,
     random_crop,
     to_tensor,
 )
-from smalti.errors import SmaltiError
-
-# -------------------------------------------------------------------------------------------------
-# A split of a picture set as tensors of one size.
+from smalti.errors import ConfigurationError, DataError
 
 logger = logging.getLogger(__name__)
 
-MEMORY_LIMIT = 2 * 2**30  # bytes of uint8 pixels that are kept decoded
+MEMORY_LIMIT = 2 * 2**30  # bytes; a set whose uint8 pixels fit in them is kept decoded
 
 Split = Literal["train", "heldout", "all"]
 
 
 @dataclass
 class ImageBatch:
-    """Pictures as a tokenizer takes them."""
+    """Images as a tokenizer takes them."""
 
     images: Tensor  # (B, 3, S, S) float in [-1, 1]
     labels: Tensor  # (B,) int64
@@ -51,18 +52,18 @@ class ImageBatch:
 
 
 class ImageDataset(Dataset):
-    """One split of a source, squared to `image_size` pixels. Index with keys (epoch, index).
+    """One split of a source as squares of `image_size` pixels. Index with keys (epoch, index).
 
     A set whose decoded pixels fit into `MEMORY_LIMIT` is decoded once, unless it is cropped at
-    random. In place of a damaged picture stands the next one of its class in the split, if the
-    source lets it be replaced: a batch is never shorter.
+    random. If the source allows it, a damaged picture is replaced by the next one of its class in
+    the split, so that every batch has its full size.
 
     Args:
-        flip: mirror a sample or not, as a pure function of (seed, epoch, index).
-        crop: show a random part of a sample, as such a function, too; None = its centre.
+        flip: mirror half of the samples, chosen by (seed, epoch, index).
+        crop: show a part of each sample, chosen by (seed, epoch, index); None = its centre.
 
     Raises:
-        SmaltiError: a picture cannot be decoded, or more than may be replaced.
+        DataError: a picture cannot be decoded, or more are damaged than may be replaced.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class ImageDataset(Dataset):
         seed: int = 0,
     ) -> None:
         if image_size < 8:
-            raise SmaltiError(f"image_size is {image_size}; it must be at least 8 pixels")
+            raise ConfigurationError(f"image_size is {image_size}; it must be at least 8 pixels")
         self.source, self.image_size = source, image_size
         self.flip, self.crop, self.seed = flip, crop, seed
         keep = torch.ones(len(source), dtype=torch.bool)
@@ -92,7 +93,7 @@ class ImageDataset(Dataset):
         self.fingerprint = fingerprint_of(
             [source.fingerprint.encode(), str(image_size).encode(), which.encode()]
         )
-        # Which samples turned out to be damaged. Shared with the worker processes of a loader.
+        # Which samples were found to be damaged; shared with the worker processes of a loader.
         self._bad = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         fits = len(self) * 3 * image_size**2 <= MEMORY_LIMIT
         self._pixels = self._decode_all(split) if fits and crop is None else None
@@ -101,12 +102,19 @@ class ImageDataset(Dataset):
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def num_replaced(self) -> int:
+        """How many damaged samples were found, and replaced, so far."""
+        return int(self._bad.sum())
+
     def __len__(self) -> int:
         return len(self.positions)
 
     def name(self, index: int) -> str:
-        """What to call a sample in a message."""
+        """The name of a sample in messages."""
         return self.source.name(self.positions[index])
+
+    # -- Batches --
 
     def __getitems__(self, keys: Sequence[Key]) -> ImageBatch:
         batch = self._cropped(keys) if self.crop else self._batch([index for _, index in keys])
@@ -129,11 +137,6 @@ class ImageDataset(Dataset):
         """Every sample in order, not augmented: (N, 3, S, S) float in [-1, 1]."""
         return torch.cat([batch.images for batch in self.batches(512)])
 
-    @property
-    def num_replaced(self) -> int:
-        """How many damaged samples were met so far, and replaced."""
-        return int(self._bad.sum())
-
     def _batch(self, indices: Sequence[int]) -> ImageBatch:
         rows = torch.as_tensor(indices)
         if self._pixels is None:
@@ -147,16 +150,20 @@ class ImageDataset(Dataset):
         pixels = torch.stack([self._decode_crop(*key) for key in keys])
         return ImageBatch(to_float(pixels), self.labels[rows], rows)
 
+    # -- Decoding, and the replacement of damaged pictures --
+
     def _decode(self, index: int) -> Tensor:
         return self._square(index, lambda image: center_crop(image, self.image_size))
 
     def _decode_crop(self, epoch: int, index: int) -> Tensor:
         assert self.crop is not None
-        limits, draw = self.crop, crop_draw(self.seed, epoch, index)
-        return self._square(index, lambda image: random_crop(image, self.image_size, limits, draw))
+        limits, uniforms = self.crop, crop_uniforms(self.seed, epoch, index)
+        return self._square(
+            index, lambda image: random_crop(image, self.image_size, limits, uniforms)
+        )
 
     def _square(self, index: int, cut: Callable[[Image.Image], Image.Image]) -> Tensor:
-        """A sample cut square, uint8 (3, S, S); of another picture if its own is damaged."""
+        """A sample, or its replacement if it is damaged, cut to a square: uint8 (3, S, S)."""
         problem: BadPicture | None = None
         for candidate in self._candidates(index):
             if self._bad[candidate]:
@@ -165,19 +172,19 @@ class ImageDataset(Dataset):
                 return to_tensor(cut(self.source.read(self.positions[candidate])))
             except BadPicture as error:
                 problem = error
-                self._note_bad(candidate, error)
-        raise SmaltiError(
+                self._record_bad(candidate, error)
+        raise DataError(
             f"{self.name(index)} is damaged, and no other picture of its class can replace it"
         ) from problem
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """A sample, then those of its class that follow it, around the split."""
+        """A sample, then the others of its class from there on, then those before it."""
         yield index
         same = (self.labels == self.labels[index]).nonzero().flatten()
         place = int(torch.searchsorted(same, index))
         yield from torch.cat([same[place + 1 :], same[:place]]).tolist()
 
-    def _note_bad(self, index: int, error: BadPicture) -> None:
+    def _record_bad(self, index: int, error: BadPicture) -> None:
         """Count a damaged picture; raise if it may not be replaced."""
         limit = self.source.max_replaced
         if not limit:
@@ -186,9 +193,9 @@ class ImageDataset(Dataset):
             logger.warning("replaced by another of its class: %s", error)
         self._bad[index] = True
         if self.num_replaced > limit:
-            raise SmaltiError(
+            raise DataError(
                 f"{self.num_replaced} pictures are damaged, and --folder.max_bad_images allows "
-                f"{limit}: look at them with smalti check-data"
+                f"{limit}: list them with smalti check-data"
             )
 
     def _decode_all(self, split: str) -> Tensor:
@@ -202,23 +209,22 @@ class ImageDataset(Dataset):
         return pixels
 
 
-# -------------------------------------------------------------------------------------------------
-# Options that several commands share.
+# -- Options of the commands that read pictures ---------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PictureOptions(SourceOptions):
-    """Which pictures."""
+    """Which pictures to read."""
 
     # emoji, fashion, a folder with one sub-folder of pictures per class, hf:owner/name, parquet or
     # arrow files, WebDataset shards (path/{000..009}.tar, or URLs), or arrays (.npz, .npy)
     data: str = "emoji"
 
     def source(self) -> ImageSource:
-        """The pictures, not divided.
+        """All pictures, before they are divided into splits.
 
         Raises:
-            SmaltiError: nothing opens `data`, or its pictures are unusable.
+            DataError: no source opens `data`, or its pictures cannot be used.
         """
         return open_source(
             self.data, options=self.folder, hf=self.hf, stream_cache=self.stream_cache
@@ -227,28 +233,27 @@ class PictureOptions(SourceOptions):
 
 @dataclass(frozen=True)
 class DataOptions(PictureOptions):
-    """Also: how they are divided."""
+    """Which pictures to read, and how to divide them into training and held-out pictures."""
 
-    heldout_fraction: float = 0.1  # kept from training; ignored where a set has a fixed split
+    heldout_fraction: float = 0.1  # of the pictures; ignored where a set has its own split
     split_seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.heldout_fraction < 1:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1"
             )
 
     def dataset(
         self,
-        split: Literal["train", "heldout", "all"],
+        split: Split,
         image_size: int,
         *,
         flip: bool = False,
         crop: RandomCrop | None = None,
         seed: int = 0,
     ) -> ImageDataset:
-        """One split of the pictures, squared to image_size pixels; `flip` mirrors half of them,
-        `crop` shows a random part of each."""
+        """One split of the pictures; for the arguments see `ImageDataset`."""
         return ImageDataset(
             self.source(),
             image_size,

@@ -1,4 +1,9 @@
-"""Pictures out: tensors to 8-bit files and grids."""
+"""Image files: decoding of untrusted files to 8-bit RGB, and writing of images and grids.
+
+A file is decoded by Pillow, by one of a few formats that run no other program, and never before
+its header has been checked. Every property that 8-bit RGB would lose is refused or converted,
+according to `FolderOptions`.
+"""
 
 import io
 import re
@@ -16,42 +21,40 @@ from torchvision.utils import make_grid
 
 from smalti.config import check_at_least
 from smalti.data.latents import to_levels
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 from smalti.files import replacing
 
-# -------------------------------------------------------------------------------------------------
-# From an encoded picture to 8-bit RGB, and what a set of pictures may hold.
+# -- Decoding: an image file -> 8-bit RGB ---------------------------------------------------------
 
-# The only kinds that are opened, whatever a file is called: a picture comes from anywhere, and for
-# some kinds (EPS) Pillow starts another program on the file. Those named here it decodes itself;
-# as JPEG it opens MPO, too.
+# The only formats that are opened, whatever a file is called: for others (EPS) Pillow starts
+# another program. It decodes these itself, and opens MPO as JPEG.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """What a set may hold, wherever it lies. The defaults refuse whatever would change silently."""
+    """Which image files a data set may hold. The defaults refuse whatever would change silently."""
 
-    # 16-bit, CMYK, palette and animated files: refuse, or convert to 8-bit RGB (first frame).
+    # 16-bit, CMYK, palette and animated files: refuse them, or convert to 8-bit RGB (first frame).
     unusual_images: Literal["refuse", "convert"] = "refuse"
-    # Files that cannot be decoded: refuse, leave out, or use another picture of the class instead.
+    # Files that cannot be decoded: stop, leave them out, or replace them by others of their class.
     bad_images: Literal["refuse", "skip", "replace"] = "refuse"
-    max_bad_images: int = 100  # so many may be replaced; more of them stop the run
+    max_bad_images: int = 100  # how many may be replaced; more stop the run
     single_class: bool = False  # accept a set with one class, or a folder with no sub-folders
     min_side: int = 8  # pixels
-    max_pixels: int = 50_000_000  # larger ones are refused undecoded: they may be bombs
-    # Up to so many pictures are all decoded at the start; in a larger set each is checked when it
-    # is read, and `smalti check-data` finds the bad ones beforehand.
+    max_pixels: int = 50_000_000  # larger pictures are refused before they are decoded
+    # A set of at most this many pictures is decoded once at the start, to check it. In a larger set
+    # each picture is checked when it is read; `smalti check-data` finds the bad ones beforehand.
     verify_up_to: int = 200_000
 
     def __post_init__(self) -> None:
         if self.min_side < 1 or self.max_pixels < 1:
-            raise SmaltiError("min_side and max_pixels must be at least 1")
+            raise ConfigurationError("min_side and max_pixels must be at least 1")
         check_at_least(0, self, "max_bad_images", "verify_up_to")
 
 
 class Unusable(Exception):
-    """Why one picture cannot be used, and whether it is merely damaged."""
+    """A picture cannot be used; `undecodable` if its file is damaged."""
 
     def __init__(self, reason: str, *, undecodable: bool = False) -> None:
         super().__init__(reason)
@@ -60,17 +63,17 @@ class Unusable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A picture, and how it was stored."""
+    """A picture, and the colour mode of its file."""
 
     image: Image.Image  # RGB, upright
     mode: str  # Pillow's name for the stored colours
 
 
 def decode(stream: BinaryIO | Path, options: FolderOptions) -> Decoded:
-    """The picture in a stream or a file, if it is one that the options accept.
+    """The picture in a stream or a file.
 
     Raises:
-        Unusable: why not, and the remedy.
+        Unusable: the file is damaged, or the options do not accept it; with the remedy.
     """
     try:
         with Image.open(stream, formats=FORMATS) as image:
@@ -78,16 +81,16 @@ def decode(stream: BinaryIO | Path, options: FolderOptions) -> Decoded:
             return Decoded(_to_rgb(image), image.mode)
     except (Unusable, MemoryError):
         raise
-    except Image.DecompressionBombError as error:  # too many even for Pillow to open
-        raise Unusable(f"claims more pixels than can be trusted: {error}: remove it") from error
-    except Exception as error:  # decoders raise many kinds; of a file all mean that it is damaged
+    except Image.DecompressionBombError as error:  # more pixels than Pillow ever opens
+        raise Unusable(f"declares more pixels than are allowed ({error}): remove it") from error
+    except Exception as error:  # decoders raise many kinds; each means that the file is damaged
         raise Unusable(
             f"cannot be decoded ({_why(error)}): replace or remove it", undecodable=True
         ) from error
 
 
 def format_of(content: bytes) -> str | None:
-    """Which of `FORMATS` an encoded picture is in (or MPO), by its header; None = none of them."""
+    """The format of an encoded picture by its header: one of `FORMATS` or MPO; None = another."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return image.format
@@ -99,15 +102,15 @@ def format_of(content: bytes) -> str | None:
 
 def _why(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"it is no picture of a known kind: {', '.join(FORMATS)}"
+        return f"not a picture in a known format: {', '.join(FORMATS)}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
-def our_own_pixel_cap() -> Iterator[None]:
-    """Silence Pillow's warning about large pictures: the cap is `max_pixels`.
+def without_pixel_warning() -> Iterator[None]:
+    """Silence Pillow's warning about large pictures, because `max_pixels` limits them.
 
-    Not safe in threads: enter it before they start.
+    Not thread-safe: enter it before threads start.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -118,7 +121,7 @@ def _check_header(image: Image.Image, options: FolderOptions) -> None:
     width, height = image.size
     if width * height > options.max_pixels:
         raise Unusable(
-            f"claims {width} x {height} pixels, more than {options.max_pixels}: shrink it, or"
+            f"declares {width} x {height} pixels, more than {options.max_pixels}: shrink it, or"
             " raise --folder.max_pixels"
         )
     if min(width, height) < options.min_side:
@@ -131,12 +134,12 @@ def _check_header(image: Image.Image, options: FolderOptions) -> None:
         raise Unusable(f"is {kind}: save it as 8-bit RGB, or pass --folder.unusual_images convert")
 
 
-# How Pillow calls 16-bit colour in a decoder's arguments; the mode says "RGB" all the same.
+# Pillow's names for 16-bit colour in the arguments of a decoder; the mode is "RGB" nonetheless.
 _DEEP_COLOUR = re.compile(r"\b(LA?|RGB[AX]?|CMYK);16")
 
 
 def _unusual(image: Image.Image) -> str | None:
-    """What about a picture could not be kept in 8-bit RGB, or None."""
+    """The property of a picture that 8-bit RGB cannot keep, or None."""
     if getattr(image, "n_frames", 1) > 1:
         return "animated"
     deep = any(_DEEP_COLOUR.search(str(tile[3])) for tile in getattr(image, "tile", ()))
@@ -149,9 +152,9 @@ def _unusual(image: Image.Image) -> str | None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """First frame, upright, 8 bit, alpha laid on white."""
+    """First frame, upright, 8 bits, alpha composited on white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey: 65535 becomes 255
+    if image.mode.startswith("I"):  # 16-bit grey: 65535 -> 255
         image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
     elif image.mode == "F":
         image = image.point(lambda value: value * 255).convert("L")
@@ -163,8 +166,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# -------------------------------------------------------------------------------------------------
-# Pictures out: tensors to 8-bit files and grids.
+# -- Writing: images (B, 3, H, W) in [-1, 1] -> 8-bit pictures and files --------------------------
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -178,7 +180,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def save_png(path: Path, image: Image.Image) -> None:
-    """Write a PNG that is either absent or whole; missing folders are made."""
+    """Write a PNG atomically; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         image.save(temporary, "PNG")
@@ -193,11 +195,13 @@ def image_grid(
     padding: int = 2,
     scale: int = 1,
 ) -> Image.Image:
-    """Images (B, 3, H, W) in [-1, 1], row by row on white; `scale` enlarges every pixel.
+    """Images (B, 3, H, W) in [-1, 1] in rows of `columns`, on white.
 
     Args:
-        row_labels: one text per row, written at the left.
-        column_labels: one text per column, written at the top.
+        row_labels: one text per row, written at its left.
+        column_labels: one text per column, written above it.
+        padding: pixels between images, before enlargement.
+        scale: side, in pixels, of the square that each pixel becomes.
     """
     grid = make_grid(images.clamp(-1, 1), nrow=columns, padding=padding, pad_value=1.0)
     picture = to_pil(grid[None])[0]

@@ -1,4 +1,4 @@
-"""What a set of pictures holds, and what is wrong with it, without training on it."""
+"""The report of `smalti check-data`: what a picture set holds, and which pictures are bad."""
 
 import hashlib
 from collections import Counter
@@ -18,8 +18,8 @@ from smalti.data.sources.base import (
 )
 from smalti.errors import SmaltiError
 
-SHOWN_CLASSES = 20  # of a summary; the report has them all
-SMALL_CLASS = 10  # pictures; less are hardly learned
+SHOWN_CLASSES = 20  # in a summary; the report lists all
+SMALL_CLASS = 10  # pictures; a class with fewer is noted
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class BadFile:
 
 @dataclass(frozen=True)
 class Range:
-    """Of a side of all usable pictures, in pixels."""
+    """Of the width or height of all usable pictures, in pixels."""
 
     min: int
     median: float
@@ -41,28 +41,28 @@ class Range:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Pictures whose files are equal, byte for byte."""
+    """Pictures whose files have equal bytes."""
 
-    extra: int  # pictures that could go without a loss
-    across_classes: int  # of these, copies under another label
-    groups: list[list[str]]  # where the equal ones lie
+    extra: int  # copies, not counting one of each group
+    across_classes: int  # of these, those whose label differs from the first of the group
+    groups: list[list[str]]  # the places of equal pictures
 
 
 @dataclass(frozen=True)
 class Report:
-    """Of one set; plain values, as the JSON file holds them."""
+    """The report on a set; plain values, as the JSON file holds them."""
 
     data: str
-    pictures: int  # files, bad ones too
+    pictures: int  # files, including bad ones
     bad: list[BadFile]
     classes: dict[str, int]  # usable pictures of each
-    width: Range | None  # None: no picture can be used
+    width: Range | None  # None: no picture is usable
     height: Range | None
-    modes: dict[str, int]  # how the colours are stored, in Pillow's names
+    modes: dict[str, int]  # pictures of each colour mode, by Pillow's names
     duplicates: Duplicates
     train: int  # sizes of the splits, without bad pictures
     heldout: int
-    remarks: list[str] = field(default_factory=list)  # what is no error, but worth a look
+    remarks: list[str] = field(default_factory=list)  # possible problems that are not errors
 
 
 def inspect(
@@ -73,7 +73,7 @@ def inspect(
     heldout_fraction: float,
     split_seed: int,
 ) -> Report:
-    """Decode everything, count, and compare."""
+    """Decode all pictures of a set, and report on them."""
     findings = findings_of(pictures, options)
     good = [row for row, found in enumerate(findings) if not found.problem]
     used = [findings[row] for row in good]
@@ -104,7 +104,7 @@ def inspect(
 
 
 def findings_of(pictures: ImageSource | EncodedPictures, options: FolderOptions) -> list[Finding]:
-    """What decoding shows of every picture; of arrays, their pixels take the place of a file."""
+    """The result of decoding every picture; the sha256 is of the pixels where there is no file."""
     if isinstance(pictures, EncodedPictures):
         return verify(pictures, options)
 
@@ -117,7 +117,7 @@ def findings_of(pictures: ImageSource | EncodedPictures, options: FolderOptions)
 
 
 def summary(report: Report) -> str:
-    """The report as a person reads it: a few lines."""
+    """The report in a few lines of text."""
     shown = list(report.classes.items())[:SHOWN_CLASSES]
     more = len(report.classes) - len(shown)
     lines = [
@@ -175,7 +175,7 @@ def _num_heldout(
         return 0
     if pictures.heldout is not None:
         return int(pictures.heldout[good].sum())
-    # As the sources group them: equal files together, or what the set itself says.
+    # As the sources group them: equal files together, or as the set itself says.
     if isinstance(pictures, ImageSource):
         groups = [pictures.group(row) for row in good]
     else:
@@ -191,11 +191,11 @@ def _remarks(classes: dict[str, int], duplicates: Duplicates, options: FolderOpt
     remarks = []
     present = [name for name, count in classes.items() if count]
     if len(present) == 1 and not options.single_class:
-        remarks.append("there is one class only: training needs --folder.single_class")
+        remarks.append("there is one class only: train with --folder.single_class")
     small = [name or "(none)" for name, count in classes.items() if count < SMALL_CLASS]
     if small:
         named = ", ".join(small[:SHOWN_CLASSES]) + (", ..." if len(small) > SHOWN_CLASSES else "")
-        remarks.append(f"{len(small)} classes with less than {SMALL_CLASS} pictures: {named}")
+        remarks.append(f"{len(small)} classes with fewer than {SMALL_CLASS} pictures: {named}")
     if duplicates.across_classes:
-        remarks.append("the same picture stands under two labels: see duplicates in --json")
+        remarks.append("the same picture has two labels: see duplicates in --json")
     return remarks

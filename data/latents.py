@@ -1,4 +1,4 @@
-"""What flows between the two stages: a complete description of a latent.
+"""What flows: images with values in [-1, 1], and latents that a `LatentSpec` describes completely.
 
 Legend used for shapes everywhere in smalti: B batch, C channels, H W pixels, h w latent grid,
 L codes of one image, V vocabulary (codebook) size, D width, T text tokens.
@@ -9,10 +9,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 
-# -------------------------------------------------------------------------------------------------
-# What the numbers of a picture mean: float in [-1, 1] within smalti, 0 to 255 in a file.
+# -- The range of image values: float in [-1, 1] within smalti, 0 to 255 in an 8-bit file ---------
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -26,14 +25,15 @@ def to_levels(images: Tensor) -> Tensor:
 
 
 def rounded(images: Tensor) -> Tensor:
-    """Images in [-1, 1] -> the same, as an 8-bit file would give them back."""
+    """Images in [-1, 1] -> the same after a round trip through an 8-bit file."""
     return to_float(to_levels(images))
 
 
-# -------------------------------------------------------------------------------------------------
-# What flows between the two stages: a complete description of a latent.
+# -- Latents: discrete codes, or real numbers -----------------------------------------------------
 
-MAX_SIDE = 2**14  # of a latent grid: beyond the largest pictures, so that a hostile file is refused
+# Largest side of a latent grid. It exceeds that of the largest images, and bounds the memory that a
+# damaged or malicious config file can ask for.
+MAX_SIDE = 2**14
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class CodeSpec:
     """Discrete latents: codes (B, L) int64 in [0, vocab_size).
 
     `grids` lists the (h, w) code grids from coarse to fine: one for a plain VQ tokenizer, ten for
-    VAR at 256 px. The codes of all grids lie end to end, each grid in raster order.
+    VAR at 256 px. The codes of all grids are concatenated, each grid in raster order.
     """
 
     vocab_size: int
@@ -50,21 +50,23 @@ class CodeSpec:
 
     def __post_init__(self) -> None:
         if self.vocab_size < 1:
-            raise SmaltiError(f"vocab_size is {self.vocab_size}; a codebook needs at least 1 code")
+            raise ConfigurationError(
+                f"vocab_size is {self.vocab_size}; a codebook needs at least 1 code"
+            )
         if not self.grids or any(not 1 <= side <= MAX_SIDE for grid in self.grids for side in grid):
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"grids is {self.grids}; give at least one (h, w) with sides from 1 to {MAX_SIDE}"
             )
 
     @property
     def lengths(self) -> list[int]:
-        """Codes of each grid, coarse to fine."""
+        """Number of codes of each grid, coarse to fine."""
         return [height * width for height, width in self.grids]
 
     @property
     def length(self) -> int:
         """Number of codes of one image, L."""
-        return sum(h * w for h, w in self.grids)
+        return sum(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,12 @@ class ContinuousSpec:
 
     def __post_init__(self) -> None:
         if min(self.channels, self.height, self.width) < 1:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"channels, height, width are {self.channels}, {self.height}, {self.width};"
                 " each must be at least 1"
             )
         if max(self.height, self.width) > MAX_SIDE:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"height and width are {self.height} and {self.width}; use at most {MAX_SIDE}"
             )
 

@@ -1,4 +1,8 @@
-"""Batches of any data set, in the order of `DataOrder`, from any step on."""
+"""Batches of any data set in the order of `DataOrder`, from any step on.
+
+torch's DataLoader prepares them; its worker processes are ended by hand, because DataLoader itself
+may wait forever for a worker that was killed.
+"""
 
 import atexit
 import multiprocessing
@@ -14,19 +18,19 @@ from torch._C import _remove_worker_pids
 from torch.utils.data import DataLoader, Dataset
 
 from smalti.data.order import DataOrder, Key
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 
-SECONDS_TO_DIE = 5.0  # that a killed process may take
+SECONDS_TO_DIE = 5.0  # how long to wait for a killed process to end
 
 
 class Keyed(Protocol):
-    """A data set that makes a whole batch from keys (epoch, index)."""
+    """A data set that returns the batch of a list of keys (epoch, index)."""
 
     def __getitems__(self, keys: Sequence[Key]) -> Any: ...
 
 
 class _BatchKeys:
-    """The keys of every micro-batch from a step on, one list each; endless."""
+    """Endless lists of keys, one for each micro-batch from a step on."""
 
     def __init__(
         self, order: DataOrder, start_step: int, rank: int, world_size: int, micro_batches: int
@@ -54,16 +58,16 @@ def stream_batches(
     micro_batches: int = 1,
     num_workers: int = 0,
 ) -> Iterator[list[Any]]:
-    """Yield, for each step from `start_step` on, a list of `micro_batches` equal batches.
+    """Yield, for each step from `start_step` on, a list of `micro_batches` batches of equal size.
 
-    Worker processes only prepare batches ahead: what they yield does not depend on their number.
+    Worker processes prepare batches ahead; the batches do not depend on their number.
 
     Raises:
-        SmaltiError: the batch cannot be divided among processes and micro-batches.
+        ConfigurationError: the batch size is not divisible by processes x micro-batches.
     """
     size = order.global_batch_size
     if size % (world_size * micro_batches):
-        raise SmaltiError(
+        raise ConfigurationError(
             f"the batch size {size} cannot be divided into {micro_batches} micro-batches on each of"
             f" {world_size} processes: use a multiple of {world_size * micro_batches}"
         )
@@ -73,8 +77,8 @@ def stream_batches(
         batch_sampler=keys,  # type: ignore[arg-type]
         collate_fn=_as_is,
         num_workers=num_workers,
-        worker_init_fn=_leave_signals_to_the_run,
-        generator=torch.Generator(),  # or it would draw from the global one
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # or DataLoader would advance the global one
         persistent_workers=num_workers > 0,
     )
     return _steps(loader, micro_batches)
@@ -97,8 +101,8 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """A signal to the whole process group must not kill a worker before the run has saved."""
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole process group must not end a worker before the run has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -107,21 +111,21 @@ def _steps(loader: DataLoader, micro_batches: int) -> Iterator[list[Any]]:
     others = {process.pid for process in multiprocessing.active_children()}
     batches: Any = iter(loader)
     workers = [p for p in multiprocessing.active_children() if p.pid not in others]
-    # DataLoader ends its workers through an event that they share. One that is killed may take the
-    # event's lock with it, and DataLoader would wait for it for ever: it gets an event of its own.
+    # DataLoader ends its workers through an event that they share. A worker that is killed may hold
+    # the lock of the event, for which DataLoader would wait forever: it gets an event of its own.
     batches._workers_done_event = threading.Event()
 
     def end() -> None:
         if workers:
             _end_workers(batches, workers)
 
-    # With the batches, or with the program, whichever ends first. Left to itself, Python would send
-    # SIGTERM and wait.
+    # The workers end with the iterator or with the program, whichever is first. Python's own exit
+    # handler would send them SIGTERM, which they ignore, and wait.
     atexit.register(end)
     try:
         while True:
             yield [next(batches) for _ in range(micro_batches)]
-    except (OSError, EOFError) as error:  # a batch whose memory went with its worker
+    except (OSError, EOFError) as error:  # the memory of a batch is lost when its worker dies
         gone = wait([p.sentinel for p in workers], SECONDS_TO_DIE) if workers else []
         dead = [p.pid for p in workers if p.sentinel in gone]
         if not dead:
@@ -133,9 +137,9 @@ def _steps(loader: DataLoader, micro_batches: int) -> Iterator[list[Any]]:
 
 
 def _end_workers(batches: Any, workers: Sequence[BaseProcess]) -> None:
-    """Kill the workers, who are deaf to SIGTERM and have nothing to lose."""
-    batches._shutdown = True  # nothing is left to do when the iterator is garbage
-    _remove_worker_pids(id(batches))  # nor is their end a fault now
+    """Kill the workers, which ignore SIGTERM and have nothing to save."""
+    batches._shutdown = True  # DataLoader need not shut them down again
+    _remove_worker_pids(id(batches))  # nor report their end as a failure
     for worker in workers:
         worker.kill()
     for worker in workers:

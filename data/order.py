@@ -1,6 +1,7 @@
 """The order of training samples as a pure function of the step.
 
-Nothing has to be saved to resume, and the order is the same on any number of processes.
+Resuming therefore needs no saved state, and the order is the same on any number of processes. We
+write it by hand because no library's sampler states its order as such a function.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError, DataError
 
 Key = tuple[int, int]  # (epoch, index): which sample, and in which pass over the data
 
@@ -22,9 +23,11 @@ class DataOrder:
 
     def __init__(self, num_samples: int, global_batch_size: int, seed: int) -> None:
         if num_samples < 1:
-            raise SmaltiError("there are no samples to train on")
+            raise DataError("there are no samples to train on: check the data set")
         if global_batch_size < 1:
-            raise SmaltiError(f"the batch size is {global_batch_size}; it must be at least 1")
+            raise ConfigurationError(
+                f"the batch size is {global_batch_size}; it must be at least 1"
+            )
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size
         self.seed = seed
@@ -36,18 +39,18 @@ class DataOrder:
         return torch.randperm(self.num_samples, generator=generator).tolist()
 
     def keys(self, step: int) -> list[Key]:
-        """The samples of a step, over all processes."""
+        """The samples of a step, for all processes."""
         first = step * self.global_batch_size
         positions = range(first, first + self.global_batch_size)
         split = (divmod(position, self.num_samples) for position in positions)
         return [(epoch, self._permutation(epoch)[offset]) for epoch, offset in split]
 
     def shard(self, step: int, rank: int, world_size: int) -> list[Key]:
-        """The samples of a step that one process works on: a contiguous part of `keys(step)`."""
+        """The samples of a step for one process: a contiguous part of `keys(step)`."""
         if self.global_batch_size % world_size:
-            raise SmaltiError(
-                f"the batch size {self.global_batch_size} cannot be shared by {world_size} "
-                "processes: use a multiple"
+            raise ConfigurationError(
+                f"the batch size {self.global_batch_size} cannot be divided among {world_size} "
+                f"processes: use a multiple of {world_size}"
             )
         size = self.global_batch_size // world_size
         return self.keys(step)[rank * size : (rank + 1) * size]

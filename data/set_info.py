@@ -1,4 +1,4 @@
-"""What `smalti info` says of latent caches and of pictures in shards."""
+"""The report of `smalti info` on latent caches and on pictures in shards."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from smalti.folder_info import Info, command
 
 
 def of_cache(path: Path) -> Info:
-    """A latent cache, or a folder of several splits."""
+    """Report on a latent cache, or on a folder with the caches of several splits."""
     folders = [path] if holds_latents(path) else splits(path)
     lines, whole = [("kind", "latent cache")], True
     for folder in folders:
@@ -21,7 +21,7 @@ def of_cache(path: Path) -> Info:
             bad = [f"{shard} differs from the manifest" for shard in _damaged_shards(folder, found)]
             lines += _cache_lines(name, found)
         else:
-            bad = ["not finished, the command that began it goes on"]
+            bad = ["not finished: run the command that began it again"]
         lines.append(("verified", f"{name}no: {bad[0]}" if bad else f"{name}yes: all shards"))
         whole = whole and not bad
     both = _of_both_splits(path.parent if folders == [path] else path)
@@ -32,7 +32,7 @@ def of_cache(path: Path) -> Info:
 
 
 def _of_both_splits(path: Path) -> Path | None:
-    """The folder, if it has a cache for each split, as a prior takes them."""
+    """The folder if it has a cache for each split, as `train-prior` needs."""
     return path if all(holds_latents(path / split) for split in SPLITS) else None
 
 
@@ -46,7 +46,7 @@ def _cache_lines(name: str, found: CacheInfo) -> list[tuple[str, str]]:
 
 
 def holds_latents(path: Path) -> bool:
-    """Whether a folder is a cache, or would be one if its encoding had been finished."""
+    """Whether a folder is a latent cache, finished or not."""
     manifest = (path / MANIFEST).is_file() and not is_shards(path)
     return manifest or shard_path(path, 0).is_file()
 
@@ -57,7 +57,7 @@ def splits(path: Path) -> list[Path]:
 
 
 def _damaged_shards(folder: Path, found: CacheInfo) -> list[str]:
-    """Names of shards that are missing or have other hashes than the manifest says."""
+    """Names of shards that are missing, or whose hash differs from the manifest."""
     files = [shard_path(folder, number) for number in range(found.num_shards)]
     pairs = zip(files, found.shards, strict=True)
     return [file.name for file, hash in pairs if not file.is_file() or sha256_of(file) != hash]
@@ -72,7 +72,7 @@ def spec_in_words(spec: LatentSpec) -> str:
 
 
 def of_shards(path: Path) -> Info:
-    """Pictures in WebDataset shards, with a manifest."""
+    """Report on pictures in WebDataset shards with a manifest."""
     lines = [("kind", "WebDataset shards")]
     try:
         found = ShardPictures(str(path), sorted(path.glob("*.tar")), expect_all=True)
@@ -89,7 +89,7 @@ def of_shards(path: Path) -> Info:
 
 
 def is_shards(path: Path) -> bool:
-    """Whether the manifest in a folder is one of shards, as check-data writes it: their counts."""
+    """Whether the manifest in a folder is that of shards, as check-data writes it."""
     if not (path / MANIFEST).is_file():
         return False
     content = read_json(path / MANIFEST)

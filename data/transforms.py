@@ -1,4 +1,11 @@
-"""From a picture of any size to a square one, as in guided diffusion (ADM, 2105.05233)."""
+"""From a picture of any size to square images: centre crops, random crops, and sets of views.
+
+Crops and resizes are `torchvision.transforms.v2` functions applied to PIL images, not to tensors.
+Centre and random crops are those of guided diffusion (ADM, 2105.05233), on which the published
+numbers of this field rest: torchvision's tensor resize has no box filter and rounds its bicubic
+filter differently, its `CenterCrop` rounds an odd margin up where ADM rounds it down, and its
+`Resize` truncates the longer side where ADM rounds it.
+"""
 
 import hashlib
 import math
@@ -6,158 +13,151 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 
-# -------------------------------------------------------------------------------------------------
-# Several views of one picture, to encode each of them once: mirrored, and cut at five places.
-#
-# The ten crops are LlamaGen's (2406.06525): a picture squared to 1.1 times the size, its centre and
-# four corners, and the same places of its mirror image.
+# -- Centre crop ----------------------------------------------------------------------------------
 
-ViewSet = Literal["identity", "flip", "ten-crop"]
-
-PLACES = ("centre", "top-left", "top-right", "bottom-left", "bottom-right")
-MIRRORED = "-mirrored"
-# The first view of each set is the plainest: evaluation looks at it alone.
-VIEW_SETS: dict[ViewSet, tuple[str, ...]] = {
-    "identity": ("identity",),
-    "flip": ("identity", "flip"),
-    "ten-crop": (*PLACES, *(place + MIRRORED for place in PLACES)),
-}
-ENLARGED = 1.1  # side of the picture that crops are cut from / side of a crop
+# Pictures longer than this many times their shorter side are cut before they are resized: a
+# 1 x 50,000,000 picture would otherwise be enlarged to fill all memory.
+MAX_ASPECT = 16
 
 
-def decoded_size(views: ViewSet, size: int) -> int:
-    """Side of the pictures, in pixels, that views of size x size pixels are made from."""
-    return int(size * ENLARGED) if views == "ten-crop" else size
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre square of a picture, resized to size x size pixels (ADM's `center_crop_arr`).
 
-
-def views_of(images: Tensor, names: Sequence[str], size: int) -> Iterator[Tensor]:
-    """Each of the named views in turn; a mirrored place is that place of the mirror image.
-
-    Args:
-        images: (B, 3, S, S), where S = `decoded_size` of the set that the names are from.
-
-    Yields:
-        (B, 3, size, size).
+    The picture is halved with a box filter while its shorter side is at least 2 size, then its
+    shorter side is resized to size with a bicubic filter, then the centre is cut out.
     """
-    for name in names:
-        place = name.removesuffix(MIRRORED)
-        picture = images.flip(-1) if name in ("flip", place + MIRRORED) else images
-        yield crop(picture, place, size) if place in PLACES else picture
+    image = _resize_shorter_side(image, size)
+    return F.crop(image, (image.height - size) // 2, (image.width - size) // 2, size, size)
 
 
-def crop(images: Tensor, place: str, size: int) -> Tensor:
-    """The square of size x size pixels at one of `PLACES`: (B, 3, H, W) -> (B, 3, size, size)."""
-    height, width = images.shape[-2:]
-    top, left = height - size, width - size  # of the square at the bottom right
-    if place == "centre":
-        top, left = round(top / 2), round(left / 2)
-    else:
-        top, left = top * place.startswith("bottom"), left * place.endswith("right")
-    return images[..., top : top + size, left : left + size]
+def _resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
+    image = _limit_aspect(image)
+    while min(image.size) >= 2 * side:
+        half = [image.height // 2, image.width // 2]
+        image = F.resize(image, half, interpolation=InterpolationMode.BOX)
+    scale = side / min(image.size)
+    if scale == 1:
+        return image
+    target = [round(image.height * scale), round(image.width * scale)]
+    return F.resize(image, target, interpolation=InterpolationMode.BICUBIC)
 
 
-# -------------------------------------------------------------------------------------------------
-# From a picture of any size to a square one, as in guided diffusion (ADM, 2105.05233).
+def _limit_aspect(image: Image.Image) -> Image.Image:
+    """The middle of a picture whose longer side exceeds MAX_ASPECT shorter sides."""
+    longest = MAX_ASPECT * min(image.size)
+    width, height = min(image.width, longest), min(image.height, longest)
+    if (width, height) == image.size:
+        return image
+    return F.crop(image, (image.height - height) // 2, (image.width - width) // 2, height, width)
 
-MAX_ASPECT = 16  # of what is resized: longer pictures lose their ends first, for they may be bombs
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> uint8 (3, H, W)."""
+    return F.pil_to_tensor(image)
+
+
+# -- Augmentation: each random choice is a pure function of (seed, epoch, index) ------------------
 
 
 @dataclass(frozen=True)
 class RandomCrop:
     """How much of a picture a random crop shows; the defaults are ADM's."""
 
-    min_fraction: float = 0.8  # side of the crop / shorter side of the picture, at least
-    max_fraction: float = 1.0  # and at most
+    min_fraction: float = 0.8  # smallest side of the crop / shorter side of the picture
+    max_fraction: float = 1.0  # largest side of the crop / shorter side of the picture
 
     def __post_init__(self) -> None:
         if not 0 < self.min_fraction <= self.max_fraction <= 1:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"a crop's fractions are {self.min_fraction} to {self.max_fraction}; they must lie "
                 "in (0, 1], the smaller first"
             )
 
 
 @dataclass(frozen=True)
-class CropDraw:
-    """What is random about a crop, each uniform in [0, 1)."""
+class CropUniforms:
+    """The random numbers of one crop, each uniform in [0, 1)."""
 
     scale: float
     top: float
     left: float
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centre square of a picture, resized to size x size pixels.
-
-    Halve by averaging while the shorter side is at least twice the target, then resize it to the
-    target with bicubic interpolation, then crop: ADM's pre-processing, which the published
-    numbers of this field assume.
-    """
-    image = _resize_shorter_side(image, size)
-    return _crop(image, size, (image.height - size) // 2, (image.width - size) // 2)
-
-
-def random_crop(image: Image.Image, size: int, limits: RandomCrop, draw: CropDraw) -> Image.Image:
-    """A square of size x size pixels from a random place of a picture resized to a random size.
-
-    ADM's `random_crop_arr`: the shorter side becomes a whole number of pixels, all equally likely
-    between size / max_fraction and size / min_fraction, both rounded up.
-    """
-    smallest = math.ceil(size / limits.max_fraction)
-    largest = math.ceil(size / limits.min_fraction)
-    image = _resize_shorter_side(image, smallest + int(draw.scale * (largest - smallest + 1)))
-    top = int(draw.top * (image.height - size + 1))
-    left = int(draw.left * (image.width - size + 1))
-    return _crop(image, size, top, left)
-
-
-def crop_draw(seed: int, epoch: int, index: int) -> CropDraw:
-    """The random numbers of a sample's crop in an epoch: a pure function of its arguments."""
+def crop_uniforms(seed: int, epoch: int, index: int) -> CropUniforms:
+    """The random numbers of a sample's crop in an epoch."""
     key = f"{seed}/crop/{epoch}/{index}".encode()
     digest = hashlib.blake2b(key, digest_size=18).digest()
     # 48 bits each: exact as a float, and below 1
     parts = (int.from_bytes(digest[i : i + 6], "big") / 2**48 for i in (0, 6, 12))
-    return CropDraw(*parts)
+    return CropUniforms(*parts)
 
 
-def _resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
-    image = _shorten(image, MAX_ASPECT * min(image.size))
-    while min(image.size) >= 2 * side:
-        half = (image.width // 2, image.height // 2)
-        image = image.resize(half, resample=Image.Resampling.BOX)
-    scale = side / min(image.size)
-    if scale == 1:
-        return image
-    target = (round(image.width * scale), round(image.height * scale))
-    return image.resize(target, resample=Image.Resampling.BICUBIC)
+def random_crop(
+    image: Image.Image, size: int, limits: RandomCrop, uniforms: CropUniforms
+) -> Image.Image:
+    """A square of size x size pixels at a random place of a picture resized to a random size.
 
-
-def _crop(image: Image.Image, size: int, top: int, left: int) -> Image.Image:
-    return image.crop((left, top, left + size, top + size))
-
-
-def _shorten(image: Image.Image, longest: int) -> Image.Image:
-    """The middle of a picture, at most `longest` pixels on a side."""
-    width, height = min(image.width, longest), min(image.height, longest)
-    if (width, height) == image.size:
-        return image
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.asarray(image, dtype=np.uint8).copy()).permute(2, 0, 1)
+    ADM's `random_crop_arr`: the shorter side becomes a whole number of pixels, uniform between
+    size / max_fraction and size / min_fraction, both rounded up.
+    """
+    smallest = math.ceil(size / limits.max_fraction)
+    largest = math.ceil(size / limits.min_fraction)
+    image = _resize_shorter_side(image, smallest + int(uniforms.scale * (largest - smallest + 1)))
+    top = int(uniforms.top * (image.height - size + 1))
+    left = int(uniforms.left * (image.width - size + 1))
+    return F.crop(image, top, left, size, size)
 
 
 def flips(seed: int, epoch: int, index: int) -> bool:
-    """Whether a sample is mirrored in an epoch: a fair coin, a pure function of its arguments."""
+    """Whether a sample is mirrored in an epoch, with probability 1/2."""
     key = f"{seed}/flip/{epoch}/{index}".encode()
     return bool(hashlib.blake2b(key, digest_size=1).digest()[0] & 1)
+
+
+# -- Views: versions of an image that are each encoded once (flip; LlamaGen's ten crops) ----------
+
+ViewSet = Literal["identity", "flip", "ten-crop"]
+
+CENTRE = "centre"
+# In the order of torchvision's `five_crop`.
+CROPS = ("top-left", "top-right", "bottom-left", "bottom-right", CENTRE)
+MIRRORED = "-mirrored"
+PLACES = (CENTRE, *CROPS[:-1])
+# The first view of each set is neither mirrored nor off centre; evaluation uses it alone.
+VIEW_SETS: dict[ViewSet, tuple[str, ...]] = {
+    "identity": ("identity",),
+    "flip": ("identity", "flip"),
+    "ten-crop": (*PLACES, *(place + MIRRORED for place in PLACES)),
+}
+ENLARGED = (
+    1.1  # side of the image that crops are taken from / side of a crop (LlamaGen, 2406.06525)
+)
+
+
+def decoded_size(views: ViewSet, size: int) -> int:
+    """Side of the images, in pixels, from which views of size x size pixels are made."""
+    return int(size * ENLARGED) if views == "ten-crop" else size
+
+
+def views_of(images: Tensor, names: Sequence[str], size: int) -> Iterator[Tensor]:
+    """Yield each of the named views, (B, 3, size, size).
+
+    A mirrored crop is the crop at that place of the mirrored image.
+
+    Args:
+        images: (B, 3, S, S), where S is `decoded_size` of the set that the names are from.
+    """
+    for name in names:
+        place = name.removesuffix(MIRRORED)
+        mirrored = name in ("flip", place + MIRRORED)
+        image = F.horizontal_flip(images) if mirrored else images
+        if place in CROPS:
+            image = F.five_crop(image, [size, size])[CROPS.index(place)]
+        yield image

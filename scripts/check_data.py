@@ -1,4 +1,4 @@
-"""Before the stages: look at every picture of a set, and say what is wrong with it.
+"""Before the stages: decode every picture of a set, and report the bad ones.
 
 smalti check-data --data my_pictures --json report.json
 """
@@ -13,7 +13,7 @@ from smalti.data.dataset import DataOptions
 from smalti.data.inspection import BadFile, Report, inspect, summary
 from smalti.data.sources.base import open_unverified
 from smalti.data.sources.webdataset import ShardPictures
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 from smalti.files import replacing, write_json
 
 EXIT_BAD_FILES = 1
@@ -23,24 +23,27 @@ EXIT_BAD_FILES = 1
 class CheckDataConfig(DataOptions):
     """Decode every picture of a set; report what it holds and which files are bad.
 
-    Bad is what training with the same options would refuse, replace or leave out. The exit status
-    is 1 if there is any.
+    A file is bad if training with the same options would refuse, replace or skip it. The exit
+    status is 1 if there is any.
     """
 
-    bad_files: Path = Path("bad_files.txt")  # their list: a file and the reason on each line
-    json: Path | None = None  # the whole report, as JSON
-    write_manifest: bool = False  # beside shards: note how many samples each holds
+    bad_files: Path = Path("bad_files.txt")  # receives a file and the reason on each line
+    json: Path | None = None  # receives the complete report
+    write_manifest: bool = False  # write the number of samples of each shard beside the shards
 
 
 def check_data(config: CheckDataConfig) -> Report:
-    """Write the list of bad files and the report; return the latter.
+    """Write the list of bad files and the report; return the report.
 
     Raises:
-        SmaltiError: there is no such set, or a manifest was asked for and there are no shards.
+        DataError: there is no such set.
+        ConfigurationError: a manifest was requested, but the set has no shards.
     """
     pictures = open_unverified(config.data, config)
     if config.write_manifest and not isinstance(pictures, ShardPictures):
-        raise SmaltiError(f"--write_manifest is for shards; {config.data} has none: leave it out")
+        raise ConfigurationError(
+            f"--write_manifest is for shards; {config.data} has none: leave it out"
+        )
     report = inspect(
         config.data,
         pictures,
@@ -59,7 +62,7 @@ def check_data(config: CheckDataConfig) -> Report:
 
 
 def write_list(path: Path, bad: Sequence[BadFile]) -> None:
-    """One line for each bad file: its place, a tab, the reason. Names may be no Unicode."""
+    """One line for each bad file: place, tab, reason; names that are not UTF-8 keep their bytes."""
     lines = [
         f"{file.place}\t{file.reason}".replace("\n", " ").encode(errors="surrogateescape")
         for file in bad

@@ -1,8 +1,8 @@
-"""Between the stages: encode a set of pictures to a latent cache, once.
+"""Between the stages: encode a picture set to a latent cache, once.
 
 smalti encode --tokenizer runs/tokenizer/tokenizer --data emoji --output_dir runs/latents
 
-Killed? The same command goes on where it stopped.
+After an interruption, the same command continues where it stopped.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ class EncodeConfig(DataOptions):
 
     tokenizer: Path = Path("runs/tokenizer/tokenizer")
     output_dir: Path = Path("runs/latents")
-    # Of each training picture: itself (identity), mirrored, too (flip), or LlamaGen's ten crops,
-    # five places and their mirrors (ten-crop). Of a held-out picture: itself.
+    # What is encoded of each training picture: itself (identity), itself and its mirror image
+    # (flip), or LlamaGen's ten crops (ten-crop). A held-out picture is encoded as it is.
     views: ViewSet = "flip"
     batch_size: int = 128
     shard_size: int = 8192  # samples per file
@@ -61,6 +61,8 @@ def encode(config: EncodeConfig) -> Path:
             tokenizer_fingerprint=tokenizer.fingerprint,
             dataset_fingerprint=images.fingerprint,
             shard_size=config.shard_size,
+            stored_shape=tokenizer.stored_shape,
+            stored_statistics=tokenizer.stored_statistics,
         )
         with shared_work(len(images), f"encode {split}") as share:
             write_cache(
@@ -74,10 +76,10 @@ def encode(config: EncodeConfig) -> Path:
 
 @dataclass
 class EncodedViews:
-    """(start, stop) -> the encoded pictures of that range, all views."""
+    """(start, stop) -> the encoded samples of that range, all views."""
 
     tokenizer: Tokenizer
-    images: ImageDataset  # as large as the views ask for
+    images: ImageDataset  # with sides of `decoded_size`
     views: tuple[str, ...]
     batch_size: int
 

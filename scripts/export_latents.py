@@ -13,14 +13,14 @@ from tyro.conf import Positional, arg
 
 from smalti.cli import parse_config, run_command
 from smalti.data.latent_cache.export import Format, export_cache
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
 class ExportLatentsConfig:
-    """Write a latent cache in a form that other code reads, with all of its manifest."""
+    """Write a latent cache, with its manifest, in a format that other code reads."""
 
-    # folder of a cache, or of the caches of several splits
+    # folder of a cache, or of the caches of all splits
     latents: Positional[Annotated[Path, arg(metavar="LATENTS")]] = Path()
     # a new folder
     out: Positional[Annotated[Path, arg(metavar="OUT")]] = Path()
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti export-latents`."""
     config = parse_config(ExportLatentsConfig, argv, prog="smalti export-latents")
     if Path() in (config.latents, config.out):
-        raise SmaltiError("give two things: smalti export-latents LATENTS OUT")
+        raise ConfigurationError("give two folders: smalti export-latents LATENTS OUT")
     files = export_cache(config.latents, config.out, config.format)
     print(f"written: {config.out} ({len(files)} files)")
     return 0

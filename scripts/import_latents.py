@@ -3,22 +3,23 @@
 smalti import-latents imagenet_code_c2i_flip_ten_crop runs/latents --tokenizer models/vq16
 smalti import-latents imagenet_train_256 runs/latents --tokenizer models/vavae --format lightningdit
 
-Which tokenizer made them cannot be seen: you say it, and the caches will. Killed? The same command
-goes on where it stopped.
+The files do not record which tokenizer made them: `--tokenizer` names it, unverified. After an
+interruption, the same command continues where it stopped.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from tyro.conf import Positional, arg
 
 from smalti.cli import parse_config, run_command
 from smalti.data.latent_cache.imports import Division, Format, Origin, import_latents, open_foreign
-from smalti.errors import SmaltiError
+from smalti.data.latents import CodeSpec
+from smalti.errors import ConfigurationError
 from smalti.tokenizer.base import Tokenizer
-from smalti.tokenizer.kl import KLTokenizer
 from smalti.training.processes import join_job, say, shared_work
 
 
@@ -26,26 +27,36 @@ from smalti.training.processes import join_job, say, shared_work
 class ImportLatentsConfig(Division):
     """Write the latents of other code as caches train/ and heldout/.
 
-    The caches will say that the tokenizer made them. Only sizes can be checked: you vouch for it.
+    The caches record that the tokenizer made them, but only sizes can be verified.
     A file classes.json in SOURCE, a list of names, names the classes.
     """
 
     # a folder
     source: Positional[Annotated[Path, arg(metavar="SOURCE")]] = Path()
-    # a new folder, or one that such an import began
+    # a new folder, or that of an interrupted import
     out: Positional[Annotated[Path, arg(metavar="OUT")]] = Path()
-    format: Format = "llamagen"  # whose latents they are
+    format: Format = "llamagen"  # the code that wrote them
     tokenizer: Path = Path("runs/tokenizer/tokenizer")  # the one that made the latents
-    normalised: bool = False  # LightningDiT's were stored normalised by latents_stats.pt
+    normalised: bool = False  # LightningDiT: the files hold latents normalised by latents_stats.pt
 
 
 def origin_of(tokenizer: Tokenizer) -> Origin:
-    """What the latents of a tokenizer are like."""
-    spec, fingerprint = tokenizer.spec, tokenizer.fingerprint
-    if not isinstance(tokenizer, KLTokenizer):
-        return Origin(spec, fingerprint)
-    mean, std = (tuple(t.flatten().tolist()) for t in (tokenizer.shift, tokenizer.scale))
-    return Origin(spec, fingerprint, mean, std)
+    """What an import must know of the tokenizer."""
+    origin = Origin(
+        spec=tokenizer.spec,
+        fingerprint=tokenizer.fingerprint,
+        stored_shape=tokenizer.stored_shape,
+        stored_statistics=tokenizer.stored_statistics,
+    )
+    if isinstance(tokenizer.spec, CodeSpec):
+        return origin
+    # `latents` gives (z - mean) / std, so the values at z = 0 and z = 1 determine mean and std.
+    stored = torch.zeros(1, *tokenizer.stored_shape)
+    at_zero = tokenizer.latents(stored)[0, :, 0, 0]  # (C,)
+    stored[:, : len(at_zero)] = 1
+    std = 1 / (tokenizer.latents(stored)[0, :, 0, 0] - at_zero)
+    mean = 0.0 - at_zero * std
+    return replace(origin, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
 def imported(config: ImportLatentsConfig) -> Path:
@@ -62,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti import-latents`."""
     config = parse_config(ImportLatentsConfig, argv, prog="smalti import-latents")
     if Path() in (config.source, config.out):
-        raise SmaltiError("give two things: smalti import-latents SOURCE OUT")
-    say(f"latents: {imported(config)}, as made by {config.tokenizer} on your word")
+        raise ConfigurationError("give two folders: smalti import-latents SOURCE OUT")
+    say(f"latents: {imported(config)}, said to be made by {config.tokenizer} (not verified)")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One-off: pack the embedded picture sets as lossless WebP sheets.
+"""Pack the embedded picture sets as lossless WebP sheets; run once, by hand.
 
 python tools/pack_embedded.py SHARED_ASSETS data/assets
 """
@@ -28,7 +28,12 @@ FASHION = (
 
 
 def pack(title: str, tiles: np.ndarray, index: dict, out: Path) -> None:
-    """tiles: (N, S, S, 3) or (N, S, S) uint8."""
+    """Write a set as sheets and a JSON index.
+
+    Args:
+        tiles: (N, S, S, 3) or (N, S, S) uint8.
+        index: classes, labels, names, groups, num_heldout.
+    """
     side, per_sheet = tiles.shape[1], COLUMNS * ROWS
     sheets = []
     for number, start in enumerate(range(0, len(tiles), per_sheet)):
@@ -44,15 +49,17 @@ def pack(title: str, tiles: np.ndarray, index: dict, out: Path) -> None:
     (out / f"{title}.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
-def idx(path: Path, header: int) -> np.ndarray:
+def read_idx(path: Path, header: int) -> np.ndarray:
+    """The bytes of a gzipped IDX file after its header."""
     return np.frombuffer(gzip.open(path).read(), np.uint8, offset=header)
 
 
 def main(assets: Path, out: Path) -> None:
+    """Pack both sets from the folder of their published files."""
     emoji = np.load(assets / "emoji64.npz", allow_pickle=False)
     artists = ("Noto", "Twemoji", "Fluent")
     names = [f"{n}-{artists[v]}" for n, v in zip(emoji["names"], emoji["vendor"], strict=True)]
-    # Neighbours in a sheet should look alike: one artist after the other.
+    # Similar tiles side by side compress better: one artist after the other.
     order = np.lexsort((emoji["base"], emoji["vendor"]))
     index = {
         "classes": emoji["classes"].tolist(),
@@ -65,8 +72,10 @@ def main(assets: Path, out: Path) -> None:
     folder = assets / "fashion-mnist"
     pixels, labels = [], []
     for part, count in (("train", 10_000), ("t10k", 2_000)):
-        pixels.append(idx(folder / f"{part}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)[:count])
-        labels += idx(folder / f"{part}-labels-idx1-ubyte.gz", 8)[:count].tolist()
+        pixels.append(
+            read_idx(folder / f"{part}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)[:count]
+        )
+        labels += read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 8)[:count].tolist()
     index = {"classes": FASHION, "labels": labels, "names": [], "groups": [], "num_heldout": 2_000}
     pack("fashion", np.concatenate(pixels), index, out)
 

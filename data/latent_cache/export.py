@@ -1,11 +1,12 @@
 """A latent cache as other code reads it: parquet files, or WebDataset shards.
 
     out/
-        shard-00000.parquet   columns index, label, and codes, or mean and std: (views, values)
+        shard-00000.parquet   columns index, label, and codes, or mean and std, or latents:
+                              (views, values)
         shard-00000.tar       00000000.codes.npy (views, L), or .mean.npy and .std.npy (views, C,
-                              h, w) each; 00000000.cls
+                              h, w) each, or .latents.npy; 00000000.cls
         _latents.json         the manifest of the cache, samples and sha256 of every file
-        README.md             tells `datasets.load_dataset(out)` which files are which split
+        README.md             the splits, for `datasets.load_dataset(out)`
 
 The caches of several splits, train/ and heldout/, become folders of such files. Numbers keep the
 type that the cache has; the columns of pairs (rectified flow) are data and noise.
@@ -16,8 +17,7 @@ import math
 import os
 import re
 import shutil
-import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,31 +27,32 @@ from tqdm.auto import tqdm
 from smalti.config import config_to_dict
 from smalti.data.latent_cache.cache import MANIFEST, CacheInfo, LatentCache
 from smalti.data.latents import ContinuousSpec
-from smalti.errors import SmaltiError
+from smalti.data.sources.webdataset import tar_writer, write_sample
+from smalti.errors import DataError
 from smalti.files import replacing, sha256_of, write_json, write_text
 
 Format = Literal["parquet", "webdataset"]
 Columns = Mapping[str, np.ndarray]  # name -> (n, views, ...)
 
-INDEX = "_latents.json"  # pyarrow passes over names that begin with _
-GROUP = 1024  # rows of a parquet file that are read together
+INDEX = "_latents.json"  # pyarrow ignores names that begin with _
+GROUP = 1024  # rows of a row group of a parquet file
 
 
 def export_cache(folder: Path, out: Path, layout: Format) -> list[Path]:
     """Write a cache, or the caches of all splits in a folder, to a new folder; return its files.
 
-    The folder appears whole or not at all.
+    The folder is written to a temporary place and renamed.
 
     Raises:
-        SmaltiError: there is no whole cache, `out` is there already, or a package is missing.
+        DataError: there is no finished cache, `out` exists already, or a package is missing.
     """
     write = WRITERS[layout]()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise SmaltiError(f"{out} exists: choose another place, nothing is overwritten")
+        raise DataError(f"{out} exists, and nothing is overwritten: choose another folder")
     out = Path(os.path.abspath(out))
     caches = {path.relative_to(folder): LatentCache(path) for path in _caches_in(folder)}
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     try:
         for name, cache in caches.items():
             _export(cache, temporary / name, layout, write)
@@ -65,11 +66,11 @@ def export_cache(folder: Path, out: Path, layout: Format) -> list[Path]:
 
 
 def columns_of(info: CacheInfo, stored: np.ndarray) -> dict[str, np.ndarray]:
-    """(n, views, ...) as the cache keeps it -> its parts by name, (n, views, ...) each."""
+    """(n, views, ...) as the cache stores it -> its parts by name, (n, views, ...) each."""
     if not isinstance(info.spec, ContinuousSpec):
         return {"codes": stored}
-    first, second = np.split(stored, 2, axis=2)
-    return {"data": first, "noise": second} if info.pairs else {"mean": first, "std": second}
+    names = ("data", "noise") if info.pairs else info.statistics or ("latents",)
+    return dict(zip(names, np.split(stored, len(names), axis=2), strict=True))
 
 
 def _caches_in(folder: Path) -> list[Path]:
@@ -78,7 +79,9 @@ def _caches_in(folder: Path) -> list[Path]:
         return [folder]
     found = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
     if not found:
-        raise SmaltiError(f"{folder} holds no finished latent cache: give one of smalti encode")
+        raise DataError(
+            f"{folder} holds no finished latent cache: give the folder of smalti encode"
+        )
     return found
 
 
@@ -100,7 +103,7 @@ def _export(cache: LatentCache, out: Path, layout: Format, write: Writer) -> Non
 
 
 def _card(caches: Mapping[Path, LatentCache], suffix: str) -> str:
-    """The card of a data set: which files are which split, and what they hold."""
+    """The card of the data set: its splits, and what they hold."""
     files, parts = "", ""
     for name, cache in caches.items():
         split = re.sub(r"\W", "_", name.name) or "train"
@@ -108,10 +111,10 @@ def _card(caches: Mapping[Path, LatentCache], suffix: str) -> str:
         views = ", ".join(cache.info.views)
         parts += f"- {split}: {cache.info.num_samples} samples; views of each: {views}\n"
     head = f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n\n"
-    return f"{head}# Latents\n\nExported by smalti; all about them is in `{INDEX}`.\n\n{parts}"
+    return f"{head}# Latents\n\nExported by smalti; the manifest is `{INDEX}`.\n\n{parts}"
 
 
-# -- WebDataset -------------------------------------------------------------------------------
+# -- WebDataset -----------------------------------------------------------------------------------
 
 
 def _webdataset_writer() -> Writer:
@@ -119,25 +122,19 @@ def _webdataset_writer() -> Writer:
 
 
 def _write_tar(path: Path, indices: np.ndarray, labels: np.ndarray, columns: Columns) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with path.open("wb") as file, tar_writer(file) as archive:
         for row, (index, label) in enumerate(zip(indices, labels, strict=True)):
-            for name, content in _members(columns, row, int(label)):
-                member = tarfile.TarInfo(
-                    f"{index:08d}.{name}"
-                )  # no times: equal caches, equal tars
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+            members = {f"{name}.npy": _npy(values[row]) for name, values in columns.items()}
+            write_sample(archive, f"{index:08d}", {**members, "cls": str(label).encode()})
 
 
-def _members(columns: Columns, row: int, label: int) -> Iterator[tuple[str, bytes]]:
-    for name, values in columns.items():
-        stream = io.BytesIO()
-        np.save(stream, values[row], allow_pickle=False)
-        yield f"{name}.npy", stream.getvalue()
-    yield "cls", str(label).encode()
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
 
 
-# -- parquet ----------------------------------------------------------------------------------
+# -- parquet --------------------------------------------------------------------------------------
 
 
 def _parquet_writer() -> Writer:
@@ -146,9 +143,7 @@ def _parquet_writer() -> Writer:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise SmaltiError(
-            "parquet files need another package: pip install 'smalti[data]'"
-        ) from error
+        raise DataError("parquet files need another package: pip install 'smalti[data]'") from error
 
     def write(path: Path, indices: np.ndarray, labels: np.ndarray, columns: Columns) -> None:
         arrays = {name: _nested(pyarrow, values) for name, values in columns.items()}
@@ -161,7 +156,7 @@ def _parquet_writer() -> Writer:
 def _nested(pyarrow: Any, values: np.ndarray) -> Any:
     """(n, views, ...) -> n lists of flat lists, one for each view.
 
-    The number of views is no part of the type: `datasets` wants one type for all splits.
+    The number of views is not part of the type, because `datasets` needs one type for all splits.
     """
     n, views, length = len(values), values.shape[1], math.prod(values.shape[2:])
     flat = pyarrow.array(values.reshape(-1))

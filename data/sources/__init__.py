@@ -1,1 +1,1 @@
-"""Where images come from: one file per kind of source."""
+"""Image sources: one file for each kind; `base.SOURCES` is the registry."""

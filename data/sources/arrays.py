@@ -1,7 +1,7 @@
-"""Pictures in array files: uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W), mapped, not loaded.
+"""Pictures in array files, memory-mapped: uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W).
 
-set.npz                   arrays images (or arr_0) and labels; if wanted, classes
-folder/images.npy, labels.npy, and if wanted classes.json with the names of the classes
+set.npz                       arrays images (or arr_0) and labels; optionally, classes
+folder/images.npy, labels.npy; optionally, classes.json with the names of the classes
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from smalti.data.sources.base import (
     in_threads,
     refuse_one_class,
 )
-from smalti.errors import SmaltiError
+from smalti.errors import DataError
 from smalti.files import read_json
 
-MAX_CLASSES = 1_000_000  # without names; a larger label is an identifier, or damaged
+MAX_CLASSES = 1_000_000  # without names; a larger label is an identifier or damaged
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and its extra field
 CHANNELS = (1, 3)
 
@@ -34,7 +34,7 @@ class ArraySource(ImageSource):
     """Rows of an array. Equal rows form a group, as equal files do.
 
     Raises:
-        SmaltiError: an array is missing, or not of the right type or shape.
+        DataError: an array is missing, or has a wrong type or shape.
     """
 
     def __init__(self, path: Path, options: FolderOptions) -> None:
@@ -43,14 +43,14 @@ class ArraySource(ImageSource):
         images, labels, names = self.images, *_labels_and_names(path)
         _check_images(path, images, options)
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
-            raise SmaltiError(
+            raise DataError(
                 f"the labels of {path} are {labels.dtype} {labels.shape}; they must be integers "
                 f"from 0 on, one for each of the {len(images)} pictures"
             )
         self.labels = torch.from_numpy(labels.astype(np.int64))
         self.classes = class_names(path, names, int(labels.max()) + 1)
         refuse_one_class(str(path), self.classes, self.labels, options)
-        self._digests: list[str] = []  # none for a large set
+        self._digests: list[str] = []  # empty for a large set
         if len(images) <= options.verify_up_to:
             self._digests = in_threads(self._digest, len(images), "read pictures")
         content = "".join(self._digests) or f"{images.shape}/{path.stat().st_size}"
@@ -60,13 +60,13 @@ class ArraySource(ImageSource):
 
     @property
     def images(self) -> np.ndarray:
-        """The pictures, read from the file when they are used."""
+        """The pictures, memory-mapped at the first use."""
         if self._array is None:
             self._array = _mapped(self.path)
         return self._array
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_array": None}  # a worker process maps the file anew
+        return {**self.__dict__, "_array": None}  # a worker process maps the file again
 
     def read(self, index: int) -> Image.Image:
         pixels = self.images[index]
@@ -85,33 +85,33 @@ class ArraySource(ImageSource):
 
 
 def open_arrays(spec: str, options: SourceOptions) -> ArraySource:
-    """An .npz file, an .npy file with its labels beside it, or a folder of such .npy files."""
+    """An .npz file, an .npy file with labels.npy beside it, or a folder of one of these."""
     path = Path(spec).expanduser()
     if path.is_dir():
         archives = sorted(path.glob("*.npz"))
         path = archives[0] if len(archives) == 1 else path / "images.npy"
     if not path.is_file():
-        raise SmaltiError(f"{path} does not exist: check --data")
+        raise DataError(f"{path} does not exist: check --data")
     return ArraySource(path, options.folder)
 
 
 def class_names(path: Path, names: list[str] | None, count: int) -> tuple[str, ...]:
-    """The names of at least `count` classes: numbers where none are given.
+    """The names of at least `count` classes: numbers if `names` is None.
 
     Raises:
-        SmaltiError: names are given, but too few, or one of them twice; or none are, for too many.
+        DataError: there are too few names, or one occurs twice; or no names and too many classes.
     """
     if names is None:
         if count > MAX_CLASSES:
-            raise SmaltiError(
+            raise DataError(
                 f"the labels of {path} go up to {count - 1}: number the classes from 0 on, without "
                 "gaps"
             )
         return tuple(map(str, range(count)))
     if len(names) < count or len(set(names)) < len(names):
-        raise SmaltiError(
-            f"{path} names {len(set(names))} different classes in {len(names)}, but its labels go "
-            f"up to {count - 1}: each class needs a name of its own"
+        raise DataError(
+            f"{path} has {len(names)} class names, {len(set(names))} of them different, but its "
+            f"labels go up to {count - 1}: give each class a different name"
         )
     return tuple(names)
 
@@ -120,29 +120,29 @@ def names_beside(path: Path) -> list[str] | None:
     """The class names in classes.json beside a file, if there is one.
 
     Raises:
-        SmaltiError: it is not a list of names.
+        DataError: the file is not a list of names.
     """
     file = path.parent / "classes.json"
     if not file.is_file():
         return None
     names = read_json(file)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise SmaltiError(f"{file} must be a list of class names")
+        raise DataError(f"{file} must be a list of class names")
     return names
 
 
 def _check_images(path: Path, images: np.ndarray, options: FolderOptions) -> None:
     grey = images.ndim == 3
     if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[3] in CHANNELS)):
-        raise SmaltiError(
+        raise DataError(
             f"the pictures of {path} are {images.dtype} {images.shape}; they must be uint8 "
             "(N, H, W, 3), (N, H, W, 1) or (N, H, W)"
         )
     if len(images) == 0:
-        raise SmaltiError(f"{path} holds no pictures: check --data")
+        raise DataError(f"{path} holds no pictures: check --data")
     height, width = images.shape[1:3]
     if min(height, width) < options.min_side:
-        raise SmaltiError(
+        raise DataError(
             f"the pictures of {path} are {width} x {height} pixels, less than {options.min_side} "
             "on a side: lower --folder.min_side"
         )
@@ -152,14 +152,14 @@ _DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """The pictures of a file; only a compressed .npz is loaded into memory."""
+    """The pictures of a file, memory-mapped unless it is a compressed .npz."""
     if path.suffix == ".npy":
         return _open_npy(path)
     with _open_npz(path) as archive:
         name = next((n for n in ("images", "arr_0") if n in archive.files), None)
         if name is None:
-            raise SmaltiError(
-                f"{path} holds {', '.join(archive.files) or 'nothing'}: call the pictures images"
+            raise DataError(
+                f"{path} holds {', '.join(archive.files) or 'nothing'}: name the pictures images"
             )
         offset = _offset_of(path, f"{name}.npy")
         return _member(path, archive, name) if offset is None else _map_at(path, offset)
@@ -179,7 +179,7 @@ def _labels_and_names(path: Path) -> tuple[np.ndarray, list[str] | None]:
         names = names_beside(path)
     if labels is None or labels.size == 0:
         where = "beside it, labels.npy" if path.suffix == ".npy" else "in it, labels"
-        raise SmaltiError(f"{path} has no labels: add an array of integers ({where})")
+        raise DataError(f"{path} has no labels: add an array of integers ({where})")
     return labels, names
 
 
@@ -187,16 +187,16 @@ def _open_npy(path: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
     except _DAMAGE as error:
-        raise SmaltiError(f"{path} is damaged, or no array of plain numbers: {error}") from error
+        raise DataError(f"{path} is damaged, or not an array of plain numbers: {error}") from error
 
 
 def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
     try:
         archive = np.load(path, allow_pickle=False)
     except _DAMAGE as error:
-        raise SmaltiError(f"{path} is damaged, or no archive of arrays: {error}") from error
+        raise DataError(f"{path} is damaged, or not an archive of arrays: {error}") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise SmaltiError(f"{path} is not an archive of arrays: write it with numpy.savez")
+        raise DataError(f"{path} is not an archive of arrays: write it with numpy.savez")
     return archive
 
 
@@ -204,13 +204,13 @@ def _member(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
     try:
         return archive[name]
     except _DAMAGE as error:
-        raise SmaltiError(
-            f"{name} in {path} is damaged, or no array of plain numbers: {error}"
+        raise DataError(
+            f"{name} in {path} is damaged, or not an array of plain numbers: {error}"
         ) from error
 
 
 def _offset_of(path: Path, member: str) -> int | None:
-    """Where a member's bytes begin in a zip file; None if they are compressed."""
+    """The offset of a member's bytes in a zip file; None if they are compressed."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
         info = archive.getinfo(member)
         if info.compress_type != zipfile.ZIP_STORED:
@@ -221,7 +221,7 @@ def _offset_of(path: Path, member: str) -> int | None:
 
 
 def _map_at(path: Path, offset: int) -> np.ndarray:
-    """The .npy array that begins at an offset of a file."""
+    """The .npy array that begins at an offset of a file, memory-mapped."""
     header_of = np.lib.format
     with path.open("rb") as stream:
         try:
@@ -230,10 +230,10 @@ def _map_at(path: Path, offset: int) -> np.ndarray:
             read = header_of.read_array_header_1_0 if old else header_of.read_array_header_2_0
             shape, fortran, dtype = read(stream)
             if dtype.hasobject:
-                raise ValueError("pickled objects are never opened")
+                raise ValueError("pickled objects are refused")
             order = "F" if fortran else "C"
             return np.memmap(path, dtype, "r", stream.tell(), shape, order)
         except _DAMAGE as error:
-            raise SmaltiError(
-                f"{path} is damaged, or no array of plain numbers: {error}"
+            raise DataError(
+                f"{path} is damaged, or not an array of plain numbers: {error}"
             ) from error

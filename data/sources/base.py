@@ -1,10 +1,15 @@
-"""Where pictures come from: one interface, a registry of sources, and a split by group."""
+"""Image sources: protocol, verification, division into splits, and the registry that opens them.
+
+A source is a list of labelled pictures in a fixed order with random access (`ImageSource`). Most
+sources store encoded files (`EncodedPictures`); `EncodedSource` verifies and decodes those, so that
+a set has the same pictures, splits and fingerprint whichever container stores its files.
+"""
 
 import contextlib
 import hashlib
-import importlib
 import logging
 import os
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,126 +24,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from smalti.config import nearest
-from smalti.data.image_io import FolderOptions, Unusable, decode, our_own_pixel_cap
-from smalti.errors import SmaltiError
+from smalti.data.image_io import FolderOptions, Unusable, decode, without_pixel_warning
+from smalti.errors import ConfigurationError, DataError
 
-# -------------------------------------------------------------------------------------------------
-# Decode every picture of a set once, to know before training what is wrong with it.
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes without holding the interpreter
-REMEMBERED = 1_000_000  # findings kept, so that a process decodes no picture twice to check it
+# -- Protocols ------------------------------------------------------------------------------------
 
 
-class EncodedPictures(ABC):
-    """Picture files as some format stores them, with labels; nothing is decoded yet."""
-
-    title: str  # where they come from, for messages
-    classes: tuple[str, ...]
-    labels: Tensor  # (N,) int64
-    heldout: Tensor | None = None  # (N,) bool where the set comes with a split of its own
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @abstractmethod
-    def open(self, index: int) -> BinaryIO:
-        """The bytes of a picture file; safe in several threads and processes at once."""
-
-    @abstractmethod
-    def size(self, index: int) -> int:
-        """How many bytes that file has, without reading it."""
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """What to call the picture, within the set."""
-
-    def place(self, index: int) -> str:
-        """Where a person finds the picture."""
-        return f"{self.title}: {self.name(index)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What decoding a picture file showed."""
-
-    sha256: str  # of the file
-    problem: str | None = None  # why it cannot be used
-    undecodable: bool = False  # the problem is damage
-    width: int = 0  # upright; 0 where nothing could be decoded
-    height: int = 0
-    mode: str = ""  # Pillow's name for the stored colours
-
-
-def verify(pictures: EncodedPictures, options: FolderOptions) -> list[Finding]:
-    """Decode all pictures of a set, in threads; a progress bar appears if it takes long."""
-    if len(_FINDINGS) > REMEMBERED:
-        _FINDINGS.clear()
-    return in_threads(
-        lambda index: _examine(pictures, index, options), len(pictures), "check pictures"
-    )
-
-
-def in_threads(work: Callable[[int], T], count: int, title: str) -> list[T]:
-    """`work` on 0 to count - 1, results in order; the first failure ends it at once."""
-    Image.init()  # Pillow's plugins cannot be loaded by two threads at once
-    with ThreadPoolExecutor(THREADS) as pool, our_own_pixel_cap():
-        try:
-            results = pool.map(work, range(count))
-            return list(tqdm(results, desc=title, total=count, delay=2, leave=False))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-# (sha256, options) -> what was found: the splits of a set are opened one after the other, and each
-# stage of a demo opens it anew.
-_FINDINGS: dict[tuple[str, FolderOptions], Finding] = {}
-
-
-def _examine(pictures: EncodedPictures, index: int, options: FolderOptions) -> Finding:
-    try:
-        with contextlib.closing(pictures.open(index)) as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
-            known = _FINDINGS.get((sha256, options))
-            if known is None:
-                stream.seek(0)
-                known = _FINDINGS[sha256, options] = _decode(stream, sha256, options)
-            return known
-    except OSError as error:  # a link to nowhere, a file that may not be read
-        nothing = hashlib.sha256(pictures.name(index).encode(errors="surrogateescape"))
-        reason = f"cannot be decoded ({error}): replace or remove it"
-        return Finding(nothing.hexdigest(), reason, undecodable=True)
-
-
-def _decode(stream: BinaryIO, sha256: str, options: FolderOptions) -> Finding:
-    try:
-        found = decode(stream, options)
-    except Unusable as problem:
-        return Finding(sha256, str(problem), problem.undecodable)
-    return Finding(sha256, None, False, found.image.width, found.image.height, found.mode)
-
-
-# -------------------------------------------------------------------------------------------------
-# Where pictures come from: one interface, a registry of sources, and a split by group.
-
-# How --data looks -> what opens it; the first that fits counts. "*.tar" and the like are also
-# looked for among the files of a folder; a folder that no pattern fits is one of pictures.
-HUGGING_FACE = "smalti.data.sources.huggingface"
-SOURCES: dict[str, str] = {
-    "emoji": "smalti.data.sources.embedded:open_embedded",
-    "fashion": "smalti.data.sources.embedded:open_embedded",
-    "hf:*": f"{HUGGING_FACE}:open_hub",
-    "dataset_dict.json|state.json": f"{HUGGING_FACE}:open_saved",
-    "*.parquet|*.arrow": f"{HUGGING_FACE}:open_files",
-    "*.tar|*.tar.gz|*.tgz|*://*|pipe:*": "smalti.data.sources.webdataset:open_shards",
-    "*.npz|*.npy": "smalti.data.sources.arrays:open_arrays",
-}
-FOLDER = "smalti.data.sources.folder:open_folder"
-
-
-class BadPicture(SmaltiError):
-    """One picture is damaged; another may take its place."""
+class BadPicture(DataError):
+    """One picture is damaged; another of its class may replace it."""
 
 
 class ImageSource(ABC):
@@ -147,7 +44,7 @@ class ImageSource(ABC):
     classes: tuple[str, ...]
     labels: Tensor  # (N,) int64
     fingerprint: str  # changes when any picture or label does
-    heldout: Tensor | None = None  # (N,) bool where the set comes with a split of its own
+    heldout: Tensor | None = None  # (N,) bool where the set has a split of its own
     max_replaced: int = 0  # how many damaged pictures may be replaced by others of their class
 
     def __len__(self) -> int:
@@ -163,33 +60,64 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call the picture in a message."""
+        """The name of the picture in messages."""
 
     def group(self, index: int) -> str:
-        """Pictures of one group always fall on the same side of a split."""
+        """Pictures of one group are never divided between training and held-out pictures."""
         return self.name(index)
+
+
+class EncodedPictures(ABC):
+    """Encoded picture files with labels, in any container; nothing is decoded yet."""
+
+    title: str  # what contains them, for messages
+    classes: tuple[str, ...]
+    labels: Tensor  # (N,) int64
+    heldout: Tensor | None = None  # (N,) bool where the set has a split of its own
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def open(self, index: int) -> BinaryIO:
+        """The bytes of a picture file; safe in several threads and processes at once."""
+
+    @abstractmethod
+    def size(self, index: int) -> int:
+        """The length of that file in bytes, without reading it."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """The name of the picture within the set."""
+
+    def place(self, index: int) -> str:
+        """Where a person finds the picture."""
+        return f"{self.title}: {self.name(index)}"
+
+
+# -- Options --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class HuggingFaceOptions:
-    """Which part of a Hugging Face data set; empty = what the set itself makes clear."""
+    """Which part of a Hugging Face data set to read; empty = the only one there is."""
 
-    config: str = ""  # of a set that comes in several versions
+    config: str = ""  # of a set that has several configurations
     revision: str = ""  # a branch, tag or commit on the Hub
     split: str = ""  # empty = train, or the only one
-    heldout_split: str = ""  # hold out the pictures of this split instead of some of the others
+    heldout_split: str = ""  # hold out this split instead of a part of the training pictures
     image_column: str = ""
     label_column: str = ""
-    streaming: bool = False  # never download the whole set: copy the samples to --stream_cache
-    max_samples: int = 0  # of a stream, take only the first ones; 0 = all
+    streaming: bool = False  # do not download the whole set: copy the samples to --stream_cache
+    max_samples: int = 0  # of a stream, read only the first ones; 0 = all
 
     def __post_init__(self) -> None:
         if self.max_samples < 0:
-            raise SmaltiError(f"max_samples is {self.max_samples}; it must be at least 0")
+            raise ConfigurationError(f"max_samples is {self.max_samples}; it must be at least 0")
         if self.max_samples and not self.streaming:
-            raise SmaltiError("--hf.max_samples is for streams: pass --hf.streaming, too")
+            raise ConfigurationError("--hf.max_samples is for streams: pass --hf.streaming, too")
         if self.streaming and self.heldout_split:
-            raise SmaltiError(
+            raise ConfigurationError(
                 "--hf.heldout_split cannot be streamed: leave it out, or leave out --hf.streaming"
             )
 
@@ -200,98 +128,98 @@ class SourceOptions:
 
     folder: FolderOptions = field(default_factory=FolderOptions)
     hf: HuggingFaceOptions = field(default_factory=HuggingFaceOptions)
-    # Where streams and shards behind a URL are copied to, once, for exact order and resuming.
+    # Where streams, and shards behind a URL, are copied once, for exact order and resuming.
     stream_cache: Path | None = None
 
 
-def open_source(
-    spec: str,
-    *,
-    options: FolderOptions | None = None,
-    hf: HuggingFaceOptions | None = None,
-    stream_cache: Path | None = None,
-) -> ImageSource:
-    """A set of pictures by what `--data` says: see `SOURCES`, or a folder of pictures.
+# -- Verification: every picture is decoded once, before training ---------------------------------
 
-    Raises:
-        SmaltiError: nothing fits, or the pictures are unusable.
-    """
-    from smalti.data.sources.base import EncodedSource
-
-    reading = SourceOptions(options or FolderOptions(), hf or HuggingFaceOptions(), stream_cache)
-    found = open_unverified(spec, reading)
-    return found if isinstance(found, ImageSource) else EncodedSource(found, reading.folder)
+THREADS = min(8, os.cpu_count() or 1)  # Pillow releases the interpreter lock while it decodes
+MAX_FINDINGS = 1_000_000  # kept, so that a process verifies no picture twice
 
 
-def open_unverified(spec: str, options: SourceOptions) -> "ImageSource | EncodedPictures":
-    """Like `open_source`, but picture files are not decoded yet."""
-    entry = _entry(spec)
-    if not entry.startswith(HUGGING_FACE):
-        _refuse_unused(spec, options)
-    return _resolve(entry)(spec, options)
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of decoding a picture file."""
+
+    sha256: str  # of the file
+    problem: str | None = None  # why it cannot be used
+    undecodable: bool = False  # the file is damaged
+    width: int = 0  # upright; 0 where nothing could be decoded
+    height: int = 0
+    mode: str = ""  # Pillow's name for the colour mode of the file
 
 
-def _refuse_unused(spec: str, options: SourceOptions) -> None:
-    """Raise `SmaltiError` if options that are for other kinds of sets were given."""
-    if options.hf != HuggingFaceOptions():
-        raise SmaltiError(f"--hf.* is for Hugging Face data sets, and {spec} is none: leave it out")
-    if options.stream_cache is not None and "://" not in spec:
-        raise SmaltiError(
-            f"--stream_cache is for streams and URLs, and {spec} is read in place: leave it out"
-        )
+def verify(pictures: EncodedPictures, options: FolderOptions) -> list[Finding]:
+    """Decode all pictures of a set, in threads; a progress bar appears if it takes long."""
+    if len(_FINDINGS) > MAX_FINDINGS:
+        _FINDINGS.clear()
+    return in_threads(
+        lambda index: _examine(pictures, index, options), len(pictures), "check pictures"
+    )
 
 
-def _entry(spec: str) -> str:
-    """What of `SOURCES` opens `spec`."""
-    path = Path(spec).expanduser()
-    for patterns, entry in SOURCES.items():
-        if any(fnmatchcase(spec, pattern) for pattern in patterns.split("|")):
-            return entry
-    if path.is_dir():
-        return _entry_of_folder(path)
-    known = [pattern for pattern in SOURCES if pattern.isalpha()]
-    if not path.exists() and "/" not in spec and nearest(spec, known).startswith("did"):
-        raise SmaltiError(f'no data set is called "{spec}"; {nearest(spec, known)}')
-    return FOLDER
+def in_threads(work: Callable[[int], T], count: int, title: str) -> list[T]:
+    """`work` on 0 to count - 1, results in order; the first exception cancels the rest."""
+    Image.init()  # Pillow's plugins cannot be loaded by two threads at once
+    with ThreadPoolExecutor(THREADS) as pool, without_pixel_warning():
+        try:
+            results = pool.map(work, range(count))
+            return list(tqdm(results, desc=title, total=count, delay=2, leave=False))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _entry_of_folder(path: Path) -> str:
-    """By its files; one with class folders holds pictures, whatever lies beside them."""
-    entries = [entry for entry in path.iterdir() if entry.name[0] != "."]
-    files = [entry.name for entry in entries if entry.is_file()]
-    folders = [entry for entry in entries if entry.is_dir()]
-    for patterns, entry in SOURCES.items():
-        for pattern in patterns.split("|"):
-            marks = "." in pattern and (not folders or not pattern.startswith("*"))
-            if marks and any(fnmatchcase(name, pattern) for name in files):
-                return entry
-    return FOLDER
+# (sha256, options) -> finding. The splits of a set are opened one after the other, and each stage
+# of a demo opens the set again.
+_FINDINGS: dict[tuple[str, FolderOptions], Finding] = {}
 
 
-def _resolve(entry: str) -> "Callable[[str, SourceOptions], ImageSource | EncodedPictures]":
-    module, _, attribute = entry.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def _examine(pictures: EncodedPictures, index: int, options: FolderOptions) -> Finding:
+    try:
+        with contextlib.closing(pictures.open(index)) as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+            known = _FINDINGS.get((sha256, options))
+            if known is None:
+                stream.seek(0)
+                known = _FINDINGS[sha256, options] = _decode(stream, sha256, options)
+            return known
+    except OSError as error:  # a dangling link, a file without read permission
+        placeholder = hashlib.sha256(pictures.name(index).encode(errors="surrogateescape"))
+        reason = f"cannot be decoded ({error}): replace or remove it"
+        return Finding(placeholder.hexdigest(), reason, undecodable=True)
+
+
+def _decode(stream: BinaryIO, sha256: str, options: FolderOptions) -> Finding:
+    try:
+        found = decode(stream, options)
+    except Unusable as problem:
+        return Finding(sha256, str(problem), problem.undecodable)
+    return Finding(sha256, None, False, found.image.width, found.image.height, found.mode)
 
 
 def refuse_one_class(
     title: str, classes: Sequence[str], labels: Tensor, options: FolderOptions
 ) -> None:
-    """Raise `SmaltiError` unless there are two classes, or one is what the options expect."""
+    """Raise `DataError` if all labels (N,) are equal, unless the options allow it."""
     present = labels.unique().tolist()
     if len(present) < 2 and not options.single_class:
         name = f' ("{classes[present[0]]}")' if classes[present[0]] else ""
-        raise SmaltiError(
+        raise DataError(
             f"{title} has one class only{name}: give each picture one of several classes (in a "
             "folder: a sub-folder for each), or pass --folder.single_class"
         )
 
 
+# -- Division into training and held-out pictures -------------------------------------------------
+
+
 def heldout_mask(source: ImageSource, fraction: float, seed: int = 0) -> Tensor:
-    """Which pictures are held out, (N,) bool: the set's own split, or about `fraction` of the
-    groups, see `divide`.
+    """Which pictures are held out, (N,) bool: the set's own split, or else that of `divide`.
 
     Raises:
-        SmaltiError: the fraction is not in (0, 1), or nothing could be held out.
+        ConfigurationError: the fraction is not in (0, 1).
+        DataError: there are too few pictures to hold any out.
     """
     if source.heldout is not None:
         return source.heldout
@@ -300,40 +228,40 @@ def heldout_mask(source: ImageSource, fraction: float, seed: int = 0) -> Tensor:
 
 
 def divide(labels: Tensor, groups: Sequence[str], fraction: float, seed: int = 0) -> Tensor:
-    """Which pictures to hold out, (N,) bool: about `fraction` of the groups, chosen by a hash of
-    (seed, group).
+    """Which pictures to hold out, (N,) bool: about `fraction` of the groups, by a hash.
 
-    The choice for a group depends on nothing else, neither on the order nor on the number of the
-    other pictures, but for one rule: a class with two groups or more has some on either side, and
-    a class with a single group keeps it for training. A group of two classes is held out only if
-    either class would do so.
+    A group is held out if hash(seed, group) < fraction, whatever the order and number of the other
+    pictures, with two exceptions: a class with at least two groups has some on either side, and a
+    class with a single group keeps it for training. A group that occurs in several classes is held
+    out only if each of them would hold it out.
 
     Args:
         labels: (N,) int64.
         groups: one for each picture.
 
     Raises:
-        SmaltiError: the fraction is not in (0, 1), or nothing could be held out.
+        ConfigurationError: the fraction is not in (0, 1).
+        DataError: there are too few pictures to hold any out.
     """
     if not 0 < fraction < 1:
-        raise SmaltiError(f"heldout_fraction is {fraction}; it must lie between 0 and 1")
+        raise ConfigurationError(f"heldout_fraction is {fraction}; it must lie between 0 and 1")
     members: dict[int, set[str]] = {}
     for label, group in zip(labels.tolist(), groups, strict=True):
         members.setdefault(label, set()).add(group)
     heldout, kept = set[str](), set[str]()
     for _, of_class in sorted(members.items()):
-        chosen = _held_out_of(of_class, fraction, seed)
+        chosen = _heldout_groups(of_class, fraction, seed)
         heldout |= chosen
         kept |= of_class - chosen
     heldout -= kept
     if not heldout:
-        raise SmaltiError(
+        raise DataError(
             f"{len(groups)} pictures are too few to hold out {fraction:.0%} of them: add pictures"
         )
     return torch.tensor([group in heldout for group in groups])
 
 
-def _held_out_of(groups: set[str], fraction: float, seed: int) -> set[str]:
+def _heldout_groups(groups: set[str], fraction: float, seed: int) -> set[str]:
     """The held-out groups of one class: those with a small hash, but neither none nor all."""
     ranked = sorted((_unit_hash(seed, group), group) for group in groups)
     count = sum(rank < fraction for rank, _ in ranked)
@@ -342,7 +270,8 @@ def _held_out_of(groups: set[str], fraction: float, seed: int) -> set[str]:
 
 
 def _unit_hash(seed: int, text: str) -> float:
-    # File names may hold bytes that are no Unicode.
+    """A hash in [0, 1)."""
+    # File names may hold bytes that are not UTF-8.
     digest = hashlib.sha256(f"{seed}/split/{text}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -356,34 +285,31 @@ def fingerprint_of(parts: Sequence[bytes]) -> str:
     return digest.hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------
-# A source over picture files: verified, decoded, and damage dealt with as the options say.
-
-logger = logging.getLogger(__name__)
+# -- A source over encoded picture files ----------------------------------------------------------
 
 
 class EncodedSource(ImageSource):
-    """Picture files as labelled pictures with random access.
+    """Encoded picture files as a source: verified, decoded, and damage treated as options say.
 
-    A set of at most `verify_up_to` pictures is decoded once to check it. Its fingerprint then
-    covers the bytes of all files, and equal files form a group: a picture that is there twice never
-    stands on both sides of a split, and the split is the same whatever stores the files. Of a
-    larger set the names, sizes and labels count.
+    A set of at most `verify_up_to` pictures is decoded once to verify it. Its fingerprint then
+    covers the bytes of all files, and equal files form a group: copies of a picture are never
+    divided between training and held-out pictures. In a larger set, names, sizes and labels take
+    the place of the bytes.
 
     Raises:
-        SmaltiError: one class only, or pictures that cannot be used; names the first of them.
+        DataError: there is one class only, or a picture cannot be used; names the first one.
     """
 
     def __init__(self, pictures: EncodedPictures, options: FolderOptions) -> None:
         self.pictures, self.options = pictures, options
         self.classes = pictures.classes
         refuse_one_class(pictures.title, pictures.classes, pictures.labels, options)
-        self._findings: list[Finding] = []  # of the pictures that are used; none in a large set
-        self._rows = list(range(len(pictures)))
+        self._findings: list[Finding] = []  # of the pictures that are used; empty for a large set
+        self._rows = list(range(len(pictures)))  # of `pictures`, those that are used
         if len(pictures) <= options.verify_up_to:
-            self._settle(verify(pictures, options))
+            self._apply_policy(verify(pictures, options))
         elif options.bad_images == "skip":
-            raise SmaltiError(
+            raise DataError(
                 f"{pictures.title} has {len(pictures)} pictures, more than are decoded at the "
                 "start: raise --folder.verify_up_to, or pass --folder.bad_images replace"
             )
@@ -402,7 +328,7 @@ class EncodedSource(ImageSource):
         except OSError as error:
             raise BadPicture(f"{place} cannot be read ({error}): restore or remove it") from error
         except Unusable as problem:
-            kind = BadPicture if problem.undecodable else SmaltiError
+            kind = BadPicture if problem.undecodable else DataError
             raise kind(f"{place} {problem}") from problem
 
     def name(self, index: int) -> str:
@@ -412,7 +338,7 @@ class EncodedSource(ImageSource):
         return self._findings[index].sha256 if self._findings else self.name(index)
 
     def _identity(self, index: int) -> bytes:
-        """What the fingerprint takes of a picture."""
+        """The part of the fingerprint that one picture contributes."""
         label = self.classes[self.labels[index]]
         if self._findings:
             content = self._findings[index].sha256
@@ -421,9 +347,9 @@ class EncodedSource(ImageSource):
             content = f"{self.pictures.size(row)}/{self.name(index)}"
         return f"{label}/{content}".encode(errors="surrogateescape")
 
-    def _settle(self, findings: list[Finding]) -> None:
-        """Keep the pictures that the options let pass, or raise."""
-        policy = self.options.bad_images
+    def _apply_policy(self, findings: list[Finding]) -> None:
+        """Keep the pictures that the options accept, or raise."""
+        policy, title = self.options.bad_images, self.pictures.title
         damaged = [row for row, found in enumerate(findings) if found.undecodable]
         refused = [
             row
@@ -431,46 +357,118 @@ class EncodedSource(ImageSource):
             if found.problem and not (found.undecodable and policy != "refuse")
         ]
         if refused:
-            raise SmaltiError(self._complaint(refused, findings))
+            raise DataError(self._refusal(refused, findings))
         done = "skipped" if policy == "skip" else "to be replaced"
         for row in damaged:
             logger.warning("%s: %s %s", done, self.pictures.place(row), findings[row].problem)
         if damaged:
             logger.warning("%s %d of %d pictures", done, len(damaged), len(findings))
-        if policy == "replace":
-            refuse_too_many(len(damaged), self.options.max_bad_images, self.pictures.title)
-        if len(damaged) == len(findings):
-            raise SmaltiError(
-                f"{self.pictures.title} has no picture that can be used: check --data"
+        if policy == "replace" and len(damaged) > self.options.max_bad_images:
+            raise DataError(
+                f"{title} has {len(damaged)} bad pictures or more, and --folder.max_bad_images "
+                f"allows {self.options.max_bad_images}: list them with smalti check-data"
             )
+        if len(damaged) == len(findings):
+            raise DataError(f"{title} has no picture that can be used: check --data")
         good = [row for row, found in enumerate(findings) if not found.problem]
-        self._refuse_lost_classes(good)
+        self._refuse_empty_classes(good)
         self._rows = good if policy == "skip" else self._rows
         self._findings = [findings[row] for row in self._rows]
 
-    def _complaint(self, refused: list[int], findings: list[Finding]) -> str:
+    def _refusal(self, refused: list[int], findings: list[Finding]) -> str:
         first = findings[refused[0]]
         hint = ", or pass --folder.bad_images replace (or skip)" if first.undecodable else ""
         more = f" (and {len(refused) - 1} more cannot be used)" if len(refused) > 1 else ""
         return f"{self.pictures.place(refused[0])} {first.problem}{hint}{more}"
 
-    def _refuse_lost_classes(self, good: list[int]) -> None:
-        """A class that lost all its pictures would be asked for, and never be learned."""
-        before, after = (set(labels.tolist()) for labels in (self.pictures.labels, self._of(good)))
-        for label in sorted(before - after):
-            raise SmaltiError(
+    def _refuse_empty_classes(self, good: list[int]) -> None:
+        """Raise if a class lost all its pictures: a prior would offer it untrained."""
+        labels = self.pictures.labels
+        for label in sorted(set(labels.tolist()) - set(labels[good].tolist())):
+            raise DataError(
                 f'no picture of the class "{self.classes[label]}" in {self.pictures.title} can be '
                 "decoded: replace them, or remove the class"
             )
 
-    def _of(self, rows: list[int]) -> torch.Tensor:
-        return self.pictures.labels[rows]
+
+# -- The registry: which function opens what --data names -----------------------------------------
+
+HUGGING_FACE = "smalti.data.sources.huggingface"
+# Patterns of --data -> the function that opens it; the first match counts. The files in a folder
+# are matched, too; a folder without a match is one of pictures.
+SOURCES: dict[str, str] = {
+    "emoji": "smalti.data.sources.embedded:open_embedded",
+    "fashion": "smalti.data.sources.embedded:open_embedded",
+    "hf:*": f"{HUGGING_FACE}:open_hub",
+    "dataset_dict.json|state.json": f"{HUGGING_FACE}:open_saved",
+    "*.parquet|*.arrow": f"{HUGGING_FACE}:open_files",
+    "*.tar|*.tar.gz|*.tgz|*://*|pipe:*": "smalti.data.sources.webdataset:open_shards",
+    "*.npz|*.npy": "smalti.data.sources.arrays:open_arrays",
+}
+FOLDER = "smalti.data.sources.folder:open_folder"
 
 
-def refuse_too_many(bad: int, limit: int, title: str) -> None:
-    """Raise `SmaltiError` if more pictures are bad than may be replaced."""
-    if bad > limit:
-        raise SmaltiError(
-            f"{title} has {bad} bad pictures or more, and --folder.max_bad_images allows {limit}: "
-            "look at them with smalti check-data"
+def open_source(
+    spec: str,
+    *,
+    options: FolderOptions | None = None,
+    hf: HuggingFaceOptions | None = None,
+    stream_cache: Path | None = None,
+) -> ImageSource:
+    """The picture set that `spec`, the value of `--data`, names: see `SOURCES`, or a folder.
+
+    Raises:
+        DataError: no such set, or its pictures cannot be used.
+        ConfigurationError: an option does not apply to this kind of set.
+    """
+    reading = SourceOptions(options or FolderOptions(), hf or HuggingFaceOptions(), stream_cache)
+    found = open_unverified(spec, reading)
+    return found if isinstance(found, ImageSource) else EncodedSource(found, reading.folder)
+
+
+def open_unverified(spec: str, options: SourceOptions) -> ImageSource | EncodedPictures:
+    """Like `open_source`, but encoded pictures are not decoded yet."""
+    entry = _entry_of(spec)
+    if not entry.startswith(HUGGING_FACE):
+        _refuse_unused(spec, options)
+    return pkgutil.resolve_name(entry)(spec, options)
+
+
+def _refuse_unused(spec: str, options: SourceOptions) -> None:
+    """Raise `ConfigurationError` if options for another kind of set were given."""
+    if options.hf != HuggingFaceOptions():
+        raise ConfigurationError(
+            f"--hf.* is for Hugging Face data sets, and {spec} is not one: leave it out"
         )
+    if options.stream_cache is not None and "://" not in spec:
+        raise ConfigurationError(
+            f"--stream_cache is for streams and URLs, and {spec} is read in place: leave it out"
+        )
+
+
+def _entry_of(spec: str) -> str:
+    """The entry of `SOURCES` that opens `spec`."""
+    path = Path(spec).expanduser()
+    for patterns, entry in SOURCES.items():
+        if any(fnmatchcase(spec, pattern) for pattern in patterns.split("|")):
+            return entry
+    if path.is_dir():
+        return _entry_of_folder(path)
+    known = [pattern for pattern in SOURCES if pattern.isalpha()]
+    if not path.exists() and "/" not in spec and nearest(spec, known).startswith("did"):
+        raise DataError(f'no data set is called "{spec}"; {nearest(spec, known)}')
+    return FOLDER
+
+
+def _entry_of_folder(path: Path) -> str:
+    """By the names of its files; a folder with sub-folders has one for each class."""
+    entries = [entry for entry in path.iterdir() if entry.name[0] != "."]
+    files = [entry.name for entry in entries if entry.is_file()]
+    folders = [entry for entry in entries if entry.is_dir()]
+    for patterns, entry in SOURCES.items():
+        for pattern in patterns.split("|"):
+            # Beside sub-folders only the fixed names count, which `save_to_disk` writes.
+            applies = "." in pattern and (not folders or not pattern.startswith("*"))
+            if applies and any(fnmatchcase(name, pattern) for name in files):
+                return entry
+    return FOLDER

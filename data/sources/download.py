@@ -1,12 +1,11 @@
-"""Shards behind a URL: copied into a local folder once, whole or not at all."""
+"""Shards behind a URL: copied to a local folder once, each file atomically."""
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,18 +13,19 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import url2pathname, urlopen
 
+from filelock import BaseFileLock, FileLock
 from tqdm.auto import tqdm
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError, DataError, SmaltiError
 from smalti.files import replacing, write_json
 
 WEB = {"http", "https"}
-# Read through fsspec, with the package that knows them.
+# Schemes read through fsspec -> the package that implements them.
 STORES = {"hf": "huggingface_hub", "s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 ATTEMPTS = 3
-TIMEOUT = 60  # seconds without any answer
-ABSENT = {403, 404, 410}  # how servers say that there is no such file
-LOOKED = "source.json"  # where the shards come from; the manifest was looked for
+TIMEOUT = 60  # seconds without an answer
+ABSENT = {403, 404, 410}  # HTTP status: there is no such file
+LOOKED = "source.json"  # written, with the URL, once a manifest has been looked for
 
 
 def local_copies(
@@ -34,24 +34,24 @@ def local_copies(
     manifests: Sequence[str],
     check: Callable[[Path], object],
 ) -> list[Path]:
-    """Local files with the contents of URLs; what is there already is not fetched again.
+    """Local copies of URLs; existing copies are not fetched again.
 
     Args:
         cache: the folder for the copies. Processes that share it share the work.
-        manifests: names of files that are copied, too, if they lie beside the shards.
-        check: raises `SmaltiError` if a copy is not whole.
+        manifests: names of files beside the shards, the first of which is copied, too.
+        check: raises `DataError` if a copy is incomplete or damaged.
 
     Raises:
-        SmaltiError: a URL of a kind that is not read, no place for the copies, or a shard that
-            cannot be fetched; names it.
+        ConfigurationError: a URL scheme that is not supported, or no folder for the copies.
+        DataError: a shard cannot be fetched; the message names it.
     """
     for url in urls:
         _check_scheme(url)
     if all(url.startswith("file:") for url in urls):
         return [Path(url2pathname(urlsplit(url).path)) for url in urls]
     if cache is None:
-        raise SmaltiError(
-            f"{urls[0]} is not on this machine: pass --stream_cache FOLDER for a copy"
+        raise ConfigurationError(
+            f"{urls[0]} is not a local file: pass --stream_cache FOLDER for a copy"
         )
     targets = [cache / folder_name(_base(url), _base(url)) / _file_name(url) for url in urls]
     pairs = list(zip(urls, targets, strict=True))
@@ -59,36 +59,26 @@ def local_copies(
         _copy_manifest(url, target.parent, manifests)
     start = os.getpid() % len(pairs)  # processes begin at different shards
     for url, target in tqdm(pairs[start:] + pairs[:start], desc="copy shards", delay=2):
-        with alone(target):
+        with locked(target):
             if not target.is_file():
                 _copy(url, target, check)
     return targets
 
 
-@contextlib.contextmanager
-def alone(target: Path) -> Iterator[None]:
-    """Let one process at a time make `target`; the others wait.
-
-    Where the system has no such locks they all make it: what they write is the same, and replaces
-    the file in one step.
-    """
+def locked(target: Path) -> BaseFileLock:
+    """A lock, to be entered, under which one process at a time makes `target`; others wait."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        if importlib.util.find_spec("fcntl"):
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, or its process dies
-        yield
+    return FileLock(target.with_name(f".{target.name}.lock"))
 
 
 def folder_name(title: str, identity: str) -> str:
-    """A name for a copy: a readable part, and a hash of all that decides the content."""
+    """A folder name for a copy: a readable part, and a hash of all that determines the content."""
     readable = "".join(letter if letter.isalnum() else "-" for letter in title)[-40:].strip("-")
     return f"{readable}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
 def _base(url: str) -> str:
-    """The folder of a URL, without what may be secret in it."""
+    """The folder of a URL, without user name, password and query, which may be secret."""
     parts = urlsplit(url)
     port = f":{parts.port}" if parts.port else ""
     return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path.rpartition('/')[0]}"
@@ -102,14 +92,14 @@ def _check_scheme(url: str) -> None:
     scheme = urlsplit(url).scheme
     if scheme not in WEB | STORES.keys() | {"file"}:
         known = ", ".join(sorted(WEB | STORES.keys() | {"file"}))
-        raise SmaltiError(f"{url} cannot be read: URLs may begin with {known}")
+        raise ConfigurationError(f"{url} cannot be read: URLs may begin with {known}")
     if not _file_name(url):
-        raise SmaltiError(f"{url} names no file: name the shards")
+        raise ConfigurationError(f"{url} names no file: name the shards")
 
 
 def _copy_manifest(url: str, folder: Path, names: Sequence[str]) -> None:
-    """Copy the first manifest beside a URL, if there is one; look only once."""
-    with alone(folder / LOOKED):
+    """Copy the first manifest beside a URL, if there is one; look for it only once."""
+    with locked(folder / LOOKED):
         if (folder / LOOKED).is_file():
             return
         parts = urlsplit(url)
@@ -133,13 +123,13 @@ def _copy(url: str, target: Path, check: Callable[[Path], object]) -> None:
             return
         except FileNotFoundError:
             if target.suffix == ".tar":
-                raise SmaltiError(f"there is no shard {url}: check --data") from None
+                raise DataError(f"there is no shard {url}: check --data") from None
             raise
         except SmaltiError as error:
-            raise SmaltiError(f"{url}: {error}") from error
+            raise DataError(f"{url}: {error}") from error
         except (OSError, HTTPException) as error:
             if attempt == ATTEMPTS:
-                raise SmaltiError(f"{url} cannot be fetched: {error}") from error
+                raise DataError(f"{url} cannot be fetched: {error}") from error
             time.sleep(attempt)
 
 
@@ -150,7 +140,7 @@ def _check_length(stream: Any, received: int) -> None:
 
 
 def _opened(url: str) -> BinaryIO:
-    """A stream of what lies behind a URL; FileNotFoundError if there is nothing."""
+    """A stream of the content of a URL; FileNotFoundError if it does not exist."""
     scheme = urlsplit(url).scheme
     if scheme in STORES:
         try:
@@ -158,7 +148,7 @@ def _opened(url: str) -> BinaryIO:
 
             return fsspec.open(url, "rb").open()  # type: ignore[return-value]
         except ImportError as error:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"{scheme}:// needs another package: pip install {STORES[scheme]}"
             ) from error
     try:

@@ -1,7 +1,7 @@
-"""The picture sets that ship with smalti, so that everything works offline.
+"""The picture sets in the package, which make everything work offline.
 
-They are stored as lossless WebP sheets of tiles with a JSON index; `assets/README.md` names their
-origins and licences, and `tools/pack_embedded.py` made them.
+They are lossless WebP sheets of tiles with a JSON index, written by `tools/pack_embedded.py`;
+`assets/README.md` names their origins and licences.
 """
 
 import json
@@ -19,14 +19,14 @@ ASSETS = files("smalti.data") / "assets"
 
 
 class EmbeddedSource(ImageSource):
-    """Tiles of equal size, cut from sheets."""
+    """Square tiles of equal size."""
 
     def __init__(self, title: str, index: dict, tiles: np.ndarray) -> None:
         self.title, self._names, self._groups = title, index["names"], index["groups"]
         self.classes = tuple(index["classes"])
         self.labels = torch.tensor(index["labels"], dtype=torch.int64)
         self.tiles = tiles  # (N, S, S, 3) uint8
-        if index["num_heldout"]:  # the last ones, as published
+        if index["num_heldout"]:  # the last ones, which are the published test set
             self.heldout = torch.arange(len(tiles)) >= len(tiles) - index["num_heldout"]
         self.fingerprint = fingerprint_of([title.encode(), tiles.tobytes()])
 
@@ -59,8 +59,8 @@ def _load(title: str) -> EmbeddedSource:
 
 
 def open_embedded(spec: str, options: SourceOptions) -> ImageSource:
-    """emoji: 5,664 emoji at 64 px, 9 classes, 3 artists. Grouped by glyph: a held-out emoji was
-    never seen from any artist.
+    """emoji: 5,664 emoji at 64 px in 9 classes by 3 artists, grouped by glyph, so that no artist's
+    version of a held-out emoji is trained on.
 
     fashion: Fashion-MNIST, the first 10,000 training and, held out, the first 2,000 test pictures;
     28 px, grey, 10 classes.

@@ -10,24 +10,24 @@ from typing import BinaryIO
 import torch
 from PIL import Image
 
-from smalti.data.image_io import FolderOptions, Unusable, decode, our_own_pixel_cap
+from smalti.data.image_io import FolderOptions, Unusable, decode, without_pixel_warning
 from smalti.data.sources.base import EncodedPictures, SourceOptions
-from smalti.errors import SmaltiError
+from smalti.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-# Pictures too, but of kinds that are not read: passed over, and counted.
-PASSED_OVER = {".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".jxl", ".psd", ".svg"} | {
+# Pictures in formats that are not read: ignored, counted and named.
+IGNORED = {".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".jxl", ".psd", ".svg"} | {
     *(".ppm", ".pgm", ".tga", ".ico", ".exr", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"),
 }
 
 
 @dataclass(frozen=True)
 class _Picture:
-    """A file and the class that its place gives it."""
+    """A file and its class."""
 
-    label: str  # name of the class, "" beside the class folders
+    label: str  # name of the class folder, "" outside of one
     path: Path
 
 
@@ -35,7 +35,7 @@ class FolderPictures(EncodedPictures):
     """root/class/.../picture.png; classes are the sub-folders, sorted by name.
 
     Raises:
-        SmaltiError: no folder, no pictures, or pictures where they belong to no class.
+        DataError: no such folder, no pictures, or pictures outside the class folders.
     """
 
     def __init__(self, root: Path) -> None:
@@ -65,77 +65,75 @@ def open_folder(spec: str, options: SourceOptions) -> FolderPictures:
 
 
 def read_picture(path: Path, options: FolderOptions) -> Image.Image:
-    """One picture by its file, RGB, under the rules that hold for a folder.
+    """One picture file, RGB, under the same rules as those of a folder.
 
     Raises:
-        SmaltiError: no such file, or one that cannot be used.
+        DataError: no such file, or one that cannot be used.
     """
     if not path.is_file():
         wrong = "is not a file" if path.exists() else "does not exist"
-        raise SmaltiError(f"the picture {path} {wrong}: check the path")
+        raise DataError(f"the picture {path} {wrong}: check the path")
     try:
-        with our_own_pixel_cap():
+        with without_pixel_warning():
             return decode(path, options).image
     except Unusable as problem:
-        raise SmaltiError(f"{path} {problem}") from problem
+        raise DataError(f"{path} {problem}") from problem
 
 
 def _list_pictures(root: Path) -> list[_Picture]:
-    """Every picture below root, sorted; hidden files are left out."""
+    """Every picture below root, sorted, without hidden files."""
     if not root.exists():
-        raise SmaltiError(f"the folder {root} does not exist: check --data")
+        raise DataError(f"the folder {root} does not exist: check --data")
     if not root.is_dir():
-        raise SmaltiError(f"{root} is a file: --data takes a folder with a sub-folder per class")
+        raise DataError(f"{root} is a file: --data takes a folder with a sub-folder per class")
     files = list(_files_below(root, ()))
-    _tell_passed_over([path for path in files if path.suffix.lower() in PASSED_OVER])
+    _warn_of_ignored([path for path in files if path.suffix.lower() in IGNORED])
     found = [
         _Picture(_class_of(path, root), path) for path in files if path.suffix.lower() in EXTENSIONS
     ]
     if not found:
-        raise SmaltiError(
-            f"{root} holds no pictures ({', '.join(sorted(EXTENSIONS))}): check --data"
-        )
+        raise DataError(f"{root} holds no pictures ({', '.join(sorted(EXTENSIONS))}): check --data")
     loose = [picture.path for picture in found if not picture.label]
     if loose and len(loose) < len(found):
-        raise SmaltiError(f"{loose[0]} lies beside the class folders: move it into one of them")
+        raise DataError(f"{loose[0]} is outside the class folders: move it into one of them")
     if not loose:
-        _check_every_folder_counts(root, {picture.path for picture in found})
+        _refuse_empty_classes(root, {picture.path for picture in found})
     return sorted(found, key=lambda picture: os.fsencode(picture.path.relative_to(root)))
 
 
 def _class_of(path: Path, root: Path) -> str:
-    """The name of the sub-folder, "" if there is none; read as UTF-8 whatever the locale is."""
+    """The name of the sub-folder, "" if there is none; UTF-8 in any locale."""
     parts = path.relative_to(root).parts
     if len(parts) == 1:
         return ""
     try:
         return os.fsencode(parts[0]).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SmaltiError(
+        raise DataError(
             f"the name of the class folder {parts[0]!a} in {root} is not UTF-8: rename it"
         ) from error
 
 
-def _tell_passed_over(paths: list[Path]) -> None:
+def _warn_of_ignored(paths: list[Path]) -> None:
     if paths:
         kinds = ", ".join(sorted({path.suffix.lower() for path in paths}))
         logger.warning(
-            "passed over %d files of kinds that are not read (%s): save them as PNG or JPEG",
+            "ignored %d files in formats that are not read (%s): save them as PNG or JPEG",
             len(paths),
             kinds,
         )
 
 
-def _check_every_folder_counts(root: Path, pictures: set[Path]) -> None:
-    """A class without pictures would shift the numbers of the classes after it."""
+def _refuse_empty_classes(root: Path, pictures: set[Path]) -> None:
+    """Raise for a class folder without pictures: ignored, it would renumber later classes."""
     classes = {path.relative_to(root).parts[0] for path in pictures}
     for entry in sorted(root.iterdir()):
         if entry.is_dir() and not entry.name.startswith(".") and entry.name not in classes:
-            raise SmaltiError(f"the class folder {entry} holds no pictures: add some or remove it")
+            raise DataError(f"the class folder {entry} holds no pictures: add some or remove it")
 
 
 def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Every file that is not hidden; links are followed, but not into a folder `above`."""
+    """Every file that is not hidden; links are followed, except to one of the folders `above`."""
     here = folder.resolve()
     if here in above:  # a loop of links
         return

@@ -1,8 +1,8 @@
 """Pictures in Hugging Face data sets: saved folders, parquet and arrow files, and the Hub.
 
-Rows are read by number, without decoding the other columns. A stream (`--hf.streaming`) is copied
-to local shards first, see `stream.py`. Nothing in a data set is run: scripts and pickles are
-refused by `datasets` itself.
+The package `datasets` reads the rows, by number, without decoding pictures or other columns. A
+stream (`--hf.streaming`) is copied to local shards first. No code in a data set is run: `datasets`
+itself refuses scripts and pickles.
 """
 
 import importlib
@@ -10,7 +10,6 @@ import io
 import itertools
 import logging
 import os
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,20 +23,25 @@ from smalti.config import nearest
 from smalti.data.image_io import format_of
 from smalti.data.sources.arrays import class_names
 from smalti.data.sources.base import EncodedPictures, HuggingFaceOptions, SourceOptions
-from smalti.data.sources.download import alone, folder_name
+from smalti.data.sources.download import folder_name, locked
 from smalti.data.sources.folder import EXTENSIONS
-from smalti.data.sources.webdataset import MANIFESTS, ShardPictures, list_members
-from smalti.errors import SmaltiError
+from smalti.data.sources.webdataset import (
+    MANIFESTS,
+    ShardPictures,
+    list_members,
+    tar_writer,
+    write_sample,
+)
+from smalti.errors import ConfigurationError, DataError, SmaltiError
 from smalti.files import replacing, write_json
 
 if TYPE_CHECKING:
     import datasets
 
 
-# -------------------------------------------------------------------------------------------------
-# Which columns of a Hugging Face data set hold pictures and labels, and what the labels mean.
-
 logger = logging.getLogger(__name__)
+
+# -- Columns: which hold pictures and labels, and what the labels mean ----------------------------
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label")
@@ -45,7 +49,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label")
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a data set keeps pictures and labels."""
+    """The columns of pictures and labels."""
 
     image: str
     label: str | None  # None: there are no labels
@@ -53,20 +57,20 @@ class Columns:
 
 
 def find_columns(title: str, features: Any, options: HuggingFaceOptions) -> Columns:
-    """The columns by option, by type, or by name.
+    """The columns by option, else by type, else by name.
 
     Raises:
-        SmaltiError: a column is missing, or several would do.
+        DataError: a column is missing, or several qualify.
     """
     lib = datasets_library()
     if features is None:
-        raise SmaltiError(f"{title} does not tell its columns: leave out --hf.streaming")
+        raise DataError(f"{title} does not declare its columns: leave out --hf.streaming")
     image = options.image_column or _one_column(
         title, features, lib.Image, IMAGE_COLUMNS, "image_column"
     )
     if image is None:
-        raise SmaltiError(
-            f"{title} has the columns {', '.join(features)}: name that of the pictures in "
+        raise DataError(
+            f"{title} has the columns {', '.join(features)}: name the one with pictures in "
             "--hf.image_column"
         )
     label = options.label_column or _one_column(
@@ -74,11 +78,11 @@ def find_columns(title: str, features: Any, options: HuggingFaceOptions) -> Colu
     )
     for column in filter(None, (image, label)):
         if column not in features:
-            raise SmaltiError(f'{title} has no column "{column}"; {nearest(column, features)}')
+            raise DataError(f'{title} has no column "{column}"; {nearest(column, features)}')
     if label is None:
         others = ", ".join(name for name in features if name != image) or "no other"
         logger.warning(
-            "no column of labels is known in %s (it has %s): --hf.label_column names one",
+            "no label column was found in %s (it has %s): name one in --hf.label_column",
             title,
             others,
         )
@@ -89,11 +93,11 @@ def find_columns(title: str, features: Any, options: HuggingFaceOptions) -> Colu
 def _one_column(
     title: str, features: Any, kind: type, names: Sequence[str], option: str
 ) -> str | None:
-    """The only column of a kind; else the first that has one of some names."""
+    """The only column of a type; else the first of some names that exists."""
     of_kind = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(of_kind) > 1:
-        raise SmaltiError(
-            f"{title} has several columns that would do ({', '.join(of_kind)}): choose one with "
+        raise DataError(
+            f"{title} has several suitable columns ({', '.join(of_kind)}): choose one with "
             f"--hf.{option}"
         )
     return next((name for name in (*of_kind, *names) if name in features), None)
@@ -105,10 +109,10 @@ def labels_of(
     """Class names, and the labels (N,) int64.
 
     Args:
-        values: what stands in the label column, for each row.
+        values: the label column.
 
     Raises:
-        SmaltiError: a row has no label, or one that is neither a name nor a number from 0 on.
+        DataError: a row has no label, or one that is neither a name nor a number from 0 on.
     """
     if columns.label is None:
         return ("",), torch.zeros(len(values), dtype=torch.int64)
@@ -118,7 +122,7 @@ def labels_of(
         return names, torch.tensor([where[value] for value in values])
     for row, value in enumerate(values):
         if type(value) is not int or value < 0:
-            raise SmaltiError(
+            raise DataError(
                 f"{title}: row {row} has the label {value!r}: choose another --hf.split or "
                 "--hf.label_column"
             )
@@ -127,26 +131,25 @@ def labels_of(
 
 
 def datasets_library() -> Any:
-    """The package `datasets`, which not every user has.
+    """The package `datasets`, an optional dependency.
 
     Raises:
-        SmaltiError: it is not installed.
+        ConfigurationError: it is not installed.
     """
     try:
         import datasets
     except ImportError as error:
-        raise SmaltiError(
+        raise ConfigurationError(
             "Hugging Face data sets need another package: pip install 'smalti[data]'"
         ) from error
     return datasets
 
 
-# -------------------------------------------------------------------------------------------------
-# A stream of samples, written to local shards once.
+# -- Streams: copied once to local shards ---------------------------------------------------------
 #
-# A stream has no random access, so it could neither be shuffled exactly nor resumed at a step.
-# Hence what it yields is copied: into shards of equal numbers of samples, each written whole or
-# not at all, the manifest last. A copy that was interrupted goes on after its last whole shard.
+# A stream has no random access, so that it could neither be shuffled exactly nor resumed at a step.
+# Its samples are copied to shards of equal numbers of samples, each written atomically, and the
+# manifest last. An interrupted copy continues after its last finished shard.
 
 SHARD_SIZE = 1000  # samples
 MANIFEST = MANIFESTS[0]
@@ -169,17 +172,17 @@ def copy_stream(
     request: dict[str, Any],
     shard_size: int = SHARD_SIZE,
 ) -> ShardPictures:
-    """The samples of a stream as local shards in `folder`, which is made if need be.
+    """The samples of a stream as local shards in `folder`, which is created if necessary.
 
     Args:
-        samples: yields the samples from a position on, in an order that is always the same.
-        classes: tells the names of the classes where labels are numbers.
-        request: what the stream was asked for; kept in the manifest.
+        samples: yields the samples from a position on, always in the same order.
+        classes: returns the names of the classes where labels are numbers.
+        request: the options of the stream, which the manifest records.
 
     Raises:
-        SmaltiError: the stream holds nothing.
+        DataError: the stream is empty.
     """
-    with alone(folder / MANIFEST):
+    with locked(folder / MANIFEST):
         if not (folder / MANIFEST).is_file():
             counts = _write_shards(folder, samples, title, shard_size)
             names = classes()
@@ -192,11 +195,11 @@ def copy_stream(
 def _write_shards(
     folder: Path, samples: Callable[[int], Iterator[Sample]], title: str, shard_size: int
 ) -> dict[str, int]:
-    """Write what is missing; how many samples each shard holds."""
+    """Write the missing shards; return the number of samples of each."""
     whole = itertools.takewhile(Path.is_file, (_shard(folder, n) for n in itertools.count()))
     counts = {path.name: len(list_members(path)) for path in whole}
     done = sum(counts.values())
-    if len(counts) * shard_size != done:  # the last one is short: the stream has ended there
+    if len(counts) * shard_size != done:  # the last one is shorter: the stream ended there
         return counts
     stream = iter(tqdm(samples(done), desc=f"copy {title}", initial=done, unit=" pictures"))
     for number in itertools.count(len(counts)):
@@ -208,7 +211,7 @@ def _write_shards(
         if len(part) < shard_size:
             break
     if not counts:
-        raise SmaltiError(f"the stream of {title} holds no pictures: check --data and --hf.split")
+        raise DataError(f"the stream of {title} holds no pictures: check --data and --hf.split")
     return counts
 
 
@@ -217,41 +220,39 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _write_shard(path: Path, samples: list[Sample], first: int) -> None:
-    with replacing(path) as temporary, tarfile.open(temporary, "w") as archive:
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as file,
+        tar_writer(file) as archive,
+    ):
         for number, sample in enumerate(samples, first):
-            _add(archive, f"{number:09d}{_suffix(sample.content)}", sample.content)
+            members = {_extension(sample.content): sample.content}
             if sample.label is not None:
-                _add(archive, f"{number:09d}.cls", str(sample.label).encode())
+                members["cls"] = str(sample.label).encode()
+            write_sample(archive, f"{number:09d}", members)
 
 
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
+def _extension(content: bytes) -> str:
+    """The file extension of a picture; a damaged one is copied as it is, and verified later."""
+    extension = (format_of(content) or "").lower()
+    return extension if f".{extension}" in EXTENSIONS else "png"
 
 
-def _suffix(content: bytes) -> str:
-    """How files of this kind are called; a damaged picture is kept, and dealt with later."""
-    suffix = f".{(format_of(content) or '').lower()}"
-    return suffix if suffix in EXTENSIONS else ".png"
-
-
-# -------------------------------------------------------------------------------------------------
-# Pictures in Hugging Face data sets: saved folders, parquet and arrow files, and the Hub.
+# -- Pictures of saved folders, parquet and arrow files, and the Hub ------------------------------
 
 SIZES_AT_ONCE = 10_000  # rows
-SAVED = ("dataset_dict.json", "state.json")  # one of them lies in what `save_to_disk` wrote
+SAVED = ("dataset_dict.json", "state.json")  # `save_to_disk` writes one of them
 
 
 class HuggingFacePictures(EncodedPictures):
     """The rows of a map-style data set.
 
     Args:
-        rows: the pictures that are divided, or all for training if `heldout` is given.
-        heldout: rows that are held out.
+        rows: the pictures to divide; if `heldout` is given, all are for training.
+        heldout: the held-out pictures.
 
     Raises:
-        SmaltiError: the columns cannot be told, or hold no pictures or labels.
+        DataError: the columns cannot be determined, or hold no pictures or labels.
     """
 
     def __init__(
@@ -267,12 +268,12 @@ class HuggingFacePictures(EncodedPictures):
         parts = [_plain(part, columns) for part in (rows, heldout) if part is not None]
         try:
             self._rows = lib.concatenate_datasets(parts)
-        except ValueError as error:  # other columns, or labels of another meaning
-            raise SmaltiError(
-                f"the splits of {title} do not go together: {_first_line(error)}"
+        except ValueError as error:  # different columns, or labels with different names
+            raise DataError(
+                f"the splits of {title} have different columns: {_first_line(error)}"
             ) from error
         if len(self._rows) == 0:
-            raise SmaltiError(f"{title} holds no pictures: check --data and --hf.split")
+            raise DataError(f"{title} holds no pictures: check --data and --hf.split")
         if heldout is not None:
             self.heldout = torch.arange(len(self._rows)) >= len(rows)
         values = [None] * len(self._rows) if columns.label is None else self._rows[columns.label]
@@ -292,23 +293,23 @@ class HuggingFacePictures(EncodedPictures):
 
 
 def open_hub(spec: str, options: SourceOptions) -> EncodedPictures:
-    """`hf:owner/name` on the Hub, or `hf:` and a folder: laid out like a set there, or saved."""
+    """`hf:owner/name` on the Hub, or `hf:FOLDER` with files as on the Hub or of `save_to_disk`."""
     name = spec.removeprefix("hf:")
     folder = os.path.expanduser(name)
     if not os.path.isdir(folder) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise SmaltiError(f"the folder {name} does not exist: check --data")
+        raise DataError(f"the folder {name} does not exist: check --data")
     if any(os.path.isfile(os.path.join(folder, mark)) for mark in SAVED):
         return open_saved(folder, options)
     return _open(spec, options, folder if os.path.isdir(folder) else name)
 
 
 def open_files(spec: str, options: SourceOptions) -> EncodedPictures:
-    """Parquet or arrow files: one, a pattern of several, or a folder of them."""
+    """Parquet or arrow files: one, those that match a glob, or those in a folder."""
     datasets_library()
     path = Path(spec).expanduser()
     if path.is_dir() and not any(path.glob("*.arrow")):
         _check_parquet(spec, sorted(path.glob("*.parquet")))
-        return _open(spec, options, str(path))  # file names tell the splits
+        return _open(spec, options, str(path))  # file names determine the splits
     files = sorted(path.glob("*.arrow")) if path.is_dir() else _matching(path)
     if path.is_dir() or path.suffix == ".arrow":
         _refuse_unused(spec, options)
@@ -320,11 +321,11 @@ def open_files(spec: str, options: SourceOptions) -> EncodedPictures:
 
 
 def _check_parquet(spec: str, files: Sequence[Path]) -> None:
-    """Raise `SmaltiError` if a file is damaged, naming it, or if all are empty."""
+    """Raise `DataError` if a file is damaged, naming it, or if all are empty."""
     parquet: Any = importlib.import_module("pyarrow.parquet")  # without types
     rows = [_guarded(str(file), partial(parquet.read_metadata, file)).num_rows for file in files]
     if not any(rows):
-        raise SmaltiError(f"{spec} holds no pictures: check --data")
+        raise DataError(f"{spec} holds no pictures: check --data")
 
 
 def open_saved(spec: str, options: SourceOptions) -> EncodedPictures:
@@ -335,10 +336,10 @@ def open_saved(spec: str, options: SourceOptions) -> EncodedPictures:
 
 
 def _open(spec: str, options: SourceOptions, path: str, **arguments: Any) -> EncodedPictures:
-    """What `datasets.load_dataset(path)` gives, as a stream or not."""
+    """The data set of `datasets.load_dataset(path)`, as a stream or not."""
     hf, cache = options.hf, options.stream_cache
     if hf.streaming and cache is None:
-        raise SmaltiError(
+        raise ConfigurationError(
             f"{spec} is streamed: pass --stream_cache FOLDER for a copy of the samples, without "
             "which neither their order nor a resumed run would be exact"
         )
@@ -355,7 +356,7 @@ def _load(hf: HuggingFaceOptions, path: str, **arguments: Any) -> Any:
 
 
 def _arrow_cache(cache: Path | None) -> str | None:
-    """Where parquet is unpacked to; None is the cache that all users of `datasets` share."""
+    """Where `datasets` writes the arrow files that it makes of parquet; None = its own cache."""
     return None if cache is None else str(cache / "datasets")
 
 
@@ -366,22 +367,22 @@ def _map_style(spec: str, loaded: Any, hf: HuggingFaceOptions) -> HuggingFacePic
 
 
 def _choose_split(spec: str, loaded: Any, split: str) -> Any:
-    if not isinstance(loaded, dict):  # one split, without a name
+    if not isinstance(loaded, dict):  # a single split without a name
         if split:
-            raise SmaltiError(f'{spec} has no splits: leave out "{split}"')
+            raise DataError(f'{spec} has no splits: leave out "{split}"')
         return loaded
     name = split or ("train" if "train" in loaded else "")
     if not name and len(loaded) == 1:
         (name,) = loaded
     if name not in loaded:
-        raise SmaltiError(f'{spec} has no split "{name}" (--hf.split); {nearest(name, loaded)}')
+        raise DataError(f'{spec} has no split "{name}" (--hf.split); {nearest(name, loaded)}')
     return loaded[name]
 
 
 def _streamed(
     spec: str, hf: HuggingFaceOptions, cache: Path, path: str, arguments: dict[str, Any]
 ) -> EncodedPictures:
-    """A copy of the stream; the network is not asked once the copy is whole."""
+    """A local copy of the stream; once it is complete, the network is not used."""
     request = {
         "data": os.path.abspath(path) if os.path.isdir(path) else path,
         **arguments,
@@ -423,37 +424,37 @@ def _streamed(
 
 
 def _refuse_unused(spec: str, options: SourceOptions) -> None:
-    """Raise `SmaltiError` if options were given that mean nothing for arrow files on this disk."""
+    """Raise `ConfigurationError` for options that do not apply to local arrow files."""
     hf = options.hf
     unused = {"hf.streaming": hf.streaming, "hf.config": hf.config, "hf.revision": hf.revision}
     for name, value in {**unused, "stream_cache": options.stream_cache}.items():
         if value:
-            raise SmaltiError(f"{spec} is read in place already: leave out --{name}")
+            raise ConfigurationError(f"{spec} is read in place: leave out --{name}")
 
 
 def _plain(rows: Any, columns: Columns) -> Any:
-    """Only what is needed, pictures as they are stored."""
+    """The columns of pictures and labels alone, pictures not decoded."""
     kept = rows.select_columns([name for name in (columns.image, columns.label) if name])
     try:
         return kept.cast_column(columns.image, datasets_library().Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise SmaltiError(
+        raise DataError(
             f'the column "{columns.image}" holds no pictures: name another in --hf.image_column'
         ) from error
 
 
 def _content(value: Any, place: str) -> bytes:
-    """The bytes of a picture; for a path, only local files and those on the Hub are opened.
+    """The bytes of a picture; of paths, only local ones and those on the Hub are opened.
 
     Raises:
-        OSError: there are none.
+        OSError: the row has no picture.
     """
     if isinstance(value, dict) and value.get("bytes") is not None:
         return value["bytes"]
     path = value.get("path") if isinstance(value, dict) else None
     if not path:
         raise FileNotFoundError(f"{place} holds no picture")
-    if path.rpartition("::")[2].startswith("hf://"):  # a file in the repository of a stream
+    if path.rpartition("::")[2].startswith("hf://"):  # a file in the Hub repository of a stream
         import fsspec
 
         with fsspec.open(path, "rb") as stream:
@@ -474,22 +475,22 @@ def _sizes_of(rows: Any, column: str) -> list[int]:
 def _matching(path: Path) -> list[Path]:
     files = [path] if path.is_file() else sorted(path.parent.glob(path.name))
     if not files:
-        raise SmaltiError(f"{path} does not exist: check --data")
+        raise DataError(f"{path} does not exist: check --data")
     return files
 
 
 def _guarded(spec: str, load: Any) -> Any:
-    """What `load()` gives; its many kinds of failure in one line."""
+    """The result of `load()`; any exception becomes a `DataError` of one line."""
     try:
         return load()
     except SmaltiError:
         raise
-    except Exception as error:  # the libraries beneath raise many kinds; all mean "cannot be read"
-        raise SmaltiError(f"{spec} cannot be read: {_first_line(error)}") from error
+    except Exception as error:  # the libraries raise many kinds; all mean "cannot be read"
+        raise DataError(f"{spec} cannot be read: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
-    """Of what was wrong at first: `datasets` says of many things that an error occurred."""
+    """Of the original error: that of `datasets` often says only that an error occurred."""
     while error.__cause__ is not None and type(error).__module__.startswith("datasets."):
         error = error.__cause__
     return (str(error).splitlines() or [type(error).__name__])[0]

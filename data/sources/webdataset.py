@@ -1,48 +1,54 @@
-"""Pictures in WebDataset shards: tar files whose members 000017.jpg and 000017.cls make a sample.
+"""Pictures in WebDataset shards: tar files whose members 000017.jpg and 000017.cls form a sample.
 
-The members' places are listed once, and pictures are then read by position. So any sample is at
-hand at any time: the order of the data is exact, at any number of nodes and workers. Nothing is
-unpacked, no command of a `pipe:` pattern is run, and members that are neither pictures nor labels
-(pickles, say) are never read. A shard that is cut is an error, never fewer samples: its tar must be
-closed properly, and hold as many samples as the manifest beside it says, if there is one.
+The package `webdataset` says which members belong together, and writes shards. Reading is ours,
+because its readers are streams: here the offsets of all members are listed once, and pictures are
+then read by position, so that the order of the data is exact on any number of processes. Nothing
+is unpacked, no command of a `pipe:` pattern is run, and members that are neither pictures nor
+labels (pickles, say) are never read. A truncated shard is an error, never fewer samples: its tar
+must end correctly, and hold as many samples as the manifest beside it says, if there is one.
 """
 
 import io
 import json
+import logging
+import math
 import re
 import tarfile
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from glob import glob
-from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from braceexpand import braceexpand
 from tqdm.auto import tqdm
+from webdataset import TarWriter
+from webdataset.tariterators import base_plus_ext
 
 from smalti.data.sources.arrays import class_names, names_beside
 from smalti.data.sources.base import EncodedPictures, SourceOptions
 from smalti.data.sources.download import local_copies
 from smalti.data.sources.folder import EXTENSIONS
-from smalti.errors import SmaltiError
+from smalti.errors import DataError
 from smalti.files import read_json, write_json
 
-# -------------------------------------------------------------------------------------------------
-# What the label members of a WebDataset shard say: 000017.cls, 000017.json.
+logger = logging.getLogger(__name__)
 
-LABELS = (".cls", ".json")  # the first that tells a label counts
+# -- Labels: what the members 000017.cls and 000017.json hold -------------------------------------
+
+LABELS = (".cls", ".json")  # the first that holds a label counts
 JSON_KEYS = ("label", "cls", "class")
 MAX_LABEL_BYTES = 2**20
 
 
 def read_label(shard: Path, name: str, content: bytes) -> int | str | None:
-    """A number or the name of a class; None if a .json member says nothing of it.
+    """A number or the name of a class; None if a .json member holds no label.
 
     Raises:
-        SmaltiError: the member holds something else; names it.
+        DataError: the member holds something else; the message names it.
     """
     is_json = name.lower().endswith(".json")
     try:
@@ -51,11 +57,11 @@ def read_label(shard: Path, name: str, content: bytes) -> int | str | None:
             label = _label_of(json.loads(label))
     except (ValueError, RecursionError) as error:
         kind = "JSON" if is_json else "label"
-        raise SmaltiError(f"{name} in {shard} holds no {kind}: write it again") from error
+        raise DataError(f"{name} in {shard} holds no {kind}: write it again") from error
     if isinstance(label, str) and label.removeprefix("-").isdecimal():
         label = int(label)
     if isinstance(label, str) and not all(map(_can_be_printed, label)):
-        raise SmaltiError(
+        raise DataError(
             f"{name} in {shard} has the label {label[:40]!a}, which cannot be printed: write it "
             "again"
         )
@@ -63,15 +69,9 @@ def read_label(shard: Path, name: str, content: bytes) -> int | str | None:
         return label
     if is_json:
         return None
-    raise SmaltiError(
+    raise DataError(
         f"{name} in {shard} holds no label: it must be a number from 0 on or the name of a class"
     )
-
-
-def first_label(labels: dict[str, int | str | None]) -> int | str | None:
-    """What the members of a sample say together, by suffix."""
-    said = (labels.get(suffix) for suffix in LABELS)
-    return next((label for label in said if label is not None), None)
 
 
 def _label_of(values: Any) -> Any:
@@ -81,12 +81,11 @@ def _label_of(values: Any) -> Any:
 
 
 def _can_be_printed(letter: str) -> bool:
-    """Whether it is neither a control character (zero is one) nor half of a character."""
+    """Whether it is neither a control character (such as NUL) nor a lone surrogate."""
     return unicodedata.category(letter) not in ("Cc", "Cs")
 
 
-# -------------------------------------------------------------------------------------------------
-# Which files a pattern of shards means.
+# -- Patterns of shards: {000..009}, *, a folder, or a URL ----------------------------------------
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -95,56 +94,54 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.zst")
 
 
 def expand_shards(spec: str) -> list[str]:
-    """Paths or URLs of shards, in order: {000..009} counts, {a,b} lists, * and ? look around.
+    """Paths or URLs of shards, in order: {000..009} is a range, {a,b} a list, * and ? are globs.
 
     Raises:
-        SmaltiError: a command instead of files, no such files, or a pattern that cannot be read.
+        DataError: a command instead of files, no such files, or a malformed pattern.
     """
     if spec.startswith("pipe:") or "::" in spec:
-        raise SmaltiError(
+        raise DataError(
             f"--data is {spec}: commands and chained locations are not run; name files or URLs"
         )
     if spec.endswith(COMPRESSED):
-        raise SmaltiError(f"--data is {spec}: decompress the shards, then name the .tar files")
+        raise DataError(f"--data is {spec}: decompress the shards, then name the .tar files")
     names = expand_braces(spec)
     if "://" in spec:
         return names
     paths = [Path(name).expanduser() for name in names]
     found = [path for pattern in paths for path in _files(pattern)]
     if not found:
-        raise SmaltiError(f"no shards fit {spec}: check --data")
+        raise DataError(f"no shards match {spec}: check --data")
     return [str(path) for path in found]
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Every name that a pattern with {a,b} and {000..009} stands for.
+    """All names that a pattern with {a,b} and {000..009} stands for.
+
+    They are counted first, because `braceexpand` builds every range in memory.
 
     Raises:
-        SmaltiError: braces that hold neither, or too many names.
+        DataError: braces that hold neither a list nor an ascending range, or too many names.
     """
-    choices = [_choices(body, pattern) for body in BRACES.findall(pattern)]
-    literals = BRACES.split(pattern)[::2]
-    count = 1
-    for options in choices:
-        count *= len(options)
+    count = math.prod(_num_alternatives(body, pattern) for body in BRACES.findall(pattern))
     if count > MAX_SHARDS:
-        raise SmaltiError(f"{pattern} stands for {count} files: more than {MAX_SHARDS}")
-    return [
-        literals[0] + "".join(a + b for a, b in zip(chosen, literals[1:], strict=True))
-        for chosen in product(*choices)
-    ]
+        raise DataError(f"{pattern} stands for {count} files: more than {MAX_SHARDS}")
+    if re.search(r"[{}]", BRACES.sub("", pattern)):
+        raise DataError(f"the braces in {pattern} are nested or unbalanced: write simple ones")
+    return list(braceexpand(pattern, escape=False))
 
 
-def _choices(body: str, pattern: str) -> list[str]:
+def _num_alternatives(body: str, pattern: str) -> int:
     if found := RANGE.fullmatch(body):
-        first, last = found.groups()
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        if not 0 <= int(last) - int(first) < MAX_SHARDS:
-            raise SmaltiError(f"{{{body}}} in {pattern} does not count upwards: mend the range")
-        return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+        first, last = map(int, found.groups())
+        if last < first:
+            raise DataError(f"{{{body}}} in {pattern} is a descending range: swap its ends")
+        return last - first + 1
     if "," in body:
-        return body.split(",")
-    raise SmaltiError(f"{{{body}}} in {pattern} is neither a range nor a list: {{000..009}} counts")
+        return body.count(",") + 1
+    raise DataError(
+        f"{{{body}}} in {pattern} is neither a range like {{000..009}} nor a list like {{a,b}}"
+    )
 
 
 def _files(pattern: Path) -> list[Path]:
@@ -152,39 +149,235 @@ def _files(pattern: Path) -> list[Path]:
         seen = sorted(path for path in pattern.iterdir() if path.name[0] != ".")
         for path in seen:
             if path.name.endswith(COMPRESSED):
-                raise SmaltiError(f"{path} would be passed over: decompress it, or move it away")
+                raise DataError(f"{path} would be ignored: decompress it, or move it away")
         return [path for path in seen if path.suffix == ".tar"]
     if not pattern.exists() and any(letter in str(pattern) for letter in "*?["):
         return [Path(name) for name in sorted(glob(str(pattern)))]
-    return [pattern]  # one that is missing is named when it is opened
+    return [pattern]  # a missing one is named when it is opened
 
 
-# -------------------------------------------------------------------------------------------------
-# Pictures in WebDataset shards: tar files whose members 000017.jpg and 000017.cls make a sample.
+# -- Writing --------------------------------------------------------------------------------------
+
+
+def tar_writer(stream: BinaryIO) -> TarWriter:
+    """A writer without times and owners: equal samples give equal bytes."""
+    return TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False)
+
+
+def write_sample(archive: TarWriter, key: str, members: Mapping[str, bytes]) -> None:
+    """Write the members of a sample, by extension, in the order of the mapping."""
+    for extension, content in members.items():  # in one call TarWriter would sort them
+        archive.write({"__key__": key, extension: content})
+
+
+# -- Manifests: the number of samples of each shard -----------------------------------------------
 
 # Beside the shards: {"000.tar": 1000, ...}, the same under "shards", or wids' "shardlist".
 MANIFESTS = ("manifest.json", "sizes.json", "_shards.json")
-BLOCK = 512  # bytes; a tar consists of such blocks and ends with two zero blocks, or some more:
-PADDING = tarfile.RECORDSIZE  # bytes that fill it up, at most
+
+
+def read_manifest(folder: Path) -> dict[str, int] | None:
+    """The number of samples of each shard in a folder; None without a manifest.
+
+    Raises:
+        DataError: the manifest holds something else.
+    """
+    for name in MANIFESTS:
+        if (folder / name).is_file():
+            return _counts_in(folder / name)
+    return None
+
+
+def _counts_in(path: Path) -> dict[str, int]:
+    content: Any = read_json(path)
+    if isinstance(content, dict) and isinstance(content.get("shardlist"), list):
+        content = {
+            Path(str(entry["url"])).name: entry["nsamples"]
+            for entry in content["shardlist"]
+            if isinstance(entry, dict) and {"url", "nsamples"} <= entry.keys()
+        }
+    elif isinstance(content, dict) and isinstance(content.get("shards"), dict):
+        content = content["shards"]
+    if not isinstance(content, dict) or not all(type(count) is int for count in content.values()):
+        raise DataError(
+            f"{path} does not state the number of samples of each shard: remove it, or write "
+            "another with smalti check-data --write_manifest"
+        )
+    return content
+
+
+def _check_count(path: Path, found: int, counts: dict[str, int] | None) -> None:
+    if counts is None:
+        return
+    if path.name not in counts:
+        raise DataError(f"the manifest beside {path} does not name it: add it, or remove it")
+    if found != counts[path.name]:
+        raise DataError(
+            f"the shard {path} holds {found} samples, the manifest beside it says "
+            f"{counts[path.name]}: copy it again"
+        )
+
+
+def _refuse_missing(
+    shards: Sequence[Path], manifests: Mapping[Path, dict[str, int] | None]
+) -> None:
+    """Raise if a shard that a manifest names does not exist."""
+    for folder, counts in manifests.items():
+        for name in sorted(counts or {}):
+            if folder / name not in shards and not (folder / name).is_file():
+                raise DataError(
+                    f"the shard {folder / name} is missing, and its manifest names it: copy it"
+                )
+
+
+# -- The samples of one shard ---------------------------------------------------------------------
+
+BLOCK = 512  # bytes; a tar consists of such blocks, and ends with two blocks of zeros
+PADDING = tarfile.RECORDSIZE  # bytes of zeros that may follow them, at most
+META = re.compile(r"__[^/]*__($|/)")  # names that `webdataset` skips
+MAX_KINDS = 10  # kinds of ignored members that a warning names
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where a sample's picture lies, and its label."""
+    """The position of a sample's picture, and its label."""
 
     shard: int
     key: str
-    suffix: str
+    suffix: str  # from the first dot of the file name: ".png", or ".left.png"
     offset: int
     size: int
     label: int | str | None
 
 
+@dataclass
+class _Sample:
+    """The members of one key by suffix, ".png" or ".left.png"."""
+
+    pictures: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    labels: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+
+
+def list_members(path: Path, number: int = 0, ignored: Counter[str] | None = None) -> list[Member]:
+    """The samples of a shard in the order of their pictures.
+
+    As in `webdataset`, the key of a member is its name up to the first dot of the last part, and
+    the part after the last dot tells its kind. If a key has several pictures, the one with a single
+    dot, 000017.jpg, is the sample's.
+
+    Args:
+        ignored: counts the members that are neither the picture nor a label of a sample, by kind.
+
+    Raises:
+        DataError: see `ShardPictures`.
+    """
+    ignored = Counter() if ignored is None else ignored
+    samples: dict[str, _Sample] = {}
+    try:
+        with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+            for info in archive:
+                _add_to_sample(path, info, samples, ignored)
+            stream.seek(archive.offset)
+            _check_end(stream.read(2 * BLOCK + PADDING + 1))
+            members = [
+                _member_of(path, stream, number, key, sample, ignored)
+                for key, sample in samples.items()
+            ]
+    except tarfile.TarError as error:
+        raise DataError(f"the shard {path} is cut or damaged ({error}): copy it again") from error
+    except OSError as error:
+        raise DataError(f"the shard {path} cannot be read ({error}): check --data") from error
+    return sorted(filter(None, members), key=lambda member: member.offset)
+
+
+def _add_to_sample(
+    path: Path, info: tarfile.TarInfo, samples: dict[str, _Sample], ignored: Counter[str]
+) -> None:
+    """Add a member to the sample of its key, or count it as ignored."""
+    if info.isdir():
+        return
+    key, extension = base_plus_ext(info.name)
+    suffix = f".{extension}".lower() if key else ""
+    kind = f".{suffix.rpartition('.')[2]}"
+    hidden = info.name.rpartition("/")[2].startswith(".") or META.match(info.name)
+    if hidden or kind not in {*EXTENSIONS, *LABELS}:
+        ignored["hidden" if hidden else kind if suffix else "without suffix"] += 1
+        return
+    sample = samples.setdefault(key, _Sample())
+    if kind in EXTENSIONS:
+        if suffix in sample.pictures:
+            raise DataError(f"{path} holds two pictures for {key}: rename one")
+        sample.pictures[suffix] = info
+    else:
+        if suffix in sample.labels:
+            raise DataError(f"{path} holds {info.name} twice: remove one")
+        sample.labels[suffix] = info
+
+
+def _member_of(
+    path: Path, stream: BinaryIO, number: int, key: str, sample: _Sample, ignored: Counter[str]
+) -> Member | None:
+    """The picture of a sample with its label; None if it has neither."""
+    candidates = [suffix for suffix in sample.pictures if suffix.count(".") == 1]
+    candidates = candidates or list(sample.pictures)
+    if len(candidates) > 1:
+        raise DataError(f"{path} holds two pictures for {key}: rename one")
+    chosen = candidates[0] if candidates else ""
+    # The label of a.left.png is a.left.cls or a.cls. The first that holds one counts.
+    stem = chosen.rpartition(".")[0]
+    wanted = dict.fromkeys(prefix + kind for kind in LABELS for prefix in (stem, ""))
+    labels = [sample.labels[suffix] for suffix in wanted if suffix in sample.labels]
+    ignored.update(suffix for suffix in sample.pictures if suffix != chosen)
+    ignored.update(suffix for suffix in sample.labels if suffix not in wanted)
+    if not chosen:
+        if labels:
+            raise DataError(f"{path} holds a label for {key}, but no picture: write it again")
+        return None
+    picture = sample.pictures[chosen]
+    _check_member(path, picture)
+    values = [_label(path, stream, info) for info in labels]
+    label = next((value for value in values if value is not None), None)
+    return Member(number, key, chosen, picture.offset_data, picture.size, label)
+
+
+def _check_member(path: Path, member: tarfile.TarInfo) -> None:
+    if not member.isreg() or member.issparse():
+        raise DataError(f"{member.name} in {path} is a link or not a file: store the file itself")
+
+
+def _label(path: Path, stream: BinaryIO, member: tarfile.TarInfo) -> int | str | None:
+    _check_member(path, member)
+    if member.size > MAX_LABEL_BYTES:
+        if member.name.lower().endswith(".cls"):
+            raise DataError(f"{member.name} in {path} is too large for a label: remove it")
+        return None  # a .json member with other content
+    stream.seek(member.offset_data)
+    return read_label(path, member.name, stream.read(member.size))
+
+
+def _check_end(rest: bytes) -> None:
+    """Raise `tarfile.ReadError` unless the end mark, and nothing more, follows the last member.
+
+    tarfile stops at the first block of zeros: where a copy was not filled in, or where the header
+    of a member was lost, all members after it would be missing.
+    """
+    if len(rest) < BLOCK or rest[:BLOCK].strip(b"\0"):
+        raise tarfile.ReadError("no end-of-archive mark")
+    if len(rest) > 2 * BLOCK + PADDING or rest.strip(b"\0"):
+        raise tarfile.ReadError("more follows its end-of-archive mark")
+
+
+# -- A set of shards ------------------------------------------------------------------------------
+
+
 class ShardPictures(EncodedPictures):
     """The samples of shards in order.
 
+    Args:
+        expect_all: every shard that a manifest names must exist.
+
     Raises:
-        SmaltiError: a shard is missing, cut or damaged, or a sample has no picture or label; names
+        DataError: a shard is missing or damaged, or a sample has no picture or no label; names
             the shard.
     """
 
@@ -194,12 +387,14 @@ class ShardPictures(EncodedPictures):
         if expect_all:
             _refuse_missing(self.shards, manifests)
         self._members: list[Member] = []
+        ignored: Counter[str] = Counter()
         for number, path in enumerate(tqdm(self.shards, desc="list shards", delay=2, leave=False)):
-            members = list_members(path, number)
+            members = list_members(path, number, ignored)
             _check_count(path, len(members), manifests[path.parent])
             self._members += members
+        _warn_of_ignored(title, ignored)
         if not self._members:
-            raise SmaltiError(f"{title} holds no pictures: check --data")
+            raise DataError(f"{title} holds no pictures: check --data")
         self.classes, self.labels = _labels_of(self.shards, self._members)
 
     def open(self, index: int) -> BinaryIO:
@@ -219,7 +414,7 @@ class ShardPictures(EncodedPictures):
         return f"{self.shards[self._members[index].shard].parent}/{self.name(index)}"
 
     def write_manifests(self) -> list[Path]:
-        """Note beside the shards how many samples each holds, where no manifest does so already.
+        """Write beside the shards how many samples each holds, where there is no manifest yet.
 
         Returns:
             The files that were written.
@@ -237,7 +432,7 @@ class ShardPictures(EncodedPictures):
 def open_shards(spec: str, options: SourceOptions) -> ShardPictures:
     """Shards by path, by a pattern like {000..009} or *, by their folder, or behind a URL.
 
-    What lies behind a URL is copied to `stream_cache` once; processes that share that folder share
+    Shards behind a URL are copied to `stream_cache` once; processes that share that folder share
     the work.
     """
     urls = expand_shards(spec)
@@ -248,134 +443,16 @@ def open_shards(spec: str, options: SourceOptions) -> ShardPictures:
     return ShardPictures(spec, [Path(url) for url in urls], expect_all=whole)
 
 
-def list_members(path: Path, number: int = 0) -> list[Member]:
-    """The samples of a shard in the order of their pictures.
-
-    Raises:
-        SmaltiError: see `ShardPictures`.
-    """
-    pictures: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, dict[str, int | str | None]] = {}
-    try:
-        with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            for member in archive:
-                key, suffix = _split(member.name)
-                if suffix not in EXTENSIONS and suffix not in LABELS:
-                    continue
-                _check_member(path, member, labels.get(key, {}))
-                if suffix in LABELS:
-                    labels.setdefault(key, {})[suffix] = _label(path, stream, member)
-                elif key in pictures:
-                    raise SmaltiError(f"{path} holds two pictures for {key}: rename one")
-                else:
-                    pictures[key] = (suffix, member.offset_data, member.size)
-            stream.seek(archive.offset)
-            _check_end(stream.read(2 * BLOCK + PADDING + 1))
-    except tarfile.TarError as error:
-        raise SmaltiError(f"the shard {path} is cut or damaged ({error}): copy it again") from error
-    except OSError as error:
-        raise SmaltiError(f"the shard {path} cannot be read ({error}): check --data") from error
-    _refuse_halves(path, labels.keys() - pictures.keys())
-    return [
-        Member(number, key, *rest, first_label(labels.get(key, {})))
-        for key, rest in pictures.items()
-    ]
-
-
-def read_manifest(folder: Path) -> dict[str, int] | None:
-    """How many samples each shard of a folder must hold, if a manifest there says so.
-
-    Raises:
-        SmaltiError: the manifest says something else.
-    """
-    for name in MANIFESTS:
-        if (folder / name).is_file():
-            return _counts_in(folder / name)
-    return None
-
-
-def _counts_in(path: Path) -> dict[str, int]:
-    content: Any = read_json(path)
-    if isinstance(content, dict) and isinstance(content.get("shardlist"), list):
-        content = {
-            Path(str(entry["url"])).name: entry["nsamples"]
-            for entry in content["shardlist"]
-            if isinstance(entry, dict) and {"url", "nsamples"} <= entry.keys()
-        }
-    elif isinstance(content, dict) and isinstance(content.get("shards"), dict):
-        content = content["shards"]
-    if not isinstance(content, dict) or not all(type(count) is int for count in content.values()):
-        raise SmaltiError(
-            f"{path} does not tell how many samples each shard has: remove it, or write another "
-            "with smalti check-data --write_manifest"
+def _warn_of_ignored(title: str, ignored: Counter[str]) -> None:
+    if ignored:
+        kinds = sorted(ignored)
+        named = ", ".join(kinds[:MAX_KINDS]) + (", ..." if len(kinds) > MAX_KINDS else "")
+        logger.warning(
+            "ignored %d members of %s that are neither pictures nor labels (%s)",
+            ignored.total(),
+            title,
+            named,
         )
-    return content
-
-
-def _check_count(path: Path, found: int, counts: dict[str, int] | None) -> None:
-    if counts is None:
-        return
-    if path.name not in counts:
-        raise SmaltiError(f"the manifest beside {path} does not name it: add it, or remove it")
-    if found != counts[path.name]:
-        raise SmaltiError(
-            f"the shard {path} holds {found} samples, the manifest beside it says "
-            f"{counts[path.name]}: copy it again"
-        )
-
-
-def _refuse_missing(
-    shards: Sequence[Path], manifests: Mapping[Path, dict[str, int] | None]
-) -> None:
-    """Where a glob or a folder stands for all shards, all in the manifest must be there."""
-    for folder, counts in manifests.items():
-        for name in sorted(counts or {}):
-            if folder / name not in shards and not (folder / name).is_file():
-                raise SmaltiError(f"the shard {folder / name} is missing: its manifest names it")
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Key and suffix of a member: what stands before and after the first dot of its last part."""
-    folder, slash, last = name.rpartition("/")
-    stem, _, extension = last.partition(".")
-    return f"{folder}{slash}{stem}", f".{extension.lower()}"
-
-
-def _check_end(rest: bytes) -> None:
-    """What follows the last member that was read must be the end mark, and nothing more.
-
-    Zeros are where a copy was not filled in, and a member whose head is zeros would hide all after
-    it.
-
-    Raises:
-        tarfile.ReadError: it is not.
-    """
-    if len(rest) < BLOCK or rest[:BLOCK].strip(b"\0"):
-        raise tarfile.ReadError("no end-of-archive mark")
-    if len(rest) > 2 * BLOCK + PADDING or rest.strip(b"\0"):
-        raise tarfile.ReadError("more follows its end-of-archive mark")
-
-
-def _check_member(path: Path, member: tarfile.TarInfo, labels: Collection[str]) -> None:
-    suffix = _split(member.name)[1]
-    if not member.isreg() or member.issparse():
-        raise SmaltiError(f"{member.name} in {path} is a link or no file: store the file itself")
-    if suffix in labels:
-        raise SmaltiError(f"{path} holds {member.name} twice: remove one")
-    if suffix == ".cls" and member.size > MAX_LABEL_BYTES:
-        raise SmaltiError(f"{member.name} in {path} is too large for a label: remove it")
-
-
-def _label(path: Path, stream: BinaryIO, member: tarfile.TarInfo) -> int | str | None:
-    if member.size > MAX_LABEL_BYTES:  # a .json of other things
-        return None
-    stream.seek(member.offset_data)
-    return read_label(path, member.name, stream.read(member.size))
-
-
-def _refuse_halves(path: Path, keys: Iterable[str]) -> None:
-    for key in sorted(keys):
-        raise SmaltiError(f"{path} holds a label for {key}, but no picture: write it again")
 
 
 def _labels_of(
@@ -387,7 +464,7 @@ def _labels_of(
         return ("",), torch.zeros(len(values), dtype=torch.int64)
     if any(value is None for value in values):
         member = members[values.index(None)]
-        raise SmaltiError(
+        raise DataError(
             f"{member.key} in {shards[member.shard]} has no label: add {member.key}.cls"
         )
     _refuse_mixed(shards, members)
@@ -401,14 +478,14 @@ def _labels_of(
 
 
 def _refuse_mixed(shards: Sequence[Path], members: list[Member]) -> None:
-    """One name among numbers would make names of all, in another order: every class another."""
+    """Raise if some labels are names and others numbers: one name would renumber all classes."""
     named = [member for member in members if type(member.label) is str]
     numbered = [member for member in members if type(member.label) is int]
     if not (named and numbered):
         return
     odd, many = sorted((named, numbered), key=len)
     others = "numbers" if many is numbered else "names"
-    raise SmaltiError(
+    raise DataError(
         f"{odd[0].key} in {shards[odd[0].shard]} has the label {odd[0].label!r}, but {len(many)} "
         f"other samples have {others}, such as {many[0].label!r}: label all in the same way"
     )

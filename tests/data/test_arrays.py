@@ -1,4 +1,4 @@
-"""Array files: mapped, checked, and never unpickled."""
+"""Array files: memory-mapped, checked, and never unpickled."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_evaluation_archives_and_grey_pictures_are_read(tmp_path: Path) -> None:
         assert np.array_equal(pixels, np.repeat(grey[3][..., None], 3, axis=2))
 
 
-def test_equal_rows_fall_on_one_side_of_the_split(tmp_path: Path) -> None:
+def test_equal_rows_are_never_divided_between_splits(tmp_path: Path) -> None:
     source = open_source(npz(tmp_path / "a.npz", images=IMAGES[[0, 0, *range(2, 12)]]))
     assert source.group(0) == source.group(1) != source.group(2)
 
@@ -51,12 +51,14 @@ def test_equal_rows_fall_on_one_side_of_the_split(tmp_path: Path) -> None:
         ({"labels": LABELS / 2}, "float64"),
         ({"labels": LABELS * 10**15}, "number the classes from 0 on, without gaps"),
         ({"classes": np.array(["a", "b"])}, "labels go up to 2"),
-        ({"classes": np.array(["a", "b", "a"])}, "a name of its own"),
-        ({"labels": np.array([None] * 12)}, "no array of plain numbers"),
-        ({"images": np.array([{}] * 12)}, "no array of plain numbers"),
+        ({"classes": np.array(["a", "b", "a"])}, "a different name"),
+        ({"labels": np.array([None] * 12)}, "not an array of plain numbers"),
+        ({"images": np.array([{}] * 12)}, "not an array of plain numbers"),
     ],
 )
-def test_what_is_not_a_set_of_pictures_is_refused(tmp_path: Path, changes, message: str) -> None:
+def test_arrays_that_are_not_a_picture_set_are_refused(
+    tmp_path: Path, changes, message: str
+) -> None:
     with pytest.raises(SmaltiError, match=message):
         open_source(npz(tmp_path / "a.npz", **changes))
 
@@ -66,14 +68,14 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     with pytest.raises(SmaltiError, match=r"images.npy has no labels.*labels.npy"):
         open_source(str(tmp_path / "images.npy"))
     np.savez(tmp_path / "a.npz", pictures=IMAGES, labels=LABELS)
-    with pytest.raises(SmaltiError, match=r"holds pictures, labels: call the pictures images"):
+    with pytest.raises(SmaltiError, match=r"holds pictures, labels: name the pictures images"):
         open_source(str(tmp_path / "a.npz"))
     with pytest.raises(SmaltiError, match=r"gone.npz does not exist"):
         open_source(str(tmp_path / "gone.npz"))
 
 
 @pytest.mark.parametrize("name", ["a.npz", "images.npy"])
-def test_cut_files_are_named(tmp_path: Path, name: str) -> None:
+def test_truncated_files_are_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     np.save(tmp_path / "labels.npy", LABELS)
     if name == "a.npz":
@@ -87,6 +89,6 @@ def test_cut_files_are_named(tmp_path: Path, name: str) -> None:
             open_source(str(path))
 
 
-def test_a_large_array_is_told_by_its_shape_alone(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_large_array_is_of_its_shape_alone(tmp_path: Path) -> None:
     source = open_source(npz(tmp_path / "a.npz"), options=FolderOptions(verify_up_to=3))
     assert source.group(4) == source.name(4) == "a.npz/4"

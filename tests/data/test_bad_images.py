@@ -1,4 +1,4 @@
-"""Damaged pictures: refused, left out or replaced, but never a shorter batch."""
+"""Damaged pictures: refused, skipped or replaced, but never a shorter batch."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ REPLACE = FolderOptions(bad_images="replace")
 
 
 def damage(pictures: Path, *names: str) -> None:
-    """Keep the header of some files and cut the rest."""
+    """Truncate some files after their header."""
     for name in names:
         path = pictures / name
         path.write_bytes(path.read_bytes()[:-60])
@@ -29,7 +29,7 @@ def memory(request, monkeypatch) -> None:
         monkeypatch.setattr(dataset_module, "MEMORY_LIMIT", 0)
 
 
-def test_the_next_good_picture_of_the_class_takes_the_place(
+def test_the_next_good_picture_of_the_class_is_the_replacement(
     pictures: Path, memory: None, caplog
 ) -> None:
     whole = ImageDataset(open_source(str(pictures)), 16)
@@ -43,12 +43,13 @@ def test_the_next_good_picture_of_the_class_takes_the_place(
     assert torch.equal(pixels, expected)
     assert images.num_replaced == 3
     assert "to be replaced 3 of 24 pictures" in caplog.text
-    told = {r.getMessage() for r in caplog.records if r.name == dataset_module.__name__}
-    assert len(told) == 3 and all("replaced by another of its class" in line for line in told)
+    warnings = {r.getMessage() for r in caplog.records if r.name == dataset_module.__name__}
+    assert len(warnings) == 3
+    assert all("replaced by another of its class" in line for line in warnings)
 
 
 def test_a_replacement_comes_from_the_same_split(pictures: Path) -> None:
-    """Or what is held out would be learned."""
+    """Otherwise held-out pictures would be trained on."""
     options = FolderOptions(bad_images="replace", verify_up_to=0)  # divided by name
     splits = ("train", "heldout")
 
@@ -65,9 +66,7 @@ def test_a_replacement_comes_from_the_same_split(pictures: Path) -> None:
         assert not any(torch.equal(new[0], image) for image in others)
 
 
-def test_batches_are_whole_and_alike_with_any_number_of_workers(
-    pictures: Path, monkeypatch
-) -> None:
+def test_batches_are_full_and_equal_with_any_number_of_workers(pictures: Path, monkeypatch) -> None:
     monkeypatch.setattr(dataset_module, "MEMORY_LIMIT", 0)
     damage(pictures, "green/2.png", "blue/0.png")
     order = DataOrder(24, 8, seed=0)
@@ -76,15 +75,15 @@ def test_batches_are_whole_and_alike_with_any_number_of_workers(
         images = ImageDataset(open_source(str(pictures), options=REPLACE), 16, flip=True)
         stream = stream_batches(images, order, num_workers=workers)
         read.append(torch.cat([next(stream)[0].images for _ in range(3)]))
-        assert images.num_replaced == 2  # what the workers met is known here
+        assert images.num_replaced == 2  # shared by the workers
     assert len(read[0]) == 24 and torch.equal(*read)
 
 
-def test_more_than_the_cap_stops_the_run(pictures: Path, monkeypatch) -> None:
+def test_more_than_the_limit_stops_the_run(pictures: Path, monkeypatch) -> None:
     damage(pictures, "green/2.png", "blue/0.png", "red/1.png")
     with pytest.raises(SmaltiError, match=r"3 bad pictures.*max_bad_images allows 2.*check-data"):
         open_source(str(pictures), options=FolderOptions(bad_images="replace", max_bad_images=2))
-    # In a set too large to be decoded at the start, they are met one by one: in workers, too.
+    # In a set too large to be decoded at the start, they are found one by one, also by workers.
     large = FolderOptions(bad_images="replace", max_bad_images=2, verify_up_to=0)
     monkeypatch.setattr(dataset_module, "MEMORY_LIMIT", 0)
     for workers in (0, 1):
@@ -94,7 +93,7 @@ def test_more_than_the_cap_stops_the_run(pictures: Path, monkeypatch) -> None:
             next(stream)
 
 
-def test_without_a_word_a_damaged_picture_ends_the_run(pictures: Path, memory: None) -> None:
+def test_by_default_a_damaged_picture_stops_the_run(pictures: Path, memory: None) -> None:
     source = open_source(str(pictures))
     damage(pictures, "green/2.png")
     with pytest.raises(SmaltiError, match=r"green/2.png cannot be decoded"):
@@ -103,7 +102,7 @@ def test_without_a_word_a_damaged_picture_ends_the_run(pictures: Path, memory: N
         open_source(str(pictures))
 
 
-def test_a_class_that_is_damaged_as_a_whole_is_refused(pictures: Path) -> None:
+def test_a_class_without_an_undamaged_picture_is_refused(pictures: Path) -> None:
     damage(pictures, *(f"green/{number}.png" for number in range(8)))
     for policy in ("skip", "replace"):
         with pytest.raises(SmaltiError, match=r'no picture of the class "green"'):
@@ -114,7 +113,7 @@ def test_a_class_that_is_damaged_as_a_whole_is_refused(pictures: Path) -> None:
 
 
 def test_a_picture_is_decoded_once_to_check_it_in_a_process(pictures: Path, monkeypatch) -> None:
-    """Whether its set is opened once or several times, under one name or two."""
+    """However often its set is opened."""
     from smalti.data.sources import base as verification
 
     decoded = []

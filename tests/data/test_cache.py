@@ -1,4 +1,4 @@
-"""The latent cache: written once whatever the world size, resumable, refused when damaged."""
+"""The latent cache: equal files at any world size, resumable, refused when damaged."""
 
 import json
 import pickle
@@ -65,7 +65,7 @@ def test_views_are_a_pure_function_of_seed_epoch_and_index(tmp_path: Path) -> No
     assert 0.35 < flipped < 0.65
 
 
-def test_every_one_of_ten_views_is_shown_and_the_first_to_evaluation(tmp_path: Path) -> None:
+def test_training_sees_all_ten_views_and_evaluation_the_first(tmp_path: Path) -> None:
     info = replace(INFO, views=VIEW_SETS["ten-crop"], num_samples=4)
     codes = (100 * torch.arange(4)[:, None, None] + torch.arange(10)[:, None]).expand(4, 10, 6)
     labels = torch.zeros(4, dtype=torch.int64)
@@ -89,7 +89,7 @@ def test_a_batch_joins_samples_of_all_shards_in_the_order_of_its_keys(tmp_path: 
     assert np.array_equal(everything, encode(0, 10).stored.numpy())
 
 
-def test_a_worker_process_maps_the_files_anew(tmp_path: Path) -> None:
+def test_a_worker_process_maps_the_files_again(tmp_path: Path) -> None:
     info = replace(INFO, num_samples=4000, shard_size=1000)
     write_cache(tmp_path / "c", info, encode_small)
     cache = LatentCache(tmp_path / "c")
@@ -137,7 +137,7 @@ def test_any_world_size_writes_the_same_files(tmp_path: Path) -> None:
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def test_an_interrupted_encoding_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_encoding_continues(tmp_path: Path) -> None:
     done = []
 
     def failing(start: int, stop: int) -> EncodedRange:
@@ -188,7 +188,7 @@ def test_shards_of_another_cache_without_a_manifest_are_refused(tmp_path: Path) 
     assert files(tmp_path / "c") == before
 
 
-def test_another_tokenizer_or_stranger_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_anything_else_is_refused(tmp_path: Path) -> None:
     write_cache(tmp_path / "c", INFO, encode)
     before = files(tmp_path / "c")
     with pytest.raises(SmaltiError, match="another tokenizer"):
@@ -219,7 +219,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
             read_manifest(tmp_path / "c")
 
 
-def test_latents_may_lie_in_memory_in_any_order(tmp_path: Path) -> None:
+def test_latents_may_have_any_strides(tmp_path: Path) -> None:
     def strided(start: int, stop: int) -> EncodedRange:
         part = encode(start, stop)
         return EncodedRange(part.stored.permute(2, 1, 0).contiguous().permute(2, 1, 0), part.labels)
@@ -278,7 +278,7 @@ def test_the_largest_half_is_kept(tmp_path: Path) -> None:
         ({"labels": 2}, "sample 5 has the label 2, which is none of the 2 classes"),
     ],
 )
-def test_what_the_manifest_cannot_describe_is_never_written(tmp_path, change, message) -> None:
+def test_latents_outside_the_manifest_are_never_written(tmp_path, change, message) -> None:
     def wrong(start: int, stop: int) -> EncodedRange:
         part = encode(start, stop)
         if start == 4:
@@ -300,7 +300,7 @@ def test_a_manifest_that_does_not_describe_its_shards_is_an_error(tmp_path: Path
         ({"shards": content["shards"][:2]}, "names 2 shards"),
         ({"num_samples": 13}, "names 3 shards"),
         ({"num_samples": 11}, r"shard-00002\.safetensors holds int32 \(2, 2, 6\)"),
-        ({"spec": {**content["spec"], "vocab_size": 9}}, "the manifest promises uint16"),
+        ({"spec": {**content["spec"], "vocab_size": 9}}, "the manifest says uint16"),
         ({"shard_size": 0}, "0 to a file, would be empty"),
     ):
         manifest.write_text(json.dumps({**content, **change}))
@@ -320,3 +320,48 @@ def test_specs_check_their_sizes() -> None:
         CodeSpec(4, ((8589934592, 1),))
     with pytest.raises(SmaltiError, match="use at most 16384"):
         ContinuousSpec(4, 1, 8589934592)
+
+
+@pytest.mark.parametrize(
+    ("info", "stated", "identity"),
+    [
+        (
+            INFO,
+            {"stored_shape": (6,)},
+            "518dc045eef3011ed80f86dd2821a1edd9f860b088d8dc0dd40717efbb560eed",
+        ),
+        (
+            replace(INFO, spec=ContinuousSpec(2, 3, 4)),
+            {"stored_shape": (4, 3, 4), "stored_statistics": ("mean", "std")},
+            "25a374710ca26896455f678f9115aa4ea9e1671f9617bb8ec724f85da7b1e3f1",
+        ),
+        (
+            replace(INFO, spec=ContinuousSpec(2, 3, 4), pairs="p"),
+            {"stored_shape": (4, 3, 4)},
+            "2322b9914a979803a29b7caa17dfe95ed3165a686786b362f077a428280d596e",
+        ),
+    ],
+    ids=["codes", "mean and std", "pairs"],
+)
+def test_the_identity_of_old_caches_stays(info: CacheInfo, stated: dict, identity: str) -> None:
+    """Caches of smalti 0.1.0, whose manifests state no shape, are continued and resumed."""
+    stating = replace(info, **stated)
+    assert info.identity() == stating.identity() == identity
+    assert (info.shape, info.statistics) == (stating.shape, stating.statistics)
+    assert repr(info) == repr(stating)  # which `LatentCache.fingerprint` hashes
+    plain = replace(info, stored_shape=(2, 3, 4), stored_statistics=())
+    assert plain.identity() != identity and plain.shape == (2, 3, 4)
+
+
+def test_a_manifest_records_what_the_tokenizer_states(tmp_path: Path) -> None:
+    spec, stated = ContinuousSpec(2, 3, 3), {"stored_shape": (2, 3, 3), "views": ("identity",)}
+    info = replace(INFO, spec=spec, num_samples=4, **stated)
+    values, labels = torch.randn(4, 1, 2, 3, 3).half().float(), torch.zeros(4, dtype=torch.int64)
+    write_cache(tmp_path / "c", info, lambda a, b: EncodedRange(values, labels))
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    assert manifest["stored_shape"] == [2, 3, 3] and manifest["stored_statistics"] == []
+    cache = LatentCache(tmp_path / "c")
+    assert torch.equal(cache.first_view(range(4)).stored, values[:, 0])
+    assert cache.all_views([1]).shape == (1, 1, 2, 3, 3)
+    with pytest.raises(SmaltiError, match="must be a multiple of the 2 stored statistics"):
+        replace(info, stored_shape=(3, 3, 3), stored_statistics=("mean", "std"))

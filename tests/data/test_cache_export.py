@@ -1,4 +1,4 @@
-"""An exported cache holds the same latents, read by the libraries that it is for."""
+"""An exported cache holds the same latents, as read by `datasets` and `webdataset`."""
 
 import json
 import sys
@@ -97,7 +97,7 @@ def test_webdataset_reads_the_same(cache, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["parquet", "webdataset"])
-def test_the_manifest_goes_along_and_counts_every_file(tmp_path: Path, layout) -> None:
+def test_the_manifest_is_exported_and_counts_every_file(tmp_path: Path, layout) -> None:
     made = make_cache(tmp_path / "cache", CODES)
     export_cache(made.folder, tmp_path / "out", layout)
     manifest = json.loads((tmp_path / "out" / "_latents.json").read_text())

@@ -1,6 +1,7 @@
-"""Latents of other code arrive whole in a cache, or a file is named."""
+"""Latents of other code are imported completely, or the message names a file."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +10,32 @@ import torch
 from safetensors.torch import save_file
 
 from smalti.data.latent_cache.cache import LatentCache
-from smalti.data.latent_cache.imports import Division, Origin, import_latents, open_foreign
-from smalti.data.latent_cache.llamagen import TEN_CROPS
+from smalti.data.latent_cache.imports import (
+    TEN_CROPS,
+    Division,
+    Origin,
+    import_latents,
+    open_foreign,
+)
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.data.transforms import VIEW_SETS
 from smalti.errors import SmaltiError
 
 COUNT = 30
-CODES = Origin(CodeSpec(64, ((2, 3),)), "the tokenizer")
-REAL = Origin(ContinuousSpec(2, 3, 4), "the tokenizer", mean=(1.0, -2.0), std=(0.5, 4.0))
+CODES = Origin(CodeSpec(64, ((2, 3),)), "the tokenizer", (6,))
+REAL = Origin(
+    ContinuousSpec(2, 3, 4),
+    "the tokenizer",
+    stored_shape=(4, 3, 4),
+    stored_statistics=("mean", "std"),
+    mean=(1.0, -2.0),
+    std=(0.5, 4.0),
+)
 SMALL = Division(heldout_fraction=0.2, shard_size=4)
 
 
 class Bomb:
-    """Leaves a file behind if it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,9 +75,15 @@ def lightningdit(root: Path, *, flip: bool = True) -> torch.Tensor:
 
 
 def take(
-    source: Path, out: Path, layout, division: Division = SMALL, *, normalised: bool = False
+    source: Path,
+    out: Path,
+    layout,
+    division: Division = SMALL,
+    *,
+    normalised: bool = False,
+    origin: Origin | None = None,
 ) -> tuple[LatentCache, LatentCache]:
-    origin = CODES if layout == "llamagen" else REAL
+    origin = origin or (CODES if layout == "llamagen" else REAL)
     import_latents(open_foreign(source, layout, origin, normalised), origin, out, division)
     return LatentCache(out / "train"), LatentCache(out / "heldout")
 
@@ -79,7 +98,7 @@ def joined(train: LatentCache, heldout: LatentCache) -> list[tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("views", [1, 2, 10])
-def test_codes_of_llamagen_arrive_whole(tmp_path: Path, views: int) -> None:
+def test_codes_of_llamagen_are_imported_completely(tmp_path: Path, views: int) -> None:
     codes = llamagen(tmp_path / "src", views)
     train, heldout = take(tmp_path / "src", tmp_path / "out", "llamagen")
     order = list(TEN_CROPS) if views == 10 else list(range(views))
@@ -93,7 +112,7 @@ def test_codes_of_llamagen_arrive_whole(tmp_path: Path, views: int) -> None:
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_latents_of_lightningdit_arrive_whole(tmp_path: Path, flip: bool) -> None:
+def test_latents_of_lightningdit_are_imported_completely(tmp_path: Path, flip: bool) -> None:
     latents = lightningdit(tmp_path / "src", flip=flip)
     train, heldout = take(tmp_path / "src", tmp_path / "out", "lightningdit")
     expected = torch.cat([latents, torch.zeros_like(latents)], 2).numpy().astype(np.float16)
@@ -103,7 +122,19 @@ def test_latents_of_lightningdit_arrive_whole(tmp_path: Path, flip: bool) -> Non
     assert train.info.views == VIEW_SETS["flip" if flip else "identity"]
 
 
-def test_normalised_latents_come_back_raw(tmp_path: Path) -> None:
+def test_a_tokenizer_without_statistics_stores_the_latents_alone(tmp_path: Path) -> None:
+    latents = lightningdit(tmp_path / "src")
+    plain = replace(REAL, stored_shape=(2, 3, 4), stored_statistics=())
+    train, heldout = take(tmp_path / "src", tmp_path / "out", "lightningdit", origin=plain)
+    expected = latents.numpy().astype(np.float16)
+    assert joined(train, heldout) == sorted((i % 3, expected[i, 0].tobytes()) for i in range(COUNT))
+    assert train.info.shape == (2, 3, 4) and train.info.statistics == ()
+    other = replace(REAL, stored_statistics=("mean", "logvar"))
+    with pytest.raises(SmaltiError, match="the tokenizer stores mean, logvar"):
+        take(tmp_path / "src", tmp_path / "other", "lightningdit", origin=other)
+
+
+def test_normalised_latents_are_imported_raw(tmp_path: Path) -> None:
     raw = lightningdit(tmp_path / "raw")
     lightningdit(tmp_path / "unit")
     mean, std = (torch.tensor(values).view(2, 1, 1) for values in (REAL.mean, REAL.std))
@@ -163,7 +194,7 @@ def test_classes_are_named_beside_the_latents(tmp_path: Path) -> None:
         take(tmp_path / "src", tmp_path / "other", "llamagen")
 
 
-def test_an_import_of_other_latents_does_not_go_on(tmp_path: Path) -> None:
+def test_an_import_of_other_latents_is_not_continued(tmp_path: Path) -> None:
     llamagen(tmp_path / "src")
     take(tmp_path / "src", tmp_path / "out", "llamagen")
     np.save(tmp_path / "src" / "emoji256_labels" / "3.npy", np.array([2]))
@@ -209,8 +240,8 @@ A, B = "emoji256_codes", "emoji256_labels"
         (removed(f"{A}/29.npy"), r"emoji256_codes/29\.npy is missing"),
         (removed(f"{B}/7.npy"), r"emoji256_labels/7\.npy is missing"),
         (renamed(f"{A}/7.npy", f"{A}/30.npy"), r"emoji256_codes/7\.npy is missing"),
-        (renamed(f"{A}/7.npy", f"{A}/07.npy"), r"07\.npy is not named as LlamaGen does"),
-        (renamed(f"{A}/7.npy", f"{A}/x.npy"), r"x\.npy is no numbered \.npy file"),
+        (renamed(f"{A}/7.npy", f"{A}/07.npy"), r"07\.npy has leading zeros: rename it to 7\.npy"),
+        (renamed(f"{A}/7.npy", f"{A}/x.npy"), r"x\.npy is not a numbered \.npy file"),
         (renamed(B, "labels"), "emoji256_labels of the labels is missing"),
         (renamed(A, "codes"), "one folder NAME_codes; it has none"),
         (cut(f"{A}/7.npy"), r"emoji256_codes/7\.npy is damaged"),
@@ -262,7 +293,7 @@ EMPTY, NAN = torch.empty(0), torch.full((8, 2, 3, 4), float("nan"))
         (removed("latents_rank01_shard001.safetensors"), "latents_rank01_shard001.* is missing"),
         (renamed(R, "latents_rank00_shard002.safetensors"), f"{R} is missing"),
         (renamed(R, "latents_rank0_shard0.safetensors"), "are the same shard"),
-        (renamed(R, "more.safetensors"), r"more\.safetensors is not named as the other"),
+        (renamed(R, "more.safetensors"), r"more\.safetensors is not named like the other"),
         (cut(R), f"{R} is damaged"),
         (rewritten(R, latents_flip=EMPTY), f"{R} holds labels, latents; it must hold"),
         (rewritten(R, labels=EMPTY), f"{R} holds latents, latents_flip; it must hold"),
@@ -289,7 +320,7 @@ def test_a_shard_that_lost_samples_is_named(tmp_path: Path) -> None:
     tensors = {"latents": torch.ones(5, 2, 3, 4), "labels": torch.zeros(5, dtype=torch.int64)}
     tensors["latents_flip"] = tensors["latents"] + 1
     save_file(tensors, tmp_path / "src" / R, metadata={"total_size": "8"})
-    with pytest.raises(SmaltiError, match=f"{R} holds 5 samples, and says it has 8"):
+    with pytest.raises(SmaltiError, match=f"{R} holds 5 samples, but its header says 8"):
         take(tmp_path / "src", tmp_path / "out", "lightningdit")
 
 
@@ -297,11 +328,13 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     fuse = tmp_path / "exploded"
     llamagen(tmp_path / "a")
     np.save(tmp_path / "a" / A / "7.npy", np.array([Bomb(fuse)], dtype=object), allow_pickle=True)
-    with pytest.raises(SmaltiError, match=r"7\.npy is damaged, or no array of plain numbers"):
+    with pytest.raises(SmaltiError, match=r"7\.npy is damaged, or not an array of plain numbers"):
         take(tmp_path / "a", tmp_path / "out", "llamagen")
     lightningdit(tmp_path / "b")
     torch.save({"mean": Bomb(fuse)}, tmp_path / "b" / "latents_stats.pt")
-    with pytest.raises(SmaltiError, match=r"latents_stats\.pt is damaged, or not tensors alone"):
+    with pytest.raises(
+        SmaltiError, match=r"latents_stats\.pt is damaged, or holds more than tensors"
+    ):
         take(tmp_path / "b", tmp_path / "out", "lightningdit")
     assert not fuse.exists()
 

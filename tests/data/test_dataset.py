@@ -1,4 +1,4 @@
-"""Pictures as tensors: squared, in range, flipped reproducibly; the embedded sets are real."""
+"""Pictures as square tensors in [-1, 1], reproducible flips, and the embedded sets."""
 
 import hashlib
 import pickle
@@ -47,7 +47,7 @@ def test_center_crop_is_that_of_guided_diffusion(shape: tuple[int, int]) -> None
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_long_strip_takes_no_memory(turned: bool, monkeypatch) -> None:
+def test_a_long_picture_takes_little_memory(turned: bool, monkeypatch) -> None:
     """A few kB of PNG may be 8 x 1,000,000 pixels; 64 times as many after resizing."""
     strip = Image.new("RGB", (1_000_000, 8), "white")
     strip.paste((255, 0, 0), (499_990, 0, 500_010, 8))
@@ -158,7 +158,7 @@ def test_embedded_pixels_are_those_that_were_packed() -> None:
     assert digests == {"emoji": "7bfed6a61e25f0ba", "fashion": "c174d56e9a0dd37b"}
 
 
-def test_the_embedded_sets_carry_their_licences() -> None:
+def test_the_embedded_sets_have_their_licences() -> None:
     assets = files("smalti.data") / "assets"
     text = (assets / "README.md").read_text()
     for line in ("Apache License 2.0", "CC-BY-4.0", "Changes", "emoji-0.webp", "fashion-0.webp"):

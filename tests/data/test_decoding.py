@@ -1,4 +1,4 @@
-"""Files that only look like pictures: they start no program, and end nothing in a traceback."""
+"""Files that only look like pictures: they run no program and cause no traceback."""
 
 import ast
 import io
@@ -29,7 +29,7 @@ def saved(kind: str, **options) -> bytes:
 
 
 def tiff_with_offsets_of_type(kind: int) -> bytes:
-    """A TIFF whose header is right, but for the type of one field."""
+    """A TIFF with a correct header except for the type of one field."""
     content = bytearray(saved("TIFF"))
     (start,) = struct.unpack_from("<I", content, 4)
     (count,) = struct.unpack_from("<H", content, start)
@@ -44,7 +44,7 @@ ODD = {f"type {kind}.tiff": tiff_with_offsets_of_type(kind) for kind in (2, 5, 7
 
 @pytest.fixture
 def interpreted(monkeypatch) -> list[str]:
-    """What Pillow handed to the PostScript interpreter; instead of it, nothing is run."""
+    """What Pillow passes to the PostScript interpreter, which is replaced by a stub."""
     files: list[str] = []
 
     def ghostscript(*arguments, **_):
@@ -93,16 +93,16 @@ def in_stream(root: Path, content: bytes) -> ImageSource:
 
 
 @pytest.mark.parametrize("opened", [in_folder, in_shard, in_parquet, in_stream])
-def test_postscript_in_the_place_of_a_picture_is_never_interpreted(
+def test_postscript_named_like_a_picture_is_never_interpreted(
     tmp_path: Path, interpreted: list[str], opened
 ) -> None:
-    with pytest.raises(SmaltiError, match=r"is no picture of a known kind: PNG, JPEG"):
+    with pytest.raises(SmaltiError, match=r"not a picture in a known format: PNG, JPEG"):
         opened(tmp_path, EPS)
     assert not interpreted
 
 
 def test_postscript_would_be_interpreted_otherwise(interpreted: list[str]) -> None:
-    """Or the tests beside this one would show nothing."""
+    """Without a list of formats; otherwise the other tests would prove nothing."""
     with Image.open(io.BytesIO(EPS)) as image:
         image.load()
     assert interpreted
@@ -133,7 +133,7 @@ def test_nothing_in_the_package_opens_pictures_of_any_kind() -> None:
 
 
 def test_every_kind_of_file_that_a_folder_takes_is_opened() -> None:
-    """Under the name that Pillow opens it by: it knows the kind MPO, but opens it as JPEG."""
+    """By the name of its format in Pillow, which opens MPO as JPEG."""
     Image.init()
     assert set(FORMATS) <= Image.OPEN.keys()
     assert {Image.EXTENSION[extension] for extension in EXTENSIONS} <= set(FORMATS)
@@ -152,7 +152,7 @@ def test_a_photograph_with_a_second_one_in_it_is_opened() -> None:
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_whatever_a_decoder_raises_the_file_is_damaged(pictures: Path, name: str, caplog) -> None:
+def test_any_exception_of_a_decoder_means_a_damaged_file(pictures: Path, name: str, caplog) -> None:
     (pictures / "red" / name).write_bytes(ODD[name])
     with pytest.raises(SmaltiError, match=rf"red/{name} cannot be decoded \([^\n]+$"):
         open_source(str(pictures))
@@ -163,7 +163,7 @@ def test_whatever_a_decoder_raises_the_file_is_damaged(pictures: Path, name: str
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, KeyError, AttributeError, struct.error])
-def test_what_a_decoder_raises_is_told_in_one_line(monkeypatch, kind: type[Exception]) -> None:
+def test_an_exception_of_a_decoder_is_one_line(monkeypatch, kind: type[Exception]) -> None:
     def load(self) -> None:
         raise kind("a\nb") if kind is not AttributeError else kind()
 
@@ -174,7 +174,7 @@ def test_what_a_decoder_raises_is_told_in_one_line(monkeypatch, kind: type[Excep
 
 
 @pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt])
-def test_what_is_no_fault_of_the_file_is_not_blamed_on_it(
+def test_other_exceptions_are_not_attributed_to_the_file(
     monkeypatch, kind: type[BaseException]
 ) -> None:
     def load(self) -> None:

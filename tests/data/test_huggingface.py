@@ -1,4 +1,4 @@
-"""Hugging Face data sets: columns, splits, streams, and faults in one line."""
+"""Hugging Face data sets: columns, splits, streams, and errors in one line."""
 
 import io
 from pathlib import Path
@@ -66,14 +66,14 @@ def test_columns_are_found_by_type_then_by_name(caplog) -> None:
     assert found(img=datasets.Value("binary"), labels=value) == ("img", "labels")
     assert caplog.messages == []
     assert found(image=image, caption=datasets.Value("string")) == ("image", None)
-    assert "it has caption): --hf.label_column names one" in caplog.text
+    assert "it has caption): name one in --hf.label_column" in caplog.text
     with pytest.raises(SmaltiError, match=r"fine_label, coarse_label.*--hf.label_column"):
         found(img=image, fine_label=label, coarse_label=label)
     chosen = HuggingFaceOptions(label_column="coarse_label")
     assert found(chosen, img=image, fine_label=label, coarse_label=label)[1] == "coarse_label"
     with pytest.raises(SmaltiError, match=r'no column "labell"; did you mean "label"'):
         found(HuggingFaceOptions(label_column="labell"), image=image, label=label)
-    with pytest.raises(SmaltiError, match=r"name that of the pictures in --hf.image_column"):
+    with pytest.raises(SmaltiError, match=r"name the one with pictures in --hf.image_column"):
         found(photograph=value, label=label)
 
 
@@ -108,7 +108,7 @@ def test_splits_are_chosen_and_may_be_held_out(splits: str) -> None:
         open_source(splits, hf=HuggingFaceOptions(split="valid"))
 
 
-def test_a_set_on_the_hub_that_cannot_be_had_is_one_line() -> None:
+def test_a_set_that_the_hub_lacks_is_one_line() -> None:
     with pytest.raises(SmaltiError, match=r"^hf:nobody/nothing cannot be read: [^\n]+$"):
         open_source("hf:nobody/nothing")
     with pytest.raises(SmaltiError, match="does not exist"):
@@ -209,7 +209,7 @@ def test_a_stream_is_copied_once_and_then_read_at_random(
     assert again.fingerprint == source.fingerprint
 
 
-def test_a_part_of_a_stream_is_enough(parquet: str, tmp_path: Path) -> None:
+def test_a_part_of_a_stream_can_be_copied(parquet: str, tmp_path: Path) -> None:
     options = HuggingFaceOptions(streaming=True, max_samples=4)
     assert len(open_source(parquet, hf=options, stream_cache=tmp_path / "cache")) == 4
     whole = HuggingFaceOptions(streaming=True)
@@ -219,7 +219,7 @@ def test_a_part_of_a_stream_is_enough(parquet: str, tmp_path: Path) -> None:
 def test_streams_that_could_not_be_exact_are_refused(parquet: str, tmp_path: Path) -> None:
     with pytest.raises(SmaltiError, match="--stream_cache"):
         open_source(parquet, hf=HuggingFaceOptions(streaming=True))
-    with pytest.raises(SmaltiError, match="read in place already"):
+    with pytest.raises(SmaltiError, match="is read in place"):
         open_source(str(tmp_path / "set"), hf=HuggingFaceOptions(streaming=True))
     with pytest.raises(SmaltiError, match=r"pass --hf.streaming, too"):
         HuggingFaceOptions(max_samples=3)
@@ -227,7 +227,7 @@ def test_streams_that_could_not_be_exact_are_refused(parquet: str, tmp_path: Pat
         HuggingFaceOptions(streaming=True, heldout_split="test")
 
 
-def test_a_copy_that_was_interrupted_goes_on_after_its_last_whole_shard(tmp_path: Path) -> None:
+def test_an_interrupted_copy_continues_after_its_last_finished_shard(tmp_path: Path) -> None:
     begun = []
 
     def samples(start: int, stop_at: int = 100):
@@ -259,7 +259,7 @@ def test_a_copy_that_was_interrupted_goes_on_after_its_last_whole_shard(tmp_path
     assert begun == [0, 4, 0]
 
 
-def test_a_stream_that_breaks_off_is_one_line(parquet: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_broken_stream_is_one_line(parquet: str, tmp_path: Path, monkeypatch) -> None:
     def broken(self):
         yield {"image": PICTURES[0], "label": 0}
         raise ConnectionError("the line is dead\nand more")

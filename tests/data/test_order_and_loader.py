@@ -1,4 +1,4 @@
-"""The data order is a pure function of the step; how it is read does not matter."""
+"""The data order is a pure function of the step, however it is read."""
 
 import multiprocessing
 import os
@@ -58,11 +58,11 @@ def test_a_batch_larger_than_the_data_spans_epochs() -> None:
     assert [epoch for epoch, _ in keys] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
-def test_resuming_at_a_step_yields_what_was_left() -> None:
+def test_resuming_at_a_step_yields_the_remaining_batches() -> None:
     assert take(5)[3:] == take(2, start_step=3)
 
 
-def test_micro_batches_and_workers_change_nothing_but_the_packaging() -> None:
+def test_micro_batches_and_workers_do_not_change_the_samples() -> None:
     whole = take(4)
     split = take(4, micro_batches=2)
     assert [[*step[0], *step[1]] for step in split] == [step[0] for step in whole]
@@ -78,7 +78,7 @@ def test_reading_leaves_the_global_random_state_alone() -> None:
 
 
 def test_a_program_that_fails_does_not_wait_for_its_workers() -> None:
-    """Though they ignore the signals with which Python would end them."""
+    """Although they ignore the signal with which Python would end them."""
     code = (
         "import sys, torch\n"
         "from smalti.data.loader import stream_batches\n"
@@ -133,7 +133,7 @@ class Fatal:
 
 @pytest.mark.parametrize("tensors", [True, False])  # of tensors, the worker holds the memory
 def test_a_killed_worker_ends_the_batches_at_once(tensors: bool) -> None:
-    """In a process of its own, for a hang here would be for ever."""
+    """In a separate process, because a failure would hang forever."""
     code = (
         "import test_order_and_loader as tests\n"
         "stream = tests.stream_batches(\n"
@@ -157,7 +157,7 @@ def test_a_killed_worker_ends_the_batches_at_once(tensors: bool) -> None:
 
 
 def test_indivisible_batches_are_refused() -> None:
-    with pytest.raises(SmaltiError, match="cannot be shared by 3"):
+    with pytest.raises(SmaltiError, match="cannot be divided among 3"):
         DataOrder(10, 4, seed=0).shard(0, 0, 3)
     with pytest.raises(SmaltiError, match="multiple of 8"):
         stream_batches(Numbers(), DataOrder(10, 4, 0), world_size=2, micro_batches=4)

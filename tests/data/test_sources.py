@@ -1,4 +1,4 @@
-"""Every source gives the same pictures, in the same order, divided alike: a contract."""
+"""The contract of all sources: equal pictures, in equal order, divided equally."""
 
 import json
 import pickle
@@ -46,7 +46,7 @@ def table_of(pictures: Path) -> datasets.Dataset:
 
 
 def make_shards(pictures: Path, folder: Path, per_shard: int = 10) -> Path:
-    """000000.tar and so on, written by webdataset itself."""
+    """000000.tar and so on, written by webdataset."""
     folder.mkdir(parents=True)
     (folder / "classes.json").write_text(json.dumps(CLASSES))
     with webdataset.ShardWriter(f"{folder}/%06d.tar", maxcount=per_shard, verbose=0) as writer:
@@ -165,8 +165,8 @@ def test_every_source_gives_the_same_pictures(source: ImageSource, pictures: Pat
     assert len({source.name(index) for index in range(24)}) == 24
 
 
-def test_every_source_is_divided_alike(source: ImageSource, pictures: Path) -> None:
-    """Files by their content, whatever holds them; arrays hold no files, but are divided, too."""
+def test_every_source_is_divided_equally(source: ImageSource, pictures: Path) -> None:
+    """Files by their content, in any container; arrays, which hold no files, by their rows."""
     expected = open_source(str(pictures))
     ours, theirs = (ImageDataset(each, 16, split="heldout") for each in (source, expected))
     assert 3 <= len(ours) <= 6
@@ -215,7 +215,7 @@ def test_every_source_changes_its_fingerprint_with_a_picture(
         assert before != after, name
 
 
-def test_every_source_refuses_one_class_unless_told(pictures: Path, tmp_path: Path) -> None:
+def test_every_source_refuses_one_class_by_default(pictures: Path, tmp_path: Path) -> None:
     for name in ("red", "green"):
         shutil.rmtree(pictures / name)
     for name, make in MAKERS.items():
@@ -244,7 +244,7 @@ def test_a_missing_package_is_named_with_its_remedy(
         open_source(**arguments)
 
 
-def test_class_folders_hold_pictures_whatever_lies_beside_them(pictures: Path) -> None:
+def test_a_folder_with_class_folders_is_one_of_pictures(pictures: Path) -> None:
     (pictures / "backup.tar").write_bytes(b"")
     (pictures / "latents.npz").write_bytes(b"")
     assert len(open_source(str(pictures))) == 24

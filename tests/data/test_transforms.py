@@ -1,4 +1,4 @@
-"""Random crops as in guided diffusion, and every way in which colours are stored."""
+"""Random crops as in guided diffusion, and all colour modes of files."""
 
 import io
 import math
@@ -14,7 +14,7 @@ from PIL import Image
 from smalti.data.dataset import ImageDataset
 from smalti.data.image_io import FolderOptions, decode
 from smalti.data.sources.base import open_source
-from smalti.data.transforms import CropDraw, RandomCrop, center_crop, crop_draw, random_crop
+from smalti.data.transforms import CropUniforms, RandomCrop, center_crop, crop_uniforms, random_crop
 from smalti.errors import SmaltiError
 
 
@@ -25,52 +25,54 @@ def noise(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("size", [(101, 67), (67, 101), (64, 64), (33, 200), (20, 17)])
 def test_a_random_crop_is_that_of_guided_diffusion(size: tuple[int, int]) -> None:
-    """Its procedure, written out with the same random numbers."""
-    draws = random.Random(0)
+    """A plain re-implementation with the same random numbers."""
+    rng = random.Random(0)
     image, side, limits = noise(*size), 16, RandomCrop(0.6, 0.9)
     for _ in range(20):
-        draw = CropDraw(draws.random(), draws.random(), draws.random())
+        uniforms = CropUniforms(rng.random(), rng.random(), rng.random())
         low, high = math.ceil(side / 0.9), math.ceil(side / 0.6)  # 18 and 27
-        shorter = low + math.floor(draw.scale * (high + 1 - low))
+        shorter = low + math.floor(uniforms.scale * (high + 1 - low))
         step = image
         while min(step.size) >= 2 * shorter:
             step = step.resize((step.width // 2, step.height // 2), Image.Resampling.BOX)
         scale = shorter / min(step.size)
         target = (round(step.width * scale), round(step.height * scale))
         pixels = np.asarray(step.resize(target, Image.Resampling.BICUBIC))
-        top = math.floor(draw.top * (pixels.shape[0] - side + 1))
-        left = math.floor(draw.left * (pixels.shape[1] - side + 1))
+        top = math.floor(uniforms.top * (pixels.shape[0] - side + 1))
+        left = math.floor(uniforms.left * (pixels.shape[1] - side + 1))
         expected = pixels[top : top + side, left : left + side]
-        assert np.array_equal(np.asarray(random_crop(image, side, limits, draw)), expected)
+        assert np.array_equal(np.asarray(random_crop(image, side, limits, uniforms)), expected)
 
 
-def test_every_place_and_size_is_reached_and_none_beyond() -> None:
-    """In a picture whose pixels tell their place."""
+def test_every_position_is_reached_and_none_outside() -> None:
+    """In a picture whose pixels encode their position."""
     places = np.arange(20 * 20, dtype=np.uint16).reshape(20, 20)
     pixels = np.stack([places % 256, places // 256, places * 0], axis=-1).astype(np.uint8)
     image = Image.fromarray(pixels)
     corners = Counter()
     for index in range(4000):
-        crop = np.asarray(random_crop(image, 16, RandomCrop(0.8, 0.8), crop_draw(0, 0, index)))
+        crop = np.asarray(random_crop(image, 16, RandomCrop(0.8, 0.8), crop_uniforms(0, 0, index)))
         assert crop.shape == (16, 16, 3)
         corners[int(crop[0, 0, 0]) + 256 * int(crop[0, 0, 1])] += 1
     assert sorted(corners) == sorted(20 * top + left for top in range(5) for left in range(5))
     assert min(corners.values()) > 100  # 160 on average
 
 
-def test_crop_draws_are_uniform_and_pure() -> None:
-    draws = [crop_draw(0, epoch, index) for epoch in range(10) for index in range(200)]
-    assert draws == [crop_draw(0, epoch, index) for epoch in range(10) for index in range(200)]
-    assert crop_draw(1, 0, 0) != draws[0] != draws[1] != draws[200]
-    numbers = np.array([[draw.scale, draw.top, draw.left] for draw in draws])
+def test_the_random_numbers_of_crops_are_uniform_and_pure() -> None:
+    uniforms = [crop_uniforms(0, epoch, index) for epoch in range(10) for index in range(200)]
+    assert uniforms == [
+        crop_uniforms(0, epoch, index) for epoch in range(10) for index in range(200)
+    ]
+    assert crop_uniforms(1, 0, 0) != uniforms[0] != uniforms[1] != uniforms[200]
+    numbers = np.array([[one.scale, one.top, one.left] for one in uniforms])
     assert numbers.min() >= 0 and numbers.max() < 1
     assert np.abs(numbers.mean(0) - 0.5).max() < 0.02
     assert np.abs(np.corrcoef(numbers.T) - np.eye(3)).max() < 0.07
 
 
-def test_a_crop_of_the_whole_at_the_centre_is_the_centre_crop() -> None:
+def test_a_full_crop_at_the_centre_is_the_centre_crop() -> None:
     image = noise(50, 30)
-    crop = random_crop(image, 16, RandomCrop(1.0, 1.0), CropDraw(0.3, 0.0, 0.49))
+    crop = random_crop(image, 16, RandomCrop(1.0, 1.0), CropUniforms(0.3, 0.0, 0.49))
     assert np.array_equal(np.asarray(crop), np.asarray(center_crop(image, 16)))
 
 
@@ -136,8 +138,8 @@ def test_every_colour_mode_becomes_rgb(stream: io.BytesIO, expected: tuple[int, 
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_as_their_exif_says(orientation: int) -> None:
-    """A white corner ends where a viewer would show it, whichever way the camera was held."""
+def test_pictures_are_rotated_by_their_exif_orientation(orientation: int) -> None:
+    """A white corner is where a viewer shows it, in each orientation of the camera."""
     upright = Image.new("L", (24, 16))
     upright.paste(255, (0, 0, 8, 8))
     undo = {  # from upright to how a camera stores it

@@ -1,10 +1,10 @@
-"""Views of a picture: the ten crops are torchvision's, which LlamaGen uses."""
+"""Views of an image: the ten crops are torchvision's, as in LlamaGen."""
 
 import pytest
 import torch
 from torchvision.transforms import TenCrop
 
-from smalti.data.latent_cache.llamagen import ORDERS, TEN_CROPS
+from smalti.data.latent_cache.imports import ORDERS, TEN_CROPS
 from smalti.data.transforms import VIEW_SETS, decoded_size, views_of
 
 
@@ -18,7 +18,7 @@ def test_the_ten_crops_are_those_of_llamagen(size: int) -> None:
         assert torch.equal(view, theirs[number])
 
 
-def test_pictures_are_enlarged_for_crops_alone() -> None:
+def test_only_ten_crops_need_enlarged_images() -> None:
     sides = {name: decoded_size(name, 256) for name in VIEW_SETS}
     assert sides == {"identity": 256, "flip": 256, "ten-crop": 281}  # LlamaGen: int(256 * 1.1)
 

@@ -1,4 +1,4 @@
-"""smalti check-data: what it finds, what it writes, and how it ends."""
+"""smalti check-data: what it finds, what it writes, and its exit status."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_a_good_set_passes(pictures: Path, check, capsys) -> None:
     assert "24 pictures, 0 of them bad" in out and "width: 40 to 40 pixels, median 40" in out
 
 
-def test_the_split_it_tells_is_that_of_training(pictures: Path, check) -> None:
+def test_the_reported_split_is_that_of_training(pictures: Path, check) -> None:
     _, report, _ = check(str(pictures), "--heldout_fraction", "0.3", "--split_seed", "5")
     for split in ("train", "heldout"):
         images = ImageDataset(
@@ -67,7 +67,7 @@ def test_every_bad_file_is_listed_with_its_reason(pictures: Path, check, capsys)
     assert status == 1 and len(bad) == 3 and report["modes"] == {"RGB": 24, "CMYK": 1}
 
 
-def test_the_list_of_an_earlier_check_does_not_stay(pictures: Path, check) -> None:
+def test_the_list_of_an_earlier_check_is_replaced(pictures: Path, check) -> None:
     (pictures / "red" / "empty.png").write_bytes(b"")
     assert check(str(pictures))[0] == 1
     (pictures / "red" / "empty.png").unlink()
@@ -100,7 +100,7 @@ def test_sizes_are_those_of_upright_pictures(pictures: Path, check) -> None:
 def test_one_class_and_small_ones_are_remarked(pictures: Path, check) -> None:
     _, report, _ = check(str(pictures / "red"))
     assert any("--folder.single_class" in remark for remark in report["remarks"])
-    assert any("less than 10" in remark for remark in report["remarks"])
+    assert any("fewer than 10" in remark for remark in report["remarks"])
 
 
 def test_a_manifest_is_written_for_shards_alone(pictures: Path, tmp_path: Path, check) -> None:
@@ -127,7 +127,7 @@ def test_a_manifest_is_written_for_shards_alone(pictures: Path, tmp_path: Path, 
     assert main(["check-data", "--data", str(folder), "--bad_files", listed]) == 0
 
 
-def test_arrays_and_embedded_sets_are_checked_alike(tmp_path: Path, check) -> None:
+def test_arrays_and_embedded_sets_are_checked_too(tmp_path: Path, check) -> None:
     images = np.random.default_rng(0).integers(0, 255, (6, 9, 8, 3), dtype=np.uint8)
     images[5] = images[1]
     np.savez(tmp_path / "set.npz", images=images, labels=[0, 0, 0, 1, 1, 1])
@@ -149,6 +149,6 @@ def test_a_set_without_a_usable_picture_has_no_remark_on_classes(pictures: Path,
     assert not any("one class only" in remark for remark in report["remarks"])
 
 
-def test_a_set_that_cannot_be_opened_is_a_mistake(tmp_path: Path, capsys) -> None:
+def test_a_set_that_cannot_be_opened_is_an_error(tmp_path: Path, capsys) -> None:
     assert main(["check-data", "--data", str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err

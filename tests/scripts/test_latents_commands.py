@@ -1,7 +1,9 @@
-"""Latents from pictures, to other code and from it, as commands; then a prior trains on them."""
+"""The commands that encode, export and import latents, and a prior trained on the result."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import datasets
 import numpy as np
@@ -9,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 from torchvision.transforms import TenCrop
 
 import smalti
 from smalti.cli import main as smalti_main
 from smalti.data.dataset import ImageDataset
 from smalti.data.latent_cache.cache import LatentCache
-from smalti.data.latent_cache.llamagen import TEN_CROPS
+from smalti.data.latent_cache.imports import TEN_CROPS
 from smalti.data.latents import ContinuousSpec
 from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
@@ -24,11 +27,58 @@ from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.next_token.model import NextTokenConfig
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
+from smalti.tokenizer.base import Reconstruction, Tokenizer
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
+from smalti.tokenizer.registry import TOKENIZERS
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
+
+
+@dataclass(frozen=True)
+class PlainConfig:
+    """A size, in pixels."""
+
+    kind: Literal["plain"] = "plain"
+    image_size: int = 16
+
+
+class PlainTokenizer(Tokenizer):
+    """A continuous tokenizer that is no KL-VAE: `store` returns the latents themselves."""
+
+    Config: ClassVar[type] = PlainConfig
+
+    def __init__(self, config: PlainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.down = nn.Conv2d(3, 4, 4, stride=4)
+        self.up = nn.ConvTranspose2d(4, 3, 4, stride=4)
+
+    @property
+    def spec(self) -> ContinuousSpec:
+        return ContinuousSpec(4, self.image_size // 4, self.image_size // 4)
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.up.weight  # type: ignore[return-value]
+
+    def store(self, images: torch.Tensor) -> torch.Tensor:
+        return self.down(images)
+
+    def vectors(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+    def decode_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.up(vectors)
+
+    def forward(self, images: torch.Tensor, random_inputs=None) -> Reconstruction:
+        return Reconstruction(self.decode(self.store(images)), images, {})
+
 
 CONV = ConvConfig(
     channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=4
@@ -77,7 +127,7 @@ def test_ten_crops_are_encoded_as_llamagen_does(root: Path, tmp_path: Path) -> N
         assert np.array_equal(codes[:, view], tokenizer.encode(crops[number]).numpy())
 
 
-def test_whatever_the_views_the_pictures_are_the_same(root: Path, tmp_path: Path) -> None:
+def test_the_pictures_do_not_depend_on_the_views(root: Path, tmp_path: Path) -> None:
     caches = [
         LatentCache(encode(root, tmp_path / views, "--views", views) / "train")
         for views in ("identity", "flip", "ten-crop")
@@ -142,6 +192,37 @@ def test_latents_of_lightningdit_train_a_prior(root: Path, tmp_path: Path) -> No
     train_prior(prior_run(tmp_path, root / "kl", FLOW))
 
 
+def test_a_tokenizer_that_stores_plain_latents_trains_a_prior(
+    root: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """From pictures to samples, then exported and imported."""
+    monkeypatch.setitem(TOKENIZERS._entries, "plain", f"{__name__}:PlainTokenizer")
+    torch.manual_seed(0)
+    tokenizer = PlainTokenizer(PlainConfig())
+    tokenizer.save_pretrained(tmp_path / "plain")
+    arguments = ["--data", str(root / "pictures"), "--tokenizer", str(tmp_path / "plain")]
+    assert smalti_main(["encode", *arguments, "--output_dir", str(tmp_path / "lat")]) == 0
+    cache = LatentCache(tmp_path / "lat" / "train")
+    with torch.no_grad():
+        expected = tokenizer.store(pictures(root, 16))
+    assert torch.equal(cache.first_view(range(len(cache))).stored, expected.half().float())
+    assert cache.info.stored_shape == (4, 4, 4) and cache.info.stored_statistics == ()
+    run = prior_run(tmp_path, tmp_path / "plain", FLOW)
+    pipe = smalti.Pipeline.from_pretrained(train_prior(run))
+    assert len(pipe(class_labels=["cat"], num_inference_steps=2).images) == 1
+
+    assert smalti_main(["export-latents", str(tmp_path / "lat"), str(tmp_path / "out")]) == 0
+    rows = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "arrow"))["train"]
+    assert rows.column_names == ["index", "label", "latents"]
+    (tmp_path / "src").mkdir()
+    content = {"latents": expected.contiguous(), "labels": cache.labels}
+    save_file(content, tmp_path / "src" / "latents_rank00_shard000.safetensors")
+    importing = [*import_of(tmp_path, tmp_path / "plain"), "--format", "lightningdit"]
+    importing[2] = str(tmp_path / "imported")
+    assert smalti_main(importing) == 0
+    assert LatentCache(tmp_path / "imported" / "train").info.shape == (4, 4, 4)
+
+
 def write_codes(source: Path) -> None:
     """Codes of 20 pictures, as LlamaGen's extraction leaves them."""
     for name in ("x_codes", "x_labels"):
@@ -176,24 +257,28 @@ def test_a_prior_refuses_imported_latents_of_another_tokenizer(root: Path, tmp_p
         train_prior(prior_run(tmp_path, tmp_path / "other", GPT))
 
 
-def test_the_import_says_who_vouches_for_the_tokenizer(root: Path, tmp_path: Path, capsys) -> None:
+def test_the_import_says_that_the_tokenizer_is_not_verified(
+    root: Path, tmp_path: Path, capsys
+) -> None:
     write_codes(tmp_path / "src")
     assert smalti_main(import_of(tmp_path, root / "vq")) == 0
-    assert f"as made by {root / 'vq'} on your word" in capsys.readouterr().out
+    assert f"said to be made by {root / 'vq'} (not verified)" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "lat" / "train" / "manifest.json").read_text())
-    vouched = smalti.Tokenizer.from_pretrained(root / "vq")
-    assert manifest["tokenizer_fingerprint"] == vouched.fingerprint
+    named = smalti.Tokenizer.from_pretrained(root / "vq")
+    assert manifest["tokenizer_fingerprint"] == named.fingerprint
     assert manifest["imported"] and manifest["dataset_fingerprint"] == ""
 
 
-def test_latents_are_not_written_among_other_things(root: Path, tmp_path: Path, capsys) -> None:
+def test_latents_are_not_written_to_a_folder_with_other_files(
+    root: Path, tmp_path: Path, capsys
+) -> None:
     write_codes(tmp_path / "src")
     out = str(root / "pictures")
     encoding = ["encode", "--data", out, "--tokenizer", str(root / "vq"), "--output_dir", out]
     importing = ["import-latents", str(tmp_path / "src"), out, "--tokenizer", str(root / "vq")]
     for command in (encoding, importing):
         assert smalti_main(command) == 2
-        assert f"{out} holds cat, which is no cache of latents" in capsys.readouterr().err
+        assert f"{out} holds cat, which is not a latent cache" in capsys.readouterr().err
     assert sorted(path.name for path in Path(out).iterdir()) == ["cat", "dog"]
 
 
@@ -201,10 +286,10 @@ def test_latents_are_not_written_among_other_things(root: Path, tmp_path: Path, 
     ("arguments", "message"),
     [
         (["encode", "--views", "nine-crop"], "invalid choice"),
-        (["export-latents"], "give two things: smalti export-latents LATENTS OUT"),
+        (["export-latents"], "give two folders: smalti export-latents LATENTS OUT"),
         (["export-latents", "nowhere", "out"], "nowhere holds no finished latent cache"),
         (["export-latents", "a", "b", "--format", "csv"], "invalid choice"),
-        (["import-latents"], "give two things: smalti import-latents SOURCE OUT"),
+        (["import-latents"], "give two folders: smalti import-latents SOURCE OUT"),
         (["import-latents", "a", "out", "--tokenizer", "nowhere"], "folder not found: nowhere"),
         (["import-latents", "a", "out", "--tokenizer", "VQ"], "the folder a does not exist"),
         (["import-latents", "EMPTY", "out", "--tokenizer", "VQ"], "NAME_codes; it has none"),
@@ -217,7 +302,7 @@ def test_latents_are_not_written_among_other_things(root: Path, tmp_path: Path, 
         (["encode", "--heldout_fraction", "1"], "must lie between 0 and 1"),
     ],
 )
-def test_mistakes_end_in_one_line_and_write_nothing(
+def test_an_error_is_one_line_and_writes_nothing(
     root: Path, tmp_path: Path, capsys, monkeypatch, arguments, message
 ) -> None:
     (root / "empty").mkdir(exist_ok=True)
