@@ -193,7 +193,9 @@ def test_a_scaling_factor_can_be_given(tmp_path: Path) -> None:
     assert model.config.latent_std == (4.0,) * 4 and model.config.latent_mean == (0.0,) * 4
     model, lines = read_published("diffusers-kl", tmp_path)
     assert model.config.latent_std == (1 / 0.18215,) * 4
-    assert model.image_size == 256 and any("config.json speaks of 32" in line for line in lines)
+    assert model.image_size == 256 and any(
+        "config.json has sample_size 32" in line for line in lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_a_scaling_factor_can_be_given(tmp_path: Path) -> None:
         ({"scaling_factor": "large"}, "expected a positive number"),
         ({"shift_factor": [1]}, r"shift_factor is \[1\]; expected a number"),
         ({"latents_mean": [1.0]}, "expected 4 numbers"),
-        ({"norm_num_groups": 4.5}, "norm_num_groups is 4.5; expected a whole number"),
+        ({"norm_num_groups": 4.5}, "norm_num_groups is 4.5; expected a positive integer"),
         ({"norm_num_groups": 5}, "multiple of norm_groups 5"),
     ],
 )

@@ -168,7 +168,7 @@ def test_links_join_and_split_and_buffers_are_checked(tmp_path: Path) -> None:
     links = [joined(["q", "k", "v"], "qkv")]
     found = import_tensors(Layout(links, {"b": Buffer(torch.ones(1))}), file, blank, "thing")
     assert found.tensors["k"].tolist() == [2.0, 3.0] and found.checked == ["b"]
-    for value, message in ((torch.zeros(1), "1 of 1 numbers"), (torch.ones(2), "shape")):
+    for value, message in ((torch.zeros(1), "1 of 1 values"), (torch.ones(2), "shape")):
         with pytest.raises(SmaltiError, match=message):
             import_tensors(Layout(links, {"b": Buffer(value)}), file, blank, "thing")
     with pytest.raises(SmaltiError, match="qkv has shape"):
@@ -180,7 +180,7 @@ def test_whole_numbers_among_floats_are_told(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1), "b": torch.ones(1).long()}, tmp_path / "a.safetensors")
     file = read_checkpoint(tmp_path / "a.safetensors")
     link = Link(("x",), ("a", "b"), to_ours=lambda parts: [torch.cat(list(parts))])
-    with pytest.raises(SmaltiError, match=r"a, b holds torch.float32, torch.int64 numbers"):
+    with pytest.raises(SmaltiError, match=r"a, b holds torch.float32, torch.int64 values"):
         import_tensors(Layout([link]), file, {"x": torch.empty(2)}, "thing")
 
 
@@ -188,7 +188,7 @@ def test_tensors_that_are_not_plain_are_named(state, tmp_path: Path) -> None:
     bias = state["encoder.conv_in.bias"]
     for other in (bias.to_sparse(), bias.to("meta")):
         said = refuse(state | {"encoder.conv_in.bias": other}, tmp_path)
-        assert "encoder.conv_in.bias is sparse, quantized or without numbers" in said
+        assert "encoder.conv_in.bias is sparse, quantized or on the meta device" in said
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_shards_are_told(state, tmp_path: Path) -> None:
         save_file({name: state[name]}, folder / f"model-0000{i}-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     for place in (folder, folder / "model.safetensors.index.json"):
-        assert "is cut into shards: join them" in refuse_file(place, tmp_path)
+        assert "is split into shards: join them" in refuse_file(place, tmp_path)
 
 
 def test_files_and_folders_that_hold_nothing_are_told(tmp_path: Path) -> None:

@@ -348,7 +348,7 @@ def test_an_export_holds_exactly_what_was_published(source, kind, tmp_path: Path
 
 def test_class_names_are_told_where_imagenet_is_meant(tmp_path: Path) -> None:
     for classes, tokenizer, words in (
-        (1000, None, "convert with --tokenizer to get one with ImageNet's"),
+        (1000, None, "convert with --tokenizer to get ImageNet's"),
         (1000, kl_tokenizer(), "class names: ImageNet's"),
         (5, kl_tokenizer(), None),
     ):
@@ -405,8 +405,8 @@ def test_other_tokenizers_are_refused(tokenizer: KLTokenizer, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (positions(32, 4) + 1e-4, "pos_embed is not what the sizes of the model say, in 512 of"),
-        (positions(32, 4).flip(2), "pos_embed is not what the sizes of the model say"),
+        (positions(32, 4) + 1e-4, "pos_embed differs from that of a model of this size in 512 of"),
+        (positions(32, 4).flip(2), "pos_embed differs from that of a model of this size"),
         (torch.zeros(1, 15, 32), "15 tokens, which is no square"),
         (positions(16, 4), "has shape (1, 16, 16)"),
         (positions(32, 4)[0], "expected 3 dimensions"),
@@ -422,7 +422,9 @@ def test_positions_in_half_precision_may_be_rounded_and_not_more(dtype, tmp_path
     model = read("dit", half, tmp_path, Options(heads=2))
     assert torch.equal(model.network.blocks[0].mlp.fc1.bias, half["blocks.0.mlp.fc1.bias"].float())
     half["pos_embed"] += 4 * torch.finfo(dtype).eps
-    assert "pos_embed is not what the sizes" in refuse(half, tmp_path, Options(heads=2))
+    assert "pos_embed differs from that of a model of this size" in refuse(
+        half, tmp_path, Options(heads=2)
+    )
 
 
 def test_every_missing_tensor_is_named(tmp_path: Path) -> None:
@@ -444,9 +446,9 @@ def test_a_tensor_that_is_not_finite_is_named(value: float, tmp_path: Path) -> N
     state = published(PLAIN)
     state["blocks.1.mlp.fc2.bias"][3] = value
     said = refuse(state, tmp_path, Options(heads=2))
-    assert "blocks.1.mlp.fc2.bias holds 1 numbers that are infinite or NaN" in said
+    assert "blocks.1.mlp.fc2.bias holds 1 values that are infinite or NaN" in said
     state["blocks.1.mlp.fc2.bias"] = torch.full((32,), 1e300, dtype=torch.float64)
-    assert "holds 32 numbers that are infinite" in refuse(state, tmp_path, Options(heads=2))
+    assert "holds 32 values that are infinite" in refuse(state, tmp_path, Options(heads=2))
 
 
 def test_every_misshaped_tensor_is_refused(tmp_path: Path) -> None:
@@ -463,7 +465,7 @@ def test_every_misshaped_tensor_is_refused(tmp_path: Path) -> None:
         (Options(heads=5), "--heads is 5, which does not divide width 32"),
         (Options(heads=2, scales=(16,)), "--scales is 16, but pos_embed in the file is for"),
         (Options(heads=2, scales=(4, 8)), "--scales is 4, 8, but pos_embed in the file is for"),
-        (Options(heads=2, image_size=64), "--image_size says nothing about a DiT"),
+        (Options(heads=2, image_size=64), "--image_size does not apply to a DiT"),
     ],
 )
 def test_wrong_flags_are_refused(given: Options, words: str, tmp_path: Path) -> None:

@@ -358,8 +358,8 @@ def test_a_tokenizer_is_needed(tmp_path: Path) -> None:
     ("other", "words"),
     [
         (Sizes(scales=(1, 2, 4)), "the prior has the scales 1, 2, 3, 4, the tokenizer 1, 2, 4"),
-        (Sizes(vocab=21), "knows 20 codes of 6 numbers, the tokenizer has 21 of 6"),
-        (Sizes(code_dim=5), "knows 20 codes of 6 numbers, the tokenizer has 20 of 5"),
+        (Sizes(vocab=21), "has 20 codes of 6 numbers, the tokenizer has 21 of 6"),
+        (Sizes(code_dim=5), "has 20 codes of 6 numbers, the tokenizer has 20 of 5"),
     ],
 )
 def test_tokenizers_of_other_priors_are_refused(other: Sizes, words: str, tmp_path: Path) -> None:

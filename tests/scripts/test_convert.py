@@ -80,7 +80,7 @@ def test_options_may_stand_first_or_in_a_recipe(var: Path, tmp_path: Path) -> No
         (("var-tokenizer", "none.pt", "OUT"), "none.pt does not exist"),
         (("var-tokenizer", "VAR", "OUT"), "no scales were published for grids of 128 x 128"),
         (("var-tokenizer", "VAR", "OUT", "--scales", "1,x"), "scales is '1,x'; give numbers"),
-        (("var-tokenizer", "VAR", "OUT", "--heads", "2"), "--heads says nothing about a VAR"),
+        (("var-tokenizer", "VAR", "OUT", "--heads", "2"), "--heads does not apply to a VAR"),
         (("var-tokenizer", "VAR", "OUT", "--tokenizer", "none"), "none"),
         (("var-tokenizer", "VAR", "VAR", "--scales", "1,3,8"), "nothing is overwritten"),
     ],
