@@ -27,8 +27,7 @@ from smalti.pipelines.convert.reader import (
     read_checkpoint,
 )
 from smalti.pipelines.convert.source import Inferred, Options, Source, check_stated
-from smalti.pipelines.index import INDEX
-from smalti.pipelines.pipeline import Pipeline
+from smalti.pipelines.pipeline import INDEX, Pipeline
 from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.base import Tokenizer

@@ -84,10 +84,10 @@ def test_it_is_saved_and_loaded(pipe, captions, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give prompt_embeds"),
-        ({"class_labels": 0}, "give prompt_embeds, and no classes"),
+        ({}, "this pipeline is text-conditional: pass prompt_embeds"),
+        ({"class_labels": 0}, "pass prompt_embeds, and no class_labels"),
         ({"prompt_embeds": torch.zeros(2, T)}, r"shape \(2, 5\)"),
-        ({"prompt_embeds": torch.zeros(0, T, D)}, "no pictures were asked for"),
+        ({"prompt_embeds": torch.zeros(0, T, D)}, "no images were asked for"),
         ({"prompt_embeds": torch.zeros(1, T + 1, D)}, r"this prior takes \(B, 5, 6\)"),
         (
             {
@@ -110,7 +110,9 @@ def test_what_is_no_caption_is_refused(pipe, arguments, message) -> None:
 def test_a_pipeline_of_classes_takes_no_captions(tokenizer, prior) -> None:
     classes = smalti.Pipeline(tokenizer, prior, ("a", "b", "c"))
     for arguments in ({}, {"prompt_embeds": torch.zeros(1, T, D)}):
-        with pytest.raises(smalti.SmaltiError, match="give class_labels, and no prompts"):
+        with pytest.raises(
+            smalti.SmaltiError, match="class-conditional: pass class_labels, and no prompt_embeds"
+        ):
             classes(**arguments)
 
 

@@ -16,8 +16,8 @@ from toy_run import train as train_toy
 import smalti
 from smalti.cli import main
 from smalti.data.latent_cache.cache import shard_path
-from smalti.pipelines.info import info
 from smalti.scripts.encode import EncodeConfig, encode
+from smalti.scripts.info import info
 from smalti.training.checkpoint import checkpoints
 from smalti.training.lock import LOCK, RunLock
 

@@ -112,7 +112,7 @@ def test_settings_that_give_the_weights_another_meaning_are_refused(
         ({"path": DDPMPath(beta_end=0.01)}, "prior.path.beta_end is 0.01, but 0.02 in"),
         ({"time_scale": 1000.0}, "prior.time_scale is 1000.0, but 1.0 in"),
         ({"network": replace(FLOW.network, num_heads=4)}, "prior.network.num_heads is 4, but 2"),
-        ({"tokenizer_fingerprint": "0" * 64}, "latents of another tokenizer"),
+        ({"tokenizer_fingerprint": "0" * 64}, "trained on the latents of another tokenizer"),
     ],
 )
 def test_a_flow_on_another_path_is_refused(tmp_path: Path, changes, message: str) -> None:
