@@ -56,7 +56,7 @@ class ReflowConfig(Sampling):
 
 @dataclass
 class PairMaker:
-    """(start, stop) -> the pairs of that range, (N, 1, 2C, h, w), data and noise along the channels.
+    """(start, stop) -> the pairs of that range, (N, 1, 2C, h, w): data and noise, concatenated.
 
     Pair i depends on its own generator alone.
     """
