@@ -82,7 +82,7 @@ def read(folder: Path, given: Options | None = None) -> FlowPrior:
 
 
 def refuse(folder: Path, given: Options | None = None) -> str:
-    """What is said of a folder that cannot be converted: one line, and nothing is written."""
+    """The error message for a folder that cannot be converted: one line, nothing is written."""
     with pytest.raises(SmaltiError) as error:
         convert("diffusers-dit", folder, folder.parent / "out", given)
     assert "\n" not in str(error.value)
@@ -215,7 +215,7 @@ def test_the_older_name_of_the_class_is_read(folder: Path) -> None:
     assert read(folder).checksum == expected
 
 
-def test_without_config_json_flags_and_defaults_tell_heads_and_grid(folder: Path) -> None:
+def test_without_config_json_flags_and_defaults_give_heads_and_grid(folder: Path) -> None:
     expected = read(folder).checksum
     (folder / "config.json").unlink()
     assert read(folder, Options(heads=2, scales=(8,))).checksum == expected

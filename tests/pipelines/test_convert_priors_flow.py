@@ -198,7 +198,7 @@ def read(source: str, content: object, folder: Path, given: Options) -> FlowPrio
 
 
 def refuse(content: object, folder: Path, given: Options, source: str = "dit") -> str:
-    """What is said of a file that cannot be converted: one line, and nothing is written."""
+    """The error message for a file that cannot be converted: one line, and nothing is written."""
     torch.save(content, folder / "published.pt")
     with pytest.raises(SmaltiError) as error:
         convert(source, folder / "published.pt", folder / "out", given)
@@ -317,7 +317,7 @@ def test_dit_samples_by_ddpm_with_the_learned_variance(spacing: str, tmp_path: P
     close(sampled, ddpm(state, s, x, labels, taken, normal))
 
 
-def test_dit_knows_the_chain_of_ddpm(tmp_path: Path) -> None:
+def test_dit_has_the_noise_schedule_of_ddpm(tmp_path: Path) -> None:
     model = read("dit", published(PLAIN), tmp_path, Options(heads=2))
     betas = np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
     times = model.time_grid(1000, DDIM(), "ddpm")[:-1].flip(0)
@@ -346,7 +346,7 @@ def test_an_export_holds_exactly_what_was_published(source, kind, tmp_path: Path
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
-def test_class_names_are_told_where_imagenet_is_meant(tmp_path: Path) -> None:
+def test_class_names_are_reported_for_1000_classes(tmp_path: Path) -> None:
     for classes, tokenizer, words in (
         (1000, None, "convert with --tokenizer to get ImageNet's"),
         (1000, kl_tokenizer(), "class names: ImageNet's"),
@@ -480,7 +480,7 @@ def test_surplus_tensors_and_other_models_are_refused(tmp_path: Path) -> None:
         read_published("llamagen-prior", tmp_path / "published.pt")
 
 
-def test_a_velocity_is_not_exported_as_a_noise(tmp_path: Path) -> None:
+def test_a_velocity_prior_is_not_exported_as_dit(tmp_path: Path) -> None:
     model = read("sit", published(PLAIN), tmp_path, Options(heads=2))
     with pytest.raises(SmaltiError, match=r"this model is no DiT"):
         export(model, tmp_path / "out.pt", "dit")

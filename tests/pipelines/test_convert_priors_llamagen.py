@@ -178,7 +178,7 @@ def read(content: object, folder: Path, given: Options | None = None) -> NextTok
 
 
 def refuse(content: object, folder: Path, given: Options) -> str:
-    """What is said of a file that cannot be converted: one line, and nothing is written."""
+    """The error message for a file that cannot be converted: one line, and nothing is written."""
     torch.save(content, folder / "published.pt")
     with pytest.raises(SmaltiError) as error:
         convert("llamagen-prior", folder / "published.pt", folder / "out", given)
@@ -444,6 +444,6 @@ def test_surplus_tensors_and_other_models_are_refused(tmp_path: Path) -> None:
         read_published("var-prior", tmp_path / "published.pt")
 
 
-def test_a_prior_of_our_own_making_is_not_exported_as_llamagen(prior, tmp_path: Path) -> None:
+def test_a_prior_with_other_parts_is_not_exported_as_llamagen(prior, tmp_path: Path) -> None:
     with pytest.raises(SmaltiError, match=r"no published layout holds this prior"):
         export(prior, tmp_path / "out.pt")

@@ -1,4 +1,4 @@
-"""A pipeline pairs what belongs together, and image i depends on its own seed alone."""
+"""A pipeline accepts models that belong together; image i depends on its own seed alone."""
 
 import json
 import threading
@@ -35,21 +35,21 @@ def test_labels_by_name_and_number_each_give_their_pictures(pipe) -> None:
     assert pipe("emu").labels == [2] and pipe(torch.tensor([0, 1])).labels == [0, 1]
 
 
-def test_classes_that_are_called_by_numbers(tokenizer, prior) -> None:
+def test_classes_may_have_numbers_as_names(tokenizer, prior) -> None:
     pipe = Pipeline(tokenizer, prior, ("0", "10", "2"))
     assert pipe.label_ids(["2", 2, "10", "0"]) == [2, 2, 1, 0]
     with pytest.raises(SmaltiError, match='no class is named "1"'):
         pipe.label_ids("1")
 
 
-def test_text_is_a_number_where_no_class_is_called_by_one(pipe) -> None:
+def test_text_is_a_number_where_no_class_has_a_number_as_its_name(pipe) -> None:
     assert pipe.label_ids(["1", "emu"]) == [1, 2]
     for text in ("²", "-1", "1.0", ""):
         with pytest.raises(SmaltiError, match="no class is named"):
             pipe.label_ids(text)
 
 
-def test_whole_numbers_of_any_kind_are_labels(pipe) -> None:
+def test_integers_of_any_type_are_labels(pipe) -> None:
     wanted = (np.int64(1), np.array([1]), torch.tensor(1), torch.tensor([1], dtype=torch.int32))
     assert all(pipe.label_ids(label) == [1] for label in wanted)
     assert pipe.label_ids(range(3)) == [0, 1, 2]
@@ -304,7 +304,7 @@ def test_another_job_may_not_write_into_the_folder(pipe, tmp_path) -> None:
 
 
 def test_any_number_of_processes_may_begin_at_once(pipe, tmp_path, monkeypatch) -> None:
-    """Rank 0 claims the folder while the others wait; here it is slow."""
+    """Rank 0 writes the settings while the others wait; here it is slow."""
     together = threading.Barrier(3)
     written = generation.write_json
 
@@ -331,7 +331,7 @@ def test_a_refusal_reaches_every_process(pipe, tmp_path) -> None:
     assert len(waited) == 2
 
 
-def test_what_another_process_is_writing_is_no_stranger(pipe, tmp_path) -> None:
+def test_temporary_files_of_other_processes_are_accepted(pipe, tmp_path) -> None:
     (tmp_path / ".tmp-generation.json-1").write_text("{")
     assert len(generate(pipe, tmp_path)) == 5
 
