@@ -183,7 +183,7 @@ def _side(checkpoint: PublishedCheckpoint, options: Options) -> tuple[int, dict[
     return side, {}
 
 
-# -------------------------------------------------------------------------------------------------
+# -- the source -----------------------------------------------------------------------------------
 
 
 class DiffusersDiT(Source):

@@ -115,6 +115,11 @@ def _sides(options: Options, conv: ConvConfig) -> tuple[tuple[int, ...], str]:
 def _infer_multi_scale(
     checkpoint: PublishedCheckpoint, options: Options, conv: ConvConfig
 ) -> InferredQuantizer:
+    """A quantizer of several scales with residual convolutions.
+
+    Raises:
+        ConversionError: the file was trained with another number of scales.
+    """
     codebook = infer_codebook(checkpoint, l2_normalise=False)
     convolutions = 1 if checkpoint.has(ONE) else checkpoint.count(f"{SEVERAL}{{}}.")
     sides, origin = _sides(options, conv)
