@@ -339,7 +339,11 @@ def test_temporary_files_of_other_processes_are_accepted(pipe, tmp_path) -> None
 def test_settings_that_cannot_be_read_are_named(pipe, tmp_path) -> None:
     folder = tmp_path / "a"
     generate(pipe, folder)
-    for content, message in ((b"{", "is damaged"), (b"\xff", "is damaged"), (b"[]", "no settings")):
+    for content, message in (
+        (b"{", "is damaged"),
+        (b"\xff", "is damaged"),
+        (b"[]", "does not hold settings"),
+    ):
         (folder / "generation.json").write_bytes(content)
         with pytest.raises(SmaltiError, match=rf"generation\.json.*{message}"):
             generate(pipe, folder)

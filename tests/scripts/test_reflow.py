@@ -119,7 +119,7 @@ def test_training_on_pairs_straightens_the_flow(bent: Path, tmp_path: Path) -> N
     ("changes", "message"),
     [
         ({"solver": "ddim"}, "use an ODE solver"),
-        ({"temperature": 0.5}, 'not sampled with the option "temperature"'),
+        ({"temperature": 0.5}, 'no sampling option "temperature"'),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
     ],
 )
