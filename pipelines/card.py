@@ -1,4 +1,4 @@
-"""The model card that is saved with a pipeline."""
+"""The model card that is saved with a pipeline: README.md, with the metadata that the Hub reads."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,7 @@ from smalti.tokenizer.base import Tokenizer
 
 SAMPLES = "samples.png"  # the grid that the card shows
 
-_TEMPLATE = """\
----
-library_name: smalti
-pipeline_tag: unconditional-image-generation
-tags:
-- smalti
-- image-generation
----
-
+BODY = """
 # A two-stage image generator made with smalti
 {grid}
 ```python
@@ -40,8 +32,20 @@ Images are {size} x {size} pixels. {conditions}
 def model_card(
     tokenizer: Tokenizer, prior: Prior, classes: Sequence[str], has_grid: bool, notes: str
 ) -> str:
-    """A README.md for a pipeline folder, with the YAML header that the Hub reads."""
-    return _TEMPLATE.format(
+    """The content of README.md.
+
+    Args:
+        has_grid: whether `SAMPLES` lies beside it.
+        notes: Markdown about the training data and the measurements, appended as it is.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    metadata = ModelCardData(
+        library_name="smalti",
+        pipeline_tag="unconditional-image-generation",
+        tags=["smalti", "image-generation"],
+    )
+    body = BODY.format(
         grid=f"\n![samples]({SAMPLES})\n" if has_grid else "",
         example=f"class_labels=[{classes[0]!r}]" if classes else "prompt_embeds=features",
         tokenizer=Tokenizer.registry.name_of(type(tokenizer)),
@@ -53,11 +57,12 @@ def model_card(
         conditions=_conditions(classes),
         notes=notes,
     )
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{body}"))
 
 
 def _conditions(classes: Sequence[str]) -> str:
     if not classes:
-        return "They are drawn from the features of captions."
+        return "They are generated from the features of captions."
     return f"Classes: {', '.join(_plain(name) for name in classes)}."
 
 
@@ -66,5 +71,5 @@ def _millions(module: nn.Module) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text from outside, with what Markdown and HTML would act on taken out."""
+    """The text without the characters that Markdown or HTML would interpret."""
     return "".join(c for c in text if c not in "<>`|[]\n\r")

@@ -1,7 +1,14 @@
-"""What the pictures of one call are of: classes, or captions as a text encoder gives them."""
+"""What a pipeline is asked for: the condition of every image, and the options of the prior.
 
+label_ids        classes by name or number -> class labels
+Conditions       the condition of each image of a call: class labels or captions
+check_options    whether a prior's `sample` takes these options, before any work is done
+"""
+
+import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -9,85 +16,139 @@ import torch
 from torch import Tensor
 
 from smalti.config import nearest
-from smalti.errors import SmaltiError
-from smalti.pipelines.labels import ClassLabels, label_ids, whole_number
+from smalti.errors import GenerationError
 from smalti.prior.base import Prior
 from smalti.prior.conditions.text import Condition, TextCondition
 
-# -------------------------------------------------------------------------------------------------
-# The options of a prior's `sample`, checked before any work is done or any folder is claimed.
+# -- class labels ---------------------------------------------------------------------------------
 
-OUR_OWN = {"condition", "generator"}  # parameters of `sample` that a pipeline fills
-
-
-class UnknownOption(SmaltiError, TypeError):
-    """A keyword that a prior's `sample` does not take."""
+ClassLabels = int | str | Sequence[int | str] | Tensor
 
 
-def check_names(prior: Prior, options: Mapping[str, Any]) -> None:
-    """Raise `UnknownOption` if `prior.sample` has no option of a name."""
-    known = set(inspect.signature(prior.sample).parameters) - OUR_OWN
-    for name in options:
-        if name not in known:
-            kind = Prior.registry.name_of(type(prior))
-            raise UnknownOption(
-                f'a {kind} prior is not sampled with the option "{name}"; {nearest(name, known)}'
+def integer(name: str, value: Any) -> int:
+    """`value` as an int; 1.9, True and None are refused.
+
+    Raises:
+        GenerationError: it is not an integer.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise GenerationError(f"{name} is {value!r}; it must be an integer")
+
+
+def label_ids(class_labels: ClassLabels, classes: Sequence[str]) -> list[int]:
+    """The labels of one or several classes, each given by its name or its number.
+
+    Text is looked up as a name; it counts as a number only where no class has a number as its name.
+
+    Raises:
+        GenerationError: there is no such class, with similar names; or it is no name or number.
+    """
+    if isinstance(class_labels, Tensor):
+        class_labels = class_labels.flatten().tolist()
+    if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
+        class_labels = [class_labels]
+    return [_label_id(label, classes) for label in class_labels]
+
+
+def _label_id(label: int | str, classes: Sequence[str]) -> int:
+    if isinstance(label, str):
+        if label in classes:
+            return classes.index(label)
+        if not label.isdecimal() or any(name.isdecimal() for name in classes):
+            near = difflib.get_close_matches(label, classes, n=3, cutoff=0.3) or classes[:10]
+            raise GenerationError(
+                f'no class is named "{label}"; known are for example {", ".join(near)}'
             )
+        label = int(label)
+    number = integer("class label", label)
+    if not 0 <= number < len(classes):
+        raise GenerationError(f"class label {number} is out of range: use 0 to {len(classes) - 1}")
+    return number
 
 
-def check_options(prior: Prior, options: Mapping[str, Any]) -> None:
-    """Raise `SmaltiError` if `prior.sample` would refuse an option: it is asked for no samples."""
-    check_names(prior, options)
-    prior.sample(prior.no_conditions(), **options)
-
-
-# -------------------------------------------------------------------------------------------------
-# What the pictures of one call are of: classes, or captions as a text encoder gives them.
+# -- conditions -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The condition of each picture."""
+    """The condition of each image of a call."""
 
-    labels: list[int] = field(default_factory=list)  # classes; empty where captions are given
+    labels: list[int] = field(default_factory=list)  # empty where captions are given
     captions: TextCondition | None = None
 
     def __len__(self) -> int:
         return len(self.labels) if self.captions is None else len(self.captions)
 
     def part(self, rows: slice, device: torch.device) -> Condition:
-        """Those of some pictures, as a prior takes them."""
+        """The conditions of some images, in the form that a prior takes."""
         if self.captions is None:
             return torch.tensor(self.labels[rows], dtype=torch.int64, device=device)
         return self.captions[rows].to(device)
 
     @classmethod
     def of_classes(cls, labels: ClassLabels, classes: Sequence[str], each: int) -> Self:
-        """`each` pictures of every class that is named, in order.
+        """`each` images of every class, in the order of `labels`.
 
         Raises:
-            SmaltiError: no such class; `each` is no whole number, or nothing is asked for.
+            GenerationError: there is no such class; `each` is not an integer; or there are no
+                images to generate.
         """
-        each = whole_number("num_images_per_prompt", each)
+        each = integer("num_images_per_prompt", each)
         found = [label for label in label_ids(labels, classes) for _ in range(each)]
         if not found:
-            raise SmaltiError("no pictures were asked for: give a class and at least one per class")
+            raise GenerationError(
+                "no images were asked for: pass at least one class and num_images_per_prompt from 1"
+            )
         return cls(found)
 
     @classmethod
     def of_captions(cls, features: Tensor, mask: Tensor | None, each: int) -> Self:
-        """`each` pictures of every caption, in order.
+        """`each` images of every caption, in order.
 
         Args:
             features: (B, T, D), padded anywhere.
-            mask: (B, T), not 0 at tokens; None where nothing is padding.
+            mask: (B, T), nonzero at tokens; None where nothing is padding.
 
         Raises:
-            SmaltiError: shapes or types are wrong; nothing is asked for.
+            GenerationError: `each` is not an integer, or there are no images to generate.
+            SmaltiError: shapes or types are wrong, see `TextCondition`.
         """
-        each = whole_number("num_images_per_prompt", each)
+        each = integer("num_images_per_prompt", each)
         if each < 1 or not len(features):
-            raise SmaltiError("no pictures were asked for: give a caption and at least one for it")
+            raise GenerationError(
+                "no images were asked for: pass at least one caption and num_images_per_prompt "
+                "from 1"
+            )
         if mask is None:
             mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         return cls(captions=TextCondition.left_padded(features, mask.bool()).repeat(each))
+
+
+# -- options of a prior's `sample` ----------------------------------------------------------------
+
+FILLED_BY_PIPELINE = {"condition", "generator"}
+
+
+class UnknownOption(GenerationError, TypeError):
+    """A keyword that a prior's `sample` does not take."""
+
+
+def check_names(prior: Prior, options: Mapping[str, Any]) -> None:
+    """Raise `UnknownOption` if `prior.sample` does not have one of these options."""
+    known = set(inspect.signature(prior.sample).parameters) - FILLED_BY_PIPELINE
+    for name in options:
+        if name not in known:
+            kind = Prior.registry.name_of(type(prior))
+            raise UnknownOption(
+                f'a {kind} prior has no sampling option "{name}"; {nearest(name, known)}'
+            )
+
+
+def check_options(prior: Prior, options: Mapping[str, Any]) -> None:
+    """Raise `SmaltiError` if `prior.sample` refuses an option, by asking it for no samples."""
+    check_names(prior, options)
+    prior.sample(prior.no_conditions(), **options)

@@ -1,20 +1,22 @@
-"""Fine-tuning: a run that begins with the settings and the weights of a saved model."""
+"""Fine-tuning: a training run that starts from the settings and the weights of a saved model.
+
+saved_tokenizer, saved_prior    the settings; what depends on the new data is left out
+load_initial_weights            the weights, if the settings give them the same meaning
+"""
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
 
 from smalti.config import first_difference
-from smalti.errors import SmaltiError
+from smalti.errors import CheckpointError, ConfigurationError
 from smalti.hub import resolve_folder
-from smalti.pipelines.index import INDEX
+from smalti.pipelines.pipeline import INDEX
 from smalti.prior.base import Prior
 from smalti.prior.presets import PriorConfig
 from smalti.tokenizer.base import Tokenizer
-from smalti.tokenizer.kl import KLConfig
 from smalti.tokenizer.presets import TokenizerConfig
 
 logger = logging.getLogger(__name__)
@@ -22,45 +24,45 @@ Model = TypeVar("Model", Tokenizer, Prior)
 
 
 def fitted_as(config: PriorConfig, other: PriorConfig) -> PriorConfig:
-    """A prior's settings for the latents that another's are for."""
+    """The settings of a prior, for the latents and classes of `other`."""
     quantizer = getattr(other, "quantizer", None)
     return config.fitted(other.spec, other.num_classes, other.tokenizer_fingerprint, quantizer)
 
 
 def saved_prior(path_or_hub_id: str) -> PriorConfig:
-    """The settings of a saved prior, but for what latents decide.
+    """The settings of a saved prior, without those that the latents determine.
 
     Raises:
-        SmaltiError: there is no prior.
+        SmaltiError: there is no saved prior.
     """
     saved = Prior.saved_config(_folder_of(Prior, path_or_hub_id))
     return fitted_as(saved, type(saved)())
 
 
 def saved_tokenizer(path_or_hub_id: str) -> TokenizerConfig:
-    """The settings of a saved tokenizer, but for what is measured after training.
+    """The settings of a saved tokenizer, without those that are measured after training.
 
     Raises:
-        SmaltiError: there is no tokenizer.
+        SmaltiError: there is no saved tokenizer.
     """
     saved = Tokenizer.saved_config(_folder_of(Tokenizer, path_or_hub_id))
-    return replace(saved, latent_mean=(), latent_std=()) if isinstance(saved, KLConfig) else saved
+    return Tokenizer.registry.resolve(saved.kind).settings_before_training(saved)
 
 
 def load_initial_weights(model: Model, path_or_hub_id: str) -> None:
-    """Give a new model the weights of a saved one: a pipeline's, or a folder of its own.
+    """Copy the weights of a saved model, in a pipeline or in a folder of its own, into a new one.
 
-    If the number of classes differs, all class embeddings but that of no class begin anew, and
-    this is logged.
+    If the number of classes differs, class embeddings are initialised anew, except that of the null
+    class, and this is logged.
 
     Raises:
-        SmaltiError: nothing there; another kind of model, or one whose settings give its weights
-            another meaning; a prior that learned the latents of another tokenizer.
+        SmaltiError: there is no saved model; it is of another type, or its settings give its
+            weights another meaning; a prior was trained on the latents of another tokenizer.
     """
     base = Tokenizer if isinstance(model, Tokenizer) else Prior
     source = base.from_pretrained(_folder_of(base, path_or_hub_id))
     if type(source) is not type(model):
-        raise SmaltiError(
+        raise ConfigurationError(
             f"{path_or_hub_id} holds a {type(source).__name__}; this run trains a "
             f"{type(model).__name__}"
         )
@@ -71,7 +73,7 @@ def load_initial_weights(model: Model, path_or_hub_id: str) -> None:
         if model.num_classes != source.num_classes and model.class_table in weights:
             weights[model.class_table] = _new_classes(model, source)
             logger.info(
-                "%s has %d classes, this run %d: class embeddings begin anew",
+                "%s has %d classes, this run %d: class embeddings are initialised anew",
                 path_or_hub_id,
                 source.num_classes,
                 model.num_classes,
@@ -80,34 +82,35 @@ def load_initial_weights(model: Model, path_or_hub_id: str) -> None:
 
 
 def _folder_of(base: type[Tokenizer] | type[Prior], path_or_hub_id: str) -> Path:
-    """The model's folder: in a pipeline, or a folder of its own."""
+    """The folder of the model: inside a pipeline, or `path_or_hub_id` itself."""
     folder = resolve_folder(path_or_hub_id)
     return folder / base.registry.kind if (folder / INDEX).is_file() else folder
 
 
 def _check_settings(model: Model, source: Model, where: str) -> None:
-    """Equal shapes are not enough: heads, positions or a path are not seen in them."""
+    """Raise `ConfigurationError` if settings differ; shapes do not show all, such as the heads."""
     kind, theirs = type(model).registry.kind, source.config
     if isinstance(model, Prior) and isinstance(source, Prior):
         theirs = fitted_as(source.config, model.config)
     found = first_difference(model.config, theirs, kind, free="NON_ARCHITECTURE_FIELDS")
     if found:
-        raise SmaltiError(
-            f"{found.name} is {found.value}, but {found.other} in {where}: give the same settings,"
-            f" or none for the {kind}, which takes those that were saved"
+        raise ConfigurationError(
+            f"{found.name} is {found.value}, but {found.other} in {where}: give the same settings, "
+            f"or none for the {kind}: then the saved ones are used"
         )
 
 
 def _check_tokenizer(model: Prior, source: Prior, where: str) -> None:
     ours, theirs = model.tokenizer_fingerprint, source.tokenizer_fingerprint
     if None not in (ours, theirs) and ours != theirs:
-        raise SmaltiError(
-            f"{where} learned the latents of another tokenizer: encode the pictures with its own"
+        raise ConfigurationError(
+            f"{where} was trained on the latents of another tokenizer: encode the images with the "
+            "tokenizer of the saved prior"
         )
 
 
 def _new_classes(model: Prior, source: Prior) -> Tensor:
-    """The new model's class embeddings, (classes + 1, width), with the old row of no class."""
+    """Class embeddings of the new model, (classes + 1, width), with the saved null class."""
     table = model.state_dict()[model.class_table].clone()
     old = source.state_dict()[model.class_table]
     if table.shape[1:] == old.shape[1:]:
@@ -116,13 +119,16 @@ def _new_classes(model: Prior, source: Prior) -> Tensor:
 
 
 def _copy(model: Model, weights: dict[str, Tensor], where: str) -> None:
+    """Load the weights; names and shapes must agree."""
     ours = model.state_dict()
     for name in sorted(ours.keys() ^ weights.keys()):
         holder = where if name in weights else "this run's model"
-        raise SmaltiError(f"only {holder} has {name}: give the same settings as the saved model's")
+        raise CheckpointError(
+            f"only {holder} has {name}: give the same settings as the saved model's"
+        )
     for name, weight in weights.items():
         if ours[name].shape != weight.shape:
-            raise SmaltiError(
+            raise CheckpointError(
                 f"{name} is {tuple(weight.shape)} in {where} and {tuple(ours[name].shape)} in this "
                 "run: give the same settings as the saved model's"
             )

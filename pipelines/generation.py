@@ -1,9 +1,9 @@
-"""Batch generation that can be killed and restarted: picture i depends only on the model, the
-settings, the seed, i and its label.
+"""Batch generation that can be killed and restarted: image i depends only on the model, the
+settings, the seed, i and its class label.
 
     out/
+        generation.json             the settings of the job; another job is refused
         000000.png  000001.png ...
-        generation.json      the settings; another job may not write here
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from smalti.data.image_io import image_grid, save_png
-from smalti.errors import SmaltiError
+from smalti.errors import GenerationError
 from smalti.files import first_difference, write_json
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.pipeline import Pipeline
@@ -24,24 +24,24 @@ from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
 
 SETTINGS = "generation.json"
-SHOWN_CLASSES = 20
+SHOWN_CLASSES = 20  # rows of a class grid, at most
 
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """What decides every picture of a job."""
+    """Everything that the images of a job depend on."""
 
     model: str  # checksums of tokenizer and prior, and their precision
-    labels: tuple[int, ...]  # class of each picture
+    labels: tuple[int, ...]  # class label of each image
     seed: int
     guidance_scale: float
     options: dict[str, Any]  # temperature, solver, ...
 
 
 def picture_generator(seed: int, index: int) -> torch.Generator:
-    """The generator of picture `index`: the same at any batch size and on any worker."""
+    """The generator of image `index`: the same at any batch size and in any process."""
     # A CPU generator keeps 32 bits of its seed. For a fixed job seed this is a bijection of the
-    # index (an odd factor modulo 2^32), so no two pictures of a job share their random numbers.
+    # index (an odd factor modulo 2^32), so no two images of a job share their random numbers.
     job = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
     return torch.Generator().manual_seed((index ^ job) * 0x9E3779B1 % 2**32)
 
@@ -49,10 +49,10 @@ def picture_generator(seed: int, index: int) -> torch.Generator:
 def class_grid(
     pipeline: Pipeline, *, per_class: int = 10, seed: int = 0, scale: int = 2, **options: Any
 ) -> Image.Image:
-    """New pictures, a row for each of the first classes, as one picture.
+    """Newly generated images in one grid, a row for each of the first classes.
 
     Args:
-        scale: enlargement, pixels per pixel.
+        scale: an integer by which images are enlarged.
         options: of the pipeline: `guidance_scale`, `temperature`, `solver`, ...
     """
     shown = range(min(len(pipeline.classes), SHOWN_CLASSES))
@@ -80,22 +80,22 @@ def generate_folder(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
-    progress: Callable[[int], object] = lambda pictures: None,
+    progress: Callable[[int], object] = lambda images: None,
     **options: Any,
 ) -> list[Path]:
-    """Write picture i of class `labels[i]` to `folder/{i:06d}.png`; keep those already there.
+    """Write image i of class `labels[i]` to `folder/{i:06d}.png`; keep those already there.
 
     Args:
-        rank, world_size, barrier: this process, all processes, and how to wait for them; each
-            makes every `world_size`-th picture.
-        progress: called with the number of pictures finished since the last call.
+        rank, world_size, barrier: the index of this process, the number of processes, and a
+            function that waits for all of them; each generates every `world_size`-th image.
+        progress: called with the number of images finished since the last call.
 
     Returns:
-        The paths of all pictures, in order.
+        The paths of all images, in order.
 
     Raises:
-        SmaltiError: an option that the prior does not have; the folder holds something else, or
-            pictures of a job with other settings.
+        GenerationError: the prior does not have an option; the folder holds something else, or
+            images of a job with other settings.
     """
     check_options(pipeline.prior, {"guidance_scale": guidance_scale, **options})
     job = GenerationJob(
@@ -130,41 +130,44 @@ def generate_folder(
 
 
 def _exact_name(model: Tokenizer | Prior) -> str:
-    """What tells a model from all others, its copies in other precisions included."""
+    """Checksum and precision: copies of a model in other precisions are told apart, too."""
     return f"{model.checksum}/{next(model.parameters()).dtype}"
 
 
 def _claim(folder: Path, job: GenerationJob) -> None:
-    """Make the folder that of the job, or find that it is.
+    """Write the settings of the job into the folder, or check those that are there.
 
-    Other processes of the job may be at it already. They write the settings before the pictures,
-    so that listing first, and looking for the settings then, never takes them for strangers.
+    Other processes of the job may be writing already. They write the settings before any image;
+    so listing the files first, and looking for the settings second, never mistakes their images
+    for foreign files.
     """
     if folder.exists() and not folder.is_dir():
-        raise SmaltiError(f"{folder} is a file: choose a folder")
+        raise GenerationError(f"{folder} is a file: choose a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    strangers = [path for path in folder.iterdir() if not path.name.startswith(".tmp-")]
+    foreign = [path for path in folder.iterdir() if not path.name.startswith(".tmp-")]
     settings, path = asdict(job), folder / SETTINGS
     if path.is_file():
         different = first_difference(path, settings)
         if different:
-            raise SmaltiError(
-                f"{folder} holds pictures of another job (its {different[0]} differs): "
+            raise GenerationError(
+                f"{folder} holds images of another job (its {different[0]} differs): "
                 "choose another output folder"
             )
-    elif strangers:
-        raise SmaltiError(f"{folder} is not empty and holds no {SETTINGS}: choose another folder")
+    elif foreign:
+        raise GenerationError(
+            f"{folder} is not empty and holds no {SETTINGS}: choose another folder"
+        )
     else:
         write_json(path, settings)
 
 
 def _is_whole(path: Path) -> bool:
-    """Pictures are renamed into place when complete; one that was cut later is made again."""
+    """Whether a file is a complete PNG: one that was truncated later is generated again."""
     if not path.is_file():
         return False
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.verify()
         return True
-    except Exception:  # decoders raise many kinds; the picture is made again
+    except Exception:  # decoders raise many kinds of errors
         return False

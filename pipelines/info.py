@@ -1,59 +1,31 @@
-"""What a folder is: a run, a checkpoint, latents, shards, a tokenizer, a prior or a pipeline."""
+"""What `smalti info` says of saved models: tokenizers, priors and pipelines."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-from smalti.data.set_info import (
-    holds_latents,
-    is_shards,
-    of_cache,
-    of_shards,
-    spec_in_words,
-    splits,
-)
+from smalti.data.set_info import spec_in_words
 from smalti.errors import SmaltiError
 from smalti.files import read_json
 from smalti.folder_info import Info, command
-from smalti.pipelines.index import INDEX
-from smalti.pipelines.pipeline import Pipeline
+from smalti.pipelines.pipeline import INDEX, Pipeline
 from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.registry import TOKENIZERS
-from smalti.training.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
-from smalti.training.checkpoint import STATE
-from smalti.training.run_info import is_run, of_checkpoint, of_run
 
 CONFIG = "config.json"  # of a saved model
 
 
-def info(path: Path) -> Info:
-    """What is known of a folder.
-
-    Raises:
-        SmaltiError: there is no such folder, or nothing in it is known.
-    """
-    if not path.is_dir():
-        raise SmaltiError(f"folder not found: {path}")
-    for is_one, explain in KINDS:
-        if is_one(path):
-            return explain(path)
-    inside = {child.name: _kind(child) for child in sorted(path.iterdir()) if child.is_dir()}
-    if any(inside.values()):  # what a demo leaves, for example
-        known = [(name, kind) for name, kind in inside.items() if kind]
-        return Info([("kind", "folder with others in it: ask for one of them"), *known])
-    raise SmaltiError(
-        f"{path} is nothing that smalti writes: give the folder of a run, a checkpoint, latents, a "
-        "tokenizer, a prior or a pipeline"
-    )
+def is_pipeline(path: Path) -> bool:
+    """Whether a folder is a saved pipeline."""
+    return (path / INDEX).is_file()
 
 
-def _kind(path: Path) -> str:
-    """What a folder is, in a word or two; empty if nothing in it is known."""
-    for is_one, explain in KINDS:
-        if is_one(path):
-            return explain(path).lines[0][1]
-    return ""
+def is_model(path: Path) -> bool:
+    """Whether a folder is a saved tokenizer or prior."""
+    if not (path / CONFIG).is_file():
+        return False
+    content = read_json(path / CONFIG)
+    return isinstance(content, dict) and content.get("type") in [*TOKENIZERS, *PRIORS]
 
 
 def of_model(path: Path) -> Info:
@@ -105,24 +77,3 @@ def _model_lines(model: Tokenizer | Prior) -> list[tuple[str, str]]:
         ("parameters", f"{count:,}"),
         ("fingerprint", model.fingerprint[:12]),
     ]
-
-
-def _is_model(path: Path) -> bool:
-    if not (path / CONFIG).is_file():
-        return False
-    content = read_json(path / CONFIG)
-    return isinstance(content, dict) and content.get("type") in [*TOKENIZERS, *PRIORS]
-
-
-# The first that fits explains the folder.
-KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], Info]]] = [
-    (
-        lambda path: (path / STATE).is_file() or (path / CHECKPOINT_MANIFEST).is_file(),
-        of_checkpoint,
-    ),
-    (is_run, of_run),
-    (lambda path: (path / INDEX).is_file(), of_pipeline),
-    (_is_model, of_model),
-    (is_shards, of_shards),
-    (lambda path: holds_latents(path) or bool(splits(path)), of_cache),
-]

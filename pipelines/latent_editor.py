@@ -1,8 +1,14 @@
-"""What the commands share that show a tokenizer's latent space as a strip of pictures."""
+"""Editing images in the latent space of a tokenizer, and showing the result as a latent grid.
+
+`LatentEditor` is the object behind the commands `interpolate`, `attribute`, `traverse` and
+`invert`: it reads images, encodes them to the vectors that the decoder takes, edits those with
+`smalti.tokenizer.manipulation`, decodes them, and saves a grid of images with labelled rows and
+columns.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -12,39 +18,42 @@ from tqdm.auto import tqdm
 from smalti.config import check_at_least
 from smalti.data.dataset import PictureOptions
 from smalti.data.image_io import image_grid, save_png
-from smalti.data.latents import to_float
+from smalti.data.latents import CodeSpec, to_float
 from smalti.data.sources.base import ImageSource
 from smalti.data.sources.folder import read_picture
 from smalti.data.transforms import center_crop, to_tensor
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError, DataError
 from smalti.hub import resolve_folder
 from smalti.pipelines.pipeline import INDEX
+from smalti.tokenizer import manipulation
 from smalti.tokenizer.base import Tokenizer
+from smalti.tokenizer.losses.perceptual import LPIPS, MIN_SIDE
+from smalti.tokenizer.manipulation import Inversion
 
-SHOWN_SIDE = 96  # pixels; smaller pictures are enlarged to about this
-NAME_LENGTH = 24  # letters of a file name that are shown
+SHOWN_SIDE = 96  # pixels; smaller images are enlarged to about this
+NAME_LENGTH = 24  # characters of a file name that are shown
 
 
 @dataclass(frozen=True)
-class StripOptions(PictureOptions):
-    """Which tokenizer, which pictures, and where the strip goes."""
+class LatentGridOptions(PictureOptions):
+    """The tokenizer, the images, and the file of the latent grid."""
 
     model: str = "runs/demo/pipeline"  # a tokenizer, or a pipeline whose tokenizer is used
-    images: tuple[Path, ...] = ()  # picture files; or give --indices
+    images: tuple[Path, ...] = ()  # image files; or give --indices
     indices: tuple[int, ...] = ()  # positions in the data set, from 0
     output: Path = Path("strip.png")
     overwrite: bool = False  # replace the output if it exists
-    batch_size: int = 64  # pictures encoded at once
+    batch_size: int = 64  # images encoded at once
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "batch_size")
 
 
 @dataclass(frozen=True)
-class StatisticsOptions(StripOptions):
-    """Also: how much of the data set is measured."""
+class StatisticsOptions(LatentGridOptions):
+    """Also: how many images of the data set are measured."""
 
-    max_pictures: int = 2048  # evenly spread over the data set
+    max_pictures: int = 2048  # at equal distances in the data set
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,17 +61,22 @@ class StatisticsOptions(StripOptions):
 
 
 class LatentEditor:
-    """A tokenizer, and pictures as it takes them.
+    """A tokenizer, and the images that the options name.
+
+    Shapes: images (B, 3, S, S) in [-1, 1], S the tokenizer's image size; vectors (B, d, h, w).
 
     Raises:
-        SmaltiError: the output cannot be written, or the model is not a tokenizer's.
+        ConfigurationError: the output cannot be written.
+        SmaltiError: the model is no tokenizer and no pipeline.
     """
 
-    def __init__(self, options: StripOptions) -> None:
+    def __init__(self, options: LatentGridOptions) -> None:
         _check_output(options.output, options.overwrite)
         self.options = options
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = load_tokenizer(options.model).to(self.device)
+
+    # -- images and vectors -------------------------------------------------------------------
 
     @cached_property
     def source(self) -> ImageSource:
@@ -70,73 +84,221 @@ class LatentEditor:
         return self.options.source()
 
     @property
-    def names(self) -> list[str]:
-        """How the pictures that were asked for are called in a strip."""
+    def image_names(self) -> list[str]:
+        """A label for each image that was asked for."""
         files = [path.name[:NAME_LENGTH] for path in self.options.images]
         return files or [f"#{index}" for index in self.options.indices]
 
-    def pictures(self, count: int | None = None) -> Tensor:
-        """The pictures that were asked for, (B, 3, S, S) in [-1, 1].
+    def images(self, count: int | None = None) -> Tensor:
+        """The images that were asked for.
 
         Raises:
-            SmaltiError: none were, or not `count`; one cannot be read, or is not in the data set.
+            ConfigurationError: none were, or not `count`.
+            DataError: an image cannot be read, or is not in the data set.
         """
         files, indices = self.options.images, self.options.indices
         if bool(files) == bool(indices):
-            raise SmaltiError(
-                "give pictures either as --images FILE ... or as --indices NUMBER ..., positions "
-                "in --data"
+            raise ConfigurationError(
+                "give images either as --images FILE ... or as --indices NUMBER ..., positions in "
+                "--data"
             )
         given = len(files or indices)
         if count not in (None, given):
             flag = "--images" if files else "--indices"
-            raise SmaltiError(f"{flag} names {given} pictures; this command takes {count}")
+            raise ConfigurationError(f"{flag} names {given} images; this command takes {count}")
         if indices:
             return self.read(indices)
-        return self._square([read_picture(path, self.options.folder) for path in files])
+        return self._squares([read_picture(path, self.options.folder) for path in files])
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Pictures of the data set, (B, 3, S, S) in [-1, 1].
+        """Images of the data set.
 
         Raises:
-            SmaltiError: an index is out of range.
+            DataError: an index is out of range.
         """
         for index in indices:
             if not 0 <= index < len(self.source):
-                raise SmaltiError(
-                    f"index {index} is out of range: {self.options.data} has pictures 0 to "
+                raise DataError(
+                    f"index {index} is out of range: {self.options.data} has images 0 to "
                     f"{len(self.source) - 1}"
                 )
-        return self._square([self.source.read(index) for index in indices])
+        return self._squares([self.source.read(index) for index in indices])
 
-    def _square(self, pictures: Sequence) -> Tensor:
+    def _squares(self, pictures: Sequence) -> Tensor:
         size = self.tokenizer.image_size
         tensors = [to_tensor(center_crop(picture, size)) for picture in pictures]
         return to_float(torch.stack(tensors)).to(self.device)
 
     @torch.no_grad()
     def vectors(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) -> what the decoder draws them from, (B, d, h, w)."""
+        """Images -> the vectors that the decoder takes."""
         return self.tokenizer.vectors(self.tokenizer.encode(images))
 
     def vectors_of(self, indices: Sequence[int]) -> Tensor:
-        """Vectors (N, d, h, w) of pictures of the data set, encoded in batches."""
+        """Vectors of images of the data set, encoded in batches."""
         size = self.options.batch_size
-        starts = range(0, len(indices), size)
         parts = [
             self.vectors(self.read(indices[start : start + size]))
-            for start in tqdm(starts, desc="encode", unit="batch", delay=2)
+            for start in tqdm(range(0, len(indices), size), desc="encode", unit="batch", delay=2)
         ]
         return torch.cat(parts)
 
+    def measured_vectors(self, count: int) -> Tensor:
+        """Vectors of at most `count` images at equal distances in the data set."""
+        return self.vectors_of(evenly_spaced(range(len(self.source)), count))
+
     @torch.no_grad()
     def decode(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, d, h, w) -> images (N, 3, S, S), decoded in batches."""
+        """Vectors -> images, decoded in batches."""
         parts = vectors.split(self.options.batch_size)
         return torch.cat([self.tokenizer.decode_vectors(part).float() for part in parts])
 
+    # -- edits --------------------------------------------------------------------------------
+
+    def interpolate(self, images: Tensor, steps: int) -> dict[str, Tensor]:
+        """Blends of two images, (2, 3, S, S), on a line and on an arc, by name.
+
+        Returns:
+            Each (steps + 2, 3, S, S): the blends between the two originals.
+        """
+        start, end = self.vectors(images).split(1)
+        discrete = isinstance(self.tokenizer.spec, CodeSpec)
+        blends = {
+            "linear": manipulation.linear,
+            "spherical": manipulation.spherical if discrete else manipulation.spherical_as_one,
+        }
+        rows = {}
+        for name, blend in blends.items():
+            path = manipulation.interpolate(start, end, steps, blend)[0]  # (steps, d, h, w)
+            rows[name] = torch.cat([images[:1], self.decode(path), images[1:]])
+        return rows
+
+    def add_attribute(
+        self,
+        images: Tensor,
+        positive: int,
+        negative: int,
+        strengths: Sequence[float],
+        max_images: int,
+    ) -> Tensor:
+        """Images plus multiples of the mean of one class minus the mean of another.
+
+        Args:
+            max_images: how many labelled images the means are taken over, together.
+
+        Returns:
+            (B, 1 + len(strengths), 3, S, S), the originals first.
+        """
+        labels = self.source.labels
+        members: list[int] = []
+        for label in (positive, negative):
+            of_class = (labels == label).nonzero().flatten().tolist()
+            members += evenly_spaced(of_class, max(1, max_images // 2))
+        labelled = self.vectors_of(members)
+        direction = manipulation.attribute_direction(labelled, labels[members], positive, negative)
+        moved = manipulation.move(self.vectors(images), direction, strengths)  # (B, s, d, h, w)
+        edited = self.decode(moved.flatten(0, 1)).unflatten(0, moved.shape[:2])
+        return torch.cat([images[:, None], edited], dim=1)
+
+    def traverse(
+        self,
+        image: Tensor,
+        channels: Sequence[int],
+        strengths: Sequence[float],
+        max_images: int,
+    ) -> list[tuple[int, Tensor]]:
+        """An image, (1, 3, S, S), plus multiples of each channel's standard deviation.
+
+        Args:
+            channels: empty stands for the first 8.
+            max_images: how many images the deviations are taken over.
+
+        Returns:
+            Each channel, and its images (1 + len(strengths), 3, S, S), the original first.
+        """
+        vectors = self.vectors(image)  # (1, d, h, w)
+        width = vectors.shape[1]
+        channels = channels or range(min(width, 8))
+        axes = [manipulation.channel_axis(channel, width).to(vectors) for channel in channels]
+        deviations = manipulation.channel_deviations(self.measured_vectors(max_images))
+        rows = []
+        for axis in axes:
+            moved = manipulation.move(vectors, deviations * axis, strengths)[0]  # (s, d, h, w)
+            rows.append(torch.cat([image, self.decode(moved)]))
+        return list(zip(channels, rows, strict=True))
+
+    def invert(
+        self,
+        images: Tensor,
+        start_at_mean: bool,
+        *,
+        steps: int,
+        learning_rate: float,
+        perceptual: LPIPS | None,
+        perceptual_weight: float,
+        max_images: int,
+    ) -> tuple[Inversion, dict[str, Tensor]]:
+        """Optimise vectors so that they decode to the images.
+
+        Args:
+            start_at_mean: start at the mean of `max_images` images of the data set, not at the
+                encoder's output.
+            perceptual: LPIPS beside the mean squared error; None leaves it out.
+
+        Returns:
+            The result; and images (B, 3, S, S) at some steps, by a name with the mean distance.
+        """
+        distance = partial(
+            manipulation.picture_distance,
+            perceptual=perceptual,
+            perceptual_weight=perceptual_weight,
+        )
+        encoded = self.vectors(images)
+        shown = {"encoder": encoded}
+        start = encoded
+        if start_at_mean:
+            start = shown["mean"] = self.measured_vectors(max_images).mean(0).expand_as(encoded)
+        shown_steps = {steps // 16, steps // 4} - {0}  # early: most of the change is there
+        with tqdm(total=steps, desc="invert") as bar:
+
+            def observe(step: int, vectors: Tensor) -> None:
+                bar.update(step - bar.n)
+                if step in shown_steps:
+                    shown[f"step {step}"] = vectors
+
+            found = manipulation.invert(
+                self.tokenizer.decode_vectors,
+                distance,
+                images,
+                start,
+                steps=steps,
+                learning_rate=learning_rate,
+                observe=observe,
+            )
+        shown[f"best of {steps}"] = found.vectors
+        rows = {}
+        for name, vectors in shown.items():
+            decoded = self.decode(vectors)
+            rows[f"{name}: {distance(decoded, images).mean():.4f}"] = decoded
+        return found, rows
+
+    def load_lpips(self) -> LPIPS:
+        """LPIPS on the editor's device.
+
+        Raises:
+            ConfigurationError: the tokenizer's images are smaller than LPIPS needs.
+        """
+        if self.tokenizer.image_size < MIN_SIDE:
+            raise ConfigurationError(
+                f"the tokenizer decodes to {self.tokenizer.image_size} pixels per side; LPIPS needs"
+                f" at least {MIN_SIDE}: pass --perceptual_weight 0"
+            )
+        return LPIPS.from_embedded().to(self.device)
+
+    # -- the grid -----------------------------------------------------------------------------
+
     def save(self, images: Tensor, row_labels: Sequence[str], column_labels: Sequence[str]) -> Path:
-        """Write images (rows, columns, 3, S, S) as the strip; return its path."""
+        """Write images (rows, columns, 3, S, S) as the latent grid; return its path."""
         output = self.options.output
         grid = image_grid(
             images.flatten(0, 1),
@@ -150,7 +312,7 @@ class LatentEditor:
 
 
 def load_tokenizer(model: str) -> Tokenizer:
-    """A tokenizer by its own folder or by that of a pipeline; also from the Hub.
+    """The tokenizer in a folder of its own or in a pipeline, on disk or on the Hub.
 
     Raises:
         SmaltiError: there is no such model, or it is neither.
@@ -160,26 +322,28 @@ def load_tokenizer(model: str) -> Tokenizer:
 
 
 def signed(number: float) -> str:
-    """A number with its sign, as the head of a column."""
+    """A number with its sign, for the label of a column."""
     return f"{number:+g}" if number else "0"
 
 
 def evenly_spaced(indices: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the indices, at equal distances, from the first on."""
+    """At most `count` of the indices, at equal distances, starting with the first."""
     count = min(count, len(indices))
     return [indices[row * len(indices) // count] for row in range(count)]
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
-    """Raise `SmaltiError` before any work if the strip could not be saved."""
+    """Raise `ConfigurationError` before any work if the latent grid could not be saved."""
     if path.suffix.lower() != ".png":
-        raise SmaltiError(f"--output is {path}; a strip is a PNG file: let its name end in .png")
+        raise ConfigurationError(
+            f"--output is {path}; a latent grid is a PNG file: let its name end in .png"
+        )
     for folder in path.parents:
         if folder.exists() and not folder.is_dir():
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"--output is {path}, but {folder} is a file: choose another --output"
             )
     if path.is_dir():
-        raise SmaltiError(f"{path} is a folder: name a file in --output")
+        raise ConfigurationError(f"{path} is a folder: name a file in --output")
     if path.exists() and not overwrite:
-        raise SmaltiError(f"{path} exists: choose another --output, or pass --overwrite")
+        raise ConfigurationError(f"{path} exists: choose another --output, or pass --overwrite")

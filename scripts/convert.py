@@ -1,9 +1,10 @@
-"""Import: published weights -> a folder of smalti's, ready to sample, evaluate and fine-tune.
+"""Convert: published weights -> a smalti folder, ready to sample, evaluate and fine-tune.
 
     smalti convert llamagen-tokenizer vq_ds16_c2i.pt models/vq16
     smalti convert llamagen-prior c2i_B_256.pt models/llamagen-b --tokenizer models/vq16
 
-Tensors are read, code never runs; sizes come from shapes, and what shapes cannot tell from flags.
+Only tensors are read; code in a file never runs. Sizes come from the shapes of the tensors; what
+shapes do not determine has a default and a flag.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from smalti.cli import parse_config, run_command
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.convert import convert
 from smalti.pipelines.convert.source import Options
@@ -23,28 +24,34 @@ from smalti.tokenizer.base import Tokenizer
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Import published weights."""
+    """Convert published weights to a smalti folder."""
 
-    # whose weights they are
+    # the code base and the kind of model
     source: Positional[Annotated[str, arg(metavar="SOURCE")]] = ""
     # a .safetensors, .pt, .pth or .ckpt file, or a folder
     checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]] = Path()
-    # a new folder: of a tokenizer, a prior, or a pipeline
+    # a new folder, for a tokenizer, a prior or a pipeline
     out: Positional[Annotated[Path, arg(metavar="OUT")]] = Path()
-    tokenizer: Path | None = None  # folder of the one that a prior belongs to; makes a pipeline
+    tokenizer: Path | None = None  # folder of the prior's tokenizer; the result is a pipeline
     heads: int | None = None  # attention heads of a prior
     scales: str | None = None  # sides of the code grids: 1,2,3,4 or one number for a single grid
     image_size: int | None = None  # pixels per side of a tokenizer
-    scaling_factor: float | None = None  # what the latents of a KL autoencoder are multiplied by
+    scaling_factor: float | None = None  # by which the latents of a KL autoencoder are multiplied
 
     @property
     def sides(self) -> tuple[int, ...] | None:
-        """The scales as numbers."""
+        """The scales as integers.
+
+        Raises:
+            ConfigurationError: they are not numbers and commas.
+        """
         if self.scales is None:
             return None
         parts = [part.strip() for part in self.scales.split(",")]
         if not all(part.isascii() and part.isdecimal() and len(part) < 6 for part in parts):
-            raise SmaltiError(f"scales is {self.scales!r}; give numbers and commas, 1,2,3,4")
+            raise ConfigurationError(
+                f"scales is {self.scales!r}; give numbers and commas, for example 1,2,3,4"
+            )
         return tuple(map(int, parts))
 
 
@@ -57,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti convert`."""
     config = parse_config(ConvertConfig, argv, prog="smalti convert")
     if not config.source or Path() in (config.checkpoint, config.out):
-        raise SmaltiError("give three things: smalti convert SOURCE CHECKPOINT OUT")
+        raise ConfigurationError("give three arguments: smalti convert SOURCE CHECKPOINT OUT")
     tokenizer = Tokenizer.from_pretrained(config.tokenizer) if config.tokenizer else None
     options = Options(
         heads=config.heads,

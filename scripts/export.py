@@ -1,8 +1,8 @@
 """Export: a model -> the file or folder that the original code, or Diffusers, reads.
 
-smalti export models/kl models/kl_diffusers          # a Diffusers folder
-smalti export models/dit DiT.pt                      # its authors' file; into a folder, Diffusers'
-smalti export models/vq16 vq16.pt                    # LlamaGen's layout
+smalti export models/kl models/kl_diffusers    # a Diffusers folder
+smalti export models/dit DiT.pt                # a file for the authors' code
+smalti export models/vq16 vq16.pt              # a file for LlamaGen's code
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from smalti.cli import parse_config, run_command
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 from smalti.files import read_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.convert import export
-from smalti.pipelines.index import INDEX
+from smalti.pipelines.pipeline import INDEX
 from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.base import Tokenizer
@@ -26,13 +26,13 @@ from smalti.tokenizer.base import Tokenizer
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a model in a published layout."""
+    """Write a model in the layout of published weights."""
 
-    # folder or repository of a tokenizer or a prior
+    # a tokenizer or a prior: a folder, or a repository on the Hub
     model: Positional[Annotated[str, arg(metavar="MODEL")]] = ""
     # a new folder, or a new .safetensors, .pt, .pth or .ckpt file
     out: Positional[Annotated[Path, arg(metavar="OUT")]] = Path()
-    # whose layout; by default Diffusers' for a KL autoencoder or DiT in a folder, else the authors'
+    # the layout; by default Diffusers' for a KL autoencoder or DiT in a folder, else the authors'
     format: str | None = None
 
 
@@ -40,11 +40,11 @@ def load_model(name: str) -> Tokenizer | Prior:
     """The tokenizer or prior in a folder or repository.
 
     Raises:
-        SmaltiError: there is none, or a whole pipeline.
+        SmaltiError: there is none, or it is a whole pipeline.
     """
     folder = resolve_folder(name)
     if (folder / INDEX).is_file():
-        raise SmaltiError(f"{name} is a pipeline: export {name}/tokenizer and {name}/prior")
+        raise ConfigurationError(f"{name} is a pipeline: export {name}/tokenizer and {name}/prior")
     config = folder / "config.json"
     content = read_json(config) if config.is_file() else {}
     is_prior = isinstance(content, dict) and str(content.get("type")) in PRIORS
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti export`."""
     config = parse_config(ExportConfig, argv, prog="smalti export")
     if not config.model or config.out == Path():
-        raise SmaltiError("give two things: smalti export MODEL OUT")
+        raise ConfigurationError("give two arguments: smalti export MODEL OUT")
     for line in export(load_model(config.model), config.out, config.format):
         print(line)
     print(f"written: {config.out}")

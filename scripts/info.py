@@ -1,9 +1,9 @@
-"""What a folder is: a run, a checkpoint, latents, shards, a tokenizer, a prior or a pipeline.
+"""Info: what a folder is, whether it is complete, and the command that continues with it.
 
 smalti info runs/prior
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,15 +11,29 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from smalti.cli import parse_config, run_command
-from smalti.errors import SmaltiError
-from smalti.pipelines.info import info
+from smalti.data.set_info import holds_latents, is_shards, of_cache, of_shards, splits
+from smalti.errors import ConfigurationError, DataError
+from smalti.folder_info import Info
+from smalti.pipelines.info import is_model, is_pipeline, of_model, of_pipeline
+from smalti.training.checkpoint import MANIFEST, STATE
+from smalti.training.run_info import is_run, of_checkpoint, of_run
 
 EXIT_DAMAGED = 1
+
+# Kinds of folders: how one is recognised, and what is said of it. The first that fits counts.
+KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], Info]]] = [
+    (lambda path: (path / STATE).is_file() or (path / MANIFEST).is_file(), of_checkpoint),
+    (is_run, of_run),
+    (is_pipeline, of_pipeline),
+    (is_model, of_model),
+    (is_shards, of_shards),
+    (lambda path: holds_latents(path) or bool(splits(path)), of_cache),
+]
 
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """Explain a folder in a few lines: what it is, whether it is whole, how to go on with it.
+    """Say what a folder is, whether it is complete, and which command continues with it.
 
     The exit status is 1 if something in it is damaged.
     """
@@ -28,11 +42,37 @@ class InfoConfig:
     path: Positional[Annotated[Path, arg(metavar="PATH")]] = Path()
 
 
+def info(path: Path) -> Info:
+    """What is known of a folder.
+
+    Raises:
+        DataError: there is no such folder, or nothing in it is known.
+    """
+    if not path.is_dir():
+        raise DataError(f"folder not found: {path}")
+    found = _explain(path)
+    if found is not None:
+        return found
+    inside = {child.name: _explain(child) for child in sorted(path.iterdir()) if child.is_dir()}
+    known = [(name, of.lines[0][1]) for name, of in inside.items() if of is not None]
+    if known:  # the output of a demo, for example
+        return Info([("kind", "folder with others in it: ask for one of them"), *known])
+    raise DataError(
+        f"{path} is nothing that smalti writes: give the folder of a run, a checkpoint, latents, a "
+        "tokenizer, a prior or a pipeline"
+    )
+
+
+def _explain(path: Path) -> Info | None:
+    """What the first kind that fits says of a folder; None if no kind fits."""
+    return next((explain(path) for fits, explain in KINDS if fits(path)), None)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti info`."""
     config = parse_config(InfoConfig, argv, prog="smalti info")
     if config.path == Path():
-        raise SmaltiError("give a folder: smalti info PATH")
+        raise ConfigurationError("give a folder: smalti info PATH")
     found = info(config.path)
     width = max(len(name) for name, _ in found.lines)
     for name, value in found.lines:

@@ -1,4 +1,4 @@
-"""From one picture to another through latent space, on a straight line and on an arc.
+"""Interpolation: from one image to another through latent space, on a line and on an arc.
 
 smalti interpolate --model runs/demo/pipeline --indices 40 1200 --output interpolation.png
 """
@@ -10,15 +10,13 @@ from pathlib import Path
 import torch
 
 from smalti.cli import parse_config, run_command
-from smalti.data.latents import CodeSpec
-from smalti.errors import SmaltiError
-from smalti.pipelines.latent_editor import LatentEditor, StripOptions
-from smalti.tokenizer import manipulation
+from smalti.errors import ConfigurationError
+from smalti.pipelines.latent_editor import LatentEditor, LatentGridOptions
 
 
 @dataclass(frozen=True)
-class InterpolateConfig(StripOptions):
-    """Blend two pictures in latent space: a linear row and a spherical one."""
+class InterpolateConfig(LatentGridOptions):
+    """Blend two images in latent space; a row for linear and one for spherical interpolation."""
 
     output: Path = Path("interpolation.png")
     steps: int = 9  # blends in a row, both ends included
@@ -26,30 +24,22 @@ class InterpolateConfig(StripOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps < 2:
-            raise SmaltiError(f"steps is {self.steps}; use at least 2, the two ends")
+            raise ConfigurationError(f"steps is {self.steps}; use at least 2, the two ends")
 
 
 def interpolate(config: InterpolateConfig) -> Path:
-    """Write the strip, and return its path."""
-    bench = LatentEditor(config)
-    pictures = bench.pictures(count=2)
-    start, end = bench.vectors(pictures).split(1)
-    discrete = isinstance(bench.tokenizer.spec, CodeSpec)
-    blends = {
-        "linear": manipulation.linear,
-        "spherical": manipulation.spherical if discrete else manipulation.spherical_as_one,
-    }
-    rows = []
-    for blend in blends.values():
-        path = manipulation.interpolate(start, end, config.steps, blend)[0]  # (steps, d, h, w)
-        rows.append(torch.cat([pictures[:1], bench.decode(path), pictures[1:]]))
-    places = [f"{i / (config.steps - 1):.3g}" for i in range(config.steps)]
-    return bench.save(torch.stack(rows), list(blends), ["original", *places, "original"])
+    """Write the latent grid, and return its path."""
+    editor = LatentEditor(config)
+    rows = editor.interpolate(editor.images(count=2), config.steps)
+    positions = [f"{i / (config.steps - 1):.3g}" for i in range(config.steps)]
+    columns = ["original", *positions, "original"]
+    return editor.save(torch.stack([*rows.values()]), [*rows], columns)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti interpolate`."""
-    print(f"strip: {interpolate(parse_config(InterpolateConfig, argv, prog='smalti interpolate'))}")
+    config = parse_config(InterpolateConfig, argv, prog="smalti interpolate")
+    print(f"latent grid: {interpolate(config)}")
     return 0
 
 

@@ -1,10 +1,11 @@
-"""Rectified flow: pairs of noise and what a trained flow makes of it, to train a straighter one on.
+"""Reflow (rectified flow, Liu et al., 2209.03003): pairs of noise and the sample that a trained
+flow generates from it, on which a straighter flow is trained.
 
     smalti reflow --model runs/flow/pipeline --output_dir runs/pairs
     smalti train-prior --latents runs/pairs --tokenizer runs/flow/pipeline/tokenizer \\
         --initial runs/flow/pipeline --output_dir runs/straight
 
-Killed? The same command goes on where it stopped.
+After an interruption the same command continues where it stopped.
 """
 
 import hashlib
@@ -33,17 +34,17 @@ from smalti.randomness import NormalSource, derive_seed
 from smalti.scripts.options import Sampling
 from smalti.training.processes import join_job, say, shared_work
 
-MEASURED_PAIRS = 64
+MEASURED_PAIRS = 64  # over which the straightness is averaged
 
 
 @dataclass(frozen=True)
 class ReflowConfig(Sampling):
-    """Draw pairs with a trained flow, and measure how straight it is."""
+    """Generate pairs with a trained flow, and measure how straight it is."""
 
     model: str = "runs/demo/pipeline"  # with a flow prior on the linear path
     output_dir: Path = Path("runs/pairs")
-    num_pairs: int = 20_000  # classes in turn
-    num_heldout: int = 512  # more of them, for validation
+    num_pairs: int = 20_000  # of all classes in turn
+    num_heldout: int = 512  # further pairs, for validation
     seed: int = 0
     guidance_scale: float = 1.0
     batch_size: int = 128
@@ -55,7 +56,10 @@ class ReflowConfig(Sampling):
 
 @dataclass
 class PairMaker:
-    """(start, stop) -> pairs of that range, data | noise; pair i has a generator of its own."""
+    """(start, stop) -> the pairs of that range, (N, 1, 2C, h, w): data and noise, concatenated.
+
+    Pair i depends on its own generator alone.
+    """
 
     prior: FlowPrior
     config: ReflowConfig
@@ -78,22 +82,25 @@ class PairMaker:
 
 
 def load(config: ReflowConfig) -> tuple[Pipeline, FlowPrior]:
-    """The pipeline, and its flow.
+    """The pipeline, and its flow prior.
 
     Raises:
-        SmaltiError: it has no flow on straight paths, or the options make no pairs.
+        SmaltiError: the prior is no flow on the linear path, or pairs cannot be generated with
+            these options.
     """
     pipeline = Pipeline.from_pretrained(config.model, device=join_job().device)
     prior = pipeline.prior
     check_straight(prior)
     assert isinstance(prior, FlowPrior)
     check_options(prior, config.options)
-    generate_pairs(prior, prior.no_conditions(), **config.options)  # by an ODE solver?
+    generate_pairs(
+        prior, prior.no_conditions(), **config.options
+    )  # refuses other solvers than of ODEs
     return pipeline, prior
 
 
 def reflow(config: ReflowConfig) -> float:
-    """Write pairs as a latent cache, train/ and heldout/; return how straight the flow is."""
+    """Write pairs as a latent cache, train/ and heldout/; return the straightness of the flow."""
     refuse_other_contents(config.output_dir)
     pipeline, prior = load(config)
     recipe = json.dumps([prior.checksum, config.seed, config.options], sort_keys=True)
@@ -120,7 +127,7 @@ def reflow(config: ReflowConfig) -> float:
 
 @torch.no_grad()
 def mean_straightness(prior: FlowPrior, config: ReflowConfig) -> float:
-    """Mean straightness of the flow, 0 for straight lines, over some noises of all classes."""
+    """Straightness of the flow, 0 for straight lines, averaged over noise and classes."""
     solver = make_solver(config.options.get("solver", "heun"))
     assert isinstance(solver, ODESolver)
     labels = torch.arange(MEASURED_PAIRS) % prior.num_classes

@@ -10,16 +10,13 @@ from pathlib import Path
 import torch
 
 from smalti.cli import parse_config, run_command
-from smalti.errors import SmaltiError
-from smalti.pipelines.latent_editor import LatentEditor, StatisticsOptions, evenly_spaced, signed
-from smalti.tokenizer.manipulation import channel_axis, channel_deviations, move
-
-DEFAULT_CHANNELS = 8
+from smalti.errors import ConfigurationError
+from smalti.pipelines.latent_editor import LatentEditor, StatisticsOptions, signed
 
 
 @dataclass(frozen=True)
 class TraverseConfig(StatisticsOptions):
-    """Change one latent channel of a picture everywhere at once; a row per channel."""
+    """Change one latent channel of an image, equally at all positions; one row for each channel."""
 
     output: Path = Path("traversal.png")
     channels: tuple[int, ...] = ()  # empty = the first 8
@@ -29,30 +26,24 @@ class TraverseConfig(StatisticsOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.strengths:
-            raise SmaltiError("strengths is empty: give at least one number")
+            raise ConfigurationError("strengths is empty: give at least one number")
 
 
 def traverse(config: TraverseConfig) -> Path:
-    """Write the strip, and return its path."""
-    bench = LatentEditor(config)
-    pictures = bench.pictures(count=1)
-    vectors = bench.vectors(pictures)  # (1, d, h, w)
-    width = vectors.shape[1]
-    channels = config.channels or range(min(width, DEFAULT_CHANNELS))
-    axes = [channel_axis(channel, width).to(vectors) for channel in channels]
-    measured = evenly_spaced(range(len(bench.source)), config.max_pictures)
-    deviations = channel_deviations(bench.vectors_of(measured))
-    rows = []
-    for axis in axes:
-        moved = move(vectors, deviations * axis, config.strengths)[0]  # (S, d, h, w)
-        rows.append(torch.cat([pictures, bench.decode(moved)]))
+    """Write the latent grid, and return its path."""
+    editor = LatentEditor(config)
+    rows = editor.traverse(
+        editor.images(count=1), config.channels, config.strengths, config.max_pictures
+    )
     columns = ["original", *(f"{signed(s)} sd" for s in config.strengths)]
-    return bench.save(torch.stack(rows), [f"channel {c}" for c in channels], columns)
+    grid = torch.stack([row for _, row in rows])
+    return editor.save(grid, [f"channel {channel}" for channel, _ in rows], columns)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti traverse`."""
-    print(f"strip: {traverse(parse_config(TraverseConfig, argv, prog='smalti traverse'))}")
+    config = parse_config(TraverseConfig, argv, prog="smalti traverse")
+    print(f"latent grid: {traverse(config)}")
     return 0
 
 

@@ -1,6 +1,7 @@
-"""The published weights that smalti reads: one line each, resolved only when asked for.
+"""The sources of published weights by name, imported only when asked for.
 
-A model is exported in the first layout that holds it; into a file, in the first that is a file.
+The order matters for export: a model is written in the first layout that fits it; into a file, in
+the first that is a single file.
 """
 
 from smalti.hub import Registry

@@ -1,19 +1,29 @@
-"""What the sources of published convolutional tokenizers share."""
+"""Published convolutional tokenizers: their names for our encoder and decoder, and their sizes.
+
+All of these code bases descend from taming-transformers, whose names are ours: encoder level i,
+block j is `encoder.down.i.block.j`; decoder level i, counted from the highest resolution, is
+`decoder.up.i`. A code base is described by rules that rewrite our names into its own.
+
+    ConvNames               the rules of one code base
+    infer_conv              sizes of encoder and decoder
+    infer_vq, infer_kl      the same with a quantizer, or with a Gaussian posterior
+    ConvSource              what the sources of such tokenizers share
+"""
 
 import re
-from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConversionError
 from smalti.pipelines.convert.layout import Buffer, Layout, Link, joined, pointwise, same
 from smalti.pipelines.convert.reader import PublishedCheckpoint
 from smalti.pipelines.convert.source import Inferred, Options, Source
 from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.kl import KLConfig
 from smalti.tokenizer.quantizers import QuantizerConfig
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
@@ -21,14 +31,19 @@ from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.registry import TOKENIZERS
 from smalti.tokenizer.vq import VQConfig
 
-# -------------------------------------------------------------------------------------------------
-# How other code bases call the parts of the convolutional encoder and decoder, and the sizes that
-# their shapes tell.
-#
-# All of them descend from taming-transformers, whose names ours are: encoder level i, block j is
-# `encoder.down.i.block.j`, decoder level i, counted from the highest resolution, `decoder.up.i`.
-
 PUBLISHED_GROUPS = 32  # of every group normalisation
+IMAGE_SIZE = 256  # pixels per side, of nearly all published tokenizers
+
+# What training saves in the same state dict: the perceptual network and the discriminator, the
+# exponential moving average, and the class weights of a loss.
+TRAINING_PARTS = ("loss.*", "model_ema.*", "discriminator.*", "colorize")
+
+CODEBOOK = "quantize.embedding.weight"  # (V, d)
+IDLE_STEPS = "quantizer.codebook.idle_steps"  # ours alone: steps since each code was last used
+
+
+# -- names ----------------------------------------------------------------------------------------
+
 ATTENTION = re.compile(r"(attn(?:_1|\.\d+))\.(q|k|v|proj_out)\.")
 
 Rule = tuple[str, str | Callable[[re.Match[str], int], str]]
@@ -38,8 +53,8 @@ Rule = tuple[str, str | Callable[[re.Match[str], int], str]]
 class ConvNames:
     """The names of one code base: `rules` rewrite ours, one after the other.
 
-    A rule is a pattern and what takes its place; a function gets the match and the number of
-    levels, because some decoders count their levels from the lowest resolution.
+    A rule is a pattern and its replacement. A replacement may be a function of the match and of the
+    number of levels, because some decoders count their levels from the lowest resolution.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -47,7 +62,7 @@ class ConvNames:
     linear_attention: bool = False  # matrices instead of 1x1 convolutions
 
     def theirs(self, ours: str, levels: int) -> str:
-        """Their name of a tensor, or of the part that a beginning of a name stands for."""
+        """Their name for a tensor of ours, or for the start of a name."""
         for pattern, replacement in self.rules:
             if isinstance(replacement, str):
                 ours = re.sub(pattern, replacement, ours)
@@ -56,7 +71,7 @@ class ConvNames:
         return ours
 
     def links(self, ours: Iterable[str], levels: int) -> list[Link]:
-        """Where each of our tensors comes from."""
+        """A link for each of our tensors; one for q, k and v together where they are fused."""
         found: list[Link] = []
         for name in ours:
             part = ATTENTION.search(name)
@@ -75,8 +90,11 @@ class ConvNames:
 
 
 def mirrored(before: str) -> Callable[[re.Match[str], int], str]:
-    """A replacement for a decoder level by one that is counted from the lowest resolution."""
+    """The replacement of a decoder level by one that is counted from the lowest resolution."""
     return lambda match, levels: f"{before}.{levels - 1 - int(match[1])}."
+
+
+# -- sizes of encoder and decoder -----------------------------------------------------------------
 
 
 def infer_conv(
@@ -89,32 +107,35 @@ def infer_conv(
     """The sizes of encoder and decoder, read from the encoder's tensors.
 
     Args:
-        double_z: the encoder ends in mean and log-variance, not in features.
-        norm_groups: which shapes do not tell.
+        double_z: the encoder's output is mean and log-variance, not features.
+        norm_groups: groups of the normalisations, which shapes do not tell.
 
     Raises:
-        SmaltiError: a tensor that tells a size is missing, or the sizes are none that we know.
+        ConversionError: a tensor that determines a size is missing, or no encoder of ours has these
+            sizes.
     """
 
     def name(ours: str) -> str:
-        return names.theirs(ours, levels=1)  # no matter for the encoder
+        return names.theirs(ours, levels=1)  # the number of levels matters to decoders only
 
     def shape(ours: str) -> tuple[int, ...]:
         return checkpoint.shape(name(ours), 4)
 
     channels, colours, *_ = shape("encoder.conv_in.weight")
     if colours != 3:
-        raise SmaltiError(f"{checkpoint.path} takes images of {colours} channels; only RGB is read")
+        raise ConversionError(
+            f"{checkpoint.path} takes images of {colours} channels; only RGB is read"
+        )
     levels = checkpoint.count(name("encoder.down.{}."))
     blocks = [checkpoint.count(name(f"encoder.down.{i}.block.{{}}.")) for i in range(levels)]
     if not levels or len(set(blocks)) > 1 or not blocks[0]:
-        raise SmaltiError(
-            f"{checkpoint.path} has an encoder of {levels} levels with {blocks} blocks: each of at "
-            "least one level must have as many as the others; is a tensor missing?"
+        raise ConversionError(
+            f"{checkpoint.path} has an encoder of {levels} levels with {blocks} blocks; expected "
+            "at least one level, and equally many blocks in each: is a tensor missing?"
         )
     widths = [shape(f"encoder.down.{i}.block.0.conv2.weight")[0] for i in range(levels)]
     if any(width % channels for width in widths):
-        raise SmaltiError(
+        raise ConversionError(
             f"{checkpoint.path} has levels {', '.join(map(str, widths))} channels wide; all must be"
             f" multiples of the first convolution's {channels}"
         )
@@ -132,7 +153,7 @@ def infer_conv(
 
 
 def conv_facts(conv: ConvConfig) -> dict[str, object]:
-    """What `infer_conv` found, to print."""
+    """The sizes that `infer_conv` found, to print."""
     return {
         "channels": conv.channels,
         "channel_mult": ", ".join(map(str, conv.channel_mult)),
@@ -144,16 +165,132 @@ def conv_facts(conv: ConvConfig) -> dict[str, object]:
     }
 
 
-# -------------------------------------------------------------------------------------------------
-# What the sources of published convolutional tokenizers share.
+def is_published_conv(conv: ConvConfig) -> bool:
+    """Whether the original code can build such an encoder and decoder."""
+    narrowest = conv.channels * min(1, *conv.channel_mult)
+    groups = conv.norm_groups or min(PUBLISHED_GROUPS, narrowest // 4)
+    plain = conv.patch_size == 1 and not conv.residual_resampling
+    return plain and groups == PUBLISHED_GROUPS
 
-IMAGE_SIZE = 256  # of nearly all published tokenizers
 
-# What training leaves in the same state dict: the perceptual network and the critic, shadow copies
-# of a running mean, and the weights of classes in a loss.
-TRAINING_PARTS = ("loss.*", "model_ema.*", "discriminator.*", "colorize")
+def image_size(options: Options) -> tuple[int, str]:
+    """Pixels per side of an image, and the same with its origin, to print."""
+    if options.image_size is None:
+        return IMAGE_SIZE, f"{IMAGE_SIZE}, the default of --image_size"
+    return options.image_size, f"{options.image_size}, as given"
 
-IDLE_STEPS = "quantizer.codebook.idle_steps"  # ours alone: when each code was last used
+
+# -- tokenizers with a codebook -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InferredQuantizer:
+    """The quantizer's part of `Inferred`."""
+
+    config: QuantizerConfig
+    facts: Mapping[str, object]
+    assumed: Mapping[str, object] = field(default_factory=dict)
+
+
+def infer_codebook(checkpoint: PublishedCheckpoint, *, l2_normalise: bool) -> CodebookConfig:
+    """The sizes of the codebook; none of its codes will be revived.
+
+    Raises:
+        ConversionError: there is no codebook.
+    """
+    vocab_size, code_dim = checkpoint.shape(CODEBOOK, 2)
+    return CodebookConfig(vocab_size, code_dim, l2_normalise=l2_normalise, revive_after=0)
+
+
+def codebook_facts(codebook: CodebookConfig) -> dict[str, object]:
+    """The sizes that `infer_codebook` found, to print."""
+    how = ", l2-normalised" if codebook.l2_normalise else ""
+    return {"codebook": f"{codebook.vocab_size} codes of {codebook.code_dim} numbers{how}"}
+
+
+def infer_nearest(checkpoint: PublishedCheckpoint, *, l2_normalise: bool) -> InferredQuantizer:
+    """A quantizer that takes the nearest vector of one codebook."""
+    codebook = infer_codebook(checkpoint, l2_normalise=l2_normalise)
+    return InferredQuantizer(NearestConfig(codebook=codebook), codebook_facts(codebook))
+
+
+def infer_vq(
+    checkpoint: PublishedCheckpoint,
+    conv: ConvConfig,
+    quantizer: InferredQuantizer,
+    size: tuple[int, str],
+) -> Inferred:
+    """A VQ tokenizer of these parts and this image size (see `image_size`)."""
+    config = VQConfig(
+        image_size=size[0],
+        conv=conv,
+        quantizer=quantizer.config,
+        quant_kernel=checkpoint.shape("quant_conv.weight", 4)[-1],
+    )
+    return Inferred(
+        config,
+        facts={**conv_facts(conv), **quantizer.facts},
+        assumed={**quantizer.assumed, "image_size": size[1]},
+    )
+
+
+def is_nearest_vq(config: Any, *, l2_normalise: bool) -> bool:
+    """Whether the quantizer of a config can be written as `infer_nearest` reads it."""
+    return (
+        isinstance(config, VQConfig)
+        and isinstance(config.quantizer, NearestConfig)
+        and config.quantizer.codebook.learning == "gradient"
+        and config.quantizer.codebook.l2_normalise == l2_normalise
+        and config.quant_kernel == 1
+    )
+
+
+# -- tokenizers with a Gaussian posterior ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KLSizes:
+    """The sizes of a KL autoencoder."""
+
+    conv: ConvConfig
+    channels: int  # of the latents
+    quant_convs: bool  # whether convolutions lie between encoder, latents and decoder
+
+    def config(
+        self, size: int, latent_mean: tuple[float, ...], latent_std: tuple[float, ...]
+    ) -> KLConfig:
+        """The config of our model for images of `size` pixels per side."""
+        return KLConfig(
+            image_size=size,
+            conv=self.conv,
+            latent_channels=None if self.channels == self.conv.z_channels else self.channels,
+            quant_convs=self.quant_convs,
+            latent_mean=latent_mean,
+            latent_std=latent_std,
+        )
+
+
+def infer_kl(
+    checkpoint: PublishedCheckpoint, names: ConvNames, norm_groups: int = PUBLISHED_GROUPS
+) -> KLSizes:
+    """The sizes of a KL autoencoder.
+
+    Raises:
+        ConversionError: see `infer_conv`; or `quant_conv` has an odd number of output channels.
+    """
+    conv = infer_conv(checkpoint, names, double_z=True, norm_groups=norm_groups)
+    if not checkpoint.has("quant_conv.") and not checkpoint.has("post_quant_conv."):
+        return KLSizes(conv, conv.z_channels, quant_convs=False)
+    moments = checkpoint.shape("quant_conv.weight", 4)[0]  # mean and log-variance
+    if moments % 2:
+        raise ConversionError(
+            f"{checkpoint.path}: quant_conv has {moments} output channels; expected an even number,"
+            " half for the mean and half for the log-variance"
+        )
+    return KLSizes(conv, moments // 2, quant_convs=True)
+
+
+# -- the source -----------------------------------------------------------------------------------
 
 
 class ConvSource(Source):
@@ -161,133 +298,37 @@ class ConvSource(Source):
 
     registry = TOKENIZERS
     options = frozenset({"image_size"})
-    names: ClassVar[ConvNames] = ConvNames()
-    own: ClassVar[tuple[str, ...]] = ()
+    names: ClassVar[ConvNames]
     surplus: ClassVar[tuple[str, ...]] = TRAINING_PARTS
 
-    def layout(self, config: Any) -> Layout:
-        with torch.device("meta"):
-            ours = TOKENIZERS.build(config).state_dict()
-        linked = [name for name in ours if name not in self.own]
-        levels = len(config.conv.channel_mult)
-        return Layout(
-            links=self.names_of(config).links(linked, levels),
-            buffers=self.buffers(config),
-            surplus=self.surplus,
-            own=self.own,
-        )
-
-    def names_of(self, config: Any) -> ConvNames:
+    def names_for(self, config: Any) -> ConvNames:
         """Their names, where they depend on the sizes of the model."""
         del config
         return self.names
 
     def buffers(self, config: Any) -> dict[str, Buffer]:
-        """Buffers of theirs that ours does not keep."""
+        """Their buffers that our model does not store."""
         del config
         return {}
 
+    def layout(self, config: Any) -> Layout:
+        with torch.device("meta"):
+            ours = TOKENIZERS.build(config).state_dict()
+        linked = [name for name in ours if name != IDLE_STEPS]
+        return Layout(
+            links=self.names_for(config).links(linked, levels=len(config.conv.channel_mult)),
+            buffers=self.buffers(config),
+            surplus=self.surplus,
+            own=(IDLE_STEPS,),
+        )
+
+    def own_tensors(self, config: Any, options: Options) -> dict[str, Tensor]:
+        """Every code of a published codebook counts as just used."""
+        del options
+        quantizer = getattr(config, "quantizer", None)
+        if not isinstance(quantizer, NearestConfig | MultiScaleConfig):
+            return {}
+        return {IDLE_STEPS: torch.zeros(quantizer.codebook.vocab_size, dtype=torch.int64)}
+
     def flags(self, config: Any) -> dict[str, object]:
         return {} if config.image_size == IMAGE_SIZE else {"image_size": config.image_size}
-
-    def published_conv(self, conv: ConvConfig) -> bool:
-        """Whether original code builds such an encoder and decoder."""
-        narrowest = conv.channels * min(1, *conv.channel_mult)
-        groups = conv.norm_groups or min(PUBLISHED_GROUPS, narrowest // 4)
-        plain = conv.patch_size == 1 and not conv.residual_resampling
-        return plain and groups == PUBLISHED_GROUPS
-
-
-class VQSource(ConvSource):
-    """A tokenizer with codes of one grid, compared with the vectors of one codebook."""
-
-    own = (IDLE_STEPS,)
-    l2_normalise: ClassVar[bool]
-
-    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
-        conv = infer_conv(checkpoint, self.names, norm_groups=self.norm_groups(checkpoint))
-        quantizer, found, supposed = self.infer_quantizer(checkpoint, options, conv)
-        size, assumed = self.image_size(options, conv, quantizer)
-        config = VQConfig(
-            image_size=size,
-            conv=conv,
-            quantizer=quantizer,
-            quant_kernel=checkpoint.shape("quant_conv.weight", 4)[-1],
-        )
-        return Inferred(
-            config,
-            facts={**conv_facts(conv), **found},
-            assumed={**supposed, "image_size": assumed},
-        )
-
-    def norm_groups(self, checkpoint: PublishedCheckpoint) -> int:
-        """Groups of the normalisations, which shapes do not tell."""
-        del checkpoint
-        return PUBLISHED_GROUPS
-
-    def image_size(
-        self, options: Options, conv: ConvConfig, quantizer: QuantizerConfig
-    ) -> tuple[int, object]:
-        """Pixels per side, and the same with where the number comes from."""
-        del conv, quantizer
-        return stated_size(options)
-
-    @abstractmethod
-    def infer_quantizer(
-        self, checkpoint: PublishedCheckpoint, options: Options, conv: ConvConfig
-    ) -> tuple[QuantizerConfig, dict[str, object], dict[str, object]]:
-        """The quantizer's config; what was read from the tensors; what was assumed."""
-
-    def own_tensors(self, config: VQConfig, options: Options) -> dict[str, Tensor]:
-        """A published codebook counts as just used: nothing of it is dead."""
-        del options
-        if not isinstance(config.quantizer, NearestConfig | MultiScaleConfig):
-            return {}
-        codes = config.quantizer.codebook.vocab_size
-        return {IDLE_STEPS: torch.zeros(codes, dtype=torch.int64)}
-
-    def fits(self, config: Any) -> bool:
-        return (
-            isinstance(config, VQConfig)
-            and self.published_conv(config.conv)
-            and isinstance(config.quantizer, NearestConfig)
-            and config.quantizer.codebook.learning == "gradient"
-            and config.quantizer.codebook.l2_normalise == self.l2_normalise
-            and config.quant_kernel == 1
-        )
-
-
-class OneCodebook(VQSource):
-    """`quantize.embedding.weight` (V, d) holds the codebook."""
-
-    def infer_quantizer(
-        self, checkpoint: PublishedCheckpoint, options: Options, conv: ConvConfig
-    ) -> tuple[QuantizerConfig, dict[str, object], dict[str, object]]:
-        del options, conv
-        codebook = infer_codebook(checkpoint, "quantize.embedding.weight", self.l2_normalise)
-        return NearestConfig(codebook=codebook), codebook_facts(codebook), {}
-
-
-def infer_codebook(
-    checkpoint: PublishedCheckpoint, name: str, l2_normalise: bool
-) -> CodebookConfig:
-    """The codebook that a table (V, d) is; none of its codes will be revived.
-
-    Raises:
-        SmaltiError: there is no such table.
-    """
-    vocab_size, code_dim = checkpoint.shape(name, 2)
-    return CodebookConfig(vocab_size, code_dim, l2_normalise=l2_normalise, revive_after=0)
-
-
-def codebook_facts(codebook: CodebookConfig) -> dict[str, object]:
-    """What `infer_codebook` found, to print."""
-    how = ", l2-normalised" if codebook.l2_normalise else ""
-    return {"codebook": f"{codebook.vocab_size} codes of {codebook.code_dim} numbers{how}"}
-
-
-def stated_size(options: Options) -> tuple[int, object]:
-    """Pixels per side of a picture, and the same with where the number comes from."""
-    if options.image_size is None:
-        return IMAGE_SIZE, f"{IMAGE_SIZE}, the default of --image_size"
-    return options.image_size, f"{options.image_size}, as given"

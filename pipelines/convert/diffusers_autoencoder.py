@@ -1,99 +1,38 @@
 """Diffusers' folders of `AutoencoderKL` and `VQModel`: config.json and a weights file."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Self, TypeGuard
+from typing import Any, Self
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConversionError
 from smalti.pipelines.convert.conv import (
     PUBLISHED_GROUPS,
     ConvNames,
-    OneCodebook,
+    ConvSource,
     conv_facts,
+    image_size,
+    infer_conv,
+    infer_kl,
+    infer_nearest,
+    infer_vq,
+    is_nearest_vq,
     mirrored,
-    stated_size,
 )
-from smalti.pipelines.convert.latent_diffusion import SCALING_FACTOR, KLSource
-from smalti.pipelines.convert.reader import CONFIG, PublishedCheckpoint
-from smalti.pipelines.convert.source import Inferred, Options, Source
+from smalti.pipelines.convert.latent_diffusion import SCALING_FACTOR
+from smalti.pipelines.convert.reader import PublishedCheckpoint
+from smalti.pipelines.convert.source import (
+    Inferred,
+    Options,
+    config_path,
+    number,
+    numbers,
+    wrong_setting,
+)
 from smalti.pipelines.convert.taming import has_codes
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig
-
-# -------------------------------------------------------------------------------------------------
-# config.json of a Diffusers folder: settings, checked as they are read.
-
-
-def config_path(checkpoint: PublishedCheckpoint) -> Path:
-    """Where the file lies, or would."""
-    return checkpoint.path.parent / CONFIG
-
-
-def refusal(checkpoint: PublishedCheckpoint, key: str, expected: str) -> SmaltiError:
-    """What is said of a setting that is not as expected."""
-    value = checkpoint.config.get(key)
-    return SmaltiError(f"{config_path(checkpoint)}: {key} is {value!r}; expected {expected}")
-
-
-def number(
-    checkpoint: PublishedCheckpoint, key: str, default: float, *, positive: bool = False
-) -> float:
-    """A number; what the file lacks, or has as null, is the default."""
-    value = checkpoint.config.get(key)
-    value = default if value is None else value
-    if not _is_number(value) or (positive and value <= 0):
-        raise refusal(checkpoint, key, "a positive number" if positive else "a number")
-    return value
-
-
-def numbers(checkpoint: PublishedCheckpoint, key: str, count: int) -> tuple[float, ...] | None:
-    """A list of so many numbers; None where there is none."""
-    value = checkpoint.config.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, list) or len(value) != count or not all(map(_is_number, value)):
-        raise refusal(checkpoint, key, f"{count} numbers")
-    return tuple(map(float, value))
-
-
-def whole(checkpoint: PublishedCheckpoint, key: str) -> int | None:
-    """A whole number from 1; None where there is none."""
-    value = checkpoint.config.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise refusal(checkpoint, key, "a whole number from 1")
-    return value
-
-
-def check_stated(checkpoint: PublishedCheckpoint, stated: Mapping[str, object]) -> None:
-    """Raise `SmaltiError` if config.json speaks of other sizes than the tensors have.
-
-    Args:
-        stated: what it says if it belongs to them; what it lacks, or has as null, says nothing.
-    """
-    for key, told in stated.items():
-        said = checkpoint.config.get(key)
-        if said is not None and said != told:
-            raise SmaltiError(
-                f"{config_path(checkpoint)}: {key} is {said!r}, but the tensors of "
-                f"{checkpoint.path.name} say {told!r}: they were cut short, or it is another "
-                "model's file"
-            )
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value)
-
-
-# -------------------------------------------------------------------------------------------------
-# Diffusers' folders of `AutoencoderKL` and `VQModel`: config.json and a weights file.
 
 ATTENTION_NAMES = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v"}
 
@@ -116,7 +55,7 @@ NAMES = ConvNames(
     linear_attention=True,
 )
 
-# How attention was spelt before Diffusers 0.13.
+# Names of the parts of attention before Diffusers 0.13, and today's.
 OLD_ATTENTION = {
     ".query.": ".to_q.",
     ".key.": ".to_k.",
@@ -124,7 +63,7 @@ OLD_ATTENTION = {
     ".proj_attn.": ".to_out.0.",
 }
 
-# Settings of config.json that the tensors do not show, and the only value that our model has.
+# Settings that the tensors do not show, with the only value that our model has.
 FIXED = {"act_fn": "silu", "norm_type": "group"}
 
 # Settings that the tensors show, too.
@@ -145,7 +84,7 @@ SIZES = (
 
 
 def current_names(checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
-    """The checkpoint with attention spelt as today."""
+    """The checkpoint with today's names of the parts of attention."""
 
     def current(name: str) -> str:
         if ".attentions." in name:
@@ -156,50 +95,47 @@ def current_names(checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
     return checkpoint.renamed(current)
 
 
-class DiffusersFolder(Source):
-    """What both models share: spellings, and settings that only config.json tells."""
+def looks_like_diffusers(checkpoint: PublishedCheckpoint) -> bool:
+    """Whether encoder or decoder have Diffusers' names."""
+    return checkpoint.has("encoder.down_blocks.") or checkpoint.has("decoder.up_blocks.")
 
-    names = NAMES
-    class_name: ClassVar[str]
 
-    def prepare(self, checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
-        return current_names(checkpoint)
+# -- config.json ----------------------------------------------------------------------------------
 
-    def settings(self, checkpoint: PublishedCheckpoint) -> Mapping[str, Any]:
-        """config.json, if it describes a model that ours can be.
 
-        Raises:
-            SmaltiError: it is of another class, or asks for what our model does not do.
-        """
-        found = checkpoint.config
-        where = config_path(checkpoint)
-        name = found.get("_class_name", self.class_name)
-        if name != self.class_name:
-            raise SmaltiError(f"{where} describes a {name}; this source reads {self.class_name}")
-        for key, value in FIXED.items():
-            if found.get(key, value) != value:
-                raise SmaltiError(f"{where}: {key} is {found[key]!r}; only {value!r} is read")
-        return found
+def check_settings(checkpoint: PublishedCheckpoint, class_name: str) -> None:
+    """Raise `ConversionError` if config.json describes another class, or a model that differs from
+    ours in what the tensors do not show."""
+    found, where = checkpoint.config, config_path(checkpoint)
+    name = found.get("_class_name", class_name)
+    if name != class_name:
+        raise ConversionError(f"{where} describes a {name}; this source reads {class_name}")
+    for key, value in FIXED.items():
+        if found.get(key, value) != value:
+            raise ConversionError(f"{where}: {key} is {found[key]!r}; only {value!r} is read")
 
-    def norm_groups(self, checkpoint: PublishedCheckpoint) -> int:
-        """Groups of the normalisations."""
-        groups = number(checkpoint, "norm_num_groups", PUBLISHED_GROUPS, positive=True)
-        if groups != int(groups):
-            raise refusal(checkpoint, "norm_num_groups", "a whole number")
-        return int(groups)
 
-    def stated(self, config: Any) -> dict[str, Any]:
-        said = self.export_config(config) or {}
-        return {key: value for key, value in said.items() if key in SIZES}
+def norm_groups(checkpoint: PublishedCheckpoint) -> int:
+    """Groups of the normalisations, which only config.json tells."""
+    groups = number(checkpoint, "norm_num_groups", PUBLISHED_GROUPS, positive=True)
+    if groups != int(groups):
+        raise wrong_setting(checkpoint, "norm_num_groups", "a positive integer")
+    return int(groups)
 
-    def published_conv(self, conv: ConvConfig) -> bool:
-        """Whether Diffusers builds such an encoder and decoder: any number of groups will do."""
-        plain = conv.patch_size == 1 and not conv.residual_resampling
-        return plain and conv.channel_mult[0] == 1 and _groups(conv) is not None
+
+def sizes_in(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the tensors show, too."""
+    return {key: value for key, value in settings.items() if key in SIZES}
+
+
+def is_diffusers_conv(conv: ConvConfig) -> bool:
+    """Whether Diffusers can build such an encoder and decoder: with any number of groups."""
+    plain = conv.patch_size == 1 and not conv.residual_resampling
+    return plain and conv.channel_mult[0] == 1 and _groups(conv) is not None
 
 
 def _groups(conv: ConvConfig) -> int | None:
-    """Groups of the normalisations if all levels have equally many, else None."""
+    """Groups of the normalisations; None if levels differ in it."""
     if conv.norm_groups is None and conv.channels * min(conv.channel_mult) < 4 * PUBLISHED_GROUPS:
         return None
     return conv.norm_groups or PUBLISHED_GROUPS
@@ -207,17 +143,17 @@ def _groups(conv: ConvConfig) -> int | None:
 
 @dataclass(frozen=True)
 class LatentScale:
-    """Mean and standard deviation of raw latents, from the settings that tell them."""
+    """Mean and standard deviation of the raw latents, and where they come from."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    facts: Mapping[str, object]  # that config.json told, to print
-    assumed: Mapping[str, object]
+    facts: Mapping[str, object]  # settings in config.json, to print
+    assumed: Mapping[str, object]  # options and defaults
 
     @classmethod
     def of(cls, checkpoint: PublishedCheckpoint, options: Options, channels: int) -> Self:
-        """Ours are (z - mean) / std; Diffusers' (z - shift) * scaling, or (z - mean) * scaling /
-        std where config.json has both lists."""
+        """Our latents are (z - mean) / std. Diffusers' are (z - shift) * scaling, or
+        (z - mean) * scaling / std where config.json has lists of means and deviations."""
         scaling = number(checkpoint, "scaling_factor", SCALING_FACTOR, positive=True)
         shift = float(number(checkpoint, "shift_factor", 0.0))
         mean = numbers(checkpoint, "latents_mean", channels)
@@ -228,10 +164,10 @@ class LatentScale:
             "latents_mean": mean and ", ".join(f"{m:g}" for m in mean),
             "latents_std": std and ", ".join(f"{s:g}" for s in std),
         }
-        told = {key: v for key, v in used.items() if checkpoint.config.get(key) is not None}
-        facts = {key: f"{v}, from config.json" for key, v in told.items() if v is not None}
+        stated = {key: v for key, v in used.items() if checkpoint.config.get(key) is not None}
+        facts = {key: f"{v}, from config.json" for key, v in stated.items() if v is not None}
         names = ("scaling_factor",) if mean else ("scaling_factor", "shift_factor")
-        assumed = {name: used[name] for name in names if name not in told}
+        assumed = {name: used[name] for name in names if name not in stated}
         if options.scaling_factor is not None:
             scaling = options.scaling_factor
             facts.pop("scaling_factor", None)
@@ -244,90 +180,8 @@ class LatentScale:
         )
 
 
-class DiffusersKL(DiffusersFolder, KLSource):
-    """Scale and shift of the latents stand in config.json: ours are (z - shift) * scaling."""
-
-    title = "Diffusers AutoencoderKL"
-    class_name = "AutoencoderKL"
-
-    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
-        return looks_like_diffusers(checkpoint) and not has_codes(checkpoint)
-
-    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
-        settings = self.settings(checkpoint)
-        groups = self.norm_groups(checkpoint)
-        conv, channels, convs = self.infer_sizes(checkpoint, groups)
-        size, stated = stated_size(options)
-        latents = LatentScale.of(checkpoint, options, channels)
-        config = KLConfig(
-            image_size=size,
-            conv=conv,
-            latent_channels=None if channels == conv.z_channels else channels,
-            quant_convs=convs,
-            latent_mean=latents.mean,
-            latent_std=latents.std,
-        )
-        if "sample_size" in settings and options.image_size is None:
-            stated = f"{stated}; config.json speaks of {settings['sample_size']}"
-        return Inferred(
-            config,
-            facts={
-                **conv_facts(conv),
-                "latent channels": channels,
-                "norm_groups": groups,
-                **latents.facts,
-            },
-            assumed={"image_size": stated, **latents.assumed},
-        )
-
-    def fits(self, config: Any) -> bool:
-        return super().fits(config) and config.channels == config.conv.z_channels
-
-    def export_config(self, config: KLConfig) -> dict[str, Any]:
-        return {
-            **_shared_config("AutoencoderKL", config.conv, config.image_size),
-            **_scaling_config(config),
-            "force_upcast": True,
-            "use_quant_conv": config.quant_convs,
-            "use_post_quant_conv": config.quant_convs,
-        }
-
-
-class DiffusersVQ(DiffusersFolder, OneCodebook):
-    """The scaling factor of config.json is for priors of continuous features; codes have none."""
-
-    title = "Diffusers VQModel"
-    class_name = "VQModel"
-    l2_normalise = False
-
-    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
-        return looks_like_diffusers(checkpoint) and has_codes(checkpoint)
-
-    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
-        self.settings(checkpoint)
-        return super().infer(checkpoint, options)
-
-    def export_config(self, config: VQConfig) -> dict[str, Any]:
-        assert isinstance(config.quantizer, NearestConfig)
-        return {
-            **_shared_config("VQModel", config.conv, config.image_size),
-            "num_vq_embeddings": config.quantizer.codebook.vocab_size,
-            "vq_embed_dim": config.quantizer.codebook.code_dim,
-            "scaling_factor": SCALING_FACTOR,
-            "norm_type": "group",
-        }
-
-
-def looks_like_diffusers(checkpoint: PublishedCheckpoint) -> bool:
-    """Whether encoder or decoder are called as in Diffusers."""
-    return checkpoint.has("encoder.down_blocks.") or checkpoint.has("decoder.up_blocks.")
-
-
-# -- config.json ----------------------------------------------------------------------------------
-
-
 def _shared_config(class_name: str, conv: ConvConfig, image_size: int) -> dict[str, Any]:
-    """What both models are configured by."""
+    """The settings that both classes have."""
     attention = [i in conv.attention_levels for i in range(len(conv.channel_mult))]
     return {
         "_class_name": class_name,
@@ -346,12 +200,12 @@ def _shared_config(class_name: str, conv: ConvConfig, image_size: int) -> dict[s
 
 
 def _scaling_config(config: KLConfig) -> dict[str, Any]:
-    """Mean and standard deviation of the latents as Diffusers keeps them: one number each where
-    all channels are alike, so that all of its pipelines understand them."""
+    """Mean and standard deviation of the latents in Diffusers' form: one number each where all
+    channels are alike, which all of its pipelines understand, else lists."""
     std = config.latent_std or (1.0,)
     mean = config.latent_mean or (0.0,)
     alike = len({*std}) == len({*mean}) == 1
-    scaling = round(1 / std[0], 10) if alike else 1.0  # 0.18215 comes back as it was
+    scaling = round(1 / std[0], 10) if alike else 1.0  # gives 0.18215 back exactly
     exact = alike and 1 / scaling == std[0]
     return {
         "scaling_factor": scaling if exact else 1.0,
@@ -359,3 +213,93 @@ def _scaling_config(config: KLConfig) -> dict[str, Any]:
         "latents_mean": None if exact else list(config.latent_mean or (0.0,) * config.channels),
         "latents_std": None if exact else list(config.latent_std or (1.0,) * config.channels),
     }
+
+
+# -- the sources ----------------------------------------------------------------------------------
+
+
+class DiffusersKL(ConvSource):
+    """Scale and shift of the latents are in config.json."""
+
+    title = "Diffusers AutoencoderKL"
+    options = frozenset({"image_size", "scaling_factor"})
+    names = NAMES
+
+    def prepare(self, checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
+        return current_names(checkpoint)
+
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
+        return looks_like_diffusers(checkpoint) and not has_codes(checkpoint)
+
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
+        check_settings(checkpoint, "AutoencoderKL")
+        groups = norm_groups(checkpoint)
+        sizes = infer_kl(checkpoint, self.names, groups)
+        size, origin = image_size(options)
+        latents = LatentScale.of(checkpoint, options, sizes.channels)
+        if "sample_size" in checkpoint.config and options.image_size is None:
+            origin += f"; config.json has sample_size {checkpoint.config['sample_size']}"
+        return Inferred(
+            sizes.config(size, latents.mean, latents.std),
+            facts={
+                **conv_facts(sizes.conv),
+                "latent channels": sizes.channels,
+                "norm_groups": groups,
+                **latents.facts,
+            },
+            assumed={"image_size": origin, **latents.assumed},
+        )
+
+    def stated(self, config: KLConfig) -> dict[str, Any]:
+        return sizes_in(self.export_config(config))
+
+    def fits(self, config: Any) -> bool:
+        return (
+            isinstance(config, KLConfig)
+            and is_diffusers_conv(config.conv)
+            and config.channels == config.conv.z_channels
+        )
+
+    def export_config(self, config: KLConfig) -> dict[str, Any]:
+        return {
+            **_shared_config("AutoencoderKL", config.conv, config.image_size),
+            **_scaling_config(config),
+            "force_upcast": True,
+            "use_quant_conv": config.quant_convs,
+            "use_post_quant_conv": config.quant_convs,
+        }
+
+
+class DiffusersVQ(ConvSource):
+    """The scaling factor in config.json is for priors of continuous features; codes have none."""
+
+    title = "Diffusers VQModel"
+    names = NAMES
+
+    def prepare(self, checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
+        return current_names(checkpoint)
+
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
+        return looks_like_diffusers(checkpoint) and has_codes(checkpoint)
+
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
+        check_settings(checkpoint, "VQModel")
+        conv = infer_conv(checkpoint, self.names, norm_groups=norm_groups(checkpoint))
+        quantizer = infer_nearest(checkpoint, l2_normalise=False)
+        return infer_vq(checkpoint, conv, quantizer, image_size(options))
+
+    def stated(self, config: VQConfig) -> dict[str, Any]:
+        return sizes_in(self.export_config(config))
+
+    def fits(self, config: Any) -> bool:
+        return is_nearest_vq(config, l2_normalise=False) and is_diffusers_conv(config.conv)
+
+    def export_config(self, config: VQConfig) -> dict[str, Any]:
+        assert isinstance(config.quantizer, NearestConfig)
+        return {
+            **_shared_config("VQModel", config.conv, config.image_size),
+            "num_vq_embeddings": config.quantizer.codebook.vocab_size,
+            "vq_embed_dim": config.quantizer.codebook.code_dim,
+            "scaling_factor": SCALING_FACTOR,
+            "norm_type": "group",
+        }

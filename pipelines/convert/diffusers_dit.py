@@ -1,8 +1,8 @@
 """Diffusers' folder of `DiTTransformer2DModel`: config.json and a weights file.
 
-Every block has a copy of the embedders of time and class; in published weights all are equal, and
-ours has one. Two numbers differ from the authors' DiT: the frequencies of the time, and what one of
-the two norms of a block adds to the variance. Guidance in Diffusers' pipeline is on all channels.
+Every block has its own embedders of time and class; in published weights they are all equal, and
+ours has one of each. Two settings differ from the authors' DiT: the frequencies of the time
+embedding, and the epsilon of the second norm of a block. Diffusers' pipeline guides all channels.
 """
 
 from dataclasses import replace
@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from smalti.data.latents import ContinuousSpec
-from smalti.errors import SmaltiError
-from smalti.pipelines.convert.diffusers_autoencoder import number, refusal, whole
+from smalti.errors import ConversionError
 from smalti.pipelines.convert.dit import (
-    NOISE_ON_A_CHAIN,
+    DDPM_NOISE,
     PUBLISHED_HEADS,
     fits_objective,
     is_plain,
@@ -27,20 +26,23 @@ from smalti.pipelines.convert.source import (
     Inferred,
     Options,
     Source,
-    dims,
-    fingerprint,
     head_count,
     layers,
+    listed,
+    number,
+    positive_integer,
     single_side,
+    tokenizer_fingerprint,
+    wrong_setting,
 )
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.registry import PRIORS
 
-# How the class is called; the first was split up in Diffusers 0.28.
+# Names of the class; the first was split into several in Diffusers 0.28.
 CLASSES = ("Transformer2DModel", "DiTTransformer2DModel")
 
-# Settings that the tensors do not show, and the only value that our model has.
+# Settings that the tensors do not show, with the only value that our model has.
 FIXED = {
     "activation_fn": "gelu-approximate",
     "norm_type": "ada_norm_zero",
@@ -63,12 +65,13 @@ SIZES = (
     "sample_size",
 )
 NORM_EPS = 1e-5  # default of "norm_eps"
-FREQUENCY_SHIFT = 1  # exponents of the frequencies of the time run from 0 to 1, both included
-OURS = "frequency_shift"  # set to 0 in our exports of the authors' DiT; Diffusers does not know it
-GUIDED = "guided_channels"  # likewise: the authors' three; Diffusers guides all
+FREQUENCY_SHIFT = 1  # the exponents of the time frequencies run from 0 to 1, both included
+# Two settings of our own, which Diffusers ignores. Our exports of the authors' DiT have
+# `frequency_shift` 0 and `guided_channels` 3.
+SHIFT, GUIDED = "frequency_shift", "guided_channels"
 FREQUENCY_SIZE = 256
 MLP_RATIO = 4
-PUBLISHED_SIDE = 32  # of the latents: 256 px
+PUBLISHED_SIDE = 32  # of the latents, for images of 256 px
 
 EMBEDDERS = {  # ours: theirs, in every block
     "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
@@ -90,8 +93,101 @@ OTHERS = {
 }
 
 
+# -- tensors --------------------------------------------------------------------------------------
+
+
+def _copy(block: int, name: str) -> str:
+    return f"transformer_blocks.{block}.norm1.emb.{name}"
+
+
+def _copied(ours: str, theirs: str, depth: int) -> Link:
+    """One tensor of ours, and an equal one of theirs in every block."""
+    return Link(
+        (f"network.{ours}",),
+        tuple(_copy(i, theirs) for i in range(depth)),
+        to_ours=lambda tensors: tensors[:1],
+        to_theirs=lambda tensors: [tensors[0].clone() for _ in range(depth)],
+    )
+
+
+def _qkv(block: int, kind: str) -> Link:
+    """Queries, keys and values, which ours concatenates along the rows."""
+
+    def join(parts: Tensors) -> Tensors:
+        if len({part.shape for part in parts}) > 1:
+            raise ValueError("queries, keys and values differ in shape")
+        return [torch.cat(list(parts))]
+
+    return Link(
+        (f"network.blocks.{block}.attn.qkv.{kind}",),
+        tuple(f"transformer_blocks.{block}.attn1.to_{part}.{kind}" for part in "qkv"),
+        to_ours=join,
+        to_theirs=lambda tensors: [part.clone() for part in tensors[0].chunk(3)],
+    )
+
+
+def _check_copies(checkpoint: PublishedCheckpoint, depth: int) -> None:
+    """Raise `ConversionError` if the embedders of time and class differ between blocks."""
+    tensors = checkpoint.tensors
+    for name in EMBEDDERS.values():
+        first = tensors.get(_copy(0, name))
+        for i in range(1, depth):
+            other = tensors.get(_copy(i, name))
+            if first is not None and other is not None and not torch.equal(first, other):
+                raise ConversionError(
+                    f"{checkpoint.path}: {_copy(i, name)} differs from that of block 0; our DiT "
+                    "has one embedding for all of its blocks"
+                )
+
+
+# -- config.json ----------------------------------------------------------------------------------
+
+
+def _check_settings(checkpoint: PublishedCheckpoint) -> None:
+    """Raise `ConversionError` if config.json describes a model that ours cannot represent."""
+    found = checkpoint.config
+    if found.get("_class_name", CLASSES[-1]) not in CLASSES:
+        raise wrong_setting(checkpoint, "_class_name", " or ".join(CLASSES))
+    for key, value in FIXED.items():
+        if found.get(key, value) != value:
+            raise wrong_setting(checkpoint, key, f"{value!r}, as in all published models")
+
+
+def _norm_eps(checkpoint: PublishedCheckpoint) -> float:
+    value = number(checkpoint, "norm_eps", NORM_EPS)
+    if not 0 <= value < 1:
+        raise wrong_setting(checkpoint, "norm_eps", "a number from 0 to 1, such as 1e-5")
+    return float(value)
+
+
+def _frequency_shift(checkpoint: PublishedCheckpoint) -> int:
+    value = checkpoint.config.get(SHIFT, FREQUENCY_SHIFT)
+    if value not in (0, FREQUENCY_SHIFT):
+        raise wrong_setting(checkpoint, SHIFT, f"0 or {FREQUENCY_SHIFT}")
+    return int(value)
+
+
+def _side(checkpoint: PublishedCheckpoint, options: Options) -> tuple[int, dict[str, object]]:
+    """The side of the latents, and its origin where config.json does not state it."""
+    side = positive_integer(checkpoint, "sample_size")
+    if side is None:
+        spec = None if options.tokenizer is None else options.tokenizer.spec
+        if isinstance(spec, ContinuousSpec) and options.scales is None:
+            return spec.width, {"grid": f"{spec.width} x {spec.width}, the tokenizer's"}
+        return single_side(options, PUBLISHED_SIDE)
+    if options.scales not in (None, (side,)):
+        raise ConversionError(
+            f"--scales is {listed(options.scales)}, but config.json says sample_size {side}: leave "
+            "it out"
+        )
+    return side, {}
+
+
+# -- the source -----------------------------------------------------------------------------------
+
+
 class DiffusersDiT(Source):
-    """A noise and its variance on the chain of DDPM, like DiT."""
+    """Predicts the noise of DDPM and its variance, like DiT."""
 
     title = "Diffusers DiT"
     registry = PRIORS
@@ -103,34 +199,34 @@ class DiffusersDiT(Source):
 
     def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
         _check_settings(checkpoint)
-        width, channels, patch, _ = dims(checkpoint, "pos_embed.proj.weight", 4)
+        width, channels, patch, _ = checkpoint.shape("pos_embed.proj.weight", 4)
         depth = layers(checkpoint, "transformer_blocks.{}.")
         _check_copies(checkpoint, depth)
-        told = whole(checkpoint, "num_attention_heads")
-        heads, assumed = head_count(options, width, PUBLISHED_HEADS, told)
+        in_file = positive_integer(checkpoint, "num_attention_heads")
+        heads, assumed = head_count(options, width, PUBLISHED_HEADS, in_file)
         side, origin = _side(checkpoint, options)
         embedder = _copy(0, "timestep_embedder.linear_1.weight")
         table = _copy(0, "class_embedder.embedding_table.weight")
-        hidden = dims(checkpoint, "transformer_blocks.0.ff.net.0.proj.weight", 2)[0]
+        hidden = checkpoint.shape("transformer_blocks.0.ff.net.0.proj.weight", 2)[0]
         network = DiTConfig(
             in_channels=channels,
-            out_channels=dims(checkpoint, "proj_out_2.weight", 2)[0] // patch**2,
+            out_channels=checkpoint.shape("proj_out_2.weight", 2)[0] // patch**2,
             grid=(side, side),
             patch_size=patch,
             width=width,
             depth=depth,
             num_heads=heads,
             mlp_ratio=mlp_ratio(hidden, width),
-            num_classes=dims(checkpoint, table, 2)[0] - 1,
-            frequency_size=dims(checkpoint, embedder, 2)[1],
+            num_classes=checkpoint.shape(table, 2)[0] - 1,
+            frequency_size=checkpoint.shape(embedder, 2)[1],
             frequency_shift=_frequency_shift(checkpoint),
             mlp_norm_eps=_norm_eps(checkpoint),
         )
         config = replace(
-            NOISE_ON_A_CHAIN,
+            DDPM_NOISE,
             network=network,
-            guided_channels=whole(checkpoint, GUIDED),
-            tokenizer_fingerprint=fingerprint(options),
+            guided_channels=positive_integer(checkpoint, GUIDED),
+            tokenizer_fingerprint=tokenizer_fingerprint(options),
         )
         facts = network_facts(network)
         facts |= {} if assumed else {"heads": heads}
@@ -152,7 +248,7 @@ class DiffusersDiT(Source):
         return Layout(links)
 
     def fits(self, config: Any) -> bool:
-        if not (fits_objective(config, NOISE_ON_A_CHAIN) and is_plain(config.network)):
+        if not (fits_objective(config, DDPM_NOISE) and is_plain(config.network)):
             return False
         network: DiTConfig = config.network
         return (
@@ -165,8 +261,8 @@ class DiffusersDiT(Source):
         if config.network.frequency_shift == FREQUENCY_SHIFT:
             return []
         return [
-            "note: Diffusers tells its DiT the time at slightly other frequencies than the authors'"
-            " DiT, which this is; its pictures will differ, as those of all such copies do"
+            "note: Diffusers embeds the time with slightly other frequencies than the authors' DiT,"
+            " which this model is: the images that Diffusers generates with it will differ"
         ]
 
     def export_config(self, config: FlowConfig) -> dict[str, Any]:
@@ -186,100 +282,10 @@ class DiffusersDiT(Source):
             "activation_fn": "gelu-approximate",
             "norm_type": "ada_norm_zero",
             "norm_elementwise_affine": False,
-            **({} if network.frequency_shift == FREQUENCY_SHIFT else {OURS: 0}),
+            **({} if network.frequency_shift == FREQUENCY_SHIFT else {SHIFT: 0}),
             **({} if config.guided_channels is None else {GUIDED: config.guided_channels}),
         }
 
     def stated(self, config: FlowConfig) -> dict[str, Any]:
-        said = self.export_config(config)
-        return {key: said[key] for key in SIZES}
-
-
-# -- tensors --------------------------------------------------------------------------------------
-
-
-def _copy(block: int, name: str) -> str:
-    return f"transformer_blocks.{block}.norm1.emb.{name}"
-
-
-def _copied(ours: str, theirs: str, depth: int) -> Link:
-    """One tensor of ours, and equal ones of theirs in every block."""
-    return Link(
-        (f"network.{ours}",),
-        tuple(_copy(i, theirs) for i in range(depth)),
-        to_ours=lambda tensors: tensors[:1],
-        to_theirs=lambda tensors: [tensors[0].clone() for _ in range(depth)],
-    )
-
-
-def _qkv(block: int, kind: str) -> Link:
-    """Queries, keys and values, which ours holds end to end."""
-
-    def join(parts: Tensors) -> Tensors:
-        if len({part.shape for part in parts}) > 1:
-            raise ValueError("queries, keys and values differ in shape")
-        return [torch.cat(list(parts))]
-
-    return Link(
-        (f"network.blocks.{block}.attn.qkv.{kind}",),
-        tuple(f"transformer_blocks.{block}.attn1.to_{part}.{kind}" for part in "qkv"),
-        to_ours=join,
-        to_theirs=lambda tensors: [part.clone() for part in tensors[0].chunk(3)],
-    )
-
-
-def _check_copies(checkpoint: PublishedCheckpoint, depth: int) -> None:
-    """Raise `SmaltiError` if the blocks' embedders of time and class differ: ours has one."""
-    tensors = checkpoint.tensors
-    for name in EMBEDDERS.values():
-        first = tensors.get(_copy(0, name))
-        for i in range(1, depth):
-            other = tensors.get(_copy(i, name))
-            if first is not None and other is not None and not torch.equal(first, other):
-                raise SmaltiError(
-                    f"{checkpoint.path}: {_copy(i, name)} is not the same as in block 0; a DiT has "
-                    "one embedding for all of its blocks"
-                )
-
-
-# -- config.json ----------------------------------------------------------------------------------
-
-
-def _check_settings(checkpoint: PublishedCheckpoint) -> None:
-    """Raise `SmaltiError` if config.json describes a model that ours cannot be."""
-    found = checkpoint.config
-    if found.get("_class_name", CLASSES[-1]) not in CLASSES:
-        raise refusal(checkpoint, "_class_name", " or ".join(CLASSES))
-    for key, value in FIXED.items():
-        if found.get(key, value) != value:
-            raise refusal(checkpoint, key, f"{value!r}, as all published ones have")
-
-
-def _norm_eps(checkpoint: PublishedCheckpoint) -> float:
-    value = number(checkpoint, "norm_eps", NORM_EPS)
-    if not 0 <= value < 1:
-        raise refusal(checkpoint, "norm_eps", "a small number, like 1e-5")
-    return float(value)
-
-
-def _frequency_shift(checkpoint: PublishedCheckpoint) -> int:
-    value = checkpoint.config.get(OURS, FREQUENCY_SHIFT)
-    if value not in (0, FREQUENCY_SHIFT):
-        raise refusal(checkpoint, OURS, f"0 or {FREQUENCY_SHIFT}")
-    return int(value)
-
-
-def _side(checkpoint: PublishedCheckpoint, options: Options) -> tuple[int, dict[str, object]]:
-    """Side of the latents, and if config.json does not tell it, where it comes from, to print."""
-    side = whole(checkpoint, "sample_size")
-    if side is None:
-        spec = None if options.tokenizer is None else options.tokenizer.spec
-        if isinstance(spec, ContinuousSpec) and options.scales is None:
-            return spec.width, {"grid": f"{spec.width} x {spec.width}, the tokenizer's"}
-        return single_side(options, PUBLISHED_SIDE)
-    if options.scales not in (None, (side,)):
-        given = ", ".join(map(str, options.scales or ()))
-        raise SmaltiError(
-            f"--scales is {given}, but config.json says sample_size {side}: leave it out"
-        )
-    return side, {}
+        settings = self.export_config(config)
+        return {key: settings[key] for key in SIZES}

@@ -1,18 +1,22 @@
-"""The autoencoders of latent-diffusion (Rombach et al., 2112.10752), with codes and with a Gaussian
+"""Autoencoders of latent-diffusion (Rombach et al., 2112.10752), with codes and with a Gaussian
 posterior. Their names are those of taming-transformers."""
 
 import math
 from typing import Any
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConversionError
 from smalti.pipelines.convert.conv import (
-    PUBLISHED_GROUPS,
     ConvNames,
     ConvSource,
-    OneCodebook,
+    KLSizes,
     conv_facts,
+    image_size,
     infer_conv,
-    stated_size,
+    infer_kl,
+    infer_nearest,
+    infer_vq,
+    is_nearest_vq,
+    is_published_conv,
 )
 from smalti.pipelines.convert.reader import PublishedCheckpoint
 from smalti.pipelines.convert.source import Inferred, Options
@@ -27,21 +31,20 @@ from smalti.pipelines.convert.taming import (
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig
 
-# Of Stable Diffusion's 8x autoencoder with 4 channels, one over the standard deviation of its
-# latents. It stands with the diffusion model, not in the autoencoder's file.
+# 1 / the standard deviation of the latents of Stable Diffusion's 8x autoencoder with 4 channels.
+# The setting belongs to the diffusion model and is not in the autoencoder's file.
 SCALING_FACTOR = 0.18215
 
-MEASURED_SCALING = f"{REST}scale_factor"  # () where it was measured in training
+MEASURED_SCALING = f"{REST}scale_factor"  # (), in the file of a whole model that measured it
 
 
-class LatentDiffusionVQ(OneCodebook):
-    """As taming-transformers', with fewer numbers per code, and some without any attention."""
+class LatentDiffusionVQ(ConvSource):
+    """Like taming-transformers', with narrower codes, and in some sizes without any attention."""
 
     title = "latent-diffusion VQ autoencoder"
     names = NAMES
     surplus = SURPLUS
     aside = REST
-    l2_normalise = False
     export_wrapper = "state_dict"
 
     def prepare(self, checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
@@ -51,36 +54,21 @@ class LatentDiffusionVQ(OneCodebook):
         gumbel = checkpoint.has("quantize.embed.")
         return looks_like_taming(checkpoint) and has_codes(checkpoint) and not gumbel
 
-
-class KLSource(ConvSource):
-    """An encoder of mean and log-variance, a decoder, and convolutions between them."""
-
-    options = frozenset({"image_size", "scaling_factor"})
-
-    def infer_sizes(
-        self, checkpoint: PublishedCheckpoint, norm_groups: int = PUBLISHED_GROUPS
-    ) -> tuple[ConvConfig, int, bool]:
-        """Sizes of encoder and decoder; latent channels; whether there are quant_convs."""
-        conv = infer_conv(checkpoint, self.names, double_z=True, norm_groups=norm_groups)
-        if not checkpoint.has("quant_conv.") and not checkpoint.has("post_quant_conv."):
-            return conv, conv.z_channels, False
-        moments = checkpoint.shape("quant_conv.weight", 4)[0]
-        if moments % 2:
-            raise SmaltiError(
-                f"{checkpoint.path}: quant_conv makes {moments} channels; mean and log-variance "
-                "are equally many"
-            )
-        return conv, moments // 2, True
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
+        conv = infer_conv(checkpoint, self.names)
+        quantizer = infer_nearest(checkpoint, l2_normalise=False)
+        return infer_vq(checkpoint, conv, quantizer, image_size(options))
 
     def fits(self, config: Any) -> bool:
-        return isinstance(config, KLConfig) and self.published_conv(config.conv)
+        return is_nearest_vq(config, l2_normalise=False) and is_published_conv(config.conv)
 
 
-class LatentDiffusionKL(KLSource):
-    """An autoencoder's file does not say by how much the diffusion model scales the latents; that
-    of a whole model does, if it was measured in training."""
+class LatentDiffusionKL(ConvSource):
+    """The scaling factor of the latents is in the file of a whole model, if it was measured in
+    training, and never in that of an autoencoder."""
 
     title = "latent-diffusion KL autoencoder"
+    options = frozenset({"image_size", "scaling_factor"})
     names = ConvNames()
     surplus = SURPLUS
     aside = REST
@@ -93,50 +81,48 @@ class LatentDiffusionKL(KLSource):
         return looks_like_taming(checkpoint) and not has_codes(checkpoint)
 
     def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
-        conv, channels, convs = self.infer_sizes(checkpoint)
-        size, stated = stated_size(options)
-        facts = {**conv_facts(conv), "latent channels": channels}
-        assumed: dict[str, object] = {"image_size": stated}
+        sizes = infer_kl(checkpoint, self.names)
+        size, origin = image_size(options)
+        facts = {**conv_facts(sizes.conv), "latent channels": sizes.channels}
+        assumed: dict[str, object] = {"image_size": origin}
         if options.scaling_factor is None and MEASURED_SCALING in checkpoint.tensors:
             facts["scaling_factor"] = scaling = _measured_scaling(checkpoint)
         else:
-            scaling, assumed["scaling_factor"] = _scaling(options, conv, channels)
-        config = KLConfig(
-            image_size=size,
-            conv=conv,
-            latent_channels=None if channels == conv.z_channels else channels,
-            quant_convs=convs,
-            latent_mean=(0.0,) * channels,
-            latent_std=(1 / scaling,) * channels,
-        )
-        return Inferred(config, facts, assumed)
+            scaling, assumed["scaling_factor"] = _scaling(options, sizes)
+        mean, std = (0.0,) * sizes.channels, (1 / scaling,) * sizes.channels
+        return Inferred(sizes.config(size, mean, std), facts, assumed)
 
     def fits(self, config: Any) -> bool:
-        """The file keeps no statistics of the latents; an option can give one scaling factor."""
-        if not super().fits(config):
+        """The file has no statistics of the latents; an option can give one scaling factor."""
+        if not isinstance(config, KLConfig) or not is_published_conv(config.conv):
             return False
         alike = len({*config.latent_std}) <= 1 and not any(config.latent_mean)
         return config.quant_convs and alike
 
     def flags(self, config: KLConfig) -> dict[str, object]:
         scaling = 1 / config.latent_std[0] if config.latent_std else 1.0
-        default, _ = _scaling(Options(), config.conv, config.channels)
+        default = _default_scaling(config.conv, config.channels)
         return super().flags(config) | ({} if scaling == default else {"scaling_factor": scaling})
 
 
 def _measured_scaling(checkpoint: PublishedCheckpoint) -> float:
-    """What latents are multiplied by, according to the diffusion model in the file."""
+    """The scaling factor that the diffusion model in the file saved."""
     checkpoint.shape(MEASURED_SCALING, 0)
     scaling = float(checkpoint.tensors[MEASURED_SCALING])
     if not 0 < scaling < math.inf:
-        raise SmaltiError(f"{checkpoint.path}: scale_factor is {scaling}; it must be positive")
+        raise ConversionError(f"{checkpoint.path}: scale_factor is {scaling}; it must be positive")
     return scaling
 
 
-def _scaling(options: Options, conv: ConvConfig, channels: int) -> tuple[float, str]:
-    """What latents are multiplied by, and where the number comes from."""
+def _default_scaling(conv: ConvConfig, channels: int) -> float:
+    return SCALING_FACTOR if conv.downsampling == 8 and channels == 4 else 1.0
+
+
+def _scaling(options: Options, sizes: KLSizes) -> tuple[float, str]:
+    """The scaling factor of the latents, and the same with its origin, to print."""
     if options.scaling_factor is not None:
         return options.scaling_factor, f"{options.scaling_factor}, as given"
-    if conv.downsampling == 8 and channels == 4:
-        return SCALING_FACTOR, f"{SCALING_FACTOR}, Stable Diffusion's; --scaling_factor changes it"
-    return 1.0, "1, because none was published for this size; --scaling_factor changes it"
+    default = _default_scaling(sizes.conv, sizes.channels)
+    if default == SCALING_FACTOR:
+        return default, f"{default}, Stable Diffusion's; --scaling_factor changes it"
+    return default, "1, because none was published for this size; --scaling_factor changes it"

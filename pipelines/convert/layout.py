@@ -1,4 +1,10 @@
-"""How the tensors of a published checkpoint and ours correspond, read in either direction."""
+"""How the tensors of a published checkpoint ("theirs") correspond to ours, in both directions.
+
+Link            some of our tensors <-> some of theirs, with the same values
+Layout          all links of a model, and what theirs and ours have beyond them
+import_tensors  theirs -> ours, verified: nothing missing, unknown, mis-shaped or not finite
+export_tensors  ours -> theirs
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConversionError
 from smalti.pipelines.convert.reader import PublishedCheckpoint
 
 Tensors = Sequence[Tensor]
@@ -19,9 +25,9 @@ def _unchanged(tensors: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class Link:
-    """Tensors of ours and tensors of theirs that hold the same numbers.
+    """Tensors of ours and tensors of theirs that hold the same values.
 
-    `to_ours` takes theirs in the order of their names and returns ours in the order of our names;
+    `to_ours` maps their tensors, in the order of `theirs`, to ours, in the order of `ours`;
     `to_theirs` is its inverse.
     """
 
@@ -37,7 +43,7 @@ def same(ours: str, theirs: str) -> Link:
 
 
 def joined(ours: Sequence[str], theirs: str) -> Link:
-    """Tensors of ours with equally many rows, which theirs holds end to end."""
+    """Tensors of ours with equally many rows, which theirs concatenates along the rows."""
     return Link(
         tuple(ours),
         (theirs,),
@@ -47,7 +53,7 @@ def joined(ours: Sequence[str], theirs: str) -> Link:
 
 
 def pointwise(ours: str, theirs: str) -> Link:
-    """A 1x1 convolution of ours (O, I, 1, 1), which theirs holds as a matrix (O, I)."""
+    """A 1x1 convolution of ours, (O, I, 1, 1), which theirs stores as a matrix (O, I)."""
     return Link(
         (ours,),
         (theirs,),
@@ -58,35 +64,93 @@ def pointwise(ours: str, theirs: str) -> Link:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor of theirs that carries nothing new: not stored here, and made again on export."""
+    """A tensor of theirs that our model does not store: `value` is written on export."""
 
     value: Tensor
-    # Whether the numbers follow from the sizes of the model, so that they can be checked; else they
-    # are statistics of a training run.
+    # True: the value follows from the sizes of the model, and is compared on import.
+    # False: it is a statistic of a training run, and is dropped on import.
     derived: bool = True
-    tolerance: float = 1e-5
+    tolerance: float = 1e-5  # of the comparison, absolute
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything that a published file may hold, and where it belongs in our model."""
+    """Everything that a published file may hold, and where it goes in our model."""
 
     links: Sequence[Link]
     buffers: Mapping[str, Buffer] = field(default_factory=dict)  # theirs
-    # Patterns of names of theirs that no model needs: losses, critics, shadow copies.
+    # Patterns of their names that are dropped: losses, discriminators, moving averages.
     surplus: Sequence[str] = ()
-    # Patterns of names of ours that theirs does not have.
+    # Patterns of our names that theirs does not have.
     own: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What became of a published file."""
+    """The result of `import_tensors`."""
 
     tensors: dict[str, Tensor]  # ours
-    used: int  # tensors of theirs
-    checked: list[str]  # buffers of theirs that hold what the sizes of the model say
-    dropped: list[str]  # names of theirs that no model needs
+    used: int  # number of their tensors
+    checked: list[str]  # their buffers that were compared
+    dropped: list[str]  # their tensors that our model does not need
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name matches any of the patterns, such as "loss.*"."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _import_link(
+    link: Link, checkpoint: PublishedCheckpoint, expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    theirs = [checkpoint.tensors[name] for name in link.theirs]
+    names, shapes = ", ".join(link.theirs), ", ".join(str(tuple(t.shape)) for t in theirs)
+    wrong = f"{checkpoint.path}: {names} has shape {shapes}, which does not fit the other tensors"
+    try:
+        made = list(link.to_ours(theirs))
+        ours = dict(zip(link.ours, made, strict=True))
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ConversionError(wrong) from error
+    for name, tensor in ours.items():
+        if tensor.shape != expected[name].shape:
+            raise ConversionError(f"{wrong}: expected {tuple(expected[name].shape)} for {name}")
+        floats = expected[name].is_floating_point()
+        if any(found.is_floating_point() != floats for found in (*theirs, tensor)):
+            kinds = ", ".join(str(found.dtype) for found in theirs)
+            wanted = "floating-point" if floats else "integer"
+            raise ConversionError(
+                f"{checkpoint.path}: {names} holds {kinds} values; expected {wanted} ones"
+            )
+    for name in link.theirs:
+        _check_finite(name, checkpoint)
+    return ours
+
+
+def _check_finite(name: str, checkpoint: PublishedCheckpoint) -> None:
+    """Raise `ConversionError` if a tensor is infinite or NaN anywhere in single precision."""
+    wrong = (~checkpoint.tensors[name].float().isfinite()).sum().item()
+    if wrong:
+        raise ConversionError(
+            f"{checkpoint.path}: {name} holds {wrong} values that are infinite or NaN: the file is "
+            "damaged, or its training diverged"
+        )
+
+
+def _check_buffer(name: str, buffer: Buffer, checkpoint: PublishedCheckpoint) -> None:
+    found = checkpoint.tensors[name]
+    if found.shape != buffer.value.shape:
+        raise ConversionError(
+            f"{checkpoint.path}: {name} has shape {tuple(found.shape)}; a model of this size has "
+            f"{tuple(buffer.value.shape)}"
+        )
+    rounding = torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
+    tolerance = max(buffer.tolerance, rounding)
+    close = torch.isclose(found.double(), buffer.value.double(), rtol=0, atol=tolerance)
+    if not close.all():
+        raise ConversionError(
+            f"{checkpoint.path}: {name} differs from that of a model of this size in "
+            f"{int((~close).sum())} of {found.numel()} values"
+        )
 
 
 def import_tensors(
@@ -98,8 +162,8 @@ def import_tensors(
         expected: the state dict of our model, for its shapes (it may be on the meta device).
 
     Raises:
-        SmaltiError: a tensor is missing, unknown, of the wrong shape or kind, or not finite; a
-            buffer does not hold what the sizes of the model say.
+        ConversionError: a tensor is missing, unknown, of the wrong shape or type, or not finite; a
+            derived buffer has another value.
     """
     theirs, path = checkpoint.tensors, checkpoint.path
     wanted = [name for link in layout.links for name in link.theirs]
@@ -109,11 +173,11 @@ def import_tensors(
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         hint = f"; it has {surplus[0]}, which is unknown" if surplus else ""
-        raise SmaltiError(f"{path} lacks the tensor {missing[0]}{more}{hint}")
+        raise ConversionError(f"{path} lacks the tensor {missing[0]}{more}{hint}")
     if surplus:
         more = f" (and {len(surplus) - 1} more)" if len(surplus) > 1 else ""
-        raise SmaltiError(
-            f"{path} has a tensor {surplus[0]}{more} that no {source} of its size has"
+        raise ConversionError(
+            f"{path} has a tensor {surplus[0]}{more} that no {source} of this size has"
         )
     tensors: dict[str, Tensor] = {}
     for link in layout.links:
@@ -131,64 +195,9 @@ def export_tensors(layout: Layout, ours: Mapping[str, Tensor]) -> dict[str, Tens
     linked = {name for link in layout.links for name in link.ours}
     unknown = sorted(n for n in ours.keys() - linked if not matches(n, layout.own))
     if unknown:
-        raise SmaltiError(f"the published layout has no place for {unknown[0]}")
+        raise ConversionError(f"the published layout has no place for {unknown[0]}")
     theirs: dict[str, Tensor] = {}
     for link in layout.links:
         made = link.to_theirs([ours[name] for name in link.ours])
         theirs |= dict(zip(link.theirs, made, strict=True))
     return theirs | {name: buffer.value.clone() for name, buffer in layout.buffers.items()}
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name fits any of the patterns, "loss.*"."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _import_link(
-    link: Link, checkpoint: PublishedCheckpoint, expected: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    theirs = [checkpoint.tensors[name] for name in link.theirs]
-    names, shapes = ", ".join(link.theirs), ", ".join(str(tuple(t.shape)) for t in theirs)
-    wrong = f"{checkpoint.path}: {names} has shape {shapes}, which does not fit the other tensors"
-    try:
-        made = list(link.to_ours(theirs))
-        ours = dict(zip(link.ours, made, strict=True))
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise SmaltiError(wrong) from error
-    for name, tensor in ours.items():
-        if tensor.shape != expected[name].shape:
-            raise SmaltiError(f"{wrong}: expected {tuple(expected[name].shape)} for {name}")
-        floats = expected[name].is_floating_point()
-        if any(found.is_floating_point() != floats for found in (*theirs, tensor)):
-            kinds = ", ".join(str(found.dtype) for found in theirs)
-            raise SmaltiError(f"{checkpoint.path}: {names} holds {kinds} numbers")
-    for name in link.theirs:
-        _check_finite(name, checkpoint)
-    return ours
-
-
-def _check_finite(name: str, checkpoint: PublishedCheckpoint) -> None:
-    """Raise `SmaltiError` if a tensor holds what is no number in single precision."""
-    wrong = (~checkpoint.tensors[name].float().isfinite()).sum().item()
-    if wrong:
-        raise SmaltiError(
-            f"{checkpoint.path}: {name} holds {wrong} numbers that are infinite or NaN: the file "
-            "is damaged, or its training went wrong"
-        )
-
-
-def _check_buffer(name: str, buffer: Buffer, checkpoint: PublishedCheckpoint) -> None:
-    found = checkpoint.tensors[name]
-    if found.shape != buffer.value.shape:
-        raise SmaltiError(
-            f"{checkpoint.path}: {name} has shape {tuple(found.shape)}; the sizes of the model "
-            f"say {tuple(buffer.value.shape)}"
-        )
-    rounding = torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
-    tolerance = max(buffer.tolerance, rounding)
-    close = torch.isclose(found.double(), buffer.value.double(), rtol=0, atol=tolerance)
-    if not close.all():
-        raise SmaltiError(
-            f"{checkpoint.path}: {name} is not what the sizes of the model say, in "
-            f"{int((~close).sum())} of {found.numel()} numbers"
-        )

@@ -1,4 +1,10 @@
-"""LlamaGen's tokenizers VQ-8 and VQ-16 (Sun et al., 2406.06525)."""
+"""LlamaGen (Sun et al., 2406.06525): the tokenizers VQ-8 and VQ-16, and the class-conditional and
+text-conditional priors.
+
+A prior's file states neither its number of heads nor its grid, unless it is an old one that holds
+the rotary table, or was saved after sampling, with masks and key-value caches inside. Those are
+checked and left out.
+"""
 
 from typing import Any
 
@@ -6,35 +12,87 @@ import torch
 from torch import Tensor
 
 from smalti.data.latents import CodeSpec
-from smalti.errors import SmaltiError
-from smalti.pipelines.convert.conv import ConvNames, OneCodebook, mirrored
+from smalti.errors import ConversionError
+from smalti.pipelines.convert.conv import (
+    ConvNames,
+    ConvSource,
+    image_size,
+    infer_conv,
+    infer_nearest,
+    infer_vq,
+    is_nearest_vq,
+    is_published_conv,
+    mirrored,
+)
 from smalti.pipelines.convert.layout import Buffer, Layout, same
 from smalti.pipelines.convert.reader import PublishedCheckpoint
 from smalti.pipelines.convert.source import (
     Inferred,
     Options,
     Source,
-    dims,
-    fingerprint,
     head_count,
     head_flags,
     layers,
     single_side,
     square_side,
+    tokenizer_fingerprint,
 )
 from smalti.prior.attention import rotary_frequencies
 from smalti.prior.next_token.model import NextTokenConfig
 from smalti.prior.registry import PRIORS
 
 # -------------------------------------------------------------------------------------------------
-# LlamaGen's priors (Sun et al., 2406.06525), of classes and of captions.
-#
-# A file names neither its heads nor its grid, unless it is an old one that holds the rotary
-# table, or was saved after sampling, with masks and caches inside. Those are checked and left
-# out.
+# Tokenizers.
 
-PUBLISHED_HEADS = {3200: 32, 4096: 32}  # by width: 3B and 7B
-PUBLISHED_SIDE = 16  # codes per side: 256 px
+NAMES = ConvNames(
+    rules=(
+        (r"^encoder\.down\.([^.]+)\.", r"encoder.conv_blocks.\1."),
+        (r"^decoder\.up\.(\d+)\.", mirrored("decoder.conv_blocks")),
+        (r"(conv_blocks\.[^.]+)\.block\.", r"\1.res."),
+        (r"\.mid\.block_1\.", ".mid.0."),
+        (r"\.mid\.attn_1\.", ".mid.1."),
+        (r"\.mid\.block_2\.", ".mid.2."),
+        (r"^quantizer\.codebook\.weight$", "quantize.embedding.weight"),
+    ),
+)
+# (65536,), the codes that training used last. The original code loads no file without it.
+USED_CODES = "quantize.codebook_used"
+USAGE_WINDOW = 65536
+
+
+class LlamaGenTokenizer(ConvSource):
+    """Codes are l2-normalised before they are compared and looked up; no tensor shows it."""
+
+    title = "LlamaGen tokenizer"
+    names = NAMES
+    export_wrapper = "model"
+
+    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
+        return checkpoint.has("encoder.conv_blocks.") or checkpoint.has("decoder.conv_blocks.")
+
+    def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
+        conv = infer_conv(checkpoint, self.names)
+        quantizer = infer_nearest(checkpoint, l2_normalise=True)
+        return infer_vq(checkpoint, conv, quantizer, image_size(options))
+
+    def buffers(self, config: Any) -> dict[str, Buffer]:
+        del config
+        return {USED_CODES: Buffer(torch.zeros(USAGE_WINDOW), derived=False)}
+
+    def fits(self, config: Any) -> bool:
+        return (
+            is_nearest_vq(config, l2_normalise=True)
+            and is_published_conv(config.conv)
+            and config.conv.mid_attention
+            and config.conv.attention_levels == (len(config.conv.channel_mult) - 1,)
+        )
+
+
+# -------------------------------------------------------------------------------------------------
+# Priors.
+
+PUBLISHED_HEADS = {3200: 32, 4096: 32}  # by width: the sizes 3B and 7B
+PUBLISHED_SIDE = 16  # codes per side, for images of 256 px
 
 CAPTIONS, NO_CAPTION = "cls_embedding.cap_proj.", "cls_embedding.uncond_embedding"
 CLASSES = "cls_embedding.embedding_table.weight"
@@ -47,12 +105,13 @@ CACHE = "layers.0.attention.kv_cache.k_cache"
 
 
 class LlamaGenPrior(Source):
-    """Names are ours but for the class table; conditions do not turn (`prefix_rotary` "zero")."""
+    """Names are ours but for the class table. The condition gets no rotary embedding: the config
+    has `prefix_rotary` "zero"."""
 
     title = "LlamaGen prior"
     registry = PRIORS
     options = frozenset({"heads", "scales", "tokenizer"})
-    wrappers = ("model", "module", "state_dict", "ema")  # in the order of the authors' sampler
+    wrappers = ("model", "module", "state_dict", "ema")  # the order of the authors' sampler
     export_wrapper = "model"
 
     def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
@@ -60,9 +119,11 @@ class LlamaGenPrior(Source):
         return codes and checkpoint.has("layers.")
 
     def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
-        vocab, width = dims(checkpoint, "tok_embeddings.weight", 2)
+        vocab, width = checkpoint.shape("tok_embeddings.weight", 2)
         sizes, facts = _condition(checkpoint)
-        heads, assumed = head_count(options, width, PUBLISHED_HEADS, _told_heads(checkpoint, width))
+        heads, assumed = head_count(
+            options, width, PUBLISHED_HEADS, _heads_in_file(checkpoint, width)
+        )
         side, origin = _side(checkpoint, options, sizes)
         config = NextTokenConfig(
             spec=CodeSpec(vocab, ((side, side),)),
@@ -70,9 +131,9 @@ class LlamaGenPrior(Source):
             width=width,
             num_heads=heads,
             num_kv_heads=_kv_heads(checkpoint, width, heads),
-            hidden=dims(checkpoint, GATE, 2)[0],
+            hidden=checkpoint.shape(GATE, 2)[0],
             prefix_rotary="zero",
-            tokenizer_fingerprint=fingerprint(options),
+            tokenizer_fingerprint=tokenizer_fingerprint(options),
             **sizes,
         )
         _check_leftovers(checkpoint, config)
@@ -107,25 +168,25 @@ class LlamaGenPrior(Source):
 
 
 def _condition(checkpoint: PublishedCheckpoint) -> tuple[dict[str, Any], dict[str, object]]:
-    """Fields of the config that say what the prior is told, and facts to print."""
+    """The condition's fields of the config, and facts to print."""
     if not (checkpoint.has(CAPTIONS) or NO_CAPTION in checkpoint.tensors):
-        classes = dims(checkpoint, CLASSES, 2)[0] - 1  # the last row is no class
+        classes = checkpoint.shape(CLASSES, 2)[0] - 1  # the last row is the null class
         return {"num_classes": classes}, {"classes": classes}
-    length, dim = dims(checkpoint, NO_CAPTION, 2)
+    length, dim = checkpoint.shape(NO_CAPTION, 2)
     fields = {"condition": "text", "num_classes": 0, "text_length": length, "text_dim": dim}
     return fields, {"captions": f"{length} tokens of {dim} features"}
 
 
-def _told_heads(checkpoint: PublishedCheckpoint, width: int) -> int | None:
-    """Heads according to a rotary table or cache in the file."""
+def _heads_in_file(checkpoint: PublishedCheckpoint, width: int) -> int | None:
+    """The number of heads that a rotary table or cache in the file implies, if there is one."""
     if ROTARY in checkpoint.tensors:
-        name, head_dim = ROTARY, 2 * dims(checkpoint, ROTARY, 3)[1]
+        name, head_dim = ROTARY, 2 * checkpoint.shape(ROTARY, 3)[1]
     elif CACHE in checkpoint.tensors:
-        name, head_dim = CACHE, dims(checkpoint, CACHE, 4)[3]
+        name, head_dim = CACHE, checkpoint.shape(CACHE, 4)[3]
     else:
         return None
     if width % head_dim:
-        raise SmaltiError(
+        raise ConversionError(
             f"{checkpoint.path}: {name} is for heads of width {head_dim}, which does not divide "
             f"the width {width} of tok_embeddings.weight"
         )
@@ -133,13 +194,13 @@ def _told_heads(checkpoint: PublishedCheckpoint, width: int) -> int | None:
 
 
 def _kv_heads(checkpoint: PublishedCheckpoint, width: int, heads: int) -> int:
-    """Heads of keys and values as the config has them: 0 for as many as queries have."""
-    rows = dims(checkpoint, QKV, 2)[0]
+    """Heads of keys and values as in the config: 0 stands for as many as queries have."""
+    rows = checkpoint.shape(QKV, 2)[0]
     kv_heads, rest = divmod(rows - width, 2 * (width // heads))
     if rest or not 1 <= kv_heads <= heads or heads % kv_heads:
-        raise SmaltiError(
-            f"{checkpoint.path}: {QKV} has {rows} rows, which {heads} heads in a width of {width} "
-            "do not make: give their number with --heads"
+        raise ConversionError(
+            f"{checkpoint.path}: {QKV} has {rows} rows, which does not fit {heads} heads in width "
+            f"{width}: give the number of heads with --heads"
         )
     return 0 if kv_heads == heads else kv_heads
 
@@ -147,15 +208,15 @@ def _kv_heads(checkpoint: PublishedCheckpoint, width: int, heads: int) -> int:
 def _side(
     checkpoint: PublishedCheckpoint, options: Options, condition: dict[str, Any]
 ) -> tuple[int, dict[str, object]]:
-    """Side of the code grid, and if the file does not tell it, where it comes from, to print.
+    """The side of the code grid, and its origin where the file does not state it.
 
     Raises:
-        SmaltiError: the tokenizer has no such grid.
+        ConversionError: the tokenizer has several grids, or none of codes.
     """
     if options.tokenizer is not None:
         spec = options.tokenizer.spec
         if not isinstance(spec, CodeSpec) or len(spec.grids) != 1:
-            raise SmaltiError(
+            raise ConversionError(
                 f"the tokenizer makes {spec}; a LlamaGen prior models one grid of codes: give its "
                 "own tokenizer"
             )
@@ -164,36 +225,33 @@ def _side(
             return side, {"grid": f"{side} x {side}, the tokenizer's"}
     if options.scales is None and ROTARY in checkpoint.tensors:
         prefix = condition.get("text_length", 1)
-        side = square_side(max(0, dims(checkpoint, ROTARY, 3)[0] - prefix))
+        side = square_side(max(0, checkpoint.shape(ROTARY, 3)[0] - prefix))
         if side:
             return side, {}
     return single_side(options, PUBLISHED_SIDE)
 
 
-# -- what old code left in a file -----------------------------------------------------------------
-
-
 def _check_leftovers(checkpoint: PublishedCheckpoint, config: NextTokenConfig) -> None:
-    """Raise `SmaltiError` if a table or mask in the file is not the one that our model makes."""
+    """Raise `ConversionError` if a table, mask or cache in the file contradicts the config."""
     tensors, path = checkpoint.tensors, checkpoint.path
     if ROTARY in tensors:
         expected = _rotary(config)
         if not _close(tensors[ROTARY], expected):
-            raise SmaltiError(
-                f"{path}: {ROTARY} is not the table of {tuple(expected.shape)} numbers for "
+            raise ConversionError(
+                f"{path}: {ROTARY} is not the table of shape {tuple(expected.shape)} for "
                 f"{config.num_heads} heads and grids of {config.spec.grids[0][0]} codes per side: "
-                "give theirs with --heads and --scales"
+                "give the model's own numbers with --heads and --scales"
             )
     for name in MASKS:
         if name in tensors and not _is_causal(tensors[name], config.condition == "text"):
-            raise SmaltiError(f"{path}: {name} is no causal mask, but the model is causal")
+            raise ConversionError(f"{path}: {name} is not a causal mask")
     for name in tensors:
         if ".kv_cache." in name:
-            shape = dims(checkpoint, name, 4)
+            shape = checkpoint.shape(name, 4)
             if shape[1] not in (config.num_heads, config.kv_heads) or shape[3] != config.head_dim:
-                raise SmaltiError(
-                    f"{path}: {name} has shape {shape}, which is not for {config.num_heads} heads "
-                    f"of width {config.head_dim}"
+                raise ConversionError(
+                    f"{path}: {name} has shape {shape}, which does not fit {config.num_heads} "
+                    f"heads of width {config.head_dim}"
                 )
 
 
@@ -206,7 +264,7 @@ def _rotary(config: NextTokenConfig) -> Tensor:
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    """Whether both agree to the precision of what was found."""
+    """Whether both agree to the precision of `found`."""
     if found.shape != expected.shape or not found.is_floating_point():
         return False
     tolerance = max(1e-5, torch.finfo(found.dtype).eps)
@@ -214,8 +272,8 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 
 def _is_causal(mask: Tensor, padded: bool) -> bool:
-    """Whether a mask (..., T, T), of flags or to be added to scores, lets all see themselves and
-    what is before, and nothing else; where captions are padded, less."""
+    """Whether a mask (..., T, T), boolean or additive, lets each position attend to itself and to
+    all earlier ones alone; where captions are padded, to some of the earlier ones."""
     if mask.ndim < 2 or mask.shape[-1] != mask.shape[-2]:
         return False
     added = mask.is_floating_point() and bool((mask < 0).any())
@@ -225,43 +283,3 @@ def _is_causal(mask: Tensor, padded: bool) -> bool:
         own = seen.diagonal(dim1=-2, dim2=-1)
         return bool(own.all()) and not bool((seen & ~before).any())
     return bool((seen == before).all())
-
-
-# -------------------------------------------------------------------------------------------------
-# LlamaGen's tokenizers VQ-8 and VQ-16 (Sun et al., 2406.06525).
-
-NAMES = ConvNames(
-    rules=(
-        (r"^encoder\.down\.([^.]+)\.", r"encoder.conv_blocks.\1."),
-        (r"^decoder\.up\.(\d+)\.", mirrored("decoder.conv_blocks")),
-        (r"(conv_blocks\.[^.]+)\.block\.", r"\1.res."),
-        (r"\.mid\.block_1\.", ".mid.0."),
-        (r"\.mid\.attn_1\.", ".mid.1."),
-        (r"\.mid\.block_2\.", ".mid.2."),
-        (r"^quantizer\.codebook\.weight$", "quantize.embedding.weight"),
-    ),
-)
-USAGE_WINDOW = 65536  # codes that its count of used codes remembers
-
-
-class LlamaGenTokenizer(OneCodebook):
-    """Codes are compared and looked up at length 1, which no tensor tells."""
-
-    title = "LlamaGen tokenizer"
-    names = NAMES
-    l2_normalise = True
-    export_wrapper = "model"
-
-    def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
-        return checkpoint.has("encoder.conv_blocks.") or checkpoint.has("decoder.conv_blocks.")
-
-    def buffers(self, config: Any) -> dict[str, Buffer]:
-        """The codes that training saw last; original code loads no file without it."""
-        del config
-        return {"quantize.codebook_used": Buffer(torch.zeros(USAGE_WINDOW), derived=False)}
-
-    def fits(self, config: Any) -> bool:
-        return super().fits(config) and (
-            config.conv.mid_attention
-            and config.conv.attention_levels == (len(config.conv.channel_mult) - 1,)
-        )

@@ -1,6 +1,15 @@
-"""Published checkpoints, opened without trust: tensors come out, code never runs.
+"""Published checkpoints, read without trusting them: tensors come out, code never runs.
 
-Safetensors files are read as they are, pickles (.pt, .pth, .ckpt) as `pickle_reader` says.
+    scan_checkpoint    which classes a pickle asks for, and how their objects are filled
+    read_pickle        the content of a .pt, .pth or .ckpt file, with placeholders for objects
+    read_checkpoint    the state dict inside a pickle or a safetensors file
+
+This is our own for safety. torch's weights-only reader builds tensors and plain containers and
+refuses everything else, but training runs save other objects beside the weights, such as an
+`argparse.Namespace` or a `defaultdict`. Allowing the real classes would run their code; a
+placeholder runs nothing, but torch fills only exact dicts and exact lists, so one has to know
+beforehand which of the two an object needs. `torch.serialization.get_unsafe_globals_in_checkpoint`
+does not tell: it returns class names alone, reads zip files alone, and no newer pickle protocol.
 """
 
 import pickletools
@@ -19,39 +28,37 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConversionError, SmaltiError
 from smalti.files import read_json
 
 # -------------------------------------------------------------------------------------------------
-# What a pickle would do, read off its instructions: nothing is built or called.
-#
-# A pickle is a program for a stack machine. Going through it with a stack of names tells which
-# classes it asks for, and whether their objects are filled like dicts or like lists.
+# Scanning a pickle. A pickle is a program for a stack machine; this one keeps only class names on
+# its stack and builds nothing.
 
-Kind = Literal["object", "dict", "list"]
+Kind = Literal["object", "dict", "list"]  # how the objects of a class are filled
 
-FILLED: dict[str, Kind] = {  # instructions that put items into the object below them
+FILLS: dict[str, Kind] = {  # instructions that put items into the object below them
     "SETITEM": "dict",
     "SETITEMS": "dict",
     "APPEND": "list",
     "APPENDS": "list",
 }
-MAKES_AN_OBJECT = ("REDUCE", "NEWOBJ", "BUILD")  # of what lies lowest among their arguments
-STORES = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")  # the last under the next number
+BUILDS = ("REDUCE", "NEWOBJ", "BUILD")  # make or change an object of the lowest argument's class
+STORES = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")  # the last takes the next free number
 FETCHES = ("GET", "BINGET", "LONG_BINGET")
 MARK = object()
 
 
 @dataclass
 class PickleScan:
-    """What a checkpoint asks for."""
+    """What a pickle asks for."""
 
-    protocol: int | None = None  # of pickle, where the file says it
-    kinds: dict[str, Kind] = field(default_factory=dict)  # how objects of each class are used
+    protocol: int | None = None  # of pickle, where the file states it
+    kinds: dict[str, Kind] = field(default_factory=dict)  # class name -> how its objects are filled
 
 
 def scan_checkpoint(path: Path, *, zipped: bool) -> PickleScan:
-    """Scan the pickle of objects in a file of torch.save; of no such file, nothing is told.
+    """Scan the pickled objects in a file of torch.save; empty if it is no such file.
 
     Raises:
         Exception: damaged bytes can fail in any way.
@@ -59,16 +66,17 @@ def scan_checkpoint(path: Path, *, zipped: bool) -> PickleScan:
     if zipped:
         pickled = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")
         return _scan(BytesIO(pickled))
-    with path.open("rb") as file:  # the older format: magic number, version, system, objects
-        if not _is_magic(file):
+    # Before torch 1.6 a file held four pickles: magic number, version, system, objects.
+    with path.open("rb") as file:
+        if not _starts_with_magic_number(file):
             return PickleScan()
         _scan(file)
         _scan(file)
         return _scan(file)
 
 
-def _is_magic(file: IO[bytes]) -> bool:
-    if file.read(1) != b"\x80":  # every protocol from 2 begins so
+def _starts_with_magic_number(file: IO[bytes]) -> bool:
+    if file.read(1) != b"\x80":  # PROTO, the first instruction since protocol 2
         return False
     file.seek(0)
     magic = torch.serialization.MAGIC_NUMBER
@@ -76,9 +84,9 @@ def _is_magic(file: IO[bytes]) -> bool:
 
 
 def _scan(file: IO[bytes]) -> PickleScan:
-    """Go through one pickle, up to its end."""
+    """Follow the instructions of one pickle up to its end."""
     scan = PickleScan()
-    stack: list[Any] = []  # the name of a class for it and for its objects, else None
+    stack: list[Any] = []  # the class name for a class or an object of it, else None
     memo: dict[Any, Any] = {}
     for instruction, argument, _ in pickletools.genops(file):
         name = instruction.name
@@ -94,23 +102,23 @@ def _scan(file: IO[bytes]) -> PickleScan:
             stack.append(_class_name(str(argument)))
             scan.kinds.setdefault(stack[-1], "object")
         else:
-            taken = _taken(stack, instruction.stack_before)
-            if name in FILLED:
+            taken = _pop(stack, instruction.stack_before)
+            if name in FILLS:
                 if isinstance(taken[0], str):
-                    scan.kinds[taken[0]] = FILLED[name]
+                    scan.kinds[taken[0]] = FILLS[name]
                 stack.append(taken[0])
-            elif name in MAKES_AN_OBJECT:
+            elif name in BUILDS:
                 stack.append(taken[0])
             else:
                 stack += [None] * len(instruction.stack_after)
     return scan
 
 
-def _taken(stack: list[Any], before: Sequence[Any]) -> list[Any]:
-    """What an instruction takes from the stack, the lowest first."""
+def _pop(stack: list[Any], before: Sequence[Any]) -> list[Any]:
+    """Take the arguments of an instruction from the stack, the lowest first."""
     taken: list[Any] = []
     count = len(before)
-    if pickletools.markobject in before:
+    if pickletools.markobject in before:  # everything above the mark, and what is named below it
         while (top := stack.pop()) is not MARK:
             taken.append(top)
         count = before.index(pickletools.markobject)
@@ -119,7 +127,7 @@ def _taken(stack: list[Any], before: Sequence[Any]) -> list[Any]:
 
 
 def _class_name(argument: str) -> str:
-    """Protocol 2 calls classes as Python 2 did."""
+    """ "module name" -> "module.name"; protocol 2 uses Python 2's names, which are translated."""
     module, _, name = argument.partition(" ")
     if (module, name) in NAME_MAPPING:
         return ".".join(NAME_MAPPING[(module, name)])
@@ -127,16 +135,11 @@ def _class_name(argument: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
-# Pickled checkpoints (.pt, .pth, .ckpt), opened without trust: tensors come out, code never runs.
-#
-# torch's weights-only reader builds tensors and plain containers, and nothing else. What training
-# runs leave beside the weights, such as an `argparse.Namespace` or a `defaultdict`, is replaced
-# by something inert; `pickle_scan` tells whether that has to be a dict, a list or nothing in
-# particular. Everything else is refused.
+# Reading a pickle through torch's weights-only reader, with placeholders for harmless classes.
 
-# Classes, and packages of classes ("numpy."), that lie beside the weights in training checkpoints.
-# None is called or imported: a stand-in takes the place of each.
-BYSTANDERS = (
+# Classes, and packages of classes ("numpy."), that training runs save beside the weights. None is
+# imported or called: a placeholder takes the place of each. All other names are refused.
+IGNORED_CLASSES = (
     "addict.",
     "argparse.Namespace",
     *(f"builtins.{kind}" for kind in ("bool", "bytes", "complex", "dict", "float", "frozenset")),
@@ -168,7 +171,7 @@ BYSTANDERS = (
 
 
 class Placeholder:
-    """Stands for an object beside the weights; takes whatever it is given and keeps none of it."""
+    """Replaces an object beside the weights: accepts any arguments and state, and keeps nothing."""
 
     def __new__(cls, *_: object, **__: object) -> "Placeholder":
         return super().__new__(cls)
@@ -181,20 +184,20 @@ class Placeholder:
 
 
 class DictPlaceholder:
-    """Stands for a class of dicts: torch's reader sets the items of exact dict types alone."""
+    """Replaces a class of dicts; torch's reader sets items of exact dict types alone."""
 
     def __new__(cls, *_: object, **__: object) -> Any:
-        return OrderedDict()  # which may be given attributes, too
+        return OrderedDict()  # unlike a dict, it can also be given attributes
 
 
 class ListPlaceholder:
-    """Stands for a class of lists: torch's reader appends to exact lists alone."""
+    """Replaces a class of lists; torch's reader appends to exact lists alone."""
 
     def __new__(cls, *_: object, **__: object) -> Any:
         return []
 
 
-STAND_INS: dict[Kind, Callable[..., Any]] = {
+PLACEHOLDERS: dict[Kind, Callable[..., Any]] = {
     "object": Placeholder,
     "dict": DictPlaceholder,
     "list": ListPlaceholder,
@@ -202,57 +205,57 @@ STAND_INS: dict[Kind, Callable[..., Any]] = {
 
 
 def read_pickle(path: Path) -> Any:
-    """What torch's weights-only reader makes of a file.
+    """The content of a file of torch.save, with placeholders for `IGNORED_CLASSES`.
 
     Raises:
-        SmaltiError: damaged, cut short, no checkpoint; it asks for code; or an object in it cannot
-            be read without.
+        ConversionError: it is damaged, cut short or no checkpoint; it asks for code; or it holds an
+            object that only its own code could fill.
     """
     zipped = zipfile.is_zipfile(path)  # else the format before torch 1.6, or no checkpoint at all
     scan = PickleScan()
     try:
         if zipped:
-            _check_sums(path)
+            _verify_checksums(path)
         scan = scan_checkpoint(path, zipped=zipped)
-        inert = {name: STAND_INS[kind] for name, kind in scan.kinds.items() if _is_inert(name)}
-        stand_ins = torch.serialization.safe_globals([(kind, name) for name, kind in inert.items()])
-        with stand_ins, warnings.catch_warnings(action="ignore"):
+        replaced = {name: PLACEHOLDERS[kind] for name, kind in scan.kinds.items() if _ignored(name)}
+        allowed = torch.serialization.safe_globals([(new, name) for name, new in replaced.items()])
+        with allowed, warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (SmaltiError, PermissionError, MemoryError):
         raise
     except Exception as error:  # damaged bytes can fail in any way
-        said = str(error) or type(error).__name__
-        raise SmaltiError(f"{path} {_what_is_wrong(said, scan)}") from error
+        reason = str(error) or type(error).__name__
+        raise ConversionError(f"{path} {_explain(reason, scan)}") from error
 
 
-def _is_inert(name: str) -> bool:
-    """Whether something may stand in for a class: only code asks for others."""
-    return any(name.startswith(b) if b.endswith(".") else name == b for b in BYSTANDERS)
+def _ignored(name: str) -> bool:
+    """Whether a class is in `IGNORED_CLASSES`."""
+    return any(name.startswith(c) if c.endswith(".") else name == c for c in IGNORED_CLASSES)
 
 
-def _check_sums(path: Path) -> None:
-    """Raise `SmaltiError` if the bytes of a zip file are not those that were written."""
+def _verify_checksums(path: Path) -> None:
+    """Raise `ConversionError` if the bytes of a zip file are not those that were written."""
     with zipfile.ZipFile(path) as archive:
-        if not any(member.CRC for member in archive.infolist()):  # torch can be told to keep none
+        if not any(member.CRC for member in archive.infolist()):  # torch can be told to write none
             return
-        damaged = archive.testzip()  # reads on in pieces of a megabyte
+        damaged = archive.testzip()  # reads a megabyte at a time
     if damaged is not None:
-        raise SmaltiError(
-            f"{path} is damaged: the checksum of {damaged} inside does not match; fetch or copy "
+        raise ConversionError(
+            f"{path} is damaged: the checksum of {damaged} inside does not match; download or copy "
             "the file again"
         )
 
 
-def _what_is_wrong(said: str, scan: PickleScan) -> str:
-    """The reason for an error of torch's reader, without its advice to read without care."""
-    if "nsupported global" in said or "unsupported GLOBAL" in said:
-        name = said.partition("GLOBAL ")[2].split()[0]
+def _explain(message: str, scan: PickleScan) -> str:
+    """What an error of torch's reader means, without its advice to switch the check off."""
+    if "nsupported global" in message or "unsupported GLOBAL" in message:
+        name = message.partition("GLOBAL ")[2].split()[0]
         name = name if "." in name else f"builtins.{name}"
         return (
-            f"is a pickle that calls {name}, which is code and is never run here: save the state "
-            "dict alone, best as safetensors, where you trust the file"
+            f"is a pickle that calls {name}, which is code and is never run here: if you trust the "
+            "file, save its state dict alone, best as safetensors"
         )
-    reason = said.rpartition("WeightsUnpickler error: ")[2].strip().splitlines()[0]
+    reason = message.rpartition("WeightsUnpickler error: ")[2].strip().splitlines()[0]
     reason = reason.partition(". ")[0]
     if reason.startswith("Unsupported operand"):
         if scan.protocol not in (None, 2):
@@ -274,45 +277,45 @@ def _what_is_wrong(said: str, scan: PickleScan) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
-# Published checkpoints, opened without trust: tensors come out, code never runs.
+# The state dict inside a checkpoint.
 
 CONFIG = "config.json"
 SAFETENSORS = ".safetensors"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (SAFETENSORS, *PICKLES)
-SHARDS = ".index.json"  # how the file ends that says which shard holds which tensor
+SHARDS = ".index.json"  # end of the name of the file that lists which shard holds which tensor
 
-# Where training scripts keep a state dict inside a checkpoint, the first choice first: the running
-# mean is what most authors sample from.
+# Keys under which training scripts save a state dict, the first choice first: most authors sample
+# from the exponential moving average.
 WRAPPERS = ("ema", "model", "module", "state_dict")
 
-# What wrappers of torch put before all names.
+# What DistributedDataParallel and torch.compile put before all names.
 PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
 class PublishedCheckpoint:
-    """The tensors of a published file."""
+    """The tensors of a published file, and the config.json beside it."""
 
     path: Path
     tensors: dict[str, Tensor]
-    wrapper: str = ""  # the keys that led to them, "model" or "trainer.ema"; empty: none
-    others: tuple[str, ...] = ()  # keys beside the last of those, which lead to tensors too
+    wrapper: str = ""  # the keys around them, "model" or "trainer.ema"; empty: none
+    others: tuple[str, ...] = ()  # alternatives to the last key that hold tensors too
     config: dict[str, Any] = field(default_factory=dict)  # config.json beside the file, if any
 
     def shape(self, name: str, dimensions: int | None = None) -> tuple[int, ...]:
-        """The shape of a tensor.
+        """The shape of a tensor, none of whose dimensions is 0.
 
         Raises:
-            SmaltiError: there is no such tensor; it is empty, or has another number of dimensions.
+            ConversionError: the tensor is missing or empty, or has another number of dimensions.
         """
         if name not in self.tensors:
-            raise SmaltiError(f"{self.path} lacks the tensor {name}")
+            raise ConversionError(f"{self.path} lacks the tensor {name}")
         shape = tuple(self.tensors[name].shape)
         if 0 in shape:
-            raise SmaltiError(f"{self.path}: {name} is empty, shape {shape}")
+            raise ConversionError(f"{self.path}: {name} is empty, shape {shape}")
         if dimensions is not None and len(shape) != dimensions:
-            raise SmaltiError(
+            raise ConversionError(
                 f"{self.path}: {name} has shape {shape}; expected {dimensions} dimensions"
             )
         return shape
@@ -321,25 +324,25 @@ class PublishedCheckpoint:
         """The same tensors under other names.
 
         Raises:
-            SmaltiError: two tensors would have one name.
+            ConversionError: two tensors would get the same name.
         """
         tensors: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
             if rename(name) in tensors:
-                raise SmaltiError(f"{self.path} has the tensor {name} under two names")
+                raise ConversionError(f"{self.path} has the tensor {name} under two names")
             tensors[rename(name)] = tensor
         return replace(self, tensors=tensors)
 
     def has(self, prefix: str) -> bool:
-        """Whether the name of any tensor begins so."""
+        """Whether the name of any tensor starts with `prefix`."""
         return any(name.startswith(prefix) for name in self.tensors)
 
     def count(self, template: str) -> int:
-        """How many parts there are: one more than the highest i for which a name begins with
-        `template` ("blocks.{}."), or 0.
+        """The number of parts: one more than the highest i for which a name starts with `template`
+        ("blocks.{}."), or 0.
 
         Raises:
-            SmaltiError: they are numbered beyond what the file can hold.
+            ConversionError: a number is higher than the file has tensors.
         """
         before, _, after = template.partition("{}")
         highest = -1
@@ -348,7 +351,9 @@ class PublishedCheckpoint:
             if not name.startswith(before) or not number.isdecimal():
                 continue
             if len(number) > 6 or int(number) >= len(self.tensors):
-                raise SmaltiError(f"{self.path} has a tensor {name[:80]}, but no part before it")
+                raise ConversionError(
+                    f"{self.path} has a tensor {name[:80]}, but no part before it"
+                )
             if f".{rest}".startswith(after):
                 highest = max(highest, int(number))
         return highest + 1
@@ -358,22 +363,22 @@ def read_checkpoint(path: Path, wrappers: Sequence[str] = WRAPPERS) -> Published
     """The tensors of a file, or of the one weights file in a folder.
 
     Args:
-        wrappers: keys under which a state dict may lie, the first choice first.
+        wrappers: keys under which the state dict may be saved, the first choice first.
 
     Raises:
-        SmaltiError: no such file, none or several in the folder; damaged; a pickle that asks for
-            code; no tensors inside, or other than plain ones.
+        ConversionError: there is no such file, or not exactly one in the folder; it is damaged; it
+            is a pickle that asks for code; it holds no tensors, or other than plain ones.
     """
     file = _weights_file(path)
     content = _read_safetensors(file) if file.suffix == SAFETENSORS else read_pickle(file)
     tensors, keys = _unwrap(content, wrappers)
     if not tensors:
-        raise SmaltiError(f"{file} holds no tensors: it is not a checkpoint of a model")
+        raise ConversionError(f"{file} holds no tensors: it is not a checkpoint of a model")
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise SmaltiError(
-                f"{file}: {name} is sparse, quantized or without numbers; only plain tensors are "
-                "read"
+            raise ConversionError(
+                f"{file}: {name} is sparse, quantized or on the meta device; only dense tensors "
+                "with values are read"
             )
     config = file.parent / CONFIG
     settings = read_json(config) if config.is_file() else {}
@@ -388,39 +393,43 @@ def read_checkpoint(path: Path, wrappers: Sequence[str] = WRAPPERS) -> Published
 
 def _weights_file(path: Path) -> Path:
     if not path.exists():
-        raise SmaltiError(f"{path} does not exist: give a checkpoint file or folder")
+        raise ConversionError(f"{path} does not exist: give a checkpoint file or folder")
     inside = [path] if path.is_file() else sorted(path.iterdir())
     found = [p for p in inside if p.suffix in SUFFIXES]
-    # The same weights are often published twice, as safetensors and as a pickle, or again in half
-    # precision, as model.fp16.safetensors.
+    # The same weights are often published several times: as safetensors and as a pickle, or also in
+    # half precision, as model.fp16.safetensors.
     found = [p for p in found if p.suffix == SAFETENSORS] or found
     found = [p for p in found if not any(p.stem.startswith(f"{o.stem}.") for o in found)]
     if len(found) == 1:
         return found[0]
     if any(p.name.endswith(SHARDS) for p in inside):
-        raise SmaltiError(f"{path} is cut into shards: join them in one file, best as safetensors")
-    if path.is_file():  # under a name that tells nothing
+        raise ConversionError(
+            f"{path} is split into shards: join them in one file, best as safetensors"
+        )
+    if path.is_file():  # whose name says nothing about the format
         return path
     if found:
         names = ", ".join(p.name for p in found)
-        raise SmaltiError(f"{path} holds {len(found)} weights files ({names}): name one of them")
+        raise ConversionError(
+            f"{path} holds {len(found)} weights files ({names}): name one of them"
+        )
     inner = sorted(p.name for p in path.iterdir() if (p / CONFIG).is_file())
     hint = f": give one of the folders inside, {', '.join(inner)}" if inner else ""
-    raise SmaltiError(f"{path} holds no weights file ({', '.join(SUFFIXES)}){hint}")
+    raise ConversionError(f"{path} holds no weights file ({', '.join(SUFFIXES)}){hint}")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise SmaltiError(f"{path} is damaged or cut short: {error}") from error
+        raise ConversionError(f"{path} is damaged or cut short: {error}") from error
 
 
 def _unwrap(
     content: Any, wrappers: Sequence[str], depth: int = 4
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict inside a checkpoint, and the keys that lead to it."""
-    if not isinstance(content, Mapping) or not depth:  # a pickle may hold itself
+    if not isinstance(content, Mapping) or not depth:  # a pickle may contain itself
         return {}, []
     for key in wrappers:
         tensors, keys = _unwrap(content.get(key), wrappers, depth - 1)
@@ -430,7 +439,7 @@ def _unwrap(
 
 
 def _others(content: Any, keys: Sequence[str], wrappers: Sequence[str]) -> tuple[str, ...]:
-    """Keys of other state dicts that lie beside the one that `keys` lead to."""
+    """Keys of other state dicts beside the one that `keys` lead to."""
     for key in keys[:-1]:
         content = content[key]
     return tuple(

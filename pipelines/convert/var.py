@@ -1,4 +1,8 @@
-"""VAR's multi-scale residual tokenizer (Tian et al., 2404.02905)."""
+"""VAR (Tian et al., 2404.02905): the multi-scale residual tokenizer and its priors.
+
+A VAR prior takes sums of code vectors as input, and so owns a copy of its tokenizer's quantizer.
+The published file of a prior lacks that: it comes from the tokenizer, which is converted first.
+"""
 
 import re
 from dataclasses import dataclass
@@ -9,13 +13,17 @@ import torch
 from torch import Tensor
 
 from smalti.data.latents import CodeSpec
-from smalti.errors import SmaltiError
+from smalti.errors import ConversionError
 from smalti.pipelines.convert.conv import (
     ConvNames,
-    VQSource,
+    ConvSource,
+    InferredQuantizer,
     codebook_facts,
+    image_size,
     infer_codebook,
-    stated_size,
+    infer_conv,
+    infer_vq,
+    is_published_conv,
 )
 from smalti.pipelines.convert.layout import Buffer, Layout, same
 from smalti.pipelines.convert.reader import WRAPPERS, PublishedCheckpoint
@@ -23,10 +31,10 @@ from smalti.pipelines.convert.source import (
     Inferred,
     Options,
     Source,
-    dims,
     head_count,
     head_flags,
     layers,
+    listed,
     square_side,
 )
 from smalti.prior.next_scale.model import (
@@ -37,26 +45,26 @@ from smalti.prior.next_scale.model import (
 )
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.quantizers import QuantizerConfig
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
 # -------------------------------------------------------------------------------------------------
-# VAR's multi-scale residual tokenizer (Tian et al., 2404.02905).
+# Tokenizer.
 
-# Sides of the code grids, by the side of the last one: 256 px and 512 px.
+# Sides of the code grids, by the side of the last one: for images of 256 px and of 512 px.
 PUBLISHED_SCALES = {
     16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
     32: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
 }
-HITS = "quantize.ema_vocab_hit_SV"  # (scales, V): how often training used each code
+# (scales, V): how often training used each code. The original code loads no file without it.
+HITS = "quantize.ema_vocab_hit_SV"
 
 SEVERAL, ONE = "quantize.quant_resi.qresi_ls.", "quantize.quant_resi.qresi."
 BY_SCALE = re.compile(r"^quantize\.quant_resi\.(\d+)\.")
 
 
 def _names(convolutions: int) -> ConvNames:
-    """A single convolution has no number."""
+    """Names for this number of residual convolutions; a single one has no index."""
     numbered = (r"^quantizer\.residual_convs\.(\d+)\.conv\.", rf"{SEVERAL}\1.")
     single = (r"^quantizer\.residual_convs\.0\.conv\.", ONE)
     return ConvNames(
@@ -68,63 +76,100 @@ def _names(convolutions: int) -> ConvNames:
     )
 
 
-class VARTokenizer(VQSource):
-    """Which convolution serves which scale follows from their numbers alone, see `sharing`."""
+def sharing(scales: int, convolutions: int) -> tuple[int, ...]:
+    """The convolution of each scale: the one whose position on [0, 1] is nearest to the scale's.
+
+    Convolutions are evenly spaced inside [0, 1], four of them a little wider apart. Some scales lie
+    midway between two, and rounding in double precision decides: the arithmetic is VAR's own.
+    """
+    inset = 1 / 3 / convolutions if convolutions == 4 else 1 / 2 / convolutions
+    ticks = np.linspace(inset, 1 - inset, convolutions)
+    places = [scale / max(scales - 1, 1) for scale in range(scales)]
+    return tuple(int(np.abs(ticks - place).argmin()) for place in places)
+
+
+def is_published_quantizer(quantizer: MultiScaleConfig) -> bool:
+    """Whether the original code can build such a quantizer."""
+    return (
+        all(height == width for height, width in quantizer.scales)
+        and not quantizer.codebook.l2_normalise
+        and quantizer.residual_ratio == MultiScaleConfig.residual_ratio
+        and quantizer.shared_out == sharing(len(quantizer.scales), quantizer.convolutions)
+    )
+
+
+def _sides(options: Options, conv: ConvConfig) -> tuple[tuple[int, ...], str]:
+    """Sides of the code grids, and the same with their origin, to print."""
+    if options.scales is not None:
+        return options.scales, f"{listed(options.scales)}, as given"
+    last = image_size(options)[0] // conv.downsampling
+    if last not in PUBLISHED_SCALES:
+        raise ConversionError(
+            f"no scales were published for grids of {last} x {last} codes: give them with "
+            "--scales, coarse to fine"
+        )
+    sides = PUBLISHED_SCALES[last]
+    return sides, f"{listed(sides)}, the default of --scales"
+
+
+def _infer_multi_scale(
+    checkpoint: PublishedCheckpoint, options: Options, conv: ConvConfig
+) -> InferredQuantizer:
+    """A quantizer of several scales with residual convolutions.
+
+    Raises:
+        ConversionError: the file was trained with another number of scales.
+    """
+    codebook = infer_codebook(checkpoint, l2_normalise=False)
+    convolutions = 1 if checkpoint.has(ONE) else checkpoint.count(f"{SEVERAL}{{}}.")
+    sides, origin = _sides(options, conv)
+    trained = checkpoint.shape(HITS, 2)[0] if HITS in checkpoint.tensors else len(sides)
+    if trained != len(sides):
+        raise ConversionError(
+            f"{checkpoint.path} was trained with {trained} scales, not with the {len(sides)} of"
+            f" {listed(sides)}: give them with --scales"
+        )
+    config = MultiScaleConfig(
+        codebook=codebook,
+        scales=tuple((side, side) for side in sides),
+        convolutions=convolutions,
+        sharing=sharing(len(sides), convolutions),
+    )
+    facts = {**codebook_facts(codebook), "residual convolutions": convolutions}
+    return InferredQuantizer(config, facts, {"scales": origin})
+
+
+class VARTokenizer(ConvSource):
+    """Which convolution belongs to which scale follows from their numbers alone, see `sharing`."""
 
     title = "VAR tokenizer"
     options = frozenset({"image_size", "scales"})
-    wrappers = ("trainer", "vae_local", *WRAPPERS)  # the first two of a prior's training
+    wrappers = ("trainer", "vae_local", *WRAPPERS)  # the first two in files of a prior's training
     names = _names(convolutions=4)
-    l2_normalise = False
 
     def prepare(self, checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
-        """One spelling for convolutions that are shared and that are each scale's own."""
+        """One name for shared convolutions and for those of a single scale each."""
         return checkpoint.renamed(lambda name: BY_SCALE.sub(rf"{SEVERAL}\1.", name))
 
     def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         return checkpoint.has("quantize.quant_resi.") or checkpoint.has(HITS)
 
-    def infer_quantizer(
-        self, checkpoint: PublishedCheckpoint, options: Options, conv: ConvConfig
-    ) -> tuple[QuantizerConfig, dict[str, object], dict[str, object]]:
-        codebook = infer_codebook(checkpoint, "quantize.embedding.weight", self.l2_normalise)
-        convolutions = 1 if checkpoint.has(ONE) else checkpoint.count(f"{SEVERAL}{{}}.")
-        sides, origin = _sides(options, conv)
-        trained = checkpoint.shape(HITS, 2)[0] if HITS in checkpoint.tensors else len(sides)
-        if trained != len(sides):
-            raise SmaltiError(
-                f"{checkpoint.path} was trained with {trained} scales, not with the {len(sides)} of"
-                f" {', '.join(map(str, sides))}: give theirs with --scales"
-            )
-        config = MultiScaleConfig(
-            codebook=codebook,
-            scales=tuple((side, side) for side in sides),
-            convolutions=convolutions,
-            sharing=sharing(len(sides), convolutions),
-        )
-        facts = {**codebook_facts(codebook), "residual convolutions": convolutions}
-        return config, facts, {"scales": origin}
-
     def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
         if not checkpoint.has("quantize.quant_resi."):
-            raise SmaltiError(f"{checkpoint.path} lacks the tensors quantize.quant_resi.*")
-        return super().infer(checkpoint, options)
-
-    def image_size(
-        self, options: Options, conv: ConvConfig, quantizer: QuantizerConfig
-    ) -> tuple[int, object]:
-        """Scales tell it, too."""
+            raise ConversionError(f"{checkpoint.path} lacks the tensors quantize.quant_resi.*")
+        conv = infer_conv(checkpoint, self.names)
+        quantizer = _infer_multi_scale(checkpoint, options, conv)
+        size = image_size(options)
         if options.image_size is None and options.scales is not None:
-            size = options.scales[-1] * conv.downsampling
-            return size, f"{size}, from --scales"
-        return stated_size(options)
+            side = options.scales[-1] * conv.downsampling
+            size = side, f"{side}, from --scales"
+        return infer_vq(checkpoint, conv, quantizer, size)
 
-    def names_of(self, config: VQConfig) -> ConvNames:
+    def names_for(self, config: VQConfig) -> ConvNames:
         assert isinstance(config.quantizer, MultiScaleConfig)
         return _names(config.quantizer.convolutions)
 
     def buffers(self, config: VQConfig) -> dict[str, Buffer]:
-        """How often training used each code; original code loads no file without it."""
         assert isinstance(config.quantizer, MultiScaleConfig)
         hits = torch.zeros(len(config.quantizer.scales), config.quantizer.codebook.vocab_size)
         return {HITS: Buffer(hits, derived=False)}
@@ -134,61 +179,31 @@ class VARTokenizer(VQSource):
         sides = tuple(height for height, _ in config.quantizer.scales)
         if PUBLISHED_SCALES.get(sides[-1]) == sides:
             return super().flags(config)
-        return {"scales": ",".join(map(str, sides))}
+        return {"scales": listed(sides, ",")}
 
     def fits(self, config: Any) -> bool:
         if not (isinstance(config, VQConfig) and isinstance(config.quantizer, MultiScaleConfig)):
             return False
         conv, quantizer = config.conv, config.quantizer
         return (
-            self.published_conv(conv)
+            is_published_conv(conv)
             and conv.attention_levels in ((), (len(conv.channel_mult) - 1,))
             and quantizer.codebook.learning == "gradient"
-            and not quantizer.codebook.l2_normalise
-            and quantizer.residual_ratio == MultiScaleConfig.residual_ratio
-            and all(h == w for h, w in quantizer.scales)
-            and quantizer.shared_out == sharing(len(quantizer.scales), quantizer.convolutions)
+            and is_published_quantizer(quantizer)
         )
-
-
-def sharing(scales: int, convolutions: int) -> tuple[int, ...]:
-    """Which convolution serves each scale: the one whose tick lies nearest to it on [0, 1].
-
-    Ticks are evenly spaced inside [0, 1], four of them a little wider apart. Some scales lie midway
-    between two ticks, and rounding in double precision decides: the arithmetic here is VAR's.
-    """
-    inset = 1 / 3 / convolutions if convolutions == 4 else 1 / 2 / convolutions
-    ticks = np.linspace(inset, 1 - inset, convolutions)
-    places = [scale / max(scales - 1, 1) for scale in range(scales)]
-    return tuple(int(np.abs(ticks - place).argmin()) for place in places)
-
-
-def _sides(options: Options, conv: ConvConfig) -> tuple[tuple[int, ...], str]:
-    """Sides of the code grids, and where they come from."""
-    if options.scales is not None:
-        return options.scales, f"{', '.join(map(str, options.scales))}, as given"
-    last = stated_size(options)[0] // conv.downsampling
-    if last not in PUBLISHED_SCALES:
-        raise SmaltiError(
-            f"no scales were published for grids of {last} x {last} codes: give theirs with "
-            "--scales, coarse to fine"
-        )
-    sides = PUBLISHED_SCALES[last]
-    return sides, f"{', '.join(map(str, sides))}, the default of --scales"
 
 
 # -------------------------------------------------------------------------------------------------
-# VAR's priors (Tian et al., 2404.02905), which are told by sums of code vectors and so own a copy
-# of their tokenizer's quantizer; the published file lacks it.
+# Priors.
 
-LEVELS = "lvl_1L"  # (1, L) number of the scale of every code
-MASK = "attn_bias_for_masking"  # (1, 1, L, L) 0, or -inf where a code must not look
+LEVELS = "lvl_1L"  # (1, L) index of the scale of every code
+MASK = "attn_bias_for_masking"  # (1, 1, L, L) 0, or -inf where attention is masked
 KEY_BIAS = "blocks.{}.attn.zero_k_bias"  # (width,) zeros
 HEAD_SCALES = "blocks.{}.attn.scale_mul_1H11"  # (1, heads, 1, 1)
 
 
 class VARPrior(Source):
-    """Names are ours, in VAR's order of modulations; `quantizer.*` comes from the tokenizer."""
+    """Names are ours; `quantizer.*` comes from the tokenizer."""
 
     title = "VAR prior"
     registry = PRIORS
@@ -204,10 +219,10 @@ class VARPrior(Source):
         tokenizer = _tokenizer(options)
         quantizer = tokenizer.config.quantizer
         assert isinstance(quantizer, MultiScaleConfig)
-        _check_fit(sizes, _told_scales(checkpoint, options), quantizer)
+        _check_fit(sizes, _known_scales(checkpoint, options), quantizer)
         l2_norm = any(".scale_mul_1H11" in name for name in checkpoint.tensors)
-        told = dims(checkpoint, HEAD_SCALES.format(0), 4)[1] if l2_norm else None
-        heads, assumed = head_count(options, sizes.width, {}, told)
+        in_file = checkpoint.shape(HEAD_SCALES.format(0), 4)[1] if l2_norm else None
+        heads, assumed = head_count(options, sizes.width, {}, in_file)
         config = NextScaleConfig(
             spec=CodeSpec(quantizer.codebook.vocab_size, quantizer.scales),
             quantizer=quantizer,
@@ -252,19 +267,16 @@ class VARPrior(Source):
     def fits(self, config: Any) -> bool:
         if not isinstance(config, NextScaleConfig):
             return False
-        quantizer = config.quantizer
         return (
             all(height == width for height, width in config.spec.grids)
             and config.norm_eps == NextScaleConfig.norm_eps
-            and not quantizer.codebook.l2_normalise
-            and quantizer.residual_ratio == MultiScaleConfig.residual_ratio
-            and quantizer.shared_out == sharing(len(quantizer.scales), quantizer.convolutions)
+            and is_published_quantizer(config.quantizer)
         )
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the shapes of a published file say."""
+    """The sizes that the shapes of a prior's tensors determine."""
 
     width: int
     depth: int
@@ -277,43 +289,48 @@ class Sizes:
 
     @classmethod
     def of(cls, checkpoint: PublishedCheckpoint) -> Self:
-        """Raises `SmaltiError` if a tensor that tells a size is missing."""
-        width, code_dim = dims(checkpoint, "word_embed.weight", 2)
+        """Raises `ConversionError` if a tensor that determines a size is missing."""
+        width, code_dim = checkpoint.shape("word_embed.weight", 2)
         return cls(
             width=width,
             depth=layers(checkpoint, "blocks.{}."),
-            hidden=dims(checkpoint, "blocks.0.ffn.fc1.weight", 2)[0],
-            classes=dims(checkpoint, "class_emb.weight", 2)[0] - 1,  # the last row is no class
-            vocab=dims(checkpoint, "head.weight", 2)[0],
+            hidden=checkpoint.shape("blocks.0.ffn.fc1.weight", 2)[0],
+            classes=checkpoint.shape("class_emb.weight", 2)[0]
+            - 1,  # the last row is the null class
+            vocab=checkpoint.shape("head.weight", 2)[0],
             code_dim=code_dim,
-            scales=dims(checkpoint, "lvl_embed.weight", 2)[0],
-            length=dims(checkpoint, "pos_1LC", 3)[1],
+            scales=checkpoint.shape("lvl_embed.weight", 2)[0],
+            length=checkpoint.shape("pos_1LC", 3)[1],
         )
 
 
 def _tokenizer(options: Options) -> VQTokenizer:
-    """The tokenizer that was given, which has to be a multi-scale one."""
+    """The tokenizer that was given.
+
+    Raises:
+        ConversionError: none was, or it is not a multi-scale one.
+    """
     tokenizer = options.tokenizer
     if tokenizer is None:
-        raise SmaltiError(
-            "a VAR prior is told by the code vectors of its tokenizer: convert that first, from "
+        raise ConversionError(
+            "a VAR prior needs the code vectors of its tokenizer: convert that first, from "
             "var-tokenizer, and give its folder with --tokenizer"
         )
     if not isinstance(tokenizer, VQTokenizer) or not isinstance(
         tokenizer.config.quantizer, MultiScaleConfig
     ):
-        raise SmaltiError(
+        raise ConversionError(
             f"the tokenizer makes {tokenizer.spec}; a VAR prior needs codes of several scales: "
             "convert its own tokenizer, from var-tokenizer"
         )
     return tokenizer
 
 
-def _told_scales(checkpoint: PublishedCheckpoint, options: Options) -> tuple[int, ...] | None:
-    """Sides of the scales according to the file, or else to the flag.
+def _known_scales(checkpoint: PublishedCheckpoint, options: Options) -> tuple[int, ...] | None:
+    """Sides of the scales from the file, or else from the flag.
 
     Raises:
-        SmaltiError: both speak, and differ; the file's are no squares.
+        ConversionError: the two differ, or those of the file are not squares.
     """
     if LEVELS not in checkpoint.tensors:
         return options.scales
@@ -321,46 +338,46 @@ def _told_scales(checkpoint: PublishedCheckpoint, options: Options) -> tuple[int
     numbers, counts = levels.unique_consecutive(return_counts=True)
     sides = [square_side(count) for count in counts.tolist()]
     if numbers.tolist() != list(range(len(numbers))) or None in sides:
-        raise SmaltiError(
+        raise ConversionError(
             f"{checkpoint.path}: {LEVELS} does not number the codes of square grids, coarse to fine"
         )
-    told = tuple(side for side in sides if side is not None)
-    if options.scales not in (None, told):
-        raise SmaltiError(
-            f"--scales is {_listed(options.scales or ())}, but {LEVELS} in the file says "
-            f"{_listed(told)}: leave it out"
+    in_file = tuple(side for side in sides if side is not None)
+    if options.scales not in (None, in_file):
+        raise ConversionError(
+            f"--scales is {listed(options.scales)}, but {LEVELS} in the file says "
+            f"{listed(in_file)}: leave it out"
         )
-    return told
+    return in_file
 
 
-def _check_fit(sizes: Sizes, told: tuple[int, ...] | None, quantizer: MultiScaleConfig) -> None:
-    """Raise `SmaltiError` if the prior was not made for codes of this quantizer."""
+def _check_fit(sizes: Sizes, known: tuple[int, ...] | None, quantizer: MultiScaleConfig) -> None:
+    """Raise `ConversionError` if the prior was not trained on codes of this quantizer.
+
+    Args:
+        known: sides of the prior's scales, see `_known_scales`.
+    """
     sides = tuple(side for side, _ in quantizer.scales)
-    if told is not None and tuple((side, side) for side in told) != quantizer.scales:
-        raise SmaltiError(
-            f"the prior has the scales {_listed(told)}, the tokenizer {_listed(sides)}: give the "
-            f"prior's own tokenizer, converted with --scales {_listed(told, ',')}"
+    if known is not None and tuple((side, side) for side in known) != quantizer.scales:
+        raise ConversionError(
+            f"the prior has the scales {listed(known)}, the tokenizer {listed(sides)}: give the "
+            f"prior's own tokenizer, converted with --scales {listed(known, ',')}"
         )
     made = sum(height * width for height, width in quantizer.scales)
     if (len(sides), made) != (sizes.scales, sizes.length):
-        raise SmaltiError(
+        raise ConversionError(
             f"the prior has {sizes.length} codes in {sizes.scales} scales, the tokenizer {made} in "
-            f"{len(sides)}, {_listed(sides)}: give the prior's own tokenizer"
+            f"{len(sides)}, {listed(sides)}: give the prior's own tokenizer"
         )
     codebook = quantizer.codebook
     if (codebook.vocab_size, codebook.code_dim) != (sizes.vocab, sizes.code_dim):
-        raise SmaltiError(
-            f"the prior knows {sizes.vocab} codes of {sizes.code_dim} numbers, the tokenizer has "
+        raise ConversionError(
+            f"the prior has {sizes.vocab} codes of {sizes.code_dim} numbers, the tokenizer has "
             f"{codebook.vocab_size} of {codebook.code_dim}: give the prior's own tokenizer"
         )
 
 
-def _listed(sides: tuple[int, ...], separator: str = ", ") -> str:
-    return separator.join(map(str, sides))
-
-
 def _buffers(config: NextScaleConfig) -> dict[str, Buffer]:
-    """What VAR keeps beside its weights, although it follows from the sizes."""
+    """What VAR saves beside its weights, although it follows from the sizes."""
     cpu = torch.device("cpu")
     seen = block_causal_mask(config.spec.grids, cpu)
     mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None]

@@ -169,7 +169,7 @@ def test_vq_models_agree_with_diffusers(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_older_spellings_of_attention_are_read(tmp_path: Path) -> None:
+def test_older_names_of_attention_are_read(tmp_path: Path) -> None:
     reference = autoencoder("stable-diffusion")
     reference.save_pretrained(tmp_path / "new")
     reference.save_pretrained(tmp_path / "old")
@@ -193,7 +193,9 @@ def test_a_scaling_factor_can_be_given(tmp_path: Path) -> None:
     assert model.config.latent_std == (4.0,) * 4 and model.config.latent_mean == (0.0,) * 4
     model, lines = read_published("diffusers-kl", tmp_path)
     assert model.config.latent_std == (1 / 0.18215,) * 4
-    assert model.image_size == 256 and any("config.json speaks of 32" in line for line in lines)
+    assert model.image_size == 256 and any(
+        "config.json has sample_size 32" in line for line in lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,11 +207,11 @@ def test_a_scaling_factor_can_be_given(tmp_path: Path) -> None:
         ({"scaling_factor": "large"}, "expected a positive number"),
         ({"shift_factor": [1]}, r"shift_factor is \[1\]; expected a number"),
         ({"latents_mean": [1.0]}, "expected 4 numbers"),
-        ({"norm_num_groups": 4.5}, "norm_num_groups is 4.5; expected a whole number"),
+        ({"norm_num_groups": 4.5}, "norm_num_groups is 4.5; expected a positive integer"),
         ({"norm_num_groups": 5}, "multiple of norm_groups 5"),
     ],
 )
-def test_settings_that_cannot_be_kept_are_refused(change: dict, message: str, tmp_path) -> None:
+def test_unsupported_settings_are_refused(change: dict, message: str, tmp_path) -> None:
     autoencoder("stable-diffusion").save_pretrained(tmp_path / "theirs")
     config = tmp_path / "theirs" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
@@ -262,7 +264,7 @@ def test_sizes_other_than_those_of_the_tensors_are_refused(source: str, tmp_path
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_codebook_that_was_cut_short_or_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_truncated_or_missing_codebook_is_refused(tmp_path: Path) -> None:
     saved("diffusers-vq", tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     tensors["quantize.embedding.weight"] = tensors["quantize.embedding.weight"][:30].clone()
@@ -309,7 +311,7 @@ SCALES = {  # lines by what config.json has and by options
 
 
 @pytest.mark.parametrize("case", SCALES)
-def test_only_what_is_assumed_is_called_so(case: str, tmp_path: Path) -> None:
+def test_only_assumed_values_are_reported_as_assumed(case: str, tmp_path: Path) -> None:
     change, scaling, expected = SCALES[case]
     saved("diffusers-kl", tmp_path)
     edited(tmp_path, change)

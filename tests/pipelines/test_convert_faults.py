@@ -77,8 +77,8 @@ def state(tmp_path: Path) -> dict[str, Tensor]:
 
 
 def refuse(content: object, folder: Path, source: str = "llamagen-tokenizer") -> str:
-    """What is said of a file that cannot be converted; checks that it is one line, and that nothing
-    was written."""
+    """The error message for a file that cannot be converted; checks that it is one line, and that
+    nothing was written."""
     file = folder / "published.pt"
     torch.save(content, file)
     return refuse_file(file, folder, source)
@@ -129,7 +129,7 @@ def test_a_tensor_of_another_shape_or_kind_is_named(name, value, state, tmp_path
     assert name in said or "channels" in said
 
 
-def test_numbers_that_no_file_can_hold_are_refused_at_once(state, tmp_path: Path) -> None:
+def test_impossible_part_numbers_are_refused(state, tmp_path: Path) -> None:
     for number in ("99999999", "9" * 5000, "4000"):
         name = f"encoder.conv_blocks.{number}.res.0.conv1.weight"
         assert "no part before it" in refuse(state | {name: torch.ones(1)}, tmp_path)
@@ -145,13 +145,13 @@ def test_a_file_of_another_source_is_recognised(source: str, tmp_path: Path) -> 
             assert "it looks like" in said and source in said.partition("it looks like")[2]
 
 
-def test_a_file_of_no_source_is_told(tmp_path: Path) -> None:
+def test_a_file_of_no_known_source_is_refused(tmp_path: Path) -> None:
     said = refuse({"layer.weight": torch.ones(2)}, tmp_path)
     assert "it looks like no known source (it holds layer.weight" in said
 
 
 @pytest.mark.parametrize("source", MODELS)
-def test_models_of_ours_come_back_as_they_went(source: str, tmp_path: Path) -> None:
+def test_exported_models_are_imported_unchanged(source: str, tmp_path: Path) -> None:
     model = model_of(source)
     export(model, tmp_path / "there", source)
     back, _ = read_published(source, tmp_path / "there", FLAGS.get(source))
@@ -168,7 +168,7 @@ def test_links_join_and_split_and_buffers_are_checked(tmp_path: Path) -> None:
     links = [joined(["q", "k", "v"], "qkv")]
     found = import_tensors(Layout(links, {"b": Buffer(torch.ones(1))}), file, blank, "thing")
     assert found.tensors["k"].tolist() == [2.0, 3.0] and found.checked == ["b"]
-    for value, message in ((torch.zeros(1), "1 of 1 numbers"), (torch.ones(2), "shape")):
+    for value, message in ((torch.zeros(1), "1 of 1 values"), (torch.ones(2), "shape")):
         with pytest.raises(SmaltiError, match=message):
             import_tensors(Layout(links, {"b": Buffer(value)}), file, blank, "thing")
     with pytest.raises(SmaltiError, match="qkv has shape"):
@@ -176,11 +176,11 @@ def test_links_join_and_split_and_buffers_are_checked(tmp_path: Path) -> None:
         import_tensors(layout, file, {"q": torch.empty(2)}, "thing")
 
 
-def test_whole_numbers_among_floats_are_told(tmp_path: Path) -> None:
+def test_integer_tensors_among_floats_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1), "b": torch.ones(1).long()}, tmp_path / "a.safetensors")
     file = read_checkpoint(tmp_path / "a.safetensors")
     link = Link(("x",), ("a", "b"), to_ours=lambda parts: [torch.cat(list(parts))])
-    with pytest.raises(SmaltiError, match=r"a, b holds torch.float32, torch.int64 numbers"):
+    with pytest.raises(SmaltiError, match=r"a, b holds torch.float32, torch.int64 values"):
         import_tensors(Layout([link]), file, {"x": torch.empty(2)}, "thing")
 
 
@@ -188,7 +188,7 @@ def test_tensors_that_are_not_plain_are_named(state, tmp_path: Path) -> None:
     bias = state["encoder.conv_in.bias"]
     for other in (bias.to_sparse(), bias.to("meta")):
         said = refuse(state | {"encoder.conv_in.bias": other}, tmp_path)
-        assert "encoder.conv_in.bias is sparse, quantized or without numbers" in said
+        assert "encoder.conv_in.bias is sparse, quantized or on the meta device" in said
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_tensors_that_are_not_plain_are_named(state, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_a_truncated_file_is_told(suffix: str, share: float, state, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(suffix: str, share: float, state, tmp_path: Path) -> None:
     file = tmp_path / f"published.{suffix}"
     torch.save(state, file) if suffix == "pt" else save_file(state, file)
     content = file.read_bytes()
@@ -204,7 +204,9 @@ def test_a_truncated_file_is_told(suffix: str, share: float, state, tmp_path: Pa
     assert "damaged" in refuse_file(file, tmp_path)
 
 
-def test_an_old_checkpoint_is_read_and_its_truncation_told(state, tmp_path: Path) -> None:
+def test_the_old_checkpoint_format_is_read_and_its_truncation_refused(
+    state, tmp_path: Path
+) -> None:
     file = tmp_path / "published.pth"
     torch.save({"model": state}, file, _use_new_zipfile_serialization=False)
     convert("llamagen-tokenizer", file, tmp_path / "out", Options(image_size=16))
@@ -217,7 +219,7 @@ OTHER_FILES = [b"", b"not a checkpoint", b"PK\x03\x04" + bytes(50), pickle.dumps
 
 
 @pytest.mark.parametrize("content", OTHER_FILES)
-def test_what_is_no_checkpoint_is_told(content: bytes, tmp_path: Path, recwarn) -> None:
+def test_files_that_are_no_checkpoints_are_refused(content: bytes, tmp_path: Path, recwarn) -> None:
     file = tmp_path / "published.pt"
     file.write_bytes(content)
     said = refuse_file(file, tmp_path)
@@ -231,17 +233,17 @@ def test_of_weights_in_two_precisions_the_full_one_is_read(state, tmp_path: Path
     assert read_checkpoint(tmp_path).path.name == "model.safetensors"
 
 
-def test_shards_are_told(state, tmp_path: Path) -> None:
+def test_sharded_weights_are_refused(state, tmp_path: Path) -> None:
     folder = tmp_path / "sharded"
     folder.mkdir()
     for i, name in enumerate(list(state)[:2], start=1):
         save_file({name: state[name]}, folder / f"model-0000{i}-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     for place in (folder, folder / "model.safetensors.index.json"):
-        assert "is cut into shards: join them" in refuse_file(place, tmp_path)
+        assert "is split into shards: join them" in refuse_file(place, tmp_path)
 
 
-def test_files_and_folders_that_hold_nothing_are_told(tmp_path: Path) -> None:
+def test_files_and_folders_without_weights_are_refused(tmp_path: Path) -> None:
     assert "does not exist" in refuse_file(tmp_path / "none.pt", tmp_path)
     (tmp_path / "empty").mkdir()
     assert "holds no weights file" in refuse_file(tmp_path / "empty", tmp_path)
@@ -253,7 +255,7 @@ def test_files_and_folders_that_hold_nothing_are_told(tmp_path: Path) -> None:
 
 
 class Attack:
-    """A pickle of it writes a file when it is read without care."""
+    """A pickle of it writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -330,7 +332,7 @@ def test_classes_of_trainers_beside_the_weights_are_never_imported(state, tmp_pa
         lambda s, o: {"model": {"state_dict": s}},
     ],
 )
-def test_wrappers_are_taken_off(wrap, state, tmp_path: Path) -> None:
+def test_state_dicts_are_found_inside_wrappers(wrap, state, tmp_path: Path) -> None:
     other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     torch.save(wrap(state, other), tmp_path / "file.pt")
     found = read_checkpoint(tmp_path / "file.pt").tensors
@@ -381,7 +383,7 @@ def test_a_write_that_fails_leaves_nothing(state, tmp_path: Path, monkeypatch) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file.pt", "llamagen-tokenizer"]
 
 
-def test_options_that_say_nothing_are_refused(state, tmp_path: Path) -> None:
+def test_options_that_do_not_apply_are_refused(state, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "file.pt")
     for options in (Options(heads=2), Options(scales=(4,)), Options(scaling_factor=1.0)):
         with pytest.raises(SmaltiError, match="leave it out"):
@@ -393,7 +395,7 @@ def test_options_that_say_nothing_are_refused(state, tmp_path: Path) -> None:
         convert("llamagen-tokenizer", tmp_path / "file.pt", tmp_path / "o", Options(image_size=15))
 
 
-def test_models_of_ours_are_no_published_ones(tmp_path: Path) -> None:
+def test_smalti_models_are_refused(tmp_path: Path) -> None:
     tokenizer = model_of("diffusers-kl")
     tokenizer.save_pretrained(tmp_path / "kl")
     prior = FlowPrior(FlowConfig(network=DiTConfig(4, 4, (8, 8), 2, 32, 1, 2, num_classes=2)))
@@ -407,7 +409,7 @@ def test_models_of_ours_are_no_published_ones(tmp_path: Path) -> None:
     read_published("ldm-kl", tmp_path / "kl" / "theirs.ckpt")
 
 
-def test_a_misspelt_source_is_told(tmp_path: Path) -> None:
+def test_a_misspelt_source_gets_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(SmaltiError, match='did you mean "taming-vqgan"'):
         convert("taming-vgan", tmp_path, tmp_path / "out")
 

@@ -1,4 +1,4 @@
-"""Pickled checkpoints: what training runs leave beside the weights, in either format of torch.save,
+"""Pickled checkpoints: what training runs save beside the weights, in either format of torch.save,
 older and newer pickles, and damage that only a checksum shows."""
 
 import argparse
@@ -37,7 +37,7 @@ class ListConfig(list):
 
 
 class DictConfig:
-    """As omegaconf's: no dict, but what is kept in attributes."""
+    """Like omegaconf's: not a dict; its content is kept in attributes."""
 
     def __init__(self, **items: object) -> None:
         self.__dict__.update(_content=items, _parent=self, _metadata=(int, AttributeDict()))
@@ -112,7 +112,7 @@ def is_whole(tensors: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("beside", BESIDE)
-def test_what_training_runs_leave_beside_the_weights_is_passed_over(
+def test_objects_beside_the_weights_become_placeholders(
     beside: str, legacy: bool, tmp_path: Path
 ) -> None:
     other = BESIDE[beside]()
@@ -151,7 +151,7 @@ def test_names_that_only_begin_like_known_ones_are_refused(tmp_path: Path) -> No
 
 
 class Call:
-    """A pickle of it calls a function whose name begins as that of a harmless class, `set`."""
+    """A pickle of it calls a function whose name starts like that of a harmless class, `set`."""
 
     def __reduce__(self) -> tuple:
         return setattr, (argparse.Namespace(), "a", 1)
@@ -206,7 +206,7 @@ def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
 # -- several state dicts --------------------------------------------------------------------------
 
 
-def test_the_first_of_the_wrappers_is_taken_and_the_others_are_told(tmp_path: Path) -> None:
+def test_the_first_wrapper_is_used_and_the_others_are_reported(tmp_path: Path) -> None:
     other = {name: tensor + 1 for name, tensor in WEIGHTS.items()}
     file = save({"model": WEIGHTS, "ema": other, "state_dict": {}, "module": {"a": 1}}, tmp_path)
     for wrappers, others in ((("model", "ema"), ("ema",)), (("module", "model"), ())):

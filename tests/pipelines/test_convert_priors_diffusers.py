@@ -82,7 +82,7 @@ def read(folder: Path, given: Options | None = None) -> FlowPrior:
 
 
 def refuse(folder: Path, given: Options | None = None) -> str:
-    """What is said of a folder that cannot be converted: one line, and nothing is written."""
+    """The error message for a folder that cannot be converted: one line, nothing is written."""
     with pytest.raises(SmaltiError) as error:
         convert("diffusers-dit", folder, folder.parent / "out", given)
     assert "\n" not in str(error.value)
@@ -173,7 +173,7 @@ def test_the_authors_dit_is_written_for_diffusers_with_a_note(folder: Path, tmp_
     lines = export(model, tmp_path / "exact.pt")  # a file is the authors' own
     assert "layout of a DiT" in lines[0] and len(lines) == 2
     lines = export(model, tmp_path / "copy")  # a folder is Diffusers'
-    assert "its pictures will differ" in lines[-1]
+    assert "the images that Diffusers generates with it will differ" in lines[-1]
     loaded = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "copy")
     weights = randomised("learned-sigma").state_dict()
     assert all(torch.equal(weights[name], t) for name, t in loaded.state_dict().items())
@@ -215,7 +215,7 @@ def test_the_older_name_of_the_class_is_read(folder: Path) -> None:
     assert read(folder).checksum == expected
 
 
-def test_without_config_json_flags_and_defaults_tell_heads_and_grid(folder: Path) -> None:
+def test_without_config_json_flags_and_defaults_give_heads_and_grid(folder: Path) -> None:
     expected = read(folder).checksum
     (folder / "config.json").unlink()
     assert read(folder, Options(heads=2, scales=(8,))).checksum == expected
@@ -228,11 +228,11 @@ def test_without_config_json_flags_and_defaults_tell_heads_and_grid(folder: Path
         ({"_class_name": "PixArtTransformer2DModel"}, "_class_name is 'PixArtTransformer2DModel'"),
         ({"activation_fn": "geglu"}, "activation_fn is 'geglu'; expected 'gelu-approximate'"),
         ({"norm_type": "ada_norm_single"}, "norm_type is 'ada_norm_single'"),
-        ({"num_attention_heads": 2.5}, "num_attention_heads is 2.5; expected a whole number"),
+        ({"num_attention_heads": 2.5}, "num_attention_heads is 2.5; expected a positive integer"),
         ({"num_attention_heads": 5}, "width 32 with 5 heads"),
-        ({"sample_size": "8"}, "sample_size is '8'; expected a whole number"),
+        ({"sample_size": "8"}, "sample_size is '8'; expected a positive integer"),
         ({"sample_size": 9}, "cannot be cut into patches of side 2"),
-        ({"norm_eps": 1}, "norm_eps is 1; expected a small number"),
+        ({"norm_eps": 1}, "norm_eps is 1; expected a number from 0 to 1"),
         ({"norm_eps": "tiny"}, "norm_eps is 'tiny'; expected a number"),
     ],
 )
@@ -255,7 +255,9 @@ def test_wrong_settings_are_refused(changes: dict, words: str, folder: Path) -> 
 def test_sizes_other_than_those_of_the_tensors_are_refused(key, said, folder: Path) -> None:
     told = SIZES["learned-sigma"][key]
     edit(folder, **{key: said})
-    words = f"{key} is {said}, but the tensors of {WEIGHTS} say {told}: they were cut short"
+    words = (
+        f"{key} is {said}, but the tensors of {WEIGHTS} say {told}: the weights file is incomplete"
+    )
     assert words in refuse(folder)
     edit(folder, **{key: None})
     assert read(folder).config.network.depth == 3
@@ -282,7 +284,7 @@ def test_embedders_that_differ_between_blocks_are_refused(folder: Path) -> None:
     tensor = load_file(folder / WEIGHTS)[name].clone()
     tensor[3, 1] += 1e-6
     change(folder, name, tensor)
-    assert f"{name} is not the same as in block 0" in refuse(folder)
+    assert f"{name} differs from that of block 0" in refuse(folder)
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def read(source: str, content: object, folder: Path, given: Options) -> FlowPrio
 
 
 def refuse(content: object, folder: Path, given: Options, source: str = "dit") -> str:
-    """What is said of a file that cannot be converted: one line, and nothing is written."""
+    """The error message for a file that cannot be converted: one line, and nothing is written."""
     torch.save(content, folder / "published.pt")
     with pytest.raises(SmaltiError) as error:
         convert(source, folder / "published.pt", folder / "out", given)
@@ -317,7 +317,7 @@ def test_dit_samples_by_ddpm_with_the_learned_variance(spacing: str, tmp_path: P
     close(sampled, ddpm(state, s, x, labels, taken, normal))
 
 
-def test_dit_knows_the_chain_of_ddpm(tmp_path: Path) -> None:
+def test_dit_has_the_noise_schedule_of_ddpm(tmp_path: Path) -> None:
     model = read("dit", published(PLAIN), tmp_path, Options(heads=2))
     betas = np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
     times = model.time_grid(1000, DDIM(), "ddpm")[:-1].flip(0)
@@ -346,9 +346,9 @@ def test_an_export_holds_exactly_what_was_published(source, kind, tmp_path: Path
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
-def test_class_names_are_told_where_imagenet_is_meant(tmp_path: Path) -> None:
+def test_class_names_are_reported_for_1000_classes(tmp_path: Path) -> None:
     for classes, tokenizer, words in (
-        (1000, None, "convert with --tokenizer to get one with ImageNet's"),
+        (1000, None, "convert with --tokenizer to get ImageNet's"),
         (1000, kl_tokenizer(), "class names: ImageNet's"),
         (5, kl_tokenizer(), None),
     ):
@@ -405,8 +405,8 @@ def test_other_tokenizers_are_refused(tokenizer: KLTokenizer, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (positions(32, 4) + 1e-4, "pos_embed is not what the sizes of the model say, in 512 of"),
-        (positions(32, 4).flip(2), "pos_embed is not what the sizes of the model say"),
+        (positions(32, 4) + 1e-4, "pos_embed differs from that of a model of this size in 512 of"),
+        (positions(32, 4).flip(2), "pos_embed differs from that of a model of this size"),
         (torch.zeros(1, 15, 32), "15 tokens, which is no square"),
         (positions(16, 4), "has shape (1, 16, 16)"),
         (positions(32, 4)[0], "expected 3 dimensions"),
@@ -422,7 +422,9 @@ def test_positions_in_half_precision_may_be_rounded_and_not_more(dtype, tmp_path
     model = read("dit", half, tmp_path, Options(heads=2))
     assert torch.equal(model.network.blocks[0].mlp.fc1.bias, half["blocks.0.mlp.fc1.bias"].float())
     half["pos_embed"] += 4 * torch.finfo(dtype).eps
-    assert "pos_embed is not what the sizes" in refuse(half, tmp_path, Options(heads=2))
+    assert "pos_embed differs from that of a model of this size" in refuse(
+        half, tmp_path, Options(heads=2)
+    )
 
 
 def test_every_missing_tensor_is_named(tmp_path: Path) -> None:
@@ -444,9 +446,9 @@ def test_a_tensor_that_is_not_finite_is_named(value: float, tmp_path: Path) -> N
     state = published(PLAIN)
     state["blocks.1.mlp.fc2.bias"][3] = value
     said = refuse(state, tmp_path, Options(heads=2))
-    assert "blocks.1.mlp.fc2.bias holds 1 numbers that are infinite or NaN" in said
+    assert "blocks.1.mlp.fc2.bias holds 1 values that are infinite or NaN" in said
     state["blocks.1.mlp.fc2.bias"] = torch.full((32,), 1e300, dtype=torch.float64)
-    assert "holds 32 numbers that are infinite" in refuse(state, tmp_path, Options(heads=2))
+    assert "holds 32 values that are infinite" in refuse(state, tmp_path, Options(heads=2))
 
 
 def test_every_misshaped_tensor_is_refused(tmp_path: Path) -> None:
@@ -463,7 +465,7 @@ def test_every_misshaped_tensor_is_refused(tmp_path: Path) -> None:
         (Options(heads=5), "--heads is 5, which does not divide width 32"),
         (Options(heads=2, scales=(16,)), "--scales is 16, but pos_embed in the file is for"),
         (Options(heads=2, scales=(4, 8)), "--scales is 4, 8, but pos_embed in the file is for"),
-        (Options(heads=2, image_size=64), "--image_size says nothing about a DiT"),
+        (Options(heads=2, image_size=64), "--image_size does not apply to a DiT"),
     ],
 )
 def test_wrong_flags_are_refused(given: Options, words: str, tmp_path: Path) -> None:
@@ -478,7 +480,7 @@ def test_surplus_tensors_and_other_models_are_refused(tmp_path: Path) -> None:
         read_published("llamagen-prior", tmp_path / "published.pt")
 
 
-def test_a_velocity_is_not_exported_as_a_noise(tmp_path: Path) -> None:
+def test_a_velocity_prior_is_not_exported_as_dit(tmp_path: Path) -> None:
     model = read("sit", published(PLAIN), tmp_path, Options(heads=2))
     with pytest.raises(SmaltiError, match=r"this model is no DiT"):
         export(model, tmp_path / "out.pt", "dit")

@@ -178,7 +178,7 @@ def read(content: object, folder: Path, given: Options | None = None) -> NextTok
 
 
 def refuse(content: object, folder: Path, given: Options) -> str:
-    """What is said of a file that cannot be converted: one line, and nothing is written."""
+    """The error message for a file that cannot be converted: one line, and nothing is written."""
     torch.save(content, folder / "published.pt")
     with pytest.raises(SmaltiError) as error:
         convert("llamagen-prior", folder / "published.pt", folder / "out", given)
@@ -253,7 +253,9 @@ def test_heads_and_grid_have_the_published_defaults(tmp_path: Path) -> None:
     s = Sizes(width=128, heads=2, kv_heads=2, depth=1)
     config = read(published(s), tmp_path).config
     assert (config.num_heads, config.spec.grids) == (2, ((16, 16),))
-    assert "give their number with --heads" in refuse(published(CLASSES), tmp_path, Options())
+    assert "give the number of heads with --heads" in refuse(
+        published(CLASSES), tmp_path, Options()
+    )
 
 
 def test_the_published_sizes_with_wide_heads_are_known(tmp_path: Path) -> None:
@@ -282,7 +284,7 @@ def test_the_weights_are_taken_that_the_authors_sampler_takes(tmp_path: Path) ->
         torch.save({beside: other, taken: state}, tmp_path / "both.pt")
         model, lines = read_published("llamagen-prior", tmp_path / "both.pt", options(CLASSES))
         assert torch.equal(model.state_dict()["norm.weight"], state["norm.weight"])
-        assert lines[0].endswith(f'(its "{taken}"; not taken: "{beside}")')
+        assert lines[0].endswith(f'(its "{taken}"; not used: "{beside}")')
 
 
 def test_names_of_compiled_and_wrapped_models_are_understood(tmp_path: Path) -> None:
@@ -366,7 +368,7 @@ def test_a_mask_of_captions_hides_their_padding(tmp_path: Path) -> None:
     mask[:, :, :2] = 0
     padded = published(CAPTIONS) | {"causal_mask": torch.maximum(mask, torch.eye(24))}
     read(padded, tmp_path, options(CAPTIONS))
-    assert "no causal mask" in refuse(
+    assert "is not a causal mask" in refuse(
         published(CLASSES) | {"causal_mask": mask}, tmp_path, options(CLASSES)
     )
 
@@ -378,9 +380,9 @@ def test_a_mask_of_captions_hides_their_padding(tmp_path: Path) -> None:
         ("freqs_cis", rotary(Sizes(grid=5)), "freqs_cis is not the table"),
         ("freqs_cis", rotary(CLASSES)[:, :3], "heads of width 6"),
         ("freqs_cis", rotary(CLASSES)[..., 0], "expected 3 dimensions"),
-        ("causal_mask", torch.ones(24, 24), "causal_mask is no causal mask"),
-        ("causal_mask", torch.ones(24, 25).tril(), "causal_mask is no causal mask"),
-        ("mask_cache", torch.zeros(1, 1, 9, 9).tril(), "mask_cache is no causal mask"),
+        ("causal_mask", torch.ones(24, 24), "causal_mask is not a causal mask"),
+        ("causal_mask", torch.ones(24, 25).tril(), "causal_mask is not a causal mask"),
+        ("mask_cache", torch.zeros(1, 1, 9, 9).tril(), "mask_cache is not a causal mask"),
         ("layers.1.attention.kv_cache.v_cache", torch.ones(2, 3, 24, 8), "has shape (2, 3, 24, 8)"),
         ("layers.1.attention.kv_cache.v_cache", torch.ones(2, 4, 24), "expected 4 dimensions"),
         ("layers.0.attention.kv_cache.k_cache", torch.ones(2, 4, 24, 9), "heads of width 9"),
@@ -408,7 +410,9 @@ def test_every_misshaped_tensor_is_refused(tmp_path: Path) -> None:
     for number, (name, tensor) in enumerate(state.items()):
         for wrong in (tensor[..., :-1], (tensor[None], tensor.flatten()[:0])[number % 2]):
             assert refuse(state | {name: wrong}, tmp_path, options(CLASSES))
-        assert "numbers" in refuse(state | {name: tensor.long()}, tmp_path, options(CLASSES))
+        assert "torch.int64 values; expected floating-point" in refuse(
+            state | {name: tensor.long()}, tmp_path, options(CLASSES)
+        )
 
 
 @pytest.mark.parametrize(
@@ -417,7 +421,7 @@ def test_every_misshaped_tensor_is_refused(tmp_path: Path) -> None:
         (Options(heads=3), "--heads is 3, which does not divide width 32"),
         (Options(heads=16), "each head needs a multiple of 4"),
         (Options(heads=4, scales=(2, 4)), "--scales is 2, 4; this prior has one grid"),
-        (Options(heads=4, image_size=8), "--image_size says nothing about a LlamaGen prior"),
+        (Options(heads=4, image_size=8), "--image_size does not apply to a LlamaGen prior"),
     ],
 )
 def test_wrong_flags_are_refused(given: Options, words: str, tmp_path: Path) -> None:
@@ -429,7 +433,7 @@ def test_flags_that_contradict_the_file_are_refused(tmp_path: Path) -> None:
     assert "--heads is 2, but the file has 4" in refuse(state, tmp_path, Options(heads=2))
     assert "freqs_cis is not the table" in refuse(state, tmp_path, Options(scales=(5,)))
     grouped = published(UNLIKE)
-    assert "give their number with --heads" in refuse(grouped, tmp_path, Options(heads=3))
+    assert "give the number of heads with --heads" in refuse(grouped, tmp_path, Options(heads=3))
 
 
 def test_surplus_tensors_and_other_models_are_refused(tmp_path: Path) -> None:
@@ -440,6 +444,6 @@ def test_surplus_tensors_and_other_models_are_refused(tmp_path: Path) -> None:
         read_published("var-prior", tmp_path / "published.pt")
 
 
-def test_a_prior_of_our_own_making_is_not_exported_as_llamagen(prior, tmp_path: Path) -> None:
+def test_a_prior_with_other_parts_is_not_exported_as_llamagen(prior, tmp_path: Path) -> None:
     with pytest.raises(SmaltiError, match=r"no published layout holds this prior"):
         export(prior, tmp_path / "out.pt")

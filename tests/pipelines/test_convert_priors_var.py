@@ -157,7 +157,7 @@ def attention(t: State, s: Sizes, name: str, x: Tensor, bias: Tensor) -> Tensor:
 
 
 def inputs(tokenizer: VQTokenizer, s: Sizes, codes: list[Tensor]) -> Tensor:
-    """What scales 1, 2, ... are told by the codes of those before, (B, n, code_dim)."""
+    """Inputs of scales 1, 2, ..., from the codes of the scales before, (B, n, code_dim)."""
     weights = tokenizer.quantizer.state_dict()
     ticks = torch.linspace(0.5 / s.convolutions, 1 - 0.5 / s.convolutions, s.convolutions)
     last, seen = s.scales[-1], [torch.empty(len(codes[0]), 0, s.code_dim)]
@@ -216,7 +216,7 @@ def greedy(t: State, s: Sizes, tokenizer: VQTokenizer, labels: Tensor, cfg: floa
 
 
 def first_logits(t: State, s: Sizes, labels: Tensor) -> Tensor:
-    """Later scales cannot change what the first says, so any codes will do."""
+    """The logits of a scale do not depend on later scales, so any codes will do for those."""
     side = s.scales[0]
     any_codes = [torch.zeros(len(labels), side**2, dtype=torch.int64)]
     return original(t, s, tokenizer_of(s), any_codes, labels)[:, : side**2]
@@ -243,7 +243,7 @@ def read(content: object, folder: Path, given: Options) -> NextScalePrior:
 
 
 def refuse(content: object, folder: Path, given: Options) -> str:
-    """What is said of a file that cannot be converted: one line, and nothing is written."""
+    """The error message for a file that cannot be converted: one line, and nothing is written."""
     torch.save(content, folder / "published.pth")
     with pytest.raises(SmaltiError) as error:
         convert("var-prior", folder / "published.pth", folder / "out", given)
@@ -358,8 +358,8 @@ def test_a_tokenizer_is_needed(tmp_path: Path) -> None:
     ("other", "words"),
     [
         (Sizes(scales=(1, 2, 4)), "the prior has the scales 1, 2, 3, 4, the tokenizer 1, 2, 4"),
-        (Sizes(vocab=21), "knows 20 codes of 6 numbers, the tokenizer has 21 of 6"),
-        (Sizes(code_dim=5), "knows 20 codes of 6 numbers, the tokenizer has 20 of 5"),
+        (Sizes(vocab=21), "has 20 codes of 6 numbers, the tokenizer has 21 of 6"),
+        (Sizes(code_dim=5), "has 20 codes of 6 numbers, the tokenizer has 20 of 5"),
     ],
 )
 def test_tokenizers_of_other_priors_are_refused(other: Sizes, words: str, tmp_path: Path) -> None:

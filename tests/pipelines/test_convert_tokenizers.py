@@ -311,7 +311,7 @@ def test_llamagen_tokenizers_give_the_original_codes_and_pictures(s: Sizes, tmp_
     assert_round_trip(model, state, tmp_path, "llamagen-tokenizer", image_size=16)
 
 
-def test_a_published_codebook_is_not_taken_for_a_dead_one(tmp_path: Path) -> None:
+def test_the_codes_of_a_published_codebook_count_as_used(tmp_path: Path) -> None:
     s = LLAMAGEN[1]
     model = converted("llamagen-tokenizer", llamagen_state(s), tmp_path, image_size=16)
     before = model.quantizer.codebook.weight.clone()

@@ -1,4 +1,4 @@
-"""A pipeline pairs what belongs together, and image i depends on its own seed alone."""
+"""A pipeline accepts models that belong together; image i depends on its own seed alone."""
 
 import json
 import threading
@@ -35,21 +35,21 @@ def test_labels_by_name_and_number_each_give_their_pictures(pipe) -> None:
     assert pipe("emu").labels == [2] and pipe(torch.tensor([0, 1])).labels == [0, 1]
 
 
-def test_classes_that_are_called_by_numbers(tokenizer, prior) -> None:
+def test_classes_may_have_numbers_as_names(tokenizer, prior) -> None:
     pipe = Pipeline(tokenizer, prior, ("0", "10", "2"))
     assert pipe.label_ids(["2", 2, "10", "0"]) == [2, 2, 1, 0]
     with pytest.raises(SmaltiError, match='no class is named "1"'):
         pipe.label_ids("1")
 
 
-def test_text_is_a_number_where_no_class_is_called_by_one(pipe) -> None:
+def test_text_is_a_number_where_no_class_has_a_number_as_its_name(pipe) -> None:
     assert pipe.label_ids(["1", "emu"]) == [1, 2]
     for text in ("²", "-1", "1.0", ""):
         with pytest.raises(SmaltiError, match="no class is named"):
             pipe.label_ids(text)
 
 
-def test_whole_numbers_of_any_kind_are_labels(pipe) -> None:
+def test_integers_of_any_type_are_labels(pipe) -> None:
     wanted = (np.int64(1), np.array([1]), torch.tensor(1), torch.tensor([1], dtype=torch.int32))
     assert all(pipe.label_ids(label) == [1] for label in wanted)
     assert pipe.label_ids(range(3)) == [0, 1, 2]
@@ -197,17 +197,20 @@ def test_parts_that_do_not_fit_are_refused(tokenizer, prior) -> None:
         ({"class_labels": 3}, "class label 3 is out of range: use 0 to 2"),
         ({"class_labels": -1}, "class label -1"),
         ({"class_labels": "dgo"}, 'no class is named "dgo".*dog'),
-        ({"class_labels": []}, "no pictures were asked for"),
-        ({"class_labels": 0, "num_images_per_prompt": 0}, "no pictures were asked for"),
+        ({"class_labels": []}, "no images were asked for"),
+        ({"class_labels": 0, "num_images_per_prompt": 0}, "no images were asked for"),
         ({"class_labels": 0, "output_type": "jpeg"}, 'output_type is "jpeg"'),
         ({"class_labels": 0, "batch_size": 0}, "batch_size is 0"),
-        ({"class_labels": 0, "batch_size": 1.5}, "batch_size 1.5 is no whole number"),
-        ({"class_labels": 0, "num_images_per_prompt": 1.5}, "num_images_per_prompt 1.5 is no"),
-        ({"class_labels": [1.9]}, "class label 1.9 is no whole number"),
-        ({"class_labels": torch.tensor([0.9])}, "class label 0.89.* is no whole number"),
-        ({"class_labels": torch.tensor([True])}, "class label True is no whole number"),
-        ({"class_labels": [True]}, "class label True is no whole number"),
-        ({"class_labels": None}, "give class_labels"),
+        ({"class_labels": 0, "batch_size": 1.5}, "batch_size is 1.5; it must be an integer"),
+        (
+            {"class_labels": 0, "num_images_per_prompt": 1.5},
+            "num_images_per_prompt is 1.5; it must be an integer",
+        ),
+        ({"class_labels": [1.9]}, "class label is 1.9; it must be an integer"),
+        ({"class_labels": torch.tensor([0.9])}, "class label is 0.89.*; it must be an integer"),
+        ({"class_labels": torch.tensor([True])}, "class label is True; it must be an integer"),
+        ({"class_labels": [True]}, "class label is True; it must be an integer"),
+        ({"class_labels": None}, "pass class_labels"),
         ({"class_labels": 0, "generator": 0}, "generator holds 0: give a torch.Generator"),
         ({"class_labels": 0, "generator": [0]}, "generator holds 0: give a torch.Generator"),
         (
@@ -301,7 +304,7 @@ def test_another_job_may_not_write_into_the_folder(pipe, tmp_path) -> None:
 
 
 def test_any_number_of_processes_may_begin_at_once(pipe, tmp_path, monkeypatch) -> None:
-    """Rank 0 claims the folder while the others wait; here it is slow."""
+    """Rank 0 writes the settings while the others wait; here it is slow."""
     together = threading.Barrier(3)
     written = generation.write_json
 
@@ -328,7 +331,7 @@ def test_a_refusal_reaches_every_process(pipe, tmp_path) -> None:
     assert len(waited) == 2
 
 
-def test_what_another_process_is_writing_is_no_stranger(pipe, tmp_path) -> None:
+def test_temporary_files_of_other_processes_are_accepted(pipe, tmp_path) -> None:
     (tmp_path / ".tmp-generation.json-1").write_text("{")
     assert len(generate(pipe, tmp_path)) == 5
 
@@ -336,7 +339,11 @@ def test_what_another_process_is_writing_is_no_stranger(pipe, tmp_path) -> None:
 def test_settings_that_cannot_be_read_are_named(pipe, tmp_path) -> None:
     folder = tmp_path / "a"
     generate(pipe, folder)
-    for content, message in ((b"{", "is damaged"), (b"\xff", "is damaged"), (b"[]", "no settings")):
+    for content, message in (
+        (b"{", "is damaged"),
+        (b"\xff", "is damaged"),
+        (b"[]", "does not hold settings"),
+    ):
         (folder / "generation.json").write_bytes(content)
         with pytest.raises(SmaltiError, match=rf"generation\.json.*{message}"):
             generate(pipe, folder)

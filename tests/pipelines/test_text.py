@@ -1,4 +1,4 @@
-"""A pipeline whose prior is told captions instead of classes."""
+"""A pipeline with a text-conditional prior."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_captions_become_pictures_in_order(pipe, captions) -> None:
     assert torch.equal(output.latents[3:], alone)
 
 
-def test_padding_says_nothing(pipe, captions) -> None:
+def test_padding_has_no_influence(pipe, captions) -> None:
     features, mask = captions
     other = features.clone()
     other[1, 3:] = 7.0
@@ -84,10 +84,10 @@ def test_it_is_saved_and_loaded(pipe, captions, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give prompt_embeds"),
-        ({"class_labels": 0}, "give prompt_embeds, and no classes"),
+        ({}, "this pipeline is text-conditional: pass prompt_embeds"),
+        ({"class_labels": 0}, "pass prompt_embeds, and no class_labels"),
         ({"prompt_embeds": torch.zeros(2, T)}, r"shape \(2, 5\)"),
-        ({"prompt_embeds": torch.zeros(0, T, D)}, "no pictures were asked for"),
+        ({"prompt_embeds": torch.zeros(0, T, D)}, "no images were asked for"),
         ({"prompt_embeds": torch.zeros(1, T + 1, D)}, r"this prior takes \(B, 5, 6\)"),
         (
             {
@@ -102,15 +102,17 @@ def test_it_is_saved_and_loaded(pipe, captions, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_caption_is_refused(pipe, arguments, message) -> None:
+def test_wrong_captions_are_refused(pipe, arguments, message) -> None:
     with pytest.raises(smalti.SmaltiError, match=message):
         pipe(**arguments)
 
 
-def test_a_pipeline_of_classes_takes_no_captions(tokenizer, prior) -> None:
+def test_a_class_conditional_pipeline_takes_no_captions(tokenizer, prior) -> None:
     classes = smalti.Pipeline(tokenizer, prior, ("a", "b", "c"))
     for arguments in ({}, {"prompt_embeds": torch.zeros(1, T, D)}):
-        with pytest.raises(smalti.SmaltiError, match="give class_labels, and no prompts"):
+        with pytest.raises(
+            smalti.SmaltiError, match="class-conditional: pass class_labels, and no prompt_embeds"
+        ):
             classes(**arguments)
 
 

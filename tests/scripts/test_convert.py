@@ -73,14 +73,14 @@ def test_options_may_stand_first_or_in_a_recipe(var: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give three things: smalti convert SOURCE CHECKPOINT OUT"),
-        (("var-tokenizer", "VAR"), "give three things"),
+        ((), "give three arguments: smalti convert SOURCE CHECKPOINT OUT"),
+        (("var-tokenizer", "VAR"), "give three arguments"),
         (("var-tokeniser", "VAR", "OUT"), 'did you mean "var-tokenizer"?'),
         (("ldm-kl", "VAR", "OUT"), "it looks like var-tokenizer"),
         (("var-tokenizer", "none.pt", "OUT"), "none.pt does not exist"),
         (("var-tokenizer", "VAR", "OUT"), "no scales were published for grids of 128 x 128"),
         (("var-tokenizer", "VAR", "OUT", "--scales", "1,x"), "scales is '1,x'; give numbers"),
-        (("var-tokenizer", "VAR", "OUT", "--heads", "2"), "--heads says nothing about a VAR"),
+        (("var-tokenizer", "VAR", "OUT", "--heads", "2"), "--heads does not apply to a VAR"),
         (("var-tokenizer", "VAR", "OUT", "--tokenizer", "none"), "none"),
         (("var-tokenizer", "VAR", "VAR", "--scales", "1,3,8"), "nothing is overwritten"),
     ],
@@ -115,7 +115,7 @@ def test_export_writes_what_convert_reads(kl: Path, tmp_path: Path, capsys) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give two things: smalti export MODEL OUT"),
+        ((), "give two arguments: smalti export MODEL OUT"),
         (("KL", "OUT", "--format", "var-tokenizer"), "this model is no VAR tokenizer"),
         (("SHIFTED", "OUT.pt"), "diffusers-kl is written as a folder"),
         (("PIPELINE", "OUT"), "is a pipeline: export"),

@@ -1,4 +1,4 @@
-"""`smalti info` tells what a folder is, whether it is whole, and how to go on."""
+"""`smalti info` reports what a folder is, whether it is complete, and how to continue."""
 
 import io
 import shutil
@@ -16,8 +16,8 @@ from toy_run import train as train_toy
 import smalti
 from smalti.cli import main
 from smalti.data.latent_cache.cache import shard_path
-from smalti.pipelines.info import info
 from smalti.scripts.encode import EncodeConfig, encode
+from smalti.scripts.info import info
 from smalti.training.checkpoint import checkpoints
 from smalti.training.lock import LOCK, RunLock
 
@@ -45,7 +45,7 @@ def damage(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-def test_a_run_tells_its_step_and_how_to_go_on(tmp_path: Path, capsys) -> None:
+def test_a_run_reports_its_step_and_how_to_continue(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "run"
     train_toy(toy_config(folder))
     lines = told(capsys, folder)
@@ -63,7 +63,7 @@ def test_a_run_tells_its_step_and_how_to_go_on(tmp_path: Path, capsys) -> None:
     assert lines["step"] == "4 of 6" and "model.safetensors is damaged" in lines["damaged"]
 
 
-def test_a_run_that_is_active_tells_who_works_on_it(tmp_path: Path, capsys) -> None:
+def test_an_active_run_reports_its_process(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "run"
     train_toy(toy_config(folder))
     other = subprocess.Popen([sys.executable, "-c", OTHER_RUN, folder], stdout=subprocess.PIPE)
@@ -81,7 +81,7 @@ def test_a_run_that_is_active_tells_who_works_on_it(tmp_path: Path, capsys) -> N
         assert (folder / LOCK).is_file() and "active" not in told(capsys, path)
 
 
-def test_a_run_before_its_first_step_is_told(tmp_path: Path, capsys) -> None:
+def test_a_run_before_its_first_step_is_recognised(tmp_path: Path, capsys) -> None:
     lock = RunLock(tmp_path)
     lock.acquire()
     lines = told(capsys, tmp_path)
@@ -92,7 +92,7 @@ def test_a_run_before_its_first_step_is_told(tmp_path: Path, capsys) -> None:
     assert main(["info", str(tmp_path)]) == 2
 
 
-def test_a_checkpoint_tells_whether_it_is_whole(tmp_path: Path, capsys) -> None:
+def test_a_checkpoint_reports_whether_it_is_complete(tmp_path: Path, capsys) -> None:
     train_toy(toy_config(tmp_path / "run"))
     path = checkpoints(tmp_path / "run")[-1]
     assert told(capsys, path)["go on"].endswith(f"--resume_from_checkpoint {path}")
@@ -100,7 +100,7 @@ def test_a_checkpoint_tells_whether_it_is_whole(tmp_path: Path, capsys) -> None:
     assert "optimizer.safetensors is damaged" in told(capsys, path, status=1)["verified"]
 
 
-def test_latents_tell_their_tokenizer(tokenizer, pictures, tmp_path: Path, capsys) -> None:
+def test_latents_report_their_tokenizer(tokenizer, pictures, tmp_path: Path, capsys) -> None:
     tokenizer.save_pretrained(tmp_path / "tok")
     job = EncodeConfig(
         data=str(pictures), tokenizer=tmp_path / "tok", output_dir=tmp_path / "latents"
@@ -119,7 +119,7 @@ def test_latents_tell_their_tokenizer(tokenizer, pictures, tmp_path: Path, capsy
     )
 
 
-def test_latents_that_were_never_finished_are_told_apart(pictures, tmp_path: Path, capsys) -> None:
+def test_unfinished_latents_are_reported(pictures, tmp_path: Path, capsys) -> None:
     latents = tmp_path / "my latents"
     for split in ("train", "heldout"):
         (latents / split).mkdir(parents=True)
@@ -141,7 +141,7 @@ def test_a_cache_without_its_other_split_is_not_recommended(
         assert "go on" not in told(capsys, path)
 
 
-def test_shards_with_a_manifest_are_told_as_what_they_are(tmp_path: Path, capsys) -> None:
+def test_shards_with_a_manifest_are_recognised(tmp_path: Path, capsys) -> None:
     shards = tmp_path / "sets" / "my shards"
     shards.mkdir(parents=True)
     for number in range(2):
@@ -167,7 +167,7 @@ def test_shards_with_a_manifest_are_told_as_what_they_are(tmp_path: Path, capsys
     assert "holds no pictures" in told(capsys, shards, status=1)["verified"]
 
 
-def test_models_and_pipelines_tell_their_size(tokenizer, prior, tmp_path: Path, capsys) -> None:
+def test_models_and_pipelines_report_their_size(tokenizer, prior, tmp_path: Path, capsys) -> None:
     tokenizer.save_pretrained(tmp_path / "tok")
     lines = told(capsys, tmp_path / "tok")
     count = sum(p.numel() for p in tokenizer.parameters())
@@ -194,7 +194,7 @@ def test_models_and_pipelines_tell_their_size(tokenizer, prior, tmp_path: Path, 
         (["run"], "exported.json is damaged: it does not name a folder"),
     ],
 )
-def test_what_cannot_be_explained_is_one_line(
+def test_unknown_folders_are_one_line(
     tmp_path: Path, monkeypatch, capsys, arguments, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -208,7 +208,7 @@ def test_what_cannot_be_explained_is_one_line(
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_with_others_in_it_names_them(tmp_path: Path, tokenizer) -> None:
+def test_a_folder_of_folders_lists_them(tmp_path: Path, tokenizer) -> None:
     tokenizer.save_pretrained(tmp_path / "vq")
     (tmp_path / "notes").mkdir()
     found = info(tmp_path)

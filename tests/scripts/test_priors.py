@@ -161,7 +161,7 @@ def test_an_option_of_another_family_is_refused_before_anything_is_written(
         job = [command, "--model", str(config.output_dir / "pipeline"), f"--{flag}", value]
         job += ["--data", str(root_of(config) / "pictures")] if command == "evaluate" else []
         assert smalti_main([*job, "--output_dir", str(tmp_path / command)]) == 2
-        assert f'not sampled with the option "{flag}"' in capsys.readouterr().err
+        assert f'no sampling option "{flag}"' in capsys.readouterr().err
         assert not (tmp_path / command).exists()
 
 
@@ -240,7 +240,7 @@ def test_a_flow_learns_draws_from_the_posterior_and_is_validated_on_its_mean(
         ),
         (["--prior.preset", "var-nano", "--prior.num_classes", "7"], "prior.num_classes is 7"),
         (["--prior.preset", "vra-nano"], 'did you mean "var-nano"'),
-        (["--preview.solver", "heun"], 'not sampled with the option "solver"'),
+        (["--preview.solver", "heun"], 'no sampling option "solver"'),
         (["--preview.guidance_scale", "nan"], "guidance_scale is nan"),
         (["--prior.preset", "flow-nano", "--prior.kind", "next-scale"], "leave out one of the two"),
     ],

@@ -31,7 +31,7 @@ LIKE_NETWORK = replace(NETWORK, in_channels=4, out_channels=4, grid=(32, 32), nu
 
 
 def flow(**changes) -> FlowPrior:
-    """A flow that bends: a new network's velocity is 0."""
+    """A flow with curved trajectories; the velocity of a new network would be 0."""
     torch.manual_seed(1)
     prior = FlowPrior(FlowConfig(network=NETWORK, **changes))
     for parameter in prior.parameters():
@@ -61,7 +61,7 @@ def config_of(bent: Path, out: Path) -> ReflowConfig:
     )
 
 
-def test_pairs_are_what_the_flow_makes_of_their_noise(bent: Path, tmp_path: Path) -> None:
+def test_pairs_are_noise_and_the_sample_generated_from_it(bent: Path, tmp_path: Path) -> None:
     reflow(config_of(bent, tmp_path / "pairs"))
     cache = LatentCache(tmp_path / "pairs" / "train")
     batch = cache.first_view(range(90, 96))
@@ -119,17 +119,17 @@ def test_training_on_pairs_straightens_the_flow(bent: Path, tmp_path: Path) -> N
     ("changes", "message"),
     [
         ({"solver": "ddim"}, "use an ODE solver"),
-        ({"temperature": 0.5}, 'not sampled with the option "temperature"'),
+        ({"temperature": 0.5}, 'no sampling option "temperature"'),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
     ],
 )
-def test_what_makes_no_pairs_is_refused(bent, tmp_path, changes, message) -> None:
+def test_other_priors_and_solvers_are_refused(bent, tmp_path, changes, message) -> None:
     with pytest.raises(smalti.SmaltiError, match=message):
         reflow(replace(config_of(bent, tmp_path / "pairs"), **changes))
     assert not (tmp_path / "pairs").exists()
 
 
-def test_only_straight_paths_are_rectified(bent: Path, tmp_path: Path) -> None:
+def test_only_linear_paths_are_rectified(bent: Path, tmp_path: Path) -> None:
     tokenizer = smalti.Tokenizer.from_pretrained(bent / "tokenizer")
     curved = flow(path=TrigonometricPath(), tokenizer_fingerprint=tokenizer.fingerprint)
     smalti.Pipeline(tokenizer, curved, ("a", "b")).save_pretrained(tmp_path / "curved")
@@ -140,7 +140,7 @@ def test_only_straight_paths_are_rectified(bent: Path, tmp_path: Path) -> None:
 # -- fine-tuning ------------------------------------------------------------------------------
 
 
-def test_a_run_begins_with_the_weights_of_a_saved_model(bent: Path) -> None:
+def test_a_run_starts_from_the_weights_of_a_saved_model(bent: Path) -> None:
     new, saved = flow(), smalti.Prior.from_pretrained(bent / "prior")
     for parameter in new.parameters():
         torch.nn.init.zeros_(parameter)
@@ -149,7 +149,7 @@ def test_a_run_begins_with_the_weights_of_a_saved_model(bent: Path) -> None:
         assert torch.equal(new.state_dict()[name], value), name
 
 
-def test_other_classes_begin_anew_but_no_class_is_known(bent: Path) -> None:
+def test_other_classes_are_initialised_anew_except_the_null_class(bent: Path) -> None:
     more = sized(num_classes=5)
     before = more.state_dict()[more.class_table].clone()
     load_initial_weights(more, str(bent / "prior"))
@@ -185,14 +185,14 @@ def test_weights_that_do_not_fit_are_refused(bent: Path, model, message: str) ->
         load_initial_weights(model(), str(bent))
 
 
-def test_a_tokenizer_begins_with_the_weights_of_a_saved_one(bent: Path) -> None:
+def test_a_tokenizer_starts_from_the_weights_of_a_saved_one(bent: Path) -> None:
     new = KLTokenizer(KL)
     load_initial_weights(new, str(bent))
     saved = smalti.Tokenizer.from_pretrained(bent / "tokenizer").state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in new.state_dict().items())
 
 
-def test_the_command_says_how_straight_the_flow_is(bent: Path, tmp_path: Path, capsys) -> None:
+def test_the_command_prints_the_straightness(bent: Path, tmp_path: Path, capsys) -> None:
     arguments = ["reflow", "--model", str(bent), "--output_dir", str(tmp_path / "pairs")]
     arguments += ["--num_pairs", "4", "--num_heldout", "4", "--num_inference_steps", "2"]
     assert smalti_main(arguments) == 0

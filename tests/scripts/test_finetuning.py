@@ -1,4 +1,4 @@
-"""Fine-tuning: a run begins with the settings and the weights of a saved model, or is refused."""
+"""Fine-tuning: a run starts from the settings and the weights of a saved model, or is refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -75,9 +75,7 @@ def train_prior(pipeline: Path, pictures: Path, *flags: str) -> tuple[int, Path]
     return smalti_main([*job, *flags]), root / "run" / "pipeline"
 
 
-def test_without_settings_a_prior_takes_those_that_were_saved(
-    pipeline: Path, pictures: Path
-) -> None:
+def test_without_settings_a_prior_takes_the_saved_ones(pipeline: Path, pictures: Path) -> None:
     status, result = train_prior(pipeline, pictures, "--prior.label_dropout", "0.2")
     assert status == 0
     saved, tuned = (smalti.Prior.from_pretrained(p / "prior") for p in (pipeline, result))
@@ -112,7 +110,7 @@ def test_settings_that_give_the_weights_another_meaning_are_refused(
         ({"path": DDPMPath(beta_end=0.01)}, "prior.path.beta_end is 0.01, but 0.02 in"),
         ({"time_scale": 1000.0}, "prior.time_scale is 1000.0, but 1.0 in"),
         ({"network": replace(FLOW.network, num_heads=4)}, "prior.network.num_heads is 4, but 2"),
-        ({"tokenizer_fingerprint": "0" * 64}, "latents of another tokenizer"),
+        ({"tokenizer_fingerprint": "0" * 64}, "trained on the latents of another tokenizer"),
     ],
 )
 def test_a_flow_on_another_path_is_refused(tmp_path: Path, changes, message: str) -> None:
@@ -121,7 +119,7 @@ def test_a_flow_on_another_path_is_refused(tmp_path: Path, changes, message: str
         load_initial_weights(FlowPrior(replace(FLOW, **changes)), str(tmp_path / "flow"))
 
 
-def test_settings_of_training_alone_are_free(tmp_path: Path) -> None:
+def test_settings_of_training_may_differ(tmp_path: Path) -> None:
     saved = FlowPrior(FLOW)
     saved.save_pretrained(tmp_path / "flow")
     assert saved_prior(str(tmp_path / "flow")).path == DDPMPath()
@@ -131,7 +129,9 @@ def test_settings_of_training_alone_are_free(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [VQ, KL], ids=["vq", "kl"])
-def test_a_tokenizer_is_tuned_from_its_own_settings(tmp_path: Path, pictures: Path, config) -> None:
+def test_a_tokenizer_is_fine_tuned_with_its_saved_settings(
+    tmp_path: Path, pictures: Path, config
+) -> None:
     torch.manual_seed(0)
     saved = smalti.Tokenizer.registry.build(config)
     saved.save_pretrained(tmp_path / "saved")

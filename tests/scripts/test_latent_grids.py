@@ -1,4 +1,4 @@
-"""The commands that show a latent space: what they draw, and what they refuse."""
+"""The commands that show a latent space: the latent grids they write, and what they refuse."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from smalti.cli import main as smalti_main
-from smalti.pipelines import latent_editor as strips
-from smalti.pipelines.latent_editor import evenly_spaced, signed
+from smalti.pipelines.latent_editor import LatentEditor, evenly_spaced, signed
 from smalti.pipelines.pipeline import Pipeline
 from smalti.scripts.interpolate import InterpolateConfig, interpolate
 from smalti.scripts.invert import InvertConfig, invert
@@ -33,9 +32,9 @@ def command(name: str, model: Path, pictures: Path, *more: str) -> list[str]:
     return [name, "--model", str(model), "--data", str(pictures), *COMMANDS[name], *more]
 
 
-def cell(strip: Path, row: int, column: int, *, left: int, scale: int = 6) -> np.ndarray:
-    """The 16 px picture at a place of a strip, (16, 16, 3)."""
-    pixels = np.asarray(Image.open(strip))[16:, left:][::scale, ::scale]
+def cell(grid: Path, row: int, column: int, *, left: int, scale: int = 6) -> np.ndarray:
+    """The 16 px image in a cell of a latent grid, (16, 16, 3)."""
+    pixels = np.asarray(Image.open(grid))[16:, left:][::scale, ::scale]
     top, side = 2 + row * 18, 2 + column * 18
     return pixels[top : top + 16, side : side + 16]
 
@@ -44,19 +43,19 @@ def cell(strip: Path, row: int, column: int, *, left: int, scale: int = 6) -> np
     ("name", "rows", "columns"),
     [("interpolate", 2, 5), ("attribute", 2, 6), ("traverse", 2, 4), ("invert", 4, 2)],
 )
-def test_every_command_writes_a_strip(
+def test_every_command_writes_a_latent_grid(
     model: Path, pictures: Path, tmp_path: Path, capsys, name: str, rows: int, columns: int
 ) -> None:
-    output = tmp_path / "new" / "strip.PNG"
+    output = tmp_path / "new" / "grid.PNG"
     assert smalti_main(command(name, model, pictures, "--output", str(output))) == 0
-    assert f"strip: {output}" in capsys.readouterr().out
+    assert f"latent grid: {output}" in capsys.readouterr().out
     image = Image.open(output)
     left = image.width - 6 * (18 * columns + 2)
     assert image.mode == "RGB" and left > 8
     assert image.height == 16 + 6 * (18 * rows + 2)
 
 
-def test_a_pipeline_lends_its_tokenizer(
+def test_the_tokenizer_of_a_pipeline_is_used(
     tokenizer, prior, pictures: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -78,29 +77,26 @@ def test_files_and_indices_name_the_same_pictures(
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_the_ends_of_a_strip_are_reconstructions_beside_their_originals(
+def test_the_ends_of_a_row_are_reconstructions_beside_their_originals(
     tokenizer, model: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "strip.png"
+    output = tmp_path / "grid.png"
     config = InterpolateConfig(
         model=str(model), data=str(pictures), indices=(3, 20), output=output, steps=4
     )
-    strip, bench = (
-        interpolate(config),
-        strips.LatentEditor(replace(config, output=tmp_path / "n.png")),
-    )
-    left = Image.open(strip).width - 6 * (18 * 6 + 2)
-    images = bench.read([3, 20])
+    grid, editor = interpolate(config), LatentEditor(replace(config, output=tmp_path / "n.png"))
+    left = Image.open(grid).width - 6 * (18 * 6 + 2)
+    images = editor.read([3, 20])
     sampled = ((tokenizer.reconstruct(images) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
     original = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
     for row in range(2):
         expected = [original[0], sampled[0], sampled[1], original[1]]
         for column, picture in zip((0, 1, 4, 5), expected, strict=True):
-            shown = cell(strip, row, column, left=left).astype(int)
+            shown = cell(grid, row, column, left=left).astype(int)
             assert np.abs(shown - picture.numpy()).max() <= 1
 
 
-def test_the_inversion_comes_nearer(tokenizer, pictures: Path, tmp_path: Path) -> None:
+def test_inversion_reduces_the_distance(tokenizer, pictures: Path, tmp_path: Path) -> None:
     larger = type(tokenizer)(replace(tokenizer.config, image_size=32))
     folder = larger.save_pretrained(tmp_path / "model")
     base = InvertConfig(model=str(folder), data=str(pictures), indices=(0, 9), steps=10)
@@ -116,7 +112,7 @@ def test_continuous_latents_can_be_shown_too(
 ) -> None:
     continuous = KLTokenizer(KLConfig(image_size=16, conv=tokenizer.config.conv))
     model = continuous.save_pretrained(tmp_path / "kl")
-    output = tmp_path / "strip.png"
+    output = tmp_path / "grid.png"
     assert smalti_main(command(name, model, pictures, "--output", str(output))) == 0
     assert output.is_file()
 
@@ -125,7 +121,7 @@ def test_the_first_channels_are_traversed_unless_others_are_named(
     model: Path, pictures: Path, tmp_path: Path
 ) -> None:
     config = TraverseConfig(
-        model=str(model), data=str(pictures), indices=(1,), output=tmp_path / "strip.png"
+        model=str(model), data=str(pictures), indices=(1,), output=tmp_path / "grid.png"
     )
     assert Image.open(traverse(config)).height == 16 + 6 * (18 * 4 + 2)
 
@@ -133,7 +129,7 @@ def test_the_first_channels_are_traversed_unless_others_are_named(
 def test_an_existing_file_is_replaced_only_on_request(
     model: Path, pictures: Path, tmp_path: Path, capsys
 ) -> None:
-    output = tmp_path / "strip.png"
+    output = tmp_path / "grid.png"
     output.write_text("mine")
     arguments = command("interpolate", model, pictures, "--output", str(output))
     assert smalti_main(arguments) == 2
@@ -146,11 +142,11 @@ def test_an_existing_file_is_replaced_only_on_request(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["interpolate"], "give pictures either as --images FILE"),
-        (["interpolate", "--indices", "0", "1", "--images", "a.png"], "give pictures either"),
-        (["interpolate", "--indices", "0"], "--indices names 1 pictures; this command takes 2"),
+        (["interpolate"], "give images either as --images FILE"),
+        (["interpolate", "--indices", "0", "1", "--images", "a.png"], "give images either"),
+        (["interpolate", "--indices", "0"], "--indices names 1 images; this command takes 2"),
         (["interpolate", "--indices", "0", "24"], "index 24 is out of range"),
-        (["interpolate", "--indices", "-1", "0"], "has pictures 0 to 23"),
+        (["interpolate", "--indices", "-1", "0"], "has images 0 to 23"),
         (["interpolate", "--indices", "0", "1", "--steps", "1"], "steps is 1"),
         (["interpolate", "--images", "a.png", "b.png"], "the picture a.png does not exist"),
         (["interpolate", "--images", "empty", "b.png"], "the picture empty is not a file"),
@@ -168,11 +164,11 @@ def test_an_existing_file_is_replaced_only_on_request(
         (["attribute", "--indices", "0"], "known are blue, green, red"),
         (
             ["attribute", "--indices", "0", "--positive", "rad", "--negative", "blue"],
-            'no class is named "rad"; did you mean "red"?',
+            'no class is named "rad"; known are for example red',
         ),
         (
             ["attribute", "--indices", "0", "--positive", "3", "--negative", "blue"],
-            "class 3 is out of range: use 0 to 2",
+            "class label 3 is out of range: use 0 to 2",
         ),
         (
             ["attribute", "--indices", "0", "--positive", "0", "--negative", "blue"],
@@ -207,7 +203,7 @@ def test_mistakes_end_in_one_line_and_write_nothing(
     if "PRIOR" in arguments:
         arguments = [a if a != "PRIOR" else str(prior.save_pretrained("prior")) for a in arguments]
     name, *rest = arguments
-    defaults = {"--model": str(model), "--data": str(pictures), "--output": "strip.png"}
+    defaults = {"--model": str(model), "--data": str(pictures), "--output": "grid.png"}
     flags = [part for flag, value in defaults.items() if flag not in rest for part in (flag, value)]
     status = smalti_main([name, *flags, *rest])
     error = capsys.readouterr().err
@@ -217,10 +213,10 @@ def test_mistakes_end_in_one_line_and_write_nothing(
     assert set(tmp_path.rglob("*.png")) | set(tmp_path.rglob("*.jpg")) == before
 
 
-def test_spread_takes_equal_distances() -> None:
+def test_evenly_spaced_indices_start_with_the_first() -> None:
     assert evenly_spaced(range(100), 4) == [0, 25, 50, 75]
     assert evenly_spaced([4, 7], 10) == [4, 7]
 
 
-def test_columns_are_headed_by_signed_numbers() -> None:
+def test_column_labels_are_signed_numbers() -> None:
     assert [signed(x) for x in (-1.5, 0.0, 2.0)] == ["-1.5", "0", "+2"]
