@@ -179,7 +179,7 @@ def test_the_classifier_carries_how_it_was_trained(classifier: ImageClassifier) 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_networks_on_a_gpu_take_pictures_from_the_cpu() -> None:
+def test_networks_on_a_gpu_take_images_from_the_cpu() -> None:
     images, labels = coloured(24, 0)
     gpu = LPIPS.from_embedded().to("cuda")
     sets = ImageSets(images, labels, images, labels, images)
