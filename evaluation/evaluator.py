@@ -5,7 +5,6 @@ an `Autoencoder`, the samples of a pipeline as a tensor, a prior as the function
 of latents.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -140,8 +139,13 @@ class TokenizerEvaluator:
 # -------------------------------------------------------------------------------------------------
 # Samples
 
-# -log2 p(latents | labels) per dimension, (B,), of latents, labels (B,) and a generator
-BitsPerDimension = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+
+class BitsPerDimension(Protocol):
+    """-log2 p(latents | labels) per code or per number of the latents, (B,), of labels (B,)."""
+
+    def __call__(
+        self, latents: Tensor, condition: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor: ...
 
 
 class SampleEvaluator:
@@ -186,7 +190,7 @@ class SampleEvaluator:
         for batch, classes in zip(images.split(BATCH), labels.split(BATCH), strict=True):
             latents = autoencoder.encode(batch.to(tokenizer.device), generator=posterior)
             probes = self.generator("likelihood")
-            bits.append(bits_per_dimension(latents, classes.to(tokenizer.device), probes))
+            bits.append(bits_per_dimension(latents, classes.to(tokenizer.device), generator=probes))
         discrete = isinstance(autoencoder.spec, CodeSpec)
         dimension = "a code" if discrete else "a number; of a density"
         protocol = {**tokenizer.protocol, "dimension": dimension, "num_pictures": count}

@@ -104,11 +104,8 @@ def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> dict[str, M
 
     save_png(out / "samples.png", class_grid(pipeline, seed=config.seed, **config.options))
     metrics = tokenizer.reconstruction(out / "reconstructions.png")
-    metrics |= evaluator.likelihood(
-        lambda latents, labels, random: pipeline.prior.bits_per_dimension(
-            latents, labels, generator=random
-        )
-    )
+    if pipeline.prior.has_likelihood:
+        metrics |= evaluator.likelihood(pipeline.prior.bits_per_dimension)
     labels = evaluator.labels(config.num_samples)
     sets = evaluator.sets(sample(config, pipeline, labels), labels)
     protocol = {
