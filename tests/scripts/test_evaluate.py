@@ -146,3 +146,9 @@ def test_one_held_out_image_is_not_enough(config, pipeline) -> None:
         TokenizerEvaluator(
             pipeline.tokenizer, heldout, {}, device=torch.device("cpu"), batch_size=8
         )
+
+
+def test_a_prior_without_a_likelihood_is_evaluated(config, monkeypatch) -> None:
+    monkeypatch.setattr(NextTokenPrior, "has_likelihood", False)
+    metrics = evaluate(config)
+    assert "heldout_bits_per_dimension" not in metrics and "fd_alexnet" in metrics
