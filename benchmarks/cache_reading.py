@@ -1,9 +1,10 @@
-"""How fast a latent cache is read, beside a plain numpy array of the same bytes in memory.
+"""Reading speed of a latent cache, compared with a numpy array of the same codes in memory.
 
     python benchmarks/cache_reading.py
 
-All is timed in one process and takes turns, so that a busy machine disturbs both sides alike. A
-line of JSON: samples per second of shuffled batches, medians over the rounds, and the ratio.
+All sides are timed in turns in one process, so that other load on the machine affects them alike.
+Prints one line of JSON: samples per second of shuffled batches (medians over the rounds), and the
+ratio.
 """
 
 import argparse
@@ -29,7 +30,7 @@ PROMISED = 50_000  # samples per second
 
 
 def make_cache(folder: Path, samples: int, shard_size: int) -> LatentCache:
-    """A cache of random codes, two views each."""
+    """A cache of random codes, two views per sample."""
     info = CacheInfo(
         spec=CodeSpec(1024, ((SIDE, SIDE),)),
         classes=("a", "b"),
@@ -49,7 +50,7 @@ def make_cache(folder: Path, samples: int, shard_size: int) -> LatentCache:
 
 
 def plain_batches(cache: LatentCache) -> Iterator[np.ndarray]:
-    """Random rows and views of the same codes, all in memory, by one fancy index."""
+    """Random rows and views of the same codes in memory, by one advanced index."""
     codes = cache.all_views(range(len(cache)))
     generator = np.random.default_rng(0)
     while True:
@@ -58,7 +59,7 @@ def plain_batches(cache: LatentCache) -> Iterator[np.ndarray]:
 
 
 def cache_batches(cache: LatentCache) -> Iterator[Any]:
-    """Batches as the cache makes them from keys that are ready."""
+    """Batches that the cache itself returns for the keys of each step."""
     order = DataOrder(len(cache), BATCH, seed=0)
     step = 0
     while True:
@@ -77,9 +78,9 @@ def rate(batches: Iterator[Any], repeat: int) -> float:
 def main() -> None:
     """Print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=50_000)
-    parser.add_argument("--shard_size", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--samples", type=int, default=50_000, help="in the cache")
+    parser.add_argument("--shard_size", type=int, default=8192, help="samples per file")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each side")
     parser.add_argument("--batches", type=int, default=200, help="of 256 samples, in each round")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

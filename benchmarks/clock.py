@@ -1,4 +1,4 @@
-"""Time on any device."""
+"""Timing on any device."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 
 
 def now(device: torch.device) -> float:
-    """Seconds, after all work given to the device is done."""
+    """Seconds on a monotonic clock, after all work queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

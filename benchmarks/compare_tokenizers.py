@@ -1,9 +1,9 @@
-"""Every tokenizer, trained alike and measured on the same held-out pictures: the README's table.
+"""Every tokenizer, trained alike and measured on the same held-out images: the README's table.
 
     python benchmarks/compare_tokenizers.py --output_dir runs/tokenizers
 
-Steps, batch size and losses are those of `smalti demo` on a CPU. Finished ones are not trained
-again.
+Steps, batch size and losses are those of `smalti demo` on a CPU. Finished tokenizers are not
+trained again.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from smalti.cli import parse_config, run_command
 from smalti.config import nearest
 from smalti.data.latents import CodeSpec
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 from smalti.files import write_json
 from smalti.scripts.demo import SCALES
 from smalti.scripts.evaluate import EvaluateConfig, evaluate
@@ -40,21 +40,21 @@ DEFAULT = (
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Train and measure tokenizers side by side."""
+    """Train several tokenizers alike and compare them."""
 
-    output_dir: Path = Path("runs/tokenizers")
-    presets: tuple[str, ...] = DEFAULT
-    data: str = "emoji"
-    max_train_steps: int = SCALES["cpu"].tokenizer.max_train_steps
+    output_dir: Path = Path("runs/tokenizers")  # a folder for each preset
+    presets: tuple[str, ...] = DEFAULT  # of tokenizers
+    data: str = "emoji"  # as in `smalti train-tokenizer`
+    max_train_steps: int = SCALES["cpu"].tokenizer.max_train_steps  # of each tokenizer
 
     def __post_init__(self) -> None:
         for name in self.presets:
             if name not in PRESETS:
-                raise SmaltiError(f'no preset is called "{name}"; {nearest(name, PRESETS)}')
+                raise ConfigurationError(f'no preset is called "{name}"; {nearest(name, PRESETS)}')
 
 
 def measure(config: CompareConfig, name: str) -> dict[str, str]:
-    """Train one tokenizer if it is not there yet; return its row."""
+    """Train one tokenizer unless it is finished; return its row of the table."""
     folder = config.output_dir / name
     timing = folder / "seconds.json"
     base = SCALES["cpu"].tokenizer

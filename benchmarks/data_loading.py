@@ -1,9 +1,9 @@
-"""How fast data is read, beside how fast the demo's models consume it.
+"""Speed of reading data, compared with the speed at which the demo's prior learns from it.
 
     python benchmarks/data_loading.py
 
-All is timed in one process and takes turns, so that a busy machine disturbs both sides alike. A
-line of JSON: samples per second of each side, and their ratios.
+All sides are timed in turns in one process, so that other load on the machine affects them alike.
+Prints one line of JSON: samples per second of each side, and their ratio.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from smalti.training.processes import resolve_precision
 
 NUM_SAMPLES = 20_000
 NUM_CLASSES = 9
-PROMISED_RATIO = 10  # the loader to what the demo's prior consumes
+PROMISED_RATIO = 10  # speed of the loader over that of the demo's prior
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ class Result:
     """Samples per second, medians over the rounds."""
 
     demo_codes_per_image: int
-    demo_cache: float  # codes through the loader, shuffled, as training reads them
-    demo_prior: float  # codes that the prior learns from
-    cache_256_codes: float
-    images_in_memory: float  # pictures of the demo's size through the loader
-    images_cropped_at_random: float  # the same, squared anew each time
+    demo_cache: float  # codes of an image through the loader, shuffled, as training reads them
+    demo_prior: float  # codes of an image that the prior learns from
+    cache_256_codes: float  # as demo_cache, with 256 codes per image
+    images_in_memory: float  # images of the demo's size through the loader
+    images_cropped_at_random: float  # the same, decoded and cropped each time
 
     @property
     def ratio(self) -> float:
-        """What the loader feeds / what the prior consumes."""
+        """Speed of the loader over that of the prior."""
         return self.demo_cache / self.demo_prior
 
 
 def make_cache(folder: Path, codes: int) -> LatentCache:
-    """A cache of random codes, two views each."""
+    """A cache of random codes, two views per sample."""
     side = round(codes**0.5)
     info = CacheInfo(
         spec=CodeSpec(1024, ((side, side),)),
@@ -78,10 +78,10 @@ def stream(dataset: Any, batch_size: int) -> Iterator[list[Any]]:
 
 
 def prior_step(cache: LatentCache, batch_size: int) -> Callable[[], None]:
-    """One optimizer step of the demo's prior, on a batch that is ready."""
+    """One optimizer step of the demo's prior, on a batch that is in memory."""
     size = SCALES["cpu"].prior.prior
-    about = (cache.spec, cache.num_classes, cache.info.tokenizer_fingerprint)
-    prior = Prior.registry.build(size.fitted(*about)).train()
+    config = size.fitted(cache.spec, cache.num_classes, cache.info.tokenizer_fingerprint)
+    prior = Prior.registry.build(config).train()
     optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-4)
     (batch,) = next(stream(cache, batch_size))
     bf16 = resolve_precision("auto", torch.device("cpu")) == "bf16"
@@ -97,7 +97,7 @@ def prior_step(cache: LatentCache, batch_size: int) -> Callable[[], None]:
 
 
 def rate(work: Callable[[], Any], samples: int, repeat: int) -> float:
-    """Samples per second of `repeat` calls that take `samples` each."""
+    """Samples per second of `repeat` calls, each of which processes `samples`."""
     start = time.perf_counter()
     for _ in range(repeat):
         work()
@@ -105,16 +105,16 @@ def rate(work: Callable[[], Any], samples: int, repeat: int) -> float:
 
 
 def measure(folder: Path, rounds: int, steps: int) -> Result:
-    """Time everything in turns."""
+    """Time all sides in turns."""
     batch_size, codes = SCALES["cpu"].prior.train_batch_size, 64
     small, large = (make_cache(folder / str(count), count) for count in (codes, 256))
-    pictures = open_source("emoji")
+    source = open_source("emoji")
     side = SCALES["cpu"].tokenizer.tokenizer.image_size
     read = [
         stream(small, batch_size),
         stream(large, 256),
-        stream(ImageDataset(pictures, side, flip=True), batch_size),
-        stream(ImageDataset(pictures, side, flip=True, crop=RandomCrop()), batch_size),
+        stream(ImageDataset(source, side, flip=True), batch_size),
+        stream(ImageDataset(source, side, flip=True, crop=RandomCrop()), batch_size),
     ]
     learn = prior_step(small, batch_size)
     timed: list[list[float]] = [[] for _ in range(5)]
@@ -130,7 +130,7 @@ def measure(folder: Path, rounds: int, steps: int) -> Result:
 def main() -> None:
     """Print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each side")
     parser.add_argument("--steps", type=int, default=4, help="of the prior, in each round")
     args = parser.parse_args()
     torch.manual_seed(0)

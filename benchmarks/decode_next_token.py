@@ -1,12 +1,12 @@
-"""How close cached decoding of a next-token prior comes to the speed of memory.
+"""Decoding speed of a next-token prior with its key-value cache, relative to memory bandwidth.
 
     python benchmarks/decode_next_token.py --preset gpt-b --rows 1 --dtype float32
 
-A decoding step multiplies a few rows by every weight matrix once, so at best it takes the time of
-reading them. The limit is measured, not quoted: a matrix-vector product whose matrix is far larger
-than any cache, in the same process and between the same steps. What is printed is a ratio, which a
-shared machine disturbs little as long as every thread has a core to itself (set OMP_NUM_THREADS):
-1 would be the speed of memory, and 1.5 is the goal for one row.
+A decoding step multiplies a few rows by every weight matrix once, so it takes at least the time of
+reading the matrices. That limit is measured: a matrix-vector product whose matrix is far larger
+than any cache, in the same process, between the decoding steps. The result is a ratio, which other
+load on the machine affects little as long as every thread has a core (set OMP_NUM_THREADS): 1 is
+the speed of memory, and the goal for one row is 1.5.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from torch import Tensor
 from smalti.data.latents import CodeSpec
 from smalti.prior.next_token.model import PRESETS, NextTokenPrior
 
-PROBE_BYTES = 512 * 2**20  # of the probe's matrix; a large last-level cache holds a tenth of it
-WARM_UP = 3  # steps that are not counted
+PROBE_BYTES = 512 * 2**20  # of the probe's matrix: ten times a large last-level cache
+WARM_UP = 3  # first steps, not counted
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Probe:
 
 
 def measure(prior: NextTokenPrior, labels: Tensor, guidance_scale: float) -> Result:
-    """Time every step of one sampling call, with a probe between any two."""
+    """Time every step of one sampling call, with a probe after each."""
     device, dtype = labels.device, prior.output.weight.dtype
     probe = Probe(dtype, device)
     steps, probes = [], []
@@ -103,10 +103,11 @@ def measure(prior: NextTokenPrior, labels: Tensor, guidance_scale: float) -> Res
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", choices=list(PRESETS), default="gpt-b")
-    parser.add_argument("--rows", type=int, default=1, help="samples drawn at once")
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--preset", choices=list(PRESETS), default="gpt-b", help="of the prior")
+    parser.add_argument("--rows", type=int, default=1, help="samples per batch")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="1 is off")
     parser.add_argument("--side", type=int, default=8, help="of the square grid of codes")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

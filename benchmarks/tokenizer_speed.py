@@ -1,11 +1,11 @@
-"""smalti's tokenizers beside diffusers' at the same sizes, in one process.
+"""Speed of smalti's tokenizers relative to diffusers' of the same sizes.
 
     python benchmarks/tokenizer_speed.py --image_size 64 --batch_size 8
 
-Prints ratios of medians, ours over theirs (below 1 we are faster), for encoding, decoding and a
-training step of the KL-VAE (`AutoencoderKL`) and of the VQ model (`VQModel`), and the time and peak
-memory of the codebook search with 16,384 and 262,144 codes. The measurements take turns, so that a
-busy machine disturbs both alike.
+Prints ratios of median times, smalti over diffusers (below 1 smalti is faster), for encoding,
+decoding and a training step of the KL-VAE (`AutoencoderKL`) and of the VQ model (`VQModel`), and
+the time and peak memory of the codebook search with 16,384 and 262,144 codes. Both sides are timed
+in turns in one process, so that other load on the machine affects them alike.
 """
 
 import argparse
@@ -32,7 +32,7 @@ VQ_CODES = 1024
 
 
 def theirs_options() -> dict[str, object]:
-    """CONV in diffusers' words."""
+    """CONV as the options of diffusers' models."""
     levels = len(CONV.channel_mult)
     return {
         "block_out_channels": tuple(CONV.channels * m for m in CONV.channel_mult),
@@ -45,7 +45,7 @@ def theirs_options() -> dict[str, object]:
 
 
 def ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> float:
-    """Median time of ours over that of theirs, taking turns."""
+    """Median time of `ours` over that of `theirs`, timed in turns."""
     seconds: dict[Callable[[], object], list[float]] = {ours: [], theirs: []}
     for _ in range(rounds + 1):  # the first round warms up
         for call in (ours, theirs):
@@ -56,7 +56,7 @@ def ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int)
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """One step of AdamW."""
+    """A function that takes one step of AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
@@ -68,7 +68,7 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], 
 
 
 def compare_kl(images: Tensor, rounds: int) -> dict[str, float]:
-    """KLTokenizer against AutoencoderKL."""
+    """KLTokenizer relative to AutoencoderKL, by kind of pass."""
     ours = KLTokenizer(KLConfig(image_size=images.shape[-1], conv=CONV))
     theirs = diffusers.AutoencoderKL(**theirs_options())
     with torch.no_grad():
@@ -94,7 +94,8 @@ def compare_kl(images: Tensor, rounds: int) -> dict[str, float]:
 
 
 def compare_vq(images: Tensor, rounds: int) -> dict[str, float]:
-    """VQTokenizer against VQModel, both with plain codes and straight-through gradients."""
+    """VQTokenizer relative to VQModel, by kind of pass, both with a plain codebook and
+    straight-through gradients."""
     codebook = CodebookConfig(VQ_CODES, CONV.z_channels, l2_normalise=False, revive_after=0)
     quantizer = NearestConfig(codebook=codebook)
     config = VQConfig(image_size=images.shape[-1], conv=CONV, quantizer=quantizer)
@@ -130,16 +131,17 @@ def compare_vq(images: Tensor, rounds: int) -> dict[str, float]:
 
 
 def search_memory(vocab_size: int, features: int, dim: int = 8) -> str:
-    """Time of a search, and what its scores take, against a full distance matrix."""
+    """Time of a codebook search, and the memory of its scores beside that of the full distance
+    matrix."""
     rows, codebook = torch.randn(features, dim), torch.randn(vocab_size, dim)
     start = time.perf_counter()
     nearest_codes(rows, codebook)
     seconds = time.perf_counter() - start
     chunk = max(1, quantize.SEARCH_ELEMENTS // vocab_size)
-    held, whole = min(chunk, features) * vocab_size * 4, features * vocab_size * 4
+    held, full = min(chunk, features) * vocab_size * 4, features * vocab_size * 4  # bytes
     return (
         f"{vocab_size:7} codes, {features} features: {seconds:.2f} s, "
-        f"{held / 2**20:.0f} MiB of scores (all at once: {whole / 2**20:.0f} MiB)"
+        f"{held / 2**20:.0f} MiB of scores (full matrix: {full / 2**20:.0f} MiB)"
     )
 
 
@@ -148,8 +150,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image_size", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--codes", type=int, nargs="+", default=[16_384, 262_144])
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each side")
+    parser.add_argument(
+        "--codes", type=int, nargs="+", default=[16_384, 262_144], help="sizes of codebooks"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     images = torch.rand(args.batch_size, 3, args.image_size, args.image_size) * 2 - 1

@@ -1,1 +1,1 @@
-"""Metrics of pictures and features, each with the protocol that made it."""
+"""Metrics of images and features, each recorded with the protocol that produced it."""

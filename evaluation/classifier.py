@@ -1,5 +1,6 @@
-"""A small classifier trained on the real pictures, to ask of samples: is this the class that was
-wanted? It shares nothing with the generator: other weights, other seed, pixels only."""
+"""A small residual network (pre-activation, He et al., 1603.05027), trained on real images, that
+tells whether samples show the requested class. It is independent of the generator: its weights and
+its seed are its own, and its input is pixels."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Residual(nn.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))), halving the resolution if the width grows."""
+    """x + conv(relu(norm(conv(relu(norm(x)))))); where the width grows, the resolution halves."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -28,9 +29,9 @@ class Residual(nn.Module):
 
 
 class ImageClassifier(nn.Module):
-    """A residual network for pictures (B, 3, S, S) in [-1, 1]; works at 32 px."""
+    """Class logits of images (B, 3, S, S) in [-1, 1]."""
 
-    side = 32
+    side = 32  # pixels; images of another size are resized
 
     def __init__(self, num_classes: int, width: int = 48) -> None:
         super().__init__()
@@ -40,25 +41,25 @@ class ImageClassifier(nn.Module):
         self.blocks = nn.Sequential(nn.MaxPool2d(2), *blocks)
         self.norm = nn.BatchNorm2d(widths[-1])
         self.head = nn.Linear(widths[-1], num_classes)
-        self.training_record: dict[str, Any] = {}  # how it was trained, for the protocol
+        self.training_record: dict[str, Any] = {}  # settings of its training, for the protocol
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits (B, num_classes)."""
         if images.shape[-1] != self.side:
             size = (self.side, self.side)
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        x = self.blocks(self.stem(images))
+        x = self.blocks(self.stem(images))  # (B, 4 width, 4, 4)
         return self.head(F.relu(self.norm(x)).mean((2, 3)))
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """Most likely class of each picture, (B,)."""
+        """Most likely class of each image, (B,)."""
         self.eval()
         device = self.head.weight.device
         return torch.cat([self(part.to(device)).argmax(1).cpu() for part in images.split(256)])
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Share of the pictures (B, 3, S, S) whose predicted class is their label."""
+        """Share of the images (B, 3, S, S) whose predicted class is their label (B,)."""
         return (self.predict(images) == labels).double().mean().item()
 
 
@@ -75,15 +76,15 @@ def train_classifier(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int], object] = lambda steps: None,
 ) -> ImageClassifier:
-    """Train on pictures (N, 3, S, S) in [-1, 1] with labels (N,), augmented by mirroring and
-    shifting. Reproducible: every random number comes from `generator` (on the CPU).
+    """Train on images (N, 3, S, S) in [-1, 1] with labels (N,), augmented by mirroring and
+    shifting. Reproducible: all random numbers come from `generator`, on the CPU.
 
     Args:
-        dtype: arithmetic of the convolutions. bfloat16 pays on GPUs and on CPUs with AMX (1.6
-            times as fast); on older CPUs it is emulated, up to 14 times slower than float32.
+        dtype: arithmetic of the convolutions. bfloat16 is faster on GPUs and on CPUs with AMX
+            (1.6 times); other CPUs emulate it, up to 14 times slower than float32.
         progress: called with 1 after every step.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # weights are initialised from the global state
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         model = ImageClassifier(num_classes).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_learning_rate, weight_decay=0.05)
@@ -114,7 +115,7 @@ def train_classifier(
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the pictures; shift the batch's rows and columns by up to an eighth."""
+    """Mirror each image with probability 1/2 and shift it by up to an eighth of its side."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     images = torch.where(mirrored, images.flip(-1), images)
     reach = images.shape[-1] // 8

@@ -1,22 +1,70 @@
-"""Frechet distance between two sets of features, seen as Gaussians (Heusel et al., 1706.08500).
+"""Distances between two sets of feature vectors: Frechet distance and KID.
 
-Called `fd_<features>`, never FID: that name belongs to one particular Inception network.
+torchmetrics computes both. Ours are the checks of the features, and the choice of KID's subsets by
+a generator that the caller passes: torchmetrics' own class takes them from the global random state.
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from smalti.errors import SmaltiError
+from smalti.errors import DataError
+
+# torchmetrics is imported inside the functions: importing it takes several seconds.
 
 # -------------------------------------------------------------------------------------------------
-# KID: squared maximum mean discrepancy with a cubic kernel (Binkowski et al., 1801.01401).
+# Frechet distance between Gaussians fitted to the features (Heusel et al., 1706.08500)
+
+
+class _PrecomputedFeatures(nn.Identity):
+    """Takes the place of the Inception network in torchmetrics: its input is the features."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """|m_r - m_f|^2 + tr(C_r + C_f - 2 (C_r C_f)^1/2) of features (N, d) and (M, d), at least 0.
+
+    m and C are mean and covariance, in float64. The metric is called `fd_<features>`, never FID:
+    that name belongs to one particular Inception network.
+
+    Raises:
+        DataError: a wrong shape, fewer than 2 features on either side, or one that is not finite.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    check_features(real)
+    check_features(fake)
+    metric = FrechetInceptionDistance(
+        feature=_PrecomputedFeatures(real.shape[1]), sync_on_compute=False
+    )
+    metric.update(real.double(), real=True)
+    metric.update(fake.double(), real=False)
+    return max(0.0, metric.compute().item())  # rounding may lead below 0
+
+
+def check_features(features: Tensor) -> None:
+    """Raise `DataError` unless features are (N, d), N >= 2, and finite."""
+    if features.ndim != 2 or len(features) < 2:
+        raise DataError(f"features have shape {tuple(features.shape)}; give (N, d), N >= 2")
+    broken = int((~features.isfinite()).any(1).sum())
+    if broken:
+        raise DataError(
+            f"{broken} of {len(features)} feature vectors are not finite: check that the images "
+            "have no NaN or infinite values"
+        )
+
+
+# -------------------------------------------------------------------------------------------------
+# KID: squared maximum mean discrepancy with a cubic kernel (Binkowski et al., 1801.01401)
 
 
 @dataclass(frozen=True)
 class KernelDistance:
-    """Mean and standard deviation over random subsets; unbiased, so it may fall below 0."""
+    """Mean and standard deviation over random subsets; unbiased, so the mean may be below 0."""
 
     mean: float
     std: float
@@ -25,72 +73,21 @@ class KernelDistance:
 def kernel_distance(
     real: Tensor, fake: Tensor, *, subsets: int, subset_size: int, generator: torch.Generator
 ) -> KernelDistance:
-    """KID of features (N, d) and (M, d).
+    """KID of features (N, d) and (M, d): the unbiased estimate of eq. 4 with the kernel
+    k(a, b) = (a.b / d + 1)^3, in float64, averaged over random subsets of both.
 
     Raises:
-        SmaltiError: fewer features than `subset_size`, or `subset_size` below 2.
+        DataError: fewer features than `subset_size`, or `subset_size` below 2.
     """
+    from torchmetrics.image.kid import poly_mmd
+
     smallest = min(len(real), len(fake))
     if not 2 <= subset_size <= smallest:
-        raise SmaltiError(f"subset_size is {subset_size}; it must lie in [2, {smallest}]")
+        raise DataError(f"subset_size is {subset_size}; it must lie in [2, {smallest}]")
     estimates = []
     for _ in range(subsets):
         x = real[torch.randperm(len(real), generator=generator)[:subset_size]]
         y = fake[torch.randperm(len(fake), generator=generator)[:subset_size]]
-        estimates.append(squared_mmd(x.double(), y.double()))
-    values = torch.stack(estimates)
+        estimates.append(poly_mmd(x.double(), y.double(), degree=3, coef=1.0))
+    values = torch.stack(estimates)  # (subsets,)
     return KernelDistance(values.mean().item(), values.std(correction=0).item())
-
-
-def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased estimate from (m, d) and (m, d), eq. 4, with k(a, b) = (a.b / d + 1)^3."""
-    m = len(x)
-    k_xx, k_yy, k_xy = _kernel(x, x), _kernel(y, y), _kernel(x, y)
-    within = (k_xx.sum() - k_xx.trace() + k_yy.sum() - k_yy.trace()) / (m * (m - 1))
-    return within - 2 * k_xy.mean()
-
-
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    return (a @ b.T / a.shape[1] + 1) ** 3
-
-
-# -------------------------------------------------------------------------------------------------
-# Frechet distance between two sets of features, seen as Gaussians (Heusel et al., 1706.08500).
-
-
-@dataclass(frozen=True)
-class FeatureStatistics:
-    """Mean (d,) and covariance (d, d) of features, in float64."""
-
-    mean: Tensor
-    covariance: Tensor
-    count: int
-
-    @classmethod
-    def of(cls, features: Tensor) -> "FeatureStatistics":
-        """Statistics of features (N, d), N >= 2.
-
-        Raises:
-            SmaltiError: another shape, too few features, or one that is not finite.
-        """
-        if features.ndim != 2 or len(features) < 2:
-            raise SmaltiError(f"features have shape {tuple(features.shape)}; give (N, d), N >= 2")
-        broken = int((~features.isfinite()).any(1).sum())
-        if broken:
-            raise SmaltiError(
-                f"{broken} of {len(features)} feature vectors are not finite: check the pictures"
-            )
-        covariance = torch.atleast_2d(torch.cov(features.double().T))  # a number if d is 1
-        return cls(features.double().mean(0), covariance, len(features))
-
-
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """|m_a - m_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), at least 0.
-
-    By symmetric eigen-decompositions, which stay real where a matrix square root turns complex.
-    """
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    product = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0)
-    trace = a.covariance.trace() + b.covariance.trace() - 2 * product.sqrt().sum()
-    return max(0.0, ((a.mean - b.mean).square().sum() + trace).item())

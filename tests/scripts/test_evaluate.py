@@ -1,4 +1,4 @@
-"""The evaluate command: what counts as a copy, and whose folder it writes to."""
+"""The evaluate command: what counts as a copy, and which folders it may write to."""
 
 import json
 from dataclasses import replace
@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from smalti.data.latents import CodeSpec
-from smalti.errors import SmaltiError
-from smalti.evaluation.evaluator import PipelineEvaluation, evenly_spaced, first_of_each
-from smalti.evaluation.samples import PictureSets
+from smalti.errors import ConfigurationError, DataError, SmaltiError
+from smalti.evaluation.evaluator import (
+    TokenizerEvaluator,
+    evenly_spaced,
+    first_of_each,
+    reference_images,
+)
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
-from smalti.scripts.evaluate import EvaluateConfig, evaluate
+from smalti.scripts.evaluate import EvaluateConfig, evaluate, sample_evaluator
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
@@ -49,20 +53,17 @@ def config(pipeline: Pipeline, pictures: Path, tmp_path: Path) -> EvaluateConfig
 
 
 def test_a_memoriser_is_caught_and_noise_is_not(config, pipeline, tmp_path: Path) -> None:
-    """What a prior that learned the training set by heart would draw: its reconstructions."""
-    evaluation = PipelineEvaluation(config, pipeline)
-    _, known = evaluation.round_trip(evaluation.train)
-    labels = evaluation.train_labels
+    """The samples of a prior that memorised the training set are reconstructions of it."""
+    evaluator = sample_evaluator(config, pipeline)
+    _, memorised = evaluator.tokenizer.reconstruct(evaluator.train)
 
     def share(samples: torch.Tensor) -> float:
-        sets = PictureSets(
-            samples, labels, evaluation.heldout, evaluation.heldout_labels, evaluation.train
-        )
-        metrics = evaluation.neighbours(sets, tmp_path / "n.png")
+        sets = evaluator.sets(samples, evaluator.train_labels)
+        metrics = evaluator.neighbours(sets, {}, tmp_path / "n.png")
         return metrics["share_of_near_copies"].value
 
-    assert share(known) == 1.0
-    assert share(torch.rand_like(known) * 2 - 1) == 0.0
+    assert share(memorised) == 1.0
+    assert share(torch.rand_like(memorised) * 2 - 1) == 0.0
 
 
 def test_the_same_evaluation_may_run_again_but_no_other(config, tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_the_same_evaluation_may_run_again_but_no_other(config, tmp_path: Path) 
     before = {p.name: p.read_bytes() for p in config.output_dir.iterdir()}
     assert evaluate(config) == first
     assert {p.name: p.read_bytes() for p in config.output_dir.iterdir()} == before
-    with pytest.raises(SmaltiError, match="its num_samples differs"):
+    with pytest.raises(ConfigurationError, match="its num_samples differs"):
         evaluate(replace(config, num_samples=17))
     assert {p.name: p.read_bytes() for p in config.output_dir.iterdir()} == before
 
@@ -79,7 +80,7 @@ def test_the_same_evaluation_may_run_again_but_no_other(config, tmp_path: Path) 
 def test_files_from_elsewhere_are_not_overwritten(config, name: str) -> None:
     config.output_dir.mkdir()
     (config.output_dir / name).write_text("precious")
-    with pytest.raises(SmaltiError, match=f"already holds a {name}"):
+    with pytest.raises(ConfigurationError, match=f"already holds a {name}"):
         evaluate(config)
     assert (config.output_dir / name).read_text() == "precious"
 
@@ -97,18 +98,19 @@ def test_what_was_trained_on_is_not_held_out(config, pipeline) -> None:
     metrics = evaluate(config)
     assert {m.protocol["trained_on_the_rest"] for m in metrics.values()} == {"yes"}
     other = replace(config, split_seed=1, output_dir=config.output_dir / "other")
-    with pytest.raises(SmaltiError, match="it may have learned"):
+    with pytest.raises(DataError, match="it may have learned"):
         evaluate(other)
     metrics = evaluate(replace(other, other_data=True))
     assert {m.protocol["trained_on_the_rest"] for m in metrics.values()} == {"no"}
 
 
 def test_few_references_are_spread_over_the_set(config) -> None:
+    assert evenly_spaced(3, 11).tolist() == [0, 5, 10]
     dataset = config.dataset("train", 32)
-    images, labels = evenly_spaced(dataset, 5)
+    images, labels = reference_images(dataset, 5)
     assert len(images) == 5 and labels.tolist() == sorted(labels.tolist())
     assert set(labels.tolist()) == {0, 1, 2}
-    everything, _ = evenly_spaced(dataset, 1000)
+    everything, _ = reference_images(dataset, 1000)
     assert torch.equal(everything, dataset.all_images())
 
 
@@ -128,3 +130,25 @@ def test_the_first_of_each_class_are_shown() -> None:
 def test_impossible_evaluations_are_refused(config, changes, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
         replace(config, **changes)
+
+
+def test_a_pipeline_is_not_compared_with_other_classes(config, pipeline) -> None:
+    pipeline.classes = ("blue", "green", "yellow")
+    pipeline.save_pretrained(config.model)
+    with pytest.raises(DataError, match="was trained on blue, green, yellow: give --data"):
+        evaluate(config)
+
+
+def test_one_held_out_image_is_not_enough(config, pipeline) -> None:
+    heldout = config.dataset("heldout", 32)
+    heldout.positions = heldout.positions[:1]
+    with pytest.raises(DataError, match="is 1; evaluation needs at least 2: raise --heldout_frac"):
+        TokenizerEvaluator(
+            pipeline.tokenizer, heldout, {}, device=torch.device("cpu"), batch_size=8
+        )
+
+
+def test_a_prior_without_a_likelihood_is_evaluated(config, monkeypatch) -> None:
+    monkeypatch.setattr(NextTokenPrior, "has_likelihood", False)
+    metrics = evaluate(config)
+    assert "heldout_bits_per_dimension" not in metrics and "fd_alexnet" in metrics

@@ -347,7 +347,7 @@ def test_a_tokenizer_is_not_evaluated_with_flags_for_sampling(
     command = ["evaluate", "--model", str(config.tokenizer), "--data", str(root / "pictures")]
     command += ["--output_dir", str(tmp_path / "out"), "--temperature", "0.5"]
     assert smalti_main(command) == 2
-    assert "draws nothing: leave out --temperature" in capsys.readouterr().err
+    assert "has no samples: leave out --temperature" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["next-token", "next-scale"])
