@@ -135,7 +135,7 @@ class VQTokenizer(Tokenizer):
         return self.quantizer.sample_random_inputs(count, generator)
 
     def forward(self, images: Tensor, random_inputs: RandomInputs | None = None) -> Reconstruction:
-        quantized = self.quantizer(self.features(images), random_inputs)
+        quantized = self.quantizer(self.features(images), **(random_inputs or {}))
         return Reconstruction(
             images=self.decode_vectors(quantized.latents),
             targets=images,
