@@ -34,9 +34,9 @@ class FSQConfig:
             raise ConfigurationError(
                 f"levels is {self.levels}; give at least one level count, each 2 or more"
             )
-        if math.prod(self.levels) >= 2**31:
+        if (codes := math.prod(self.levels)) >= 2**31:
             raise ConfigurationError(
-                f"levels {self.levels} make {math.prod(self.levels)} codes, too many: use fewer than 2^31"
+                f"levels {self.levels} make {codes} codes, too many: use fewer than 2^31"
             )
 
 
