@@ -137,7 +137,7 @@ def search_memory(vocab_size: int, features: int, dim: int = 8) -> str:
     start = time.perf_counter()
     nearest_codes(rows, codebook)
     seconds = time.perf_counter() - start
-    chunk = max(1, quantize.SEARCH_ELEMENTS // vocab_size)
+    chunk = max(1, quantize.CHUNK_ELEMENTS // vocab_size)
     held, full = min(chunk, features) * vocab_size * 4, features * vocab_size * 4  # bytes
     return (
         f"{vocab_size:7} codes, {features} features: {seconds:.2f} s, "

@@ -25,8 +25,14 @@ from smalti.evaluation.reconstruction import code_counts, perplexity, psnr, usag
 from smalti.pipelines.finetune import load_initial_weights, saved_tokenizer
 from smalti.randomness import RandomInputs, generator
 from smalti.tokenizer.base import Reconstruction, Tokenizer
-from smalti.tokenizer.discriminators.adversarial import adaptive_weight, last_layer_gradients
-from smalti.tokenizer.discriminators.objective import DRAWS, DiscriminatorObjective
+from smalti.tokenizer.discriminators.adversarial import (
+    compute_adaptive_weight,
+    last_layer_gradients,
+)
+from smalti.tokenizer.discriminators.objective import (
+    UNIFORMS_PER_IMAGE,
+    DiscriminatorObjective,
+)
 from smalti.tokenizer.losses.alignment import AlignedTokenizer, AlignmentConfig
 from smalti.tokenizer.losses.objective import (
     LossNetworks,
@@ -72,7 +78,7 @@ class DiscriminatorStage:
 
         Args:
             pairs: pictures and reconstructions, (B, 3, H, W) each, of every micro-batch.
-            draws: (B, DRAWS) of every micro-batch, see `critic_draws`.
+            draws: (B, UNIFORMS_PER_IMAGE) of every micro-batch, see `critic_draws`.
         """
         parts = []
         for index, ((images, fakes), numbers) in enumerate(zip(pairs, draws, strict=True)):
@@ -89,13 +95,15 @@ class DiscriminatorStage:
 
 
 def discriminator_uniforms(run: Run, step: int) -> list[Tensor]:
-    """Uniform numbers (B, DRAWS) for the pictures of each micro-batch of this process.
+    """Uniform numbers (B, UNIFORMS_PER_IMAGE) for the pictures of each micro-batch of this process.
 
     A picture's numbers depend on its place in the whole batch of the step alone, not on how that
     is shared among processes or cut into micro-batches.
     """
     numbers = generator(run.config.seed, "critic", step)
-    return shares(run, torch.rand(run.config.train_batch_size, DRAWS, generator=numbers))
+    return shares(
+        run, torch.rand(run.config.train_batch_size, UNIFORMS_PER_IMAGE, generator=numbers)
+    )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -208,10 +216,10 @@ class Stage:
                 self.objective,
                 self.loss_networks,
                 reconstruction,
-                draws=draws,
+                uniforms=draws,
                 last_layer=self.tokenizer.last_layer,
                 step=step,
-                balance=balance,
+                adaptive_weight=balance,
             )
         return loss, reconstruction
 
@@ -251,7 +259,7 @@ class Stage:
                     )
                 )
         self.tokenizer.discard_step()
-        return adaptive_weight(gradients)
+        return compute_adaptive_weight(gradients)
 
     def codebook_use(self) -> dict[str, float]:
         """Usage and perplexity of the last step's codes on all processes; every process calls."""

@@ -4,6 +4,8 @@ KL families. Module names follow taming-transformers, whose published weights th
 A *level* works at one resolution; each but the last ends in a 2x down-sampling. `patch_size`
 folds p x p pixels into channels first (1 in the published models): level 0 then works at
 H/p, which makes small images cheap.
+
+Shapes: B batch, C channels, h w the grid of a level, H W pixels, f the down-sampling factor.
 """
 
 import itertools
@@ -11,12 +13,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from smalti.config import check_at_least
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 
-# No model of this kind is larger; a config.json from a stranger could ask for any number of layers.
+# No model of this kind is larger. The limits keep an unknown config.json from asking for more
+# memory than there is.
 MAX_LEVELS, MAX_BLOCKS, MAX_WIDTH, MAX_PATCH = 12, 64, 2**16, 64
 MAX_IMAGE_SIZE = 2**14  # pixels per side
 
@@ -26,7 +30,7 @@ class ConvConfig:
     """Sizes of encoder and decoder; the defaults are the published 16x down-sampling model."""
 
     channels: int = 128  # width of level 0
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # width of each level, in `channels`
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # width of each level, a multiple of `channels`
     num_res_blocks: int = 2  # per level in the encoder; the decoder has one more
     attention_levels: tuple[int, ...] = (4,)  # levels with self-attention after each block
     mid_attention: bool = True  # self-attention at the lowest resolution, between two blocks
@@ -35,24 +39,26 @@ class ConvConfig:
     # Groups of every normalisation; None: 32, and fewer on levels narrower than 128. Published
     # models have 32 whatever their width.
     norm_groups: int | None = None
-    # Every change of resolution learns a correction to averaging or repeating pixels (DC-AE,
-    # 2410.10733): deep models, 32x and more, need it.
+    # Every change of resolution is a learned correction added to averaged or repeated pixels
+    # (DC-AE, 2410.10733), which models that down-sample by 32 and more need.
     residual_resampling: bool = False
 
     def __post_init__(self) -> None:
         groups = self.norm_groups
         if groups is not None and (groups < 1 or self.channels % groups):
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"channels is {self.channels}; use a multiple of norm_groups {groups}"
             )
         if groups is None and (self.channels % 32 and self.channels not in (8, 16)):
-            raise SmaltiError(f"channels is {self.channels}; use 8, 16 or a multiple of 32")
+            raise ConfigurationError(f"channels is {self.channels}; use 8, 16 or a multiple of 32")
         check_at_least(1, self, "channels", "num_res_blocks", "z_channels", "patch_size")
         if not self.channel_mult or min(self.channel_mult) < 1:
-            raise SmaltiError(f"channel_mult is {self.channel_mult}; give at least one value >= 1")
+            raise ConfigurationError(
+                f"channel_mult is {self.channel_mult}; give at least one value >= 1"
+            )
         wrong = [i for i in self.attention_levels if not 0 <= i < len(self.channel_mult)]
         if wrong:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"attention_levels names level {wrong[0]}, but channel_mult has levels"
                 f" 0 to {len(self.channel_mult) - 1}"
             )
@@ -64,7 +70,7 @@ class ConvConfig:
             ("patch_size", self.patch_size, MAX_PATCH),
         ):
             if value > most:
-                raise SmaltiError(f"{name} is {value}; it must be at most {most}")
+                raise ConfigurationError(f"{name} is {value}; it must be at most {most}")
 
     @property
     def downsampling(self) -> int:
@@ -72,14 +78,16 @@ class ConvConfig:
         return self.patch_size * 2 ** (len(self.channel_mult) - 1)
 
     def check_image_size(self, image_size: int) -> None:
-        """Raise `SmaltiError` unless square images of this side, in pixels, have a latent grid."""
+        """Raise `ConfigurationError` unless images of this side, in pixels, have a latent grid."""
         if image_size < 1 or image_size % self.downsampling:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"image_size {image_size} is not a multiple of the down-sampling factor"
                 f" {self.downsampling}"
             )
         if image_size > MAX_IMAGE_SIZE:
-            raise SmaltiError(f"image_size is {image_size}; it must be at most {MAX_IMAGE_SIZE}")
+            raise ConfigurationError(
+                f"image_size is {image_size}; it must be at most {MAX_IMAGE_SIZE}"
+            )
 
 
 def _norm(channels: int, groups: int | None) -> nn.GroupNorm:
@@ -118,11 +126,11 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
         normed = self.norm(x)
         query, key, value = (
-            project(normed).flatten(2).mT.unsqueeze(1)  # (B, 1, h*w, C)
+            rearrange(project(normed), "b c h w -> b 1 (h w) c")
             for project in (self.q, self.k, self.v)
         )
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return x + self.proj_out(attended.squeeze(1).mT.reshape(x.shape))
+        attended = F.scaled_dot_product_attention(query, key, value)  # (B, 1, h w, C)
+        return x + self.proj_out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
 class Downsample(nn.Module):
@@ -152,8 +160,8 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention if asked for; then a change
-    of resolution, on all levels but one."""
+    """Residual blocks at one resolution, each followed by attention if `attention` is set, and a
+    change of resolution, which all levels but one have."""
 
     def __init__(
         self,
@@ -219,9 +227,10 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_channels or config.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(F.pixel_unshuffle(images, self.patch_size))
+        # Pixel shuffles are torch's own, not einops': they keep the memory format (channels last).
+        x = self.conv_in(F.pixel_unshuffle(images, self.patch_size))  # (B, C, H/p, W/p)
         for level in self.down:
-            x = level(x)
+            x = level(x)  # (B, C, h, w) -> (B, C', h/2, w/2), but for the last level
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -250,13 +259,15 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(features))
         for level in reversed(self.up):
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(F.silu(self.norm_out(x)))  # (B, 3 p^2, H/p, W/p)
         return F.pixel_shuffle(x, self.patch_size)
 
 
 def initialise(module: nn.Module) -> None:
-    """PyTorch's default initialisation, but the last convolution of every block starts small, so
-    that a deep stack starts near the identity and small models train fast from the first step."""
+    """PyTorch's default initialisation, with the last convolution of every block scaled by 0.1.
+
+    A deep stack then starts near the identity, and small models train fast from the first step.
+    """
     for block in module.modules():
         if isinstance(block, ResBlock):
             with torch.no_grad():

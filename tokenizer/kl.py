@@ -1,4 +1,11 @@
-"""The KL-VAE: continuous latents with a Gaussian posterior (latent diffusion, 2112.10752)."""
+"""KL-VAE: continuous latents with a Gaussian posterior (latent diffusion, 2112.10752).
+
+    DiagonalGaussian    the posterior q(z | x) = N(mean, std^2) and its KL divergence
+    transformed         EQ-VAE's equivariance regularisation, an option
+    KLTokenizer         encoder, posterior, decoder, and the statistics that normalise latents
+
+Shapes: B batch, C latent channels, h w latent grid, H W pixels.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -9,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.data.latents import ContinuousSpec
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError, DataError
 from smalti.randomness import Generators, NormalSource, RandomInputs
 from smalti.tokenizer.base import Reconstruction, Tokenizer, TokenizerConfig
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
 
 # -------------------------------------------------------------------------------------------------
-# The diagonal Gaussian posterior of a variational auto-encoder (Kingma and Welling, 1312.6114).
+# The posterior: q(z | x) = N(mean, diag(exp(logvar))) (VAE, Kingma and Welling, 1312.6114)
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as in latent diffusion
 
@@ -29,7 +36,7 @@ class DiagonalGaussian:
 
     @classmethod
     def of(cls, moments: Tensor) -> "DiagonalGaussian":
-        """From an encoder's output (B, 2C, h, w): means, then log-variances."""
+        """From an encoder's output (B, 2C, h, w): mean, then logvar, along the channels."""
         mean, logvar = moments.float().chunk(2, dim=1)
         return cls(mean, logvar.clamp(*LOG_VARIANCE_RANGE))
 
@@ -39,36 +46,47 @@ class DiagonalGaussian:
         return torch.exp(0.5 * self.logvar)
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """mean + std * noise, differentiable in both; standard normal noise like mean, or None to
-        draw it from torch's global generator."""
+        """z = mean + std * noise (B, C, h, w), differentiable in mean and std.
+
+        Args:
+            noise: (B, C, h, w), standard normal; None: sampled from torch's global generator.
+        """
         return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
 
     def kl(self) -> Tensor:
-        """KL(N(mean, std^2) || N(0, I)) of each sample, summed over its numbers, (B,), in nats."""
+        """KL(q(z | x) || N(0, I)) of each image, summed over its C h w latents, (B,), in nats."""
         terms = self.mean.square() + self.logvar.exp() - 1 - self.logvar
         return 0.5 * terms.flatten(1).sum(1)
 
 
 # -------------------------------------------------------------------------------------------------
-# Equivariance regularisation (EQ-VAE, 2502.09509): turning or shrinking the latents should turn
-# or shrink the picture. The decoder is asked for tau(image) from tau(latents).
+# Equivariance regularisation: decode(tau(z)) should be tau(x), tau a rotation and scaling
+# (EQ-VAE, 2502.09509)
 
-MIN_SIDE = 32  # pixels
+MIN_SIDE = 32  # pixels; LPIPS needs that many
+
+
+def resized(maps: Tensor, height: int, width: int) -> Tensor:
+    """Maps (B, C, H, W) shrunk to (B, C, height, width) with antialiasing."""
+    if maps.shape[2:] == (height, width):
+        return maps
+    size = (height, width)
+    return F.interpolate(maps.float(), size, mode="bicubic", antialias=True).to(maps.dtype)
 
 
 def transformed(z: Tensor, images: Tensor, turn: float, size: float) -> tuple[Tensor, Tensor]:
     """The same quarter turns and scaling of latents (B, C, h, w) and images (B, 3, H, W).
 
-    The scale takes the latent grid to h', 1/4 h or more, and the image to h' H / h, 32 px or more:
-    smaller ones LPIPS cannot judge.
+    The latent grid becomes (h', w') with h/4 <= h' <= h, the images H/h times as large. Images stay
+    at least 32 px high, below which LPIPS is undefined.
 
     Args:
-        turn: in [0, 1): from no quarter turn to three.
-        size: in [0, 1): from the smallest h' to h.
+        turn: uniform in [0, 1), chooses 0 to 3 quarter turns.
+        size: uniform in [0, 1), chooses h' from the smallest to h.
     """
     turns = int(4 * turn)
     height, width = z.shape[2:]
-    factor = images.shape[2] // height
+    factor = images.shape[2] // height  # pixels per latent position and side
     least = min(height, max(height // 4, -(-MIN_SIDE // factor), 1))
     rows = least + int((height + 1 - least) * size)
     columns = max(1, round(rows * width / height))
@@ -77,16 +95,8 @@ def transformed(z: Tensor, images: Tensor, turn: float, size: float) -> tuple[Te
     return z, images
 
 
-def resized(maps: Tensor, height: int, width: int) -> Tensor:
-    """Maps (B, C, H, W) shrunk to (height, width) with antialiasing."""
-    if maps.shape[2:] == (height, width):
-        return maps
-    size = (height, width)
-    return F.interpolate(maps.float(), size, mode="bicubic", antialias=True).to(maps.dtype)
-
-
 # -------------------------------------------------------------------------------------------------
-# The KL-VAE: continuous latents with a Gaussian posterior (latent diffusion, 2112.10752).
+# The tokenizer: L = reconstruction losses + kl_weight * KL (latent diffusion, appendix G)
 
 
 @dataclass(frozen=True)
@@ -109,44 +119,46 @@ class KLConfig(TokenizerConfig):
             channel_mult=(1, 2, 4, 4), attention_levels=(), z_channels=4
         )
     )
-    latent_channels: int | None = None  # of the latents; None: conv.z_channels
+    latent_channels: int | None = None  # C; None: conv.z_channels
     # 1x1 convolutions between encoder, posterior and decoder. Where there are none (Stable
     # Diffusion 3), latent_channels must be conv.z_channels.
     quant_convs: bool = True
-    kl_weight: float = 1e-6  # of the KL divergence, summed over the numbers of a latent
-    # Probability that a batch asks for tau(image) from tau(latents), see `equivariance`.
-    equivariance: float = 0.0
-    # Of the latents over the training set, per channel: `latents` gives (z - mean) / std. Measured
-    # after training; empty until then.
+    kl_weight: float = 1e-6  # of the KL divergence, summed over the C h w latents of an image
+    equivariance: float = 0.0  # probability that a batch is decoded from transformed latents
+    # Mean and standard deviation of each latent channel over the training set: `latents` gives
+    # (z - mean) / std. Measured after training; empty until then.
     latent_mean: tuple[float, ...] = ()
     latent_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         self.conv.check_image_size(self.image_size)
         if self.kl_weight < 0 or not 0 <= self.equivariance <= 1:
-            raise SmaltiError("kl_weight must not be negative; equivariance must lie in [0, 1]")
+            raise ConfigurationError(
+                f"kl_weight is {self.kl_weight}, equivariance {self.equivariance}: the first must"
+                " not be negative, the second must lie in [0, 1]"
+            )
         if self.channels < 1 or not (self.quant_convs or self.channels == self.conv.z_channels):
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"latent_channels is {self.latent_channels}; it must be positive, and without "
                 f"quant_convs the {self.conv.z_channels} of conv.z_channels"
             )
         for name in ("latent_mean", "latent_std"):
             if len(getattr(self, name)) not in (0, self.channels):
-                raise SmaltiError(
+                raise ConfigurationError(
                     f"{name} has {len(getattr(self, name))} numbers; there are "
                     f"{self.channels} latent channels"
                 )
         if any(std <= 0 for std in self.latent_std):
-            raise SmaltiError(f"latent_std is {self.latent_std}; each must be positive")
+            raise ConfigurationError(f"latent_std is {self.latent_std}; each must be positive")
 
     @property
     def channels(self) -> int:
-        """Of the latents, C."""
+        """Channels of the latents, C."""
         return self.conv.z_channels if self.latent_channels is None else self.latent_channels
 
 
 class KLTokenizer(Tokenizer):
-    """Images <-> real latents (B, C, h, w) of zero mean and unit variance over the training set."""
+    """Images <-> latents (B, C, h, w), each channel of mean 0, variance 1 on the training set."""
 
     Config: ClassVar[type] = KLConfig
     config: KLConfig
@@ -193,19 +205,19 @@ class KLTokenizer(Tokenizer):
         return self.decoder.conv_out.weight  # type: ignore[return-value]
 
     def gaussian(self, images: Tensor) -> DiagonalGaussian:
-        """q(z | image) for images (B, 3, H, W) in [-1, 1], in raw units."""
+        """Posterior q(z | x) of images (B, 3, H, W) in [-1, 1], in raw, un-normalised units."""
         self.check_images(images)
-        moments = self.encoder(images)
+        moments = self.encoder(images)  # (B, 2 z_channels, h, w)
         return DiagonalGaussian.of(self.quant_conv(moments) if self.quant_conv else moments)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (B, C, h, w) of q(z | image), in raw, un-normalised units."""
+        """Mean and log-variance (B, C, h, w) of q(z | x), in raw, un-normalised units."""
         gaussian = self.gaussian(images)
         return gaussian.mean, gaussian.logvar
 
     @property
     def stored_statistics(self) -> tuple[str, ...]:
-        """Mean and standard deviation of the posterior, one after the other."""
+        """Mean and standard deviation of the posterior, in this order along the channels."""
         return ("mean", "std")
 
     @property
@@ -221,15 +233,15 @@ class KLTokenizer(Tokenizer):
     def latents(
         self, stored: Tensor, *, generator: Generators = None, noise: Tensor | None = None
     ) -> Tensor:
-        """Stored (B, 2C, h, w) -> normalised latents (B, C, h, w).
+        """Stored mean and std (B, 2C, h, w) -> normalised latents (B, C, h, w).
 
         Args:
-            generator: gives a draw from the posterior, of picture i from generators[i] alone if it
-                is a list; without it, its mean.
-            noise: makes the draw instead of a generator: standard normal, (B, C, h, w).
+            generator: samples from the posterior; a list with one generator per image samples
+                image i from generators[i] alone. None: the posterior mean.
+            noise: (B, C, h, w), standard normal, used instead of a generator.
 
         Raises:
-            SmaltiError: the list has another length than there are pictures.
+            SmaltiError: the list has another length than there are images.
         """
         z, std = stored.float().chunk(2, dim=1)
         if noise is None and generator is not None:
@@ -239,15 +251,15 @@ class KLTokenizer(Tokenizer):
         return (z - self.shift) / self.scale
 
     def vectors(self, latents: Tensor) -> Tensor:
-        """The latents themselves, (B, C, h, w).
+        """The latents themselves, (B, C, h, w): a continuous tokenizer decodes them as they are.
 
         Raises:
-            SmaltiError: they have another shape.
+            DataError: they have another shape.
         """
         spec = self.spec
         expected = (spec.channels, spec.height, spec.width)
         if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
-            raise SmaltiError(
+            raise DataError(
                 f"latents have shape {tuple(latents.shape)}; this tokenizer takes (B, "
                 f"{spec.channels}, {spec.height}, {spec.width})"
             )
@@ -262,22 +274,24 @@ class KLTokenizer(Tokenizer):
         return self.decoder(self.post_quant_conv(z) if self.post_quant_conv else z)
 
     def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Noise for the posterior (B, C, h, w), and three numbers, in every row the same, that
-        decide on a transformation of the whole batch (B, 3)."""
+        """`noise` of the posterior (B, C, h, w) and uniforms of the `transformation` (B, 3).
+
+        A batch is transformed as a whole, so all rows of the latter are equal.
+        """
         spec, device = self.spec, generator.device
         shape = (count, spec.channels, spec.height, spec.width)
         noise = torch.randn(shape, generator=generator, device=device)
-        chance = torch.rand(3, generator=generator, device=device)
-        return {"noise": noise, "transformation": chance.expand(count, 3)}
+        uniforms = torch.rand(3, generator=generator, device=device)
+        return {"noise": noise, "transformation": uniforms.expand(count, 3)}
 
     def forward(self, images: Tensor, random_inputs: RandomInputs | None = None) -> Reconstruction:
         gaussian = self.gaussian(images)
         latents = gaussian.sample(None if random_inputs is None else random_inputs["noise"])
         z, targets = latents, images
         if self.training and self.config.equivariance:
-            chance = torch.rand(3) if random_inputs is None else random_inputs["transformation"][0]
-            decides, turn, size = chance.tolist()
-            if decides < self.config.equivariance:
+            row = torch.rand(3) if random_inputs is None else random_inputs["transformation"][0]
+            uniform, turn, size = row.tolist()
+            if uniform < self.config.equivariance:
                 z, targets = transformed(latents, images, turn, size)
         return Reconstruction(
             images=self._decode_raw(z),
@@ -290,11 +304,14 @@ class KLTokenizer(Tokenizer):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Measure mean and std of the latents of all images and keep them in the config.
 
+        The variance of z over images and samples is that of the means plus the mean of the
+        variances, so no sample is needed.
+
         Args:
             batches: images (B, 3, H, W) in [-1, 1].
 
         Raises:
-            SmaltiError: there are none.
+            DataError: there are no images.
         """
         count, total, squares = 0, 0.0, 0.0
         for images in batches:
@@ -304,7 +321,7 @@ class KLTokenizer(Tokenizer):
             total = total + mean.sum((0, 2, 3))
             squares = squares + (mean.square() + variance).sum((0, 2, 3))
         if count == 0:
-            raise SmaltiError("there are no images to measure the latents of")
+            raise DataError("no images were given: the latents of at least one are measured")
         mean = torch.as_tensor(total) / count
         std = (torch.as_tensor(squares) / count - mean.square()).clamp_min(1e-12).sqrt()
         self.config = replace(

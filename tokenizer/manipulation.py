@@ -1,12 +1,14 @@
-"""Latent manipulation: blend two pictures, move one along a direction, find a picture's latents.
+"""Latent manipulation: interpolation between images, directions of change, inversion.
 
-All of it works on the real features that a decoder draws from, `Tokenizer.vectors`, and is made
-visible by `Tokenizer.decode_vectors`: codes and continuous latents are treated alike. Moved codes
-are no longer entries of the codebook; the decoder draws them all the same.
+All functions work on the real features that a decoder takes: `Tokenizer.vectors` gives them,
+`Tokenizer.decode_vectors` turns them into images. Codes and continuous latents are treated alike.
+Vectors between codes are not entries of the codebook, but can be decoded as well.
 
-    blend        linear, spherical                    `interpolate` makes a path of either
-    direction    attribute_direction, channel_axis    `move` goes along either
-    inversion    invert                               minimises for example `picture_distance`
+    interpolation    interpolate, by linear, spherical or spherical_as_one
+    directions       move, along an attribute_direction or a channel_axis
+    inversion        invert, minimises for example picture_distance
+
+Shapes: B batch, N labelled images, d numbers per vector, h w latent grid.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,50 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError, DataError
 from smalti.tokenizer.losses.perceptual import LPIPS
 
-# -- blending two pictures --------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# Interpolation: linear, and along a great circle (slerp, Shoemake, SIGGRAPH 1985)
 
 
 def linear(start: Tensor, end: Tensor, t: float) -> Tensor:
-    """(1 - t) start + t end, of equal shapes."""
+    """(1 - t) start + t end; any shape, equal for both."""
     return torch.lerp(start, end, t)
 
 
-def spherical(start: Tensor, end: Tensor, t: float) -> Tensor:
-    """Turn start (B, d, ...) towards end at constant speed along a great circle.
-
-    Shoemake's slerp (SIGGRAPH 1985), for latents proposed by White (1609.04468): between two unit
-    vectors all blends are unit vectors, whereas the middle of a straight line lies inside the
-    sphere, where a decoder has seen nothing. Every grid position of (B, d, h, w) turns by itself,
-    as suits codes; for Gaussian latents see `spherical_as_one`.
-
-    Lengths, where they differ, go linearly from one to the other. Opposite vectors have many great
-    circles; one of them is taken. A zero vector has no direction: the blend is linear there.
-    """
-    first, second = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (start, end))
-    u, v = F.normalize(start, dim=1), F.normalize(end, dim=1)
-    # Twice is enough (Kahan): rounding leaves a trace of u in what remains of a nearly parallel v.
-    across = _without(_without(v, u), u)
-    sine = torch.linalg.vector_norm(across, dim=1, keepdim=True)
-    angle = torch.atan2(sine, (u * v).sum(1, keepdim=True))  # exact near 0 and pi, unlike arccos
-    parallel = sine <= 8 * torch.finfo(sine.dtype).eps
-    w = torch.where(parallel, _perpendicular(u), F.normalize(across, dim=1))
-    turned = torch.lerp(first, second, t) * (torch.cos(t * angle) * u + torch.sin(t * angle) * w)
-    return torch.where((first == 0) | (second == 0), torch.lerp(start, end, t), turned)
-
-
-def spherical_as_one(start: Tensor, end: Tensor, t: float) -> Tensor:
-    """`spherical` with all numbers of a picture (B, d, h, w) as one vector, as White has it.
-
-    The length of a Gaussian latent hardly varies as a whole; at one position it does.
-    """
-    return spherical(start.flatten(1), end.flatten(1), t).view_as(start)
-
-
-def _without(vectors: Tensor, unit: Tensor) -> Tensor:
-    """What is left of vectors (B, d, ...) without their part along unit vectors."""
+def _orthogonal_part(vectors: Tensor, unit: Tensor) -> Tensor:
+    """Vectors (B, d, ...) minus their projection onto unit vectors."""
     return vectors - (vectors * unit).sum(1, keepdim=True) * unit
 
 
@@ -67,13 +39,47 @@ def _perpendicular(unit: Tensor) -> Tensor:
     """Unit vectors (B, d, ...) at a right angle to the given ones; 0 where d = 1 allows none."""
     least = unit.abs().argmin(1, keepdim=True)
     axis = torch.zeros_like(unit).scatter_(1, least, 1.0)
-    return F.normalize(_without(axis, unit), dim=1)
+    return F.normalize(_orthogonal_part(axis, unit), dim=1)
+
+
+def spherical(start: Tensor, end: Tensor, t: float) -> Tensor:
+    """Rotate start (B, d, ...) towards end at constant speed along a great circle.
+
+    Shoemake's slerp, proposed for latents by White (1609.04468): between two unit vectors all
+    results are unit vectors, whereas the middle of a straight line lies inside the sphere, where a
+    decoder has no training data. Every grid position of (B, d, h, w) is rotated by itself, as suits
+    codes; for Gaussian latents see `spherical_as_one`.
+
+    Lengths that differ are interpolated linearly. Opposite vectors have many great circles; one of
+    them is taken. A zero vector has no direction: the interpolation is linear there.
+    """
+    first, second = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (start, end))
+    u, v = F.normalize(start, dim=1), F.normalize(end, dim=1)
+    # Orthogonalised twice (Kahan): if v is nearly parallel to u, rounding leaves some of u in it.
+    rest = _orthogonal_part(_orthogonal_part(v, u), u)
+    sine = torch.linalg.vector_norm(rest, dim=1, keepdim=True)
+    angle = torch.atan2(sine, (u * v).sum(1, keepdim=True))  # exact near 0 and pi, unlike arccos
+    parallel = sine <= 8 * torch.finfo(sine.dtype).eps
+    w = torch.where(parallel, _perpendicular(u), F.normalize(rest, dim=1))
+    rotated = torch.lerp(first, second, t) * (torch.cos(t * angle) * u + torch.sin(t * angle) * w)
+    return torch.where((first == 0) | (second == 0), torch.lerp(start, end, t), rotated)
+
+
+def spherical_as_one(start: Tensor, end: Tensor, t: float) -> Tensor:
+    """`spherical` with the whole latent (B, d, h, w) of an image as one vector, as White proposes.
+
+    Whole Gaussian latents have almost equal lengths; those of single positions vary.
+    """
+    return spherical(start.flatten(1), end.flatten(1), t).view_as(start)
 
 
 def interpolate(
     start: Tensor, end: Tensor, steps: int, blend: Callable[[Tensor, Tensor, float], Tensor]
 ) -> Tensor:
-    """Blends of start and end (B, d, h, w) at `steps` equal distances, both ends included.
+    """`steps` evenly spaced points from start to end, both (B, d, h, w), ends included.
+
+    Args:
+        blend: (start, end, t) -> the point at t in [0, 1], for example `linear` or `spherical`.
 
     Returns:
         (B, steps, d, h, w).
@@ -82,26 +88,27 @@ def interpolate(
         SmaltiError: the shapes differ, or there are fewer than 2 steps.
     """
     if start.shape != end.shape:
-        raise SmaltiError(
+        raise DataError(
             f"start has shape {tuple(start.shape)}, end {tuple(end.shape)}: they must be equal"
         )
     if steps < 2:
-        raise SmaltiError(f"steps is {steps}; use at least 2, the two ends")
+        raise ConfigurationError(f"steps is {steps}; use at least 2, the two ends")
     return torch.stack([blend(start, end, i / (steps - 1)) for i in range(steps)], dim=1)
 
 
-# -- moving along a direction -----------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# Directions: z + strength * direction
 
 
 def class_mean(vectors: Tensor, labels: Tensor, label: int) -> Tensor:
     """Mean (d, h, w) of those vectors (N, d, h, w) whose labels (N,) equal `label`.
 
     Raises:
-        SmaltiError: there are none.
+        DataError: there are none.
     """
     members = vectors[labels == label]
     if not len(members):
-        raise SmaltiError(f"no picture has the label {label}: a mean needs at least one")
+        raise DataError(f"no picture has the label {label}: a mean needs at least one")
     return members.mean(0)
 
 
@@ -112,41 +119,41 @@ def attribute_direction(vectors: Tensor, labels: Tensor, positive: int, negative
     in VAE/GAN (Larsen et al., 1512.09300).
 
     Args:
-        vectors: (N, d, h, w), of labelled pictures.
+        vectors: (N, d, h, w), of labelled images.
         labels: (N,) int64.
 
     Raises:
-        SmaltiError: no picture has one of the two labels.
+        DataError: no image has one of the two labels.
     """
     return class_mean(vectors, labels, positive) - class_mean(vectors, labels, negative)
 
 
 def channel_axis(channel: int, num_channels: int) -> Tensor:
-    """1 in one channel and 0 in all others, (d, 1, 1): the direction of a latent dimension.
+    """The direction (d, 1, 1) of one latent channel: 1 in that channel, 0 in all others.
 
     Raises:
-        SmaltiError: there is no such channel.
+        ConfigurationError: there is no such channel.
     """
     if not 0 <= channel < num_channels:
-        raise SmaltiError(f"channel {channel} is out of range: use 0 to {num_channels - 1}")
+        raise ConfigurationError(f"channel {channel} is out of range: use 0 to {num_channels - 1}")
     axis = torch.zeros(num_channels, 1, 1)
     axis[channel] = 1
     return axis
 
 
 def channel_deviations(vectors: Tensor) -> Tensor:
-    """Standard deviation of each channel of (N, d, h, w) over pictures and positions, (d, 1, 1).
+    """Standard deviation of each channel of (N, d, h, w) over images and positions, (d, 1, 1).
 
     Raises:
-        SmaltiError: there are no vectors.
+        DataError: there are no vectors.
     """
     if not len(vectors):
-        raise SmaltiError("there are no vectors: a standard deviation needs pictures")
+        raise DataError("there are no vectors: a standard deviation needs pictures")
     return vectors.std((0, 2, 3), correction=0)[:, None, None]
 
 
 def move(vectors: Tensor, direction: Tensor, strengths: Sequence[float]) -> Tensor:
-    """vectors + strength * direction for every strength; 0 leaves a picture where it is.
+    """vectors + strength * direction for every strength; strength 0 changes nothing.
 
     Args:
         vectors: (B, d, h, w).
@@ -158,31 +165,32 @@ def move(vectors: Tensor, direction: Tensor, strengths: Sequence[float]) -> Tens
     return torch.stack([vectors + strength * direction for strength in strengths], dim=1)
 
 
-# -- inversion --------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# Inversion: argmin_z distance(decode(z), target) (Image2StyleGAN, Abdal et al., 1904.03189)
 
 
 @dataclass
 class Inversion:
-    """What a search for latents found."""
+    """Result of an inversion."""
 
-    vectors: Tensor  # (B, d, h, w): for each picture the best that the search came by
-    losses: Tensor  # (steps + 1, B): the curve of each picture, from the start on
+    vectors: Tensor  # (B, d, h, w): those with the lowest loss, for each image
+    losses: Tensor  # (steps + 1, B): loss of each image, from the start on
 
 
 def picture_distance(
     images: Tensor, target: Tensor, perceptual: LPIPS | None = None, perceptual_weight: float = 1.0
 ) -> Tensor:
-    """Mean squared pixel difference plus weighted LPIPS, (B,): Image2StyleGAN's, 1904.03189.
+    """Mean squared pixel difference plus weighted LPIPS, (B,), as in Image2StyleGAN.
 
     Args:
         images, target: (B, 3, H, W) in [-1, 1].
-        perceptual: None leaves LPIPS out, as one must below 32 px.
+        perceptual: None leaves LPIPS out, which is undefined below 32 px.
 
     Raises:
-        SmaltiError: the shapes differ, or LPIPS cannot judge pictures as small as these.
+        DataError: the shapes differ, or the images are too small for LPIPS.
     """
     if images.shape != target.shape:
-        raise SmaltiError(
+        raise DataError(
             f"images have shape {tuple(images.shape)}, the target {tuple(target.shape)}: "
             "they must be equal"
         )
@@ -203,31 +211,35 @@ def invert(
     learning_rate: float,
     observe: Callable[[int, Tensor], None] = lambda step, vectors: None,
 ) -> Inversion:
-    """Find the vectors that decode to a picture: Adam on the vectors, the decoder stays as it is.
+    """Find the vectors that decode to given images: Adam on the vectors, with a fixed decoder.
 
-    As Image2StyleGAN (Abdal et al., 1904.03189) does for a GAN. Pictures do not influence one
-    another, the result is never worse than the start, and no gradient is left anywhere.
+    Images do not influence one another, and the result is never worse than the start. No
+    parameter of the decoder gets a gradient.
 
     Args:
         decode: vectors (B, d, h, w) -> images (B, 3, H, W), for example a tokenizer's
             `decode_vectors`.
         distance: (images, target) -> (B,), for example `picture_distance`.
         target: (B, 3, H, W) in [-1, 1].
-        start: (B, d, h, w), for example the encoder's answer, or the mean over many pictures.
-        observe: called with the number of steps done and the vectors that they led to.
+        start: (B, d, h, w), for example the target's encoding, or the mean over many images.
+        learning_rate: Adam's.
+        observe: called before the first and after every step, with the number of steps done and
+            the vectors then.
 
     Raises:
-        SmaltiError: `steps` or `learning_rate` is not positive.
+        ConfigurationError: `steps` or `learning_rate` is not positive.
     """
     if steps < 1 or learning_rate <= 0:
-        raise SmaltiError(f"steps is {steps}, learning_rate {learning_rate}; both must exceed 0")
+        raise ConfigurationError(
+            f"steps is {steps}, learning_rate {learning_rate}; both must exceed 0"
+        )
     vectors = start.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([vectors], lr=learning_rate)
     best, least = start.detach().clone(), start.new_full((len(start),), torch.inf)
     losses = []
-    for step in range(steps + 1):  # one more, so that what the last step led to is judged, too
+    for step in range(steps + 1):  # one more, to evaluate the result of the last step, too
         loss = distance(decode(vectors), target)  # (B,)
-        (vectors.grad,) = torch.autograd.grad(loss.sum(), [vectors])  # no parameter gets one
+        (vectors.grad,) = torch.autograd.grad(loss.sum(), [vectors])  # and of no parameter
         losses.append(loss.detach())
         better = losses[-1] < least
         best[better], least[better] = vectors.detach()[better], losses[-1][better]

@@ -1,8 +1,10 @@
-"""Tokenizers with discrete codes: a convolutional encoder, a quantizer, a convolutional decoder.
+"""VQ tokenizer: a convolutional encoder, a quantizer, a convolutional decoder.
 
 VQ-VAE (1711.00937) and VQGAN (2012.09841) are this model under different losses; with
 l2-normalised low-dimensional codes it is LlamaGen's (2406.06525), with the multi-scale quantizer
 VAR's (2404.02905).
+
+Shapes: B batch, d numbers per feature, h w latent grid, L codes per image, H W pixels.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.data.latents import CodeSpec
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError, DataError
 from smalti.randomness import Generators, RandomInputs
 from smalti.tokenizer.base import Reconstruction, Tokenizer, TokenizerConfig
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
@@ -38,7 +40,9 @@ class VQConfig(TokenizerConfig):
     def __post_init__(self) -> None:
         self.conv.check_image_size(self.image_size)
         if self.quant_kernel < 1 or self.quant_kernel % 2 == 0:
-            raise SmaltiError(f"quant_kernel is {self.quant_kernel}; use an odd number")
+            raise ConfigurationError(
+                f"quant_kernel is {self.quant_kernel}; use an odd number of 1 or more"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -78,56 +82,58 @@ class VQTokenizer(Tokenizer):
         return self.decoder.conv_out.weight  # type: ignore[return-value]
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> what is quantized, (B, d, h, w)."""
+        """Images (B, 3, H, W) in [-1, 1] -> features to quantize, (B, d, h, w)."""
         self.check_images(images)
         return self.quant_conv(self.encoder(images))
 
     def store(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> codes (B, L), each grid in raster order."""
         features = self.features(images)
-        if not len(features):  # nothing to search for
+        if not len(features):  # the search needs at least one row
             return torch.empty(0, self.spec.length, dtype=torch.int64, device=features.device)
         return self.quantizer.search(features)
 
     def latents(
         self, stored: Tensor, *, generator: Generators = None, noise: Tensor | None = None
     ) -> Tensor:
-        """Stored codes (B, L) of any integer type -> the same as int64; they need no generator.
+        """Stored codes (B, L) of any integer type -> the same as int64; nothing is sampled.
 
         Raises:
-            SmaltiError: they are no integers.
+            DataError: they are not integers.
         """
-        return _whole(super().latents(stored, generator=generator, noise=noise))
+        return _as_int64(super().latents(stored, generator=generator, noise=noise))
 
     def vectors(self, latents: Tensor) -> Tensor:
-        """Codes (B, L) of any integer type -> what they stand for, (B, d, h, w).
+        """Codes (B, L) of any integer type -> quantized features (B, d, h, w).
 
         Raises:
-            SmaltiError: codes of another length, no integers, or outside [0, vocab_size).
+            DataError: codes of another length, not integers, or outside [0, vocab_size).
         """
         return self.quantizer.lookup(self._checked(latents), *self.config.grid)
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
-        """Vectors (B, d, h, w) -> images (B, 3, H, W), not clamped."""
+        """Quantized features (B, d, h, w) -> images (B, 3, H, W), not clamped."""
         return self.decoder(self.post_quant_conv(vectors.to(self.post_quant_conv.weight.dtype)))
 
     @torch.no_grad()
     def preview(self, codes: Tensor, scales: int) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] as the first `scales` scales alone tell them.
+        """Images (B, 3, H, W) in [-1, 1] decoded from the first `scales` scales alone.
 
         Args:
-            codes: of all scales, (B, L), or of the first `scales` ones only, (B, l), as a prior
-                has them that is still drawing; of any integer type.
-            scales: 0 (what the decoder makes of no codes at all) to the number of scales.
+            codes: of all scales, (B, L), or of the first `scales` only, as a prior has them in the
+                middle of sampling; of any integer type.
+            scales: 0 (the image that the decoder makes of zeros) to the number of scales.
 
         Raises:
             SmaltiError: the tokenizer has one scale, or fewer than asked for; codes of another
-                length, no integers, or outside [0, vocab_size).
+                length, not integers, or outside [0, vocab_size).
         """
         if not isinstance(self.quantizer, MultiScaleQuantizer):
-            raise SmaltiError("previews need a multi-scale tokenizer: this one has one scale")
+            raise ConfigurationError(
+                "previews need a multi-scale tokenizer: this one has one scale"
+            )
         if type(scales) is not int or not 0 <= scales <= len(self.grids):
-            raise SmaltiError(f"scales is {scales}; give 0 to {len(self.grids)}, the scales")
+            raise ConfigurationError(f"scales is {scales}; give 0 to {len(self.grids)}, the scales")
         codes = self._checked(codes, first=scales)
         return self.decode_vectors(self.quantizer.lookup_first(codes, scales)).clamp(-1, 1)
 
@@ -135,7 +141,7 @@ class VQTokenizer(Tokenizer):
         return self.quantizer.sample_random_inputs(count, generator)
 
     def forward(self, images: Tensor, random_inputs: RandomInputs | None = None) -> Reconstruction:
-        quantized = self.quantizer(self.features(images), random_inputs)
+        quantized = self.quantizer(self.features(images), **(random_inputs or {}))
         return Reconstruction(
             images=self.decode_vectors(quantized.latents),
             targets=images,
@@ -150,25 +156,23 @@ class VQTokenizer(Tokenizer):
         self.quantizer.discard_step()
 
     def _checked(self, codes: Tensor, first: int | None = None) -> Tensor:
-        """The codes as int64, if they are those of all scales, or of the `first` ones."""
+        """The codes as int64, after checks: of all scales or of the `first` ones, and in range."""
         lengths = {self.spec.length, sum(h * w for h, w in self.grids[:first])}
         if codes.ndim != 2 or codes.shape[1] not in lengths:
             takes = " or ".join(f"(B, {length})" for length in sorted(lengths))
-            raise SmaltiError(
-                f"codes have shape {tuple(codes.shape)}; this tokenizer takes {takes}"
-            )
-        codes, vocabulary = _whole(codes), self.spec.vocab_size
+            raise DataError(f"codes have shape {tuple(codes.shape)}; this tokenizer takes {takes}")
+        codes, vocabulary = _as_int64(codes), self.spec.vocab_size
         if codes.numel() and (codes.min() < 0 or codes.max() >= vocabulary):
-            raise SmaltiError(
+            raise DataError(
                 f"codes lie in [{codes.min().item()}, {codes.max().item()}]; the codebook has"
                 f" 0 to {vocabulary - 1}"
             )
         return codes
 
 
-def _whole(codes: Tensor) -> Tensor:
-    """Codes of any integer type as int64: a cache keeps uint16, which torch can hardly compare."""
+def _as_int64(codes: Tensor) -> Tensor:
+    """Codes of any integer type as int64: a cache keeps uint16, which has few operations."""
     dtype = codes.dtype
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-        raise SmaltiError(f"codes are {dtype}; this tokenizer takes whole numbers, int64")
+        raise DataError(f"codes are {dtype}; this tokenizer takes whole numbers, int64")
     return codes.long()

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from backbones import write_file
 from PIL import Image
 from runs import losses, weights
-from safetensors.torch import save_file
 
 from smalti.config import config_to_dict
 from smalti.scripts.train_tokenizer import TrainTokenizerConfig, discriminator_uniforms, train
@@ -25,7 +25,6 @@ from smalti.tokenizer.discriminators.stylegan import StyleGANDiscriminatorConfig
 from smalti.tokenizer.losses.objective import ObjectiveConfig
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
-from smalti.tokenizer.vit import FrozenViT, ViTSizes
 from smalti.tokenizer.vq import VQConfig
 from smalti.training.run import RunConfig
 
@@ -134,16 +133,9 @@ def test_bf16_keeps_second_derivatives_in_fp32(pictures: Path, tmp_path: Path) -
     assert updates == 4  # no step of the critic was skipped
 
 
-def write_backbone(path: Path) -> Path:
-    sizes = ViTSizes(width=16, depth=2, hidden=32, patch_size=8, grid=4, layer_scale=False)
-    state = FrozenViT(sizes, 2).state_dict()
-    save_file({name: 0.1 * torch.randn_like(value) for name, value in state.items()}, path)
-    return path
-
-
 @pytest.mark.parametrize("kind", ["stylegan", "features"])
 def test_other_critics_train_and_resume(pictures: Path, tmp_path: Path, kind: str) -> None:
-    file = write_backbone(tmp_path / "vit.safetensors")
+    file = write_file(tmp_path / "vit.safetensors", depth=2, patch_size=8)
     discriminator = {
         "stylegan": StyleGANDiscriminatorConfig(4, 8),
         "features": FrozenFeatureDiscriminatorConfig(

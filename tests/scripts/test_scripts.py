@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones import write_file
 from runs import assert_same, losses, stop_after, weights
-from safetensors.torch import save_file
 
 import smalti
 from smalti.cli import main as smalti_main
@@ -38,7 +38,6 @@ from smalti.tokenizer.quantizers.fsq import FSQConfig
 from smalti.tokenizer.quantizers.lookup_free import LookupFreeConfig
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
-from smalti.tokenizer.vit import FrozenViT, ViTSizes
 from smalti.tokenizer.vq import VQConfig
 
 CONV = ConvConfig(
@@ -187,9 +186,7 @@ def test_every_tokenizer_resumes_bit_exactly(trained: Path, tmp_path: Path, name
 
 
 def test_an_aligned_tokenizer_resumes_bit_exactly(trained: Path, tmp_path: Path) -> None:
-    sizes = ViTSizes(width=16, depth=2, hidden=32, patch_size=8, grid=4, layer_scale=False)
-    weights = {k: torch.randn_like(v) for k, v in FrozenViT(sizes, 2).state_dict().items()}
-    save_file(weights, tmp_path / "vit.safetensors")
+    write_file(tmp_path / "vit.safetensors", depth=2, patch_size=8)
     config = replace(
         tokenizer_config(trained / "pictures", tmp_path / "whole"),
         tokenizer=OTHER_TOKENIZERS["kl"],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from backbones import CONFIGS, write_file, write_folder
 
 from smalti.errors import SmaltiError
 from smalti.tokenizer.conv import ConvConfig
@@ -18,7 +18,6 @@ from smalti.tokenizer.losses.alignment import (
     cosine_loss,
     distance_loss,
 )
-from smalti.tokenizer.vit import FrozenViT, ViTSizes
 
 CONV = ConvConfig(
     channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=4
@@ -27,9 +26,7 @@ CONV = ConvConfig(
 
 @pytest.fixture
 def config(tmp_path: Path) -> AlignmentConfig:
-    sizes = ViTSizes(width=16, depth=2, hidden=32, patch_size=4, grid=4, layer_scale=False)
-    weights = {k: torch.randn_like(v) for k, v in FrozenViT(sizes, 2).state_dict().items()}
-    save_file(weights, tmp_path / "vit.safetensors")
+    write_file(tmp_path / "vit.safetensors", depth=2)
     return AlignmentConfig(tmp_path / "vit.safetensors", num_heads=2, depth=1, image_size=16)
 
 
@@ -73,6 +70,15 @@ def test_gradients_reach_latents_and_projection_but_not_the_backbone(config) -> 
     torch.testing.assert_close(2 * half(latents, images), alignment(latents, images))
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_folder_of_transformers_is_a_backbone(config, kind: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / kind, kind)
+    alignment = Alignment(replace(config, backbone=folder), channels=4)
+    latents = torch.randn(2, 4, 4, 4, requires_grad=True)
+    alignment(latents, torch.rand(2, 3, 16, 16)).backward()
+    assert latents.grad.any()
+
+
 def test_descent_aligns(config) -> None:
     alignment = Alignment(config, channels=4)
     latents = torch.randn(2, 4, 4, 4, requires_grad=True)
@@ -107,6 +113,7 @@ def test_codes_cannot_be_aligned(config, tokenizer) -> None:
         ({"weight": 0.0}, "weight must be positive"),
         ({"cosine_margin": -1.0}, "margins 0 or more"),
         ({"depth": 2}, "has blocks 0 to 1"),
+        ({"depth": -1}, "count blocks from 0"),
         ({"backbone": Path("nowhere.safetensors")}, r"nowhere\.safetensors does not exist"),
     ],
 )

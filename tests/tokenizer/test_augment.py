@@ -1,11 +1,11 @@
-"""Differentiable augmentation: identity at strength 0, exact shifts and holes, gradients."""
+"""Differentiable augmentation: identity at strength 0, exact shifts and cutouts, gradients."""
 
 import pytest
 import torch
 
 from smalti.errors import SmaltiError
 from smalti.tokenizer.discriminators.augmentation import (
-    DRAWS,
+    AUGMENT_UNIFORMS,
     AugmentConfig,
     augment,
     cut_out,
@@ -23,33 +23,33 @@ def images() -> torch.Tensor:
 
 
 @pytest.fixture
-def draws() -> torch.Tensor:
-    return torch.rand(16, DRAWS)
+def uniforms() -> torch.Tensor:
+    return torch.rand(16, AUGMENT_UNIFORMS)
 
 
-def test_zero_strength_is_the_identity(images, draws) -> None:
-    assert augment(images, AugmentConfig(), draws) is images
-    torch.testing.assert_close(shift_colours(images, 0.0, draws[:, :3]), images)
-    assert torch.equal(translate(images, 0.0, draws[:, 3:5]), images)
-    assert torch.equal(cut_out(images, 0.0, draws[:, 5:]), images)
+def test_zero_strength_is_the_identity(images, uniforms) -> None:
+    assert augment(images, AugmentConfig(), uniforms) is images
+    torch.testing.assert_close(shift_colours(images, 0.0, uniforms[:, :3]), images)
+    assert torch.equal(translate(images, 0.0, uniforms[:, 3:5]), images)
+    assert torch.equal(cut_out(images, 0.0, uniforms[:, 5:]), images)
 
 
-def test_middle_draws_change_no_colour_and_no_place(images) -> None:
+def test_uniforms_of_one_half_change_neither_colour_nor_place(images) -> None:
     middle = torch.full((16, 3), 0.5)
     torch.testing.assert_close(shift_colours(images, 1.0, middle), images)
     torch.testing.assert_close(translate(images, 0.5, middle[:, :2]), images)
 
 
 @pytest.mark.parametrize("name", ["colour", "translation", "cutout"])
-def test_every_strength_has_an_effect(images, draws, name: str) -> None:
-    changed = augment(images, AugmentConfig(**{name: getattr(FULL, name)}), draws)
+def test_every_strength_has_an_effect(images, uniforms, name: str) -> None:
+    changed = augment(images, AugmentConfig(**{name: getattr(FULL, name)}), uniforms)
     assert changed.shape == images.shape
     assert not torch.allclose(changed, images)
 
 
-def test_colours_follow_their_definition(images, draws) -> None:
-    out = shift_colours(images, 0.8, draws[:, :3])
-    for image, (b, s, c), found in zip(images, draws[:, :3].tolist(), out, strict=True):
+def test_colours_follow_their_definition(images, uniforms) -> None:
+    out = shift_colours(images, 0.8, uniforms[:, :3])
+    for image, (b, s, c), found in zip(images, uniforms[:, :3].tolist(), out, strict=True):
         image = image + 0.8 * (b - 0.5)
         grey = image.mean(0)
         image = grey + (1 + 2 * 0.8 * (s - 0.5)) * (image - grey)
@@ -57,8 +57,8 @@ def test_colours_follow_their_definition(images, draws) -> None:
         torch.testing.assert_close(found, image)
 
 
-def test_translation_moves_whole_pixels_and_lets_grey_in(images) -> None:
-    # 16 px, ratio 1/8: shifts -2 to 2, each a fifth of the draws
+def test_translation_moves_whole_pixels_and_fills_up_with_grey(images) -> None:
+    # 16 px, ratio 1/8: shifts -2 to 2, each of probability 1/5
     down = translate(images, 0.125, torch.tensor([[0.9, 0.5]]).expand(16, 2))
     assert torch.equal(down[:, :, 2:], images[:, :, :-2])
     assert (down[:, :, :2] == 0).all()
@@ -76,7 +76,7 @@ def test_shifts_are_uniform_and_reach_both_ends() -> None:
     assert counts[6:11].min() > 900 and counts[6:11].max() < 1100
 
 
-def test_holes_are_squares_of_the_asked_size(images) -> None:
+def test_cutouts_are_squares_of_the_given_size(images) -> None:
     centre = cut_out(torch.ones_like(images), 0.25, torch.full((16, 2), 0.5))
     assert (centre == 0).sum((1, 2, 3)).tolist() == [3 * 4 * 4] * 16
     assert (centre[:, :, 6:10, 6:10] == 0).all()
@@ -84,19 +84,19 @@ def test_holes_are_squares_of_the_asked_size(images) -> None:
     assert (corner == 0).sum((1, 2, 3)).tolist() == [3 * 2 * 2] * 16  # the rest lies outside
 
 
-def test_each_picture_is_changed_by_its_own_numbers(images, draws) -> None:
-    together = augment(images, FULL, draws)
-    alone = [augment(images[i : i + 1], FULL, draws[i : i + 1]) for i in range(16)]
+def test_each_image_is_augmented_by_its_own_uniforms(images, uniforms) -> None:
+    together = augment(images, FULL, uniforms)
+    alone = [augment(images[i : i + 1], FULL, uniforms[i : i + 1]) for i in range(16)]
     torch.testing.assert_close(together, torch.cat(alone))
     order = torch.randperm(16)
-    torch.testing.assert_close(augment(images[order], FULL, draws[order]), together[order])
+    torch.testing.assert_close(augment(images[order], FULL, uniforms[order]), together[order])
 
 
-def test_gradients_pass_and_are_exact(draws) -> None:
+def test_gradients_pass_and_are_exact(uniforms) -> None:
     images = torch.rand(2, 3, 6, 6, dtype=torch.double, requires_grad=True)
-    numbers = draws[:2].double()
-    assert torch.autograd.gradcheck(lambda x: augment(x, FULL, numbers), images)
-    assert torch.autograd.gradgradcheck(lambda x: augment(x**2, FULL, numbers), images)
+    few = uniforms[:2].double()
+    assert torch.autograd.gradcheck(lambda x: augment(x, FULL, few), images)
+    assert torch.autograd.gradgradcheck(lambda x: augment(x**2, FULL, few), images)
 
 
 def test_resizing_keeps_constants_and_the_right_size(images) -> None:

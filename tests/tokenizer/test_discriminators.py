@@ -1,4 +1,4 @@
-"""The critics: shapes, sizes, spectral norms, second derivatives, and the frozen backbone."""
+"""Discriminators: shapes, sizes, spectral norms, second derivatives, frozen features."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from backbones import CONFIGS, write_file, write_folder
 from torch import nn
-from torchvision.models.vision_transformer import VisionTransformer
 
 from smalti.config import config_from_dict, config_to_dict
 from smalti.errors import SmaltiError
@@ -29,27 +28,11 @@ from smalti.tokenizer.discriminators.stylegan import (
     halve,
 )
 from smalti.tokenizer.losses.objective import ObjectiveConfig
-from smalti.tokenizer.vit import FrozenViT, ViTSizes
-
-SIZES = ViTSizes(width=16, depth=3, hidden=32, patch_size=4, grid=4, layer_scale=False)
-
-
-def write_backbone(path: Path, sizes: ViTSizes = SIZES, **changes) -> Path:
-    """A tiny ViT with random weights, in a file such as a user would give."""
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        weights = {
-            name: torch.randn_like(value) * (0.3 if value.ndim > 1 else 0.1)
-            for name, value in FrozenViT(sizes, 2).state_dict().items()
-        }
-    weights |= changes
-    save_file({k: v for k, v in weights.items() if v is not None}, path)
-    return path
 
 
 @pytest.fixture
 def backbone(tmp_path: Path) -> Path:
-    return write_backbone(tmp_path / "vit.safetensors")
+    return write_file(tmp_path / "vit.safetensors")
 
 
 KINDS = ["patchgan", "spectral", "stylegan", "features"]
@@ -72,24 +55,24 @@ def feature_config(backbone: Path, **changes) -> FrozenFeatureDiscriminatorConfi
     return replace(base, **changes)
 
 
-# -- what holds for every critic ----------------------------------------------------------------
+# -- every discriminator ------------------------------------------------------------------------
 
 
-def test_all_critics_are_tested() -> None:
+def test_all_discriminators_are_tested() -> None:
     assert set(KINDS) == {*DISCRIMINATORS, "spectral"}
 
 
-def test_every_critic_judges_each_picture_for_itself(config) -> None:
+def test_logits_of_an_image_do_not_depend_on_the_others(config) -> None:
     discriminator, images = build_discriminator(config, 32), torch.rand(4, 3, 32, 32) * 2 - 1
     logits = discriminator(images)
     assert len(logits) == 4 and logits.numel() >= 4
     alone = torch.cat([discriminator(image[None]) for image in images])
     torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
-    assert torch.equal(discriminator(images), logits)  # asking changes nothing
+    assert torch.equal(discriminator(images), logits)  # a forward pass changes nothing
     assert torch.equal(discriminator.eval()(images), logits)
 
 
-def test_every_critic_learns_to_tell_dark_from_bright(config) -> None:
+def test_every_discriminator_learns_to_tell_dark_from_bright(config) -> None:
     discriminator = build_discriminator(config, 32)
     optimizer = torch.optim.Adam(
         [p for p in discriminator.parameters() if p.requires_grad], lr=1e-2
@@ -105,7 +88,7 @@ def test_every_critic_learns_to_tell_dark_from_bright(config) -> None:
     assert discriminator(images).mean() > 0.3 > -0.3 > discriminator(fakes).mean()
 
 
-def test_every_critic_has_second_derivatives(config) -> None:
+def test_every_discriminator_has_second_derivatives(config) -> None:
     discriminator = build_discriminator(config, 32)
     r1_penalty(discriminator, torch.rand(2, 3, 32, 32)).backward()
     learning = [p for p in discriminator.parameters() if p.requires_grad and p.ndim > 1]
@@ -113,7 +96,7 @@ def test_every_critic_has_second_derivatives(config) -> None:
     assert any(p.grad.abs().max() > 0 for p in learning if p.grad is not None)
 
 
-def test_every_critic_works_in_bf16(config) -> None:
+def test_every_discriminator_works_in_bf16(config) -> None:
     discriminator, images = (
         build_discriminator(config, 32),
         torch.rand(2, 3, 32, 32, requires_grad=True),
@@ -189,7 +172,7 @@ def test_patchgan_normalises_every_layer() -> None:
 
 
 @pytest.mark.parametrize(("layers", "side"), [(1, 30), (2, 14), (3, 6), (4, 2)])
-def test_patchgan_judges_patches(layers: int, side: int) -> None:
+def test_patchgan_gives_a_logit_per_patch(layers: int, side: int) -> None:
     config, least = PatchGANConfig(8, layers), 3 * 2**layers
     discriminator = PatchGAN(config, 64)
     assert discriminator(torch.zeros(1, 3, 64, 64)).shape == (1, 1, side, side)
@@ -200,9 +183,7 @@ def test_patchgan_judges_patches(layers: int, side: int) -> None:
 
 
 def test_a_patch_of_three_layers_sees_70_pixels() -> None:
-    discriminator = PatchGAN(
-        PatchGANConfig(8, 3, "spectral"), 128
-    )  # no norm that looks at the whole
+    discriminator = PatchGAN(PatchGANConfig(8, 3, "spectral"), 128)  # no norm over the whole image
     images = torch.rand(1, 3, 128, 128, requires_grad=True)
     (gradient,) = torch.autograd.grad(discriminator(images)[0, 0, 7, 7], images)
     rows = gradient.abs().sum((0, 1, 3)).nonzero().flatten()
@@ -228,7 +209,7 @@ def test_stylegan_begins_with_logits_of_about_unit_size() -> None:
     assert 0.05 < logits.square().mean().sqrt() < 3
 
 
-def test_halving_keeps_constants_and_kills_the_finest_pattern() -> None:
+def test_halving_keeps_constants_and_removes_the_finest_pattern() -> None:
     flat = halve(torch.ones(1, 2, 8, 8))
     torch.testing.assert_close(flat[..., 1:-1, 1:-1], torch.ones(1, 2, 2, 2))
     board = torch.tensor([1.0, -1.0]).repeat(4).view(1, 1, 1, 8).expand(1, 1, 8, 8)
@@ -249,48 +230,15 @@ def test_halving_keeps_constants_and_kills_the_finest_pattern() -> None:
         (lambda: FrozenFeatureDiscriminatorConfig(Path("x"), channels=0), "channels 0"),
     ],
 )
-def test_impossible_critics_are_refused(make, message: str) -> None:
+def test_impossible_discriminators_are_refused(make, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
         make()
 
 
-# -- the frozen backbone ------------------------------------------------------------------------
+# -- frozen features ----------------------------------------------------------------------------
 
 
-def torchvision_vit(weights: dict[str, torch.Tensor]) -> VisionTransformer:
-    """torchvision's ViT with the same weights under its own names."""
-    model = VisionTransformer(16, 4, SIZES.depth, 2, SIZES.width, SIZES.hidden).eval()
-    names = {
-        "cls_token": "class_token", "pos_embed": "encoder.pos_embedding",
-        "patch_embed.proj": "conv_proj", "norm.": "encoder.ln.",
-        "blocks.": "encoder.layers.encoder_layer_", "norm1": "ln_1", "norm2": "ln_2",
-        "attn.qkv.": "self_attention.in_proj_", "attn.proj": "self_attention.out_proj",
-        "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3",
-    }  # fmt: skip
-    renamed = {}
-    for name, value in weights.items():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        renamed[name] = value
-    missing = model.load_state_dict(renamed, strict=False)
-    assert not missing.unexpected_keys and all("heads" in k for k in missing.missing_keys)
-    return model
-
-
-def test_oracle_the_backbone_is_a_vision_transformer(backbone: Path) -> None:
-    ours = FrozenViT.from_file(backbone, 2, 16)
-    theirs = torchvision_vit(ours.state_dict())
-    images = torch.rand(3, 3, 16, 16) * 2 - 1
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    normed = ((images + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    with torch.no_grad():
-        tokens = torch.cat([theirs.class_token.expand(3, -1, -1), theirs._process_input(normed)], 1)
-        expected = theirs.encoder(tokens)[:, 1:].mT.unflatten(2, (4, 4))  # (B, D, h, w)
-    (found,) = ours.features(images, (2,))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_the_backbone_is_frozen_and_lets_gradients_through(backbone: Path) -> None:
+def test_only_the_heads_on_a_frozen_backbone_learn(backbone: Path) -> None:
     discriminator = FrozenFeatureDiscriminator(feature_config(backbone), 16).train()
     assert not any(m.training for m in discriminator.backbone.modules())
     assert not any(p.requires_grad for p in discriminator.backbone.parameters())
@@ -310,10 +258,20 @@ def test_every_depth_has_its_head(backbone: Path) -> None:
     assert other(torch.rand(2, 3, 16, 16)).shape == (2, 2 * 36)
 
 
-def test_the_number_of_attention_heads_matters(backbone: Path) -> None:
-    images = torch.rand(2, 3, 16, 16)
-    one, two = (FrozenViT.from_file(backbone, heads, 16).features(images, (2,)) for heads in (1, 2))
-    assert not torch.allclose(one[0], two[0])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_folder_of_transformers_is_a_backbone(kind: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / kind, kind)
+    discriminator = FrozenFeatureDiscriminator(feature_config(folder), 16)
+    assert discriminator(torch.rand(2, 3, 16, 16)).shape == (2, 2 * 16)
+    r1_penalty(discriminator, torch.rand(2, 3, 16, 16)).backward()
+    assert all(p.grad is not None for p in discriminator.heads.parameters() if p.ndim > 1)
+    again = FrozenFeatureDiscriminator(feature_config(folder), 16)
+    again.load_state_dict(discriminator.state_dict())
+    other = write_folder(tmp_path / "other", "siglip" if kind == "clip" else "clip")
+    with pytest.raises(SmaltiError, match="not the backbone"):
+        FrozenFeatureDiscriminator(feature_config(other), 16).load_state_dict(
+            discriminator.state_dict()
+        )
 
 
 def test_a_checkpoint_holds_the_heads_and_wants_the_same_backbone(
@@ -326,52 +284,8 @@ def test_a_checkpoint_holds_the_heads_and_wants_the_same_backbone(
     again.load_state_dict(state)
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(again(images), discriminator(images))
-    wrapped = nn.ModuleDict({"critic": again})  # as an objective holds it
-    wrapped.load_state_dict(nn.ModuleDict({"critic": discriminator}).state_dict())
-    other = write_backbone(tmp_path / "other.safetensors", cls_token=torch.ones(1, 1, 16))
-    with pytest.raises(SmaltiError, match="not the backbone that this critic was trained on"):
+    wrapped = nn.ModuleDict({"discriminator": again})  # as an objective holds it
+    wrapped.load_state_dict(nn.ModuleDict({"discriminator": discriminator}).state_dict())
+    other = write_file(tmp_path / "other.safetensors", cls_token=torch.ones(1, 1, 16))
+    with pytest.raises(SmaltiError, match="not the backbone that this discriminator was trained"):
         FrozenFeatureDiscriminator(feature_config(other), 16).load_state_dict(state)
-
-
-def test_layer_scale_is_read_from_the_file(tmp_path: Path) -> None:
-    sizes = replace(SIZES, layer_scale=True)
-    file = write_backbone(tmp_path / "dinov2.safetensors", sizes)
-    images = torch.rand(1, 3, 16, 16)
-    before = FrozenViT.from_file(file, 2, 16)
-    gamma = {"blocks.0.ls1.gamma": torch.zeros(16)}
-    after = FrozenViT.from_file(write_backbone(file, sizes, **gamma), 2, 16)
-    assert after.sizes.layer_scale
-    assert not torch.allclose(before.features(images, (0,))[0], after.features(images, (0,))[0])
-
-
-def test_building_draws_no_random_numbers_for_the_backbone(backbone: Path) -> None:
-    before = torch.random.get_rng_state()
-    FrozenViT.from_file(backbone, 2, 16)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({"cls_token": None}, {}, "lacks the tensor cls_token"),
-        ({"head.weight": torch.ones(2)}, {}, "has a tensor head.weight that the backbone"),
-        ({"norm.bias": torch.ones(3)}, {}, r"norm.bias has shape \(3,\), not \(16,\)"),
-        ({"patch_embed.proj.weight": None}, {}, "holds no vision transformer"),
-        ({"pos_embed": torch.ones(1, 12, 16)}, {}, "pos_embed has shape"),
-        ({}, {"num_heads": 3}, "num_heads is 3, which does not divide the width 16"),
-        ({}, {"image_size": 18}, "image_size is 18, no multiple of the patch size 4"),
-        ({}, {"depths": (0, 3)}, "depths names block 3"),
-    ],
-)
-def test_a_wrong_backbone_is_refused(tmp_path: Path, changes, options, message: str) -> None:
-    file = write_backbone(tmp_path / "vit.safetensors", **changes)
-    with pytest.raises(SmaltiError, match=message):
-        build_discriminator(feature_config(file, **options), 32)
-
-
-def test_a_missing_or_damaged_backbone_is_never_replaced_by_chance(tmp_path: Path) -> None:
-    with pytest.raises(SmaltiError, match=r"nowhere.safetensors does not exist: give a"):
-        build_discriminator(feature_config(tmp_path / "nowhere.safetensors"), 32)
-    (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
-    with pytest.raises(SmaltiError, match="damaged"):
-        build_discriminator(feature_config(tmp_path / "cut.safetensors"), 32)

@@ -101,17 +101,21 @@ def test_dropped_scales_add_nothing_and_teach_nothing() -> None:
     torch.nn.init.normal_(q.codebook.weight)
     f = torch.randn(64, 4, 4, 6)
     torch.manual_seed(3)
-    kept = q._kept_scales(f, None)
+    kept = q.sample_random_inputs(64, None)["kept_scales"]
     assert set(kept.tolist()) == {2, 3}
     torch.manual_seed(3)
     out = q(f)
+    assert torch.equal(q(f, kept_scales=kept).latents, out.latents)
+    q.discard_step()
+    q(f, kept_scales=kept)
     for n in range(8):
         expected = q.lookup_first(out.codes[n : n + 1], int(kept[n]))
         torch.testing.assert_close(out.latents[n : n + 1], expected)
     used = torch.cat(q.codebook._used)
     assert used.sum() == sum(sum(LENGTHS[:k]) for k in kept.tolist())
     q.eval()
-    assert (q._kept_scales(f, None) == 4).all()
+    expected = q.lookup(q.search(f), 4, 6)
+    torch.testing.assert_close(q(f, kept_scales=kept).latents, expected)  # all scales are kept
 
 
 def test_codes_hit_at_any_scale_are_alive() -> None:

@@ -45,7 +45,7 @@ def test_rows_and_maps_are_inverse() -> None:
 def test_chunks_change_nothing(monkeypatch) -> None:
     features, codebook = torch.randn(100, 4), torch.randn(32, 4)
     whole = nearest_codes(features, codebook)
-    monkeypatch.setattr(quantize, "SEARCH_ELEMENTS", 32 * 7)
+    monkeypatch.setattr(quantize, "CHUNK_ELEMENTS", 32 * 7)
     assert torch.equal(nearest_codes(features, codebook), whole)
     with pytest.raises(SmaltiError, match="3 numbers each but codes have 4"):
         nearest_codes(torch.randn(2, 3), codebook)

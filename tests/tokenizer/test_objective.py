@@ -9,9 +9,9 @@ from torch import nn
 from smalti.data.latents import rounded
 from smalti.errors import SmaltiError
 from smalti.tokenizer.base import Reconstruction
-from smalti.tokenizer.discriminators.adversarial import GAMES, adaptive_weight
+from smalti.tokenizer.discriminators.adversarial import ADVERSARIAL_LOSSES, compute_adaptive_weight
 from smalti.tokenizer.discriminators.augmentation import AugmentConfig, augment
-from smalti.tokenizer.discriminators.objective import DRAWS, DiscriminatorObjective
+from smalti.tokenizer.discriminators.objective import UNIFORMS_PER_IMAGE, DiscriminatorObjective
 from smalti.tokenizer.discriminators.patchgan import PatchGAN, PatchGANConfig
 from smalti.tokenizer.discriminators.regularisers import PenaltyConfig
 from smalti.tokenizer.losses.objective import (
@@ -28,16 +28,16 @@ from smalti.tokenizer.losses.perceptual import LPIPS
 CONFIG = ObjectiveConfig(
     l1_weight=0.5, adversarial_start=10, adversarial_ramp=4, discriminator=PatchGANConfig(8, 1)
 )
-DRAWN = torch.rand(2, DRAWS, generator=torch.Generator().manual_seed(5))
+UNIFORMS = torch.rand(2, UNIFORMS_PER_IMAGE, generator=torch.Generator().manual_seed(5))
 
 
-def test_the_critic_is_heard_late_and_gradually() -> None:
-    heard = [CONFIG.adversarial_strength(step) for step in (0, 9, 10, 11, 13, 99)]
-    assert heard == pytest.approx([0, 0, 0.125, 0.25, 0.5, 0.5])
+def test_the_adversarial_loss_starts_late_and_ramps_up_linearly() -> None:
+    strengths = [CONFIG.adversarial_strength(step) for step in (0, 9, 10, 11, 13, 99)]
+    assert strengths == pytest.approx([0, 0, 0.125, 0.25, 0.5, 0.5])
     assert replace(CONFIG, adversarial_weight=0.0).adversarial_strength(99) == 0
 
 
-def test_networks_are_asked_only_where_their_weight_counts() -> None:
+def test_networks_are_needed_only_where_their_weight_is_positive() -> None:
     assert CONFIG.needs_discriminator and CONFIG.needs_features
     plain = replace(CONFIG, adversarial_weight=0.0, perceptual_weight=0.0)
     assert not plain.needs_discriminator and not plain.needs_features
@@ -45,7 +45,7 @@ def test_networks_are_asked_only_where_their_weight_counts() -> None:
 
 
 class Setup:
-    """A one-layer decoder, its output, a critic and LPIPS."""
+    """A one-layer decoder, its output, a discriminator and LPIPS."""
 
     def __init__(self) -> None:
         self.layer = nn.Conv2d(3, 3, 1)
@@ -58,7 +58,7 @@ class Setup:
             config,
             self.loss_networks,
             Reconstruction(output, self.images, {"codebook": torch.tensor(0.25)}),
-            draws=DRAWN,
+            uniforms=UNIFORMS,
             last_layer=self.layer.weight,
             step=step,
             **options,
@@ -93,7 +93,7 @@ def test_every_option_changes_the_gradient_of_the_decoder(change) -> None:
     assert not torch.allclose(base, setup.gradient(replace(CONFIG, **change), step=100))
 
 
-def test_the_wasserstein_generator_follows_the_critic_as_hinge_does() -> None:
+def test_the_wasserstein_generator_loss_is_that_of_hinge() -> None:
     setup = Setup()
     penalties = PenaltyConfig(gradient_penalty_weight=10.0)
     config = replace(CONFIG, adversarial_loss="wasserstein", penalties=penalties)
@@ -106,15 +106,15 @@ def test_the_gradient_is_the_weighted_sum_of_its_terms() -> None:
     off = {"l1_weight": 0.0, "l2_weight": 0.0, "perceptual_weight": 0.0, "adversarial_weight": 0.0}
     weights = {"l1_weight": 0.5, "l2_weight": 2.0, "perceptual_weight": 0.7, "gram_weight": 0.3}
     alone = {name: setup.gradient(replace(CONFIG, **{**off, name: 1.0}), 100) for name in weights}
-    heard = replace(CONFIG, **{**off, "l1_weight": 1.0, "adversarial_weight": 1.0})
-    alone["adversarial_weight"] = setup.gradient(heard, 100) - alone["l1_weight"]
+    adversarial = replace(CONFIG, **{**off, "l1_weight": 1.0, "adversarial_weight": 1.0})
+    alone["adversarial_weight"] = setup.gradient(adversarial, 100) - alone["l1_weight"]
     weights["adversarial_weight"] = 0.9
     together = setup.gradient(replace(CONFIG, **weights), 100)
     expected = sum(weights[name] * alone[name] for name in weights)
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_total_is_the_sum_of_the_parts_and_parts_appear_when_they_count() -> None:
+def test_total_is_the_sum_of_the_parts_and_parts_appear_with_a_weight() -> None:
     setup = Setup()
     early, late = setup.loss(CONFIG, 0), setup.loss(CONFIG, 100)
     assert set(early.parts) == {"l1", "l2", "perceptual", "codebook"}
@@ -123,7 +123,7 @@ def test_total_is_the_sum_of_the_parts_and_parts_appear_when_they_count() -> Non
     torch.testing.assert_close(late.total.detach(), sum(late.parts.values()))
 
 
-def test_adaptive_weight_balances_reconstruction_and_critic() -> None:
+def test_adaptive_weight_equates_both_gradients() -> None:
     """With weight 1 the adversarial gradient is as long as the reconstruction's."""
     setup = Setup()
     config = replace(CONFIG, adversarial_weight=1.0, adaptive=True, adversarial_loss="vanilla")
@@ -132,31 +132,31 @@ def test_adaptive_weight_balances_reconstruction_and_critic() -> None:
     torch.testing.assert_close(
         (both - reconstruction_loss).norm(), reconstruction_loss.norm(), rtol=1e-2, atol=0
     )
-    given = setup.gradient(config, 100, balance=torch.tensor(3.0))
+    given = setup.gradient(config, 100, adaptive_weight=torch.tensor(3.0))
     plain = setup.gradient(replace(config, adaptive=False), 100)
     torch.testing.assert_close(
         given - reconstruction_loss, 3 * (plain - reconstruction_loss), rtol=1e-3, atol=1e-5
     )
 
 
-def test_adaptive_weight_is_not_measured_before_the_critic_is_heard(monkeypatch) -> None:
+def test_adaptive_weight_is_not_computed_before_the_adversarial_start(monkeypatch) -> None:
     from smalti.tokenizer.losses import objective
 
-    asked = []
+    calls = []
 
     def measured(gradients):
-        asked.append(True)
-        return adaptive_weight(gradients)
+        calls.append(True)
+        return compute_adaptive_weight(gradients)
 
-    monkeypatch.setattr(objective, "adaptive_weight", measured)
+    monkeypatch.setattr(objective, "compute_adaptive_weight", measured)
     setup, config = Setup(), replace(CONFIG, adaptive=True)
     setup.loss(config, 9)
-    assert not asked
+    assert not calls
     setup.loss(config, 10)
-    assert asked
+    assert calls
 
 
-def test_the_generator_makes_no_gradients_of_the_critic() -> None:
+def test_the_generator_loss_gives_the_discriminator_no_gradients() -> None:
     setup = Setup()
     setup.gradient(CONFIG, 100)
     assert setup.loss_networks.discriminator is not None
@@ -173,10 +173,10 @@ def test_what_was_frozen_stays_frozen() -> None:
     assert [p.requires_grad for p in network.parameters()] == [True, True, False, False]
 
 
-# -- the critic's side --------------------------------------------------------------------------
+# -- the discriminator's objective --------------------------------------------------------------
 
 
-def critic_of(**changes) -> DiscriminatorObjective:
+def objective_of(**changes) -> DiscriminatorObjective:
     torch.manual_seed(3)
     return DiscriminatorObjective(replace(CONFIG, **changes), 32)
 
@@ -185,28 +185,28 @@ def pictures() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 3, 32, 32)
 
 
-@pytest.mark.parametrize("name", GAMES)
-def test_the_critic_minimises_its_game_on_eight_bit_pictures(name) -> None:
-    objective = critic_of(
+@pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
+def test_the_discriminator_minimises_its_loss_on_eight_bit_images(name) -> None:
+    objective = objective_of(
         adversarial_loss=name, penalties=PenaltyConfig(gradient_penalty_weight=1.0)
     )
     images, fakes = pictures()
-    loss = objective(images, fakes, DRAWN, 0)
+    loss = objective(images, fakes, UNIFORMS, 0)
     real, fake = (objective.discriminator(rounded(x)) for x in (images, fakes))
-    expected = GAMES[name].discriminator(real, fake)
+    expected = ADVERSARIAL_LOSSES[name].discriminator(real, fake)
     torch.testing.assert_close(loss.parts["discriminator"], expected.detach())
     torch.testing.assert_close(loss.parts["logits_real"], real.detach().mean())
     torch.testing.assert_close(loss.parts["logits_fake"], fake.detach().mean())
 
 
-def test_the_critic_sees_detached_eight_bit_fakes() -> None:
+def test_the_discriminator_gets_detached_eight_bit_fakes() -> None:
     seen = []
-    objective = critic_of()
+    objective = objective_of()
     objective.discriminator.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     images, fakes = pictures()
     images = rounded(images)
     fakes.requires_grad_()
-    objective(images, fakes, DRAWN, 0).total.backward()
+    objective(images, fakes, UNIFORMS, 0).total.backward()
     assert fakes.grad is None
     torch.testing.assert_close(seen[0], rounded(seen[0]))
     assert torch.equal(seen[0][:2], images) and seen[0].abs().max() <= 1
@@ -223,10 +223,10 @@ def test_both_sides_see_the_same_augmentation() -> None:
     )
     setup.loss(config, 100)
     output = setup.layer(setup.images).detach()
-    objective(setup.images, output, DRAWN, 0)
-    assert torch.equal(seen[0], augment(output, config.augment, DRAWN))
-    assert torch.equal(seen[1][:2], augment(rounded(setup.images), config.augment, DRAWN))
-    assert torch.equal(seen[1][2:], augment(rounded(output), config.augment, DRAWN))
+    objective(setup.images, output, UNIFORMS, 0)
+    assert torch.equal(seen[0], augment(output, config.augment, UNIFORMS))
+    assert torch.equal(seen[1][:2], augment(rounded(setup.images), config.augment, UNIFORMS))
+    assert torch.equal(seen[1][2:], augment(rounded(output), config.augment, UNIFORMS))
 
 
 @pytest.mark.parametrize(
@@ -237,12 +237,12 @@ def test_both_sides_see_the_same_augmentation() -> None:
         ({"lecam_weight": 1.0}, "lecam"),
     ],
 )
-def test_every_penalty_changes_the_gradient_of_the_critic(changes, part: str) -> None:
+def test_every_penalty_changes_the_gradient_of_the_discriminator(changes, part: str) -> None:
     images, fakes = pictures()
 
     def gradient(**options):
-        objective = critic_of(penalties=PenaltyConfig(**options))
-        loss = objective(images, fakes, DRAWN, 15)  # a step at which R1 is due
+        objective = objective_of(penalties=PenaltyConfig(**options))
+        loss = objective(images, fakes, UNIFORMS, 15)  # a step at which R1 is due
         loss.total.backward()
         return torch.cat([p.grad.flatten() for p in objective.parameters()]), loss  # type: ignore[union-attr]
 
@@ -257,20 +257,20 @@ def test_every_penalty_changes_the_gradient_of_the_critic(changes, part: str) ->
 
 
 def test_r1_is_due_every_interval() -> None:
-    objective, (images, fakes) = critic_of(penalties=PenaltyConfig(1.0, 4)), pictures()
-    due = ["r1" in objective(images, fakes, DRAWN, step).parts for step in range(8)]
+    objective, (images, fakes) = objective_of(penalties=PenaltyConfig(1.0, 4)), pictures()
+    due = ["r1" in objective(images, fakes, UNIFORMS, step).parts for step in range(8)]
     assert due == [False, False, False, True] * 2
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
     """With every penalty, every augmentation and spectral norms."""
-    objective = critic_of(
+    objective = objective_of(
         discriminator=PatchGANConfig(8, 1, "spectral"),
         augment=AugmentConfig(1.0, 0.125, 0.5),
         penalties=PenaltyConfig(1.0, 1, 1.0, 1.0),
     )
     images, fakes = torch.rand(8, 3, 32, 32) * 2 - 1, torch.rand(8, 3, 32, 32) * 2 - 1
-    batch = images, fakes, torch.rand(8, DRAWS)
+    batch = images, fakes, torch.rand(8, UNIFORMS_PER_IMAGE)
 
     def step(chunks: int) -> tuple[list[torch.Tensor], torch.Tensor]:
         objective.zero_grad()
@@ -286,13 +286,13 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
     torch.testing.assert_close(means_of_parts, means)
 
 
-def test_what_moves_besides_the_weights_moves_after_the_step_and_is_saved() -> None:
-    objective = critic_of(
+def test_anchors_and_power_iterations_are_updated_after_the_step_and_saved() -> None:
+    objective = objective_of(
         discriminator=PatchGANConfig(8, 1, "spectral"), penalties=PenaltyConfig(lecam_weight=0.1)
     )
     images, fakes = pictures()
     before = {k: v.clone() for k, v in objective.state_dict().items()}
-    objective(images, fakes, DRAWN, 0)
+    objective(images, fakes, UNIFORMS, 0)
     assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
     objective.after_step()
     moved = {k for k, v in objective.state_dict().items() if not torch.equal(v, before[k])}
@@ -318,7 +318,7 @@ def test_gram_matrices_are_mean_products() -> None:
     torch.testing.assert_close(gram_matrices(features), expected)
 
 
-def test_gram_distance_is_gatys_and_blind_to_places() -> None:
+def test_gram_distance_is_that_of_gatys_and_ignores_positions() -> None:
     a, b = [torch.randn(2, 3, 4, 5), torch.randn(2, 6, 2, 2)], [torch.randn(2, 3, 4, 5)] * 2
     b[1] = torch.randn(2, 6, 2, 2)
     expected = torch.zeros(2)

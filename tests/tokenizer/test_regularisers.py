@@ -1,4 +1,4 @@
-"""Penalties on a critic, against closed forms on critics whose gradients are known."""
+"""Penalties on a discriminator, against closed forms where its gradients are known."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ SHAPE = (3, 4, 4)
 
 
 class Linear(nn.Module):
-    """D(x) = <w, x>, said by several logits that differ by constants."""
+    """D(x) = <w, x>, in several logits that differ by constants."""
 
     def __init__(self, logits: int = 1) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Quadratic(nn.Module):
 
 
 @pytest.mark.parametrize("logits", [1, 9])
-def test_r1_of_a_linear_critic(logits: int) -> None:
+def test_r1_of_a_linear_discriminator(logits: int) -> None:
     discriminator = Linear(logits)
     penalty = r1_penalty(discriminator, torch.randn(5, *SHAPE))
     torch.testing.assert_close(penalty, discriminator.weight.square().sum() / 2)
@@ -52,7 +52,7 @@ def test_r1_of_a_linear_critic(logits: int) -> None:
 
 
 @pytest.mark.parametrize("logits", [1, 9])
-def test_gradient_penalty_of_a_linear_critic(logits: int) -> None:
+def test_gradient_penalty_of_a_linear_discriminator(logits: int) -> None:
     discriminator = Linear(logits)
     a, b, mix = torch.randn(5, *SHAPE), torch.randn(5, *SHAPE), torch.rand(5)
     norm = discriminator.weight.detach().norm()
@@ -64,7 +64,7 @@ def test_gradient_penalty_of_a_linear_critic(logits: int) -> None:
     )
 
 
-def test_penalties_of_a_quadratic_critic_depend_on_where_they_look() -> None:
+def test_penalties_of_a_quadratic_discriminator_depend_on_the_images() -> None:
     discriminator, a, b = Quadratic(), torch.randn(5, *SHAPE), torch.randn(5, *SHAPE)
     expected = 1.5**2 * a.square().sum((1, 2, 3)).mean() / 2
     torch.testing.assert_close(r1_penalty(discriminator, a), expected)
@@ -74,7 +74,7 @@ def test_penalties_of_a_quadratic_critic_depend_on_where_they_look() -> None:
     torch.testing.assert_close(gradient_penalty(discriminator, a, b, mix), expected)
 
 
-def test_a_flat_critic_has_finite_gradients() -> None:
+def test_a_constant_discriminator_has_finite_gradients() -> None:
     discriminator = Linear()
     nn.init.zeros_(discriminator.weight)
     a = torch.randn(2, *SHAPE)
@@ -94,7 +94,7 @@ def test_penalties_are_computed_in_fp32_under_autocast() -> None:
     assert torch.equal(found, expected)
 
 
-def test_each_picture_is_penalised_for_its_own_gradient() -> None:
+def test_each_image_is_penalised_for_its_own_gradient() -> None:
     discriminator, images = Quadratic(), torch.randn(4, *SHAPE)
     parts = [r1_penalty(discriminator, image[None]) for image in images]
     torch.testing.assert_close(r1_penalty(discriminator, images), torch.stack(parts).mean())
@@ -121,7 +121,7 @@ def test_lecam_is_its_definition() -> None:
     torch.testing.assert_close(real.grad, 2 * F.relu(real.detach() + 0.25) / real.numel())
 
 
-def test_anchors_are_running_means_moved_once_per_step() -> None:
+def test_anchors_are_running_means_updated_once_per_step() -> None:
     lecam = LeCam(0.75)
     logits = torch.randn(8, 2, 6)  # steps, sides, pictures
     expected = torch.zeros(2)

@@ -1,4 +1,4 @@
-"""The critics that smalti knows: one line each, by the `kind` of their config."""
+"""The registered discriminators: one line each, by the `kind` of their config."""
 
 from torch import nn
 
@@ -21,9 +21,9 @@ DiscriminatorConfig = (
 
 
 def build_discriminator(config: DiscriminatorConfig, image_size: int) -> nn.Module:
-    """A new critic for pictures of `image_size` px: images (B, 3, S, S) -> logits (B, ...).
+    """A new discriminator for images of `image_size` px: images (B, 3, S, S) -> logits (B, ...).
 
     Raises:
-        SmaltiError: it cannot judge pictures of that size, or its backbone's file is wrong.
+        SmaltiError: it does not work at that size, or its backbone cannot be loaded.
     """
     return DISCRIMINATORS.resolve(config.kind)(config, image_size)

@@ -1,7 +1,7 @@
-"""A critic on frozen features (Sauer et al., 2301.09515): small heads on a vision transformer.
+"""Discriminator on frozen features (StyleGAN-T, Sauer et al., 2301.09515): heads on a ViT.
 
-The backbone already knows what pictures look like, so the heads learn fast and the tokenizer is
-judged by content, not by texture alone. Its file is the user's: a ViT trained by DINO is meant.
+The backbone has learned the content of images before, so the heads learn fast, and the tokenizer is
+trained on content, not on texture alone. A ViT trained by DINO is meant.
 """
 
 from dataclasses import dataclass
@@ -12,69 +12,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.errors import SmaltiError
+from smalti.errors import CheckpointError, ConfigurationError
+from smalti.tokenizer.backbone import FrozenBackbone
 from smalti.tokenizer.discriminators.augmentation import resized
 from smalti.tokenizer.discriminators.regularisers import SpectralConv2d
-from smalti.tokenizer.vit import FrozenViT
 
-BACKBONE = "backbone."
+BACKBONE = "backbone."  # prefix of its tensors
 
 
 @dataclass(frozen=True)
 class FrozenFeatureDiscriminatorConfig:
     """Defaults: DINO's ViT-S at 224 px, heads at four depths."""
 
-    backbone: Path  # a safetensors file with DINO's or timm's keys
-    num_heads: int = 6  # attention heads of the backbone: width / 64 for all of DINO's
+    # A folder of the package transformers (DINOv2, CLIP, SigLIP), a Hub id, or a safetensors file
+    # with DINO's or timm's keys.
+    backbone: Path
+    num_heads: int = 6  # attention heads, of a safetensors file alone: width / 64 for all of DINO's
     depths: tuple[int, ...] = (2, 5, 8, 11)  # blocks, counted from 0, after which features are read
-    image_size: int = 224  # pictures are resized to this side, in pixels, for the backbone
+    image_size: int = 224  # images are resized to this side, in pixels, for the backbone
     channels: int = 64  # width of the heads
     kind: Literal["features"] = "features"
 
     def __post_init__(self) -> None:
         if not self.depths or min(self.depths) < 0 or len(set(self.depths)) < len(self.depths):
-            raise SmaltiError(f"depths is {self.depths}; give different blocks, counted from 0")
+            raise ConfigurationError(
+                f"depths is {self.depths}; give different blocks, counted from 0"
+            )
         if self.image_size < 1 or self.channels < 1:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"image_size {self.image_size} and channels {self.channels} must be at least 1"
             )
 
 
-class FrozenFeatureDiscriminator(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> logits (B, N), positive for real, of all heads and patches.
-
-    Only the heads learn, and only they stand in a checkpoint, with the backbone's digest, so that
-    a run goes on with the very backbone it began with.
-    """
-
-    Config: ClassVar[type] = FrozenFeatureDiscriminatorConfig
-
-    def __init__(self, config: FrozenFeatureDiscriminatorConfig, image_size: int) -> None:
-        super().__init__()
-        del image_size  # pictures are resized
-        self.config = config
-        self.backbone = FrozenViT.from_file(config.backbone, config.num_heads, config.image_size)
-        sizes = self.backbone.sizes
-        if max(config.depths) >= sizes.depth:
-            raise SmaltiError(
-                f"depths names block {max(config.depths)}, but {config.backbone} has blocks 0 to "
-                f"{sizes.depth - 1}"
-            )
-        self.heads = nn.ModuleList(Head(sizes.width, config.channels) for _ in config.depths)
-        self.register_buffer("digest", torch.tensor(self.backbone.digest))
-        self.digest: Tensor
-        self.register_state_dict_post_hook(_leave_out_backbone)
-        self.register_load_state_dict_pre_hook(_put_in_backbone)
-
-    def forward(self, images: Tensor) -> Tensor:
-        images = resized(images, self.config.image_size)
-        features = self.backbone.features(images, self.config.depths)
-        pairs = zip(self.heads, features, strict=True)
-        return torch.cat([head(feature).flatten(1) for head, feature in pairs], dim=1)
-
-
 class Head(nn.Module):
-    """Features (B, D, h, w) -> logits (B, 1, h, w); spectrally normalised, no norms."""
+    """Features (B, D, h, w) -> logits (B, 1, h, w); spectral normalisation, no other."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -88,6 +59,37 @@ class Head(nn.Module):
         return self.output(x)
 
 
+class FrozenFeatureDiscriminator(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> logits (B, N), positive for real, of all heads and patches.
+
+    Only the heads learn. A checkpoint holds them and a digest of the backbone, so that a run
+    cannot be resumed with another backbone.
+    """
+
+    Config: ClassVar[type] = FrozenFeatureDiscriminatorConfig
+
+    def __init__(self, config: FrozenFeatureDiscriminatorConfig, image_size: int) -> None:
+        super().__init__()
+        del image_size  # images are resized
+        self.config = config
+        self.backbone = FrozenBackbone.load(
+            config.backbone, config.depths, config.image_size, config.num_heads
+        )
+        self.heads = nn.ModuleList(
+            Head(self.backbone.width, config.channels) for _ in config.depths
+        )
+        self.register_buffer("digest", torch.tensor(self.backbone.digest))
+        self.digest: Tensor
+        self.register_state_dict_post_hook(_leave_out_backbone)
+        self.register_load_state_dict_pre_hook(_put_in_backbone)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N)
+        images = resized(images, self.config.image_size)
+        features = self.backbone(images)  # (B, D, h, w) of each depth
+        pairs = zip(self.heads, features, strict=True)
+        return torch.cat([head(feature).flatten(1) for head, feature in pairs], dim=1)
+
+
 def _leave_out_backbone(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
     del module, metadata
     for key in [key for key in state if key.startswith(prefix + BACKBONE)]:
@@ -98,8 +100,9 @@ def _put_in_backbone(module: nn.Module, state: Any, prefix: str, *_: Any) -> Non
     assert isinstance(module, FrozenFeatureDiscriminator)
     saved = state.get(f"{prefix}digest")
     if saved is not None and int(saved) != int(module.digest):
-        raise SmaltiError(
-            f"{module.config.backbone} is not the backbone that this critic was trained on"
+        raise CheckpointError(
+            f"{module.config.backbone} is not the backbone that this discriminator was trained on:"
+            " give that one, or train a new discriminator"
         )
     for key, value in module.backbone.state_dict().items():
         state[f"{prefix}{BACKBONE}{key}"] = value

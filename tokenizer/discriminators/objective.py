@@ -1,13 +1,12 @@
-"""What a critic minimises: its side of the game, and what it pays for being rough."""
+"""The discriminator's objective: adversarial loss + R1 + gradient penalty + LeCam."""
 
 import torch
 from torch import Tensor, nn
 
 from smalti.data.latents import rounded
 from smalti.tokenizer.discriminators import build_discriminator
-from smalti.tokenizer.discriminators.adversarial import GAMES
-from smalti.tokenizer.discriminators.augmentation import DRAWS as AUGMENT_DRAWS
-from smalti.tokenizer.discriminators.augmentation import augment
+from smalti.tokenizer.discriminators.adversarial import ADVERSARIAL_LOSSES
+from smalti.tokenizer.discriminators.augmentation import AUGMENT_UNIFORMS, augment
 from smalti.tokenizer.discriminators.regularisers import (
     LeCam,
     advance_spectral_norms,
@@ -16,15 +15,15 @@ from smalti.tokenizer.discriminators.regularisers import (
 )
 from smalti.tokenizer.losses.objective import ObjectiveConfig, ObjectiveLoss
 
-DRAWS = AUGMENT_DRAWS + 1  # uniform numbers per picture; the last one mixes real and fake
+UNIFORMS_PER_IMAGE = AUGMENT_UNIFORMS + 1  # the last one mixes real and fake (gradient penalty)
 
 
 class DiscriminatorObjective(nn.Module):
-    """A critic and its loss in one module, so that DDP and autocast wrap the whole of it.
+    """A discriminator and its loss in one module, so that DDP and autocast wrap all of it.
 
-    Nothing in it depends on how a batch is cut into micro-batches or shared among processes: what
-    is random is given (`draws`), and what moves besides the weights (anchors of LeCam, power
-    iterations) moves once per optimizer step, in `after_step`.
+    Nothing in it depends on how a batch is split into micro-batches or shared among processes:
+    randomness is an argument (`uniforms`), and what changes besides the weights (LeCam's anchors,
+    power iterations) changes once per optimizer step, in `after_step`.
     """
 
     def __init__(self, config: ObjectiveConfig, image_size: int) -> None:
@@ -35,25 +34,25 @@ class DiscriminatorObjective(nn.Module):
         self.lecam = LeCam(penalties.lecam_decay) if penalties.lecam_weight else None
         self.register_load_state_dict_pre_hook(_rename_critic)
 
-    def forward(self, images: Tensor, fakes: Tensor, draws: Tensor, step: int) -> ObjectiveLoss:
+    def forward(self, images: Tensor, fakes: Tensor, uniforms: Tensor, step: int) -> ObjectiveLoss:
         """The loss on real images against reconstructions of them.
 
         Args:
             images, fakes: (B, 3, H, W) in [-1, 1]; no gradient reaches the fakes.
-            draws: (B, DRAWS), uniform in [0, 1).
+            uniforms: (B, UNIFORMS_PER_IMAGE) in [0, 1).
+            step: optimizer steps done, which decides whether R1 is due.
         """
-        # A picture and its fake change alike. Both are rounded to 8 bits, for a critic could tell
-        # fakes by that alone; a real one that was shrunk may not have been.
+        # An image and its fake are augmented alike. Both are rounded to 8 bits, as otherwise that
+        # alone would tell them apart; a real image that was resized is not of 8 bits, either.
         real, fake = (
-            augment(rounded(x.detach()), self.config.augment, draws) for x in (images, fakes)
+            augment(rounded(x.detach()), self.config.augment, uniforms) for x in (images, fakes)
         )
-        # One pass over both is faster than two; no critic mixes the pictures of a batch.
+        # One pass over both is faster than two; no discriminator mixes the images of a batch.
         real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).float().chunk(2)
+        loss = ADVERSARIAL_LOSSES[self.config.adversarial_loss].discriminator
         losses = {
-            "discriminator": GAMES[self.config.adversarial_loss].discriminator(
-                real_logits, fake_logits
-            ),
-            **self._penalties(real, fake, draws[:, -1], step),
+            "discriminator": loss(real_logits, fake_logits),
+            **self._penalties(real, fake, uniforms[:, -1], step),
         }
         if self.lecam is not None:
             weight = self.config.penalties.lecam_weight
@@ -65,7 +64,7 @@ class DiscriminatorObjective(nn.Module):
         return ObjectiveLoss(total, parts)
 
     def _penalties(self, real: Tensor, fake: Tensor, mix: Tensor, step: int) -> dict[str, Tensor]:
-        """Weighted penalties on the gradient at what the critic sees, those due at this step."""
+        """The weighted gradient penalties that are due at this step, at the augmented images."""
         penalties = self.config.penalties
         losses = {}
         if strength := penalties.r1_strength(step):
@@ -77,13 +76,13 @@ class DiscriminatorObjective(nn.Module):
         return losses
 
     def after_step(self) -> None:
-        """Once after every accepted optimizer step."""
+        """Update power iterations and anchors, once after every accepted optimizer step."""
         advance_spectral_norms(self.discriminator)
         if self.lecam is not None:
             self.lecam.after_step()
 
     def discard_step(self) -> None:
-        """Forget what `forward` collected: the step was skipped."""
+        """Forget what `forward` collected: the optimizer step was skipped."""
         if self.lecam is not None:
             self.lecam.discard_step()
 

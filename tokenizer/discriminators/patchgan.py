@@ -1,11 +1,11 @@
-"""PatchGAN (Isola et al., 1611.07004): a convolutional critic that judges overlapping patches."""
+"""PatchGAN discriminator (pix2pix, Isola et al., 1611.07004): one logit per overlapping patch."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 from smalti.tokenizer.discriminators.augmentation import resized
 from smalti.tokenizer.discriminators.regularisers import SpectralConv2d
 
@@ -16,20 +16,20 @@ class PatchGANConfig:
 
     channels: int = 64  # width after the first convolution; doubles per layer up to 8x
     num_layers: int = 3
-    norm: Literal["group", "spectral"] = "group"  # never batch norm: it mixes reals and fakes
+    norm: Literal["group", "spectral"] = "group"  # no batch norm, which mixes real and fake
     kind: Literal["patchgan"] = "patchgan"
 
     def __post_init__(self) -> None:
         if self.channels < 8 or self.channels % 8:
-            raise SmaltiError(f"channels is {self.channels}; use a multiple of 8")
+            raise ConfigurationError(f"channels is {self.channels}; use a multiple of 8")
         if not 1 <= self.num_layers <= 6:
-            raise SmaltiError(f"num_layers is {self.num_layers}; use 1 to 6")
+            raise ConfigurationError(f"num_layers is {self.num_layers}; use 1 to 6")
 
 
 class PatchGAN(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1, h, w), positive for real patches.
 
-    Images that a training step has shrunk below one patch's worth are enlarged.
+    Images below the least size, as equivariance regularisation may give, are enlarged to it.
     """
 
     Config: ClassVar[type] = PatchGANConfig
@@ -37,9 +37,9 @@ class PatchGAN(nn.Module):
     def __init__(self, config: PatchGANConfig, image_size: int) -> None:
         super().__init__()
         self.config = config
-        self.least = 3 * 2**config.num_layers  # pixels; what then remains is one patch
+        self.least = 3 * 2**config.num_layers  # pixels, which give one logit
         if image_size < self.least:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"PatchGAN with num_layers {config.num_layers} needs images of at least "
                 f"{self.least} px, these have {image_size}: use fewer layers"
             )

@@ -1,8 +1,8 @@
-"""A critic in the manner of StyleGAN2 (Karras et al., 1912.04958): residual, blurred, no norms.
+"""StyleGAN2's discriminator (Karras et al., 1912.04958): residual blocks, blur, no normalisation.
 
-It judges a picture as a whole. Where we differ: ordinary (He) initialisation instead of an
-equalised learning rate, for the critic shares the tokenizer's optimizer settings; and no
-minibatch deviation, for a reconstruction is tied to its picture and cannot lack variety.
+It gives one logit per image. Where we differ: ordinary (He) initialisation instead of an equalised
+learning rate, since the discriminator shares the tokenizer's optimizer settings; and no minibatch
+standard deviation, since a reconstruction is tied to its image and cannot lack variety.
 """
 
 import itertools
@@ -14,27 +14,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 from smalti.tokenizer.discriminators.augmentation import resized
 
-LAST_SIDE = 4  # halved down to a side of 4 to 7
+LAST_SIDE = 4  # pixels; the blocks halve the side until it is 4 to 7
 SLOPE = 0.2  # of the leaky ReLU
 
 
 @dataclass(frozen=True)
 class StyleGANDiscriminatorConfig:
-    """Width at full resolution; doubles at each halving up to `max_channels`."""
+    """Widths of the blocks; the width doubles with each halving of the side."""
 
-    channels: int = 64
+    channels: int = 64  # width at full resolution
     max_channels: int = 512
     kind: Literal["stylegan"] = "stylegan"
 
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= self.max_channels:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"channels is {self.channels} and max_channels {self.max_channels}: use 1 <= "
                 "channels <= max_channels"
             )
+
+
+def _activate(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, SLOPE)
+
+
+def halve(x: Tensor) -> Tensor:
+    """Blur with the binomial kernel (1, 3, 3, 1) / 8, keep every second pixel, (B, C, h/2, w/2).
+
+    The blur avoids aliasing, which a discriminator could exploit.
+    """
+    channels = x.shape[1]
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8
+    # Separable: rows, then columns, each channel by itself.
+    x = F.conv2d(
+        x, taps.view(1, 1, 4, 1).expand(channels, -1, -1, -1), None, (2, 1), (1, 0), 1, channels
+    )
+    return F.conv2d(
+        x, taps.view(1, 1, 1, 4).expand(channels, -1, -1, -1), None, (1, 2), (0, 1), 1, channels
+    )
+
+
+class ResidualDown(nn.Module):
+    """(conv(blur(conv(x))) + skip(blur(x))) / sqrt(2): half the side, variance kept."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_in, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.skip = nn.Conv2d(channels_in, channels_out, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C', h/2, w/2)
+        hidden = _activate(self.conv1(x))
+        hidden = _activate(self.conv2(halve(hidden)))
+        return (hidden + self.skip(halve(x))) / math.sqrt(2)
 
 
 class StyleGANDiscriminator(nn.Module):
@@ -51,9 +86,9 @@ class StyleGANDiscriminator(nn.Module):
         self.image_size = image_size
         levels = int(math.log2(max(image_size / LAST_SIDE, 1)))
         if levels < 1 or image_size % 2**levels:
-            raise SmaltiError(
-                f"the stylegan critic halves pictures down to 4 to 7 px; {image_size} px cannot "
-                "be halved so: use 8, 16, 32, 64, 96, 128, 192, 256, ..."
+            raise ConfigurationError(
+                f"the stylegan discriminator halves images down to 4 to 7 px; {image_size} px "
+                "cannot be halved so: use 8, 16, 32, 64, 96, 128, 192, 256, ..."
             )
         widths = [min(config.channels * 2**i, config.max_channels) for i in range(levels + 1)]
         side = image_size // 2**levels
@@ -64,7 +99,8 @@ class StyleGANDiscriminator(nn.Module):
         self.output = nn.Linear(widths[-1], 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                # A skip and the output have no activation, whose loss of variance to make up for.
+                # He's gain makes up for the variance that an activation loses. Skips and the
+                # output have none.
                 linear = module is self.output or module.bias is None
                 nonlinearity = "linear" if linear else "leaky_relu"
                 nn.init.kaiming_normal_(module.weight, SLOPE, nonlinearity=nonlinearity)
@@ -72,38 +108,7 @@ class StyleGANDiscriminator(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.blocks(_activate(self.from_rgb(resized(images, self.image_size))))
+        x = _activate(self.from_rgb(resized(images, self.image_size)))
+        x = self.blocks(x)  # (B, C, h, h), h from 4 to 7
         x = _activate(self.conv(x)).flatten(1)
         return self.output(_activate(self.hidden(x)))
-
-
-class ResidualDown(nn.Module):
-    """(conv(blur(conv(x))) + skip(blur(x))) / sqrt(2), half the side."""
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels_in, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.skip = nn.Conv2d(channels_in, channels_out, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C', h/2, w/2)
-        hidden = _activate(self.conv1(x))
-        hidden = _activate(self.conv2(halve(hidden)))
-        return (hidden + self.skip(halve(x))) / math.sqrt(2)
-
-
-def halve(x: Tensor) -> Tensor:
-    """Blur with the binomial kernel (1, 3, 3, 1) / 8 both ways, keep every second pixel (B, C, h/2,
-    w/2): no aliasing that a critic could feed on."""
-    channels = x.shape[1]
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8
-    x = F.conv2d(
-        x, taps.view(1, 1, 4, 1).expand(channels, -1, -1, -1), None, (2, 1), (1, 0), 1, channels
-    )
-    return F.conv2d(
-        x, taps.view(1, 1, 1, 4).expand(channels, -1, -1, -1), None, (1, 2), (0, 1), 1, channels
-    )
-
-
-def _activate(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, SLOPE)

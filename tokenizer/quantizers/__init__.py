@@ -1,4 +1,4 @@
-"""The quantizers that smalti knows: a configuration each, told apart by `kind`, and their class."""
+"""The registered quantizers: the config of each, told apart by its `kind`, and its class."""
 
 from smalti.hub import Registry
 from smalti.tokenizer.quantizers.fsq import FSQConfig

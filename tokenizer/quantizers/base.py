@@ -1,6 +1,12 @@
-"""Quantization: continuous features -> codes. What every quantizer promises.
+"""Quantization: continuous features -> codes.
 
-Pure: no encoder, no decoder; a prior may own a copy.
+    nearest_codes    search for the nearest codebook vector
+    estimators       a gradient for that choice, which has none of its own
+    entropy_loss     features that are sure of their code, a codebook that is used evenly
+    Quantizer        what every quantizer provides
+
+No file of this folder knows an encoder or a decoder, so a prior may own a copy of a quantizer.
+Shapes: B batch, d numbers per feature, h w latent grid, L codes per image, V vocabulary, N = B h w.
 """
 
 from abc import ABC, abstractmethod
@@ -9,22 +15,67 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smalti.distributed import mean_over_processes
-from smalti.errors import SmaltiError
-from smalti.randomness import RandomInputs
+from smalti.errors import DataError
+
+CHUNK_ELEMENTS = 2**24  # elements of a (N, V) matrix held at once: 64 MB in fp32
+TINY = 1e-20  # smaller probabilities count as 0
 
 # -------------------------------------------------------------------------------------------------
-# Gradients through a choice that has none: from a quantized vector back to the feature.
+# Rows and maps
+
+
+def as_rows(features: Tensor) -> Tensor:
+    """(B, d, h, w) -> (B h w, d), in raster order."""
+    return rearrange(features, "b d h w -> (b h w) d")
+
+
+def as_maps(rows: Tensor, batch: int, height: int, width: int) -> Tensor:
+    """(B h w, d) -> (B, d, h, w)."""
+    return rearrange(rows, "(b h w) d -> b d h w", b=batch, h=height, w=width)
+
+
+# -------------------------------------------------------------------------------------------------
+# Nearest-neighbour search: argmin_k |z - e_k|^2 (VQ-VAE, 1711.00937, eq. 1)
+
+
+def nearest_codes(features: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the codebook vector with the least Euclidean distance to each feature.
+
+    Args:
+        features: (N, d).
+        codebook: (V, d).
+
+    Returns:
+        (N,) int64.
+
+    Raises:
+        DataError: features and codes differ in d.
+    """
+    if features.shape[-1] != codebook.shape[-1]:
+        raise DataError(
+            f"features have {features.shape[-1]} numbers each but codes have {codebook.shape[-1]}"
+        )
+    # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for all codes.
+    half_norms = codebook.square().sum(-1) / 2  # (V,)
+    # Memory is bounded whatever N and V are.
+    chunk = max(1, CHUNK_ELEMENTS // len(codebook))
+    return torch.cat(
+        [
+            torch.addmm(half_norms, rows, codebook.T, alpha=-1).argmin(-1)  # (n, V) -> (n,)
+            for rows in features.split(chunk)
+        ]
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Gradient estimators: from the quantized vector back to the feature
 
 Estimator = Literal["straight-through", "rotation"]
-
-
-def estimate(kind: Estimator, features: Tensor, quantized: Tensor) -> Tensor:
-    """The value of `quantized` (B, d, ...), with the gradient that `kind` gives to `features`."""
-    return ESTIMATORS[kind](features, quantized)
 
 
 def straight_through(features: Tensor, quantized: Tensor) -> Tensor:
@@ -36,35 +87,35 @@ def straight_through(features: Tensor, quantized: Tensor) -> Tensor:
 
 
 def rotation(features: Tensor, quantized: Tensor) -> Tensor:
-    """q as a rotation and rescaling of z, both held constant, so that the angle between gradient
-    and vector is kept (Fifty et al., 2410.06424, section 4.2).
+    """The rotation trick (Fifty et al., 2410.06424, section 4.2).
 
-    q = |q| / |z| (z - 2 r r'z + 2 q^ z^'z), with unit vectors z^, q^ and r = (z^ + q^) / |z^ + q^|.
+    q is written as a rotation and rescaling of z, both held constant, so that the angle between
+    gradient and vector is kept: q = |q| / |z| (z - 2 r r'z + 2 q^ z^'z), with the unit vectors
+    z^, q^ and r = (z^ + q^) / |z^ + q^|.
     """
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(1, keepdim=True)  # (B, 1, ...)
+
     z, q = features, quantized.detach()
     z_norm = z.detach().norm(dim=1, keepdim=True).clamp_min(1e-6)
     unit_z = z.detach() / z_norm
     unit_q = F.normalize(q, dim=1, eps=1e-6)
-    middle = F.normalize(unit_z + unit_q, dim=1, eps=1e-6)
-    rotated = z - 2 * middle * _dot(middle, z) + 2 * unit_q * _dot(unit_z, z)
+    r = F.normalize(unit_z + unit_q, dim=1, eps=1e-6)
+    rotated = z - 2 * r * dot(r, z) + 2 * unit_q * dot(unit_z, z)
     return rotated * (q.norm(dim=1, keepdim=True) / z_norm)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1, keepdim=True)
 
 
 ESTIMATORS = {"straight-through": straight_through, "rotation": rotation}
 
 
-# -------------------------------------------------------------------------------------------------
-# Entropy regularisation: each feature should be sure of its code, the batch should use them all.
-#
-# L = E[H(p(. | z))] - gamma H(E[p(. | z)]), with p(k | z) ~ exp(-|z - e_k|^2 / T) (MAGVIT-v2,
-# 2310.05737, eq. 6). The mean is over all processes.
+def estimate(kind: Estimator, features: Tensor, quantized: Tensor) -> Tensor:
+    """The value of `quantized` (B, d, ...), with the gradient that `kind` gives to `features`."""
+    return ESTIMATORS[kind](features, quantized)
 
-TINY = 1e-20  # below this, probabilities count as 0
-CHUNK_ELEMENTS = 2**24  # probabilities held at once: 64 MB in fp32
+
+# -------------------------------------------------------------------------------------------------
+# Entropy regularisation: E[H(p(. | z))] - gamma H(E[p(. | z)]) (MAGVIT-v2, 2310.05737, eq. 6)
 
 
 def entropy(probabilities: Tensor) -> Tensor:
@@ -75,31 +126,41 @@ def entropy(probabilities: Tensor) -> Tensor:
 def entropy_loss(
     features: Tensor, codebook: Tensor, temperature: float, diversity: float = 1.0
 ) -> Tensor:
-    """The loss above for features (N, d) and a codebook (V, d), a scalar in nats.
+    """E[H(p(. | z))] - gamma H(E[p(. | z)]) with p(k | z) ~ exp(-|z - e_k|^2 / T), in nats.
 
-    The (N, V) probabilities are made chunk by chunk, again in the backward pass.
+    Low where each feature is sure of its code and the batch as a whole uses all codes. The outer
+    mean is over all processes.
+
+    Args:
+        features: (N, d).
+        codebook: (V, d).
+        temperature: T.
+        diversity: gamma.
+
+    Returns:
+        A scalar.
     """
 
-    def part(rows: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        scores = (2 * rows @ vectors.T - vectors.square().sum(-1)) / temperature
+    def entropy_and_sum(rows: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        scores = (2 * rows @ vectors.T - vectors.square().sum(-1)) / temperature  # (n, V)
         p = scores.softmax(-1)
         return entropy(p).sum(), p.sum(0)
 
+    # The (N, V) probabilities are made chunk by chunk, and again in the backward pass.
     chunk = max(1, CHUNK_ELEMENTS // len(codebook))
-    own = features.new_zeros(())
-    mean = features.new_zeros(len(codebook))
+    each = features.new_zeros(())
+    mean = features.new_zeros(len(codebook))  # (V,)
     for rows in features.split(chunk):
-        entropies, probabilities = checkpoint(part, rows, codebook, use_reentrant=False)
-        own, mean = own + entropies, mean + probabilities
+        entropies, probabilities = checkpoint(entropy_and_sum, rows, codebook, use_reentrant=False)
+        each, mean = each + entropies, mean + probabilities
     mean = mean_over_processes(mean / len(features))
-    return own / len(features) - diversity * entropy(mean)
+    return each / len(features) - diversity * entropy(mean)
 
 
 # -------------------------------------------------------------------------------------------------
-# Quantization: continuous features -> codes. What every quantizer promises.
+# What every quantizer provides
 
 Grids = tuple[tuple[int, int], ...]
-SEARCH_ELEMENTS = 2**24  # scores held at once in the nearest-code search: 64 MB in fp32
 
 
 @dataclass
@@ -114,7 +175,7 @@ class Quantized:
 class Quantizer(nn.Module, ABC):
     """Features (B, d, h, w) <-> codes (B, L) in [0, vocab_size).
 
-    All arithmetic is in fp32, also under autocast: in bf16 6 % of features change their code.
+    All arithmetic is in fp32, also under autocast: in bf16 6 % of the features change their code.
     """
 
     Config: ClassVar[type]
@@ -130,16 +191,11 @@ class Quantizer(nn.Module, ABC):
         """Numbers per feature, d."""
 
     def grids(self, height: int, width: int) -> Grids:
-        """The (h, w) code grids of features of this size, coarse to fine."""
+        """The (h, w) grids of codes of features of this size, coarse to fine."""
         return ((height, width),)
 
-    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random numbers for a training pass over `count` pictures, a row for each."""
-        del count, generator
-        return {}
-
     @abstractmethod
-    def _quantize(self, features: Tensor, random_inputs: RandomInputs | None) -> Quantized:
+    def _quantize(self, features: Tensor) -> Quantized:
         """`forward` of fp32 features, without autocast."""
 
     @abstractmethod
@@ -150,14 +206,22 @@ class Quantizer(nn.Module, ABC):
     def _lookup(self, codes: Tensor, height: int, width: int) -> Tensor:
         """`lookup` without autocast."""
 
-    def forward(self, features: Tensor, random_inputs: RandomInputs | None = None) -> Quantized:
+    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random inputs of `forward` for a training pass over `count` images, by argument name.
+
+        Each has one row per image. Most quantizers have none.
+        """
+        del count, generator
+        return {}
+
+    def forward(self, features: Tensor) -> Quantized:
         """The differentiable pass over features (B, d, h, w).
 
-        Args:
-            drawn: rows of what `draw` returned; None draws from torch's global generators.
+        A quantizer with random inputs takes them as optional keyword arguments, under the names
+        that `sample_random_inputs` uses; without them it samples from torch's global generators.
         """
         with torch.autocast(features.device.type, enabled=False):
-            return self._quantize(features.float(), random_inputs)
+            return self._quantize(features.float())
 
     @torch.no_grad()
     def search(self, features: Tensor) -> Tensor:
@@ -179,41 +243,3 @@ class Quantizer(nn.Module, ABC):
 
     def discard_step(self) -> None:
         """Forget what `forward` collected: the optimizer step was skipped."""
-
-
-def nearest_codes(features: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook vector with the least Euclidean distance to each feature.
-
-    Args:
-        features: (N, d).
-        codebook: (V, d).
-
-    Returns:
-        (N,) int64. |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not matter; features are
-        taken in chunks so that memory is bounded whatever N and V.
-
-    Raises:
-        SmaltiError: features and codes differ in d.
-    """
-    if features.shape[-1] != codebook.shape[-1]:
-        raise SmaltiError(
-            f"features have {features.shape[-1]} numbers each but codes have {codebook.shape[-1]}"
-        )
-    half_norms = codebook.square().sum(-1) / 2  # (V,)
-    chunk = max(1, SEARCH_ELEMENTS // len(codebook))
-    return torch.cat(
-        [
-            torch.addmm(half_norms, part, codebook.T, alpha=-1).argmin(-1)
-            for part in features.split(chunk)
-        ]
-    )
-
-
-def as_rows(features: Tensor) -> Tensor:
-    """(B, d, h, w) -> (B h w, d), raster order."""
-    return features.movedim(1, -1).flatten(0, -2)
-
-
-def as_maps(rows: Tensor, batch: int, height: int, width: int) -> Tensor:
-    """(B h w, d) -> (B, d, h, w)."""
-    return rows.unflatten(0, (batch, height, width)).movedim(-1, 1)

@@ -1,4 +1,12 @@
-"""A codebook: V vectors of d numbers, how they are compared, learned, and revived when dead."""
+"""A codebook: V vectors of d numbers, how they are compared, learned, and revived when dead.
+
+EMA updates and the revival of dead codes are written here rather than taken from a library: they
+use the features of all processes, move once per accepted optimizer step, and resume exactly.
+
+    Codebook         learned by gradient descent on the codebook loss
+    EMACodebook      running means of the features that chose each code
+    SimVQCodebook    a fixed random table times one learned matrix
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -8,19 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.distributed import sum_over_processes, uniform_rows
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 from smalti.tokenizer.quantizers.base import Quantizer, nearest_codes
-
-# -------------------------------------------------------------------------------------------------
-# A codebook: V vectors of d numbers, how they are compared, learned, and revived when dead.
 
 EMA_SMOOTHING = 1e-5  # pseudo-count of Laplace smoothing
 
 
 @dataclass(frozen=True)
 class CodebookConfig:
-    """Defaults: LlamaGen's codebook. l2-normalised low-dimensional codes (ViT-VQGAN, 2110.04627)
-    are the cheapest cure of collapse."""
+    """Defaults: LlamaGen's codebook.
+
+    l2-normalised low-dimensional codes (ViT-VQGAN, 2110.04627) are the cheapest cure of collapse.
+    """
 
     # May change without changing what saved weights mean.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ("ema_decay", "revive_after")
@@ -32,31 +39,37 @@ class CodebookConfig:
     # simvq: a fixed random table times one learned matrix, which moves all codes together.
     learning: Literal["gradient", "ema", "simvq"] = "gradient"
     ema_decay: float = 0.99  # of the running means
-    revive_after: int = 200  # steps without a hit until a code is re-drawn from data; 0 = never
+    revive_after: int = 200  # steps unused until a code is replaced by a feature; 0 = never
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2 or self.code_dim < 1:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"vocab_size {self.vocab_size} and code_dim {self.code_dim}: need at least 2 and 1"
             )
         if not 0 <= self.ema_decay < 1:
-            raise SmaltiError(f"ema_decay is {self.ema_decay}; it must lie in [0, 1)")
+            raise ConfigurationError(f"ema_decay is {self.ema_decay}; it must lie in [0, 1)")
         if self.revive_after < 0:
-            raise SmaltiError(f"revive_after is {self.revive_after}; it must not be negative")
+            raise ConfigurationError(
+                f"revive_after is {self.revive_after}; it must not be negative"
+            )
         if self.learning == "simvq" and self.revive_after:
-            raise SmaltiError(
+            raise ConfigurationError(
                 "simvq moves all codes together and cannot revive single ones: set revive_after 0"
             )
 
     def build(self) -> "Codebook":
-        """The codebook that `learning` names."""
+        """A new codebook of the class that `learning` names."""
         return {"gradient": Codebook, "ema": EMACodebook, "simvq": SimVQCodebook}[self.learning](
             self
         )
 
 
+# -------------------------------------------------------------------------------------------------
+# Gradient descent on |sg z - e|^2 (VQ-VAE, 1711.00937, eq. 3)
+
+
 class Codebook(nn.Module):
-    """Vectors learned by gradient descent on the codebook loss (VQ-VAE, 1711.00937, eq. 3)."""
+    """Vectors learned by gradient descent on the codebook loss, which the quantizer adds."""
 
     learns_by_gradient = True
 
@@ -64,8 +77,8 @@ class Codebook(nn.Module):
         super().__init__()
         self.config = config
         self._make_table(self._initial_table())
-        # Steps since each code was last used. It starts at the limit: codes that the first batch
-        # does not hit are drawn from that batch, so the codebook begins where the data are.
+        # Steps since each code was last used. It starts at the limit, so that codes which the
+        # first batch does not use are replaced by features of that batch.
         self.register_buffer("idle_steps", torch.full((config.vocab_size,), config.revive_after))
         self.idle_steps: Tensor
         self.discard_step()
@@ -77,11 +90,11 @@ class Codebook(nn.Module):
         return torch.empty(size, dim).uniform_(-1 / size, 1 / size)
 
     def _make_table(self, table: Tensor) -> None:
-        self.weight = nn.Parameter(table)
+        self.weight = nn.Parameter(table)  # (V, d)
 
     @property
     def vectors(self) -> Tensor:
-        """What codes stand for, (V, d) fp32."""
+        """The codebook vectors, (V, d) fp32."""
         return self.normalise(self.weight.float())
 
     def normalise(self, rows: Tensor) -> Tensor:
@@ -97,13 +110,13 @@ class Codebook(nn.Module):
         """Codes (...) in [0, V) -> vectors (..., d), fp32."""
         return self.normalise(F.embedding(codes, self.weight).float())
 
-    # -- learning from what a step used ---------------------------------------------------------
+    # -- after an optimizer step: learning and revival ------------------------------------------
 
     def collect(self, rows: Tensor, codes: Tensor, used: Tensor | None = None) -> None:
         """Remember the features (N, d) and codes (N,) of a training pass until the step ends.
 
         Args:
-            used: (N,) bool, which of the codes count; all by default.
+            used: (N,) bool, which of the codes count; None: all.
         """
         self._rows.append(rows.detach())
         self._codes.append(codes)
@@ -129,7 +142,7 @@ class Codebook(nn.Module):
             return
         self.idle_steps.copy_(torch.where(counts > 0, 0, self.idle_steps + 1))
         dead = (self.idle_steps > self.config.revive_after).nonzero().flatten()
-        # The number of dead codes is the same everywhere: so is the decision to communicate.
+        # The number of dead codes is the same on all processes: all of them communicate or none.
         if len(dead):
             self._replace(dead, uniform_rows(rows, len(dead), generator))
             self.idle_steps[dead] = 0
@@ -141,20 +154,23 @@ class Codebook(nn.Module):
         self.weight[dead] = rows.to(self.weight.dtype)
 
 
-class EMACodebook(Codebook):
-    """Each vector is the running mean of the features that chose it (VQ-VAE, appendix A.1), with
-    Laplace smoothing of the counts; mean directions if codes are normalised.
+# -------------------------------------------------------------------------------------------------
+# Exponential moving averages: e_k = m_k / N_k (VQ-VAE, appendix A.1)
 
-    The means are over the whole batch, whatever the number of processes, and stay as they are if a
-    step is skipped.
+
+class EMACodebook(Codebook):
+    """Each vector is the running mean of the features that chose it.
+
+    Counts have Laplace smoothing; normalised codes are mean directions. The means are over the
+    whole batch, whatever the number of processes, and stay as they are if a step is skipped.
     """
 
     learns_by_gradient = False
 
     def _make_table(self, table: Tensor) -> None:
-        self.register_buffer("weight", table)
-        self.register_buffer("mean_counts", torch.ones(len(table)))  # N_k
-        self.register_buffer("mean_sums", table.clone())  # m_k
+        self.register_buffer("weight", table)  # (V, d)
+        self.register_buffer("mean_counts", torch.ones(len(table)))  # N_k, (V,)
+        self.register_buffer("mean_sums", table.clone())  # m_k, (V, d)
         self.weight: Tensor
         self.mean_counts: Tensor
         self.mean_sums: Tensor
@@ -165,6 +181,7 @@ class EMACodebook(Codebook):
         decay = self.config.ema_decay
         self.mean_counts.lerp_(counts.float(), 1 - decay)
         self.mean_sums.lerp_(sums, 1 - decay)
+        # A code that is hardly ever used would otherwise divide by almost 0.
         total, size = self.mean_counts.sum(), self.config.vocab_size
         smoothed = (self.mean_counts + EMA_SMOOTHING) / (total + size * EMA_SMOOTHING) * total
         self.weight.copy_(self.normalise(self.mean_sums / smoothed[:, None]))
@@ -175,17 +192,21 @@ class EMACodebook(Codebook):
         self.mean_sums[dead] = rows.float()
 
 
+# -------------------------------------------------------------------------------------------------
+# SimVQ: E = C W with C fixed and random and W learned (2411.02038)
+
+
 class SimVQCodebook(Codebook):
-    """E = C W with C fixed and random and W learned (SimVQ, 2411.02038): a step moves all codes."""
+    """One learned matrix moves all codes together, so none is left behind."""
 
     def _make_table(self, table: Tensor) -> None:
-        self.register_buffer("table", torch.randn_like(table))
+        self.register_buffer("table", torch.randn_like(table))  # C, (V, d)
         self.table: Tensor
-        self.transform = nn.Parameter(torch.eye(table.shape[1]))
+        self.transform = nn.Parameter(torch.eye(table.shape[1]))  # W, (d, d)
 
     @property
     def vectors(self) -> Tensor:
-        """What codes stand for, (V, d) fp32."""
+        """The codebook vectors, (V, d) fp32."""
         return self.normalise(self.table.float() @ self.transform.float())
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -194,7 +215,7 @@ class SimVQCodebook(Codebook):
 
 
 # -------------------------------------------------------------------------------------------------
-# What quantizers with a learned codebook share.
+# Quantizers with a learned codebook
 
 
 class CodebookQuantizer(Quantizer):

@@ -1,5 +1,7 @@
-"""Finite scalar quantization: every number is rounded to one of a few levels; no codebook, no loss
-(Mentzer et al., 2309.15505)."""
+"""Finite scalar quantization (FSQ, Mentzer et al., 2309.15505).
+
+Each number of a feature is rounded to one of a few levels. There is no codebook and no loss.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,8 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from smalti.errors import SmaltiError
-from smalti.randomness import RandomInputs
+from smalti.errors import ConfigurationError
 from smalti.tokenizer.quantizers.base import (
     Quantized,
     Quantizer,
@@ -18,7 +19,7 @@ from smalti.tokenizer.quantizers.base import (
     straight_through,
 )
 
-EDGE = 1e-3  # the bound reaches this much beyond the outermost level
+MARGIN = 1e-3  # the bound lies this fraction beyond the outermost level
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,20 @@ class FSQConfig:
 
     def __post_init__(self) -> None:
         if not self.levels or min(self.levels) < 2:
-            raise SmaltiError(f"levels is {self.levels}; give at least one number, each 2 or more")
-        if math.prod(self.levels) >= 2**31:
-            raise SmaltiError(f"levels {self.levels} make {math.prod(self.levels)} codes: too many")
+            raise ConfigurationError(
+                f"levels is {self.levels}; give at least one level count, each 2 or more"
+            )
+        if (codes := math.prod(self.levels)) >= 2**31:
+            raise ConfigurationError(
+                f"levels {self.levels} make {codes} codes, too many: use fewer than 2^31"
+            )
 
 
 class FSQuantizer(Quantizer):
-    """d numbers rounded to L_1 ... L_d levels, scaled to [-1, 1]; the code is their mixed-radix
-    number."""
+    """d numbers rounded to L_1 ... L_d levels and scaled to [-1, 1].
+
+    The code is the mixed-radix number whose digits are the levels.
+    """
 
     Config: ClassVar[type] = FSQConfig
 
@@ -69,30 +76,29 @@ class FSQuantizer(Quantizer):
 
         An even number of levels is centred between two of them, so zero lies on a level.
         """
-        reach = (self.levels - 1) * (1 + EDGE) / 2
+        bound = (self.levels - 1) * (1 + MARGIN) / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
-        return torch.tanh(rows + torch.atanh(offset / reach)) * reach - offset
+        return torch.tanh(rows + torch.atanh(offset / bound)) * bound - offset
 
-    def _quantize(self, features: Tensor, random_inputs: RandomInputs | None) -> Quantized:
-        del random_inputs
-        shape = (len(features), *features.shape[2:])
-        bounded = self.bounded(as_rows(features))
+    def _quantize(self, features: Tensor) -> Quantized:
+        shape = (len(features), *features.shape[2:])  # B, h, w
+        bounded = self.bounded(as_rows(features))  # (N, d)
         rounded = straight_through(bounded, bounded.round())
         return Quantized(
             latents=as_maps(rounded / self._half, *shape),
-            codes=self._number(rounded).view(len(features), -1),
+            codes=self._codes_of(rounded).view(len(features), -1),
         )
 
-    def _number(self, rounded: Tensor) -> Tensor:
+    def _codes_of(self, rounded: Tensor) -> Tensor:
         """Level numbers (N, d), centred on zero -> codes (N,)."""
         digits = rounded.detach().round().long() + self._half
         return (digits * self.radix).sum(-1)
 
     def _search(self, features: Tensor) -> Tensor:
         rounded = self.bounded(as_rows(features)).round()
-        return self._number(rounded).view(len(features), -1)
+        return self._codes_of(rounded).view(len(features), -1)
 
     def _lookup(self, codes: Tensor, height: int, width: int) -> Tensor:
-        digits = codes.flatten()[:, None] // self.radix % self.levels
+        digits = codes.flatten()[:, None] // self.radix % self.levels  # (N, d), from 0 to L - 1
         rows = (digits - self._half).float() / self._half
         return as_maps(rows, len(codes), height, width)

@@ -1,5 +1,8 @@
-"""Quantization by a categorical distribution over codes, drawn with the Gumbel-softmax in training
-(Jang et al., 1611.01144; DALL-E, 2102.12092, section 2.1; the Gumbel variant of VQGAN)."""
+"""Gumbel-softmax quantization (Jang et al., 1611.01144; DALL-E, 2102.12092, section 2.1).
+
+A linear map gives each feature a categorical distribution over codes. Training samples from it with
+the Gumbel-softmax; the Gumbel variant of VQGAN (2012.09841) is this quantizer.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.errors import SmaltiError
-from smalti.randomness import RandomInputs
+from smalti.errors import ConfigurationError
 from smalti.tokenizer.quantizers.base import (
-    SEARCH_ELEMENTS,
+    CHUNK_ELEMENTS,
     Quantized,
     Quantizer,
     as_maps,
@@ -36,16 +38,18 @@ class GumbelConfig:
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2 or self.code_dim < 1:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"vocab_size {self.vocab_size} and code_dim {self.code_dim}: need at least 2 and 1"
             )
         if self.temperature <= 0 or self.kl_weight < 0:
-            raise SmaltiError("temperature must be positive, kl_weight 0 or more")
+            raise ConfigurationError("temperature must be positive, kl_weight 0 or more")
 
 
 class GumbelQuantizer(Quantizer):
-    """A linear map scores all codes; the best one is the code, and a table tells what it stands
-    for. In training Gumbel noise is added to the scores, and gradients are those of the softmax."""
+    """A linear map scores all codes; the best one is the code, and a table holds its vector.
+
+    In training Gumbel noise is added to the scores, and gradients are those of the softmax.
+    """
 
     Config: ClassVar[type] = GumbelConfig
 
@@ -68,14 +72,14 @@ class GumbelQuantizer(Quantizer):
         bias = None if self.proj.bias is None else self.proj.bias.float()
         return F.linear(rows, self.proj.weight.float().flatten(1), bias)
 
-    def _quantize(self, features: Tensor, random_inputs: RandomInputs | None) -> Quantized:
-        del random_inputs
-        shape = (len(features), *features.shape[2:])
+    def _quantize(self, features: Tensor) -> Quantized:
+        shape = (len(features), *features.shape[2:])  # B, h, w
         scores = self.scores(as_rows(features))  # (N, V)
-        if self.training:
+        if self.training:  # one-hot (N, V), with the gradient of softmax((scores + noise) / T)
             chosen = F.gumbel_softmax(scores, tau=self.config.temperature, hard=True)
         else:
             chosen = F.one_hot(scores.argmax(-1), self.vocab_size).float()
+        # KL(p || uniform) = log V - H(p), in nats, mean over features
         divergence = math.log(self.vocab_size) - entropy(scores.softmax(-1)).mean()
         return Quantized(
             latents=as_maps(chosen @ self.embed.weight.float(), *shape),
@@ -84,9 +88,9 @@ class GumbelQuantizer(Quantizer):
         )
 
     def _search(self, features: Tensor) -> Tensor:
-        chunk = max(1, SEARCH_ELEMENTS // self.vocab_size)
-        parts = as_rows(features).split(chunk)
-        return torch.cat([self.scores(p).argmax(-1) for p in parts]).view(len(features), -1)
+        chunk = max(1, CHUNK_ELEMENTS // self.vocab_size)
+        codes = [self.scores(rows).argmax(-1) for rows in as_rows(features).split(chunk)]
+        return torch.cat(codes).view(len(features), -1)
 
     def _lookup(self, codes: Tensor, height: int, width: int) -> Tensor:
         rows = F.embedding(codes.flatten(), self.embed.weight).float()

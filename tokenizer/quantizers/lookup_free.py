@@ -1,5 +1,8 @@
-"""Lookup-free codes: the signs of d numbers are d bits (LFQ, MAGVIT-v2, 2310.05737), or of a unit
-vector (binary spherical quantization, 2406.07548)."""
+"""Lookup-free quantization: the signs of d numbers are the d bits of a code.
+
+LFQ (MAGVIT-v2, 2310.05737) takes the signs of the features, binary spherical quantization (BSQ,
+2406.07548) those of the features scaled to unit length.
+"""
 
 import math
 from dataclasses import dataclass
@@ -10,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.distributed import mean_over_processes
-from smalti.errors import SmaltiError
-from smalti.randomness import RandomInputs
+from smalti.errors import ConfigurationError
 from smalti.tokenizer.quantizers.base import (
     Quantized,
     Quantizer,
@@ -42,26 +44,37 @@ class LookupFreeConfig:
     spherical: bool = False  # quantize unit vectors: codes are +-1/sqrt(d), the error is bounded
     commitment_weight: float = 0.25
     entropy_weight: float = 0.1
-    entropy_diversity: float = 1.0  # gamma: weight of the batch's entropy against each feature's
-    entropy_temperature: float = 0.01
-    # Bits whose joint distribution the batch's entropy sees; groups count as independent.
+    entropy_diversity: float = 1.0  # gamma: weight of the batch's entropy relative to a feature's
+    entropy_temperature: float = 0.01  # T
+    # Bits whose joint distribution enters the batch's entropy; groups count as independent.
     group_bits: int = 9
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 30:
-            raise SmaltiError(f"bits is {self.bits}; use 1 to 30")
+            raise ConfigurationError(f"bits is {self.bits}; use 1 to 30")
         if not 1 <= self.group_bits <= MAX_GROUP_BITS:
-            raise SmaltiError(f"group_bits is {self.group_bits}; use 1 to {MAX_GROUP_BITS}")
+            raise ConfigurationError(f"group_bits is {self.group_bits}; use 1 to {MAX_GROUP_BITS}")
         if min(self.commitment_weight, self.entropy_weight, self.entropy_diversity) < 0:
-            raise SmaltiError("the weights of a lookup-free quantizer must not be negative")
+            raise ConfigurationError(
+                "commitment_weight, entropy_weight and entropy_diversity must not be negative"
+            )
         if self.entropy_temperature <= 0:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"entropy_temperature is {self.entropy_temperature}; it must be positive"
             )
 
 
+def joint_probabilities(p: Tensor) -> Tensor:
+    """Probabilities (N, g) of g independent bits -> of all their 2^g values (N, 2^g)."""
+    joint = p.new_ones(len(p), 1)
+    for bit in p.unbind(-1):
+        pair = torch.stack([1 - bit, bit], -1)  # (N, 2)
+        joint = (pair[:, :, None] * joint[:, None, :]).flatten(1)
+    return joint
+
+
 class LookupFreeQuantizer(Quantizer):
-    """d numbers become their signs; bit i of a code tells whether number i is positive."""
+    """d numbers become their signs; bit i of a code is 1 where number i is positive."""
 
     Config: ClassVar[type] = LookupFreeConfig
 
@@ -88,10 +101,9 @@ class LookupFreeQuantizer(Quantizer):
         rows = as_rows(features)
         return F.normalize(rows, dim=-1) if self.config.spherical else rows
 
-    def _quantize(self, features: Tensor, random_inputs: RandomInputs | None) -> Quantized:
-        del random_inputs
-        shape = (len(features), *features.shape[2:])
-        rows = self._rows(features)
+    def _quantize(self, features: Tensor) -> Quantized:
+        shape = (len(features), *features.shape[2:])  # B, h, w
+        rows = self._rows(features)  # (N, d)
         positive = rows > 0
         signs = torch.where(positive, self.magnitude, -self.magnitude)
         config, losses = self.config, {}
@@ -108,18 +120,20 @@ class LookupFreeQuantizer(Quantizer):
     def entropy_loss(self, rows: Tensor) -> Tensor:
         """E[H(p(. | z))] - gamma H(E[p(. | z)]) of rows (N, d), p ~ exp(-|z - e|^2 / T), in nats.
 
-        The bits of one feature are independent, so the first term is exactly the sum over bits. The
-        second is exact within a group of bits, and an upper bound if there are several.
+        The scalar of MAGVIT-v2, eq. 6, without its 2^d probabilities: the bits of one feature are
+        independent, so the first term is exactly the sum over bits. The second is exact within a
+        group of bits, and an upper bound if there are several groups.
         """
+        # P(bit = 1 | z) of codes +-m: the two squared distances differ by 4 m z.
         p = torch.sigmoid(4 * self.magnitude * rows / self.config.entropy_temperature)  # (N, d)
-        own = entropy(torch.stack([p, 1 - p], -1)).sum(-1).mean()
+        each = entropy(torch.stack([p, 1 - p], -1)).sum(-1).mean()  # (N, d, 2) -> scalar
         batch = torch.stack(
             [
                 entropy(mean_over_processes(joint_probabilities(part).mean(0)))
-                for part in p.split(self.config.group_bits, dim=-1)
+                for part in p.split(self.config.group_bits, dim=-1)  # (N, g)
             ]
         ).sum()
-        return own - self.config.entropy_diversity * batch
+        return each - self.config.entropy_diversity * batch
 
     def _search(self, features: Tensor) -> Tensor:
         positive = self._rows(features) > 0
@@ -129,12 +143,3 @@ class LookupFreeQuantizer(Quantizer):
         bits = codes.flatten()[:, None] // self.radix % 2
         rows = (2.0 * bits - 1) * self.magnitude
         return as_maps(rows, len(codes), height, width)
-
-
-def joint_probabilities(p: Tensor) -> Tensor:
-    """Probabilities (N, g) of g independent bits -> of all their 2^g values (N, 2^g)."""
-    joint = p.new_ones(len(p), 1)
-    for bit in p.unbind(-1):
-        pair = torch.stack([1 - bit, bit], -1)  # (N, 2)
-        joint = (pair[:, :, None] * joint[:, None, :]).flatten(1)
-    return joint

@@ -6,8 +6,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from smalti.errors import SmaltiError
-from smalti.randomness import RandomInputs
+from smalti.errors import ConfigurationError
 from smalti.tokenizer.quantizers.base import (
     Estimator,
     Quantized,
@@ -35,14 +34,14 @@ class NearestConfig:
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     commitment_weight: float = 0.25  # beta of VQ-VAE, eq. 3
     estimator: Estimator = "straight-through"
-    entropy_weight: float = 0.0  # pushes towards using all codes
-    entropy_temperature: float = 0.01
+    entropy_weight: float = 0.0  # of `entropy_loss`, which rewards using all codes
+    entropy_temperature: float = 0.01  # T of `entropy_loss`
 
     def __post_init__(self) -> None:
         if self.commitment_weight < 0 or self.entropy_weight < 0:
-            raise SmaltiError("commitment_weight and entropy_weight must not be negative")
+            raise ConfigurationError("commitment_weight and entropy_weight must not be negative")
         if self.entropy_temperature <= 0:
-            raise SmaltiError(
+            raise ConfigurationError(
                 f"entropy_temperature is {self.entropy_temperature}; it must be positive"
             )
 
@@ -63,12 +62,11 @@ class NearestQuantizer(CodebookQuantizer):
     def _lookup(self, codes: Tensor, height: int, width: int) -> Tensor:
         return as_maps(self.codebook.lookup(codes.flatten()), len(codes), height, width)
 
-    def _quantize(self, features: Tensor, random_inputs: RandomInputs | None) -> Quantized:
-        del random_inputs
-        shape = (len(features), *features.shape[2:])
+    def _quantize(self, features: Tensor) -> Quantized:
+        shape = (len(features), *features.shape[2:])  # B, h, w
         rows = self.codebook.normalise(as_rows(features))  # (N, d)
-        codes = self.codebook.search(rows)
-        vectors = self.codebook.lookup(codes)
+        codes = self.codebook.search(rows)  # (N,)
+        vectors = self.codebook.lookup(codes)  # (N, d)
         if self.training:
             self.codebook.collect(rows, codes)
         maps = as_maps(rows, *shape), as_maps(vectors, *shape)
@@ -80,11 +78,11 @@ class NearestQuantizer(CodebookQuantizer):
 
     def _losses(self, rows: Tensor, vectors: Tensor) -> dict[str, Tensor]:
         config = self.config
-        losses = {
-            "commitment": config.commitment_weight * F.mse_loss(rows, vectors.detach())
-        }  # |z - sg e|^2
+        # beta |z - sg e|^2: the encoder moves its features towards the codes (eq. 3).
+        losses = {"commitment": config.commitment_weight * F.mse_loss(rows, vectors.detach())}
         if self.codebook.learns_by_gradient:
-            losses["codebook"] = F.mse_loss(vectors, rows.detach())  # |sg z - e|^2
+            # |sg z - e|^2: the codes move towards the features. Running means do the same.
+            losses["codebook"] = F.mse_loss(vectors, rows.detach())
         if config.entropy_weight:
             losses["entropy"] = config.entropy_weight * entropy_loss(
                 rows, self.codebook.vectors, config.entropy_temperature
