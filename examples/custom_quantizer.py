@@ -20,13 +20,8 @@ from smalti.data.image_io import image_grid
 from smalti.scripts.train_tokenizer import TrainTokenizerConfig, train
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.presets import PRESETS
-from smalti.tokenizer.quantizers import QUANTIZERS
-from smalti.tokenizer.quantizers.base import (
-    Quantized,
-    Quantizer,
-    QuantizerConfig,
-    straight_through,
-)
+from smalti.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
+from smalti.tokenizer.quantizers.base import Quantized, Quantizer, straight_through
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,8 @@ from smalti.prior.registry import PRIORS
 from smalti.prior.sampling import sample_uniforms
 from smalti.randomness import Generators, RandomInputs
 from smalti.tokenizer.base import Reconstruction, Tokenizer, TokenizerConfig
-from smalti.tokenizer.quantizers import QUANTIZERS
-from smalti.tokenizer.quantizers.base import (
-    Quantized,
-    Quantizer,
-    QuantizerConfig,
-    straight_through,
-)
+from smalti.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
+from smalti.tokenizer.quantizers.base import Quantized, Quantizer, straight_through
 from smalti.tokenizer.registry import TOKENIZERS
 
 # -- a quantizer: the sign of each number is one bit of the code ----------------------------------

@@ -123,8 +123,8 @@ class Registry:
         others = {key: value for key, value in options.items() if key != "kind"}
         return config_from_dict(self.resolve(name), others, f"{self.kind} {name}")
 
-    def build(self, config: Any) -> Any:
-        """A new model of the class whose `Config` is the type of `config`.
+    def build(self, config: Any, *arguments: Any) -> Any:
+        """A new object of the class whose `Config` is the type of `config`: cls(config, ...).
 
         Raises:
             ConfigurationError: no registered class has such a `Config`.
@@ -132,7 +132,7 @@ class Registry:
         for name in self._entries:
             cls = self.resolve(name)
             if cls.Config is type(config):
-                return cls(config)
+                return cls(config, *arguments)
         raise ConfigurationError(f"no {self.kind} is configured by {type(config).__name__}")
 
 

@@ -1,11 +1,11 @@
-"""The registered discriminators: one line each, by the `kind` of their config."""
+"""Discriminators: images -> logits. The registered ones, and their configurations."""
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
 from smalti.hub import Registry
-from smalti.tokenizer.discriminators.frozen_features import FrozenFeatureDiscriminatorConfig
-from smalti.tokenizer.discriminators.patchgan import PatchGANConfig
-from smalti.tokenizer.discriminators.stylegan import StyleGANDiscriminatorConfig
 
 DISCRIMINATORS = Registry(
     "discriminator",
@@ -15,15 +15,19 @@ DISCRIMINATORS = Registry(
         "features": "smalti.tokenizer.discriminators.frozen_features:FrozenFeatureDiscriminator",
     },
 )
-DiscriminatorConfig = (
-    PatchGANConfig | StyleGANDiscriminatorConfig | FrozenFeatureDiscriminatorConfig
-)
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """A configuration of a discriminator: a frozen dataclass with a `kind`, its registered name."""
+
+    registry: ClassVar[Registry] = DISCRIMINATORS
 
 
 def build_discriminator(config: DiscriminatorConfig, image_size: int) -> nn.Module:
     """A new discriminator for images of `image_size` px: images (B, 3, S, S) -> logits (B, ...).
 
     Raises:
-        SmaltiError: it does not work at that size, or its backbone cannot be loaded.
+        ConfigurationError: it does not work at that size, or its backbone cannot be loaded.
     """
-    return DISCRIMINATORS.resolve(config.kind)(config, image_size)
+    return DISCRIMINATORS.build(config, image_size)

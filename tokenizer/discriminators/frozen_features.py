@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from smalti.errors import CheckpointError, ConfigurationError
 from smalti.tokenizer.backbone import FrozenBackbone
+from smalti.tokenizer.discriminators import DiscriminatorConfig
 from smalti.tokenizer.discriminators.augmentation import resized
 from smalti.tokenizer.discriminators.regularisers import SpectralConv2d
 
@@ -21,7 +22,7 @@ BACKBONE = "backbone."  # prefix of its tensors
 
 
 @dataclass(frozen=True)
-class FrozenFeatureDiscriminatorConfig:
+class FrozenFeatureDiscriminatorConfig(DiscriminatorConfig):
     """Defaults: DINO's ViT-S at 224 px, heads at four depths."""
 
     # A folder of the package transformers (DINOv2, CLIP, SigLIP), a Hub id, or a safetensors file

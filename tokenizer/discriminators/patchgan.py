@@ -6,12 +6,13 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from smalti.errors import ConfigurationError
+from smalti.tokenizer.discriminators import DiscriminatorConfig
 from smalti.tokenizer.discriminators.augmentation import resized
 from smalti.tokenizer.discriminators.regularisers import SpectralConv2d
 
 
 @dataclass(frozen=True)
-class PatchGANConfig:
+class PatchGANConfig(DiscriminatorConfig):
     """`num_layers` strided convolutions; 3 see patches of 70 px, 2 see 34 px, 1 sees 16 px."""
 
     channels: int = 64  # width after the first convolution; doubles per layer up to 8x

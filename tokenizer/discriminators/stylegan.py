@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.errors import ConfigurationError
+from smalti.tokenizer.discriminators import DiscriminatorConfig
 from smalti.tokenizer.discriminators.augmentation import resized
 
 LAST_SIDE = 4  # pixels; the blocks halve the side until it is 4 to 7
@@ -22,7 +23,7 @@ SLOPE = 0.2  # of the leaky ReLU
 
 
 @dataclass(frozen=True)
-class StyleGANDiscriminatorConfig:
+class StyleGANDiscriminatorConfig(DiscriminatorConfig):
     """Widths of the blocks; the width doubles with each halving of the side."""
 
     channels: int = 64  # width at full resolution

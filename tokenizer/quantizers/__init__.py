@@ -1,13 +1,9 @@
-"""The registered quantizers: the config of each, told apart by its `kind`, and its class."""
+"""Quantizers: continuous features -> codes. The registered ones, and their configurations."""
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 from smalti.hub import Registry
-from smalti.tokenizer.quantizers.fsq import FSQConfig
-from smalti.tokenizer.quantizers.gumbel import GumbelConfig
-from smalti.tokenizer.quantizers.lookup_free import LookupFreeConfig
-from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
-from smalti.tokenizer.quantizers.nearest import NearestConfig
-
-QuantizerConfig = NearestConfig | FSQConfig | LookupFreeConfig | MultiScaleConfig | GumbelConfig
 
 QUANTIZERS = Registry(
     "quantizer",
@@ -19,3 +15,10 @@ QUANTIZERS = Registry(
         "gumbel": "smalti.tokenizer.quantizers.gumbel:GumbelQuantizer",
     },
 )
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """The configuration of a quantizer: a frozen dataclass with a `kind`, its registered name."""
+
+    registry: ClassVar[Registry] = QUANTIZERS

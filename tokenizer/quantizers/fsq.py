@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import ConfigurationError
+from smalti.tokenizer.quantizers import QuantizerConfig
 from smalti.tokenizer.quantizers.base import (
     Quantized,
     Quantizer,
@@ -23,7 +24,7 @@ MARGIN = 1e-3  # the bound lies this fraction beyond the outermost level
 
 
 @dataclass(frozen=True)
-class FSQConfig:
+class FSQConfig(QuantizerConfig):
     """The paper's levels for about 2^16 codes: 8 * 8 * 8 * 5 * 5 * 5."""
 
     kind: Literal["fsq"] = "fsq"

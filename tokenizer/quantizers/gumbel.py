@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.errors import ConfigurationError
+from smalti.tokenizer.quantizers import QuantizerConfig
 from smalti.tokenizer.quantizers.base import (
     CHUNK_ELEMENTS,
     Quantized,
@@ -24,7 +25,7 @@ from smalti.tokenizer.quantizers.base import (
 
 
 @dataclass(frozen=True)
-class GumbelConfig:
+class GumbelConfig(QuantizerConfig):
     """Defaults: the published VQGAN f8 with 8192 codes."""
 
     # May change without changing what saved weights mean.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from smalti.distributed import mean_over_processes
 from smalti.errors import ConfigurationError
+from smalti.tokenizer.quantizers import QuantizerConfig
 from smalti.tokenizer.quantizers.base import (
     Quantized,
     Quantizer,
@@ -27,7 +28,7 @@ MAX_GROUP_BITS = 12  # 2^12 joint probabilities per feature
 
 
 @dataclass(frozen=True)
-class LookupFreeConfig:
+class LookupFreeConfig(QuantizerConfig):
     """Defaults: MAGVIT-v2's weights at 2^18 codes."""
 
     # May change without changing what saved weights mean.

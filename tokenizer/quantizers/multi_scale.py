@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.errors import ConfigurationError
+from smalti.tokenizer.quantizers import QuantizerConfig
 from smalti.tokenizer.quantizers.base import Estimator, Grids, Quantized, as_maps, as_rows, estimate
 from smalti.tokenizer.quantizers.codebook import CodebookConfig, CodebookQuantizer
 
@@ -26,7 +27,7 @@ PUBLISHED_SHARING = {(10, 4): (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)}
 
 
 @dataclass(frozen=True)
-class MultiScaleConfig:
+class MultiScaleConfig(QuantizerConfig):
     """Defaults: VAR's quantizer at 256 px."""
 
     # May change without changing what saved weights mean.

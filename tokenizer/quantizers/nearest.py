@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.errors import ConfigurationError
+from smalti.tokenizer.quantizers import QuantizerConfig
 from smalti.tokenizer.quantizers.base import (
     Estimator,
     Quantized,
@@ -19,7 +20,7 @@ from smalti.tokenizer.quantizers.codebook import CodebookConfig, CodebookQuantiz
 
 
 @dataclass(frozen=True)
-class NearestConfig:
+class NearestConfig(QuantizerConfig):
     """Defaults: LlamaGen's."""
 
     # May change without changing what saved weights mean.
