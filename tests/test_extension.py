@@ -59,7 +59,7 @@ def test_a_new_quantizer_and_prior_train_save_load_and_sample(coded: Path, tmp_p
         *("--sharpness=3.0", "--output_dir", tmp_path / "out"),
     )
     assert len(list((tmp_path / "out").glob("*.png"))) == 6
-    assert "histogram" in smalti("info", coded / "prior/pipeline")
+    assert "HistogramPrior" in smalti("info", coded / "prior/pipeline")
 
 
 @pytest.mark.slow
