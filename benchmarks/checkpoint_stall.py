@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint_stall.py --parameters 100e6
 
-Prints the median of ratios: `save_checkpoint` of a model, its average and AdamW's two moments, as a
-run holds them (written, hashed, flushed to disk, renamed), over one plain file of as many bytes,
-written and flushed. The two take turns, so that a busy disk disturbs both alike.
+Prints the median of a ratio of seconds: `save_checkpoint` of a model, its average and AdamW's two
+moments (written, hashed, flushed to disk, renamed), over one plain file of as many bytes, written
+and flushed. The two alternate, so that a busy disk slows both alike.
 """
 
 import argparse
@@ -24,7 +24,7 @@ WIDTH = 1024
 
 
 def trained_model(parameters: float) -> dict[str, Stateful]:
-    """What a run tracks, after one step."""
+    """The objects that a run tracks, after one step."""
     depth = max(1, round(parameters / WIDTH**2))
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(depth)))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -36,14 +36,14 @@ def trained_model(parameters: float) -> dict[str, Stateful]:
 
 
 def seconds_to_save(folder: Path, objects: dict[str, Stateful], step: int) -> float:
-    """How long the training loop waits for a checkpoint."""
+    """Seconds for which the training loop waits for a checkpoint."""
     start = time.perf_counter()
     save_checkpoint(folder, step, collect(objects, keep=True), {"kind": "benchmark"}, keep=1)
     return time.perf_counter() - start
 
 
 def seconds_to_write(path: Path, objects: dict[str, Stateful]) -> float:
-    """How long the same tensors take as the bytes of one file."""
+    """Seconds to write the same tensors as the bytes of one file."""
     tensors = [t for state in collect(objects, keep=True).values() for t in state.values()]
     start = time.perf_counter()
     with path.open("wb") as stream:
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, default=100e6)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure")
+    parser.add_argument("--folder", type=Path, default=None, help="a folder on the disk to measure")
     args = parser.parse_args()
     objects = trained_model(args.parameters)
     size = sum(t.nbytes for s in collect(objects, keep=True).values() for t in s.values())

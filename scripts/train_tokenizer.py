@@ -1,13 +1,17 @@
-"""Stage one: train a tokenizer on a set of pictures.
+"""Stage one: train a tokenizer on a set of images (VQGAN, 2012.09841; KL-VAE, 2112.10752).
 
-smalti train-tokenizer --data emoji --output_dir runs/tokenizer
-accelerate launch scripts/train_tokenizer.py --config scripts/configs/emoji_tokenizer.yaml
+    smalti train-tokenizer --data emoji --output_dir runs/tokenizer
+    accelerate launch scripts/train_tokenizer.py --config scripts/configs/emoji_tokenizer.yaml
+
+A step trains the tokenizer on reconstruction and adversarial losses, then the discriminator on the
+same images and their reconstructions.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -15,16 +19,16 @@ from torch import Tensor, nn
 
 from smalti.cli import parse_config, run_command
 from smalti.data.dataset import DataOptions, ImageBatch, ImageDataset
-from smalti.data.image_io import image_grid, save_png
+from smalti.data.image_io import image_grid
 from smalti.data.latents import CodeSpec
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.data.transforms import RandomCrop
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 from smalti.evaluation.reconstruction import code_counts, perplexity, psnr, usage
 from smalti.pipelines.finetune import load_initial_weights, saved_tokenizer
 from smalti.randomness import RandomInputs, generator
-from smalti.tokenizer.base import Reconstruction, Tokenizer
+from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.discriminators.adversarial import (
     compute_adaptive_weight,
     last_layer_gradients,
@@ -37,7 +41,6 @@ from smalti.tokenizer.losses.alignment import AlignedTokenizer, AlignmentConfig
 from smalti.tokenizer.losses.objective import (
     LossNetworks,
     ObjectiveConfig,
-    ObjectiveLoss,
     adversarial_loss,
     generator_loss,
     reconstruction_losses,
@@ -46,68 +49,18 @@ from smalti.tokenizer.losses.objective import (
 from smalti.tokenizer.losses.perceptual import LPIPS
 from smalti.tokenizer.presets import PRESETS, TokenizerConfig
 from smalti.training.checkpoint import OptimizerState
+from smalti.training.config import RunConfig
 from smalti.training.ema import EMA
 from smalti.training.logging import mean_of
-from smalti.training.processes import say
-from smalti.training.run import Run, RunConfig, random_inputs_for, shares
-
-# -------------------------------------------------------------------------------------------------
-# The critic of stage one: how it is trained beside a tokenizer.
-
-
-class DiscriminatorStage:
-    """A critic, its optimizer, and one step of both."""
-
-    def __init__(self, run: Run, config: ObjectiveConfig, image_size: int) -> None:
-        self.run = run
-        self.objective = DiscriminatorObjective(config, image_size).to(run.device)
-        self.optimizer = run.adamw(self.objective)
-        run.track(
-            discriminator=self.objective, discriminator_optimizer=OptimizerState(self.optimizer)
-        )
-        # Gradients are synchronised by this wrapper alone, so every pass that makes some uses it.
-        self.wrapped = run.replicate(self.objective)
-
-    def train_step(
-        self,
-        pairs: Sequence[tuple[Tensor, Tensor]],
-        draws: Sequence[Tensor],
-        step: int,
-    ) -> dict[str, Tensor]:
-        """One optimizer step; returns losses for the log.
-
-        Args:
-            pairs: pictures and reconstructions, (B, 3, H, W) each, of every micro-batch.
-            draws: (B, UNIFORMS_PER_IMAGE) of every micro-batch, see `critic_draws`.
-        """
-        parts = []
-        for index, ((images, fakes), numbers) in enumerate(zip(pairs, draws, strict=True)):
-            with self.run.micro_batch(index, self.wrapped):
-                loss = self.wrapped(images, fakes, numbers, step)
-                self.run.backward(loss.total)
-            parts.append(loss.parts)
-        norm = self.run.apply(self.optimizer, self.objective, step)
-        if self.run.count_step(norm, step, "critic"):
-            self.objective.after_step()
-        else:
-            self.objective.discard_step()
-        return {**mean_of(parts), "discriminator_gradient_norm": torch.tensor(norm)}
-
-
-def discriminator_uniforms(run: Run, step: int) -> list[Tensor]:
-    """Uniform numbers (B, UNIFORMS_PER_IMAGE) for the pictures of each micro-batch of this process.
-
-    A picture's numbers depend on its place in the whole batch of the step alone, not on how that
-    is shared among processes or cut into micro-batches.
-    """
-    numbers = generator(run.config.seed, "critic", step)
-    return shares(
-        run, torch.rand(run.config.train_batch_size, UNIFORMS_PER_IMAGE, generator=numbers)
-    )
-
-
-# -------------------------------------------------------------------------------------------------
-# Stage one: train a tokenizer on a set of pictures.
+from smalti.training.optim import (
+    adamw,
+    clip_gradients,
+    learning_rate,
+    logged_norm,
+    set_learning_rate,
+)
+from smalti.training.processes import replicate, say
+from smalti.training.run import Run, local_micro_batches, random_inputs_of_step, seed_everything
 
 VALIDATION_IMAGES = 512
 PREVIEW_IMAGES = 16
@@ -117,173 +70,189 @@ PREVIEW_IMAGES = 16
 class TrainTokenizerConfig(RunConfig, DataOptions):
     """Train a tokenizer: images -> latents -> images."""
 
-    output_dir: Path = Path("runs/tokenizer")
+    output_dir: Path = Path("runs/tokenizer")  # folder of checkpoints, logs and the tokenizer
     PRESETS: ClassVar[dict[str, Any]] = {"tokenizer": PRESETS}
     SAVED: ClassVar[dict[str, Any]] = {"tokenizer": saved_tokenizer}
 
     tokenizer: TokenizerConfig = field(default_factory=lambda: PRESETS["vq-32-tiny"])
-    initial: str = ""  # a tokenizer or pipeline with whose settings and weights training begins
+    initial: str = ""  # a tokenizer or pipeline whose settings and weights the run starts from
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    # Draws a KL tokenizer's latents towards the features of a vision model; recipes only.
+    # Aligns a KL tokenizer's latents with the features of a vision model; in recipes only.
     alignment: AlignmentConfig | None = None
-    flip: bool = True  # mirror half of the pictures
-    crop: Literal["centre", "random"] = "centre"
-    random_crop: RandomCrop = field(default_factory=RandomCrop)  # ADM's; if crop is random
+    flip: bool = True  # mirror half of the images
+    crop: Literal["centre", "random"] = "centre"  # of training images
+    random_crop: RandomCrop = field(default_factory=RandomCrop)  # ADM's; for --crop random
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         DataOptions.__post_init__(self)
         if self.crop == "centre" and self.random_crop != RandomCrop():
-            raise SmaltiError("random_crop is for --crop random: pass that, too")
-
-
-class Stage:
-    """The models of stage one and one optimizer step of each."""
-
-    def __init__(self, run: Run, config: TrainTokenizerConfig) -> None:
-        torch.manual_seed(config.seed)
-        self.run = run
-        self.objective = config.objective
-        self.tokenizer: Tokenizer = Tokenizer.registry.build(config.tokenizer).to(run.device)
-        if config.initial:
-            load_initial_weights(self.tokenizer, config.initial)
-        self.trained: nn.Module = self.tokenizer
-        if config.alignment is not None:
-            self.trained = AlignedTokenizer.of(self.tokenizer, config.alignment).to(run.device)
-            run.track(alignment=self.trained.alignment.projection)
-        self.optimizer = run.adamw(self.trained)
-        self.ema = EMA(self.tokenizer, config.ema_decay)
-        run.track(
-            model=self.tokenizer,
-            ema=self.ema,
-            optimizer=OptimizerState(self.optimizer),
-        )
-        # Gradients are synchronised by this wrapper alone, so every pass that makes some uses it.
-        self.wrapped_tokenizer = run.replicate(self.trained)
-        self.codes: list[torch.Tensor] = []  # of the last step, on this process
-        # A network whose weight is 0 is neither built nor trained nor saved.
-        objective = config.objective
-        size = config.tokenizer.image_size
-        self.discriminator = (
-            DiscriminatorStage(run, objective, size) if objective.needs_discriminator else None
-        )
-        perceptual = None
-        if objective.needs_features:
-            perceptual = LPIPS.of(objective.perceptual_network, objective.perceptual_weights)
-            perceptual.to(run.device)
-        self.loss_networks = LossNetworks(
-            perceptual, self.discriminator.objective.discriminator if self.discriminator else None
-        )
-
-    def train_step(self, micro_batches: list[ImageBatch], step: int) -> dict[str, torch.Tensor]:
-        """Tokenizer, then critic, on the same pictures; returns losses for the log."""
-        self.wrapped_tokenizer.train()
-        images = [batch.images.to(self.run.device) for batch in micro_batches]
-        draws = discriminator_uniforms(self.run, step)
-        random_inputs = random_inputs_for(self.run, self.tokenizer, step)
-        balance = self.balance(images, random_inputs, draws, step)
-        parts, pairs, self.codes = [], [], []
-        for index, (real, chance, numbers) in enumerate(
-            zip(images, random_inputs, draws, strict=True)
-        ):
-            with self.run.micro_batch(index, self.wrapped_tokenizer):
-                loss, output = self.generator_loss(real, chance, numbers, step, balance)
-                self.run.backward(loss.total)
-            parts.append(loss.parts)
-            pairs.append((output.targets, output.images.detach()))
-            if output.codes is not None:
-                self.codes.append(output.codes)
-        norm = self.run.apply(self.optimizer, self.trained, step)
-        self.accept(norm, step)
-        values = {**mean_of(parts), "gradient_norm": torch.tensor(norm)}
-        if self.discriminator is not None:
-            values |= self.discriminator.train_step(pairs, draws, step)
-        return values
-
-    def generator_loss(
-        self,
-        images: torch.Tensor,
-        random_inputs: RandomInputs,
-        draws: torch.Tensor,
-        step: int,
-        balance: torch.Tensor | None = None,
-    ) -> tuple[ObjectiveLoss, Reconstruction]:
-        """The tokenizer's loss, and what it made of images (B, 3, H, W)."""
-        reconstruction = self.wrapped_tokenizer(images, random_inputs)
-        # The unwrapped critic: no gradients of it are made, none are communicated.
-        with self.run.accelerator.autocast():
-            loss = generator_loss(
-                self.objective,
-                self.loss_networks,
-                reconstruction,
-                uniforms=draws,
-                last_layer=self.tokenizer.last_layer,
-                step=step,
-                adaptive_weight=balance,
+            raise ConfigurationError(
+                "random_crop was given, but crop is centre: add --crop random, or leave it out"
             )
-        return loss, reconstruction
 
-    def balance(
-        self,
-        images: list[torch.Tensor],
-        random_inputs: Sequence[RandomInputs],
-        draws: list[torch.Tensor],
-        step: int,
-    ) -> torch.Tensor | None:
-        """The adaptive weight of the whole batch, if it is needed and comes in micro-batches.
 
-        It takes a pass of its own: the gradients of the first micro-batch cannot be weighed
-        before those of the last are known. That pass stops at the decoder's last layer.
-        """
-        config, discriminator = self.objective, self.loss_networks.discriminator
-        heard = config.adversarial_strength(step) > 0
-        if discriminator is None or not (heard and config.adaptive and len(images) > 1):
-            return None
-        gradients = []
-        devices = [self.run.device] if self.run.device.type == "cuda" else []
-        # The same random numbers as in the pass that trains; what it collects is forgotten.
-        with (
-            torch.random.fork_rng(devices),
-            self.run.accelerator.no_sync(self.wrapped_tokenizer),
-            self.run.accelerator.autocast(),
-        ):
-            for real, chance, numbers in zip(images, random_inputs, draws, strict=True):
-                output = self.wrapped_tokenizer(real, chance)
-                reconstruction_loss = sum_of(
-                    reconstruction_losses(config, self.loss_networks, output)
-                )
-                adversarial = adversarial_loss(config, discriminator, output.images, numbers)
-                gradients.append(
-                    last_layer_gradients(
-                        reconstruction_loss, adversarial, self.tokenizer.last_layer
-                    )
-                )
-        self.tokenizer.discard_step()
-        return compute_adaptive_weight(gradients)
+def open_images(config: TrainTokenizerConfig) -> tuple[ImageDataset, ImageDataset]:
+    """The training images, randomly cropped and mirrored as configured, and the held-out images."""
+    size = config.tokenizer.image_size
+    crop = config.random_crop if config.crop == "random" else None
+    images = config.dataset("train", size, flip=config.flip, crop=crop, seed=config.seed)
+    return images, config.dataset("heldout", size)
 
-    def codebook_use(self) -> dict[str, float]:
-        """Usage and perplexity of the last step's codes on all processes; every process calls."""
-        if not self.codes:
-            return {}
-        assert isinstance(self.tokenizer.spec, CodeSpec)
-        counts = code_counts(torch.cat(self.codes), self.tokenizer.spec.vocab_size)
-        counts = self.run.accelerator.reduce(counts, reduction="sum")
-        assert isinstance(counts, torch.Tensor)
-        return {"code_usage": usage(counts), "code_perplexity": perplexity(counts)}
 
-    def accept(self, gradient_norm: float, step: int) -> None:
-        """Update codebook and EMA, or forget the step if its gradient was not finite."""
-        accepted = self.run.count_step(gradient_norm, step, "tokenizer")
-        if accepted:
-            self.tokenizer.after_step(generator(self.run.config.seed, "after_step", step))
-            self.ema.update(self.tokenizer)
-        else:
-            self.tokenizer.discard_step()
+# -------------------------------------------------------------------------------------------------
+# The networks. One whose loss weight is 0 is neither built nor trained nor saved.
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass
+class Trained(Generic[Module]):
+    """A module that an optimizer trains.
+
+    `wrapped` averages its gradients over the processes; its `forward` is the training objective.
+    """
+
+    module: Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def with_optimizer(module: Module, run: Run) -> Trained[Module]:
+    """A module on the run's device, with a new optimizer."""
+    module = module.to(run.device)
+    return Trained(module, replicate(run.accelerator, module), adamw(module, run.config))
+
+
+def build_tokenizer(
+    config: TrainTokenizerConfig, run: Run
+) -> tuple[Tokenizer, Trained[nn.Module], EMA[Tokenizer]]:
+    """A tokenizer, what is trained (itself, or with the projection of its alignment), its average.
+
+    Raises:
+        SmaltiError: the weights to start from do not fit, or the alignment does not.
+    """
+    tokenizer: Tokenizer = Tokenizer.registry.build(config.tokenizer).to(run.device)
+    if config.initial:
+        load_initial_weights(tokenizer, config.initial)
+    module: nn.Module = tokenizer
+    if config.alignment is not None:
+        module = AlignedTokenizer.of(tokenizer, config.alignment)
+        run.track(alignment=module.alignment.projection)
+    ema = EMA(tokenizer, config.ema_decay)
+    model: Trained[nn.Module] = with_optimizer(module, run)
+    run.track(model=tokenizer, ema=ema, optimizer=OptimizerState(model.optimizer))
+    return tokenizer, model, ema
+
+
+def build_loss_networks(
+    config: TrainTokenizerConfig, run: Run
+) -> tuple[LossNetworks, Trained[DiscriminatorObjective] | None]:
+    """The networks that the tokenizer's losses use, and the discriminator as it is trained.
+
+    Those losses use the unwrapped discriminator, whose weights get no gradients from them.
+    """
+    networks, discriminator = LossNetworks(None, None), None
+    if config.objective.needs_discriminator:
+        module = DiscriminatorObjective(config.objective, config.tokenizer.image_size)
+        discriminator = with_optimizer(module, run)
+        run.track(
+            discriminator=module,
+            discriminator_optimizer=OptimizerState(discriminator.optimizer),
+        )
+        networks.discriminator = module.discriminator
+    if config.objective.needs_features:
+        objective = config.objective
+        lpips = LPIPS.of(objective.perceptual_network, objective.perceptual_weights)
+        networks.perceptual = lpips.to(run.device)
+    return networks, discriminator
+
+
+# -------------------------------------------------------------------------------------------------
+# Parts of a step.
+
+MicroBatch = tuple[Tensor, RandomInputs, Tensor]  # images, random inputs of the tokenizer, uniforms
+
+
+def discriminator_uniforms(run: Run, step: int) -> list[Tensor]:
+    """Uniform numbers (B, UNIFORMS_PER_IMAGE) for the images of each micro-batch of this process.
+
+    An image's numbers depend on its place in the whole batch of the step alone, not on how that is
+    divided among processes and micro-batches.
+    """
+    numbers = generator(run.config.seed, "critic", step)
+    uniforms = torch.rand(run.config.train_batch_size, UNIFORMS_PER_IMAGE, generator=numbers)
+    return local_micro_batches(run, uniforms)
+
+
+def micro_batches_of(
+    run: Run, tokenizer: Tokenizer, batches: Sequence[ImageBatch], step: int
+) -> list[MicroBatch]:
+    """The images of a step on the run's device, with the random numbers that belong to them."""
+    images = [batch.images.to(run.device) for batch in batches]
+    random_inputs = random_inputs_of_step(run, tokenizer, step)
+    return list(zip(images, random_inputs, discriminator_uniforms(run, step), strict=True))
+
+
+def whole_batch_weight(
+    run: Run,
+    config: TrainTokenizerConfig,
+    networks: LossNetworks,
+    tokenizer: Tokenizer,
+    model: Trained[nn.Module],
+    batch: Sequence[MicroBatch],
+    step: int,
+) -> Tensor | None:
+    """The adaptive weight (VQGAN, eq. 7) of a batch that is divided into micro-batches, a scalar.
+
+    It takes a forward pass of its own: the gradients of the first micro-batch cannot be weighted
+    before those of the last are known. Its backward pass stops at the decoder's last layer.
+    None if no weight is needed, or if there is one micro-batch: then `generator_loss` computes it.
+    """
+    objective = config.objective
+    adversarial_on = objective.adversarial_strength(step) > 0
+    if not (adversarial_on and objective.adaptive and len(batch) > 1):
+        return None
+    assert networks.discriminator is not None, "an adversarial loss has a discriminator"
+    last_layer, gradients = tokenizer.last_layer, []
+    devices = [run.device] if run.device.type == "cuda" else []
+    # The same random numbers as in the pass that trains; what `forward` collects is discarded.
+    with (
+        torch.random.fork_rng(devices),
+        run.accelerator.no_sync(model.wrapped),
+        run.accelerator.autocast(),
+    ):
+        for images, random_inputs, uniforms in batch:
+            output = model.wrapped(images, random_inputs)
+            reconstruction = sum_of(reconstruction_losses(objective, networks, output))
+            adversarial = adversarial_loss(
+                objective, networks.discriminator, output.images, uniforms
+            )
+            gradients.append(last_layer_gradients(reconstruction, adversarial, last_layer))
+    tokenizer.discard_step()
+    return compute_adaptive_weight(gradients)
+
+
+def codebook_use(run: Run, tokenizer: Tokenizer, codes: Sequence[Tensor]) -> dict[str, float]:
+    """Usage (0 to 1) and perplexity of a step's codes (B, L) on all processes; every process calls.
+
+    Empty for a continuous tokenizer, which has no codes.
+    """
+    if not codes:
+        return {}
+    assert isinstance(tokenizer.spec, CodeSpec)
+    counts = code_counts(torch.cat(list(codes)), tokenizer.spec.vocab_size)
+    counts = run.sum_over_processes(counts)
+    return {"code_usage": usage(counts), "code_perplexity": perplexity(counts)}
+
+
+# -------------------------------------------------------------------------------------------------
+# Between steps.
 
 
 @torch.no_grad()
 def validate(tokenizer: Tokenizer, images: ImageDataset, device: torch.device) -> dict[str, float]:
-    """PSNR and codebook usage on the first held-out pictures."""
+    """PSNR in dB and codebook usage (0 to 1) on the first held-out images."""
     scores, latents = [], []
     for batch in images.batches(64, stop=VALIDATION_IMAGES):
         latents.append(tokenizer.encode(batch.images.to(device)))
@@ -303,41 +272,95 @@ def preview(tokenizer: Tokenizer, images: ImageDataset, device: torch.device) ->
     return image_grid(torch.cat([batch.images, output]), columns=len(output))
 
 
+def save(folder: Path, tokenizer: Tokenizer, images: ImageDataset, device: torch.device) -> None:
+    """Save the finished tokenizer, with the statistics of its latents on the training images."""
+    tokenizer.calibrate(batch.images.to(device) for batch in images.batches(64))
+    tokenizer.save_pretrained(folder)
+
+
+# -------------------------------------------------------------------------------------------------
+# Training.
+
+
 def train(config: TrainTokenizerConfig) -> Path:
     """Train, and return the folder of the finished tokenizer (EMA weights)."""
     run = Run(config, kind="train-tokenizer", result=config.output_dir / "tokenizer")
-    size = config.tokenizer.image_size
-    crop = config.random_crop if config.crop == "random" else None
-    images = config.dataset("train", size, flip=config.flip, crop=crop, seed=config.seed)
-    heldout = config.dataset("heldout", size)
-    stage = Stage(run, config)
+    images, heldout = open_images(config)
+    torch.manual_seed(config.seed)
+    tokenizer, model, ema = build_tokenizer(config, run)
+    networks, discriminator = build_loss_networks(config, run)
+    loss_of = partial(generator_loss, config.objective, networks, last_layer=tokenizer.last_layer)
     run.resume(images.fingerprint)
-    batches = stream_batches(
-        images,
-        DataOrder(len(images), config.train_batch_size, config.seed),
-        start_step=run.start_step,
-        rank=run.accelerator.process_index,
-        world_size=run.accelerator.num_processes,
-        micro_batches=config.gradient_accumulation_steps,
-        num_workers=config.dataloader_num_workers,
-    )
-    for step in run.steps():
-        parts = stage.train_step(next(batches), step)
-        if run.due(step, config.logging_steps):
-            values = {**parts, **stage.codebook_use(), "learning_rate": run.learning_rate(step)}
-            run.log(step, values)
-        if run.validates(step):
-            run.log_alone(step, validate(stage.ema.model, heldout, run.device))
-            picture = preview(stage.ema.model, heldout, run.device)
-            save_png(run.folder / "reconstructions" / f"step_{step + 1:06d}.png", picture)
-            run.show(step, "reconstructions", picture)
+    order = DataOrder(len(images), config.train_batch_size, config.seed)
+    batches = stream_batches(images, order, **run.share_of_data())
 
-    def save(folder: Path) -> None:
-        tokenizer = stage.ema.model
-        tokenizer.calibrate(batch.images.to(run.device) for batch in images.batches(64))
-        tokenizer.save_pretrained(folder)
+    with run.interruptible():
+        for step in run.remaining_steps():
+            seed_everything(config.seed, step, run.rank)  # a resumed step repeats its noise
+            rate = learning_rate(config, step)
+            with run.timed():
+                batch = micro_batches_of(run, tokenizer, next(batches), step)
 
-    return run.export(save)
+                # The tokenizer: reconstruction, quantization and adversarial losses.
+                model.wrapped.train()
+                weight = whole_batch_weight(run, config, networks, tokenizer, model, batch, step)
+                losses, parts, pairs, codes = [], [], [], []
+                for index, (real, random_inputs, uniforms) in enumerate(batch):
+                    with run.micro_batch(index, model.wrapped):
+                        output = model.wrapped(real, random_inputs)
+                        with run.accelerator.autocast():
+                            loss = loss_of(
+                                output, uniforms=uniforms, step=step, adaptive_weight=weight
+                            )
+                        run.backward(loss.total)
+                    losses.append(loss.total.detach())
+                    parts.append(loss.parts)
+                    pairs.append((output.targets, output.images.detach(), uniforms))
+                    codes += [] if output.codes is None else [output.codes]
+                norm = clip_gradients(model.module, config.max_grad_norm)
+                if accepted := run.guard.accepts("tokenizer", step, losses, norm):
+                    set_learning_rate(model.optimizer, rate)
+                    model.optimizer.step()
+                    tokenizer.after_step(generator(config.seed, "after_step", step))
+                    ema.update(tokenizer)
+                else:
+                    tokenizer.discard_step()
+                model.optimizer.zero_grad(set_to_none=True)
+                values = {**mean_of(parts), "gradient_norm": logged_norm(norm, accepted)}
+
+                # The discriminator: the same images against their reconstructions.
+                if discriminator is not None:
+                    losses, parts = [], []
+                    for index, (targets, fakes, uniforms) in enumerate(pairs):
+                        with run.micro_batch(index, discriminator.wrapped):
+                            loss = discriminator.wrapped(targets, fakes, uniforms, step)
+                            run.backward(loss.total)
+                        losses.append(loss.total.detach())
+                        parts.append(loss.parts)
+                    norm = clip_gradients(discriminator.module, config.max_grad_norm)
+                    if accepted := run.guard.accepts("discriminator", step, losses, norm):
+                        set_learning_rate(discriminator.optimizer, rate)
+                        discriminator.optimizer.step()
+                        discriminator.module.after_step()
+                    else:
+                        discriminator.module.discard_step()
+                    discriminator.optimizer.zero_grad(set_to_none=True)
+                    values |= mean_of(parts)
+                    values["discriminator_gradient_norm"] = logged_norm(norm, accepted)
+
+            if run.due(step, config.logging_steps):
+                use = codebook_use(run, tokenizer, codes)
+                run.log(step, {**values, **use, "learning_rate": rate})
+            if run.due(step, config.validation_steps) and run.is_main:
+                run.log_on_main(step, validate(ema.model, heldout, run.device))
+                run.show(step, "reconstructions", preview(ema.model, heldout, run.device))
+
+            if (stop := run.should_stop()) or run.due(step, config.checkpointing_steps):
+                run.save(step)
+            if stop:
+                run.stop(step)
+
+    return run.export(partial(save, tokenizer=ema.model, images=images, device=run.device))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

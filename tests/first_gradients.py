@@ -31,7 +31,8 @@ from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig
 from smalti.training.checkpoint import full_tensor, is_sharded
-from smalti.training.run import Run
+from smalti.training.optim import clip_gradients
+from smalti.training.processes import join_job
 
 CONV = ConvConfig(
     channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=8
@@ -74,7 +75,7 @@ COMMON = {
 
 
 def tokenizer_config(root: Path, out: Path, name: str) -> train_tokenizer.TrainTokenizerConfig:
-    """The critic is heard from the first step on, weighed against the gradients of the whole."""
+    """The adversarial loss is on from the first step, its adaptive weight is of the whole batch."""
     return train_tokenizer.TrainTokenizerConfig(
         output_dir=out / "run" / name,
         data=str(root / "pictures"),
@@ -118,25 +119,25 @@ def make_inputs(root: Path) -> None:
 
 def gradients_of(root: Path, out: Path, *, sharded: bool = False) -> None:
     """Write OUT/{stage}-{number of the optimizer}.safetensors of the first step of each stage."""
-    apply = Run.apply
     jobs = {} if sharded else {f"tokenizer-{name}": tokenizer_config for name in TOKENIZERS}
     jobs |= {f"prior-{name}": prior_config for name in PRIORS}
     for job, config_of in jobs.items():
         kind, name = job.split("-", 1)
         seen: list[Tensor] = []
 
-        def recorded(self, optimizer, module, step, job=job, seen=seen):
+        def recorded(module, max_norm, job=job, seen=seen):
             assert is_sharded(module) == sharded
             named = module.named_parameters()
             found = {k: full_tensor(p.grad).contiguous() for k, p in named if p.grad is not None}
-            if self.accelerator.is_main_process:
+            if join_job().is_main_process:
                 save_file(found, out / f"{job}-{len(seen)}.safetensors")
             seen.append(found)
-            return apply(self, optimizer, module, step)
+            return clip_gradients(module, max_norm)
 
-        Run.apply = recorded
-        (train_prior if kind == "prior" else train_tokenizer).train(config_of(root, out, name))
-    Run.apply = apply
+        script = train_prior if kind == "prior" else train_tokenizer
+        script.clip_gradients = recorded
+        script.train(config_of(root, out, name))
+        script.clip_gradients = clip_gradients
 
 
 if __name__ == "__main__":

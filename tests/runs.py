@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smalti.training.run import Run
+from smalti.training.optim import StepGuard
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -36,17 +36,17 @@ def assert_same(a: Path, b: Path) -> None:
 
 def stop_after(config, step: int, train) -> None:
     """Run until a SIGINT arrives during a step, as if the user pressed Ctrl-C."""
-    original = Run.learning_rate
+    original = StepGuard.accepts
     sent = []
 
-    def learning_rate(self, at: int) -> float:
+    def accepts(self, model, at, *values) -> bool:
         if at == step - 1 and not sent:
             sent.append(at)
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, at)
+        return original(self, model, at, *values)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "learning_rate", learning_rate)
+        patch.setattr(StepGuard, "accepts", accepts)
         with pytest.raises(SystemExit) as stop:
             train(config)
     assert stop.value.code == 130

@@ -49,7 +49,7 @@ from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 from smalti.training import checkpoint as module
 from smalti.training.checkpoint import MANIFEST, checkpoints, newest_valid
-from smalti.training.lock import LAPSE, LOCK, RunLock
+from smalti.training.folder import LAPSE, LOCK, RunLock
 
 TOY = Path(__file__).with_name("toy_run.py")
 EMA_VQ = VQConfig(
@@ -319,26 +319,26 @@ def test_f7_a_step_that_is_not_finite_changes_nothing(
     assert counted[:4] == [0.0, 0.0, 1.0, 1.0]
 
 
-def test_f7_a_picture_that_is_not_a_number_is_skipped_too(
+def test_f7_a_step_with_a_nan_image_is_skipped_too(
     pictures: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """F7 NaN image: nothing that is saved becomes NaN, critic included."""
-    original = script.Stage.train_step
+    """F7 NaN image: nothing that is saved becomes NaN, discriminator included."""
+    original = script.micro_batches_of
 
-    def poisoned(self, micro_batches, step):
+    def poisoned(run, tokenizer, batches, step):
         if step == 2:
-            micro_batches[0].images[0, 0, 0, 0] = float("nan")
-        return original(self, micro_batches, step)
+            batches[0].images[0, 0, 0, 0] = float("nan")
+        return original(run, tokenizer, batches, step)
 
-    monkeypatch.setattr(script.Stage, "train_step", poisoned)
+    monkeypatch.setattr(script, "micro_batches_of", poisoned)
     config = tokenizer_config(pictures, tmp_path / "run")
     script.train(config)
     assert all(value.isfinite().all() for value in weights(config.output_dir).values())
-    assert losses(config.output_dir)[-2]["skipped_steps"] == 2.0  # the tokenizer's and the critic's
+    assert losses(config.output_dir)[-2]["skipped_steps"] == 2.0  # of both models
 
 
 def test_f7_many_in_a_row_end_the_run_with_the_last_good_checkpoint(tmp_path: Path) -> None:
-    """F7 abort after n in a row, last good checkpoint intact; the count goes on after a resume."""
+    """F7 abort after n in a row, last good checkpoint intact; the count continues on resume."""
     config = latest(tmp_path / "run", max_train_steps=12, max_skipped_steps=3)
 
     def hook(run, model, step, loss):
@@ -364,7 +364,7 @@ def test_f7_many_in_a_row_end_the_run_with_the_last_good_checkpoint(tmp_path: Pa
         train(config, always)
 
 
-def test_f7_a_critic_that_is_never_finite_ends_the_run_too(
+def test_f7_a_discriminator_that_is_never_finite_ends_the_run_too(
     pictures: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """F7 counter, abort after n in a row: of each model by itself."""
@@ -378,7 +378,9 @@ def test_f7_a_critic_that_is_never_finite_ends_the_run_too(
         return loss
 
     monkeypatch.setattr(DiscriminatorObjective, "forward", poisoned)
-    with pytest.raises(SmaltiError, match="gradient of the critic was not finite in 2 steps"):
+    with pytest.raises(
+        SmaltiError, match="gradient of the discriminator was not finite in 2 steps"
+    ):
         script.train(tokenizer_config(pictures, tmp_path / "run", max_skipped_steps=2))
 
 
@@ -464,7 +466,7 @@ def read_only(patch: pytest.MonkeyPatch) -> None:
         (read_only, "check the permissions"),
     ],
 )
-def test_f10_a_full_disk_keeps_the_old_checkpoint_and_says_so(
+def test_f10_a_full_disk_keeps_the_old_checkpoint_and_reports_it(
     tmp_path: Path, monkeypatch, capsys, fault, message: str
 ) -> None:
     """F10 disk full / read-only / permission: old checkpoint kept, error says bytes needed;
@@ -486,7 +488,7 @@ def test_f10_a_full_disk_keeps_the_old_checkpoint_and_says_so(
     assert_same(whole_run(tmp_path / "whole"), config.output_dir)
 
 
-def test_f10_a_write_that_really_fails_is_told_as_one_line(tmp_path: Path) -> None:
+def test_f10_a_write_that_really_fails_is_reported_in_one_line(tmp_path: Path) -> None:
     """F10 as the system tells it: a limit on the size of files makes safetensors' write fail."""
     resource = pytest.importorskip("resource")
 
@@ -539,10 +541,14 @@ def test_f11_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) ->
 def test_f11_a_lock_is_judged_by_what_can_be_known(tmp_path: Path, harm: str) -> None:
     """F11: a number given to another process, another machine, a lock that is being written."""
     lock = RunLock(tmp_path)
-    holder = {**lock._own, "pid": os.getppid(), "host": "node7", "started": "1"}
+    lock.acquire()
+    holder = dict(line.split("=") for line in (tmp_path / LOCK).read_text().splitlines()[1:])
+    lock.release()
+    holder |= {"pid": os.getppid(), "start": 1}
     if harm == "other machine":
-        holder["machine"] = "node7"
-    (tmp_path / LOCK).write_text("" if harm == "empty" else json.dumps(holder))
+        holder["host"] = "node7"
+    lines = ["filelock/2", *(f"{name}={value}" for name, value in holder.items()), ""]
+    (tmp_path / LOCK).write_text("" if harm == "empty" else "\n".join(lines))
     if harm != "other start":
         with pytest.raises(SmaltiError, match="another run is active"):
             lock.acquire()
@@ -551,6 +557,15 @@ def test_f11_a_lock_is_judged_by_what_can_be_known(tmp_path: Path, harm: str) ->
     lock.acquire()
     lock.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_f11_a_suspended_run_keeps_its_lock(tmp_path: Path) -> None:
+    """F11: on its own machine a process holds the lock while it exists, however long it pauses."""
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    os.utime(tmp_path / LOCK, (0, 0))
+    assert in_a_fork(lambda: RunLock(tmp_path).acquire()) == 2
+    lock.release()
 
 
 # -- F17, F20, F24, F25, F27 ------------------------------------------------------------------
@@ -594,15 +609,15 @@ def test_f20_a_run_needs_no_network(pictures: Path, tmp_path: Path, monkeypatch)
 def test_f24_a_run_goes_on_only_as_what_it_was(
     tmp_path: Path, caplog, changes, refused: bool
 ) -> None:
-    """F24 resume with changed config: what may change does, and is told; the rest is refused."""
+    """F24 resume with changed config: what may change is logged; the rest is refused."""
     folder = whole_run(tmp_path / "run")
     if not refused:
         caplog.set_level(logging.INFO)
         train(latest(folder, **changes))
         assert checkpoints(folder)[-1].name == "checkpoint-000008"
-        told = [message for message in caplog.messages if ", now it is " in message]
-        assert [message.split()[0] for message in told] == sorted(changes)
-        assert "max_train_steps was 6, now it is 8" in told
+        logged = [message for message in caplog.messages if ", now it is " in message]
+        assert [message.split()[0] for message in logged] == sorted(changes)
+        assert "max_train_steps was 6, now it is 8" in logged
         return
     with pytest.raises(SmaltiError, match=f"was made with {next(iter(changes))}"):
         train(latest(folder, **changes))
@@ -855,15 +870,15 @@ def test_f16_a_worker_that_dies_ends_the_run(pictures: Path, tmp_path: Path, mon
     """F16 a worker dies: the run ends with an error, checkpoint intact."""
     import multiprocessing
 
-    original = script.Stage.train_step
+    original = script.micro_batches_of
 
-    def kill_workers(self, micro_batches, step):
+    def kill_workers(run, tokenizer, batches, step):
         if step == 2:
             for worker in multiprocessing.active_children():
                 worker.kill()
-        return original(self, micro_batches, step)
+        return original(run, tokenizer, batches, step)
 
-    monkeypatch.setattr(script.Stage, "train_step", kill_workers)
+    monkeypatch.setattr(script, "micro_batches_of", kill_workers)
     config = tokenizer_config(
         pictures, tmp_path / "run", dataloader_num_workers=1, max_train_steps=40
     )

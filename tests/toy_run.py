@@ -22,13 +22,14 @@ from smalti.training import processes
 from smalti.training.checkpoint import OptimizerState
 from smalti.training.config import RunConfig
 from smalti.training.ema import EMA
-from smalti.training.run import Run
+from smalti.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
+from smalti.training.run import Run, seed_everything
 
 SAMPLES, BATCH = 24, 8
 
 
 class Numbers:
-    """Rows (B, 4) that depend on (epoch, index) alone, as pictures and their flips do."""
+    """Rows (B, 4) that depend on (epoch, index) alone, as images and their flips do."""
 
     def __getitems__(self, keys: list[Key]) -> tuple[list[Key], Tensor]:
         rows = [
@@ -81,33 +82,35 @@ def train(config: RunConfig, hook: Hook = no_fault, *, data="data", dropout=0.3)
     run = Run(config, kind="toy", result=config.output_dir / "model")
     torch.manual_seed(config.seed)
     model = Toy(dropout)
-    optimizer = run.adamw(model)
+    optimizer = adamw(model, config)
     ema = EMA(model, config.ema_decay)
     run.track(model=model, ema=ema, optimizer=OptimizerState(optimizer))
-    wrapped = run.shard(model, optimizer)
+    wrapped = processes.shard(run.accelerator, model, optimizer)
     run.resume(data)
-    batches = stream_batches(
-        Numbers(),
-        DataOrder(SAMPLES, config.train_batch_size, config.seed),
-        start_step=run.start_step,
-        rank=run.accelerator.process_index,
-        world_size=run.accelerator.num_processes,
-        micro_batches=config.gradient_accumulation_steps,
-    )
-    for step in run.steps():
-        loss = toy_step(run, model, wrapped, optimizer, next(batches), step, hook)
-        if run.count_step(loss[1], step):
-            model.steps += 1
-            ema.update(model)
-        run.log(step, {"loss": loss[0], "learning_rate": run.learning_rate(step)})
-        if run.validates(step):
-            run.log_alone(step, {"val_norm": ema.model.layers[1].weight.norm().item()})
+    order = DataOrder(SAMPLES, config.train_batch_size, config.seed)
+    batches = stream_batches(Numbers(), order, **run.share_of_data())
+    with run.interruptible():
+        for step in run.remaining_steps():
+            seed_everything(config.seed, step, run.rank)
+            with run.timed():
+                loss = toy_step(run, model, wrapped, optimizer, ema, next(batches), step, hook)
+            if run.due(step, config.logging_steps):
+                run.log(step, {"loss": loss, "learning_rate": learning_rate(config, step)})
+            if run.due(step, config.validation_steps):
+                ema.gather()
+                if run.is_main:
+                    run.log_on_main(step, {"val_norm": ema.model.layers[1].weight.norm().item()})
+            if (stop := run.should_stop()) or run.due(step, config.checkpointing_steps):
+                run.save(step)
+            if stop:
+                run.stop(step)
+    ema.gather()
     run.export(lambda folder: save(folder, ema.model))
     return run
 
 
-def toy_step(run, model, wrapped, optimizer, parts, step, hook) -> tuple[Tensor, float]:
-    """Mean loss and gradient norm of one step; the samples of each rank are noted in a file."""
+def toy_step(run, model, wrapped, optimizer, ema, parts, step, hook) -> Tensor:
+    """One optimizer step; returns its mean loss. The samples of each rank are noted in a file."""
     wrapped.train()
     losses = []
     for index, (keys, rows) in enumerate(parts):
@@ -115,9 +118,16 @@ def toy_step(run, model, wrapped, optimizer, parts, step, hook) -> tuple[Tensor,
             loss = hook(run, model, step, wrapped(rows))
             run.backward(loss)
         losses.append(loss.detach())
-        with (run.folder / f".keys-{run.accelerator.process_index}").open("a") as stream:
+        with (run.folder / f".keys-{run.rank}").open("a") as stream:
             stream.write(json.dumps([step, keys]) + "\n")
-    return torch.stack(losses).mean(), run.apply(optimizer, model, step)
+    norm = clip_gradients(model, run.config.max_grad_norm)
+    if run.guard.accepts("model", step, losses, norm):
+        set_learning_rate(optimizer, learning_rate(run.config, step))
+        optimizer.step()
+        model.steps += 1
+        ema.update(model)
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack(losses).mean()
 
 
 def save(folder: Path, model: nn.Module) -> None:
@@ -134,7 +144,7 @@ def on(rank: int, at: int, fault: Hook) -> Hook:
     """`fault` on one process at one step."""
 
     def hook(run, model, step, loss):
-        here = run.accelerator.process_index == rank and step == at
+        here = run.rank == rank and step == at
         return fault(run, model, step, loss) if here else loss
 
     return hook
@@ -159,7 +169,7 @@ def hang(run, model, step, loss):
 
 def dawdle(run, model, step, loss):
     """Say that the run is under way, then take time for every step."""
-    (run.folder / f".alive-{run.accelerator.process_index}").write_text(str(os.getpid()))
+    (run.folder / f".alive-{run.rank}").write_text(str(os.getpid()))
     time.sleep(0.1)
     return loss
 
@@ -193,7 +203,7 @@ def main(argv) -> int:
     config = toy_config(Path(job["folder"]), **job.get("changes", {}))
     hook = fault_named(job.get("fault", ""), job.get("at", 0))
     run = train(config, hook, dropout=job.get("dropout", 0.3))
-    assert run.accelerator.num_processes == job.get("processes", 1)
+    assert run.world_size == job.get("processes", 1)
     return 0
 
 

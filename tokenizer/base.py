@@ -31,6 +31,7 @@ class TokenizerConfig:
     """The configuration of a tokenizer: a frozen dataclass with a `kind`, its registered name, and
     an `image_size` in pixels."""
 
+    image_size: int  # side of the square images, in pixels
     registry: ClassVar[Registry] = TOKENIZERS
     # Fields that may change without changing what saved weights mean.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ()

@@ -1,1 +1,1 @@
-"""What both stages share: the run, checkpoints, EMA, schedules, logs."""
+"""What both stages share: the run, checkpoints, EMA, optimization, signals, logs."""

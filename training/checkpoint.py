@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or absent, and hold no code.
+"""Checkpoints that are complete or absent, and hold no code.
 
     checkpoint-000300/
         model.safetensors  ema.safetensors  optimizer.safetensors  ...  one file per tracked object
@@ -8,6 +8,9 @@
 A checkpoint is written into a hidden folder beside its target, flushed to disk, then renamed;
 older ones are removed only after that, and never this one. A folder whose manifest does not verify
 is not a checkpoint.
+
+Ours rather than a library's (torch.distributed.checkpoint, Accelerate's `save_state`): those
+unpickle what they load, and neither verifies what it finds nor survives a kill at any moment.
 """
 
 import errno
@@ -26,28 +29,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from smalti.errors import SmaltiError
+from smalti.errors import CheckpointError, SmaltiError
 from smalti.files import flush, read_json, sha256_of, write_errors, write_json
 
+PREFIX = "checkpoint-"
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+
 # -------------------------------------------------------------------------------------------------
-# Tensors that are spread over processes (FSDP2), and back.
-#
-# Checkpoints hold whole tensors, whoever wrote them: a run that shards its model goes on from one
-# that did not, and the other way round.
+# Sharded tensors (FSDP2). Checkpoints hold full tensors, whatever wrote them: a run that shards its
+# model resumes from one that did not, and the other way round.
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether the parameters of a module are spread over the processes."""
+    """Whether the parameters of a module are sharded over the processes."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor put together from its shards; every process of its mesh must call this."""
+    """A tensor gathered from its shards; every process of its mesh must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(tensor: Tensor, target: Tensor) -> Tensor:
-    """This process's shard of a whole tensor, which all processes hold, spread like `target`."""
+    """This process's shard, placed like `target`, of a full tensor that all processes hold."""
     if not isinstance(target, DTensor):
         return tensor
     mesh = target.device_mesh
@@ -56,11 +61,7 @@ def sharded_like(tensor: Tensor, target: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------
-# Checkpoints that are either whole or absent, and hold no code.
-
-PREFIX = "checkpoint-"
-MANIFEST = "MANIFEST.json"
-STATE = "state.json"
+# State as flat dicts of tensors.
 
 
 class Stateful(Protocol):
@@ -73,8 +74,8 @@ class Stateful(Protocol):
 class OptimizerState:
     """An optimizer as a flat dict of tensors, so that safetensors can hold it.
 
-    Only what steps change is kept: hyper-parameters come from the config, the learning rate from
-    the step.
+    Only the moments and step counts are kept: hyper-parameters come from the config, the learning
+    rate from the step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -101,10 +102,10 @@ class OptimizerState:
 
 
 def collect(objects: Mapping[str, Stateful], *, keep: bool) -> dict[str, dict[str, Tensor]]:
-    """The tensors of every object, sharded ones put together; every process must call this.
+    """The full tensors of every object; every process must call this.
 
     Args:
-        keep: whether this process needs them; the others only send their shards.
+        keep: whether this process keeps them; the others only send their shards.
     """
     states: dict[str, dict[str, Tensor]] = {}
     for name, source in objects.items():
@@ -114,6 +115,10 @@ def collect(objects: Mapping[str, Stateful], *, keep: bool) -> dict[str, dict[st
             if keep:
                 states[name][key] = tensor.contiguous()
     return states
+
+
+# -------------------------------------------------------------------------------------------------
+# Reading: nothing is loaded that does not verify.
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,9 @@ class Checkpoint:
         for name, target in objects.items():
             file = self.path / f"{name}.safetensors"
             if not file.is_file():
-                raise SmaltiError(f"{self.path} has no {file.name}: it is of another kind of run")
+                raise CheckpointError(
+                    f"{self.path} has no {file.name}: it belongs to another kind of run"
+                )
             try:
                 tensors = load_file(file)
                 if isinstance(target, torch.nn.Module):
@@ -138,55 +145,76 @@ class Checkpoint:
                 target.load_state_dict(tensors)
             except (RuntimeError, LookupError, ValueError, SafetensorError) as error:
                 first_line = str(error).splitlines()[0]
-                raise SmaltiError(f"{file} does not fit this run: {first_line}") from error
+                raise CheckpointError(f"{file} does not fit this run: {first_line}") from error
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    states: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    *,
-    keep: int,
-    replaces: Sequence[Path] = (),
-) -> Path:
-    """Write `folder/checkpoint-{step}` whole, then prune all but the newest `keep` (0 = all).
+def _describe(file: Path) -> dict[str, Any]:
+    """The entry of a file in the manifest."""
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
-    Args:
-        states: the tensors of each file, see `collect`.
-        state: what else goes into state.json, plain values.
-        replaces: checkpoints that the run went back behind, because they are damaged or by wish.
-            They go as soon as this one is written, whatever `keep` is.
+
+def verify(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, all of whose files have the hashes of the manifest.
 
     Raises:
-        OSError: the disk is full or cannot be written; what was there before is untouched.
+        CheckpointError: a file is missing, truncated, changed or unexpected; the message names it.
     """
-    target = folder / f"{PREFIX}{step:06d}"
-    temporary = folder / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
+    manifest_file = path / MANIFEST
+    if not path.is_dir():
+        raise CheckpointError(f"folder not found: {path}")
+    if not manifest_file.is_file():
+        raise CheckpointError(
+            f"{path} has no {MANIFEST}: it was never finished, or is not a checkpoint"
+        )
     try:
-        temporary.mkdir(parents=True)
-        check_free_space(folder, target.name, sum(map(_bytes, states.values())))
-        described = _write_tensors(temporary, states)
-        write_json(temporary / STATE, {"step": step, **state})
-        described[STATE] = _describe(temporary / STATE)
-        write_json(temporary / MANIFEST, {"files": dict(sorted(described.items()))})
-        flush(temporary)
-        if target.exists():  # damaged, or gone back behind: the run goes on from an earlier one
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        flush(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for path in replaces:
-        if path != target:
-            shutil.rmtree(path, ignore_errors=True)
-    prune(folder, keep, spare=target)
-    return target
+        expected = read_json(manifest_file)["files"]
+        files = [f for f in sorted(path.iterdir()) if f.name != MANIFEST]
+        # Hidden files are left by desktops and file systems (.DS_Store, .nfs...).
+        found = {f.name: _describe(f) for f in files if not f.name.startswith(".")}
+        for name in sorted(expected.keys() | found.keys()):
+            if name not in found:
+                raise CheckpointError(f"{path} lacks {name}: the checkpoint is incomplete")
+            if name not in expected:
+                raise CheckpointError(f"{path} holds {name}, which is not in its {MANIFEST}")
+            if expected[name] != found[name]:
+                raise CheckpointError(f"{path / name} is damaged: it differs from its {MANIFEST}")
+        state = read_json(path / STATE)
+        return Checkpoint(path, int(state["step"]), state)
+    except SmaltiError as error:
+        raise CheckpointError(str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {MANIFEST} or {STATE} cannot be read") from error
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint folder; -1 for any other name."""
+    digits = path.name.removeprefix(PREFIX)
+    return int(digits) if digits.isdecimal() else -1
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders in a folder, oldest first, valid or not."""
+    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and step_of(p) >= 0]
+    return sorted(found, key=step_of)
+
+
+def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint in a folder that verifies, and for each newer one what is wrong."""
+    skipped: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            return verify(path), skipped
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+# -------------------------------------------------------------------------------------------------
+# Writing: at every moment the folder holds the checkpoint before, or the new one.
 
 
 def check_free_space(folder: Path, name: str, size: int) -> None:
-    """Raise `OSError` if `size` bytes do not fit; the message says so, and what is kept."""
+    """Raise `OSError` if `size` bytes do not fit on the disk; the message tells both sizes."""
     free = shutil.disk_usage(folder).free
     if size > free:
         kept = checkpoints(folder)
@@ -201,7 +229,7 @@ def check_free_space(folder: Path, name: str, size: int) -> None:
 def _write_tensors(
     folder: Path, states: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, Any]]:
-    """Write a file for each object; return what the manifest says of them.
+    """Write a file for each object; return their entries in the manifest.
 
     While one file is written, those before it are hashed and flushed to disk.
     """
@@ -218,56 +246,17 @@ def _write_tensors(
         return {name: job.result() for name, job in described.items()}
 
 
-def verify(path: Path) -> Checkpoint:
-    """Return the checkpoint at `path`.
-
-    Raises:
-        SmaltiError: a file is missing, cut, changed or surplus; the message names it.
-    """
-    manifest_file = path / MANIFEST
-    if not path.is_dir():
-        raise SmaltiError(f"folder not found: {path}")
-    if not manifest_file.is_file():
-        raise SmaltiError(f"{path} has no {MANIFEST}: it was never finished, or is no checkpoint")
-    try:
-        expected = read_json(manifest_file)["files"]
-        files = [f for f in sorted(path.iterdir()) if f.name != MANIFEST]
-        # Hidden files are a desktop's or a file system's own.
-        found = {f.name: _describe(f) for f in files if not f.name.startswith(".")}
-        for name in sorted(expected.keys() | found.keys()):
-            if name not in found:
-                raise SmaltiError(f"{path} lacks {name}: the checkpoint is incomplete")
-            if name not in expected:
-                raise SmaltiError(f"{path} holds {name}, which is not in its {MANIFEST}")
-            if expected[name] != found[name]:
-                raise SmaltiError(f"{path / name} is damaged: it differs from its {MANIFEST}")
-        state = read_json(path / STATE)
-        return Checkpoint(path, int(state["step"]), state)
-    except SmaltiError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise SmaltiError(f"{path} is damaged: {MANIFEST} or {STATE} cannot be read") from error
-
-
-def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint in `folder` that verifies, and why newer ones were skipped."""
-    skipped: list[str] = []
-    for path in reversed(checkpoints(folder)):
-        try:
-            return verify(path), skipped
-        except SmaltiError as error:
-            skipped.append(str(error))
-    return None, skipped
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders below `folder`, oldest first, valid or not."""
-    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and step_of(p) >= 0]
-    return sorted(found, key=step_of)
+def remove_leftovers(folder: Path) -> None:
+    """Remove the files and folders that a killed run had not finished."""
+    for leftover in folder.glob(".tmp-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def prune(folder: Path, keep: int, spare: Path) -> None:
-    """Remove unfinished leftovers and all but the newest `keep` checkpoints (0 keeps all).
+    """Remove unfinished files and all but the newest `keep` checkpoints (0 keeps all).
 
     `spare`, the one that was just written, is never removed.
     """
@@ -278,24 +267,46 @@ def prune(folder: Path, keep: int, spare: Path) -> None:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run was writing when it ended."""
-    for leftover in folder.glob(".tmp-*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    states: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    replaces: Sequence[Path] = (),
+) -> Path:
+    """Write `folder/checkpoint-{step}`, then remove all but the newest `keep` (0 keeps all).
 
+    Args:
+        states: the tensors of each file, see `collect`.
+        state: plain values for state.json, beside the step.
+        replaces: later checkpoints, which the run resumed before: they are damaged, or the user
+            asked for an earlier one. They are removed once this one is written, whatever `keep` is.
 
-def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint folder; -1 if the name is of something else."""
-    digits = path.name.removeprefix(PREFIX)
-    return int(digits) if digits.isdecimal() else -1
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+    Raises:
+        OSError: the disk is full or cannot be written; what was there before is untouched.
+    """
+    target = folder / f"{PREFIX}{step:06d}"
+    temporary = folder / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.mkdir(parents=True)
+        size = sum(tensor.nbytes for tensors in states.values() for tensor in tensors.values())
+        check_free_space(folder, target.name, size)
+        described = _write_tensors(temporary, states)
+        write_json(temporary / STATE, {"step": step, **state})
+        described[STATE] = _describe(temporary / STATE)
+        write_json(temporary / MANIFEST, {"files": dict(sorted(described.items()))})
+        flush(temporary)
+        if target.exists():  # damaged, or later than the one that the run resumed from
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        flush(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for path in replaces:
+        if path != target:
+            shutil.rmtree(path, ignore_errors=True)
+    prune(folder, keep, spare=target)
+    return target

@@ -1,4 +1,4 @@
-"""The settings of a training run that both stages share."""
+"""The settings of a training run that both stages share, and which of them may change on resume."""
 
 import importlib.util
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from smalti.config import check_at_least
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError
 
 Precision = Literal["auto", "no", "bf16"]
 # May differ between a checkpoint and the run that resumes it; everything else must be equal.
@@ -25,7 +25,7 @@ FREE_TO_CHANGE = {
     "process_timeout",
 }
 
-# Paths to data and models that a fingerprint guards: moved or spelt otherwise, they are the same.
+# Paths to data and models, whose contents are compared by fingerprint: other paths may be given.
 GUARDED_PATHS = {"data", "latents", "tokenizer"}
 
 AT_LEAST_ONE = (
@@ -45,66 +45,68 @@ AT_LEAST_ZERO = (
     "dataloader_num_workers",
 )
 TRACKERS = ("tensorboard", "wandb", "trackio")
-MAX_SEED = 2**63 - 1  # what torch takes
+MAX_SEED = 2**63 - 1  # the largest that torch accepts
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Settings that both stages share; the flag names are those of Diffusers' scripts."""
+    """Settings that both stages share; the flags are named as in Diffusers' training scripts."""
 
-    output_dir: Path = Path("runs/run")
-    seed: int = 0
-    max_train_steps: int = 100_000  # optimizer steps
+    output_dir: Path = Path("runs/run")  # folder of checkpoints, logs and the result
+    seed: int = 0  # of initial weights, data order and all noise; 0 to 2^63 - 1
+    max_train_steps: int = 100_000  # number of optimizer steps
     train_batch_size: int = 64  # images per optimizer step, over all processes and accumulation
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
-    learning_rate: float = 1e-4  # peak
-    lr_warmup_steps: int = 0
+    learning_rate: float = 1e-4  # of AdamW, at its peak
+    lr_warmup_steps: int = 0  # steps of linear warm-up to the peak
     lr_final_ratio: float = 1.0  # learning rate at the last step / peak; 1 = constant
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    weight_decay: float = 0.0  # on matrices only
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    mixed_precision: Precision = "auto"
-    checkpointing_steps: int = 1000
-    checkpoints_total_limit: int = 2  # checkpoints that are kept; 0 keeps all
+    adam_beta1: float = 0.9  # decay of the mean of gradients, per step
+    adam_beta2: float = 0.95  # decay of the mean of squared gradients, per step
+    weight_decay: float = 0.0  # of AdamW, on the matrices of layers only
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    ema_decay: float = 0.999  # decay of the averaged weights, per step
+    mixed_precision: Precision = "auto"  # auto is bf16 where the device is faster with it
+    checkpointing_steps: int = 1000  # steps between checkpoints
+    checkpoints_total_limit: int = 2  # number of checkpoints that are kept; 0 keeps all
     resume_from_checkpoint: str | None = None  # "latest", or the path of a checkpoint folder
-    validation_steps: int = 1000  # between pictures and held-out losses
-    logging_steps: int = 20
-    max_skipped_steps: int = 20  # steps in a row, not finite, until the run stops
-    process_timeout: int = 1800  # seconds that a process waits for the others until the job ends
+    validation_steps: int = 1000  # steps between previews and held-out losses
+    logging_steps: int = 20  # steps between lines of metrics.jsonl
+    max_skipped_steps: int = 20  # steps in a row, not finite, at which the run ends
+    process_timeout: int = 1800  # seconds that a process waits for the others before the job ends
     report_to: str = "none"  # none, tensorboard, wandb or trackio
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: int = 0  # processes per training process that load data
 
     def __post_init__(self) -> None:
         check_at_least(1, self, *AT_LEAST_ONE)
         for name in AT_LEAST_ZERO:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
-                raise SmaltiError(f"{name} is {value}; it must be 0 or more")
+                raise ConfigurationError(f"{name} is {value}; it must be 0 or more")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
-                raise SmaltiError(f"{name} is {value}; it must be positive")
+                raise ConfigurationError(f"{name} is {value}; it must be positive")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
-                raise SmaltiError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
         if not 0 <= self.lr_final_ratio <= 1:
-            raise SmaltiError(f"lr_final_ratio is {self.lr_final_ratio}; it must lie in [0, 1]")
+            raise ConfigurationError(
+                f"lr_final_ratio is {self.lr_final_ratio}; it must lie in [0, 1]"
+            )
         if not 0 <= self.seed <= MAX_SEED:
-            raise SmaltiError(f"seed is {self.seed}; it must lie between 0 and 2^63 - 1")
+            raise ConfigurationError(f"seed is {self.seed}; it must lie between 0 and 2^63 - 1")
         check_tracker(self.report_to)
 
 
 def check_tracker(report_to: str) -> None:
-    """Raise `SmaltiError` if the tracker is unknown or its package is missing."""
+    """Raise `ConfigurationError` if the tracker is unknown or its package is not installed."""
     if report_to == "none":
         return
     if report_to not in TRACKERS:
-        raise SmaltiError(f'report_to is "{report_to}"; choose none, {", ".join(TRACKERS)}')
+        raise ConfigurationError(f'report_to is "{report_to}"; choose none, {", ".join(TRACKERS)}')
     package = importlib.util.find_spec(report_to)
     if package is None or package.origin is None:  # no origin: any folder of that name
-        raise SmaltiError(
+        raise ConfigurationError(
             f'report_to is "{report_to}" but that package is not installed: '
             f"pip install {report_to}, or use --report_to none"
         )

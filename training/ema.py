@@ -1,4 +1,8 @@
-"""Exponential moving average of a model's weights, the weights that are kept and used."""
+"""Exponential moving average (EMA) of a model's weights: the weights that are saved and sampled.
+
+Ours rather than torch's `AveragedModel` or Diffusers' `EMAModel`: it averages the shards of a model
+under FSDP2 and gathers them on one process, and its state is a flat dict in the model's own names.
+"""
 
 import copy
 from typing import Generic, TypeVar
@@ -12,13 +16,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class EMA(Generic[Model]):
-    """theta_ema <- d theta_ema + (1 - d) theta, with d = min(decay, (1 + n) / (10 + n)).
+    """theta_ema <- d theta_ema + (1 - d) theta, with d = min(decay, (1 + n) / (10 + n)), n updates.
 
-    The warm-up of d forgets the random start quickly. Buffers (an EMA codebook, counters) are
-    copied, not averaged. `model` is the averaged module, in eval mode, ready to use.
+    The warm-up of d forgets the random initial weights quickly. Buffers (an EMA codebook, counters)
+    are copied, not averaged. `model` is the averaged module, in eval mode, ready to use.
 
     If the model is sharded after this was made (FSDP2), so is the average: then `gather` brings
-    `model` up to date on the first process, and the others keep no whole copy of it.
+    `model` up to date on process 0, and the others keep no full copy of it.
     """
 
     def __init__(self, model: Model, decay: float) -> None:
@@ -39,12 +43,12 @@ class EMA(Generic[Model]):
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Bring `model` up to date on the first process; every process must call this."""
+        """Bring `model` up to date on process 0; every process must call this."""
         for average, shard in zip(self.model.parameters(), self._shards, strict=False):
             average.copy_(full_tensor(shard))
 
     def _averages(self, model: Model) -> list[Tensor]:
-        """What this process averages: all parameters, or its shards of them."""
+        """The tensors that this process averages: all parameters, or its shards of them."""
         if not is_sharded(model):
             return list(self.model.parameters())
         if not self._shards:
@@ -60,7 +64,7 @@ class EMA(Generic[Model]):
         return {**self.model.state_dict(), "ema.updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """What `state_dict` returned, before the first update."""
+        """Restore what `state_dict` returned; before the first update."""
         state = dict(state)
         self.updates = int(state.pop("ema.updates"))
         self.model.load_state_dict(state)

@@ -1,22 +1,28 @@
-"""The folder of a run: what to resume in it, and what must not be overwritten there.
+"""The folder of a run: who may write there, what to resume, and what must not be overwritten.
 
     config.yaml        the resolved config, valid as --config
     metrics.jsonl      what was measured
     timing.jsonl       how fast it went
-    report.html        both, and the pictures, as a page
+    report.html        both, and the images, as a page
     checkpoint-000300/ see checkpoint.py
-    exported.json      where the finished model went, and its hashes
+    exported.json      where the finished model was saved, and its hashes
+    .lock              the process that is writing here
 
 A run writes nothing into its folder before it has done a step, so one that fails earlier does not
-stand in the way of the next. Names that begin with a dot do not count as contents.
+block the next. Names that begin with a dot do not count as contents.
 """
 
 import logging
+import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from smalti.errors import SmaltiError
+from filelock import OwnerRecord, SoftFileLease, Timeout
+
+from smalti.errors import CheckpointError
 from smalti.files import read_json, sha256_of, write_json
 from smalti.training.checkpoint import (
     STATE,
@@ -36,24 +42,116 @@ TIMING = "timing.jsonl"
 REPORT = "report.html"
 EXPORTED = "exported.json"
 
-# All that a run may leave before its first checkpoint: pictures, and what trackers write, too.
+# All that a run may leave before its first checkpoint, with its images and the trackers' files.
 BEFORE_A_CHECKPOINT = {RECIPE, METRICS, TIMING, REPORT, "reconstructions", "samples", "smalti"}
+
+
+# -------------------------------------------------------------------------------------------------
+# The lock: one run in a folder at a time.
+
+LOCK = ".lock"
+HEARTBEAT = 10.0  # seconds between two touches of the lock by its holder
+LAPSE = 120.0  # seconds without one after which a holder on another machine counts as gone
+
+
+def _this_machine() -> str:
+    """The name of this machine, and of the container on it, as filelock records it."""
+    with TemporaryDirectory() as folder, SoftFileLease(Path(folder) / LOCK) as lease:
+        assert lease.owner is not None, "a held lease has an owner"
+        return lease.owner.hostname
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it exists, but belongs to somebody else
+        return True
+    return True
+
+
+class RunLock:
+    """The lock of one folder; `acquire` before writing there, `release` when done.
+
+    A file that names its holder, as filelock writes it, on any file system that all machines see.
+    On the holder's machine it is stale as soon as the process has ended. Of another machine only
+    the age of the file can be seen: the holder touches it every few seconds.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        # One lease for each path: a later run in the same process takes over that of an earlier.
+        self._lease = SoftFileLease(
+            self.path, lease_duration=LAPSE, heartbeat_interval=HEARTBEAT, is_singleton=True
+        )
+
+    def acquire(self) -> None:
+        """Take the lock; that of a process that has ended is taken over.
+
+        Raises:
+            CheckpointError: another run is active in the folder; the message names its process.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if self._has_lapsed():
+                self._lease.force_break()
+            self._lease.acquire(blocking=False)
+        except Timeout as error:
+            owner = self._lease.owner
+            process = f"process {owner.pid} on {_host(owner)}" if owner else "an unknown process"
+            raise CheckpointError(
+                f"another run is active in {self.path.parent} ({process}): wait for it, or choose "
+                f"another --output_dir; if it is over, remove {self.path}"
+            ) from error
+
+    def release(self) -> None:
+        """Give the lock back, if it is held."""
+        self._lease.release(force=True)
+
+    def holder(self) -> tuple[int, str] | None:
+        """Process number and host of the holder; None if nobody holds the lock, or a process that
+        has ended."""
+        owner = self._lease.owner
+        if owner is None or self._has_lapsed():
+            return None
+        if owner.hostname == _this_machine() and not _is_running(owner.pid):
+            return None
+        return owner.pid, _host(owner)
+
+    def _has_lapsed(self) -> bool:
+        """Whether the holder on another machine, or an unknown one, has not touched the lock."""
+        try:
+            age = time.time() - self.path.stat().st_mtime
+        except FileNotFoundError:
+            return False
+        owner = self._lease.owner
+        return age > LAPSE and (owner is None or owner.hostname != _this_machine())
+
+
+def _host(owner: OwnerRecord) -> str:
+    """The name of an owner's machine, without what filelock adds for containers."""
+    return owner.hostname.partition("?")[0]
+
+
+# -------------------------------------------------------------------------------------------------
+# What may be resumed.
 
 
 def find_checkpoint(
     folder: Path, wanted: str | None, settings: Mapping[str, Any]
 ) -> Checkpoint | None:
-    """The checkpoint to go on from; None for a run that starts at the first step.
+    """The checkpoint to resume from; None for a run that starts at the first step.
 
     Args:
-        wanted: None for a new run, "latest", or the path of a checkpoint, or its name in `folder`.
+        wanted: None for a new run, "latest", the path of a checkpoint, or its name in `folder`.
         settings: the config of this run, in plain values.
 
     Raises:
-        SmaltiError: the run would overwrite another one, or files that are not its own.
+        CheckpointError: the run would overwrite another one, or files that are not its own.
     """
     if folder.exists() and not folder.is_dir():
-        raise SmaltiError(f"{folder} is a file, not a folder: choose another --output_dir")
+        raise CheckpointError(f"{folder} is a file, not a folder: choose another --output_dir")
     if wanted is None:
         _refuse_contents(folder)
         return None
@@ -62,67 +160,67 @@ def find_checkpoint(
     path = Path(wanted)
     if not path.exists() and (folder / path).is_dir():  # its name alone, as Diffusers takes it
         path = folder / path
-    found = told_by_run(verify(path))
+    found = check_state(verify(path))
     if found.path.resolve().parent != folder.resolve() and contents(folder):
         _refuse_unless_begun_alike(folder, settings)
     return found
 
 
-def told_by_run(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, which says all of its run that this version of smalti asks for.
+def check_state(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, if its state.json has all entries that this version of smalti needs.
 
     Raises:
-        SmaltiError: it does not.
+        CheckpointError: an entry is missing.
     """
     for name in ("kind", "config", "data_fingerprint", "precision", "num_processes"):
         if name not in checkpoint.state:
-            raise SmaltiError(
-                f"{checkpoint.path / STATE} does not tell {name}: another version of smalti wrote "
-                "it; go on with that one, or choose another --output_dir"
+            raise CheckpointError(
+                f"{checkpoint.path / STATE} does not state {name}: another version of smalti wrote "
+                "it; continue with that version, or choose another --output_dir"
             )
     return checkpoint
 
 
 def contents(folder: Path) -> list[str]:
-    """The names in a folder, hidden ones left out; none if there is no such folder."""
+    """The names in a folder, without hidden ones; empty if there is no such folder."""
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def later_checkpoints(folder: Path, step: int) -> list[Path]:
-    """Checkpoints after a step: a run that goes on from it replaces them."""
+    """Checkpoints after a step: a run that resumes at it replaces them."""
     return [path for path in checkpoints(folder) if step_of(path) > step]
 
 
 def refuse_other_settings(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], where: Path | str
 ) -> None:
-    """Raise `SmaltiError` if a run with other settings made `where`."""
+    """Raise `CheckpointError` if `where` was made with settings that must not change."""
     for name in sorted(ours.keys() | theirs.keys()):
         before, now = theirs.get(name), ours.get(name)
         if before == now or may_change(name, now):
             continue
-        while isinstance(before, dict) and isinstance(now, dict):  # down to what differs
+        while isinstance(before, dict) and isinstance(now, dict):  # down to the part that differs
             part = next(p for p in sorted(before | now) if before.get(p) != now.get(p))
             name, before, now = f"{name}.{part}", before.get(part), now.get(part)
-        raise SmaltiError(
+        raise CheckpointError(
             f"{where} was made with {name} = {before}, this run has {now}: use the same value, or "
             "another --output_dir"
         )
 
 
 def may_change(name: str, value: Any) -> bool:
-    """Whether a run may go on with another value of a setting."""
+    """Whether a run may be resumed with another value of a setting."""
     return name in FREE_TO_CHANGE or (name in GUARDED_PATHS and isinstance(value, str))
 
 
 def changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """What is told of the settings that a run changes when it goes on, a line for each."""
-    untold = {"output_dir", "resume_from_checkpoint"}
+    """A line for the log for each setting that a resumed run changes."""
+    not_logged = {"output_dir", "resume_from_checkpoint"}
     return [
         f"{name} was {theirs.get(name)}, now it is {ours.get(name)}"
-        for name in sorted(ours.keys() - untold)
+        for name in sorted(ours.keys() - not_logged)
         if may_change(name, ours[name]) and ours[name] != theirs.get(name)
     ]
 
@@ -130,13 +228,13 @@ def changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
 def _refuse_contents(folder: Path) -> None:
     held = contents(folder)
     if checkpoints(folder) or {RECIPE, METRICS} & set(held):
-        raise SmaltiError(
+        raise CheckpointError(
             f"{folder} already holds a run: continue it with "
             "--resume_from_checkpoint latest, or choose another --output_dir"
         )
     if held:
-        raise SmaltiError(
-            f"{folder} is not empty and holds no run (it holds {held[0]}): "
+        raise CheckpointError(
+            f"{folder} is not empty and holds no run (it contains {held[0]}): "
             "choose another --output_dir"
         )
 
@@ -146,49 +244,53 @@ def _latest(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | None:
     for reason in skipped:
         logger.warning("skipped a checkpoint: %s", reason)
     if found is None and skipped:
-        raise SmaltiError(
+        raise CheckpointError(
             f"no checkpoint in {folder} can be read ({skipped[0]}): put back a copy of one, "
             "or choose another --output_dir"
         )
     if found is None and contents(folder):
         _refuse_unless_begun_alike(folder, settings)
-    return told_by_run(found) if found else None
+    return check_state(found) if found else None
 
 
 def _refuse_unless_begun_alike(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Let pass what this very run left when it was killed before its first checkpoint."""
+    """Accept the files that this run itself left when it was killed before its first checkpoint."""
     import yaml
 
     held = contents(folder)
     strangers = [name for name in held if name not in BEFORE_A_CHECKPOINT]
     if strangers:
-        raise SmaltiError(
-            f"{folder} holds {strangers[0]}, but no checkpoint to go on from was asked for or "
-            "found there: choose another --output_dir"
+        raise CheckpointError(
+            f"{folder} contains {strangers[0]}, but no checkpoint of this run: choose another "
+            "--output_dir"
         )
     recipe = folder / RECIPE
     try:
         theirs = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SmaltiError(
-            f"{folder} is not empty (it holds {held[0]}), and no readable {RECIPE} says that it "
-            "is of this run: choose another --output_dir"
+        raise CheckpointError(
+            f"{folder} is not empty (it contains {held[0]}), and it has no readable {RECIPE} that "
+            "shows that it is of this run: choose another --output_dir"
         ) from error
     refuse_other_settings(settings, theirs if isinstance(theirs, dict) else {}, recipe)
     logger.warning("the run in %s has no checkpoint yet: it starts at the first step", folder)
 
 
-# -- the finished model -----------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# Where the finished model goes.
 
 
 def refuse_target(folder: Path, target: Path) -> None:
-    """Raise `SmaltiError` if the result of the run in `folder` must not go to `target`.
+    """Raise `CheckpointError` if the result of the run in `folder` must not be saved in `target`.
 
-    Below `folder` all is the run's own. Elsewhere it replaces nothing but what it exported itself.
+    Everything below `folder` is the run's own. Elsewhere it replaces only what it exported itself.
     """
     run, place = folder.resolve(), target.resolve()
     if run.is_relative_to(place):
-        raise SmaltiError(f"the result cannot go to {target}: the run in {folder} stands there")
+        raise CheckpointError(
+            f"the result cannot be saved in {target}, which contains the run's folder {folder}: "
+            "choose another folder"
+        )
     if place.is_relative_to(run) or not (place.is_file() or contents(place)):
         return
     record = read_json(folder / EXPORTED) if (folder / EXPORTED).is_file() else None
@@ -198,13 +300,13 @@ def refuse_target(folder: Path, target: Path) -> None:
             return
         if weights and weights == _weights(place):
             return
-    raise SmaltiError(
+    raise CheckpointError(
         f"{target} exists and was not saved by this run: choose another folder, or remove it"
     )
 
 
 def export(folder: Path, target: Path, save: Callable[[Path], Any]) -> None:
-    """Write a finished model by `save(target)`, and note in `folder` what was written."""
+    """Write a finished model by `save(target)`, and record in `folder` what was written."""
     record: dict[str, Any] = {"folder": str(target.resolve()), "weights": None}
     write_json(folder / EXPORTED, record)  # killed while saving, the run may save again
     save(target)
@@ -212,6 +314,6 @@ def export(folder: Path, target: Path, save: Callable[[Path], Any]) -> None:
 
 
 def _weights(folder: Path) -> dict[str, str]:
-    """sha256 of every file of weights below a folder; cards and pictures may be edited."""
+    """sha256 of every file of weights below a folder; cards and images may be edited."""
     files = sorted(folder.rglob("*.safetensors"))
     return {file.relative_to(folder).as_posix(): sha256_of(file) for file in files}

@@ -1,4 +1,11 @@
-"""What a run tells while it goes: metrics, times, trackers, and the page that shows them."""
+"""What a run writes while it trains: metrics.jsonl, timing.jsonl, trackers and report.html.
+
+    metrics.jsonl   {"step": 100, "loss": 0.25, ...}
+    timing.jsonl    {"step": 100, "seconds_per_step": 0.21, "images_per_second": 304.8, ...}
+
+"step" counts the steps that are done. Times stand in a file of their own: metrics.jsonl is the same
+whether a run was interrupted or not.
+"""
 
 import contextlib
 import logging
@@ -6,7 +13,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +26,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from smalti.config import config_to_dict, recipe_text
-from smalti.files import append_line, drop_lines_after, write_text
+from smalti.files import append_line, drop_lines_after, replacing, write_text
 from smalti.training.config import RunConfig
 from smalti.training.folder import METRICS, RECIPE, TIMING
 from smalti.training.report import write_report
 
-# -------------------------------------------------------------------------------------------------
-# Trackers: services that show what a run logs. One that fails is left out, the run goes on.
-
 logger = logging.getLogger(__name__)
+
+# -------------------------------------------------------------------------------------------------
+# Trackers: services that show what a run logs. One that fails is left out, the run continues.
 
 
 def start_trackers(accelerator: Accelerator, report_to: str, config: dict[str, Any]) -> None:
@@ -39,20 +45,20 @@ def start_trackers(accelerator: Accelerator, report_to: str, config: dict[str, A
             accelerator.init_trackers("smalti", config=flat)
         except Exception as error:
             accelerator.trackers = []
-            logger.warning("the tracker %s does not start, the run goes on: %s", report_to, error)
+            logger.warning("the tracker %s does not start, the run continues: %s", report_to, error)
 
 
 def send(accelerator: Accelerator, step: int, values: Mapping[str, float]) -> None:
-    """Send values of a number of finished steps."""
+    """Send values after a number of finished steps."""
     _each(accelerator, lambda tracker: tracker.log(dict(values), step=step))
 
 
-def send_picture(accelerator: Accelerator, step: int, name: str, picture: Image.Image) -> None:
-    """Send a picture, under a name that it shares with earlier ones."""
-    pixels = np.array(picture.convert("RGB"))  # (H, W, 3) uint8
+def send_image(accelerator: Accelerator, step: int, name: str, image: Image.Image) -> None:
+    """Send an image, under a name that it shares with earlier ones."""
+    pixels = np.array(image.convert("RGB"))  # (H, W, 3) uint8
 
     def show(tracker: Any) -> None:
-        if tracker.name == "trackio":  # Accelerate knows no pictures of it
+        if tracker.name == "trackio":  # Accelerate's tracker for it has no method for images
             import trackio  # type: ignore[import-not-found]
 
             tracker.log({name: trackio.Image(pixels)}, step=step)
@@ -65,12 +71,12 @@ def send_picture(accelerator: Accelerator, step: int, name: str, picture: Image.
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
-    """Close them."""
+    """Close the trackers."""
     _each(accelerator, lambda tracker: tracker.finish())
 
 
 def _each(accelerator: Accelerator, act: Callable[[Any], None]) -> None:
-    """Do it with every tracker; one that fails is left out from then on."""
+    """Call `act` with every tracker; one that fails is left out from then on."""
     for tracker in list(accelerator.trackers):
         try:
             act(tracker)
@@ -81,14 +87,18 @@ def _each(accelerator: Accelerator, act: Callable[[Any], None]) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Where a run writes what it measures: always `metrics.jsonl`, trackers if asked for.
+# Metrics.
+
+
+def mean_of(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean of each scalar over micro-batches."""
+    return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
 
 class MetricsLog:
-    """One JSON object per line: {"step": 100, "loss": 0.25, ...}. Only the main process writes.
+    """One JSON object per line, and the same to the trackers. Only the main process writes.
 
-    "step" counts finished steps. Lines after `resume_step` are dropped, so that no step stands
-    twice.
+    Lines after `resume_step` are dropped, so that no step is there twice.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, resume_step: int = 0) -> None:
@@ -97,7 +107,7 @@ class MetricsLog:
         if accelerator.is_main_process:
             drop_lines_after(path, resume_step)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line; also send the values to the trackers."""
         if not self.accelerator.is_main_process:
             return
@@ -107,20 +117,11 @@ class MetricsLog:
         send(self.accelerator, step, values)
 
 
-def mean_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Mean of each scalar over micro-batches."""
-    return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-
-
 # -------------------------------------------------------------------------------------------------
-# How fast a run goes: images per second, and how much of the machine's arithmetic it uses.
-#
-#     timing.jsonl   {"step": 100, "seconds_per_step": 0.21, "images_per_second": 304.8, ...}
-#
-# Times are kept apart from metrics.jsonl, where a run that was cut and resumed has the same lines.
+# Throughput: images per second, and model FLOPs utilisation (PaLM, 2204.02311, appendix B).
 
-# Dense bf16 operations per second of one device, as its maker states them; the first name found in
-# the device's counts.
+# Dense bf16 operations per second of one device, as its maker states them; the first name that is
+# part of the device's name counts.
 PEAK_FLOPS = {
     "A100": 312e12,
     "A10G": 70e12,
@@ -134,7 +135,39 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
     "RTX 4090": 165e12,
 }
-COUNTED_STEP = 1  # of this process: the first one also starts workers and compiles
+COUNTED_STEP = 1  # of this process: step 0 also starts workers and compiles
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """Operations per second that one device can do in this precision; 0 if that is not known."""
+    if device.type != "cuda" or precision != "bf16":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    known = [peak for part, peak in PEAK_FLOPS.items() if part in name]
+    return known[0] if known else 0.0
+
+
+class _FlopCounter(TorchDispatchMode):
+    """Adds up the operations of matrix products, convolutions and attention, in both passes.
+
+    torch's formulas, but not its `FlopCounterMode`: that decomposes operators, which changes the
+    step's rounding, and its hooks fail on second derivatives (R1). This one calls every kernel as
+    it is called without it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        output = func(*args, **options)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **options, out_val=output)
+        return output
 
 
 class Throughput:
@@ -142,8 +175,8 @@ class Throughput:
 
     Args:
         path: the file to write; lines after `resume_step` are dropped.
-        images: per step, over all processes.
-        processes: how many there are.
+        images: number of images per step, over all processes.
+        processes: number of processes.
         peak: operations per second of all devices together; 0 if unknown.
         count: whether to count operations; those of compiled or sharded models cannot be seen.
     """
@@ -160,15 +193,15 @@ class Throughput:
     ) -> None:
         self.path, self.images, self.processes = path, images, processes
         self.peak, self.count = peak, count
-        self.flops = 0  # of a step, on this process
         self._resume_step = resume_step
+        self.flops = 0  # of one step, on this process
         self._begun = False  # whether anything was written
         self._done = 0
         self._seconds: list[float] = []
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Measure one step."""
+        """Around one step: measure its seconds, and at `COUNTED_STEP` its operations."""
         start = time.perf_counter()
         if self.count and self._done == COUNTED_STEP:
             with _FlopCounter() as counter:
@@ -180,9 +213,10 @@ class Throughput:
         self._done += 1
 
     def write(self, step: int) -> dict[str, float]:
-        """Append a line on the steps since the last one, if any was timed; return its values.
+        """Append a line with the median over the steps since the last line, if there are any.
 
-        The median leaves out those in which the run also validated.
+        Returns:
+            The values of the line.
         """
         if not self._seconds:
             return {}
@@ -203,47 +237,19 @@ class Throughput:
         return line
 
 
-class _FlopCounter(TorchDispatchMode):
-    """Adds up the operations of matrix products, convolutions and attention, both passes.
-
-    It only looks on: every kernel is called as without it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        options = kwargs or {}
-        output = func(*args, **options)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **options, out_val=output)
-        return output
-
-
-def peak_flops(device: torch.device, precision: str) -> float:
-    """Operations per second that one device can do in this precision; 0 if that is not known."""
-    if device.type != "cuda" or precision != "bf16":
-        return 0.0
-    name = torch.cuda.get_device_name(device)
-    known = [peak for part, peak in PEAK_FLOPS.items() if part in name]
-    return known[0] if known else 0.0
-
-
 # -------------------------------------------------------------------------------------------------
-# What a run tells while it goes: metrics, times, trackers, and the page that shows them.
+# All of it.
 
 
-class Progress:
+class RunLog:
     """The files of a run that people read. Only the main process writes any.
 
-    Nothing is written before the first step is done.
+    Nothing is written before something is logged or saved, so that a run which fails in its first
+    step leaves no files behind.
 
     Args:
-        start_step: the first one of this process; later lines of the logs are dropped.
+        start_step: the first step of this process, counted from 0; later lines of the logs are
+            dropped.
     """
 
     def __init__(
@@ -256,7 +262,7 @@ class Progress:
         dynamo = accelerator.state.dynamo_plugin
         compiled = dynamo is not None and dynamo.backend != DynamoBackend.NO
         sharded = accelerator.distributed_type == DistributedType.FSDP
-        self._clock = Throughput(
+        self.throughput = Throughput(
             folder / TIMING,
             resume_step=start_step,
             images=config.train_batch_size,
@@ -265,45 +271,42 @@ class Progress:
             count=not (compiled or sharded),
         )
 
-    def begin(self) -> None:
-        """Claim the folder, with the first step: the recipe, the trackers, the log."""
+    def begin(self) -> MetricsLog | None:
+        """Write the recipe and start the trackers, at the first call; the log of metrics, on the
+        main process."""
         if self.accelerator.is_main_process and self._metrics is None:
             start_trackers(self.accelerator, self.config.report_to, config_to_dict(self.config))
             write_text(self.folder / RECIPE, recipe_text(self.config))
             self._metrics = MetricsLog(self.folder / METRICS, self.accelerator, self.start_step)
+        return self._metrics
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log values of a number of finished steps."""
-        self.begin()
-        if self._metrics is not None:
-            self._metrics.write(step, dict(values))
+        """Log values after a number of finished steps."""
+        if (metrics := self.begin()) is not None:
+            metrics.write(step, values)
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Time one step."""
-        with self._clock.step():
-            yield
+    def write_times(self, step: int) -> None:
+        """Log how fast the steps were since the last call."""
+        if self.begin() is not None and (speed := self.throughput.write(step)):
+            send(self.accelerator, step, speed)
 
-    def after_step(self, *, logged: bool, validated: bool, step: int) -> None:
-        """Once after each step: the times if it was logged, the page if it was validated."""
-        self.begin()
-        if self.accelerator.is_main_process:
-            if logged and (speed := self._clock.write(step)):
-                send(self.accelerator, step, speed)
-            if validated:
-                self.write_page()
+    def show(self, step: int, name: str, image: Image.Image) -> None:
+        """Save an image, made after a number of finished steps, as `name/step_000100.png`; send it
+        to the trackers, and write the report anew."""
+        if self.begin() is not None:
+            path = self.folder / name / f"step_{step:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as temporary:
+                image.save(temporary, "PNG")
+            send_image(self.accelerator, step, name, image)
+            self.write_report()
 
-    def show(self, step: int, name: str, picture: Image.Image) -> None:
-        """Send a picture, drawn after a number of finished steps, to the trackers."""
-        if self.accelerator.is_main_process:
-            send_picture(self.accelerator, step, name, picture)
-
-    def write_page(self) -> None:
-        """Write `report.html`."""
+    def write_report(self) -> None:
+        """Write `report.html` anew."""
         if self.accelerator.is_main_process:
             write_report(self.folder)
 
     def finish(self) -> None:
-        """Close the trackers, and write the page a last time."""
+        """Close the trackers, and write the report a last time."""
         finish_trackers(self.accelerator)
-        self.write_page()
+        self.write_report()

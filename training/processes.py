@@ -1,8 +1,8 @@
-"""How a run spreads over processes: one, DDP for both stages, FSDP2 for priors.
+"""The processes of a job: precision, DDP for both stages, FSDP2 for priors, and agreement.
 
-What an Accelerate config says of machines, processes, sharding and compilation holds. What this
-library decides itself (precision, accumulation) is not taken from there; what would be ignored is
-refused.
+What an Accelerate config says about machines, processes, sharding and compilation holds. What this
+library decides itself (precision, gradient accumulation) is not taken from there; a setting that
+would be ignored is refused.
 """
 
 import hashlib
@@ -28,20 +28,31 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm.auto import tqdm
 
-from smalti.errors import SmaltiError
+from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.training.checkpoint import Stateful, is_sharded
 from smalti.training.config import Precision
 
+UNSUPPORTED = {
+    DistributedType.DEEPSPEED: "DeepSpeed",
+    DistributedType.MEGATRON_LM: "Megatron-LM",
+}
+
 # -------------------------------------------------------------------------------------------------
-# Which arithmetic to train in: bf16 autocast where it pays.
+# Precision: bf16 autocast where it is faster.
 
 
 def resolve_precision(requested: Precision, device: torch.device) -> Literal["no", "bf16"]:
-    """ "auto" becomes "bf16" where that is faster on this device: GPUs that support it, and CPUs
-    with matrix units for it."""
+    """The precision to train in: "auto" becomes "bf16" on GPUs that support it and on CPUs with
+    matrix units for it.
+
+    Raises:
+        ConfigurationError: bf16 was requested on a GPU that lacks it.
+    """
     if requested != "auto":
         if requested == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            raise SmaltiError("mixed_precision is bf16 but this GPU lacks bf16: use no")
+            raise ConfigurationError(
+                "mixed_precision is bf16, but this GPU lacks bf16: use --mixed_precision no"
+            )
         return requested
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
@@ -54,8 +65,8 @@ def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has matrix units for bf16 (Intel's AMX).
 
     There, convolutions and matrix products take half the time; CPUs without them emulate bf16 or
-    gain little. It is asked, not timed: a timing depends on what else the machine is doing, and a
-    run would not repeat.
+    gain little. The processor is asked, nothing is timed: a timing depends on what else the machine
+    is doing, and a run could not be repeated.
     """
     if hasattr(torch.cpu, "get_capabilities"):
         return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
@@ -63,37 +74,33 @@ def cpu_multiplies_bf16() -> bool:
 
 
 # -------------------------------------------------------------------------------------------------
-# How a run spreads over processes: one, DDP for both stages, FSDP2 for priors.
-
-UNSUPPORTED = {
-    DistributedType.DEEPSPEED: "DeepSpeed",
-    DistributedType.MEGATRON_LM: "Megatron-LM",
-}
+# Joining the job.
 
 
 def join_job(timeout: float | None = None) -> PartialState:
-    """This process among those of the launch, on CPUs where ACCELERATE_USE_CPU says so.
+    """This process among those of the launch; on CPUs if ACCELERATE_USE_CPU is set.
 
     Args:
-        timeout: seconds that a process waits for the others until it gives up; None is torch's.
+        timeout: seconds that a process waits for the others before it fails; None is torch's
+            default.
     """
     options = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
 
 
 def say(text: str) -> None:
-    """Print, once for all processes of the launch."""
+    """Print on the main process of the launch only."""
     if join_job().is_main_process:
         print(text)
 
 
 @contextmanager
 def shared_work(total: int, title: str) -> Iterator[dict[str, Any]]:
-    """Keyword arguments for work that is cut by index: this process's rank, the world_size, a
-    barrier, and the progress of a bar that the main process shows.
+    """Keyword arguments for work that is divided by index among the processes: rank, world_size,
+    barrier, and progress, which advances a bar on the main process.
 
     Args:
-        total: samples, over all processes.
+        total: number of samples, over all processes.
     """
     state = join_job()
     with tqdm(total=total, desc=title, disable=not state.is_main_process) as bar:
@@ -106,10 +113,11 @@ def shared_work(total: int, title: str) -> Iterator[dict[str, Any]]:
 
 
 def agreed_precision(requested: Precision, timeout: float) -> Literal["no", "bf16"]:
-    """Join the job, and use what the main process resolves: the machines of a job may differ.
+    """Join the job, and return the precision that the main process resolved: the machines of a job
+    may differ.
 
     Args:
-        timeout: seconds that a process waits for the others until it gives up.
+        timeout: seconds that a process waits for the others before it fails.
     """
     state = join_job(timeout)
     assert state.device is not None, "PartialState always has a device"
@@ -126,7 +134,7 @@ def start_accelerator(
     """The accelerator of one run.
 
     Raises:
-        SmaltiError: the job was launched in a way that runs do not support.
+        ConfigurationError: the job was launched in a way that runs do not support.
     """
     # A process may train one stage after the other, each in its own precision.
     AcceleratorState._reset_state()
@@ -139,36 +147,46 @@ def start_accelerator(
     )
     kind = accelerator.distributed_type
     if kind in UNSUPPORTED:
-        raise SmaltiError(f"{UNSUPPORTED[kind]} is not supported: launch with DDP or FSDP2")
+        raise ConfigurationError(f"{UNSUPPORTED[kind]} is not supported: launch with DDP or FSDP2")
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise SmaltiError("FSDP of version 1 is not supported: set fsdp_version to 2")
+        raise ConfigurationError("FSDP of version 1 is not supported: set fsdp_version to 2")
     return accelerator
 
 
+# -------------------------------------------------------------------------------------------------
+# The module to train: DDP averages its gradients over the processes, FSDP2 also shards its weights.
+
+
 def replicate(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """Wrap a module so that its gradients are averaged over the processes (DDP).
+    """Wrap a module so that its backward pass averages the gradients over the processes (DDP).
+
+    Gradients are synchronised by this wrapper alone: every pass whose gradients are used calls it.
 
     Raises:
-        SmaltiError: the job was launched with FSDP.
+        ConfigurationError: the job was launched with FSDP.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
-        raise SmaltiError("only priors can be sharded by FSDP: launch this command with DDP")
+        raise ConfigurationError("FSDP shards priors only: launch this command with DDP")
     return accelerator.prepare(module)
 
 
 def shard(
     accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> nn.Module:
-    """Like `replicate`, but under FSDP2 shard the module, in place, and its optimizer instead."""
+    """Like `replicate`; under FSDP2 the module and its optimizer are sharded instead, in place.
+
+    Averages of the module are made before, its state is restored after.
+    """
     if accelerator.distributed_type != DistributedType.FSDP:
         return replicate(accelerator, module)
     plugin = accelerator.state.fsdp_plugin
-    assert plugin is not None, "Accelerate has one whenever it shards"
+    assert plugin is not None, "Accelerate has a plugin whenever it shards"
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = repeated_blocks(module)
     wrapped, _ = accelerator.prepare(module, optimizer)  # the optimizer itself is changed, too
     for part in module.modules():
-        # Those of the whole are called within its `forward`, while its weights are together.
+        # The methods of the whole module are called within its `forward`, while its weights are
+        # gathered; those of a block gather the block's.
         if isinstance(part, FSDPModule) and part is not module:
             for name in own_methods(part):
                 register_fsdp_forward_method(part, name)
@@ -176,7 +194,7 @@ def shard(
 
 
 def own_methods(module: nn.Module) -> list[str]:
-    """Public methods of a module besides `forward`, which may need its weights put together."""
+    """Names of a module's public methods besides `forward`, which may need its gathered weights."""
     classes = [c for c in type(module).__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
     return sorted(
         {
@@ -191,15 +209,32 @@ def own_methods(module: nn.Module) -> list[str]:
 
 
 def repeated_blocks(module: nn.Module) -> list[str]:
-    """Class names of what stands in lists in a module: each block becomes a unit of sharding."""
+    """Class names of the blocks in a module's lists: each block becomes one unit of sharding."""
     lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
     blocks = [block for part in lists for block in part if next(block.children(), None)]
     return sorted({type(block).__name__ for block in blocks})
 
 
+# -------------------------------------------------------------------------------------------------
+# Agreement between the processes.
+
+
+def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Sum of a tensor over all processes; every process must call this."""
+    reduced = accelerator.reduce(values, reduction="sum")
+    assert isinstance(reduced, Tensor)
+    return reduced
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set on any process; every process must call this."""
+    flags = torch.tensor(int(flag), device=accelerator.device)
+    return sum_over_processes(accelerator, flags).item() > 0
+
+
 @contextmanager
 def agreed_errors() -> Iterator[None]:
-    """What the main process finds wrong within is raised on all processes."""
+    """Raise on all processes what the main process raises in the block."""
     found: list[str | None] = [None]
     try:
         yield
@@ -207,14 +242,14 @@ def agreed_errors() -> Iterator[None]:
         found = [str(error)]
     broadcast_object_list(found)
     if found[0] is not None:
-        raise SmaltiError(found[0])
+        raise CheckpointError(found[0])
 
 
 def refuse_divergence(tracked: Mapping[str, Stateful]) -> None:
-    """Compare what all processes must hold alike: modules that are not sharded.
+    """Compare what all processes must hold alike: the weights of modules that are not sharded.
 
     Raises:
-        SmaltiError: some process has other weights than the first.
+        CheckpointError: a process has other weights than process 0.
     """
     if PartialState().num_processes == 1:
         return
@@ -224,14 +259,15 @@ def refuse_divergence(tracked: Mapping[str, Stateful]) -> None:
     for rank, theirs in enumerate(others, start=1):
         for name in first:
             if theirs[name] != first[name]:
-                raise SmaltiError(
+                raise CheckpointError(
                     f"process {rank} has other weights of {name} than process 0: a machine of this "
-                    "job computes wrongly; nothing was saved, go on from the last checkpoint"
+                    "job computes wrong results; nothing was saved, continue on other machines with"
+                    " --resume_from_checkpoint latest"
                 )
 
 
 def digest(module: nn.Module) -> str:
-    """A hash of sums over each tensor of a module; equal for equal tensors."""
+    """A hash of the sums over each tensor of a module and its squares; equal for equal tensors."""
     sums = [_sums(tensor) for tensor in module.state_dict().values()]
     flat = torch.cat(sums).cpu().numpy().tobytes() if sums else b""
     return hashlib.sha256(flat).hexdigest()

@@ -1,6 +1,6 @@
 """A run as one page: `report.html`, plain HTML and SVG, no script, nothing from the network.
 
-It shows what lies in the folder of the run: curves of metrics.jsonl and timing.jsonl, the pictures,
+It shows the files in the folder of the run: curves of metrics.jsonl and timing.jsonl, the images,
 the config. It can be written again at any time, from any machine that sees the folder.
 """
 
@@ -13,8 +13,8 @@ from urllib.parse import quote
 from smalti.files import read_lines, write_text
 from smalti.training.folder import METRICS, RECIPE, REPORT, TIMING
 
-PICTURES = ("samples", "reconstructions")
-MAX_PICTURES = 8  # of each folder, spread over the run
+IMAGE_FOLDERS = ("samples", "reconstructions")
+MAX_IMAGES = 8  # of each folder, at equal distances over the run
 MAX_POINTS = 400  # of a curve
 WIDTH, HEIGHT = 360, 160  # of a chart, in pixels
 LEFT, BOTTOM, TOP = 64, 24, 10  # room for the axes
@@ -32,7 +32,7 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; }
 
 
 def write_report(folder: Path) -> Path:
-    """Write the page about the run in `folder`, and return its path."""
+    """Write the page about the run in a folder, and return its path."""
     metrics, timing = (_lines(folder / name) for name in (METRICS, TIMING))
     recipe = folder / RECIPE
     parts = [
@@ -43,7 +43,7 @@ def write_report(folder: Path) -> Path:
         _summary(metrics, timing),
         "<h2>Curves</h2>",
         *(chart(name, curve) for name, curve in curves([*metrics, *timing]).items()),
-        *(_gallery(folder, name) for name in PICTURES),
+        *(_gallery(folder, name) for name in IMAGE_FOLDERS),
         "<h2>Config</h2>",
         f"<pre>{escape(recipe.read_text(encoding='utf-8') if recipe.is_file() else '')}</pre>",
         "</body></html>",
@@ -53,7 +53,7 @@ def write_report(folder: Path) -> Path:
 
 
 def curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Name of each logged value -> its points (step, value), the finite ones."""
+    """Name of each logged value -> its finite points (step, value)."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for name, value in line.items():
@@ -64,7 +64,7 @@ def curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
 
 
 def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most `MAX_POINTS` points, each the mean of its neighbours; the last one stays itself."""
+    """At most `MAX_POINTS` points: means over equal intervals, and the last point unchanged."""
     if len(points) <= MAX_POINTS:
         return points
     size = math.ceil(len(points) / (MAX_POINTS - 1))
@@ -74,7 +74,7 @@ def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def chart(name: str, points: list[tuple[int, float]]) -> str:
-    """A curve as SVG, with the ends of its axes and its last value."""
+    """A curve as SVG, with the limits of its axes and its last value."""
     shown = thinned(points)
     (first, last), values = (points[0][0], points[-1][0]), [value for _, value in shown]
     low, high = min(values), max(values)
@@ -114,11 +114,11 @@ def _summary(metrics: list[dict[str, Any]], timing: list[dict[str, Any]]) -> str
 
 
 def _gallery(folder: Path, name: str) -> str:
-    """The pictures of a folder of the run, linked by relative paths, the newest first."""
+    """The images in a folder of the run, linked by relative paths, the newest first."""
     files = sorted((folder / name).glob("*.png"), reverse=True)
     if not files:
         return ""
-    stride = math.ceil(len(files) / MAX_PICTURES)
+    stride = math.ceil(len(files) / MAX_IMAGES)
     figures = [
         f"<figure><figcaption>{escape(file.stem)}</figcaption>"
         f'<img src="{quote(name)}/{quote(file.name)}" alt="{escape(file.stem)}"></figure>'

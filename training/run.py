@@ -1,30 +1,48 @@
-"""A training run: its folder, its processes, its clock. The loop itself stays in the script.
+"""A training run: a folder, one or many processes, checkpoints from which it resumes bit by bit.
 
-run = Run(config, kind="train-prior", result=config.output_dir / "pipeline")
-run.track(model=model, ema=ema, optimizer=OptimizerState(optimizer))
-wrapped = run.shard(model, optimizer)
-run.resume(data.fingerprint)
-for step in run.steps():
-    ...
-    run.log(step, values)
-run.export(model.save_pretrained)
+The loop stays in the script, and every effect is a call in it:
+
+    run = Run(config, kind="train-prior", result=config.output_dir / "pipeline")
+    run.track(model=prior, ema=ema, optimizer=OptimizerState(optimizer))
+    model = shard(run.accelerator, prior, optimizer)
+    run.resume(data.fingerprint)
+    with run.interruptible():
+        for step in run.remaining_steps():
+            seed_everything(config.seed, step, run.rank)
+            with run.timed():
+                for index, batch in enumerate(next(batches)):
+                    with run.micro_batch(index, model):
+                        loss = model(batch)
+                        run.backward(loss)
+                ...  # clip, optimizer step, EMA update
+            if run.due(step, config.logging_steps):
+                run.log(step, values)
+            stop = run.should_stop()
+            if stop or run.due(step, config.checkpointing_steps):
+                run.save(step)
+            if stop:
+                run.stop(step)
+    ema.gather()
+    run.export(ema.model.save_pretrained)
+
+Steps are counted from 0 in the loop; files and messages count the steps that are done.
 """
 
 import atexit
-import contextlib
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from smalti.config import config_to_dict
-from smalti.errors import EXIT_INTERRUPTED, SmaltiError
+from smalti.errors import EXIT_INTERRUPTED, CheckpointError
 from smalti.randomness import derive_seed
 from smalti.training import processes
 from smalti.training.checkpoint import (
@@ -37,6 +55,7 @@ from smalti.training.checkpoint import (
 )
 from smalti.training.config import Precision, RunConfig
 from smalti.training.folder import (
+    RunLock,
     changes,
     export,
     find_checkpoint,
@@ -44,40 +63,31 @@ from smalti.training.folder import (
     refuse_other_settings,
     refuse_target,
 )
-from smalti.training.lock import RunLock
-from smalti.training.logging import Progress
-from smalti.training.optim import Steps
-from smalti.training.signals import EXIT_FAILURE, InterruptGuard, Watch, launcher
-
-# -------------------------------------------------------------------------------------------------
-# A training run: its folder, its processes, its clock. The loop itself stays in the script.
+from smalti.training.logging import RunLog
+from smalti.training.optim import StepGuard
+from smalti.training.signals import EXIT_FAILURE, InterruptGuard, LauncherWatch, launcher
 
 logger = logging.getLogger(__name__)
 
 
-@runtime_checkable
-class Gathered(Protocol):
-    """What is spread over processes while it is trained, and put together to be used."""
-
-    def gather(self) -> None:
-        """Put it together; every process must call this."""
-
-
-class Run(Steps):
+class Run:
     """One training run in `config.output_dir`, on one process or many.
 
     Args:
-        kind: the command, so that no run goes on from a checkpoint of another command.
-        result: the folder that the finished model will go to, checked before any work.
+        kind: the command, so that no run continues from a checkpoint of another command.
+        result: the folder that the finished model will be saved in; checked before any work.
 
     Raises:
-        SmaltiError: a folder holds what is not this run's, or no such run can be resumed.
+        CheckpointError: a folder holds something that is not this run's, or there is no such run to
+            resume.
+        ConfigurationError: the job was launched in a way that runs do not support.
     """
 
+    _log: RunLog  # made by `resume`, which knows the first step
+
     def __init__(self, config: RunConfig, kind: str, result: Path) -> None:
-        self.kind = kind
+        self.config, self.kind, self.result = config, kind, result
         self.folder = Path(config.output_dir)
-        self.result = result
         settings = config_to_dict(config)
         found = find_checkpoint(self.folder, config.resume_from_checkpoint, settings)
         refuse_target(self.folder, result)
@@ -92,54 +102,60 @@ class Run(Steps):
         self.precision: Literal["no", "bf16"] = processes.agreed_precision(
             requested, config.process_timeout
         )
-        super().__init__(
-            config, processes.start_accelerator(self.folder, self.precision, config.report_to)
+        self.accelerator = processes.start_accelerator(
+            self.folder, self.precision, config.report_to
         )
-        self.start_step = 0
+        self.device = self.accelerator.device
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.start_step = 0  # known after `resume`
+        self.guard = StepGuard(config.max_skipped_steps, self.sum_over_processes)
         self._checkpoint = found
-        self._lock = RunLock(self.folder)
         self._data_fingerprint = ""
         self._tracked: dict[str, Stateful] = {}
-        self._progress: Progress | None = None
+        self._lock = RunLock(self.folder)
+        self._interrupt = InterruptGuard()
         self.accelerator.wait_for_everyone()  # all have seen the folder as it was
 
-    # -- state --------------------------------------------------------------------------------
+    # -- before the loop ----------------------------------------------------------------------
 
     def track(self, **objects: Stateful) -> None:
-        """Name what a checkpoint must hold. Modules are tracked unwrapped."""
+        """Name what a checkpoint must hold, one file each. Modules are tracked unwrapped."""
         self._tracked.update(objects)
 
     def resume(self, data_fingerprint: str) -> None:
-        """Restore the tracked objects if there is a checkpoint; take the folder.
+        """Restore the tracked objects if there is a checkpoint; lock the folder for this run.
 
         Args:
             data_fingerprint: of what the run learns from; a checkpoint of other data is refused.
 
         Raises:
-            SmaltiError: the checkpoint does not fit, or another run is active in the folder.
+            CheckpointError: the checkpoint does not fit, or another run is active in the folder.
         """
         self._data_fingerprint = data_fingerprint
         if self._checkpoint is not None:
-            if self._checkpoint.state["data_fingerprint"] != data_fingerprint:
-                raise SmaltiError(
-                    f"{self._checkpoint.path} was trained on other data than these: put back what "
-                    "has changed since, or choose another --output_dir"
-                )
-            self._checkpoint.restore(self._tracked)
-            self.start_step = self._checkpoint.step
-            self.guard.restore(self._checkpoint.state.get("skipped", {}))
-            logger.info("resumed from %s", self._checkpoint.path)
-            self._warn_of_other_processes(self._checkpoint.state["num_processes"])
+            self._restore(self._checkpoint)
+        self._log = RunLog(self.folder, self.config, self.accelerator, self.start_step)
         with processes.agreed_errors():
-            if self.accelerator.is_main_process:
+            if self.is_main:
                 self._take_folder()
 
-    def _warn_of_other_processes(self, before: int) -> None:
-        if before != self.accelerator.num_processes and self.accelerator.is_main_process:
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.state["data_fingerprint"] != self._data_fingerprint:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained on other data than these: put back what has "
+                "changed since, or choose another --output_dir"
+            )
+        checkpoint.restore(self._tracked)
+        self.start_step = checkpoint.step
+        self.guard.restore(checkpoint.state.get("skipped", {}))
+        logger.info("resumed from %s", checkpoint.path)
+        before = checkpoint.state["num_processes"]
+        if before != self.world_size and self.is_main:
             logger.warning(
                 "resuming on %d processes what ran on %d: the data order is the same, "
                 "rounding and dropout are not",
-                self.accelerator.num_processes,
+                self.world_size,
                 before,
             )
 
@@ -148,150 +164,149 @@ class Run(Steps):
         atexit.register(self._lock.release)
         if checkpoints(self.folder) != self._seen:
             self._lock.release()
-            raise SmaltiError(f"another run wrote into {self.folder} meanwhile: start again")
+            raise CheckpointError(
+                f"another run wrote a checkpoint into {self.folder} while this one was starting:"
+                " start it again"
+            )
         remove_leftovers(self.folder)
 
+    def share_of_data(self) -> dict[str, int]:
+        """Which batches this process needs, as keyword arguments of `stream_batches`."""
+        return {
+            "start_step": self.start_step,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "micro_batches": self.config.gradient_accumulation_steps,
+            "num_workers": self.config.dataloader_num_workers,
+        }
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Around the loop: signals and the end of the launcher make `should_stop` true.
+
+        If the loop raises, the folder is unlocked; else `export` unlocks it.
+        """
+        try:
+            with self._interrupt, LauncherWatch(self._interrupt, launcher()):
+                yield
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def remaining_steps(self) -> Iterable[int]:
+        """The steps from the first, or the one after the checkpoint, on: a range with a bar."""
+        total = self.config.max_train_steps
+        return tqdm(
+            range(self.start_step, total),
+            total=total,
+            initial=self.start_step,
+            desc=self.kind,
+            disable=not self.accelerator.is_local_main_process,
+        )
+
+    def due(self, step: int, every: int) -> bool:
+        """True at every `every`-th step, and at the last."""
+        return (step + 1) % every == 0 or step + 1 == self.config.max_train_steps
+
+    def timed(self) -> AbstractContextManager[None]:
+        """Around the computation of a step: measure seconds and operations, for timing.jsonl."""
+        return self._log.throughput.step()
+
+    def micro_batch(self, index: int, model: nn.Module) -> AbstractContextManager[Any]:
+        """Around a backward pass: gradients add up on their process until the last micro-batch of a
+        step, whose backward pass averages them over the processes."""
+        last = index == self.config.gradient_accumulation_steps - 1
+        return nullcontext() if last else self.accelerator.no_sync(model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate a micro-batch's mean loss, as its share of the mean over the step."""
+        self.accelerator.backward(loss / self.config.gradient_accumulation_steps)
+
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all processes; every process must call this."""
+        return processes.sum_over_processes(self.accelerator, values)
+
+    def should_stop(self) -> bool:
+        """Whether any process was asked to stop; every process must call this."""
+        return processes.any_process(self.accelerator, self._interrupt.requested)
+
     def save(self, step: int) -> None:
-        """Write a checkpoint after `step` optimizer steps; every process must call this.
+        """Write a checkpoint of the state after a step; every process must call this.
 
         Raises:
-            SmaltiError: a process has other weights than the first.
-            OSError: it cannot be written; the one before is untouched.
+            CheckpointError: a process has other weights than process 0.
+            OSError: it cannot be written; the checkpoint before is untouched.
             SystemExit: the main process cannot write it.
         """
         processes.refuse_divergence(self._tracked)
-        states = collect(self._tracked, keep=self.accelerator.is_main_process)
+        states = collect(self._tracked, keep=self.is_main)
         failure = None
-        if self.accelerator.is_main_process:
-            self.progress.begin()
-            keep, replaces = self.config.checkpoints_total_limit, self._to_replace
+        if self.is_main:
+            self._log.begin()
             try:
                 save_checkpoint(
-                    self.folder, step, states, self._state(), keep=keep, replaces=replaces
+                    self.folder,
+                    step + 1,
+                    states,
+                    self._state(),
+                    keep=self.config.checkpoints_total_limit,
+                    replaces=self._to_replace,
                 )
                 self._to_replace = []
             except OSError as error:
                 failure = error
-        if self.any_process(failure is not None):
+        if processes.any_process(self.accelerator, failure is not None):
             raise failure or SystemExit(EXIT_FAILURE)
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint says of the run."""
+        """What a checkpoint states about the run, in state.json."""
         return {
             "kind": self.kind,
             "config": config_to_dict(self.config),
             "data_fingerprint": self._data_fingerprint,
             "precision": self.precision,
-            "num_processes": self.accelerator.num_processes,
+            "num_processes": self.world_size,
             "skipped": self.guard.state(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
 
-    # -- the clock ----------------------------------------------------------------------------
-
-    def steps(self) -> Iterator[int]:
-        """Yield the steps still to do; save when due, at the end, and when asked to stop.
-
-        Every random number of a step derives from (seed, step, process): torch's global generators
-        are seeded anew each time, so a resumed step draws what the uninterrupted one would have.
-
-        Raises:
-            SystemExit: with `EXIT_INTERRUPTED`, after a checkpoint, because of a signal or because
-                the launcher is gone.
-        """
-        config = self.config
-        bar = tqdm(
-            total=config.max_train_steps,
-            initial=self.start_step,
-            desc=self.kind,
-            disable=not self.accelerator.is_local_main_process,
-        )
-        guard = InterruptGuard()
-        with guard, Watch(guard, self._lock.beat, launcher()), self._releasing(), bar:
-            for step in range(self.start_step, config.max_train_steps):
-                torch.manual_seed(derive_seed(config.seed, step, self.accelerator.process_index))
-                with self.progress.timed():
-                    yield step
-                self.progress.after_step(
-                    step=step + 1,
-                    logged=self.due(step, config.logging_steps),
-                    validated=self.due(step, config.validation_steps),
-                )
-                bar.update()
-                stop = self.any_process(guard.requested)
-                if stop or self.due(step, config.checkpointing_steps):
-                    self.save(step + 1)
-                if stop:
-                    self.progress.write_page()
-                    self._say_how_to_go_on(step + 1)
-                    raise SystemExit(EXIT_INTERRUPTED)
-
-    @contextlib.contextmanager
-    def _releasing(self) -> Iterator[None]:
-        """Give the folder back if the run fails or is stopped; else `export` does."""
-        try:
-            yield
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def _say_how_to_go_on(self, step: int) -> None:
+    def stop(self, step: int) -> NoReturn:
+        """End the program after a step that was saved, with the exit status `EXIT_INTERRUPTED`."""
+        self._log.write_report()
         flag = "--resume_from_checkpoint latest"
         how = "" if self.config.resume_from_checkpoint == "latest" else f" and {flag}"
         self.accelerator.print(
-            f"\nstopped after step {step}; saved in {self.folder}. Go on with the same command{how}"
+            f"\nstopped after step {step + 1}; saved in {self.folder}. Continue with the same "
+            f"command{how}"
         )
+        raise SystemExit(EXIT_INTERRUPTED)
 
-    def due(self, step: int, every: int) -> bool:
-        """True after every `every`-th step, and after the last."""
-        return (step + 1) % every == 0 or step + 1 == self.config.max_train_steps
-
-    def validates(self, step: int) -> bool:
-        """True on the main process after a step with validation; every process must call this.
-
-        Averages of sharded models are put together for it.
-        """
-        due = self.due(step, self.config.validation_steps)
-        if due:
-            self._gather()
-        return due and self.accelerator.is_main_process
-
-    def _gather(self) -> None:
-        for part in self._tracked.values():
-            if isinstance(part, Gathered):
-                part.gather()
-
-    # -- what it tells ------------------------------------------------------------------------
-
-    @property
-    def progress(self) -> Progress:
-        """The logs of this run; known once it is known where the run begins."""
-        if self._progress is None:
-            self._progress = Progress(self.folder, self.config, self.accelerator, self.start_step)
-        return self._progress
+    # -- logs and the result ------------------------------------------------------------------
 
     def log(self, step: int, values: Mapping[str, float | Tensor]) -> None:
-        """Average the values over all processes and write them; every process must call this."""
+        """Write the mean of each value over all processes, and the times; every process calls."""
         names = sorted(values)
         stacked = torch.tensor([float(values[name]) for name in names], device=self.device)
-        means = self.sum_over_processes(stacked) / self.accelerator.num_processes
+        means = self.sum_over_processes(stacked) / self.world_size
         skipped = {"skipped_steps": float(self.guard.total)} if self.guard.total else {}
-        self.log_alone(step, {**dict(zip(names, means.tolist(), strict=True)), **skipped})
+        self._log.write_times(step + 1)
+        self.log_on_main(step, {**dict(zip(names, means.tolist(), strict=True)), **skipped})
 
-    def log_alone(self, step: int, values: Mapping[str, float]) -> None:
+    def log_on_main(self, step: int, values: Mapping[str, float]) -> None:
         """Write values that the main process measured."""
-        if self.accelerator.is_main_process:
-            self.progress.write(step + 1, values)
+        self._log.write(step + 1, values)
 
-    def show(self, step: int, name: str, picture: Image.Image) -> None:
-        """Send a picture that the main process drew to the trackers."""
-        self.progress.show(step + 1, name, picture)
+    def show(self, step: int, name: str, image: Image.Image) -> None:
+        """Save an image that the main process made, as `name/step_000100.png`, send it to the
+        trackers, and write report.html anew."""
+        self._log.show(step + 1, name, image)
 
     def export(self, save: Callable[[Path], Any]) -> Path:
         """Close the logs; the main process writes the finished model by `save(folder)`."""
-        self.progress.finish()
-        self._gather()
-        if self.accelerator.is_main_process:
+        self._log.finish()
+        if self.is_main:
             export(self.folder, self.result, save)
             self._lock.release()
         self.accelerator.wait_for_everyone()
@@ -299,15 +314,18 @@ class Run(Steps):
 
 
 def _refuse_other_run(checkpoint: Checkpoint, kind: str, config: RunConfig) -> None:
-    """Raise `SmaltiError` unless the run described by `kind` and `config` may go on from it."""
+    """Raise `CheckpointError` unless the run of `kind` and `config` may continue from it."""
     if checkpoint.state["kind"] != kind:
-        raise SmaltiError(f"{checkpoint.path} is of a {checkpoint.state['kind']} run")
+        raise CheckpointError(
+            f"{checkpoint.path} is of a {checkpoint.state['kind']} run, this is a {kind} run: "
+            "choose another --output_dir"
+        )
     ours, theirs = config_to_dict(config), checkpoint.state["config"]
     refuse_other_settings(ours, theirs, checkpoint.path)
     for change in changes(ours, theirs):
         logger.info("%s", change)
     if checkpoint.step > config.max_train_steps:
-        raise SmaltiError(
+        raise CheckpointError(
             f"{checkpoint.path} is beyond max_train_steps {config.max_train_steps}: "
             "give at least its step, or resume an earlier checkpoint by its path"
         )
@@ -321,31 +339,47 @@ def _refuse_other_run(checkpoint: Checkpoint, kind: str, config: RunConfig) -> N
 
 
 # -------------------------------------------------------------------------------------------------
-# What models draw in training, as a function of a sample's place in the whole batch of a step.
+# Random numbers of a step, as functions of (seed, step) and of a sample's place in the whole batch.
 #
-# Numbers are drawn for the whole batch on every process, which takes its rows: so gradients are the
-# same however the batch is shared among processes or cut into micro-batches.
+# They are generated for the whole batch on every process, which takes its rows: so the gradients
+# are the same however the batch is divided among processes and micro-batches, and a resumed step
+# repeats the numbers of the uninterrupted one.
 
 
 class HasRandomInputs(Protocol):
-    """A model that draws random numbers in training."""
+    """A model whose training pass takes random numbers, one row for each sample."""
 
     def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]: ...
 
 
-def random_inputs_for(run: Run, model: HasRandomInputs, step: int) -> list[dict[str, Tensor]]:
-    """What a model draws for each micro-batch of this process."""
+def seed_everything(seed: int, step: int, rank: int) -> None:
+    """Seed torch's global generators for one step of one process (dropout, and what else a model
+    samples within its forward pass)."""
+    torch.manual_seed(derive_seed(seed, step, rank))
+
+
+def local_micro_batches(run: Run, rows: Tensor) -> list[Tensor]:
+    """Rows (B, ...) for the whole batch -> those of each micro-batch of this process."""
+    own = rows.chunk(run.world_size)[run.rank]
+    return list(own.to(run.device).chunk(run.config.gradient_accumulation_steps))
+
+
+def random_inputs_of_step(
+    run: Run, model: HasRandomInputs, step: int, generator: torch.Generator | None = None
+) -> list[dict[str, Tensor]]:
+    """The random inputs of a model for each micro-batch of this process, by name.
+
+    Args:
+        generator: equal on all processes; None is one on the run's device, seeded by
+            (config.seed, step, 0).
+    """
     config = run.config
-    generator = torch.Generator(run.device).manual_seed(derive_seed(config.seed, step, 0))
+    if generator is None:
+        seed = derive_seed(config.seed, step, 0)
+        generator = torch.Generator(run.device).manual_seed(seed)
     whole = model.sample_random_inputs(config.train_batch_size, generator)
-    parts = {name: shares(run, values) for name, values in whole.items()}
+    parts = {name: local_micro_batches(run, rows) for name, rows in whole.items()}
     return [
         {name: part[index] for name, part in parts.items()}
         for index in range(config.gradient_accumulation_steps)
     ]
-
-
-def shares(run: Run, whole: Tensor) -> list[Tensor]:
-    """The rows of each micro-batch of this process, of rows for the whole batch."""
-    mine = whole.chunk(run.accelerator.num_processes)[run.accelerator.process_index]
-    return list(mine.to(run.device).chunk(run.config.gradient_accumulation_steps))

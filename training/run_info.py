@@ -1,4 +1,4 @@
-"""What `smalti info` says of runs and their checkpoints."""
+"""What `smalti info` reports about runs and their checkpoints."""
 
 import math
 from pathlib import Path
@@ -6,27 +6,26 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from smalti.errors import SmaltiError
+from smalti.errors import CheckpointError, SmaltiError
 from smalti.files import read_json, read_lines
 from smalti.folder_info import Info, command
 from smalti.training.checkpoint import Checkpoint, checkpoints, verify
-from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, told_by_run
-from smalti.training.lock import RunLock
+from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, RunLock, check_state
 
-# Settings that say most about a run, in this order; a run has some of them.
-TOLD = ("data", "latents", "train_batch_size", "learning_rate", "max_train_steps", "seed")
+# The settings that are shown, in this order; a run has some of them.
+SHOWN = ("data", "latents", "train_batch_size", "learning_rate", "max_train_steps", "seed")
 
 
 def is_run(path: Path) -> bool:
-    """Whether a run wrote into a folder, or is about to."""
+    """Whether a folder contains a run, or a run is about to write into it."""
     begun = all((path / name).is_file() for name in (RECIPE, METRICS))
     return begun or bool(checkpoints(path)) or bool(_active(path))
 
 
 def of_checkpoint(path: Path) -> Info:
-    """A checkpoint of a run."""
+    """Lines about a checkpoint of a run."""
     try:
-        found = told_by_run(verify(path))
+        found = check_state(verify(path))
     except SmaltiError as error:
         return Info([("kind", "checkpoint"), ("verified", f"no: {error}")], whole=False)
     how = [("kind", f"checkpoint of a {found.state['kind']} run"), *_state_lines(found)]
@@ -36,11 +35,11 @@ def of_checkpoint(path: Path) -> Info:
 
 
 def of_run(path: Path) -> Info:
-    """A run, finished or not."""
+    """Lines about a run, finished or not."""
     lines, newest, damaged = [("kind", "training run")], None, []
     for folder in reversed(checkpoints(path)):
         try:
-            newest = newest or told_by_run(verify(folder))
+            newest = newest or check_state(verify(folder))
         except SmaltiError as error:
             damaged.append(("damaged", str(error)))
     if newest is not None:
@@ -60,29 +59,27 @@ def of_run(path: Path) -> Info:
 
 
 def _active(path: Path) -> str:
-    """Who works on a run just now; empty if nobody does."""
+    """The process that is training a run; empty if there is none."""
     holder = RunLock(path).holder()
-    if holder is None:
-        return ""
-    return f"yes: process {holder['pid']} on {holder.get('host', 'unknown')}"
+    return f"yes: process {holder[0]} on {holder[1]}" if holder else ""
 
 
 def _result(exported: Path) -> str:
-    """Where the finished model of a run went."""
+    """The folder in which the finished model of a run was saved."""
     record = read_json(exported)
     if not isinstance(record, dict) or "folder" not in record:
-        raise SmaltiError(f"{exported} is damaged: it does not name a folder")
+        raise CheckpointError(f"{exported} is damaged: it does not name a folder; remove it")
     return str(record["folder"])
 
 
 def _state_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     state, config = checkpoint.state, checkpoint.state["config"]
     files = sorted(checkpoint.path.glob("*.safetensors"))
-    told = ", ".join(f"{name} {config[name]}" for name in TOLD if name in config)
+    settings = ", ".join(f"{name} {config[name]}" for name in SHOWN if name in config)
     model = checkpoint.path / "model.safetensors"
     return [
         ("step", f"{checkpoint.step} of {config['max_train_steps']}"),
-        ("config", told),
+        ("config", settings),
         ("numbers", f"{_count(model):,} in {model.name}" if model.is_file() else ""),
         ("files", ", ".join(file.stem for file in files)),
         ("trained on", f"{state['num_processes']} process(es), precision {state['precision']}"),
@@ -96,7 +93,7 @@ def _resume(run: Path, checkpoint: Checkpoint, wanted: str) -> str:
 
 
 def _last(path: Path) -> str:
-    """The last line of a log, in short."""
+    """The last line of a log, with rounded values."""
     lines = read_lines(path) if path.is_file() else []
     return ", ".join(f"{k} {_short(v)}" for k, v in lines[-1].items()) if lines else ""
 
@@ -106,10 +103,10 @@ def _short(value: Any) -> str:
 
 
 def _count(file: Path) -> int:
-    """How many numbers a file of weights holds; only its header is read."""
+    """How many values a file of weights holds; only its header is read."""
     try:
         with safe_open(file, framework="pt") as tensors:
             shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
     except SafetensorError as error:
-        raise SmaltiError(f"{file} is damaged: {error}") from error
+        raise CheckpointError(f"{file} is damaged: {error}") from error
     return sum(map(math.prod, shapes))

@@ -1,23 +1,27 @@
-"""What is watched beside the steps: that the launcher lives, and that the lock shows life.
+"""What asks a run to stop: a signal, or the end of the process that launched it.
 
-A launcher that is killed leaves its processes behind as orphans. Those of torchrun and `accelerate
-launch` notice it here: they finish their step, save, and end. One that cannot, because it waits
-for a process that is gone, is ended after `GRACE` seconds; its last checkpoint is whole.
+The first SIGINT or SIGTERM lets the current step finish and be saved; the second one stops at once.
+A launcher that is killed leaves its processes behind. Those of torchrun and `accelerate launch`
+notice it here: they finish their step, save and end. One that cannot, because it waits for a
+process that no longer exists, is ended after `GRACE` seconds; its last checkpoint is complete.
 """
 
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
 
-# -------------------------------------------------------------------------------------------------
-# SIGINT and SIGTERM ask a run to stop after the current step; a second one stops it at once.
+# Set by torchrun and by `accelerate launch` for the processes that they start. Without one of them
+# the parent is a shell, which may end before the run does.
+LAUNCHED_BY = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")
+EXIT_FAILURE = 1  # as of a command that a full disk or a failing machine has ended
+INTERVAL = 1.0  # seconds between two looks at the launcher
+GRACE = 60.0  # seconds from the launcher's end to the process's
 
 
 class InterruptGuard:
-    """Context in which `requested` turns true on the first signal instead of raising."""
+    """Context in which the first SIGINT or SIGTERM sets `requested` instead of raising."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -45,32 +49,21 @@ class InterruptGuard:
         self.requested = True
 
 
-# -------------------------------------------------------------------------------------------------
-# What is watched beside the steps: that the launcher lives, and that the lock shows life.
-
-# Set by torchrun and by `accelerate launch` for what they start. Without one of them the parent is
-# a shell, which may well end before the run does.
-LAUNCHED_BY = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")
-EXIT_FAILURE = 1  # as of a command whose machine failed
-INTERVAL = 1.0  # seconds between two looks
-GRACE = 60.0  # seconds from the launcher's end to the process's
-
-
-class Watch(threading.Thread):
-    """Context with a thread that asks `guard` to stop when the launcher is gone.
+class LauncherWatch(threading.Thread):
+    """Context with a thread that sets `guard.requested` when the launcher has ended.
 
     Args:
-        beat: called at every look.
-        parent: the process that launched this one, or None to watch none.
+        parent: process number of the launcher; None watches none.
     """
 
-    def __init__(self, guard: InterruptGuard, beat: Callable[[], None], parent: int | None) -> None:
-        super().__init__(name="smalti-watch", daemon=True)
-        self.guard, self.beat, self.parent = guard, beat, parent
+    def __init__(self, guard: InterruptGuard, parent: int | None) -> None:
+        super().__init__(name="smalti-launcher-watch", daemon=True)
+        self.guard, self.parent = guard, parent
         self._over = threading.Event()
 
-    def __enter__(self) -> "Watch":
-        self.start()
+    def __enter__(self) -> "LauncherWatch":
+        if self.parent is not None:
+            self.start()
         return self
 
     def __exit__(
@@ -82,10 +75,9 @@ class Watch(threading.Thread):
         self._over.set()
 
     def run(self) -> None:
-        """Look until the context ends."""
+        """Look once a second until the context ends."""
         while not self._over.wait(INTERVAL):
-            self.beat()
-            if self.parent is not None and os.getppid() != self.parent:
+            if os.getppid() != self.parent:
                 self.guard.requested = True
                 if not self._over.wait(GRACE):
                     end_at_once()
@@ -93,15 +85,16 @@ class Watch(threading.Thread):
 
 
 def launcher() -> int | None:
-    """The process that launched this one, if it was torchrun or `accelerate launch`."""
+    """Process number of torchrun or `accelerate launch`, if one of them started this process."""
     return os.getppid() if any(name in os.environ for name in LAUNCHED_BY) else None
 
 
 def end_at_once() -> None:
-    """End this process though its main thread is stuck."""
+    """End this process although its main thread is blocked."""
     print(
         f"error: the launcher ended and the step did not finish within {GRACE:.0f} s: stopped"
-        " without saving; the last checkpoint is whole",
+        " without saving; the last checkpoint is complete, continue with --resume_from_checkpoint"
+        " latest",
         file=sys.stderr,
         flush=True,
     )

@@ -1,4 +1,5 @@
-"""The critic in a real run: left out at weight 0, cut and shared as one batch, resumed exactly."""
+"""The discriminator in a real run: left out at weight 0, resumed bit-exactly, and independent of
+how a batch is divided among micro-batches and processes."""
 
 import os
 import subprocess
@@ -26,7 +27,7 @@ from smalti.tokenizer.losses.objective import ObjectiveConfig
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig
-from smalti.training.run import RunConfig
+from smalti.training.config import RunConfig
 
 CONV = ConvConfig(
     channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(1,), z_channels=8
@@ -74,14 +75,14 @@ def config(pictures: Path, out: Path, **changes) -> TrainTokenizerConfig:
 
 
 def test_a_weight_of_zero_leaves_the_network_out(pictures: Path, tmp_path: Path, monkeypatch):
-    """A plain VQ-VAE builds neither critic nor LPIPS, and its checkpoint holds neither."""
-    from smalti.scripts import train_tokenizer as discriminator
+    """A plain VQ-VAE builds neither discriminator nor LPIPS; its checkpoint holds neither."""
+    from smalti.scripts import train_tokenizer as script
     from smalti.tokenizer.losses.perceptual import LPIPS
 
     def never(*args, **options):
         raise AssertionError("built though its weight is 0")
 
-    monkeypatch.setattr(discriminator, "DiscriminatorObjective", never)
+    monkeypatch.setattr(script, "DiscriminatorObjective", never)
     monkeypatch.setattr(LPIPS, "__init__", never)
     plain = ObjectiveConfig(adversarial_weight=0.0, perceptual_weight=0.0)
     train(config(pictures, tmp_path / "run", objective=plain, max_train_steps=2))
@@ -111,7 +112,9 @@ def test_a_cut_batch_trains_as_the_whole(pictures: Path, tmp_path: Path) -> None
             torch.testing.assert_close(a[key], b[key], rtol=2e-2, atol=2e-4, msg=key)
 
 
-def test_resume_restores_all_that_the_critic_remembers(pictures: Path, tmp_path: Path) -> None:
+def test_resume_restores_the_whole_state_of_the_discriminator(
+    pictures: Path, tmp_path: Path
+) -> None:
     train(config(pictures, tmp_path / "whole"))
     out = tmp_path / "cut"
     train(config(pictures, out, max_train_steps=3))
@@ -130,11 +133,11 @@ def test_bf16_keeps_second_derivatives_in_fp32(pictures: Path, tmp_path: Path) -
     assert all(isinstance(v, float | int) for line in logged for v in line.values())  # no NaN
     assert ["r1" in line for line in logged[:4]] == [False, True, False, True]
     updates = weights(tmp_path / "run")["discriminator.safetensors/lecam.updates"]
-    assert updates == 4  # no step of the critic was skipped
+    assert updates == 4  # no step of the discriminator was skipped
 
 
 @pytest.mark.parametrize("kind", ["stylegan", "features"])
-def test_other_critics_train_and_resume(pictures: Path, tmp_path: Path, kind: str) -> None:
+def test_other_discriminators_train_and_resume(pictures: Path, tmp_path: Path, kind: str) -> None:
     file = write_file(tmp_path / "vit.safetensors", depth=2, patch_size=8)
     discriminator = {
         "stylegan": StyleGANDiscriminatorConfig(4, 8),
@@ -157,21 +160,22 @@ def test_other_critics_train_and_resume(pictures: Path, tmp_path: Path, kind: st
     assert not [k for k in whole if "backbone" in k]
 
 
-def test_the_numbers_of_a_picture_depend_on_its_place_in_the_batch_alone() -> None:
-    def draws(world: int, rank: int, micro: int, step: int = 3) -> list[torch.Tensor]:
+def test_the_uniforms_of_an_image_depend_only_on_its_place_in_the_batch() -> None:
+    def uniforms(world: int, rank: int, micro: int, step: int = 3) -> list[torch.Tensor]:
         run = SimpleNamespace(
             config=RunConfig(train_batch_size=24, gradient_accumulation_steps=micro),
-            accelerator=SimpleNamespace(num_processes=world, process_index=rank),
+            rank=rank,
+            world_size=world,
             device=torch.device("cpu"),
         )
         return discriminator_uniforms(run, step)  # type: ignore[arg-type]
 
-    (whole,) = draws(1, 0, 1)
+    (whole,) = uniforms(1, 0, 1)
     for world, micro in ((1, 4), (2, 1), (2, 3), (4, 2)):
-        parts = [part for rank in range(world) for part in draws(world, rank, micro)]
+        parts = [part for rank in range(world) for part in uniforms(world, rank, micro)]
         assert [len(part) for part in parts] == [24 // (world * micro)] * (world * micro)
         assert torch.equal(torch.cat(parts), whole)
-    assert not torch.equal(draws(1, 0, 1, step=4)[0], whole)
+    assert not torch.equal(uniforms(1, 0, 1, step=4)[0], whole)
 
 
 def launch(settings: TrainTokenizerConfig, processes: int) -> None:
@@ -199,7 +203,7 @@ def test_second_derivatives_work_in_bf16_on_two_processes(pictures: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_train_a_critic_as_one_does(pictures: Path, tmp_path: Path) -> None:
+def test_two_processes_train_a_discriminator_as_one_does(pictures: Path, tmp_path: Path) -> None:
     """Also with the batch cut and second derivatives under DDP."""
     for processes, micro in ((1, 1), (2, 2)):
         out = tmp_path / str(processes)

@@ -19,14 +19,15 @@ from smalti.data.latent_cache.cache import shard_path
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.info import info
 from smalti.training.checkpoint import checkpoints
-from smalti.training.lock import LOCK, RunLock
+from smalti.training.folder import LOCK, RunLock
 
 # A process that takes the folder of a run, and keeps it.
 OTHER_RUN = """
 import sys, time
 from pathlib import Path
-from smalti.training.lock import RunLock
-RunLock(Path(sys.argv[1])).acquire()
+from smalti.training.folder import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
 print("taken", flush=True)
 time.sleep(60)
 """

@@ -214,7 +214,7 @@ def test_a_prior_of_another_kind_of_latents_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_flow_learns_draws_from_the_posterior_and_is_validated_on_its_mean(
+def test_a_flow_learns_posterior_samples_and_is_validated_on_the_mean(
     root: Path, tmp_path: Path, monkeypatch
 ) -> None:
     asked = []

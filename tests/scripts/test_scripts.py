@@ -141,7 +141,7 @@ def test_cached_codes_are_those_of_the_pictures(trained: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("cut", [2, 3, 5])  # before, at and after the critic is first heard
+@pytest.mark.parametrize("cut", [2, 3, 5])  # before, at and after adversarial_start
 def test_tokenizer_resume_is_bit_exact(trained: Path, tmp_path: Path, cut: int) -> None:
     config = tokenizer_config(
         trained / "pictures", tmp_path / "cut", resume_from_checkpoint="latest"
@@ -287,7 +287,7 @@ def test_a_tokenizer_is_measured_alone(trained: Path, tmp_path: Path) -> None:
     assert smalti_main(["evaluate", *arguments]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     bits = summary["metrics"]["bits_per_pixel"]["value"]
-    assert bits == pytest.approx(16 * 16 * 4 / 32**2)  # codes per picture, log2(16), pixels
+    assert bits == pytest.approx(16 * 16 * 4 / 32**2)  # codes per image, log2(16), pixels
     assert "fd_alexnet" not in summary["metrics"] and "prior" not in summary
 
 

@@ -18,7 +18,6 @@ from toy_run import Toy, toy_config, train
 from smalti.data.order import DataOrder
 from smalti.errors import SmaltiError
 from smalti.training import processes
-from smalti.training.run import Run
 
 TESTS = Path(__file__).parents[1]
 CONFIGS = TESTS.parent / "scripts" / "configs" / "accelerate"
@@ -44,11 +43,11 @@ def one_process(tmp_path_factory) -> Path:
     from PIL import Image
 
     root = tmp_path_factory.mktemp("gradients")
-    draws = torch.Generator().manual_seed(0)
+    numbers = torch.Generator().manual_seed(0)
     for name in ("a", "b"):
         (root / "pictures" / name).mkdir(parents=True)
         for number in range(12):
-            pixels = torch.randint(256, (16, 16, 3), generator=draws, dtype=torch.uint8)
+            pixels = torch.randint(256, (16, 16, 3), generator=numbers, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(root / "pictures" / name / f"{number}.png")
     make_inputs(root)
     (root / "one").mkdir()
@@ -68,7 +67,7 @@ def assert_gradients_agree(one: Path, two: Path, files: set[str]) -> None:
 
 @pytest.mark.slow
 def test_two_processes_sum_the_gradients_of_one(one_process: Path) -> None:
-    """Both stages, critic and adaptive weight included, in two micro-batches."""
+    """Both stages, with discriminator and adaptive weight, in two micro-batches."""
     (one_process / "two").mkdir()
     torchrun("first_gradients.py", str(one_process), str(one_process / "two"))
     files = {f"prior-{name}-0.safetensors" for name in PRIORS}
@@ -204,13 +203,13 @@ def test_a_compiled_run_is_named_and_saved_as_any_other(tmp_path: Path, monkeypa
     train(toy_config(tmp_path / "plain"))
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     seen = []
-    original = Run.shard
+    original = processes.shard
 
-    def shard(self, module, optimizer):
-        seen.append(original(self, module, optimizer))
+    def shard(*args):
+        seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(Run, "shard", shard)
+    monkeypatch.setattr(processes, "shard", shard)
     train(toy_config(tmp_path / "compiled"))
     assert hasattr(seen[0], "_orig_mod")
     assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "plain").keys()

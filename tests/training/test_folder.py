@@ -1,4 +1,4 @@
-"""What a run may do in a folder: begin, go on, or refuse; never overwrite what is not its own."""
+"""A run in a folder starts, resumes or refuses; it never overwrites what is not its own."""
 
 import json
 import os
@@ -38,12 +38,15 @@ def train(config: RunConfig, until: int = 10**6, data: str = "data", **options) 
     nn.init.zeros_(weight.weight)
     run.track(model=weight)
     run.resume(data)
-    for step in run.steps():
-        if step == until:
-            raise ZeroDivisionError
-        with torch.no_grad():
-            weight.weight += 1
-        run.log(step, {"count": weight.weight.item()})
+    with run.interruptible():
+        for step in run.remaining_steps():
+            if step == until:
+                raise ZeroDivisionError
+            with torch.no_grad():
+                weight.weight += 1
+            run.log(step, {"count": weight.weight.item()})
+            if run.due(step, config.checkpointing_steps):
+                run.save(step)
     run.export(lambda folder: save_model(folder, "weights"))
     return run
 
@@ -139,7 +142,7 @@ def test_a_run_without_a_checkpoint_is_not_mixed_with_another(latest: RunConfig,
     assert state_of(latest.output_dir) == before
 
 
-def test_a_finished_run_whose_checkpoints_are_gone_is_not_begun_anew(latest: RunConfig) -> None:
+def test_a_finished_run_without_checkpoints_does_not_start_again(latest: RunConfig) -> None:
     train(latest)
     for path in checkpoints(latest.output_dir):
         path.rename(latest.output_dir.parent / path.name)
@@ -177,7 +180,7 @@ def test_a_checkpoint_of_another_version_is_refused(latest: RunConfig, by_path: 
     shutil.rmtree(newest)
     save_checkpoint(latest.output_dir, state.pop("step"), {}, state, keep=0)
     wanted = str(newest) if by_path else "latest"
-    with pytest.raises(SmaltiError, match=r"does not tell num_processes: another version"):
+    with pytest.raises(SmaltiError, match=r"does not state num_processes: another version"):
         train(replace(latest, resume_from_checkpoint=wanted, max_train_steps=8))
     with pytest.raises(SmaltiError, match=r"folder not found: .*nowhere"):
         train(replace(latest, resume_from_checkpoint=str(latest.output_dir / "nowhere")))
@@ -216,7 +219,7 @@ def test_a_path_never_overwrites_another_run(latest: RunConfig, tmp_path: Path) 
     branch = replace(branch, max_train_steps=8)
     with pytest.raises(ZeroDivisionError):
         train(branch, until=6)
-    train(branch)  # killed before its first checkpoint, it begins at the path again
+    train(branch)  # killed before its first checkpoint, it resumes at the path again
     assert counts(branch.output_dir) == [5, 6, 7, 8]
 
 
@@ -275,8 +278,8 @@ def test_a_result_that_was_cut_short_is_saved_again(latest: RunConfig, monkeypat
 
 
 @pytest.mark.parametrize("name", ["run", "."])
-def test_a_result_must_not_swallow_the_run(latest: RunConfig, name: str) -> None:
-    with pytest.raises(SmaltiError, match="stands there"):
+def test_a_result_must_not_contain_the_run(latest: RunConfig, name: str) -> None:
+    with pytest.raises(SmaltiError, match="which contains the run's folder"):
         train(latest, result=latest.output_dir.parent / name)
 
 

@@ -13,7 +13,7 @@ from toy_run import toy_config, train
 
 from smalti.training import logging as throughput
 from smalti.training.logging import Throughput, peak_flops
-from smalti.training.report import MAX_PICTURES, MAX_POINTS, chart, curves, thinned, write_report
+from smalti.training.report import MAX_IMAGES, MAX_POINTS, chart, curves, thinned, write_report
 
 
 class Page(HTMLParser):
@@ -38,7 +38,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_of_a_run_stands_alone(tmp_path: Path) -> None:
+def test_the_report_of_a_run_needs_no_other_files(tmp_path: Path) -> None:
     folder = tmp_path / "run <1> & more"
     train(toy_config(folder))
     (folder / "samples").mkdir()
@@ -49,7 +49,7 @@ def test_the_page_of_a_run_stands_alone(tmp_path: Path) -> None:
     names = {tag for tag, _ in page.tags}
     assert "script" not in names and "link" not in names and "http" not in text
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    assert 0 < len(sources) <= MAX_PICTURES and sources[0] == "samples/step_000019.png"
+    assert 0 < len(sources) <= MAX_IMAGES and sources[0] == "samples/step_000019.png"
     assert all((folder / source).is_file() for source in sources)
     labels = {attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"}
     assert {"loss", "val_norm", "images_per_second"} <= labels
@@ -75,7 +75,7 @@ def test_long_curves_are_thinned_to_means_and_keep_their_end() -> None:
     assert all(abs(value - 0.5) < 0.1 for _, value in few[:-1])
 
 
-def test_values_that_are_not_finite_are_not_drawn() -> None:
+def test_values_that_are_not_finite_are_not_plotted() -> None:
     lines = [{"step": 1, "loss": "nan"}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": "inf"}]
     assert curves(lines) == {"loss": [(2, 0.5)]}
 
@@ -121,7 +121,7 @@ def test_operations_of_both_passes_are_counted_and_change_nothing(tmp_path, monk
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
-        ("NVIDIA Unheard", 0),
+        ("NVIDIA Unknown", 0),
     ],
 )
 def test_peaks_are_known_by_name_in_bf16_only(monkeypatch, name: str, peak: float) -> None:

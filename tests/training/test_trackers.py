@@ -1,4 +1,4 @@
-"""What trackers are sent: values, speed and pictures."""
+"""What trackers are sent: values, speed and images."""
 
 import sys
 from pathlib import Path
@@ -9,22 +9,22 @@ import pytest
 from PIL import Image
 from toy_run import toy_config, train
 
-from smalti.training.logging import send_picture
+from smalti.training.logging import send_image
 
-PICTURE = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
+IMAGE = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
 
 
 class Recorder:
     """A tracker that keeps what it is sent, with the interface of Accelerate's."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.values, self.pictures = name, {}, []
+        self.name, self.values, self.images = name, {}, []
 
     def log(self, values, step) -> None:
         self.values.setdefault(step, {}).update(values)
 
     def log_images(self, values, step, **options) -> None:
-        self.pictures.append((values, step, options))
+        self.images.append((values, step, options))
 
     def finish(self) -> None:
         self.values["finished"] = True
@@ -45,17 +45,17 @@ def test_a_tracker_gets_the_values_and_the_speed_of_a_run(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_picture_reaches_each_tracker_in_its_own_form(name: str, monkeypatch) -> None:
+def test_an_image_is_sent_to_each_tracker_in_its_own_format(name: str, monkeypatch) -> None:
     monkeypatch.setitem(
         sys.modules, "trackio", SimpleNamespace(Image=lambda pixels: ("it", pixels))
     )
     tracker = Recorder(name)
-    send_picture(SimpleNamespace(trackers=[tracker]), 7, "samples", PICTURE)
+    send_image(SimpleNamespace(trackers=[tracker]), 7, "samples", IMAGE)
     if name == "trackio":
         kind, pixels = tracker.values[7]["samples"]
         assert kind == "it"
     else:
-        ((values, step, options),) = tracker.pictures
+        ((values, step, options),) = tracker.images
         assert step == 7 and options == ({"dataformats": "NHWC"} if name == "tensorboard" else {})
         (pixels,) = values["samples"]
-    assert np.array_equal(pixels, np.asarray(PICTURE))
+    assert np.array_equal(pixels, np.asarray(IMAGE))
