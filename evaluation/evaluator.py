@@ -17,6 +17,7 @@ from smalti.data.image_io import image_grid, save_png
 from smalti.data.latents import CodeSpec, LatentSpec, rounded
 from smalti.errors import DataError
 from smalti.evaluation.classifier import train_classifier
+from smalti.evaluation.distances import nearest_neighbours
 from smalti.evaluation.features import FeatureExtractor
 from smalti.evaluation.metrics import (
     ImageSets,
@@ -26,7 +27,6 @@ from smalti.evaluation.metrics import (
     distance_metrics,
     reconstruction_metrics,
 )
-from smalti.evaluation.neighbours import nearest_neighbours
 from smalti.evaluation.reconstruction import code_counts
 from smalti.randomness import generator
 from smalti.tokenizer.losses.perceptual import LPIPS

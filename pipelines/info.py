@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from smalti.data.set_info import spec_in_words
+from smalti.data.inspection import spec_in_words
 from smalti.errors import SmaltiError
 from smalti.files import read_json
 from smalti.folder_info import Info, command

@@ -11,7 +11,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from smalti.cli import parse_config, run_command
-from smalti.data.set_info import holds_latents, is_shards, of_cache, of_shards, splits
+from smalti.data.inspection import holds_latents, is_shards, of_cache, of_shards, splits
 from smalti.errors import ConfigurationError, DataError
 from smalti.folder_info import Info
 from smalti.pipelines.info import is_model, is_pipeline, of_model, of_pipeline

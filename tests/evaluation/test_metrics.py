@@ -12,10 +12,9 @@ import torchmetrics.functional.image as oracle
 
 from smalti.data.latents import to_float, to_levels
 from smalti.errors import DataError
-from smalti.evaluation.distances import frechet_distance, kernel_distance
+from smalti.evaluation.distances import frechet_distance, kernel_distance, nearest_neighbours
 from smalti.evaluation.features import random_split
 from smalti.evaluation.metrics import Metric, write_summary
-from smalti.evaluation.neighbours import nearest_neighbours
 from smalti.evaluation.reconstruction import code_counts, perplexity, psnr, ssim, usage
 
 
