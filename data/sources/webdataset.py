@@ -235,6 +235,7 @@ def _refuse_missing(
 BLOCK = 512  # bytes; a tar consists of such blocks, and ends with two blocks of zeros
 PADDING = tarfile.RECORDSIZE  # bytes of zeros that may follow them, at most
 META = re.compile(r"__[^/]*__($|/)")  # names that `webdataset` skips
+KINDS = {*EXTENSIONS, *LABELS}
 MAX_KINDS = 10  # kinds of ignored members that a warning names
 
 
@@ -300,7 +301,7 @@ def _add_to_sample(
     suffix = f".{extension}".lower() if key else ""
     kind = f".{suffix.rpartition('.')[2]}"
     hidden = info.name.rpartition("/")[2].startswith(".") or META.match(info.name)
-    if hidden or kind not in {*EXTENSIONS, *LABELS}:
+    if hidden or kind not in KINDS:
         ignored["hidden" if hidden else kind if suffix else "without suffix"] += 1
         return
     sample = samples.setdefault(key, _Sample())
@@ -327,8 +328,8 @@ def _member_of(
     stem = chosen.rpartition(".")[0]
     wanted = dict.fromkeys(prefix + kind for kind in LABELS for prefix in (stem, ""))
     labels = [sample.labels[suffix] for suffix in wanted if suffix in sample.labels]
-    ignored.update(suffix for suffix in sample.pictures if suffix != chosen)
-    ignored.update(suffix for suffix in sample.labels if suffix not in wanted)
+    for suffix in {*sample.pictures, *sample.labels} - {chosen, *wanted}:
+        ignored[suffix] += 1
     if not chosen:
         if labels:
             raise DataError(f"{path} holds a label for {key}, but no picture: write it again")
