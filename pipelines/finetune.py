@@ -6,7 +6,7 @@ load_initial_weights            the weights, if the settings give them the same 
 
 import logging
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", Tokenizer, Prior)
 
 
-def fitted_as(config: PriorConfig, other: PriorConfig) -> PriorConfig:
+def fitted_as(config: PriorConfig, other: Any) -> PriorConfig:
     """The settings of a prior, for the latents and classes of `other`."""
     quantizer = getattr(other, "quantizer", None)
     return config.fitted(other.spec, other.num_classes, other.tokenizer_fingerprint, quantizer)
@@ -33,7 +33,7 @@ def saved_prior(path_or_hub_id: str) -> PriorConfig:
     """The settings of a saved prior, without those that the latents determine.
 
     Raises:
-        SmaltiError: there is no saved prior.
+        CheckpointError: there is no saved prior.
     """
     saved = Prior.saved_config(_folder_of(Prior, path_or_hub_id))
     return fitted_as(saved, type(saved)())
@@ -43,7 +43,7 @@ def saved_tokenizer(path_or_hub_id: str) -> TokenizerConfig:
     """The settings of a saved tokenizer, without those that are measured after training.
 
     Raises:
-        SmaltiError: there is no saved tokenizer.
+        CheckpointError: there is no saved tokenizer.
     """
     saved = Tokenizer.saved_config(_folder_of(Tokenizer, path_or_hub_id))
     return Tokenizer.registry.resolve(saved.kind).settings_before_training(saved)
@@ -56,7 +56,7 @@ def load_initial_weights(model: Model, path_or_hub_id: str) -> None:
     class, and this is logged.
 
     Raises:
-        SmaltiError: there is no saved model; it is of another type, or its settings give its
+        CheckpointError: there is no saved model; it is of another type, or its settings give its
             weights another meaning; a prior was trained on the latents of another tokenizer.
     """
     base = Tokenizer if isinstance(model, Tokenizer) else Prior

@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 import torch
 from braceexpand import braceexpand
 from tqdm.auto import tqdm
-from webdataset import TarWriter
 from webdataset.tariterators import base_plus_ext
+from webdataset.writer import TarWriter
 
 from smalti.data.sources.arrays import class_names, names_beside
 from smalti.data.sources.base import EncodedPictures, SourceOptions
@@ -301,7 +301,7 @@ def _add_to_sample(
     suffix = f".{extension}".lower() if key else ""
     kind = f".{suffix.rpartition('.')[2]}"
     hidden = info.name.rpartition("/")[2].startswith(".") or META.match(info.name)
-    if hidden or kind not in KINDS:
+    if key is None or hidden or kind not in KINDS:
         ignored["hidden" if hidden else kind if suffix else "without suffix"] += 1
         return
     sample = samples.setdefault(key, _Sample())
