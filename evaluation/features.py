@@ -139,7 +139,7 @@ class AlexNetFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        images = _resize(images.to(self.lpips.shift.device), self.side)
+        images = _resize(images.to(next(self.lpips.parameters()).device), self.side)
         return self.lpips.features(images)[-1].mean((2, 3))
 
 
