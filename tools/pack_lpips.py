@@ -2,12 +2,10 @@
 
     python tools/pack_lpips.py lpips_alex_v0.1_full.pth tokenizer/assets
 
-AlexNet's trunk and v0.1 heads become half precision; the heads for VGG are taken unchanged from
-the installed `lpips` package.
+AlexNet's trunk and v0.1 heads become half precision.
 """
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,12 +16,6 @@ def main(source: Path, out: Path) -> None:
     alex = torch.load(source, map_location="cpu", weights_only=True)
     weights = {k: v.half().contiguous() for k, v in alex.items() if k not in ("shift", "scale")}
     save_file(weights, out / "lpips_alex.safetensors")
-    spec = find_spec("lpips")
-    assert spec is not None and spec.origin is not None, "pip install lpips"
-    heads = Path(spec.origin).parent / "weights" / "v0.1" / "vgg.pth"
-    vgg = torch.load(heads, map_location="cpu", weights_only=True)
-    renamed = {f"lins.{i}": vgg[f"lin{i}.model.1.weight"].contiguous() for i in range(5)}
-    save_file(renamed, out / "lpips_vgg_heads.safetensors")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Sums and means over all processes, so that statistics are those of the whole batch."""
+"""Sums and means over all processes, so that statistics are those of the whole batch.
+
+The differentiable sum is written here because torch.distributed.nn.functional.all_reduce, whose
+values and gradients are the same, is deprecated (torch 2.14), and its successor is private.
+"""
 
 from typing import Any
 
@@ -7,8 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum over all processes, in place, without gradients."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
 class _DifferentiableSum(torch.autograd.Function):
-    """The sum over all processes; every term's gradient is the sum of the gradients of all sums."""
+    """`sum_over_processes` with gradients. The copies are there because it works in place."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -20,28 +31,29 @@ class _DifferentiableSum(torch.autograd.Function):
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """Mean over all processes, the same on each; differentiable."""
+    """Mean over all processes, the same on each; differentiable.
+
+    The gradient of each process's values is the sum of the gradients of all processes' means.
+    """
     if not dist.is_initialized():
         return values
     return _DifferentiableSum.apply(values) / dist.get_world_size()  # type: ignore[operator]
 
 
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Sum over all processes, in place, without gradients."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
 def uniform_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` random ones of the rows (N, d) of all processes laid end to end, the same on each.
+    """`count` rows, uniformly sampled with replacement from those of all processes.
 
     Args:
-        generator: a CPU generator, equal on all processes; N is equal on all, too.
+        rows: (N, d); N is equal on all processes.
+        generator: a CPU generator, equal on all processes.
+
+    Returns:
+        (count, d), the same on each process.
     """
     distributed = dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     size = len(rows)
+    # Row numbers of all processes laid end to end; each process fills in its own rows.
     choice = torch.randint(world * size, (count,), generator=generator).to(rows.device)
     mine = choice // size == rank
     return sum_over_processes(torch.where(mine[:, None], rows[choice % size], 0.0))

@@ -1,7 +1,7 @@
 """LPIPS is the real one: the package `lpips`, fed the same trunk, agrees."""
 
 import hashlib
-from importlib.resources import files
+from importlib.resources import as_file, files
 from types import SimpleNamespace
 
 import lpips
@@ -29,9 +29,7 @@ def pictures() -> torch.Tensor:
 def oracle(model: LPIPS) -> torch.nn.Module:
     """The package's LPIPS with its own heads and our trunk."""
     reference = lpips.LPIPS(net="alex", pretrained=True, pnet_rand=True, verbose=False).eval()
-    convs = [m for m in reference.net.modules() if isinstance(m, torch.nn.Conv2d)]
-    for theirs, ours in zip(convs, model.convs, strict=True):
-        theirs.load_state_dict(ours.state_dict())
+    reference.net.load_state_dict(model.model.net.state_dict())
     return reference
 
 
@@ -43,9 +41,22 @@ def test_oracle_lpips(model: LPIPS, pictures: torch.Tensor) -> None:
             torch.testing.assert_close(
                 model(pictures, other),
                 reference(pictures, other).flatten(),
-                rtol=1e-3,  # the heads are stored in half precision
+                rtol=1e-3,  # the embedded heads are in half precision
                 atol=1e-4,
             )
+
+
+def test_heads_that_a_file_lacks_are_those_of_the_package(
+    model: LPIPS, pictures: torch.Tensor, tmp_path
+) -> None:
+    trunk = {k: v for k, v in embedded_weights().items() if not k.startswith("lins")}
+    save_file(trunk, tmp_path / "trunk.safetensors")
+    ours, reference = LPIPS.from_file(tmp_path / "trunk.safetensors", "alex"), oracle(model)
+    other = pictures.flip(0)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(pictures, other), reference(pictures, other).flatten(), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_it_is_a_distance_that_grows_with_noise(model: LPIPS, pictures: torch.Tensor) -> None:
@@ -67,6 +78,10 @@ def test_it_never_trains_but_lets_gradients_through(model: LPIPS, pictures: torc
     blank = torch.zeros(1, 3, 32, 32, requires_grad=True)
     model(blank, torch.zeros(1, 3, 32, 32)).sum().backward()
     assert blank.grad.isfinite().all()
+    features = [torch.zeros_like(f) for f in model.features(pictures)]
+    dark = [f.clone().requires_grad_() for f in features]  # all ReLUs are off
+    model.distance(dark, features).sum().backward()
+    assert all(f.grad.isfinite().all() for f in dark)
 
 
 def test_autocast_changes_nothing(model: LPIPS, pictures: torch.Tensor) -> None:
@@ -76,11 +91,30 @@ def test_autocast_changes_nothing(model: LPIPS, pictures: torch.Tensor) -> None:
     assert torch.equal(inside, model(pictures, other))
 
 
+def embedded_weights() -> dict[str, torch.Tensor]:
+    with as_file(files("smalti.tokenizer") / "assets" / "lpips_alex.safetensors") as path:
+        return load_file(path)
+
+
+def test_building_uses_no_random_numbers_and_leaves_nothing_unset() -> None:
+    before = torch.random.get_rng_state()
+    model = LPIPS.from_embedded()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert {v.device.type for v in model.state_dict().values()} == {"cpu"}
+    assert {v.dtype for v in model.state_dict().values()} == {torch.float32}
+
+
 def test_files_are_checked(model: LPIPS, tmp_path) -> None:
-    keys = {k: v for k, v in model.state_dict().items() if k not in ("shift", "scale")}
-    save_file(keys, tmp_path / "alex.safetensors")
+    weights = embedded_weights()
+    save_file(weights, tmp_path / "alex.safetensors")
     again = LPIPS.from_file(tmp_path / "alex.safetensors", "alex")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    save_file({**weights, "lins.5": torch.ones(1)}, tmp_path / "more.safetensors")
+    with pytest.raises(SmaltiError, match=r"for alex .*unknown tensors: lins\.5"):
+        LPIPS.from_file(tmp_path / "more.safetensors", "alex")
+    save_file({**weights, "lins.0": torch.ones(1, 3, 1, 1)}, tmp_path / "shape.safetensors")
+    with pytest.raises(SmaltiError, match="does not hold LPIPS weights for alex"):
+        LPIPS.from_file(tmp_path / "shape.safetensors", "alex")
     with pytest.raises(SmaltiError, match="does not hold LPIPS weights for vgg"):
         LPIPS.from_file(tmp_path / "alex.safetensors", "vgg")
     with pytest.raises(SmaltiError, match="do not exist"):
@@ -154,9 +188,8 @@ def test_the_network_is_a_choice(model: LPIPS, tmp_path) -> None:
 
 def test_the_embedded_file_is_the_one_its_readme_names() -> None:
     assets = files("smalti.tokenizer") / "assets"
-    readme = (assets / "README.md").read_text()
-    for name in ("lpips_alex.safetensors", "lpips_vgg_heads.safetensors"):
-        assert hashlib.sha256((assets / name).read_bytes()).hexdigest() in readme
+    content = (assets / "lpips_alex.safetensors").read_bytes()
+    assert hashlib.sha256(content).hexdigest() in (assets / "README.md").read_text()
 
 
 def test_unequal_shapes_are_refused(model: LPIPS) -> None:

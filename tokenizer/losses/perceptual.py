@@ -1,85 +1,76 @@
-"""LPIPS (Zhang et al., 1801.03924): a learned distance between pictures, the real one.
+"""LPIPS (Zhang et al., 1801.03924): a learned perceptual distance between images.
 
-Features of an ImageNet network are normalised per position; squared differences are weighted by
-learned heads and averaged. The AlexNet trunk and its v0.1 heads ship with smalti in half
-precision; VGG16 is read from a file. A network with random weights is never used.
+    d(x, y) = sum_l mean_hw sum_c w_lc (f_l(x) - f_l(y))^2,   f_l(x) = features / |features|
+
+The networks and the v0.1 heads w are those of the package `lpips`. Its trunks would be downloaded
+as pickles, so AlexNet's ships with smalti (in half precision, heads included) and VGG16's is read
+from a safetensors file or taken from torchvision. A network with random weights is never used.
 """
 
-import itertools
-from dataclasses import dataclass
+import warnings
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Literal, Self
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from smalti.errors import SmaltiError
+from smalti.errors import CheckpointError, DataError
 
 MIN_SIDE = 32  # pixels; below, the deepest features have no extent
 
 
-@dataclass(frozen=True)
-class Trunk:
-    """Convolutions as (in, out, kernel, stride, padding), in order."""
-
-    convolutions: tuple[tuple[int, int, int, int, int], ...]
-    pools: dict[int, tuple[int, int]]  # max-pooling (kernel, stride) before a convolution
-    taps: tuple[int, ...]  # convolutions after whose ReLU features are compared
-
-
-_VGG_WIDTHS = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
-TRUNKS = {
-    "alex": Trunk(
-        (
-            (3, 64, 11, 4, 2),
-            (64, 192, 5, 1, 2),
-            (192, 384, 3, 1, 1),
-            (384, 256, 3, 1, 1),
-            (256, 256, 3, 1, 1),
-        ),
-        pools={1: (3, 2), 2: (3, 2)},
-        taps=(0, 1, 2, 3, 4),
-    ),
-    "vgg": Trunk(
-        tuple((i, o, 3, 1, 1) for i, o in itertools.pairwise(_VGG_WIDTHS)),
-        pools={2: (2, 2), 4: (2, 2), 7: (2, 2), 10: (2, 2)},
-        taps=(1, 3, 6, 9, 12),
-    ),
-}
-# Where torchvision keeps the convolutions of its `features`, for `from_torchvision`.
-_VGG_FEATURES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-
-
 class LPIPS(nn.Module):
-    """(images, reference), both (B, 3, H, W) in [-1, 1] -> distance (B,), 0 for equal pictures.
+    """(images, reference), both (B, 3, H, W) in [-1, 1] -> distance (B,), 0 for equal images.
 
-    Frozen, always in eval mode, always in fp32. Gradients flow to the pictures.
+    Frozen, always in eval mode, always in fp32. Gradients flow to the images.
     """
 
-    def __init__(self, network: Literal["alex", "vgg"]) -> None:
+    def __init__(self, network: Literal["alex", "vgg"], weights: dict[str, Tensor]) -> None:
+        """Load `weights` into a network.
+
+        Args:
+            weights: convs.{i}.weight, convs.{i}.bias and, unless the package's are meant, lins.{i}.
+
+        Raises:
+            KeyError: a tensor is missing.
+            RuntimeError: a tensor has another shape, or there are others.
+        """
         super().__init__()
-        self.trunk = TRUNKS[network]
-        self.convs = nn.ModuleList(nn.Conv2d(*sizes) for sizes in self.trunk.convolutions)
-        widths = [self.trunk.convolutions[tap][1] for tap in self.trunk.taps]
-        self.lins = nn.ParameterList(torch.zeros(1, width, 1, 1) for width in widths)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        self.shift: Tensor
-        self.scale: Tensor
+        import lpips  # here, as it imports scipy
+
+        with warnings.catch_warnings(), torch.device("meta"):  # no memory, no random numbers
+            warnings.simplefilter("ignore")  # torchvision's, on how lpips calls it
+            self.model = lpips.LPIPS(net=network, pretrained=False, pnet_rand=True, verbose=False)
+        convolutions = [
+            (name, module)
+            for name, module in self.model.net.named_modules()
+            if isinstance(module, nn.Conv2d)
+        ]
+        state = {f"scaling_layer.{k}": v for k, v in self.model.scaling_layer.state_dict().items()}
+        rest = dict(weights)
+        for i, (name, _) in enumerate(convolutions):
+            for part in ("weight", "bias"):
+                state[f"net.{name}.{part}"] = rest.pop(f"convs.{i}.{part}").float()
+        heads = _package_heads(network) if "lins.0" not in rest else rest
+        for i in range(self.model.L):
+            head = heads.pop(f"lins.{i}").float()
+            # The package registers every head under two names.
+            state |= {f"lin{i}.model.1.weight": head, f"lins.{i}.model.1.weight": head}
+        if rest:
+            raise RuntimeError(f"unknown tensors: {', '.join(sorted(rest))}")
+        self.model.load_state_dict(state, assign=True)
         self.requires_grad_(False)
         super().train(False)
 
     @classmethod
     def of(cls, network: Literal["alex", "vgg"], path: Path | None) -> Self:
-        """LPIPS of a network with the weights of a file, or without one AlexNet's embedded or
-        VGG16's downloaded ones.
+        """LPIPS with the weights of a file; without one, AlexNet is embedded and VGG16 downloaded.
 
         Raises:
-            SmaltiError: the file is wrong, or nothing can be downloaded.
+            CheckpointError: the file is wrong, or nothing can be downloaded.
         """
         if path is not None:
             return cls.from_file(path, network)
@@ -87,57 +78,54 @@ class LPIPS(nn.Module):
 
     @classmethod
     def from_embedded(cls) -> Self:
-        """LPIPS with the AlexNet trunk that ships with smalti."""
+        """LPIPS with the AlexNet that ships with smalti."""
         with as_file(files("smalti.tokenizer") / "assets" / "lpips_alex.safetensors") as path:
             return cls.from_file(path, "alex")
 
     @classmethod
     def from_file(cls, path: str | Path, network: Literal["alex", "vgg"]) -> Self:
-        """LPIPS from a safetensors file with keys convs.{i}.weight, convs.{i}.bias, lins.{i}; or,
-        for VGG16, with torchvision's keys features.{i}.weight and .bias, to which the embedded
-        heads are added.
+        """LPIPS from a safetensors file.
+
+        Its keys are convs.{i}.weight, convs.{i}.bias and lins.{i}, or torchvision's
+        features.{i}.weight and features.{i}.bias. Without lins.{i} the heads are the package's.
 
         Raises:
-            SmaltiError: no such file, a damaged one, or one of another network.
+            CheckpointError: no such file, a damaged one, or one of another network.
         """
         path = Path(path)
         if not path.is_file():
-            raise SmaltiError(f"the LPIPS weights {path} do not exist: check the path")
+            raise CheckpointError(f"the LPIPS weights {path} do not exist: check the path")
         try:
-            weights = {name: value.float() for name, value in load_file(path).items()}
+            weights = load_file(path)
         except SafetensorError as error:
-            raise SmaltiError(f"the LPIPS weights {path} are damaged: {error}") from error
-        if network == "vgg" and "features.0.weight" in weights:
-            weights = _with_heads(
-                {k.removeprefix("features."): v for k, v in weights.items() if "features." in k}
-            )
-        model = cls(network)
+            raise CheckpointError(f"the LPIPS weights {path} are damaged: {error}") from error
+        if "features.0.weight" in weights:
+            weights = _numbered(weights)
         try:
-            model.load_state_dict({**weights, "shift": model.shift, "scale": model.scale})
-        except RuntimeError as error:
-            raise SmaltiError(f"{path} does not hold LPIPS weights for {network}") from error
-        return model
+            return cls(network, weights)
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path} does not hold LPIPS weights for {network} ({error}): give its trunk and"
+                " heads, or torchvision's weights of the trunk"
+            ) from error
 
     @classmethod
     def from_torchvision(cls) -> Self:
-        """LPIPS with torchvision's VGG16, downloaded if need be, and the embedded v0.1 heads.
+        """LPIPS with torchvision's VGG16, downloaded if need be, and the package's heads.
 
         Raises:
-            SmaltiError: the trunk cannot be downloaded.
+            CheckpointError: the trunk cannot be downloaded.
         """
         from torchvision.models import VGG16_Weights, vgg16
 
         try:
             trunk = vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features.state_dict()
         except (OSError, RuntimeError) as error:  # no connection; a file cut short
-            raise SmaltiError(
+            raise CheckpointError(
                 f"torchvision's VGG16 weights cannot be downloaded ({error}): give a file of LPIPS "
-                "weights, or use the embedded AlexNet trunk"
+                "weights, or use the embedded AlexNet"
             ) from error
-        model = cls("vgg")
-        weights = _with_heads(trunk)
-        model.load_state_dict({**weights, "shift": model.shift, "scale": model.scale})
-        return model
+        return cls("vgg", _numbered({f"features.{k}": v for k, v in trunk.items()}))
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: a distance has no training behaviour."""
@@ -145,41 +133,37 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] -> ReLU features (B, C, h, w) of every tap.
+        """Images (B, 3, H, W) in [-1, 1] -> ReLU features (B, C, h, w) of the five compared layers.
 
         Raises:
-            SmaltiError: the images are smaller than the network can judge.
+            DataError: the images are too small for the network.
         """
         if min(images.shape[-2:]) < MIN_SIDE:
-            raise SmaltiError(
+            raise DataError(
                 f"images are {images.shape[-2]} x {images.shape[-1]} pixels; LPIPS needs at least "
                 f"{MIN_SIDE} x {MIN_SIDE}"
             )
-        x = (images - self.shift) / self.scale
-        taps = []
-        for index, conv in enumerate(self.convs):
-            if index in self.trunk.pools:
-                x = F.max_pool2d(x, *self.trunk.pools[index])
-            x = F.relu(conv(x))
-            if index in self.trunk.taps:
-                taps.append(x)
-        return taps
+        return list(self.model.net(self.model.scaling_layer(images)))
+
+    def distance(self, features: list[Tensor], reference: list[Tensor]) -> Tensor:
+        """The distance (B,) between images whose `features` are given, in fp32.
+
+        Not the package's `forward`, which computes the features anew, and whose gradient is not
+        finite at positions where all features are 0.
+        """
+        return sum(
+            ((_unit(a) - _unit(b)).square() * head.model[1].weight).sum(1).mean((1, 2))
+            for a, b, head in zip(features, reference, self.model.lins, strict=True)
+        )  # type: ignore[return-value]
 
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:
         if images.shape != reference.shape or images.ndim != 4 or images.shape[1] != 3:
-            raise SmaltiError(
+            raise DataError(
                 f"images have shape {tuple(images.shape)}, the reference {tuple(reference.shape)}: "
                 "give two equal shapes (B, 3, H, W)"
             )
         with torch.autocast(images.device.type, enabled=False):
             return self.distance(self.features(images.float()), self.features(reference.float()))
-
-    def distance(self, features: list[Tensor], reference: list[Tensor]) -> Tensor:
-        """The distance (B,) between pictures whose `features` are given, in fp32."""
-        return sum(
-            ((_unit(a) - _unit(b)).square() * weight).sum(1).mean((1, 2))
-            for a, b, weight in zip(features, reference, self.lins, strict=True)
-        )  # type: ignore[return-value]
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -188,16 +172,25 @@ def _unit(features: Tensor) -> Tensor:
     return features / (features.square().sum(1, keepdim=True) + 1e-20).sqrt().add(1e-10)
 
 
-def _with_heads(trunk: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of LPIPS from torchvision's VGG16 convolutions and the embedded v0.1 heads."""
-    with as_file(files("smalti.tokenizer") / "assets" / "lpips_vgg_heads.safetensors") as path:
-        weights = load_file(path)
-    for conv, layer in enumerate(_VGG_FEATURES):
+def _package_heads(network: str) -> dict[str, Tensor]:
+    """The v0.1 heads that the package `lpips` carries, as lins.{i}."""
+    import lpips
+
+    path = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{network}.pth"
+    heads = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+    return {f"lins.{i}": heads[f"lin{i}.model.1.weight"] for i in range(len(heads))}
+
+
+def _numbered(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's features.{layer}.weight and .bias as convs.{i}.weight and .bias."""
+    layers = sorted({int(key.split(".")[1]) for key in weights if key.startswith("features.")})
+    numbered = {}
+    for i, layer in enumerate(layers):
         for part in ("weight", "bias"):
-            name = f"{layer}.{part}"
-            if name not in trunk:
-                raise SmaltiError(
-                    f"the VGG16 weights lack features.{name}: they are of another network"
+            name = f"features.{layer}.{part}"
+            if name not in weights:
+                raise CheckpointError(
+                    f"the weights of the trunk lack {name}: they are of another network"
                 )
-            weights[f"convs.{conv}.{part}"] = trunk[name]
-    return weights
+            numbered[f"convs.{i}.{part}"] = weights[name]
+    return numbered
