@@ -68,7 +68,7 @@ def test_a_new_prior_is_evaluated_without_a_likelihood(
 ) -> None:
     smalti(
         *("evaluate", "--data", pictures_once, "--model", coded / "prior/pipeline"),
-        *("--num_samples=6", "--classifier_epochs=1", "--output_dir", tmp_path / "measured"),
+        *("--num_samples=16", "--classifier_epochs=1", "--output_dir", tmp_path / "measured"),
     )
     summary = json.loads((tmp_path / "measured/summary.json").read_text())
     assert "psnr" in json.dumps(summary) and "fd_alexnet" in json.dumps(summary)
