@@ -172,7 +172,7 @@ def _from_pretrained(source: str | Path) -> tuple[Any, str]:
 def _from_file(path: Path, num_heads: int) -> Any:
     """A ViT in one safetensors file with the keys of DINO or timm, as a `Dinov2Model`.
 
-    All sizes are inferred from the shapes but the number of heads, which no shape tells. A ViT
+    All sizes but the number of heads are inferred from the shapes. A ViT
     without layer scale is a DINOv2 whose factors are 1.
     """
     weights = _read(path)

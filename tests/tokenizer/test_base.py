@@ -1,4 +1,4 @@
-"""What every tokenizer says of images that it cannot take."""
+"""Images that every tokenizer refuses, with the reason."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Gumbel-softmax quantizer: its draws are those of the softmax, its loss a divergence."""
+"""The Gumbel-softmax quantizer: it samples from the softmax, its loss is a divergence."""
 
 import math
 
@@ -16,7 +16,7 @@ def quantizer() -> GumbelQuantizer:
 
 
 @torch.no_grad()
-def test_training_draws_codes_with_the_probabilities_of_the_softmax(quantizer) -> None:
+def test_training_samples_codes_with_the_probabilities_of_the_softmax(quantizer) -> None:
     feature = torch.randn(1, 3, 1, 1)
     expected = quantizer.scores(feature.flatten(1)).softmax(-1)[0]
     codes = quantizer.train()(feature.expand(1, 3, 200, 200)).codes
@@ -25,7 +25,7 @@ def test_training_draws_codes_with_the_probabilities_of_the_softmax(quantizer) -
 
 
 @torch.no_grad()
-def test_otherwise_the_best_score_is_the_code(quantizer) -> None:
+def test_in_eval_mode_the_best_score_is_the_code(quantizer) -> None:
     features = torch.randn(2, 3, 4, 4)
     scores = F.conv2d(features, quantizer.proj.weight, quantizer.proj.bias)
     found = quantizer.eval()(features)

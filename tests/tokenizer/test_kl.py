@@ -73,7 +73,7 @@ def test_verbs_agree_with_one_another(kl, images) -> None:
     torch.testing.assert_close(sampled, mean + (0.5 * logvar).exp() * noise)
 
 
-def test_a_list_draws_picture_i_from_generator_i(kl, images) -> None:
+def test_a_list_samples_image_i_from_generator_i(kl, images) -> None:
     stored = kl.store(images).detach()
     sampled = kl.latents(stored, generator=[torch.Generator().manual_seed(s) for s in (5, 6, 7)])
     for i, seed in enumerate((5, 6, 7)):
@@ -93,11 +93,11 @@ def test_calibrated_latents_have_zero_mean_and_unit_variance(kl, images) -> None
     reconstructed = kl.reconstruct(images)
     kl.calibrate(iter([images[:2], images[2:]]))
     stored = kl.store(images)
-    draws = torch.cat(
+    samples = torch.cat(
         [kl.latents(stored, generator=torch.Generator().manual_seed(s)) for s in range(200)]
     )
-    torch.testing.assert_close(draws.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.02)
-    torch.testing.assert_close(draws.std((0, 2, 3)), torch.ones(4), rtol=0.02, atol=0)
+    torch.testing.assert_close(samples.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.02)
+    torch.testing.assert_close(samples.std((0, 2, 3)), torch.ones(4), rtol=0.02, atol=0)
     torch.testing.assert_close(kl.reconstruct(images), reconstructed, rtol=1e-4, atol=1e-5)
     assert kl.fingerprint != before
     with pytest.raises(SmaltiError, match="no images"):

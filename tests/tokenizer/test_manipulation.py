@@ -37,7 +37,7 @@ def norm(vectors: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("blend", [linear, spherical, spherical_as_one])
-def test_a_blend_begins_and_ends_at_its_pictures(blend) -> None:
+def test_a_blend_begins_and_ends_at_its_images(blend) -> None:
     start, end = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3)
     torch.testing.assert_close(blend(start, end, 0.0), start)
     torch.testing.assert_close(blend(start, end, 1.0), end)
@@ -56,7 +56,7 @@ def test_the_straight_line_leaves_the_sphere() -> None:
 
 
 @pytest.mark.parametrize("t", TIMES)
-def test_the_arc_turns_at_constant_speed(t: float) -> None:
+def test_the_arc_is_followed_at_constant_speed(t: float) -> None:
     """In the plane, from angle 0 to 2 radians: at angle 2 t."""
     start = torch.tensor([[1.0, 0.0]])
     end = torch.tensor([[math.cos(2), math.sin(2)]])
@@ -73,7 +73,7 @@ def test_the_arc_is_shoemakes_formula(t: float) -> None:
 
 
 @pytest.mark.parametrize("t", TIMES)
-def test_lengths_go_linearly_from_one_to_the_other(t: float) -> None:
+def test_lengths_are_interpolated_linearly(t: float) -> None:
     start, end = 2 * unit(3, 6), 5 * unit(3, 6)
     torch.testing.assert_close(norm(spherical(start, end, t)), torch.full((3,), 2 + 3 * t))
 
@@ -88,7 +88,7 @@ def test_vectors_of_equal_direction_are_blended_linearly(t: float, factor: float
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-8, 1e-7, 1e-6, 1e-4])
-def test_opposite_vectors_turn_by_half_a_circle(noise: float) -> None:
+def test_opposite_vectors_are_half_a_circle_apart(noise: float) -> None:
     start = unit(64, 8)
     end = F.normalize(-start + noise * torch.randn(64, 8), dim=1)
     for t in TIMES:
@@ -114,7 +114,7 @@ def test_opposite_numbers_pass_through_zero() -> None:
     torch.testing.assert_close(blend, torch.zeros(1, 1, 2, 2), rtol=0, atol=1e-6)
 
 
-def test_positions_turn_one_by_one_or_as_one() -> None:
+def test_positions_are_rotated_one_by_one_or_as_one_vector() -> None:
     start, end = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     each, whole = spherical(start, end, 0.3), spherical_as_one(start, end, 0.3)
     torch.testing.assert_close(each[:, :, 1, 2], spherical(start[:, :, 1, 2], end[:, :, 1, 2], 0.3))

@@ -63,7 +63,7 @@ def test_contributions_of_the_scales_telescope(q) -> None:
     torch.testing.assert_close(q.lookup_first(codes, 4), q.lookup(codes, 4, 6))
 
 
-def test_teacher_forcing_shows_what_decoding_step_by_step_meets(q) -> None:
+def test_teacher_forcing_equals_decoding_step_by_step(q) -> None:
     codes = q.search(torch.randn(2, 4, 4, 6))
     forced = q.next_scale_inputs(codes)
     assert forced.shape == (2, sum(LENGTHS[1:]), 4)
@@ -95,7 +95,7 @@ def test_losses_are_means_over_the_scales_of_both_distances(q) -> None:
     torch.testing.assert_close(out.losses["commitment"], 0.25 * expected.mean())
 
 
-def test_dropped_scales_add_nothing_and_teach_nothing() -> None:
+def test_dropped_scales_add_nothing_and_learn_nothing() -> None:
     dropping = replace(CONFIG, scale_dropout=1.0, scale_dropout_keeps=2)
     q = MultiScaleQuantizer(dropping)
     torch.nn.init.normal_(q.codebook.weight)
@@ -118,7 +118,7 @@ def test_dropped_scales_add_nothing_and_teach_nothing() -> None:
     torch.testing.assert_close(q(f, kept_scales=kept).latents, expected)  # all scales are kept
 
 
-def test_codes_hit_at_any_scale_are_alive() -> None:
+def test_codes_used_at_any_scale_are_not_dead() -> None:
     book = CodebookConfig(8, 4, l2_normalise=False, revive_after=1)
     q = MultiScaleQuantizer(replace(CONFIG, codebook=book))
     for _ in range(3):

@@ -83,7 +83,7 @@ def test_oracle_rotation_of_vector_quantize_pytorch() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_losses_pull_only_their_own_side() -> None:
+def test_each_loss_has_gradients_for_its_own_side_only() -> None:
     q, z = quantizer(l2=False), torch.randn(2, 4, 3, 3, requires_grad=True)
     out = q(z)
     out.losses["codebook"].backward(retain_graph=True)
@@ -193,7 +193,7 @@ def test_running_means_are_those_of_a_loop() -> None:
     assert q(torch.randn(1, 4, 2, 2)).losses.keys() == {"commitment"}
 
 
-def test_running_means_settle_on_cluster_centres() -> None:
+def test_running_means_converge_to_cluster_centres() -> None:
     centres = 5 * torch.randn(4, 2)
     q = quantizer(False, 1, learning="ema", vocab_size=4, code_dim=2, ema_decay=0.5)
     for _ in range(60):

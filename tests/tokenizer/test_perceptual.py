@@ -1,4 +1,4 @@
-"""LPIPS is the real one: the package `lpips`, fed the same trunk, agrees."""
+"""LPIPS against the package `lpips` with the same trunk, and what is refused."""
 
 import hashlib
 from importlib.resources import as_file, files
@@ -152,7 +152,7 @@ def test_vgg_takes_its_trunk_from_torchvision_and_its_heads_from_the_package(
     import torchvision.models
     from torchvision.models.vgg import cfgs, make_layers
 
-    features = make_layers(cfgs["D"])  # stands for what would be downloaded
+    features = make_layers(cfgs["D"])  # in place of the download
     for theirs, conv in zip(convolutions(features), convolutions(package_vgg.net), strict=True):
         theirs.load_state_dict(conv.state_dict())
     trunk = SimpleNamespace(features=features)

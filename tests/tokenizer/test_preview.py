@@ -1,4 +1,4 @@
-"""Progressive previews: pictures as the first scales of a multi-scale tokenizer tell them."""
+"""Progressive previews: images decoded from the first scales of a multi-scale tokenizer."""
 
 import itertools
 

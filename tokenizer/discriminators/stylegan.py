@@ -74,7 +74,7 @@ class ResidualDown(nn.Module):
 
 
 class StyleGANDiscriminator(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1), positive for real pictures.
+    """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1), positive for real images.
 
     Images of another side than `image_size` are resized to it.
     """
