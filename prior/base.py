@@ -73,7 +73,7 @@ class Prior(nn.Module, Pretrained, ABC):
 
     @classmethod
     @abstractmethod
-    def models(cls, spec: LatentSpec) -> bool:
+    def supports(cls, spec: LatentSpec) -> bool:
         """Whether priors of this class model latents like these."""
 
     @property

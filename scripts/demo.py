@@ -257,7 +257,7 @@ def _kind(config: DemoConfig) -> str:
     with torch.device("meta"):
         spec = Tokenizer.registry.build(TOKENIZERS[config.tokenizer]).spec
     registry = Prior.registry
-    fitting = [kind for kind in registry if registry.resolve(kind).models(spec)]
+    fitting = [kind for kind in registry if registry.resolve(kind).supports(spec)]
     if not config.prior:
         return fitting[0]
     wanted = PRIORS[config.prior].kind

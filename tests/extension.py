@@ -148,7 +148,7 @@ class HistogramConfig(PriorConfig):
         tokenizer_fingerprint: str | None,
         quantizer: object = None,
     ) -> Self:
-        if not HistogramPrior.models(spec):
+        if not HistogramPrior.supports(spec):
             raise ConfigurationError(f"a histogram prior models codes of one grid, not {spec}")
         return replace(
             self,
@@ -174,7 +174,7 @@ class HistogramPrior(Prior):
         nn.init.zeros_(self.table.weight)
 
     @classmethod
-    def models(cls, spec: LatentSpec) -> bool:
+    def supports(cls, spec: LatentSpec) -> bool:
         return isinstance(spec, CodeSpec) and len(spec.grids) == 1
 
     def logits(self, labels: Tensor) -> Tensor:  # (B,) -> (B, L, V)

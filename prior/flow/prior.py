@@ -97,7 +97,7 @@ class FlowPrior(Prior):
     config: FlowConfig
 
     @classmethod
-    def models(cls, spec: LatentSpec) -> bool:
+    def supports(cls, spec: LatentSpec) -> bool:
         """Continuous latents."""
         return isinstance(spec, ContinuousSpec)
 

@@ -305,7 +305,7 @@ class NextScalePrior(CodePrior):
     config: NextScaleConfig
 
     @classmethod
-    def models(cls, spec: LatentSpec) -> bool:
+    def supports(cls, spec: LatentSpec) -> bool:
         """Codes of several grids, from coarse to fine."""
         return isinstance(spec, CodeSpec) and len(spec.grids) > 1
 

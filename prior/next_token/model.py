@@ -166,7 +166,7 @@ class NextTokenPrior(CodePrior):
     order_probability: Tensor | None  # () fp32, of a random order in the next training steps
 
     @classmethod
-    def models(cls, spec: LatentSpec) -> bool:
+    def supports(cls, spec: LatentSpec) -> bool:
         """Codes of one grid."""
         return isinstance(spec, CodeSpec) and len(spec.grids) == 1
 

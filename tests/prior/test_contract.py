@@ -170,14 +170,14 @@ def test_save_and_load(prior, sample, tmp_path, name) -> None:
 
 def test_it_models_the_latents_that_its_configuration_can_be_fitted_to(prior) -> None:
     for spec in SPECS:
-        if prior.models(spec):
+        if prior.supports(spec):
             fitted = prior.config.fitted(spec, 5, "abc", SCALES)
             assert (fitted.spec, fitted.num_classes) == (spec, 5)
             assert fitted.tokenizer_fingerprint == "abc"
         else:
             with pytest.raises(SmaltiError):
                 prior.config.fitted(spec, 5, None, SCALES)
-    assert sum(map(prior.models, SPECS)) == 1
+    assert sum(map(prior.supports, SPECS)) == 1
 
 
 def test_likelihood_is_optional_and_then_per_sample(prior, latents) -> None:

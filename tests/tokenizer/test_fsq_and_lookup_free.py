@@ -147,3 +147,11 @@ def test_weights_of_the_losses() -> None:
 def test_impossible_configs_are_refused(config, options, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
         config(**options)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 8, 501, 1001, 1002, 2048, 4001])
+def test_saturated_fsq_features_have_valid_codes(levels: int) -> None:
+    """The outermost numbers round to the outermost levels, however many there are."""
+    quantizer = FSQuantizer(FSQConfig(levels=(levels,)))
+    features = torch.tensor([-1e4, 1e4]).view(1, 1, 1, 2)
+    assert quantizer.search(features).flatten().tolist() == [0, levels - 1]

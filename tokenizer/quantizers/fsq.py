@@ -21,6 +21,7 @@ from smalti.tokenizer.quantizers.base import (
 )
 
 MARGIN = 1e-3  # the bound lies this fraction beyond the outermost level
+MAX_MARGIN = 0.25  # steps
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,15 @@ class FSQuantizer(Quantizer):
         return self.levels // 2
 
     def bounded(self, rows: Tensor) -> Tensor:
-        """Rows (N, d) of any size -> numbers that round to the levels, one unit apart (eq. 1).
+        """Rows (N, d) of any size -> numbers that round to the levels, one apart (appendix A.1).
 
-        An even number of levels is centred between two of them, so zero lies on a level.
+        f(z) = b tanh(z + atanh(o / b)) - o, with b a little above (L - 1) / 2. For an even L the
+        offset o is 1/2, so that zero is one of the levels.
         """
-        bound = (self.levels - 1) * (1 + MARGIN) / 2
+        # The margin stays below half a step, or the outermost numbers of many levels would round
+        # to levels that do not exist.
+        half = (self.levels - 1) / 2
+        bound = torch.minimum((self.levels - 1) * (1 + MARGIN) / 2, half + MAX_MARGIN)
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         return torch.tanh(rows + torch.atanh(offset / bound)) * bound - offset
 
