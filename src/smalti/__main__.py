@@ -1,4 +1,4 @@
-"""`python -m smalti` is the console command."""
+"""`python -m smalti` runs the console command `smalti`."""
 
 from smalti.cli import main
 

@@ -35,29 +35,32 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import-latents": ("smalti.scripts.import_latents", "latents of other code -> latent cache"),
     "export-latents": ("smalti.scripts.export_latents", "latent cache -> parquet, WebDataset"),
     "train-prior": ("smalti.scripts.train_prior", "stage two: a distribution over latents"),
-    "reflow": ("smalti.scripts.reflow", "pairs that a trained flow makes, to straighten it"),
+    "reflow": ("smalti.scripts.reflow", "generate pairs with a trained flow, to straighten it"),
     "generate": ("smalti.scripts.generate", "sample pictures with a saved pipeline"),
     "evaluate": ("smalti.scripts.evaluate", "measure a saved tokenizer or pipeline"),
-    "convert": ("smalti.scripts.convert", "published weights -> a folder of smalti's"),
-    "export": ("smalti.scripts.export", "a model -> the file that other code reads"),
-    "info": ("smalti.scripts.info", "what a folder is, whether it is complete, what to do next"),
+    "convert": ("smalti.scripts.convert", "published weights -> a smalti model folder"),
+    "export": ("smalti.scripts.export", "a model -> a file for other code"),
+    "info": (
+        "smalti.scripts.info",
+        "what a folder contains, whether it is complete, what to do next",
+    ),
     "interpolate": ("smalti.scripts.interpolate", "blend two pictures in latent space"),
     "attribute": ("smalti.scripts.attribute", "add the difference of two classes to pictures"),
     "traverse": ("smalti.scripts.traverse", "vary single latent channels of a picture"),
     "invert": ("smalti.scripts.invert", "find the latents of given pictures by optimisation"),
 }
 
-BOX_FRAME = " ╭╮╰╯│─"  # around what tyro says
+BOX_FRAME = " ╭╮╰╯│─"  # characters of the frame around tyro's messages
 
-EXIT_MISTAKE = 2  # something in the input is wrong, and the message says what to do
-EXIT_FAILURE = 1  # the machine failed: disk full, no permission
+EXIT_INPUT_ERROR = 2  # the input is wrong, and the message names the remedy
+EXIT_FAILURE = 1  # a machine error: disk full, no permission
 
 WORKER_REMEDY = (
-    "lower --dataloader_num_workers, and go on with --resume_from_checkpoint latest if a run ended"
+    "lower --dataloader_num_workers, and continue a run with --resume_from_checkpoint latest"
 )
 
-# Errors of the system that one line explains, with the remedy. Any other keeps its traceback: it
-# is a defect of smalti.
+# Errors of the operating system that are printed as one line with a remedy. Any other error keeps
+# its traceback, because it is a defect of smalti.
 MACHINE_FAULTS = {
     getattr(errno, name): remedy
     for name, remedy in (
@@ -89,7 +92,7 @@ def _dispatch(arguments: Sequence[str] | None) -> int | None:
     """Run the command that the first argument names, with the remaining arguments."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
-        return 0 if arguments else EXIT_MISTAKE
+        return 0 if arguments else EXIT_INPUT_ERROR
     if arguments[0] in ("-V", "--version"):
         print(f"smalti {version('smalti')}")
         return 0
@@ -102,10 +105,11 @@ def _dispatch(arguments: Sequence[str] | None) -> int | None:
 def run_command(
     command: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
 ) -> int:
-    """Run a command so that a mistake ends in one clear line instead of a traceback.
+    """Run a command; an error in the input is printed as one line instead of a traceback.
 
     Returns:
-        The exit status: what the command returned, EXIT_MISTAKE, EXIT_FAILURE or EXIT_INTERRUPTED.
+        The exit status: what the command returned, EXIT_INPUT_ERROR, EXIT_FAILURE or
+        EXIT_INTERRUPTED.
     """
     first = os.environ.get("RANK", "0") == "0"  # all processes of a job log the same
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
@@ -134,9 +138,9 @@ def run_command(
 
 
 def leave_job() -> None:
-    """Close the connection to the other processes of a job, if there is one. Left open until the
-    interpreter ends, its threads abort the process now and then."""
-    distributed: Any = sys.modules.get("torch.distributed")  # not imported for this
+    """Close the connection to the other processes of a job, if there is one. If it is open when the
+    interpreter ends, its threads sometimes abort the process."""
+    distributed: Any = sys.modules.get("torch.distributed")  # not imported only for this check
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -146,14 +150,14 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
 
     A class may have `PRESETS`, a mapping from a field to its named presets; `--field.preset NAME`
     or `preset: NAME` in the recipe then chooses the values that the field starts from. The flag is
-    refused if the recipe gives values of the field, because those would override it. Where a field
-    may hold configurations of several kinds, `--field.kind NAME` starts from the defaults of that
+    refused if the recipe gives values of the field, because those would override it. If a field
+    accepts configurations of several kinds, `--field.kind NAME` starts from the defaults of that
     kind. `SAVED` maps a field to a function that reads its values from the saved model that
     `initial` names.
     `--print-config` prints the result as a recipe and exits.
 
     Raises:
-        SmaltiError: a mistake in the recipe or in the flags.
+        SmaltiError: an error in the recipe or in the flags.
         SystemExit: --help or --print-config.
     """
     import tyro
@@ -172,7 +176,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     default = config_from_dict(config_class, kinds, "command line", default)
     # tyro shows the comment beside each field as its help text, and a field that is annotated
     # with a base class takes the class of its default.
-    with _mistakes_as_one_line(prog), _all_kinds_shown(default):
+    with _errors_as_one_line(prog), _all_kinds_shown(default):
         config = tyro.cli(
             config_class,
             default=default,
@@ -191,24 +195,24 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
 
 @contextlib.contextmanager
 def _all_kinds_shown(config: Any) -> Iterator[None]:
-    """Help lists every registered kind of a part of the configuration.
+    """Make the help text list every registered kind of each part of the configuration.
 
-    A class states its own kind alone, `kind: Literal["linear"]`, and tyro takes the choices from
-    there. While tyro reads the classes in `config`, each names all kinds of its registry. The flag
-    itself never comes to tyro, see `_take_kinds`.
+    A class declares only its own kind, `kind: Literal["linear"]`, and tyro takes the choices from
+    this annotation. While tyro reads the classes in `config`, the annotations list all kinds of
+    their registries. tyro never receives the flag itself, see `_take_kinds`.
     """
-    stated = {cls: cls.__annotations__["kind"] for cls in _classes_with_kinds(config)}
+    original = {cls: cls.__annotations__["kind"] for cls in _classes_with_kinds(config)}
     try:
         for cls, registry in _classes_with_kinds(config).items():
             cls.__annotations__["kind"] = Literal[tuple(registry)]  # type: ignore[valid-type]
         yield
     finally:
-        for cls, own in stated.items():
+        for cls, own in original.items():
             cls.__annotations__["kind"] = own
 
 
 def _classes_with_kinds(config: Any) -> dict[type, Any]:
-    """The classes of a configuration's parts that come in several kinds -> their registry."""
+    """The class of each part of a configuration that has several kinds -> its registry."""
     found: dict[type, Any] = {}
     for part in dataclasses.fields(config):
         value = getattr(config, part.name)
@@ -221,8 +225,8 @@ def _classes_with_kinds(config: Any) -> dict[type, Any]:
 
 
 @contextlib.contextmanager
-def _mistakes_as_one_line(prog: str) -> Iterator[None]:
-    """tyro prints a mistake in a box of several lines and exits: raise it as a one-line error."""
+def _errors_as_one_line(prog: str) -> Iterator[None]:
+    """tyro prints an error in a box of several lines and exits: raise it as a one-line error."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -247,7 +251,7 @@ def _mistakes_as_one_line(prog: str) -> Iterator[None]:
 def _with_presets(
     config_class: type[T], recipe: dict[str, Any], arguments: list[str], where: str
 ) -> T:
-    """The defaults of a class, with the presets that the flags or the recipe name, or with the
+    """The defaults of a class, with the presets that the flags or the recipe select, or with the
     settings of the saved model that `initial` names."""
     chosen: dict[str, Any] = {}
     tables: Mapping[str, Mapping[str, Any]] = getattr(config_class, "PRESETS", {})
@@ -290,7 +294,7 @@ def _take_kinds(arguments: list[str]) -> dict[str, Any]:
 
 
 def _refuse_two_kinds(base: Any, flags: list[str], kinds: Mapping[str, Any]) -> None:
-    """Raise `SmaltiError` if `--field.preset` chose one kind and `--field.kind` names another."""
+    """Raise `SmaltiError` if `--field.preset` and `--field.kind` select different kinds."""
     for field in getattr(base, "PRESETS", {}):
         preset, chosen = _take(list(flags), f"--{field}.preset"), getattr(base, field)
         wanted = kinds.get(field, {}).get("kind")
@@ -333,7 +337,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, *UNTRANSLATED_BY_YAML) as error:
         raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} is not a recipe: it holds no keys and values")
+        raise ConfigurationError(f"{path} is not a recipe: it contains no keys and values")
     return content
 
 
@@ -360,9 +364,9 @@ def _description(config_class: type) -> str:
     return "\n".join(lines)
 
 
-def _complain(message: str, status: int = EXIT_MISTAKE) -> int:
-    """Print one line on stderr; return the status. A mistake in the input is the same on every
-    process of a job and printed by the first; an error of the machine is printed by its process."""
+def _complain(message: str, status: int = EXIT_INPUT_ERROR) -> int:
+    """Print one line on stderr; return the status. An input error is the same on every process of a
+    job, so only the first process prints it; a machine error is printed by its own process."""
     if message.startswith("Caught "):  # torch adds the traceback of a loader worker
         message = message.rstrip().splitlines()[-1].partition(": ")[2]
     line = " ".join(message.split())

@@ -47,7 +47,7 @@ def first_difference(config: Any, other: Any, name: str, free: str = "") -> Diff
     """The first field in which a configuration differs from another, None if they are equal.
 
     Args:
-        name: what `config` is called.
+        name: the name of `config` in the result.
         free: name of a class attribute that lists fields which may differ.
     """
     if type(config) is not type(other):
@@ -65,7 +65,7 @@ def first_difference(config: Any, other: Any, name: str, free: str = "") -> Diff
 
 
 def config_to_dict(config: Any) -> Any:
-    """A dataclass and everything nested in it as values that JSON and YAML can hold."""
+    """A dataclass and everything nested in it as values that JSON and YAML can represent."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {
             field.name: config_to_dict(getattr(config, field.name))
@@ -149,15 +149,15 @@ def _convert(value: Any, hint: Any, where: str, base: Any = None) -> Any:
 
 
 def registry_of(hint: Any) -> Any:
-    """The registry whose configurations may stand where a base class is annotated, or None.
+    """The registry of the configurations that a field of this annotated type accepts, or None.
 
-    Such a base class sets `registry`; its subclasses are told apart by their `kind`.
+    The annotated type is then a base class that sets `registry`; `kind` identifies its subclasses.
     """
     return vars(hint).get("registry") if isinstance(hint, type) else None
 
 
 def _registered(hint: Any, value: Any, where: str, base: Any) -> Any:
-    """`hint` itself, or the subclass of it that the kind in `value`, or else in `base`, names."""
+    """`hint` itself, or its subclass of the kind that `value`, or else `base`, has."""
     registry = registry_of(hint)
     if registry is None or not isinstance(value, Mapping):
         return hint
@@ -230,7 +230,7 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
 
 
 def _finite(value: int | float | str) -> float | None:
-    """The value as a float, if it is one that JSON can hold; YAML reads 1e-4 as a string."""
+    """The value as a float, or None if JSON cannot represent it; YAML reads 1e-4 as a string."""
     try:
         number = float(value)
     except (ValueError, OverflowError):

@@ -19,7 +19,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 class _DifferentiableSum(torch.autograd.Function):
-    """`sum_over_processes` with gradients. The copies are there because it works in place."""
+    """`sum_over_processes` with gradients. The values are copied because it works in place."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def uniform_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor
     distributed = dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     size = len(rows)
-    # Row numbers of all processes laid end to end; each process fills in its own rows.
+    # Indices into the concatenated rows of all processes; each process fills in its own rows.
     choice = torch.randint(world * size, (count,), generator=generator).to(rows.device)
     mine = choice // size == rank
     return sum_over_processes(torch.where(mine[:, None], rows[choice % size], 0.0))

@@ -1,10 +1,10 @@
-"""Errors that a person can correct, and the exit status of an interrupted command.
+"""Errors that the user can correct, and the exit status of an interrupted command.
 
 SmaltiError                 the root: catch this one to catch all
   ConfigurationError        a recipe, a flag or an option of a model
   DataError                 images, latent caches and generated folders on disk
   CheckpointError           saved models, checkpoints and runs
-  ConversionError           published checkpoints, in and out
+  ConversionError           import and export of published checkpoints
   GenerationError           arguments of sampling, and generation jobs
 """
 
@@ -12,11 +12,10 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, also used for SIGTERM: saved, and ready 
 
 
 class SmaltiError(ValueError):
-    """Bad input, explained.
+    """An error in the input, with its explanation.
 
-    The message is one line: what was wrong, with the value, and what to do about it. The command
-    line prints it without a traceback and exits with status 2; in Python it is an ordinary
-    `ValueError`.
+    The message is one line: what is wrong, the value, and the remedy. The command line prints it
+    without a traceback and exits with status 2; in Python it is an ordinary `ValueError`.
     """
 
 
@@ -25,11 +24,11 @@ class ConfigurationError(SmaltiError):
 
 
 class DataError(SmaltiError):
-    """Images or latents cannot be read, are damaged, or do not fit what is asked of them."""
+    """Images or latents cannot be read, are damaged, or do not fit the request."""
 
 
 class CheckpointError(SmaltiError):
-    """A saved model, a checkpoint or a run is missing, damaged, or belongs to something else."""
+    """A saved model, a checkpoint or a run is missing, damaged, or belongs to another run."""
 
 
 class ConversionError(SmaltiError):

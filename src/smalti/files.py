@@ -1,4 +1,4 @@
-"""Files on disk: replaced as a whole when written, checked when read.
+"""Files on disk: written atomically, checked when read.
 
 Text, JSON, JSON lines, and the weights of models as safetensors.
 """
@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Raise the `OSError` behind a `SafetensorError`, for example that the disk is full."""
+    """Raise the `OSError` that caused a `SafetensorError`, for example a full disk."""
     try:
         yield
     except SafetensorError as error:
@@ -73,7 +73,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON; NaN and infinity, which JSON cannot hold, raise `ValueError`."""
+    """Write indented JSON; NaN and infinity, which JSON cannot represent, raise `ValueError`."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
@@ -94,11 +94,11 @@ def first_difference(path: Path, settings: dict[str, Any]) -> tuple[str, Any] | 
     """Name and stored value of the first of `settings` that differs in a JSON file, or None.
 
     Raises:
-        SmaltiError: the file is damaged, or holds no settings.
+        SmaltiError: the file is damaged, or contains no settings.
     """
     stored = read_json(path)
     if not isinstance(stored, dict):
-        raise SmaltiError(f"{path} does not hold settings: choose another output folder")
+        raise SmaltiError(f"{path} does not contain settings: choose another output folder")
     wanted = json.loads(json.dumps(settings))  # tuples become lists
     return next(((k, stored.get(k)) for k in wanted if stored.get(k) != wanted[k]), None)
 
@@ -141,13 +141,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# How the dtype codes of safetensors begin (BOOL, BF16, F8_E4M3, I64, U8, C64) -> kind of number.
+# First letter of a safetensors dtype code (BF16, F8_E4M3, I64, U8, C64) -> kind of number.
 KINDS = {"B": "float", "F": "float", "I": "integer", "U": "integer", "C": "complex"}
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What is known of a tensor before it is read; loading never converts between kinds."""
+    """Shape and kind of a tensor, known before it is read; loading never converts the kind."""
 
     shape: tuple[int, ...]
     kind: str  # "float", "integer", "bool" or "complex"
@@ -165,8 +165,8 @@ def save_weights(path: Path, state: "Mapping[str, Tensor]") -> None:
 def hash_weights(state: "Mapping[str, Tensor]", prefix: bytes = b"") -> str:
     """sha256 over `prefix` and the names, shapes and values of tensors, on any device.
 
-    Half-precision numbers count as the 32-bit numbers that they are equal to, so that a model has
-    one hash in memory, on disk, and loaded again.
+    Half-precision values are hashed as the equal 32-bit values, so that a model has the same hash
+    in memory, on disk, and after loading.
     """
     import torch
 
@@ -181,7 +181,7 @@ def hash_weights(state: "Mapping[str, Tensor]", prefix: bytes = b"") -> str:
 
 
 def load_weights(build: "Callable[[], nn.Module]", path: Path) -> "nn.Module":
-    """The model that `build` makes, with every parameter and buffer read from `path`.
+    """The model that `build` returns, with every parameter and buffer read from `path`.
 
     Floating-point tensors are converted to the precision of the model. The global random state
     stays as it was.
@@ -239,7 +239,7 @@ def _header(tensor: "Tensor") -> _Header:
 def _registering_at_most(limit: int, path: Path) -> Iterator[None]:
     """Stop building a model once it has more than `limit` parameters.
 
-    A config with a billion layers would otherwise never reach the comparison.
+    Otherwise a config with a billion layers would exhaust the memory before the comparison.
     """
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -250,7 +250,7 @@ def _registering_at_most(limit: int, path: Path) -> Iterator[None]:
         count += 1
         if count > limit:
             raise CheckpointError(
-                f"{path} has far fewer tensors than the model that the config names"
+                f"{path} has far fewer tensors than the model that the config describes"
             )
 
     handle = register_module_parameter_registration_hook(on_parameter)
@@ -274,9 +274,9 @@ def _compare(expected: dict[str, _Header], found: dict[str, _Header], path: Path
     for name, header in expected.items():
         if found[name].shape != header.shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {found[name].shape}; the config says {header.shape}"
+                f"{path}: {name} has shape {found[name].shape}; the config requires {header.shape}"
             )
         if found[name].kind != header.kind:
             raise CheckpointError(
-                f"{path}: {name} holds {found[name].kind} numbers; the model takes {header.kind}"
+                f"{path}: {name} has {found[name].kind} values; the model takes {header.kind}"
             )

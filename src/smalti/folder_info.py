@@ -1,4 +1,4 @@
-"""What `smalti info` says of a folder: one type for runs, caches, image sets and models."""
+"""What `smalti info` reports about a folder: one type for runs, caches, image sets and models."""
 
 import shlex
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Info:
-    """Lines (name, value) about a folder, and whether all in it is whole."""
+    """Lines (name, value) about a folder, and whether its contents are complete and undamaged."""
 
     lines: list[tuple[str, str]]
     whole: bool = True
 
 
 def command(*words: str | Path) -> str:
-    """A command of smalti as a shell takes it."""
+    """A command of smalti, quoted for a shell."""
     return shlex.join(["smalti", *map(str, words)])

@@ -4,9 +4,9 @@
                                  and the fields of the model's config}
     folder/model.safetensors    every parameter and buffer
 
-Only JSON and safetensors are ever read, never pickle; a name found in a file is looked up in a
-registry, never imported; a missing, surplus or mis-shaped tensor is an error. A local folder never
-touches the network.
+Only JSON and safetensors are ever read, never pickle; a name in a file is looked up in a registry,
+never imported; a tensor that is missing, unknown or of the wrong shape is an error. Loading a local
+folder never uses the network.
 """
 
 import json
@@ -41,9 +41,9 @@ REGISTRIES = ("smalti.tokenizer.registry:TOKENIZERS", "smalti.prior.registry:PRI
 
 
 class Registry:
-    """Classes by name. An entry is a class, or "module:Class", imported only when it is asked for.
+    """Classes by name. An entry is a class, or "module:Class", which is imported at its first use.
 
-    A registered class is a model or a part of one, and names its configuration in `Config`; a
+    A registered class is a model or a part of one, and has its configuration class in `Config`; a
     configuration that needs no other class (a path, a solver) is registered itself.
     """
 
@@ -78,7 +78,7 @@ class Registry:
         """The class registered under `name`.
 
         Raises:
-            ConfigurationError: no such name; the message offers the nearest.
+            ConfigurationError: no such name; the message names the nearest one.
         """
         if name not in self._entries:
             hint = nearest(name, self._entries)
@@ -137,12 +137,12 @@ class Registry:
 
 
 class Presets(Mapping[str, Any]):
-    """The configurations that registered classes name in `PRESETS`, all in one mapping.
+    """The configurations in the `PRESETS` of all registered classes, in one mapping.
 
-    It reads the registry at each use, so a class that is registered later is in it, too.
+    It reads the registry at each use, so it includes classes that are registered later.
 
     Args:
-        own: more of them, which come first.
+        own: further configurations, which come first.
     """
 
     def __init__(self, registry: Registry, own: Mapping[str, Any] | None = None) -> None:
@@ -191,7 +191,7 @@ def named_options(text: str) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------
-# The precision of a loaded model: a `torch.dtype`, its name, or "auto", the one it was saved in
+# The precision of a loaded model: a `torch.dtype`, its name, or "auto", that of the saved weights
 
 AS_SAVED = "auto"
 NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # in safetensors
@@ -208,7 +208,7 @@ def chosen_dtype(
     given, older = _read("dtype", dtype), _read("torch_dtype", torch_dtype)
     if given is not None and older is not None and given != older:
         raise ConfigurationError(
-            f"dtype is {dtype}, torch_dtype is {torch_dtype}: they mean the same: give one of them"
+            f"dtype is {dtype}, torch_dtype is {torch_dtype}: they are one option, give only one"
         )
     return older if given is None else given
 
@@ -240,7 +240,7 @@ def saved_dtype(path: Path) -> "torch.dtype | None":
 
 
 # -------------------------------------------------------------------------------------------------
-# Model folders, local or from the Hugging Face Hub; a local folder never touches the network
+# Model folders, local or from the Hugging Face Hub; a local folder never uses the network
 
 
 def resolve_folder(
@@ -253,7 +253,7 @@ def resolve_folder(
     """A local folder, or the local copy of a Hub repository (JSON, safetensors and model card).
 
     Raises:
-        CheckpointError: no such folder, or the Hub cannot give it.
+        CheckpointError: no such folder, and no such repository that can be downloaded.
     """
     text = os.path.expanduser(str(path_or_hub_id))
     if os.path.isdir(text):
@@ -334,7 +334,7 @@ class Pretrained:
         """Write config.json and model.safetensors into the folder `path`.
 
         Raises:
-            CheckpointError: the folder exists and holds something that is not a model of this kind.
+            CheckpointError: the folder exists and contains something else than such a model.
         """
         folder = Path(path)
         _check_target(folder, self.registry)
@@ -368,14 +368,14 @@ class Pretrained:
         """Load a model saved by `save_pretrained`, from a folder or from the Hub, in eval mode.
 
         Args:
-            dtype: precision of the weights, a type or its name, such as "bfloat16"; "auto": the
-                one that they were saved in; None: fp32.
+            dtype: precision of the weights, a type or its name, such as "bfloat16"; "auto": that
+                of the saved weights; None: fp32.
             torch_dtype: another name of `dtype`.
 
         Raises:
-            CheckpointError: nothing there; another kind of model; a config key or a tensor is
-                missing, unknown or of the wrong type or shape; a file is damaged; no such
-                precision.
+            CheckpointError: there is no model, or one of another kind; a config key or a tensor is
+                missing, unknown or of the wrong type or shape; a file is damaged.
+            ConfigurationError: no such precision.
         """
         precision = chosen_dtype(dtype, torch_dtype)
         folder = resolve_folder(
@@ -397,7 +397,7 @@ class Pretrained:
         """The config of the model in a local folder, without its weights.
 
         Raises:
-            CheckpointError: nothing there; another kind of model; a config key is wrong.
+            CheckpointError: there is no model, or one of another kind; a config key is wrong.
         """
         return cls._saved(folder)[1]
 
@@ -408,7 +408,7 @@ class Pretrained:
         copy = content.pop(COPY, None)
         target: Any = cls.registry.resolve(content.pop("type"))
         if not issubclass(target, cls):
-            raise CheckpointError(f"{folder} holds a {target.__name__}, not a {cls.__name__}")
+            raise CheckpointError(f"{folder} contains a {target.__name__}, not a {cls.__name__}")
         settings = _rename_key(content, "type", "kind")
         return target, config_from_dict(target.Config, settings, str(folder / CONFIG)), copy
 
@@ -433,7 +433,7 @@ class Pretrained:
         commit_message: str = "Upload smalti model",
         create_pr: bool = False,
     ) -> str:
-        """Upload what `save_pretrained` writes, in one commit; return its address."""
+        """Upload what `save_pretrained` writes, in one commit; return the URL of the commit."""
         return upload(
             self.save_pretrained,
             repo_id,
@@ -460,10 +460,11 @@ class Pretrained:
 
 
 def _rename_key(content: Any, old: str, new: str) -> Any:
-    """Plain values in which every key `old` is called `new`.
+    """Plain values in which every key `old` is renamed to `new`.
 
-    config.json names the type of the model and of each of its parts "type", as Hugging Face's does;
-    dataclasses name it `kind`, because `type` is a builtin. Files of smalti 0.1 hold both keys.
+    In config.json the key "type" has the type of the model and of each of its parts, as in Hugging
+    Face's files; dataclasses call it `kind`, because `type` is a builtin. Files of smalti 0.1
+    contain both keys.
     """
     if isinstance(content, Mapping):
         return {
@@ -501,7 +502,7 @@ def _read_config(folder: Path, registry: Registry) -> dict[str, Any]:
     found = content.pop("format_version", None)
     if found != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {found}; this smalti reads {FORMAT_VERSION}")
-    content.pop("smalti_version", None)  # for people: which release wrote the file
+    content.pop("smalti_version", None)  # for readers of the file: the release that wrote it
     if content["type"] not in registry:
         raise CheckpointError(f"{path}: {_unknown_type(content['type'], registry)}")
     return content
@@ -513,7 +514,7 @@ def _read_copy(content: Any, model: Pretrained, folder: Path) -> Copy:
     if copy.checksum != model.checksum:
         raise CheckpointError(
             f"{folder / WEIGHTS} is not the copy of {copy.fingerprint[:12]} that {CONFIG} "
-            f'names: save it again, or remove "{COPY}" from {CONFIG} if it is another model now'
+            f'records: save it again, or remove "{COPY}" from {CONFIG} if it is another model now'
         )
     return copy
 
@@ -526,7 +527,7 @@ def _unknown_type(name: str, registry: Registry) -> str:
 
 
 def _build(target: Any, config: Any, folder: Path) -> Any:
-    """A new model; torch's error on an impossible config becomes one line."""
+    """A new model; an error that torch raises for an impossible config becomes one line."""
     try:
         return target(config)
     except SmaltiError:

@@ -1,8 +1,8 @@
 """Reproducible random numbers.
 
-Sampling takes generators from its caller: one for the whole batch, or a list with one per sample,
-so that a sample does not depend on its neighbours. Training derives seeds from (run seed,
-purpose, step, ...), so that a resumed run repeats them.
+The caller of a sampling function passes generators: one for the batch, or a list with one per
+sample, so that a sample does not depend on the others in the batch. Training derives seeds from
+(run seed, purpose, step, ...), so that a resumed run repeats them.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def check_generators(generator: Generators, rows: int) -> None:
     wrong = [value for value in each if not isinstance(value, torch.Generator)]
     if wrong:
         raise GenerationError(
-            f"generator holds {wrong[0]!r}: give a torch.Generator, or a list with one per sample"
+            f"generator contains {wrong[0]!r}: give a torch.Generator, or a list of one per sample"
         )
     if len(each) != rows:
         raise GenerationError(
@@ -61,8 +61,8 @@ def given_or_new(generator: Generators, rows: int) -> torch.Generator | Sequence
 class NormalSource:
     """Noise from N(0, I) for `rows` samples, new at every call.
 
-    With a list of generators, the noise of sample i comes from generators[i] alone. Noise is made
-    on the device of the generator: a CPU generator gives the same numbers on any device. None is a
+    With a list of generators, the noise of sample i comes from generators[i] only. Noise is sampled
+    on the device of the generator: a CPU generator gives the same noise for any device. None is a
     new generator with a random seed; torch's global random state does not change.
 
     Raises:

@@ -211,8 +211,8 @@ def test_parts_that_do_not_fit_are_refused(tokenizer, prior) -> None:
         ({"class_labels": torch.tensor([True])}, "class label is True; it must be an integer"),
         ({"class_labels": [True]}, "class label is True; it must be an integer"),
         ({"class_labels": None}, "pass class_labels"),
-        ({"class_labels": 0, "generator": 0}, "generator holds 0: give a torch.Generator"),
-        ({"class_labels": 0, "generator": [0]}, "generator holds 0: give a torch.Generator"),
+        ({"class_labels": 0, "generator": 0}, "generator contains 0: give a torch.Generator"),
+        ({"class_labels": 0, "generator": [0]}, "generator contains 0: give a torch.Generator"),
         (
             {"class_labels": [0, 1], "generator": [torch.Generator()]},
             "1 generators were given for 2",
@@ -342,7 +342,7 @@ def test_settings_that_cannot_be_read_are_named(pipe, tmp_path) -> None:
     for content, message in (
         (b"{", "is damaged"),
         (b"\xff", "is damaged"),
-        (b"[]", "does not hold settings"),
+        (b"[]", "does not contain settings"),
     ):
         (folder / "generation.json").write_bytes(content)
         with pytest.raises(SmaltiError, match=rf"generation\.json.*{message}"):

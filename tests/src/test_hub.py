@@ -175,11 +175,11 @@ def test_a_copy_whose_weights_were_exchanged_is_refused(tokenizer, saved: Path) 
         (lambda w: w.update(extra=torch.zeros(1)), "has a tensor extra that the model"),
         (
             lambda w: w.update({"quant_conv.bias": torch.zeros(5)}),
-            "quant_conv.bias has shape (5,); the config says (4,)",
+            "quant_conv.bias has shape (5,); the config requires (4,)",
         ),
         (
             lambda w: w.update({"quant_conv.bias": torch.zeros(4, dtype=torch.int64)}),
-            "quant_conv.bias holds integer numbers; the model takes float",
+            "quant_conv.bias has integer values; the model takes float",
         ),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_wrong_tensor_is_an_error(saved: Path, change, message: str) -> None:
         ({"type": "next-token"}, '"next-token" is a prior, not a tokenizer'),
         ({"format_version": 99}, "has format 99"),
         ({"quantizer__codebook__vocab_size": "many"}, "expected int"),
-        ({"quantizer__codebook__vocab_size": 10**12}, "the config says"),
+        ({"quantizer__codebook__vocab_size": 10**12}, "the config requires"),
         ({"quantizer__codebook__vocab_size": 10**30}, "describes an impossible model"),
         ({"quantizer__codebook__code_dim": [4]}, "code_dim is [4]; expected int"),
     ],

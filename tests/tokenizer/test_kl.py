@@ -81,8 +81,8 @@ def test_a_list_samples_image_i_from_generator_i(kl, images) -> None:
         assert torch.equal(sampled[i : i + 1], alone)
     for wrong, message in (
         ([torch.Generator()] * 2, "2 generators were given for 3 samples: give one each"),
-        ([torch.Generator(), 1, 2], "generator holds 1: give a torch.Generator"),
-        (7, "generator holds 7: give a torch.Generator"),
+        ([torch.Generator(), 1, 2], "generator contains 1: give a torch.Generator"),
+        (7, "generator contains 7: give a torch.Generator"),
     ):
         with pytest.raises(SmaltiError, match=message):
             kl.encode(images, generator=wrong)
