@@ -1,4 +1,4 @@
-"""What flows: pictures in a reproducible order, latents and their cache, image files."""
+"""Data: pictures in a reproducible order, latents and their cache, image files."""
 
 from smalti.data.dataset import ImageBatch, ImageDataset
 from smalti.data.latent_cache.cache import LatentCache

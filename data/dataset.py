@@ -37,7 +37,7 @@ from smalti.errors import ConfigurationError, DataError
 
 logger = logging.getLogger(__name__)
 
-MEMORY_LIMIT = 2 * 2**30  # bytes; a set whose uint8 pixels fit in them is kept decoded
+MEMORY_LIMIT = 2 * 2**30  # bytes; a set whose uint8 pixels fit into this is kept decoded
 
 Split = Literal["train", "heldout", "all"]
 
@@ -104,7 +104,7 @@ class ImageDataset(Dataset):
 
     @property
     def num_replaced(self) -> int:
-        """How many damaged samples were found, and replaced, so far."""
+        """Number of damaged samples that were found and replaced so far."""
         return int(self._bad.sum())
 
     def __len__(self) -> int:

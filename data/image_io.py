@@ -1,7 +1,7 @@
 """Image files: decoding of untrusted files to 8-bit RGB, and writing of images and grids.
 
-A file is decoded by Pillow, by one of a few formats that run no other program, and never before
-its header has been checked. Every property that 8-bit RGB would lose is refused or converted,
+A file is decoded by Pillow, only in formats that run no other program, and only after its header
+has been checked. A file with a property that 8-bit RGB cannot represent is refused or converted,
 according to `FolderOptions`.
 """
 
@@ -26,14 +26,14 @@ from smalti.files import replacing
 
 # -- Decoding: an image file -> 8-bit RGB ---------------------------------------------------------
 
-# The only formats that are opened, whatever a file is called: for others (EPS) Pillow starts
+# The only formats that are opened, whatever the name of a file is: for others (EPS) Pillow starts
 # another program. It decodes these itself, and opens MPO as JPEG.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """Which image files a data set may hold. The defaults refuse whatever would change silently."""
+    """Which image files are accepted. The defaults refuse files that decoding would change."""
 
     # 16-bit, CMYK, palette and animated files: refuse them, or convert to 8-bit RGB (first frame).
     unusual_images: Literal["refuse", "convert"] = "refuse"
@@ -73,7 +73,7 @@ def decode(stream: BinaryIO | Path, options: FolderOptions) -> Decoded:
     """The picture in a stream or a file.
 
     Raises:
-        Unusable: the file is damaged, or the options do not accept it; with the remedy.
+        Unusable: the file is damaged, or the options do not accept it; the message has a remedy.
     """
     try:
         with Image.open(stream, formats=FORMATS) as image:

@@ -1,4 +1,4 @@
-"""What a set of pictures, a latent cache or a folder of shards holds, and what is wrong with it.
+"""Contents and problems of a set of pictures, a latent cache, or a folder of shards.
 
 The reports of `smalti check-data` and of `smalti info`.
 """
@@ -41,7 +41,7 @@ class BadFile:
 
 @dataclass(frozen=True)
 class Range:
-    """Of the width or height of all usable pictures, in pixels."""
+    """Smallest, median and largest width or height of the usable pictures, in pixels."""
 
     min: int
     median: float
@@ -53,13 +53,13 @@ class Duplicates:
     """Pictures whose files have equal bytes."""
 
     extra: int  # copies, not counting one of each group
-    across_classes: int  # of these, those whose label differs from the first of the group
+    across_classes: int  # copies whose label differs from that of the first of their group
     groups: list[list[str]]  # the places of equal pictures
 
 
 @dataclass(frozen=True)
 class Report:
-    """The report on a set; plain values, as the JSON file holds them."""
+    """The report on a set; plain values, as in the JSON file."""
 
     data: str
     pictures: int  # files, including bad ones
@@ -184,7 +184,7 @@ def _num_heldout(
         return 0
     if pictures.heldout is not None:
         return int(pictures.heldout[good].sum())
-    # As the sources group them: equal files together, or as the set itself says.
+    # Grouped as in training: by the source, or else equal files form a group.
     if isinstance(pictures, ImageSource):
         groups = [pictures.group(row) for row in good]
     else:
@@ -217,7 +217,7 @@ def _remarks(classes: dict[str, int], duplicates: Duplicates, options: FolderOpt
 def of_cache(path: Path) -> Info:
     """Report on a latent cache, or on a folder with the caches of several splits."""
     folders = [path] if holds_latents(path) else splits(path)
-    lines, whole = [("kind", "latent cache")], True
+    lines, complete = [("kind", "latent cache")], True
     for folder in folders:
         name = "" if folder == path else f"{folder.name}: "
         if (folder / MANIFEST).is_file():
@@ -225,14 +225,14 @@ def of_cache(path: Path) -> Info:
             bad = [f"{shard} differs from the manifest" for shard in _damaged_shards(folder, found)]
             lines += _cache_lines(name, found)
         else:
-            bad = ["not finished: run the command that began it again"]
+            bad = ["not finished: repeat the command that writes it"]
         lines.append(("verified", f"{name}no: {bad[0]}" if bad else f"{name}yes: all shards"))
-        whole = whole and not bad
+        complete = complete and not bad
     both = _of_both_splits(path.parent if folders == [path] else path)
     if both is not None:
         options = ("--latents", both, "--tokenizer", "THE_TOKENIZER")
         lines.append(("go on", command("train-prior", *options)))
-    return Info(lines, whole)
+    return Info(lines, complete)
 
 
 def _of_both_splits(path: Path) -> Path | None:
@@ -286,7 +286,7 @@ def of_shards(path: Path) -> Info:
         ("shards", f"{len(found.shards)}"),
         ("pictures", f"{len(found)}, not decoded here"),
         ("classes", f"{len(found.classes)}"),
-        ("verified", "yes: each shard holds as many samples as the manifest says"),
+        ("verified", "yes: each shard has the number of samples in the manifest"),
         ("go on", command("check-data", "--data", path)),
     ]
     return Info(lines)

@@ -1,6 +1,6 @@
-"""What flows: images with values in [-1, 1], and latents that a `LatentSpec` describes completely.
+"""Images with values in [-1, 1], and latents, which a `LatentSpec` describes completely.
 
-Legend used for shapes everywhere in smalti: B batch, C channels, H W pixels, h w latent grid,
+Symbols for shapes in all files of smalti: B batch, C channels, H W pixels, h w latent grid,
 L codes of one image, V vocabulary (codebook) size, D width, T text tokens.
 """
 
@@ -20,7 +20,7 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def to_levels(images: Tensor) -> Tensor:
-    """Images in [-1, 1] -> float, the values 0 to 255 that an 8-bit file would hold."""
+    """Images in [-1, 1] -> float, the values 0 to 255 of an 8-bit file."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
 
 
@@ -31,8 +31,8 @@ def rounded(images: Tensor) -> Tensor:
 
 # -- Latents: discrete codes, or real numbers -----------------------------------------------------
 
-# Largest side of a latent grid. It exceeds that of the largest images, and bounds the memory that a
-# damaged or malicious config file can ask for.
+# Largest side of a latent grid. It exceeds that of the largest images, and limits the memory that a
+# damaged or malicious config file can request.
 MAX_SIDE = 2**14
 
 
@@ -71,7 +71,7 @@ class CodeSpec:
 
 @dataclass(frozen=True)
 class ContinuousSpec:
-    """Continuous latents: real (B, channels, height, width), about zero mean and unit variance."""
+    """Continuous latents: real (B, channels, height, width), mean about 0, variance about 1."""
 
     channels: int
     height: int

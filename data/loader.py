@@ -1,7 +1,7 @@
 """Batches of any data set in the order of `DataOrder`, from any step on.
 
-torch's DataLoader prepares them; its worker processes are ended by hand, because DataLoader itself
-may wait forever for a worker that was killed.
+torch's DataLoader prepares them. Its worker processes are killed here, because DataLoader itself
+can wait forever for a worker that was killed.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from smalti.data.order import DataOrder, Key
 from smalti.errors import ConfigurationError
 
-SECONDS_TO_DIE = 5.0  # how long to wait for a killed process to end
+KILL_TIMEOUT = 5.0  # seconds to wait for a killed process to end
 
 
 class Keyed(Protocol):
@@ -30,7 +30,7 @@ class Keyed(Protocol):
 
 
 class _BatchKeys:
-    """Endless lists of keys, one for each micro-batch from a step on."""
+    """An endless sequence of lists of keys, one for each micro-batch from a step on."""
 
     def __init__(
         self, order: DataOrder, start_step: int, rank: int, world_size: int, micro_batches: int
@@ -111,22 +111,22 @@ def _steps(loader: DataLoader, micro_batches: int) -> Iterator[list[Any]]:
     others = {process.pid for process in multiprocessing.active_children()}
     batches: Any = iter(loader)
     workers = [p for p in multiprocessing.active_children() if p.pid not in others]
-    # DataLoader ends its workers through an event that they share. A worker that is killed may hold
-    # the lock of the event, for which DataLoader would wait forever: it gets an event of its own.
+    # DataLoader ends its workers by an event that they share. A killed worker may hold the lock
+    # of the event, for which DataLoader would wait forever, so DataLoader gets a separate event.
     batches._workers_done_event = threading.Event()
 
     def end() -> None:
         if workers:
             _end_workers(batches, workers)
 
-    # The workers end with the iterator or with the program, whichever is first. Python's own exit
-    # handler would send them SIGTERM, which they ignore, and wait.
+    # The workers end with the iterator or with the program, whichever ends first. Python's own exit
+    # handler would send them SIGTERM, which they ignore, and then wait for them.
     atexit.register(end)
     try:
         while True:
             yield [next(batches) for _ in range(micro_batches)]
     except (OSError, EOFError) as error:  # the memory of a batch is lost when its worker dies
-        gone = wait([p.sentinel for p in workers], SECONDS_TO_DIE) if workers else []
+        gone = wait([p.sentinel for p in workers], KILL_TIMEOUT) if workers else []
         dead = [p.pid for p in workers if p.sentinel in gone]
         if not dead:
             raise
@@ -139,8 +139,8 @@ def _steps(loader: DataLoader, micro_batches: int) -> Iterator[list[Any]]:
 def _end_workers(batches: Any, workers: Sequence[BaseProcess]) -> None:
     """Kill the workers, which ignore SIGTERM and have nothing to save."""
     batches._shutdown = True  # DataLoader need not shut them down again
-    _remove_worker_pids(id(batches))  # nor report their end as a failure
+    _remove_worker_pids(id(batches))  # and must not report their end as a failure
     for worker in workers:
         worker.kill()
     for worker in workers:
-        worker.join(SECONDS_TO_DIE)
+        worker.join(KILL_TIMEOUT)

@@ -1,7 +1,7 @@
 """The order of training samples as a pure function of the step.
 
-Resuming therefore needs no saved state, and the order is the same on any number of processes. We
-write it by hand because no library's sampler states its order as such a function.
+Resuming therefore needs no saved state, and the order is the same on any number of processes. It is
+written here because no library's sampler defines its order as such a function.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ class DataOrder:
     """An endless shuffled stream of samples, cut into batches.
 
     Position p of the stream is sample `permutation(epoch)[p % N]` of epoch p // N, so every epoch
-    holds each sample exactly once; batch k holds positions k G to (k + 1) G - 1.
+    contains each sample exactly once; batch k contains positions k G to (k + 1) G - 1.
     """
 
     def __init__(self, num_samples: int, global_batch_size: int, seed: int) -> None:

@@ -1,10 +1,10 @@
 """From a picture of any size to square images: centre crops, random crops, and sets of views.
 
-Centre and random crops are those of guided diffusion (ADM, 2105.05233), on which the published
-numbers of this field rest, and use Pillow alone. `torchvision.transforms.v2` differs: its resize of
-tensors has no box filter and another bicubic filter, its `center_crop` rounds odd margins where ADM
-truncates them, and its `resize` truncates the longer side where ADM rounds it. Its functions that
-are equal, applied to PIL images, take up to twice the time of a small picture.
+Centre and random crops are those of guided diffusion (ADM, 2105.05233), which the published results
+of this field use, and need only Pillow. `torchvision.transforms.v2` differs: its resize of tensors
+has no box filter and another bicubic filter, its `center_crop` rounds odd margins where ADM
+truncates them, and its `resize` truncates the longer side where ADM rounds it. Those of its
+functions that give equal results take up to twice as long on small PIL images.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square of a picture, resized to size x size pixels (ADM's `center_crop_arr`).
 
     The picture is halved with a box filter while its shorter side is at least 2 size, then its
-    shorter side is resized to size with a bicubic filter, then the centre is cut out.
+    shorter side is resized to size with a bicubic filter, then the centre is cropped.
     """
     image = _resize_shorter_side(image, size)
     return _crop(image, (image.height - size) // 2, (image.width - size) // 2, size, size)
@@ -109,7 +109,7 @@ def random_crop(
 ) -> Image.Image:
     """A square of size x size pixels at a random place of a picture resized to a random size.
 
-    ADM's `random_crop_arr`: the shorter side becomes a whole number of pixels, uniform between
+    ADM's `random_crop_arr`: the shorter side becomes an integer number of pixels, uniform between
     size / max_fraction and size / min_fraction, both rounded up.
     """
     smallest = math.ceil(size / limits.max_fraction)

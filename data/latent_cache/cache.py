@@ -2,11 +2,12 @@
 
     cache/
         shard-00000.safetensors   stored (n, views, ...), labels (n,)
-        manifest.json             what is inside, which tokenizer made it, sha256 of every shard
+        manifest.json             contents, tokenizer, sha256 of every shard
 
 Shards are cut by sample index, so any number of processes writes the same files. Every shard is
-written to a temporary file and renamed; the manifest comes last. An interrupted encoding continues
-after the shards that it finished, and replaces damaged ones: each holds the hash of its content.
+written to a temporary file and renamed; the manifest is written last. An interrupted encoding
+continues after the shards that it finished, and replaces damaged ones: each shard contains the hash
+of its content.
 """
 
 import hashlib
@@ -40,11 +41,11 @@ SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")  # a cach
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """The manifest: what a cache holds, and what its shards must be.
+    """The manifest: the contents of a cache, and everything that determines its shards.
 
-    `stored_shape` and `stored_statistics` are what the tokenizer states of `Tokenizer.store`.
-    Where they are (), as in the manifests of smalti 0.1.0, `shape` is that of codes (L,), or of
-    mean and std (2C, h, w) of continuous latents, or of pairs, data and noise (2C, h, w).
+    `stored_shape` and `stored_statistics` are those of the tokenizer, see `Tokenizer.store`. If
+    they are (), as in the manifests of smalti 0.1.0, `shape` is that of codes (L,), of the mean and
+    std (2C, h, w) of continuous latents, or of pairs of data and noise (2C, h, w).
     """
 
     spec: LatentSpec
@@ -54,13 +55,13 @@ class CacheInfo:
     tokenizer_fingerprint: str
     dataset_fingerprint: str  # of the pictures; "" = unknown
     shard_size: int  # samples per shard
-    # Of rectified flow: hash of the recipe that made the stored pairs, data | noise; "" = latents.
+    # Hash of the recipe of the stored pairs, data | noise, for rectified flow; "" = latents.
     pairs: str = ""
     imported: str = ""  # hash of imported latents, whose tokenizer was named by the user
     shards: tuple[str, ...] = ()  # sha256 of each shard file, in order
     format_version: int = FORMAT_VERSION
-    # Not in the repr, of which `LatentCache.fingerprint` is the hash: runs saved before smalti
-    # recorded these fields are resumed. (The hashes of the shards depend on them.)
+    # Not in the repr, because `LatentCache.fingerprint` is the hash of the repr: runs that were
+    # saved without these fields can be resumed. The hashes of the shards do depend on them.
     stored_shape: tuple[int, ...] = field(default=(), repr=False)
     stored_statistics: tuple[str, ...] = field(default=(), repr=False)
 
@@ -68,13 +69,13 @@ class CacheInfo:
         counts = (self.num_samples, self.shard_size, len(self.views), len(self.classes))
         if min(*counts, *self.shape) < 1:
             raise DataError(
-                f"a cache of {self.num_samples} samples in {len(self.views)} views of shape "
-                f"{self.shape}, of {len(self.classes)} classes and {self.shard_size} to a file, "
-                "would be empty"
+                f"a cache has {self.num_samples} samples, {len(self.views)} views of shape "
+                f"{self.shape}, {len(self.classes)} classes and {self.shard_size} samples per "
+                "file; each number must be at least 1"
             )
         if self.shape[0] % max(len(self.statistics), 1):
             raise DataError(
-                f"the stored shape is {self.shape}; its first number must be a multiple of the "
+                f"the stored shape is {self.shape}; its first side must be a multiple of the "
                 f"{len(self.statistics)} stored statistics"
             )
 
@@ -160,7 +161,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def write_shard(path: Path, tensors: Mapping[str, np.ndarray], identity: str) -> None:
     """Write `stored` and `labels` atomically."""
-    # safetensors writes memory in its order, whatever the strides are.
+    # safetensors ignores the strides of an array and writes its memory as it is.
     flat = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with replacing(path) as temporary:
         save_file(flat, temporary, metadata=_metadata(flat, identity))
@@ -248,7 +249,8 @@ def write_cache(
 
     Args:
         encode: (start, stop) -> the encoded samples of that range.
-        rank, world_size, barrier: this process, the number of processes, and how to wait for them.
+        rank, world_size, barrier: this process, the number of processes, and a function that waits
+            for all of them.
         progress: called with the number of samples done, after each shard.
 
     Raises:
@@ -288,7 +290,7 @@ def on_disk(info: CacheInfo, start: int, stop: int, part: EncodedRange) -> dict[
             _refuse_outside(stored, start, info.spec.vocab_size, "code", "codes of the tokenizer")
         case ContinuousSpec():
             stored = stored.float()
-            bad = (~(stored.abs() <= LARGEST)).nonzero()  # NaN is bad, too
+            bad = (~(stored.abs() <= LARGEST)).nonzero()  # true for NaN
             if len(bad):
                 raise DataError(
                     f"sample {start + bad[0][0]} has the latent {stored[tuple(bad[0])]:g}, and a "
@@ -333,13 +335,13 @@ def refuse_other_cache(folder: Path, info: CacheInfo) -> None:
     for shard in folder.glob("shard-*.safetensors"):
         if identity_in(shard) not in (info.identity(), DAMAGED):
             raise DataError(
-                f"{shard} was begun with another tokenizer, data set or layout: "
+                f"{shard} was written with another tokenizer, data set or layout: "
                 "choose another output folder, or remove this one"
             )
 
 
 def refuse_other_contents(folder: Path) -> None:
-    """Raise `DataError` if `folder`, which takes a cache for each of `SPLITS`, holds more."""
+    """Raise `DataError` if `folder` contains anything but the caches of `SPLITS`."""
     held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     others = sorted(name for name in held if name not in SPLITS and not name.startswith("."))
     if others:
@@ -381,7 +383,7 @@ class LatentCache(Dataset):
         self.labels = torch.from_numpy(np.concatenate([shard["labels"] for shard in shards]))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A worker process maps the files again; pickled, a map would become its content."""
+        """Without the memory maps, which pickle would copy; a worker maps the files again."""
         return {name: value for name, value in self.__dict__.items() if name != "_stored"}
 
     @property
@@ -398,7 +400,7 @@ class LatentCache(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the manifest, which holds the hashes of all shards."""
+        """Hash of the manifest, which contains the hashes of all shards."""
         return hashlib.sha256(repr(self.info).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -439,7 +441,7 @@ class LatentCache(Dataset):
 
     @cached_property
     def _stored(self) -> list[np.ndarray]:
-        """Of each shard, all views of all samples as rows: (n * views, numbers of one view)."""
+        """For each shard, all views of all samples as rows: (n * views, values of one view)."""
         width = math.prod(self.info.shape)
         numbers = range(self.info.num_shards)
         return [self._map(number)["stored"].reshape(-1, width) for number in numbers]
@@ -455,7 +457,7 @@ class LatentCache(Dataset):
             shard["labels"].shape != shape[:1]
         ):
             raise DataError(
-                f"{path} holds {found.dtype} {found.shape}; the manifest says "
+                f"{path} holds {found.dtype} {found.shape}; the manifest requires "
                 f"{np.dtype(self.info.disk_type)} {shape}: encode again"
             )
         return shard

@@ -1,4 +1,4 @@
-"""A latent cache as other code reads it: parquet files, or WebDataset shards.
+"""Export of a latent cache for other code: parquet files, or WebDataset shards.
 
     out/
         shard-00000.parquet   columns index, label, and codes, or mean and std, or latents:
@@ -8,7 +8,7 @@
         _latents.json         the manifest of the cache, samples and sha256 of every file
         README.md             the splits, for `datasets.load_dataset(out)`
 
-The caches of several splits, train/ and heldout/, become folders of such files. Numbers keep the
+The caches of several splits, train/ and heldout/, become folders of such files. Values keep the
 type that the cache has; the columns of pairs (rectified flow) are data and noise.
 """
 
@@ -80,7 +80,7 @@ def _caches_in(folder: Path) -> list[Path]:
     found = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
     if not found:
         raise DataError(
-            f"{folder} holds no finished latent cache: give the folder of smalti encode"
+            f"{folder} holds no finished latent cache: give the output folder of smalti encode"
         )
     return found
 
@@ -103,7 +103,7 @@ def _export(cache: LatentCache, out: Path, layout: Format, write: Writer) -> Non
 
 
 def _card(caches: Mapping[Path, LatentCache], suffix: str) -> str:
-    """The card of the data set: its splits, and what they hold."""
+    """The card of the data set: its splits, their numbers of samples and their views."""
     files, parts = "", ""
     for name, cache in caches.items():
         split = re.sub(r"\W", "_", name.name) or "train"

@@ -1,7 +1,7 @@
 """Import of latents that other code encoded -> latent caches of smalti, train/ and heldout/.
 
 Such latents do not record their tokenizer. The user names it, its fingerprint is written to the
-caches, and only sizes can be checked against it. Of a held-out sample the first view is kept.
+caches, and only sizes can be checked against it. Held-out samples keep only their first view.
 
 LlamaGen's extraction (2406.06525) writes two .npy files per picture:
 
@@ -59,7 +59,7 @@ class Origin:
     fingerprint: str
     stored_shape: tuple[int, ...]  # see `Tokenizer.stored_shape` and `stored_statistics`
     stored_statistics: tuple[str, ...] = ()
-    # Per channel, by which it normalises continuous latents: (z - mean) / std.
+    # Statistics per channel by which it normalises continuous latents: (z - mean) / std.
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
@@ -88,8 +88,8 @@ class ForeignLatents(ABC):
 # -- LlamaGen -------------------------------------------------------------------------------------
 
 CODES, LABELS = "_codes", "_labels"
-# LlamaGen's positions of our ten crops: of the picture, then of its mirror image, it takes the top
-# left, top right, bottom left, bottom right and centre.
+# Positions of our ten crops in LlamaGen's order, which is top left, top right, bottom left, bottom
+# right and centre, first of the picture, then of its mirror image.
 TEN_CROPS = (4, 0, 1, 2, 3, 9, 5, 6, 7, 8)
 ORDERS = {
     1: (VIEW_SETS["identity"], (0,)),
@@ -146,7 +146,7 @@ class LlamaGenCodes(ForeignLatents):
         if codes.min() < 0 or codes.max() >= self._spec.vocab_size:
             raise DataError(
                 f"{path} holds codes from {codes.min()} to {codes.max()}; the tokenizer has "
-                f"{self._spec.vocab_size}: give the one that made them"
+                f"{self._spec.vocab_size}: give the tokenizer that made them"
             )
         return codes
 
@@ -167,11 +167,11 @@ def _folders(source: Path) -> tuple[Path, Path]:
         found = sorted(path for path in source.glob(f"*{CODES}") if path.is_dir())
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise DataError(f"{source} must hold one folder NAME{CODES}; it has {names}: name one")
+        raise DataError(f"{source} must hold one folder NAME{CODES}; it has {names}: give one")
     codes = found[0]
     labels = codes.with_name(codes.name.removesuffix(CODES) + LABELS)
     if not labels.is_dir():
-        raise DataError(f"the folder {labels} of the labels is missing")
+        raise DataError(f"the folder {labels} of the labels is missing: copy it there")
     return codes, labels
 
 
@@ -180,7 +180,7 @@ def _count(*folders: Path) -> int:
     found = [_numbers(folder) for folder in folders]
     count = max(len(numbers) for numbers in found)
     if count == 0:
-        raise DataError(f"{folders[0]} is empty: check where the latents are")
+        raise DataError(f"{folders[0]} is empty: check the path of the latents")
     for folder, numbers in zip(folders, found, strict=True):
         missing = next((n for n in range(count) if n not in numbers), None)
         if missing is not None:
@@ -225,8 +225,9 @@ STATISTICS = "latents_stats.pt"
 NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
 TENSORS = {"identity": "latents", "flip": "latents_flip"}
 FLOATS = ("F32", "F16", "BF16", "F64")
-# How far the mean of the latents may be from the tokenizer's, in standard deviations, and their std
-# as a ratio: other pictures of the same tokenizer differ by less, another tokenizer by more.
+# Largest difference between the mean of the latents and that of the tokenizer, in standard
+# deviations, and largest ratio of their standard deviations. Latents of other pictures by the same
+# tokenizer differ by less, latents of another tokenizer by more.
 MAX_SHIFT, MAX_RATIO = 1.0, 2.0
 
 
@@ -234,9 +235,9 @@ class LightningDiTLatents(ForeignLatents):
     """LightningDiT's continuous latents.
 
     Args:
-        normalised: the files hold (z - mean) / std with the statistics of latents_stats.pt, which
-            is undone; else raw latents, whose statistics must be near the tokenizer's, if
-            latents_stats.pt exists.
+        normalised: the files contain (z - mean) / std with the statistics of latents_stats.pt, and
+            the normalisation is undone. Otherwise they contain raw latents, and if latents_stats.pt
+            exists, its statistics must be near those of the tokenizer.
     """
 
     def __init__(self, source: Path, origin: Origin, *, normalised: bool) -> None:
@@ -257,7 +258,7 @@ class LightningDiTLatents(ForeignLatents):
         counts = [self._check(path) for path in self._files]
         self._starts = torch.tensor([0, *counts]).cumsum(0)  # of each shard, and the end
         self.labels = torch.cat([_labels_in(path) for path in self._files])
-        self._mean, self._std = torch.tensor(0.0), torch.tensor(1.0)  # of what the files hold
+        self._mean, self._std = torch.tensor(0.0), torch.tensor(1.0)  # of the latents in the files
         statistics = source / STATISTICS
         if normalised:
             self._mean, self._std = _statistics(statistics, origin.spec.channels)
@@ -320,7 +321,7 @@ class LightningDiTLatents(ForeignLatents):
             raise DataError(f"{path} is damaged: {error}") from error
         if promised not in (None, str(count)):
             raise DataError(
-                f"{path} holds {count} samples, but its header says {promised}: copy it again"
+                f"{path} holds {count} samples, but its header declares {promised}: copy it again"
             )
         return count
 
@@ -329,7 +330,7 @@ def _shard_files(source: Path) -> list[Path]:
     """The shards in the order in which LightningDiT reads them; raise if one is missing."""
     files = sorted(path for path in source.glob(f"*{SUFFIX}") if path.name[0] != ".")
     if not files:
-        raise DataError(f"{source} holds no {SUFFIX} files: check where the latents are")
+        raise DataError(f"{source} holds no {SUFFIX} files: check the path of the latents")
     matches = [NAME.fullmatch(path.name) for path in files]
     if not any(matches):
         return files
@@ -411,7 +412,7 @@ FORMATS: dict[Format, type[ForeignLatents]] = {
 def open_foreign(source: Path, layout: Format, origin: Origin, normalised: bool) -> ForeignLatents:
     """Latents of other code; for `normalised` see the class of the layout."""
     if not source.is_dir():
-        raise DataError(f"the folder {source} does not exist: check where the latents are")
+        raise DataError(f"the folder {source} does not exist: check the path of the latents")
     return FORMATS[layout](source, origin, normalised=normalised)
 
 
@@ -451,8 +452,8 @@ def import_latents(
     count = len(latents.labels)
     if division.num_samples not in (0, count):
         raise DataError(
-            f"{latents.folder} holds {count} samples, and --num_samples says "
-            f"{division.num_samples}: copy the missing ones"
+            f"{latents.folder} holds {count} samples, and --num_samples is "
+            f"{division.num_samples}: copy the missing samples, or correct --num_samples"
         )
     beside = latents.folder / "classes.json"
     classes = class_names(beside, names_beside(beside), int(latents.labels.max()) + 1)

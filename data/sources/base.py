@@ -91,7 +91,7 @@ class EncodedPictures(ABC):
         """The name of the picture within the set."""
 
     def place(self, index: int) -> str:
-        """Where a person finds the picture."""
+        """The location of the picture, for messages."""
         return f"{self.title}: {self.name(index)}"
 
 
@@ -109,13 +109,13 @@ class HuggingFaceOptions:
     image_column: str = ""
     label_column: str = ""
     streaming: bool = False  # do not download the whole set: copy the samples to --stream_cache
-    max_samples: int = 0  # of a stream, read only the first ones; 0 = all
+    max_samples: int = 0  # number of samples to read from a stream; 0 = all
 
     def __post_init__(self) -> None:
         if self.max_samples < 0:
             raise ConfigurationError(f"max_samples is {self.max_samples}; it must be at least 0")
         if self.max_samples and not self.streaming:
-            raise ConfigurationError("--hf.max_samples is for streams: pass --hf.streaming, too")
+            raise ConfigurationError("--hf.max_samples is for streams: also pass --hf.streaming")
         if self.streaming and self.heldout_split:
             raise ConfigurationError(
                 "--hf.heldout_split cannot be streamed: leave it out, or leave out --hf.streaming"
@@ -231,9 +231,9 @@ def divide(labels: Tensor, groups: Sequence[str], fraction: float, seed: int = 0
     """Which pictures to hold out, (N,) bool: about `fraction` of the groups, by a hash.
 
     A group is held out if hash(seed, group) < fraction, whatever the order and number of the other
-    pictures, with two exceptions: a class with at least two groups has some on either side, and a
-    class with a single group keeps it for training. A group that occurs in several classes is held
-    out only if each of them would hold it out.
+    pictures, with two exceptions: a class with at least two groups has at least one in each split,
+    and a class with a single group keeps it for training. A group that occurs in several classes is
+    held out only if each of them would hold it out.
 
     Args:
         labels: (N,) int64.
@@ -271,7 +271,7 @@ def _heldout_groups(groups: set[str], fraction: float, seed: int) -> set[str]:
 
 def _unit_hash(seed: int, text: str) -> float:
     """A hash in [0, 1)."""
-    # File names may hold bytes that are not UTF-8.
+    # File names may contain bytes that are not UTF-8.
     digest = hashlib.sha256(f"{seed}/split/{text}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -289,15 +289,16 @@ def fingerprint_of(parts: Sequence[bytes]) -> str:
 
 
 class EncodedSource(ImageSource):
-    """Encoded picture files as a source: verified, decoded, and damage treated as options say.
+    """Encoded picture files as a source: verified and decoded; `options` apply to damaged files.
 
     A set of at most `verify_up_to` pictures is decoded once to verify it. Its fingerprint then
     covers the bytes of all files, and equal files form a group: copies of a picture are never
-    divided between training and held-out pictures. In a larger set, names, sizes and labels take
-    the place of the bytes.
+    divided between training and held-out pictures. For a larger set, the fingerprint covers names,
+    sizes and labels instead of the bytes.
 
     Raises:
-        DataError: there is one class only, or a picture cannot be used; names the first one.
+        DataError: there is one class only, or a picture cannot be used; the message names the first
+            one.
     """
 
     def __init__(self, pictures: EncodedPictures, options: FolderOptions) -> None:
@@ -305,7 +306,7 @@ class EncodedSource(ImageSource):
         self.classes = pictures.classes
         refuse_one_class(pictures.title, pictures.classes, pictures.labels, options)
         self._findings: list[Finding] = []  # of the pictures that are used; empty for a large set
-        self._rows = list(range(len(pictures)))  # of `pictures`, those that are used
+        self._rows = list(range(len(pictures)))  # indices in `pictures` of those that are used
         if len(pictures) <= options.verify_up_to:
             self._apply_policy(verify(pictures, options))
         elif options.bad_images == "skip":
@@ -382,7 +383,7 @@ class EncodedSource(ImageSource):
         return f"{self.pictures.place(refused[0])} {first.problem}{hint}{more}"
 
     def _refuse_empty_classes(self, good: list[int]) -> None:
-        """Raise if a class lost all its pictures: a prior would offer it untrained."""
+        """Raise if a class lost all its pictures: a prior would have a class without samples."""
         labels = self.pictures.labels
         for label in sorted(set(labels.tolist()) - set(labels[good].tolist())):
             raise DataError(
@@ -394,8 +395,8 @@ class EncodedSource(ImageSource):
 # -- The registry: which function opens what --data names -----------------------------------------
 
 HUGGING_FACE = "smalti.data.sources.huggingface"
-# Patterns of --data -> the function that opens it; the first match counts. The files in a folder
-# are matched, too; a folder without a match is one of pictures.
+# Patterns of --data -> the function that opens it; the first match is used. The file names in a
+# folder are also matched; a folder without a match is a folder of pictures.
 SOURCES: dict[str, str] = {
     "emoji": "smalti.data.sources.embedded:open_embedded",
     "fashion": "smalti.data.sources.embedded:open_embedded",
@@ -461,7 +462,7 @@ def _entry_of(spec: str) -> str:
 
 
 def _entry_of_folder(path: Path) -> str:
-    """By the names of its files; a folder with sub-folders has one for each class."""
+    """The entry that opens a folder, by the names of its files; sub-folders are classes."""
     entries = [entry for entry in path.iterdir() if entry.name[0] != "."]
     files = [entry.name for entry in entries if entry.is_file()]
     folders = [entry for entry in entries if entry.is_dir()]

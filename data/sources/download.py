@@ -1,4 +1,4 @@
-"""Shards behind a URL: copied to a local folder once, each file atomically."""
+"""Shards at a URL: copied to a local folder once, each file atomically."""
 
 import contextlib
 import hashlib
@@ -38,7 +38,7 @@ def local_copies(
 
     Args:
         cache: the folder for the copies. Processes that share it share the work.
-        manifests: names of files beside the shards, the first of which is copied, too.
+        manifests: names of files beside the shards; the first that exists is also copied.
         check: raises `DataError` if a copy is incomplete or damaged.
 
     Raises:
@@ -66,7 +66,7 @@ def local_copies(
 
 
 def locked(target: Path) -> BaseFileLock:
-    """A lock, to be entered, under which one process at a time makes `target`; others wait."""
+    """A context manager in which one process at a time creates `target`; others wait."""
     target.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(target.with_name(f".{target.name}.lock"))
 

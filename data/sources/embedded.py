@@ -1,4 +1,4 @@
-"""The picture sets in the package, which make everything work offline.
+"""The picture sets that are part of the package, for use without a network.
 
 They are lossless WebP sheets of tiles with a JSON index, written by `tools/pack_embedded.py`;
 `assets/README.md` names their origins and licences.

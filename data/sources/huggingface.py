@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# -- Columns: which hold pictures and labels, and what the labels mean ----------------------------
+# -- Columns: which contain pictures and labels, and what the labels mean -------------------------
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label")
@@ -53,11 +53,11 @@ class Columns:
 
     image: str
     label: str | None  # None: there are no labels
-    classes: tuple[str, ...] | None  # names of the numbers in the label column
+    classes: tuple[str, ...] | None  # names of the labels, if the label column contains numbers
 
 
 def find_columns(title: str, features: Any, options: HuggingFaceOptions) -> Columns:
-    """The columns by option, else by type, else by name.
+    """The columns that the options name, or else those found by type, or else by name.
 
     Raises:
         DataError: a column is missing, or several qualify.
@@ -147,7 +147,7 @@ def datasets_library() -> Any:
 
 # -- Streams: copied once to local shards ---------------------------------------------------------
 #
-# A stream has no random access, so that it could neither be shuffled exactly nor resumed at a step.
+# A stream has no random access, so it can neither be shuffled exactly nor resumed at a step.
 # Its samples are copied to shards of equal numbers of samples, each written atomically, and the
 # manifest last. An interrupted copy continues after its last finished shard.
 
@@ -196,8 +196,8 @@ def _write_shards(
     folder: Path, samples: Callable[[int], Iterator[Sample]], title: str, shard_size: int
 ) -> dict[str, int]:
     """Write the missing shards; return the number of samples of each."""
-    whole = itertools.takewhile(Path.is_file, (_shard(folder, n) for n in itertools.count()))
-    counts = {path.name: len(list_members(path)) for path in whole}
+    finished = itertools.takewhile(Path.is_file, (_shard(folder, n) for n in itertools.count()))
+    counts = {path.name: len(list_members(path)) for path in finished}
     done = sum(counts.values())
     if len(counts) * shard_size != done:  # the last one is shorter: the stream ended there
         return counts
@@ -433,7 +433,7 @@ def _refuse_unused(spec: str, options: SourceOptions) -> None:
 
 
 def _plain(rows: Any, columns: Columns) -> Any:
-    """The columns of pictures and labels alone, pictures not decoded."""
+    """Only the columns of pictures and labels, pictures not decoded."""
     kept = rows.select_columns([name for name in (columns.image, columns.label) if name])
     try:
         return kept.cast_column(columns.image, datasets_library().Image(decode=False))
@@ -444,7 +444,7 @@ def _plain(rows: Any, columns: Columns) -> Any:
 
 
 def _content(value: Any, place: str) -> bytes:
-    """The bytes of a picture; of paths, only local ones and those on the Hub are opened.
+    """The bytes of a picture; a path is opened only if it is local or on the Hub.
 
     Raises:
         OSError: the row has no picture.
@@ -490,7 +490,7 @@ def _guarded(spec: str, load: Any) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    """Of the original error: that of `datasets` often says only that an error occurred."""
+    """The first line of the original error; that of `datasets` often has no cause in it."""
     while error.__cause__ is not None and type(error).__module__.startswith("datasets."):
         error = error.__cause__
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,11 +1,12 @@
 """Pictures in WebDataset shards: tar files whose members 000017.jpg and 000017.cls form a sample.
 
-The package `webdataset` says which members belong together, and writes shards. Reading is ours,
-because its readers are streams: here the offsets of all members are listed once, and pictures are
-then read by position, so that the order of the data is exact on any number of processes. Nothing
-is unpacked, no command of a `pipe:` pattern is run, and members that are neither pictures nor
-labels (pickles, say) are never read. A truncated shard is an error, never fewer samples: its tar
-must end correctly, and hold as many samples as the manifest beside it says, if there is one.
+The package `webdataset` defines which members form a sample, and writes shards. Reading is written
+here, because the readers of the package are streams: here the offsets of all members are listed
+once, and pictures are then read by position, so that the order of the data is exact on any number
+of processes. Nothing is unpacked, no command of a `pipe:` pattern is run, and members that are
+neither pictures nor labels (for example pickles) are never read. A truncated shard is an error, not
+a shard with fewer samples: its tar must end correctly, and if there is a manifest beside it, it
+must contain the number of samples in the manifest.
 """
 
 import io
@@ -37,18 +38,18 @@ from smalti.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-# -- Labels: what the members 000017.cls and 000017.json hold -------------------------------------
+# -- Labels: the contents of the members 000017.cls and 000017.json -------------------------------
 
-LABELS = (".cls", ".json")  # the first that holds a label counts
+LABELS = (".cls", ".json")  # the first one with a label is used
 JSON_KEYS = ("label", "cls", "class")
 MAX_LABEL_BYTES = 2**20
 
 
 def read_label(shard: Path, name: str, content: bytes) -> int | str | None:
-    """A number or the name of a class; None if a .json member holds no label.
+    """A number or the name of a class; None if a .json member has no label.
 
     Raises:
-        DataError: the member holds something else; the message names it.
+        DataError: the member has other content; the message names it.
     """
     is_json = name.lower().endswith(".json")
     try:
@@ -116,16 +117,16 @@ def expand_shards(spec: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names that a pattern with {a,b} and {000..009} stands for.
+    """All names that a pattern with {a,b} and {000..009} expands to.
 
     They are counted first, because `braceexpand` builds every range in memory.
 
     Raises:
-        DataError: braces that hold neither a list nor an ascending range, or too many names.
+        DataError: braces with neither a list nor an ascending range, or too many names.
     """
     count = math.prod(_num_alternatives(body, pattern) for body in BRACES.findall(pattern))
     if count > MAX_SHARDS:
-        raise DataError(f"{pattern} stands for {count} files: more than {MAX_SHARDS}")
+        raise DataError(f"{pattern} expands to {count} files; use at most {MAX_SHARDS}")
     if re.search(r"[{}]", BRACES.sub("", pattern)):
         raise DataError(f"the braces in {pattern} are nested or unbalanced: write simple ones")
     return list(braceexpand(pattern, escape=False))
@@ -180,7 +181,7 @@ def read_manifest(folder: Path) -> dict[str, int] | None:
     """The number of samples of each shard in a folder; None without a manifest.
 
     Raises:
-        DataError: the manifest holds something else.
+        DataError: the manifest has other content.
     """
     for name in MANIFESTS:
         if (folder / name).is_file():
@@ -200,7 +201,7 @@ def _counts_in(path: Path) -> dict[str, int]:
         content = content["shards"]
     if not isinstance(content, dict) or not all(type(count) is int for count in content.values()):
         raise DataError(
-            f"{path} does not state the number of samples of each shard: remove it, or write "
+            f"{path} does not list the number of samples of each shard: remove it, or write "
             "another with smalti check-data --write_manifest"
         )
     return content
@@ -210,11 +211,13 @@ def _check_count(path: Path, found: int, counts: dict[str, int] | None) -> None:
     if counts is None:
         return
     if path.name not in counts:
-        raise DataError(f"the manifest beside {path} does not name it: add it, or remove it")
+        raise DataError(
+            f"the manifest beside {path} does not name it: add it there, or remove the manifest"
+        )
     if found != counts[path.name]:
         raise DataError(
-            f"the shard {path} holds {found} samples, the manifest beside it says "
-            f"{counts[path.name]}: copy it again"
+            f"the shard {path} holds {found} samples, but {counts[path.name]} are listed in the "
+            "manifest beside it: copy it again"
         )
 
 
@@ -263,7 +266,7 @@ def list_members(path: Path, number: int = 0, ignored: Counter[str] | None = Non
     """The samples of a shard in the order of their pictures.
 
     As in `webdataset`, the key of a member is its name up to the first dot of the last part, and
-    the part after the last dot tells its kind. If a key has several pictures, the one with a single
+    the part after the last dot is its kind. If a key has several pictures, the one with a single
     dot, 000017.jpg, is the sample's.
 
     Args:
@@ -324,7 +327,7 @@ def _member_of(
     if len(candidates) > 1:
         raise DataError(f"{path} holds two pictures for {key}: rename one")
     chosen = candidates[0] if candidates else ""
-    # The label of a.left.png is a.left.cls or a.cls. The first that holds one counts.
+    # The label of a.left.png is in a.left.cls or a.cls. The first one with a label is used.
     stem = chosen.rpartition(".")[0]
     wanted = dict.fromkeys(prefix + kind for kind in LABELS for prefix in (stem, ""))
     labels = [sample.labels[suffix] for suffix in wanted if suffix in sample.labels]
@@ -359,8 +362,8 @@ def _label(path: Path, stream: BinaryIO, member: tarfile.TarInfo) -> int | str |
 def _check_end(rest: bytes) -> None:
     """Raise `tarfile.ReadError` unless the end mark, and nothing more, follows the last member.
 
-    tarfile stops at the first block of zeros: where a copy was not filled in, or where the header
-    of a member was lost, all members after it would be missing.
+    tarfile stops at the first block of zeros. In an incomplete copy, or if the header of a member
+    was lost, all members after it would be missing without an error.
     """
     if len(rest) < BLOCK or rest[:BLOCK].strip(b"\0"):
         raise tarfile.ReadError("no end-of-archive mark")
@@ -378,8 +381,8 @@ class ShardPictures(EncodedPictures):
         expect_all: every shard that a manifest names must exist.
 
     Raises:
-        DataError: a shard is missing or damaged, or a sample has no picture or no label; names
-            the shard.
+        DataError: a shard is missing or damaged, or a sample has no picture or no label; the
+            message names the shard.
     """
 
     def __init__(self, title: str, shards: Sequence[Path], *, expect_all: bool) -> None:
@@ -431,17 +434,17 @@ class ShardPictures(EncodedPictures):
 
 
 def open_shards(spec: str, options: SourceOptions) -> ShardPictures:
-    """Shards by path, by a pattern like {000..009} or *, by their folder, or behind a URL.
+    """Shards by path, by a pattern like {000..009} or *, by their folder, or by URL.
 
-    Shards behind a URL are copied to `stream_cache` once; processes that share that folder share
-    the work.
+    Shards at a URL are copied to `stream_cache` once; processes that share that folder share the
+    work.
     """
     urls = expand_shards(spec)
     if "://" in spec:
         copies = local_copies(urls, options.stream_cache, MANIFESTS, list_members)
         return ShardPictures(spec, copies, expect_all=False)
-    whole = Path(spec).expanduser().is_dir() or any(letter in spec for letter in "*?[")
-    return ShardPictures(spec, [Path(url) for url in urls], expect_all=whole)
+    expect_all = Path(spec).expanduser().is_dir() or any(letter in spec for letter in "*?[")
+    return ShardPictures(spec, [Path(url) for url in urls], expect_all=expect_all)
 
 
 def _warn_of_ignored(title: str, ignored: Counter[str]) -> None:
@@ -484,9 +487,9 @@ def _refuse_mixed(shards: Sequence[Path], members: list[Member]) -> None:
     numbered = [member for member in members if type(member.label) is int]
     if not (named and numbered):
         return
-    odd, many = sorted((named, numbered), key=len)
+    few, many = sorted((named, numbered), key=len)
     others = "numbers" if many is numbered else "names"
     raise DataError(
-        f"{odd[0].key} in {shards[odd[0].shard]} has the label {odd[0].label!r}, but {len(many)} "
+        f"{few[0].key} in {shards[few[0].shard]} has the label {few[0].label!r}, but {len(many)} "
         f"other samples have {others}, such as {many[0].label!r}: label all in the same way"
     )

@@ -183,7 +183,7 @@ def test_shards_of_another_cache_without_a_manifest_are_refused(tmp_path: Path) 
     write_cache(tmp_path / "c", INFO, encode)
     (tmp_path / "c" / "manifest.json").unlink()
     before = files(tmp_path / "c")
-    with pytest.raises(SmaltiError, match="begun with another tokenizer"):
+    with pytest.raises(SmaltiError, match="written with another tokenizer"):
         write_cache(tmp_path / "c", replace(INFO, dataset_fingerprint="other"), encode)
     assert files(tmp_path / "c") == before
 
@@ -300,8 +300,8 @@ def test_a_manifest_that_does_not_describe_its_shards_is_an_error(tmp_path: Path
         ({"shards": content["shards"][:2]}, "names 2 shards"),
         ({"num_samples": 13}, "names 3 shards"),
         ({"num_samples": 11}, r"shard-00002\.safetensors holds int32 \(2, 2, 6\)"),
-        ({"spec": {**content["spec"], "vocab_size": 9}}, "the manifest says uint16"),
-        ({"shard_size": 0}, "0 to a file, would be empty"),
+        ({"spec": {**content["spec"], "vocab_size": 9}}, "the manifest requires uint16"),
+        ({"shard_size": 0}, "0 samples per file; each number"),
     ):
         manifest.write_text(json.dumps({**content, **change}))
         with pytest.raises(SmaltiError, match=message):

@@ -206,7 +206,7 @@ def test_an_import_of_other_latents_is_not_continued(tmp_path: Path) -> None:
 def test_the_number_of_samples_is_checked(tmp_path: Path, layout) -> None:
     (llamagen if layout == "llamagen" else lightningdit)(tmp_path / "src")
     take(tmp_path / "src", tmp_path / "out", layout, Division(num_samples=COUNT))
-    with pytest.raises(SmaltiError, match="holds 30 samples, and --num_samples says 31"):
+    with pytest.raises(SmaltiError, match="holds 30 samples, and --num_samples is 31"):
         take(tmp_path / "src", tmp_path / "other", layout, Division(num_samples=31))
     assert not (tmp_path / "other").exists()
 
@@ -320,7 +320,7 @@ def test_a_shard_that_lost_samples_is_named(tmp_path: Path) -> None:
     tensors = {"latents": torch.ones(5, 2, 3, 4), "labels": torch.zeros(5, dtype=torch.int64)}
     tensors["latents_flip"] = tensors["latents"] + 1
     save_file(tensors, tmp_path / "src" / R, metadata={"total_size": "8"})
-    with pytest.raises(SmaltiError, match=f"{R} holds 5 samples, but its header says 8"):
+    with pytest.raises(SmaltiError, match=f"{R} holds 5 samples, but its header declares 8"):
         take(tmp_path / "src", tmp_path / "out", "lightningdit")
 
 

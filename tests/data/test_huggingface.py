@@ -221,7 +221,7 @@ def test_streams_that_could_not_be_exact_are_refused(parquet: str, tmp_path: Pat
         open_source(parquet, hf=HuggingFaceOptions(streaming=True))
     with pytest.raises(SmaltiError, match="is read in place"):
         open_source(str(tmp_path / "set"), hf=HuggingFaceOptions(streaming=True))
-    with pytest.raises(SmaltiError, match=r"pass --hf.streaming, too"):
+    with pytest.raises(SmaltiError, match=r"also pass --hf.streaming"):
         HuggingFaceOptions(max_samples=3)
     with pytest.raises(SmaltiError, match="heldout_split cannot be streamed"):
         HuggingFaceOptions(streaming=True, heldout_split="test")

@@ -100,7 +100,7 @@ def test_a_shard_that_lost_samples_contradicts_the_manifest(shards: Path) -> Non
     (shards / "sizes.json").write_text(json.dumps({"000.tar": COUNT, "001.tar": COUNT}))
     assert len(open_source(str(shards))) == 2 * COUNT
     write_tar(shards / "001.tar", samples(COUNT, COUNT - 1))  # properly closed
-    with pytest.raises(SmaltiError, match=r"001.tar holds 5 samples, the manifest .* says 6"):
+    with pytest.raises(SmaltiError, match=r"001.tar holds 5 samples, but 6 are listed"):
         open_source(str(shards))
 
 
@@ -124,7 +124,7 @@ def test_manifests_of_other_tools_are_read(shards: Path) -> None:
     (shards / "_shards.json").write_text(json.dumps({"shardlist": listed, "wids_version": 1}))
     assert read_manifest(shards) == {"000.tar": 6, "001.tar": 6}
     (shards / "_shards.json").write_text(json.dumps({"000.tar": "six"}))
-    with pytest.raises(SmaltiError, match=r"_shards.json does not state the number"):
+    with pytest.raises(SmaltiError, match=r"_shards.json does not list the number"):
         open_source(str(shards))
     (shards / "_shards.json").write_text(json.dumps({"000.tar": 6}))
     with pytest.raises(SmaltiError, match=r"manifest beside .*001.tar does not name it"):
@@ -423,7 +423,7 @@ def test_shards_behind_a_url_are_copied_once(served: str, shards: Path, tmp_path
 
 def test_the_manifest_behind_a_url_is_checked(served: str, shards: Path, tmp_path: Path) -> None:
     (shards / "sizes.json").write_text(json.dumps({"000.tar": COUNT, "001.tar": COUNT + 1}))
-    with pytest.raises(SmaltiError, match=r"001.tar holds 6 samples, the manifest .* says 7"):
+    with pytest.raises(SmaltiError, match=r"001.tar holds 6 samples, but 7 are listed"):
         open_source(served, stream_cache=tmp_path / "cache")
 
 
