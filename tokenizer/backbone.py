@@ -3,7 +3,7 @@
 The models are those of the package `transformers`, loaded from a folder that `save_pretrained`
 wrote, from a Hub id, or from one safetensors file with the keys of DINO (2104.14294) or timm, as
 `vit_small_patch16_224.dino`. Only safetensors and JSON are read, no remote code runs, and a local
-path never touches the network.
+path never uses the network.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class FrozenBackbone(nn.Module):
         self.depths = tuple(depths)
         self.width: int = self.model.config.hidden_size  # D
         self.patch_size: int = self.model.config.patch_size
-        # DINOv2 interpolates its position embedding by itself, the others where they are told to.
+        # DINOv2 always interpolates its position embedding, the others only with this option.
         self.options = {} if kind.startswith("dinov2") else {"interpolate_pos_encoding": True}
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in PIXEL_STATISTICS[kind])
         self.register_buffer("mean", mean, persistent=False)
@@ -66,15 +66,15 @@ class FrozenBackbone(nn.Module):
 
         Args:
             depths: blocks, counted from 0, whose features are taken; later blocks are dropped.
-            image_size: side of the images that it will get, in pixels.
-            num_heads: attention heads, of a single file alone: a folder states its own.
+            image_size: side of its input images, in pixels.
+            num_heads: attention heads, for a single file only; a folder has them in its config.
 
         Raises:
             SmaltiError: `transformers` is missing; there is no such model, it is damaged, of
                 another kind, or lacks a tensor; heads, depths or image size do not fit it.
         """
         path = Path(source)
-        with torch.random.fork_rng(devices=[]):  # building a model must not cost random numbers
+        with torch.random.fork_rng(devices=[]):  # leave the global generator unchanged
             if path.is_file() or path.suffix == ".safetensors":
                 model, kind = _from_file(path, num_heads), "dinov2"
             else:
@@ -86,10 +86,10 @@ class FrozenBackbone(nn.Module):
         )
         if max(depths) >= len(blocks):
             raise ConfigurationError(
-                f"block {max(depths)} is asked for, but {source} has blocks 0 to {len(blocks) - 1}"
+                f"block {max(depths)} is requested, but {source} has blocks 0 to {len(blocks) - 1}"
             )
         backbone = cls(model, kind, depths)
-        if path.is_file():  # checkpoints of smalti 0.1 hold the digest of the file
+        if path.is_file():  # checkpoints of smalti 0.1 contain the digest of the file
             digest = hashlib.sha256(path.read_bytes()).digest()
             backbone.digest = int.from_bytes(digest[:8], "big") >> 1
         if image_size % backbone.patch_size:
@@ -107,7 +107,7 @@ class FrozenBackbone(nn.Module):
         return self.model.layernorm if dino else self.model.post_layernorm
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode."""
+        """Keep eval mode, whatever `mode` is."""
         del mode
         return super().train(False)
 
@@ -172,8 +172,8 @@ def _from_pretrained(source: str | Path) -> tuple[Any, str]:
 def _from_file(path: Path, num_heads: int) -> Any:
     """A ViT in one safetensors file with the keys of DINO or timm, as a `Dinov2Model`.
 
-    All sizes but the number of heads are inferred from the shapes. A ViT
-    without layer scale is a DINOv2 whose factors are 1.
+    All sizes but the number of heads are inferred from the shapes of the tensors. A ViT without
+    layer scale is a DINOv2 whose factors are 1.
     """
     weights = _read(path)
     try:
@@ -274,7 +274,7 @@ def _check_same(
         raise CheckpointError(f"{path} lacks the tensor {name}")
     for name in sorted(found.keys() - table):
         hint = nearest(name, table)
-        raise CheckpointError(f"{path} has a tensor {name} that the backbone does not know; {hint}")
+        raise CheckpointError(f"{path} has a tensor {name} that the backbone does not have; {hint}")
     for name, (_, shape) in table.items():
         if found[name].shape != shape:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Stage one: what every tokenizer promises."""
+"""Stage one: the interface of every tokenizer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -17,10 +17,10 @@ from smalti.tokenizer.registry import TOKENIZERS
 
 @dataclass
 class Reconstruction:
-    """What the training objective of stage one is made of."""
+    """The inputs of the training objective of stage one."""
 
     images: Tensor  # (B, 3, H, W), not clamped
-    targets: Tensor  # (B, 3, H, W), what they should look like: as a rule, what was encoded
+    targets: Tensor  # (B, 3, H, W), the images to reconstruct: usually those that were encoded
     losses: dict[str, Tensor]  # scalars, already weighted: codebook, commitment, kl, ...
     codes: Tensor | None = None  # (B, L) int64 of a discrete tokenizer
     latents: Tensor | None = None  # (B, C, h, w) of a continuous one, in raw units
@@ -40,9 +40,9 @@ class TokenizerConfig:
 class Tokenizer(nn.Module, Pretrained, ABC):
     """Images (B, 3, H, W) in [-1, 1] <-> latents described by `spec`.
 
-    Three verbs carry pixels to a prior and back: `store` (pixels -> what the cache keeps),
-    `latents` (cached -> what a prior learns), `decode` (-> pixels). `forward` is the training
-    objective, so that DDP and compile wrap the object itself.
+    Three methods connect images with a prior: `store` (images -> values in the cache), `latents`
+    (values in the cache -> latents that a prior learns), `decode` (latents -> images). `forward` is
+    the training pass, so that DDP and torch.compile wrap the object itself.
     """
 
     registry: ClassVar[Registry] = TOKENIZERS
@@ -51,7 +51,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
 
     @classmethod
     def settings_before_training(cls, config: Any) -> Any:
-        """A saved configuration without what `calibrate` measured: what fine-tuning begins with."""
+        """The configuration that fine-tuning starts with: without what `calibrate` measured."""
         return config
 
     @property
@@ -67,11 +67,11 @@ class Tokenizer(nn.Module, Pretrained, ABC):
     @property
     @abstractmethod
     def last_layer(self) -> nn.Parameter:
-        """The decoder's last weight: where the adaptive adversarial weight compares gradients."""
+        """The decoder's last weight, where the adaptive adversarial weight compares gradients."""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape of what `store` returns for one image; as a rule that of its latents."""
+        """Shape of what `store` returns for one image; by default that of its latents."""
         if isinstance(self.spec, CodeSpec):
             return (self.spec.length,)
         return (self.spec.channels, self.spec.height, self.spec.width)
@@ -88,9 +88,10 @@ class Tokenizer(nn.Module, Pretrained, ABC):
 
     @abstractmethod
     def vectors(self, latents: Tensor) -> Tensor:
-        """Latents -> the real features (B, d, h, w) that the decoder draws from.
+        """Latents -> the real-valued features (B, d, h, w) that the decoder takes.
 
-        Pictures can be blended and moved here, whatever the latents are: see `decode_vectors`.
+        Discrete and continuous latents alike can be interpolated and edited in this space; see
+        `decode_vectors`.
         """
 
     @abstractmethod
@@ -102,7 +103,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         return self.decode_vectors(self.vectors(latents))
 
     def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random numbers for a training pass over `count` pictures, a row for each; most tokenizers
+        """Random numbers for a training pass over `count` images, a row for each; most tokenizers
         need none.
 
         Args:
@@ -116,19 +117,19 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         """Encode, quantize or sample, decode: the differentiable pass that training optimises.
 
         Args:
-            random_inputs: rows of what `sample_random_inputs` returned, one for each picture; None
-                takes random numbers from torch's global generators.
+            random_inputs: rows of what `sample_random_inputs` returned, one for each image; None:
+                sampled from torch's global generators.
         """
 
     def latents(
         self, stored: Tensor, *, generator: Generators = None, noise: Tensor | None = None
     ) -> Tensor:
-        """Cached -> what a prior learns. Codes pass unchanged and need no generator.
+        """Values in the cache -> latents that a prior learns. Codes stay unchanged.
 
         Args:
-            generator: one for all pictures, or a list with one for each, whose latents then do not
-                depend on its neighbours.
-            noise: instead of a generator, standard normal numbers as `draw` gives them.
+            generator: one for all images, or a list with one for each, whose latents then do not
+                depend on the other images. Codes need none.
+            noise: standard normal noise, used instead of a generator.
         """
         del generator, noise
         return stored
@@ -143,8 +144,8 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         return self.decode(self.encode(images)).clamp(-1, 1)
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Called once after training with all training images, (B, 3, H, W) each: measure what the
-        config must hold. A discrete tokenizer needs nothing."""
+        """Measure the statistics that the config stores; called once after training with batches of
+        all training images, (B, 3, H, W) each. A discrete tokenizer has none."""
         del batches
 
     def after_step(self, generator: torch.Generator) -> None:
@@ -155,7 +156,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         del generator
 
     def discard_step(self) -> None:
-        """Forget what `forward` collected for `after_step`: the step was skipped."""
+        """Discard what `forward` collected for `after_step`, because the step was skipped."""
 
     def check_images(self, images: Tensor) -> None:
         """Raise `SmaltiError` unless images are (B, 3, image_size, image_size), of the type of the

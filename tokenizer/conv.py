@@ -1,5 +1,5 @@
 """The convolutional encoder and decoder of VQGAN (Esser et al., 2012.09841), shared by the VQ and
-KL families. Module names follow taming-transformers, whose published weights they can hold.
+KL families. Module names follow taming-transformers, whose published weights can be converted.
 
 A *level* works at one resolution; each but the last ends in a 2x down-sampling. `patch_size`
 folds p x p pixels into channels first (1 in the published models): level 0 then works at
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from smalti.config import check_at_least
 from smalti.errors import ConfigurationError
 
-# No model of this kind is larger. The limits keep an unknown config.json from asking for more
-# memory than there is.
+# No model of this kind is larger. The limits prevent an untrusted config.json from requesting more
+# memory than available.
 MAX_LEVELS, MAX_BLOCKS, MAX_WIDTH, MAX_PATCH = 12, 64, 2**16, 64
 MAX_IMAGE_SIZE = 2**14  # pixels per side
 
@@ -39,8 +39,8 @@ class ConvConfig:
     # Groups of every normalisation; None: 32, and fewer on levels narrower than 128. Published
     # models have 32 whatever their width.
     norm_groups: int | None = None
-    # Every change of resolution is a learned correction added to averaged or repeated pixels
-    # (DC-AE, 2410.10733), which models that down-sample by 32 and more need.
+    # Every change of resolution adds a learned correction to averaged or repeated pixels (DC-AE,
+    # 2410.10733); models that down-sample by 32 or more need this.
     residual_resampling: bool = False
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ def _norm(channels: int, groups: int | None) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), a 1x1 shortcut where the width changes."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut if the width changes."""
 
     def __init__(self, channels_in: int, channels_out: int, norm_groups: int | None) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class Encoder(nn.Module):
         # Pixel shuffles are torch's own, not einops': they keep the memory format (channels last).
         x = self.conv_in(F.pixel_unshuffle(images, self.patch_size))  # (B, C, H/p, W/p)
         for level in self.down:
-            x = level(x)  # (B, C, h, w) -> (B, C', h/2, w/2), but for the last level
+            x = level(x)  # (B, C, h, w) -> (B, C', h/2, w/2), except in the last level
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 

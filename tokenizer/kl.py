@@ -1,7 +1,7 @@
 """KL-VAE: continuous latents with a Gaussian posterior (latent diffusion, 2112.10752).
 
     DiagonalGaussian    the posterior q(z | x) = N(mean, std^2) and its KL divergence
-    transformed         EQ-VAE's equivariance regularisation, an option
+    transformed         EQ-VAE's equivariance regularisation, optional
     KLTokenizer         encoder, posterior, decoder, and the statistics that normalise latents
 
 Shapes: B batch, C latent channels, h w latent grid, H W pixels.
@@ -75,7 +75,7 @@ def resized(maps: Tensor, height: int, width: int) -> Tensor:
 
 
 def transformed(z: Tensor, images: Tensor, turn: float, size: float) -> tuple[Tensor, Tensor]:
-    """The same quarter turns and scaling of latents (B, C, h, w) and images (B, 3, H, W).
+    """Rotate by quarter turns and scale latents (B, C, h, w) and images (B, 3, H, W) alike.
 
     The latent grid becomes (h', w') with h/4 <= h' <= h, the images H/h times as large. Images stay
     at least 32 px high, below which LPIPS is undefined.
@@ -145,7 +145,7 @@ class KLConfig(TokenizerConfig):
         for name in ("latent_mean", "latent_std"):
             if len(getattr(self, name)) not in (0, self.channels):
                 raise ConfigurationError(
-                    f"{name} has {len(getattr(self, name))} numbers; there are "
+                    f"{name} has {len(getattr(self, name))} values; there are "
                     f"{self.channels} latent channels"
                 )
         if any(std <= 0 for std in self.latent_std):
@@ -165,7 +165,7 @@ class KLTokenizer(Tokenizer):
 
     @classmethod
     def settings_before_training(cls, config: KLConfig) -> KLConfig:
-        """Mean and standard deviation of the latents are measured anew."""
+        """Without the mean and standard deviation of the latents, which are measured again."""
         return replace(config, latent_mean=(), latent_std=())
 
     def __init__(self, config: KLConfig) -> None:
@@ -241,7 +241,7 @@ class KLTokenizer(Tokenizer):
             noise: (B, C, h, w), standard normal, used instead of a generator.
 
         Raises:
-            SmaltiError: the list has another length than there are images.
+            SmaltiError: the length of the list is not the number of images.
         """
         z, std = stored.float().chunk(2, dim=1)
         if noise is None and generator is not None:
@@ -276,7 +276,7 @@ class KLTokenizer(Tokenizer):
     def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """`noise` of the posterior (B, C, h, w) and uniforms of the `transformation` (B, 3).
 
-        A batch is transformed as a whole, so all rows of the latter are equal.
+        All images of a batch are transformed alike, so all rows of the uniforms are equal.
         """
         spec, device = self.spec, generator.device
         shape = (count, spec.channels, spec.height, spec.width)
@@ -321,7 +321,7 @@ class KLTokenizer(Tokenizer):
             total = total + mean.sum((0, 2, 3))
             squares = squares + (mean.square() + variance).sum((0, 2, 3))
         if count == 0:
-            raise DataError("no images were given: the latents of at least one are measured")
+            raise DataError("no images were given: the statistics need at least one")
         mean = torch.as_tensor(total) / count
         std = (torch.as_tensor(squares) / count - mean.square()).clamp_min(1e-12).sqrt()
         self.config = replace(

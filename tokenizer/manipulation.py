@@ -1,7 +1,7 @@
 """Latent manipulation: interpolation between images, directions of change, inversion.
 
-All functions work on the real features that a decoder takes: `Tokenizer.vectors` gives them,
-`Tokenizer.decode_vectors` turns them into images. Codes and continuous latents are treated alike.
+All functions use the real-valued features that a decoder takes: `Tokenizer.vectors` returns them,
+`Tokenizer.decode_vectors` decodes them to images. Codes and continuous latents are treated alike.
 Vectors between codes are not entries of the codebook, but can be decoded as well.
 
     interpolation    interpolate, by linear, spherical or spherical_as_one
@@ -47,8 +47,8 @@ def spherical(start: Tensor, end: Tensor, t: float) -> Tensor:
 
     Shoemake's slerp, proposed for latents by White (1609.04468): between two unit vectors all
     results are unit vectors, whereas the middle of a straight line lies inside the sphere, where a
-    decoder has no training data. Every grid position of (B, d, h, w) is rotated by itself, as suits
-    codes; for Gaussian latents see `spherical_as_one`.
+    decoder has no training data. Every grid position of (B, d, h, w) is rotated separately, which
+    suits codes; for Gaussian latents see `spherical_as_one`.
 
     Lengths that differ are interpolated linearly. Opposite vectors have many great circles; one of
     them is taken. A zero vector has no direction: the interpolation is linear there.
@@ -66,9 +66,9 @@ def spherical(start: Tensor, end: Tensor, t: float) -> Tensor:
 
 
 def spherical_as_one(start: Tensor, end: Tensor, t: float) -> Tensor:
-    """`spherical` with the whole latent (B, d, h, w) of an image as one vector, as White proposes.
+    """`spherical` with the complete latent (B, d, h, w) of an image as one vector (White).
 
-    Whole Gaussian latents have almost equal lengths; those of single positions vary.
+    Complete Gaussian latents have almost equal lengths; the lengths of single positions vary.
     """
     return spherical(start.flatten(1), end.flatten(1), t).view_as(start)
 
@@ -108,15 +108,15 @@ def class_mean(vectors: Tensor, labels: Tensor, label: int) -> Tensor:
     """
     members = vectors[labels == label]
     if not len(members):
-        raise DataError(f"no picture has the label {label}: a mean needs at least one")
+        raise DataError(f"no image has the label {label}: a mean needs at least one")
     return members.mean(0)
 
 
 def attribute_direction(vectors: Tensor, labels: Tensor, positive: int, negative: int) -> Tensor:
     """Mean of one label minus mean of another, (d, h, w): what adding the attribute changes.
 
-    Latent arithmetic as in DCGAN (Radford et al., 1511.06434), by an encoder's labelled means as
-    in VAE/GAN (Larsen et al., 1512.09300).
+    Latent arithmetic as in DCGAN (Radford et al., 1511.06434), with means over encoded, labelled
+    images as in VAE/GAN (Larsen et al., 1512.09300).
 
     Args:
         vectors: (N, d, h, w), of labelled images.
@@ -148,7 +148,7 @@ def channel_deviations(vectors: Tensor) -> Tensor:
         DataError: there are no vectors.
     """
     if not len(vectors):
-        raise DataError("there are no vectors: a standard deviation needs pictures")
+        raise DataError("there are no vectors: a standard deviation needs at least one")
     return vectors.std((0, 2, 3), correction=0)[:, None, None]
 
 
@@ -237,9 +237,9 @@ def invert(
     optimizer = torch.optim.Adam([vectors], lr=learning_rate)
     best, least = start.detach().clone(), start.new_full((len(start),), torch.inf)
     losses = []
-    for step in range(steps + 1):  # one more, to evaluate the result of the last step, too
+    for step in range(steps + 1):  # one more, to evaluate the result of the last step
         loss = distance(decode(vectors), target)  # (B,)
-        (vectors.grad,) = torch.autograd.grad(loss.sum(), [vectors])  # and of no parameter
+        (vectors.grad,) = torch.autograd.grad(loss.sum(), [vectors])  # none of parameters
         losses.append(loss.detach())
         better = losses[-1] < least
         best[better], least[better] = vectors.detach()[better], losses[-1][better]

@@ -1,4 +1,4 @@
-"""The tokenizers that smalti knows: one line each, resolved only when asked for."""
+"""The registered tokenizers: one line each, imported at the first use."""
 
 from smalti.hub import Registry
 

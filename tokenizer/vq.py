@@ -1,8 +1,8 @@
 """VQ tokenizer: a convolutional encoder, a quantizer, a convolutional decoder.
 
-VQ-VAE (1711.00937) and VQGAN (2012.09841) are this model under different losses; with
-l2-normalised low-dimensional codes it is LlamaGen's (2406.06525), with the multi-scale quantizer
-VAR's (2404.02905).
+VQ-VAE (1711.00937) and VQGAN (2012.09841) are this model with different losses; with l2-normalised
+low-dimensional codes it is LlamaGen's (2406.06525), with the multi-scale quantizer VAR's
+(2404.02905).
 
 Shapes: B batch, d numbers per feature, h w latent grid, L codes per image, H W pixels.
 """
@@ -120,12 +120,12 @@ class VQTokenizer(Tokenizer):
         """Images (B, 3, H, W) in [-1, 1] decoded from the first `scales` scales alone.
 
         Args:
-            codes: of all scales, (B, L), or of the first `scales` only, as a prior has them in the
-                middle of sampling; of any integer type.
-            scales: 0 (the image that the decoder makes of zeros) to the number of scales.
+            codes: of all scales, (B, L), or of the first `scales` only, as they are available
+                during sampling; of any integer type.
+            scales: 0 (the decoded image of zero features) to the number of scales.
 
         Raises:
-            SmaltiError: the tokenizer has one scale, or fewer than asked for; codes of another
+            SmaltiError: the tokenizer has one scale, or fewer than requested; codes of another
                 length, not integers, or outside [0, vocab_size).
         """
         if not isinstance(self.quantizer, MultiScaleQuantizer):
@@ -174,5 +174,5 @@ def _as_int64(codes: Tensor) -> Tensor:
     """Codes of any integer type as int64: a cache keeps uint16, which has few operations."""
     dtype = codes.dtype
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-        raise DataError(f"codes are {dtype}; this tokenizer takes whole numbers, int64")
+        raise DataError(f"codes are {dtype}; this tokenizer takes integers, int64")
     return codes.long()

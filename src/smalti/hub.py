@@ -208,7 +208,7 @@ def chosen_dtype(
     given, older = _read("dtype", dtype), _read("torch_dtype", torch_dtype)
     if given is not None and older is not None and given != older:
         raise ConfigurationError(
-            f"dtype is {dtype}, torch_dtype is {torch_dtype}: they are one option, give only one"
+            f"dtype is {dtype}, torch_dtype is {torch_dtype}: they differ, give one of them"
         )
     return older if given is None else given
 

@@ -91,7 +91,7 @@ def test_the_vision_tower_of_a_whole_clip_is_taken(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "dinov2", "dinov2")
-    with pytest.raises(SmaltiError, match=r"block 3 is asked for, but .* has blocks 0 to 2"):
+    with pytest.raises(SmaltiError, match=r"block 3 is requested, but .* has blocks 0 to 2"):
         FrozenBackbone.load(folder, (3,), 16)
     with pytest.raises(SmaltiError, match="image_size is 18, not a multiple of the patch size 4"):
         FrozenBackbone.load(folder, (0,), 18)
@@ -199,7 +199,7 @@ def test_loading_uses_no_random_numbers(file: Path) -> None:
         ({"blocks.0.mlp.fc1.weight": torch.ones(40, 16)}, {}, "40 wide, not a multiple of 16"),
         ({}, {"num_heads": 3}, "num_heads is 3, which does not divide the width 16"),
         ({}, {"image_size": 18}, "image_size is 18, not a multiple of the patch size 4"),
-        ({}, {"depths": (0, 3)}, "block 3 is asked for"),
+        ({}, {"depths": (0, 3)}, "block 3 is requested"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, changes, options, message: str) -> None:

@@ -115,7 +115,7 @@ def test_codes_of_every_integer_type_are_understood(model, images) -> None:
         assert stored.dtype == torch.int64 and torch.equal(stored, codes), dtype
     for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.complex64):
         for verb in (model.decode, model.latents):
-            with pytest.raises(ValueError, match=f"codes are {dtype}; .* takes whole numbers"):
+            with pytest.raises(ValueError, match=f"codes are {dtype}; .* takes integers"):
                 verb(codes.to(dtype))
 
 

@@ -165,7 +165,7 @@ def test_equivariance_is_for_training_only(images) -> None:
         ({"latent_channels": 0}, "latent_channels is 0"),
         ({"latent_channels": 3, "quant_convs": False}, "without quant_convs the 4"),
         ({"latent_channels": 3, "latent_std": (1.0,) * 4}, "there are 3 latent channels"),
-        ({"latent_mean": (0.0,)}, "has 1 numbers; there are 4 latent channels"),
+        ({"latent_mean": (0.0,)}, "has 1 values; there are 4 latent channels"),
         ({"latent_std": (1.0, 1.0, 0.0, 1.0)}, "must be positive"),
     ],
 )

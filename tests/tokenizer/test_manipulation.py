@@ -159,7 +159,7 @@ def test_an_attribute_that_was_added_is_found() -> None:
 
 
 def test_a_label_without_pictures_has_no_mean() -> None:
-    with pytest.raises(SmaltiError, match="no picture has the label 5"):
+    with pytest.raises(SmaltiError, match="no image has the label 5"):
         attribute_direction(torch.zeros(2, 3, 1, 1), torch.tensor([0, 1]), 0, 5)
 
 

@@ -1,8 +1,8 @@
 """Adversarial losses as pure functions of logits, and the adaptive weight of the generator's.
 
 Logits have any shape; positive means "real". The discriminator's losses average their two terms,
-over real and over fake images, as is usual for VQGAN. Only Wasserstein's is the plain sum, so that
-the penalty weight of its paper keeps its meaning.
+over real and over fake images, as is usual for VQGAN. Only the Wasserstein loss is their sum, so
+that the penalty weight of its paper applies unchanged.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    """-E[D(x')], a scalar; its gradient does not vanish where the discriminator is sure."""
+    """-E[D(x')], a scalar; its gradient does not vanish where the discriminator is confident."""
     return -fake_logits.mean()
 
 
@@ -44,7 +44,7 @@ def logistic_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Ten
 def vanilla_generator_loss(fake_logits: Tensor) -> Tensor:
     """E[log(1 - s(D(x')))], the min-max game (eq. 1), a scalar.
 
-    Its gradient vanishes where the discriminator is sure that an image is fake.
+    Its gradient vanishes where the discriminator is confident that an image is fake.
     """
     return -F.softplus(fake_logits).mean()
 
@@ -70,7 +70,7 @@ def wasserstein_generator_loss(fake_logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossPair:
-    """The losses of both sides."""
+    """The losses of the discriminator and of the generator."""
 
     discriminator: Callable[[Tensor, Tensor], Tensor]  # (real logits, fake logits) -> scalar
     generator: Callable[[Tensor], Tensor]  # fake logits -> scalar
@@ -100,8 +100,8 @@ def compute_adaptive_weight(gradients: Iterable[Tensor]) -> Tensor:
     """lambda with delta = 1e-4, clamped to [0, 1e4], a scalar without gradient.
 
     The norms are those of the gradients of the *whole* batch of an optimizer step: of the mean over
-    micro-batches and over processes, not of any part. So lambda depends neither on how many
-    processes share the batch nor on how it is split into micro-batches.
+    micro-batches and over processes. So lambda depends neither on how many processes share the
+    batch nor on how it is split into micro-batches.
 
     Args:
         gradients: what `last_layer_gradients` returned for each micro-batch of this process.

@@ -1,4 +1,4 @@
-"""Differentiable augmentation (DiffAugment, Zhao et al., 2006.10738) of what a discriminator sees.
+"""Differentiable augmentation (DiffAugment, Zhao et al., 2006.10738) of a discriminator's input.
 
 Real and fake images are augmented alike, in the discriminator's step and in the generator's. A
 discriminator then cannot memorise a small training set, and the generator does not learn to imitate
@@ -20,7 +20,7 @@ AUGMENT_UNIFORMS = 7  # per image: 3 for the colours, 2 for the translation, 2 f
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Strengths, 0 leaves one out. Published: colour 1, translation 0.125, cutout 0.5."""
+    """Strengths; 0 disables one. Published: colour 1, translation 0.125, cutout 0.5."""
 
     colour: float = 0.0  # of brightness, saturation and contrast; 0 to 1
     translation: float = 0.0  # largest shift, as a fraction of the side; 0 to 0.5
@@ -57,7 +57,7 @@ def shift_colours(images: Tensor, strength: float, uniforms: Tensor) -> Tensor:
 
 
 def translate(images: Tensor, ratio: float, uniforms: Tensor) -> Tensor:
-    """Shift by whole pixels, at most `ratio` of a side in each direction; grey (0) fills up.
+    """Shift by integer pixels, at most `ratio` of a side in each direction; grey (0) fills the gap.
 
     Args:
         uniforms: (B, 2), for rows and columns.
@@ -100,7 +100,7 @@ def _covered(side: int, ratio: float, uniforms: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, config: AugmentConfig, uniforms: Tensor) -> Tensor:
-    """Augment each image in its own way.
+    """Augment each image independently.
 
     Args:
         images: (B, 3, H, W) in [-1, 1].

@@ -1,7 +1,7 @@
 """Discriminator on frozen features (StyleGAN-T, Sauer et al., 2301.09515): heads on a ViT.
 
-The backbone has learned the content of images before, so the heads learn fast, and the tokenizer is
-trained on content, not on texture alone. A ViT trained by DINO is meant.
+The features of a pretrained backbone represent the content of images, so the heads learn fast, and
+the adversarial loss compares content, not only texture. The intended backbone is a ViT of DINO.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class FrozenFeatureDiscriminatorConfig(DiscriminatorConfig):
     # A folder of the package transformers (DINOv2, CLIP, SigLIP), a Hub id, or a safetensors file
     # with DINO's or timm's keys.
     backbone: Path
-    num_heads: int = 6  # attention heads, of a safetensors file alone: width / 64 for all of DINO's
+    num_heads: int = 6  # attention heads, for a safetensors file only: width / 64 in all of DINO's
     depths: tuple[int, ...] = (2, 5, 8, 11)  # blocks, counted from 0, after which features are read
     image_size: int = 224  # images are resized to this side, in pixels, for the backbone
     channels: int = 64  # width of the heads
@@ -46,7 +46,7 @@ class FrozenFeatureDiscriminatorConfig(DiscriminatorConfig):
 
 
 class Head(nn.Module):
-    """Features (B, D, h, w) -> logits (B, 1, h, w); spectral normalisation, no other."""
+    """Features (B, D, h, w) -> logits (B, 1, h, w), with spectral normalisation only."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -63,8 +63,8 @@ class Head(nn.Module):
 class FrozenFeatureDiscriminator(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> logits (B, N), positive for real, of all heads and patches.
 
-    Only the heads learn. A checkpoint holds them and a digest of the backbone, so that a run
-    cannot be resumed with another backbone.
+    Only the heads are trained. A checkpoint contains them and a digest of the backbone, so that a
+    run cannot be resumed with another backbone.
     """
 
     Config: ClassVar[type] = FrozenFeatureDiscriminatorConfig

@@ -19,10 +19,10 @@ UNIFORMS_PER_IMAGE = AUGMENT_UNIFORMS + 1  # the last one mixes real and fake (g
 
 
 class DiscriminatorObjective(nn.Module):
-    """A discriminator and its loss in one module, so that DDP and autocast wrap all of it.
+    """A discriminator and its loss in one module, so that DDP and autocast wrap both.
 
     Nothing in it depends on how a batch is split into micro-batches or shared among processes:
-    randomness is an argument (`uniforms`), and what changes besides the weights (LeCam's anchors,
+    randomness is an argument (`uniforms`), and the state besides the weights (LeCam's anchors,
     power iterations) changes once per optimizer step, in `after_step`.
     """
 
@@ -42,8 +42,8 @@ class DiscriminatorObjective(nn.Module):
             uniforms: (B, UNIFORMS_PER_IMAGE) in [0, 1).
             step: optimizer steps done, which decides whether R1 is due.
         """
-        # An image and its fake are augmented alike. Both are rounded to 8 bits, as otherwise that
-        # alone would tell them apart; a real image that was resized is not of 8 bits, either.
+        # An image and its fake are augmented alike. Both are rounded to 8 bits, because otherwise
+        # the rounding alone would distinguish them; resized real images are not rounded either.
         real, fake = (
             augment(rounded(x.detach()), self.config.augment, uniforms) for x in (images, fakes)
         )
@@ -82,7 +82,7 @@ class DiscriminatorObjective(nn.Module):
             self.lecam.after_step()
 
     def discard_step(self) -> None:
-        """Forget what `forward` collected: the optimizer step was skipped."""
+        """Discard what `forward` collected, because the optimizer step was skipped."""
         if self.lecam is not None:
             self.lecam.discard_step()
 

@@ -13,7 +13,7 @@ from smalti.tokenizer.discriminators.regularisers import SpectralConv2d
 
 @dataclass(frozen=True)
 class PatchGANConfig(DiscriminatorConfig):
-    """`num_layers` strided convolutions; 3 see patches of 70 px, 2 see 34 px, 1 sees 16 px."""
+    """`num_layers` strided convolutions; the receptive field of 3 is 70 px, of 2 34, of 1 16 px."""
 
     channels: int = 64  # width after the first convolution; doubles per layer up to 8x
     num_layers: int = 3
@@ -30,7 +30,7 @@ class PatchGANConfig(DiscriminatorConfig):
 class PatchGAN(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1, h, w), positive for real patches.
 
-    Images below the least size, as equivariance regularisation may give, are enlarged to it.
+    Images below the minimum size, which equivariance regularisation may produce, are enlarged.
     """
 
     Config: ClassVar[type] = PatchGANConfig
@@ -38,7 +38,7 @@ class PatchGAN(nn.Module):
     def __init__(self, config: PatchGANConfig, image_size: int) -> None:
         super().__init__()
         self.config = config
-        self.least = 3 * 2**config.num_layers  # pixels, which give one logit
+        self.least = 3 * 2**config.num_layers  # smallest side, in pixels, that gives one logit
         if image_size < self.least:
             raise ConfigurationError(
                 f"PatchGAN with num_layers {config.num_layers} needs images of at least "

@@ -1,12 +1,12 @@
 """Regularisers of a discriminator: spectral normalisation, R1, WGAN-GP's gradient penalty, LeCam.
 
-In the penalties, D(x) of an image is the mean of its logits, however many patches or heads give
-one: that is what the adversarial losses average, so a weight means the same for every
-discriminator and image size.
+In the penalties, D(x) of an image is the mean of its logits over all patches and heads. The
+adversarial losses average the same logits, so a weight means the same for every discriminator and
+image size.
 
-Spectral normalisation is written here because torch's own takes a power iteration in every training
-forward pass, so that its output depends on the number of passes. Here the iteration is a step of
-its own, once per optimizer step: gradient accumulation and second derivatives see one fixed
+Spectral normalisation is written here because torch's own does a power iteration in every training
+forward pass, so that its output depends on the number of passes. Here the iteration is done
+separately, once per optimizer step: gradient accumulation and second derivatives use one fixed
 estimate, in fp32.
 """
 
@@ -55,7 +55,7 @@ class SpectralConv2d(nn.Conv2d):
     def normalised_weight(self) -> Tensor:
         """W / sigma, fp32; gradients pass through both W and sigma."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            # Copies, as an iteration between forward and backward must not change the graph.
+            # Copies, because an iteration between forward and backward must not change the graph.
             u, v = self.u.clone(), self.v.clone()
             return self.weight / (u @ (self.weight.flatten(1) @ v))
 
@@ -149,10 +149,10 @@ def gradient_penalty(
 class LeCam(nn.Module):
     """The LeCam penalty of real and fake logits, a scalar.
 
-    The anchors a_real and a_fake are running means of D(x) and D(x'). As in the authors' code only
-    logits beyond the other side's anchor count. The anchors begin as plain means and are updated
-    once per optimizer step, by the logits of the whole batch: all micro-batches, all processes.
-    They are buffers, so a checkpoint holds them.
+    The anchors a_real and a_fake are running means of D(x) and D(x'). As in the authors' code, only
+    real logits above a_fake and fake logits below a_real are penalised. The anchors start as plain
+    means and are updated once per optimizer step, with the logits of the whole batch: all
+    micro-batches, all processes. They are buffers, so a checkpoint contains them.
     """
 
     def __init__(self, decay: float) -> None:
@@ -172,7 +172,7 @@ class LeCam(nn.Module):
         )
 
     def discard_step(self) -> None:
-        """Forget the pending logits: the optimizer step was skipped."""
+        """Discard the pending logits, because the optimizer step was skipped."""
         self._pending = []
 
     @torch.no_grad()

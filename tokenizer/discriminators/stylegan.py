@@ -1,8 +1,8 @@
 """StyleGAN2's discriminator (Karras et al., 1912.04958): residual blocks, blur, no normalisation.
 
-It gives one logit per image. Where we differ: ordinary (He) initialisation instead of an equalised
-learning rate, since the discriminator shares the tokenizer's optimizer settings; and no minibatch
-standard deviation, since a reconstruction is tied to its image and cannot lack variety.
+It gives one logit per image. Differences: ordinary (He) initialisation instead of an equalised
+learning rate, because the discriminator shares the tokenizer's optimizer settings; and no minibatch
+standard deviation, because each reconstruction has its own target, so that modes cannot collapse.
 """
 
 import itertools
@@ -76,7 +76,7 @@ class ResidualDown(nn.Module):
 class StyleGANDiscriminator(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1), positive for real images.
 
-    Images of another side than `image_size` are resized to it.
+    Images of another size than `image_size` are resized to it.
     """
 
     Config: ClassVar[type] = StyleGANDiscriminatorConfig
@@ -100,8 +100,8 @@ class StyleGANDiscriminator(nn.Module):
         self.output = nn.Linear(widths[-1], 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                # He's gain makes up for the variance that an activation loses. Skips and the
-                # output have none.
+                # He's gain compensates the variance that an activation loses. Skips and the output
+                # have no activation.
                 linear = module is self.output or module.bias is None
                 nonlinearity = "linear" if linear else "leaky_relu"
                 nn.init.kaiming_normal_(module.weight, SLOPE, nonlinearity=nonlinearity)

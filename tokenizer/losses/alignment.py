@@ -29,7 +29,7 @@ class AlignmentConfig:
     # A folder of the package transformers (DINOv2, CLIP, SigLIP), a Hub id, or a safetensors file
     # with DINO's or timm's keys.
     backbone: Path
-    num_heads: int = 6  # attention heads, of a safetensors file alone
+    num_heads: int = 6  # attention heads, used for a safetensors file only
     depth: int = 11  # block, counted from 0, whose features are taken
     image_size: int = 224  # images are resized to this side, in pixels, for the backbone
     weight: float = 0.1  # w

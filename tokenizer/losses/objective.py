@@ -76,9 +76,9 @@ class ObjectiveConfig:
     gram_weight: float = 0.0  # on the features of LPIPS; the loss is large: try 1e-4 to 1e-2
     adversarial_weight: float = 0.5
     adversarial_loss: AdversarialLoss = "hinge"
-    adaptive: bool = False  # multiply by the adaptive weight, too
-    # The discriminator learns from step 0; the tokenizer gets its gradient later and gradually.
-    # With full weight from the first step, tokenizers often diverge.
+    adaptive: bool = False  # also multiply by the adaptive weight
+    # The discriminator is trained from step 0; the tokenizer's adversarial loss starts later and
+    # ramps up linearly. With full weight from the first step, tokenizers often diverge.
     adversarial_start: int = 20_000  # step at which the tokenizer's adversarial loss starts
     adversarial_ramp: int = 1_000  # steps in which its weight grows linearly to the full weight
     discriminator: DiscriminatorConfig = field(default_factory=PatchGANConfig)

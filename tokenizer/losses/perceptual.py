@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from smalti.errors import CheckpointError, DataError
 
-MIN_SIDE = 32  # pixels; below, the deepest features have no extent
+MIN_SIDE = 32  # pixels; in smaller images the deepest feature maps are empty
 
 
 class LPIPS(nn.Module):
@@ -32,14 +32,15 @@ class LPIPS(nn.Module):
         """Load `weights` into a network.
 
         Args:
-            weights: convs.{i}.weight, convs.{i}.bias and, unless the package's are meant, lins.{i}.
+            weights: convs.{i}.weight, convs.{i}.bias and lins.{i}; without the latter, the heads of
+                the package are used.
 
         Raises:
             KeyError: a tensor is missing.
             RuntimeError: a tensor has another shape, or there are others.
         """
         super().__init__()
-        import lpips  # here, as it imports scipy
+        import lpips  # imported here, because it imports scipy
 
         with warnings.catch_warnings(), torch.device("meta"):  # no memory, no random numbers
             warnings.simplefilter("ignore")  # torchvision's, on how lpips calls it
@@ -111,7 +112,7 @@ class LPIPS(nn.Module):
 
     @classmethod
     def from_torchvision(cls) -> Self:
-        """LPIPS with torchvision's VGG16, downloaded if need be, and the package's heads.
+        """LPIPS with torchvision's VGG16, downloaded if necessary, and the package's heads.
 
         Raises:
             CheckpointError: the trunk cannot be downloaded.
@@ -128,7 +129,7 @@ class LPIPS(nn.Module):
         return cls("vgg", _numbered({f"features.{k}": v for k, v in trunk.items()}))
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode: a distance has no training behaviour."""
+        """Keep eval mode, whatever `mode` is."""
         del mode
         return super().train(False)
 
@@ -148,7 +149,7 @@ class LPIPS(nn.Module):
     def distance(self, features: list[Tensor], reference: list[Tensor]) -> Tensor:
         """The distance (B,) between images whose `features` are given, in fp32.
 
-        Not the package's `forward`, which computes the features anew, and whose gradient is not
+        Not the package's `forward`, which computes the features again, and whose gradient is not
         finite at positions where all features are 0.
         """
         return sum(
@@ -173,7 +174,7 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def _package_heads(network: str) -> dict[str, Tensor]:
-    """The v0.1 heads that the package `lpips` carries, as lins.{i}."""
+    """The v0.1 heads in the package `lpips`, as lins.{i}."""
     import lpips
 
     path = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{network}.pth"

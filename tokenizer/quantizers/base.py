@@ -1,11 +1,11 @@
 """Quantization: continuous features -> codes.
 
     nearest_codes    search for the nearest codebook vector
-    estimators       a gradient for that choice, which has none of its own
-    entropy_loss     features that are sure of their code, a codebook that is used evenly
+    estimators       a gradient for that choice, which is not differentiable
+    entropy_loss     low entropy of each feature's code, high entropy of the codes of a batch
     Quantizer        what every quantizer provides
 
-No file of this folder knows an encoder or a decoder, so a prior may own a copy of a quantizer.
+No file of this folder imports an encoder or a decoder, so a prior may contain a quantizer.
 Shapes: B batch, d numbers per feature, h w latent grid, L codes per image, V vocabulary, N = B h w.
 """
 
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from smalti.distributed import mean_over_processes
 from smalti.errors import DataError
 
-CHUNK_ELEMENTS = 2**24  # elements of a (N, V) matrix held at once: 64 MB in fp32
+CHUNK_ELEMENTS = 2**24  # elements of a (N, V) matrix in memory at once: 64 MB in fp32
 TINY = 1e-20  # smaller probabilities count as 0
 
 # -------------------------------------------------------------------------------------------------
@@ -128,8 +128,8 @@ def entropy_loss(
 ) -> Tensor:
     """E[H(p(. | z))] - gamma H(E[p(. | z)]) with p(k | z) ~ exp(-|z - e_k|^2 / T), in nats.
 
-    Low where each feature is sure of its code and the batch as a whole uses all codes. The outer
-    mean is over all processes.
+    Low if each feature has one probable code and the batch uses all codes evenly. The outer mean is
+    over all processes.
 
     Args:
         features: (N, d).
@@ -146,7 +146,7 @@ def entropy_loss(
         p = scores.softmax(-1)
         return entropy(p).sum(), p.sum(0)
 
-    # The (N, V) probabilities are made chunk by chunk, and again in the backward pass.
+    # The (N, V) probabilities are computed in chunks, and recomputed in the backward pass.
     chunk = max(1, CHUNK_ELEMENTS // len(codebook))
     each = features.new_zeros(())
     mean = features.new_zeros(len(codebook))  # (V,)
@@ -167,8 +167,8 @@ Grids = tuple[tuple[int, int], ...]
 class Quantized:
     """One pass through a quantizer."""
 
-    latents: Tensor  # (B, d, h, w): what the decoder sees; gradients reach the features
-    codes: Tensor  # (B, L) int64, the grids laid end to end, each in raster order
+    latents: Tensor  # (B, d, h, w): input of the decoder; gradients reach the features
+    codes: Tensor  # (B, L) int64, the grids concatenated, each in raster order
     losses: dict[str, Tensor] = field(default_factory=dict)  # scalars, already weighted
 
 
@@ -242,4 +242,4 @@ class Quantizer(nn.Module, ABC):
         del generator
 
     def discard_step(self) -> None:
-        """Forget what `forward` collected: the optimizer step was skipped."""
+        """Discard what `forward` collected, because the optimizer step was skipped."""

@@ -1,7 +1,7 @@
 """A codebook: V vectors of d numbers, how they are compared, learned, and revived when dead.
 
 EMA updates and the revival of dead codes are written here rather than taken from a library: they
-use the features of all processes, move once per accepted optimizer step, and resume exactly.
+use the features of all processes, run once per accepted optimizer step, and resume exactly.
 
     Codebook         learned by gradient descent on the codebook loss
     EMACodebook      running means of the features that chose each code
@@ -26,7 +26,8 @@ EMA_SMOOTHING = 1e-5  # pseudo-count of Laplace smoothing
 class CodebookConfig:
     """Defaults: LlamaGen's codebook.
 
-    l2-normalised low-dimensional codes (ViT-VQGAN, 2110.04627) are the cheapest cure of collapse.
+    l2-normalised low-dimensional codes (ViT-VQGAN, 2110.04627) are the cheapest way to prevent
+    codebook collapse.
     """
 
     # May change without changing what saved weights mean.
@@ -113,7 +114,7 @@ class Codebook(nn.Module):
     # -- after an optimizer step: learning and revival ------------------------------------------
 
     def collect(self, rows: Tensor, codes: Tensor, used: Tensor | None = None) -> None:
-        """Remember the features (N, d) and codes (N,) of a training pass until the step ends.
+        """Store the features (N, d) and codes (N,) of a training pass until the step ends.
 
         Args:
             used: (N,) bool, which of the codes count; None: all.
@@ -123,7 +124,7 @@ class Codebook(nn.Module):
         self._used.append(torch.ones_like(codes, dtype=torch.bool) if used is None else used)
 
     def discard_step(self) -> None:
-        """Forget what was collected."""
+        """Discard what was collected."""
         self._rows: list[Tensor] = []  # candidates for revival
         self._codes: list[Tensor] = []
         self._used: list[Tensor] = []
@@ -148,7 +149,7 @@ class Codebook(nn.Module):
             self.idle_steps[dead] = 0
 
     def _learn(self, rows: Tensor, codes: Tensor, counts: Tensor) -> None:
-        del rows, codes, counts  # the optimizer does it
+        del rows, codes, counts  # the optimizer updates the weights
 
     def _replace(self, dead: Tensor, rows: Tensor) -> None:
         self.weight[dead] = rows.to(self.weight.dtype)
@@ -197,7 +198,7 @@ class EMACodebook(Codebook):
 
 
 class SimVQCodebook(Codebook):
-    """One learned matrix moves all codes together, so none is left behind."""
+    """One learned matrix moves all codes together, so that none stays unused."""
 
     def _make_table(self, table: Tensor) -> None:
         self.register_buffer("table", torch.randn_like(table))  # C, (V, d)
@@ -219,7 +220,7 @@ class SimVQCodebook(Codebook):
 
 
 class CodebookQuantizer(Quantizer):
-    """A quantizer whose codes are the rows of one codebook, which learns when a step ends."""
+    """A quantizer whose codes are the rows of one codebook, which is updated after each step."""
 
     def __init__(self, codebook: CodebookConfig) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ class GumbelConfig(QuantizerConfig):
 
 
 class GumbelQuantizer(Quantizer):
-    """A linear map scores all codes; the best one is the code, and a table holds its vector.
+    """A linear map scores all codes; the best one is the code, and a table has its vector.
 
     In training Gumbel noise is added to the scores, and gradients are those of the softmax.
     """

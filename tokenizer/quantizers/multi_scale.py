@@ -21,8 +21,8 @@ from smalti.tokenizer.quantizers.base import Estimator, Grids, Quantized, as_map
 from smalti.tokenizer.quantizers.codebook import CodebookConfig, CodebookQuantizer
 
 # Which of the shared convolutions each scale uses, by (scales, convolutions). VAR computes this for
-# 10 scales and 4 convolutions by a rule with ties that double precision rounds either way, so the
-# result is written down.
+# 10 scales and 4 convolutions by a rule with ties, which depend on rounding errors, so the result
+# is stored here.
 PUBLISHED_SHARING = {(10, 4): (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)}
 
 
@@ -85,7 +85,7 @@ class MultiScaleConfig(QuantizerConfig):
 
     @property
     def shared_out(self) -> tuple[int, ...]:
-        """Number of the convolution of each scale."""
+        """Index of the convolution of each scale."""
         count, available = len(self.scales), self.convolutions
         published = PUBLISHED_SHARING.get((count, available))
         even = tuple(k * available // count for k in range(count))
@@ -106,7 +106,7 @@ class ResidualConvolution(nn.Module):
 
 
 class MultiScaleQuantizer(CodebookQuantizer):
-    """Features (B, d, H, W) are approximated by the sum over scales of f_k.
+    """Approximates features (B, d, H, W) by the sum of f_k over scales.
 
     H and W are the sides of the last scale, which is the latent grid of the encoder.
     """
@@ -259,7 +259,7 @@ class MultiScaleQuantizer(CodebookQuantizer):
             return self._place(vectors.flatten(0, 1), len(vectors), scale)
 
     def scale_input(self, total: Tensor, scale: int) -> Tensor:
-        """Input of a prior that predicts a scale: the sum of the scales before it, in its cells.
+        """Input of a prior that predicts a scale: the sum of the scales before it, on its grid.
 
         Args:
             total: (B, d, H, W).
@@ -270,7 +270,7 @@ class MultiScaleQuantizer(CodebookQuantizer):
         return self._cells(total, scale).view(len(total), -1, self.dim)
 
     def next_scale_inputs(self, codes: Tensor) -> Tensor:
-        """Teacher forcing: the inputs of scales 1, 2, ... laid end to end, (B, L - h_0 w_0, d).
+        """Teacher forcing: the inputs of scales 1, 2, ... concatenated, (B, L - h_0 w_0, d).
 
         Equal to what `scale_input` gives step by step while decoding.
         """
