@@ -653,7 +653,7 @@ def test_f25_a_tracker_that_fails_costs_one_warning(tmp_path: Path, caplog) -> N
 
     train(latest(tmp_path / "run"), hook)
     assert [r.getMessage() for r in caplog.records if "broken" in r.getMessage()] == [
-        "the tracker broken failed and is left out: no network"
+        "the tracker broken failed, the run continues without it: no network"
     ]
     assert losses(tmp_path / "run") == losses(whole_run(tmp_path / "whole"))
 
@@ -782,7 +782,7 @@ def test_f4_the_data_do_not_depend_on_the_number_of_processes(tmp_path: Path) ->
         assert status == 0, errors[-2000:]
         seen |= keys_by_step(folder)
         said += errors
-    assert "on 1 processes what ran on 2" in said and "on 4 processes what ran on 1" in said
+    assert "on 1 processes a run that had 2" in said and "on 4 processes a run that had 1" in said
     train(toy_config(tmp_path / "one"), dropout=0.0)
     assert seen == keys_by_step(tmp_path / "one")
     pairs = zip(losses(folder), losses(tmp_path / "one"), strict=True)

@@ -1,1 +1,1 @@
-"""What both stages share: the run, checkpoints, EMA, optimization, signals, logs."""
+"""Code that both stages share: the run, checkpoints, EMA, optimization, signals, logs."""

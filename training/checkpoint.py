@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and hold no code.
+"""Checkpoints: written atomically, verified when read, without code.
 
     checkpoint-000300/
         model.safetensors  ema.safetensors  optimizer.safetensors  ...  one file per tracked object
@@ -6,11 +6,12 @@
         MANIFEST.json   size and sha256 of every other file, written last
 
 A checkpoint is written into a hidden folder beside its target, flushed to disk, then renamed;
-older ones are removed only after that, and never this one. A folder whose manifest does not verify
-is not a checkpoint.
+older ones are removed only after that, and never this one. A folder whose files do not match its
+manifest is not a checkpoint.
 
-Ours rather than a library's (torch.distributed.checkpoint, Accelerate's `save_state`): those
-unpickle what they load, and neither verifies what it finds nor survives a kill at any moment.
+Written here rather than taken from a library (torch.distributed.checkpoint, Accelerate's
+`save_state`): those unpickle what they load, do not verify it, and may leave a damaged checkpoint
+if the process is killed while it saves.
 """
 
 import errno
@@ -37,8 +38,8 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 
 # -------------------------------------------------------------------------------------------------
-# Sharded tensors (FSDP2). Checkpoints hold full tensors, whatever wrote them: a run that shards its
-# model resumes from one that did not, and the other way round.
+# Sharded tensors (FSDP2). Checkpoints always contain full tensors: a run that shards its model can
+# resume one that did not, and vice versa.
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -52,7 +53,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, target: Tensor) -> Tensor:
-    """This process's shard, placed like `target`, of a full tensor that all processes hold."""
+    """This process's shard, placed like `target`, of a full tensor that is on all processes."""
     if not isinstance(target, DTensor):
         return tensor
     mesh = target.device_mesh
@@ -72,7 +73,7 @@ class Stateful(Protocol):
 
 
 class OptimizerState:
-    """An optimizer as a flat dict of tensors, so that safetensors can hold it.
+    """An optimizer as a flat dict of tensors, so that safetensors can store it.
 
     Only the moments and step counts are kept: hyper-parameters come from the config, the learning
     rate from the step.
@@ -118,7 +119,7 @@ def collect(objects: Mapping[str, Stateful], *, keep: bool) -> dict[str, dict[st
 
 
 # -------------------------------------------------------------------------------------------------
-# Reading: nothing is loaded that does not verify.
+# Reading: only verified files are loaded.
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint in a folder that verifies, and for each newer one what is wrong."""
+    """The newest undamaged checkpoint in a folder, and for each newer one what is wrong."""
     skipped: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
@@ -210,11 +211,11 @@ def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 # -------------------------------------------------------------------------------------------------
-# Writing: at every moment the folder holds the checkpoint before, or the new one.
+# Writing: at every moment the folder contains the previous checkpoint or the new one.
 
 
 def check_free_space(folder: Path, name: str, size: int) -> None:
-    """Raise `OSError` if `size` bytes do not fit on the disk; the message tells both sizes."""
+    """Raise `OSError` if `size` bytes do not fit on the disk; the message has both sizes."""
     free = shutil.disk_usage(folder).free
     if size > free:
         kept = checkpoints(folder)
@@ -281,11 +282,12 @@ def save_checkpoint(
     Args:
         states: the tensors of each file, see `collect`.
         state: plain values for state.json, beside the step.
-        replaces: later checkpoints, which the run resumed before: they are damaged, or the user
-            asked for an earlier one. They are removed once this one is written, whatever `keep` is.
+        replaces: checkpoints later than the one that the run resumed from, because they are damaged
+            or the user chose an earlier one. They are removed once this one is written, whatever
+            `keep` is.
 
     Raises:
-        OSError: the disk is full or cannot be written; what was there before is untouched.
+        OSError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
     target = folder / f"{PREFIX}{step:06d}"
     temporary = folder / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"

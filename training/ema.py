@@ -1,7 +1,8 @@
 """Exponential moving average (EMA) of a model's weights: the weights that are saved and sampled.
 
-Ours rather than torch's `AveragedModel` or Diffusers' `EMAModel`: it averages the shards of a model
-under FSDP2 and gathers them on one process, and its state is a flat dict in the model's own names.
+Written here instead of torch's `AveragedModel` or Diffusers' `EMAModel`: it averages the shards of
+a model under FSDP2 and gathers them on one process, and its state is a flat dict with the names of
+the model.
 """
 
 import copy
@@ -18,11 +19,12 @@ Model = TypeVar("Model", bound=nn.Module)
 class EMA(Generic[Model]):
     """theta_ema <- d theta_ema + (1 - d) theta, with d = min(decay, (1 + n) / (10 + n)), n updates.
 
-    The warm-up of d forgets the random initial weights quickly. Buffers (an EMA codebook, counters)
-    are copied, not averaged. `model` is the averaged module, in eval mode, ready to use.
+    The warm-up of d quickly removes the random initial weights from the average. Buffers (an EMA
+    codebook, counters) are copied, not averaged. `model` is the averaged module, in eval mode,
+    ready to use.
 
-    If the model is sharded after this was made (FSDP2), so is the average: then `gather` brings
-    `model` up to date on process 0, and the others keep no full copy of it.
+    If the model is sharded after this object was created (FSDP2), so is the average: then `gather`
+    updates `model` on process 0, and the other processes keep no full copy of it.
     """
 
     def __init__(self, model: Model, decay: float) -> None:
@@ -43,7 +45,7 @@ class EMA(Generic[Model]):
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Bring `model` up to date on process 0; every process must call this."""
+        """Update `model` on process 0; every process must call this."""
         for average, shard in zip(self.model.parameters(), self._shards, strict=False):
             average.copy_(full_tensor(shard))
 

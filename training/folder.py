@@ -1,15 +1,15 @@
 """The folder of a run: who may write there, what to resume, and what must not be overwritten.
 
     config.yaml        the resolved config, valid as --config
-    metrics.jsonl      what was measured
-    timing.jsonl       how fast it went
-    report.html        both, and the images, as a page
+    metrics.jsonl      losses and other metrics
+    timing.jsonl       seconds per step, images per second
+    report.html        both, with the images, as a page
     checkpoint-000300/ see checkpoint.py
     exported.json      where the finished model was saved, and its hashes
     .lock              the process that is writing here
 
-A run writes nothing into its folder before it has done a step, so one that fails earlier does not
-block the next. Names that begin with a dot do not count as contents.
+A run writes nothing into its folder before its first step is done, so a run that fails earlier does
+not block the next one. Hidden files (names that begin with a dot) are ignored.
 """
 
 import logging
@@ -51,7 +51,7 @@ BEFORE_A_CHECKPOINT = {RECIPE, METRICS, TIMING, REPORT, "reconstructions", "samp
 
 LOCK = ".lock"
 HEARTBEAT = 10.0  # seconds between two touches of the lock by its holder
-LAPSE = 120.0  # seconds without one after which a holder on another machine counts as gone
+LAPSE = 120.0  # seconds without a touch after which a holder on another machine has lapsed
 
 
 def _this_machine() -> str:
@@ -66,7 +66,7 @@ def _is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it exists, but belongs to somebody else
+    except OSError:  # it exists, but belongs to another user
         return True
     return True
 
@@ -74,20 +74,20 @@ def _is_running(pid: int) -> bool:
 class RunLock:
     """The lock of one folder; `acquire` before writing there, `release` when done.
 
-    A file that names its holder, as filelock writes it, on any file system that all machines see.
-    On the holder's machine it is stale as soon as the process has ended. Of another machine only
-    the age of the file can be seen: the holder touches it every few seconds.
+    A file of filelock that names its holder, on any file system that all machines share. On the
+    holder's machine it is stale as soon as the process has ended. On another machine only the age
+    of the file is known, and the holder touches it every few seconds.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
-        # One lease for each path: a later run in the same process takes over that of an earlier.
+        # One lease for each path: a later run in the same process takes over an earlier run's.
         self._lease = SoftFileLease(
             self.path, lease_duration=LAPSE, heartbeat_interval=HEARTBEAT, is_singleton=True
         )
 
     def acquire(self) -> None:
-        """Take the lock; that of a process that has ended is taken over.
+        """Acquire the lock; if its holder has ended, take it over.
 
         Raises:
             CheckpointError: another run is active in the folder; the message names its process.
@@ -106,12 +106,12 @@ class RunLock:
             ) from error
 
     def release(self) -> None:
-        """Give the lock back, if it is held."""
+        """Release the lock, if it is held."""
         self._lease.release(force=True)
 
     def holder(self) -> tuple[int, str] | None:
-        """Process number and host of the holder; None if nobody holds the lock, or a process that
-        has ended."""
+        """Process number and host of the holder; None if the lock is free or its holder has
+        ended."""
         owner = self._lease.owner
         if owner is None or self._has_lapsed():
             return None
@@ -162,7 +162,7 @@ def find_checkpoint(
         path = folder / path
     found = check_state(verify(path))
     if found.path.resolve().parent != folder.resolve() and contents(folder):
-        _refuse_unless_begun_alike(folder, settings)
+        _refuse_unless_same_run(folder, settings)
     return found
 
 
@@ -175,7 +175,7 @@ def check_state(checkpoint: Checkpoint) -> Checkpoint:
     for name in ("kind", "config", "data_fingerprint", "precision", "num_processes"):
         if name not in checkpoint.state:
             raise CheckpointError(
-                f"{checkpoint.path / STATE} does not state {name}: another version of smalti wrote "
+                f"{checkpoint.path / STATE} has no entry {name}: another version of smalti wrote "
                 "it; continue with that version, or choose another --output_dir"
             )
     return checkpoint
@@ -245,23 +245,23 @@ def _latest(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | None:
         logger.warning("skipped a checkpoint: %s", reason)
     if found is None and skipped:
         raise CheckpointError(
-            f"no checkpoint in {folder} can be read ({skipped[0]}): put back a copy of one, "
+            f"no checkpoint in {folder} can be read ({skipped[0]}): restore a copy of one, "
             "or choose another --output_dir"
         )
     if found is None and contents(folder):
-        _refuse_unless_begun_alike(folder, settings)
+        _refuse_unless_same_run(folder, settings)
     return check_state(found) if found else None
 
 
-def _refuse_unless_begun_alike(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Accept the files that this run itself left when it was killed before its first checkpoint."""
+def _refuse_unless_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` if a folder without a checkpoint contains files of another run."""
     import yaml
 
     held = contents(folder)
-    strangers = [name for name in held if name not in BEFORE_A_CHECKPOINT]
-    if strangers:
+    unknown = [name for name in held if name not in BEFORE_A_CHECKPOINT]
+    if unknown:
         raise CheckpointError(
-            f"{folder} contains {strangers[0]}, but no checkpoint of this run: choose another "
+            f"{folder} contains {unknown[0]}, but no checkpoint of this run: choose another "
             "--output_dir"
         )
     recipe = folder / RECIPE
@@ -269,8 +269,8 @@ def _refuse_unless_begun_alike(folder: Path, settings: Mapping[str, Any]) -> Non
         theirs = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(
-            f"{folder} is not empty (it contains {held[0]}), and it has no readable {RECIPE} that "
-            "shows that it is of this run: choose another --output_dir"
+            f"{folder} is not empty (it contains {held[0]}), and it has no readable {RECIPE} of "
+            "this run: choose another --output_dir"
         ) from error
     refuse_other_settings(settings, theirs if isinstance(theirs, dict) else {}, recipe)
     logger.warning("the run in %s has no checkpoint yet: it starts at the first step", folder)
@@ -283,7 +283,7 @@ def _refuse_unless_begun_alike(folder: Path, settings: Mapping[str, Any]) -> Non
 def refuse_target(folder: Path, target: Path) -> None:
     """Raise `CheckpointError` if the result of the run in `folder` must not be saved in `target`.
 
-    Everything below `folder` is the run's own. Elsewhere it replaces only what it exported itself.
+    The run may write anywhere below `folder`. Elsewhere it replaces only what it exported itself.
     """
     run, place = folder.resolve(), target.resolve()
     if run.is_relative_to(place):

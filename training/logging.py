@@ -1,10 +1,10 @@
-"""What a run writes while it trains: metrics.jsonl, timing.jsonl, trackers and report.html.
+"""The logs of a training run: metrics.jsonl, timing.jsonl, trackers and report.html.
 
     metrics.jsonl   {"step": 100, "loss": 0.25, ...}
     timing.jsonl    {"step": 100, "seconds_per_step": 0.21, "images_per_second": 304.8, ...}
 
-"step" counts the steps that are done. Times stand in a file of their own: metrics.jsonl is the same
-whether a run was interrupted or not.
+"step" counts the steps that are done. Times are in a separate file, so that metrics.jsonl is the
+same whether a run was interrupted or not.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from smalti.training.report import write_report
 logger = logging.getLogger(__name__)
 
 # -------------------------------------------------------------------------------------------------
-# Trackers: services that show what a run logs. One that fails is left out, the run continues.
+# Trackers: services that show what a run logs. If one fails, the run continues without it.
 
 
 def start_trackers(accelerator: Accelerator, report_to: str, config: dict[str, Any]) -> None:
@@ -76,14 +76,14 @@ def finish_trackers(accelerator: Accelerator) -> None:
 
 
 def _each(accelerator: Accelerator, act: Callable[[Any], None]) -> None:
-    """Call `act` with every tracker; one that fails is left out from then on."""
+    """Call `act` with every tracker; one that fails is not called again."""
     for tracker in list(accelerator.trackers):
         try:
             act(tracker)
         except Exception as error:
             accelerator.trackers = [other for other in accelerator.trackers if other is not tracker]
             name = getattr(tracker, "name", type(tracker).__name__)
-            logger.warning("the tracker %s failed and is left out: %s", name, error)
+            logger.warning("the tracker %s failed, the run continues without it: %s", name, error)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -96,9 +96,9 @@ def mean_of(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class MetricsLog:
-    """One JSON object per line, and the same to the trackers. Only the main process writes.
+    """One JSON object per line; the trackers get the same values. Only the main process writes.
 
-    Lines after `resume_step` are dropped, so that no step is there twice.
+    Lines after `resume_step` are dropped, so that each step occurs once.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, resume_step: int = 0) -> None:
@@ -120,8 +120,8 @@ class MetricsLog:
 # -------------------------------------------------------------------------------------------------
 # Throughput: images per second, and model FLOPs utilisation (PaLM, 2204.02311, appendix B).
 
-# Dense bf16 operations per second of one device, as its maker states them; the first name that is
-# part of the device's name counts.
+# Dense bf16 operations per second of one device, by its manufacturer's specification; the first
+# name that is part of the device's name is used.
 PEAK_FLOPS = {
     "A100": 312e12,
     "A10G": 70e12,
@@ -139,7 +139,7 @@ COUNTED_STEP = 1  # of this process: step 0 also starts workers and compiles
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Operations per second that one device can do in this precision; 0 if that is not known."""
+    """Peak operations per second of one device in this precision; 0 if unknown."""
     if device.type != "cuda" or precision != "bf16":
         return 0.0
     name = torch.cuda.get_device_name(device)
@@ -150,9 +150,9 @@ def peak_flops(device: torch.device, precision: str) -> float:
 class _FlopCounter(TorchDispatchMode):
     """Adds up the operations of matrix products, convolutions and attention, in both passes.
 
-    torch's formulas, but not its `FlopCounterMode`: that decomposes operators, which changes the
-    step's rounding, and its hooks fail on second derivatives (R1). This one calls every kernel as
-    it is called without it.
+    It uses torch's formulas, but not its `FlopCounterMode`, which decomposes operators, so that the
+    step's rounding changes, and whose hooks fail on second derivatives (R1). This mode does not
+    change which kernels are called.
     """
 
     def __init__(self) -> None:
@@ -178,7 +178,7 @@ class Throughput:
         images: number of images per step, over all processes.
         processes: number of processes.
         peak: operations per second of all devices together; 0 if unknown.
-        count: whether to count operations; those of compiled or sharded models cannot be seen.
+        count: whether to count operations; those of compiled or sharded models cannot be counted.
     """
 
     def __init__(
@@ -238,11 +238,11 @@ class Throughput:
 
 
 # -------------------------------------------------------------------------------------------------
-# All of it.
+# The log of a run.
 
 
 class RunLog:
-    """The files of a run that people read. Only the main process writes any.
+    """Metrics, times, images and report of a run. Only the main process writes files.
 
     Nothing is written before something is logged or saved, so that a run which fails in its first
     step leaves no files behind.
@@ -272,8 +272,8 @@ class RunLog:
         )
 
     def begin(self) -> MetricsLog | None:
-        """Write the recipe and start the trackers, at the first call; the log of metrics, on the
-        main process."""
+        """Write the recipe and start the trackers, at the first call. Return the log of metrics on
+        the main process, None on the others."""
         if self.accelerator.is_main_process and self._metrics is None:
             start_trackers(self.accelerator, self.config.report_to, config_to_dict(self.config))
             write_text(self.folder / RECIPE, recipe_text(self.config))
@@ -292,7 +292,7 @@ class RunLog:
 
     def show(self, step: int, name: str, image: Image.Image) -> None:
         """Save an image, made after a number of finished steps, as `name/step_000100.png`; send it
-        to the trackers, and write the report anew."""
+        to the trackers, and update the report."""
         if self.begin() is not None:
             path = self.folder / name / f"step_{step:06d}.png"
             path.parent.mkdir(exist_ok=True)
@@ -302,7 +302,7 @@ class RunLog:
             self.write_report()
 
     def write_report(self) -> None:
-        """Write `report.html` anew."""
+        """Write `report.html`, or replace it."""
         if self.accelerator.is_main_process:
             write_report(self.folder)
 

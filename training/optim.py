@@ -1,8 +1,8 @@
 """One optimizer step: weight decay groups, learning rate, clipping, and when a step is skipped.
 
-Functions that the training loops call in view. Ours rather than a library's is the guard of skipped
-steps: mixed-precision scalers skip on one process and for gradients alone; here all processes skip
-alike, for losses too, and too many skipped steps in a row end the run.
+The training loops call these functions directly. The guard of skipped steps is written here rather
+than taken from a library: mixed-precision scalers skip on one process and for gradients only; here
+all processes skip the same steps, also for losses, and too many skipped steps in a row end the run.
 """
 
 import logging
@@ -38,11 +38,11 @@ def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
     Weights of layers decay. Biases, norms and bare parameters (positions, codebooks, attention
     scales) do not, nor do those that the module names in `no_weight_decay`.
     """
-    spared = set(getattr(module, "no_weight_decay", ()))
+    excluded = set(getattr(module, "no_weight_decay", ()))
     matrices = {
         id(layer.weight)
         for name, layer in module.named_modules()
-        if isinstance(layer, LAYERS_WITH_DECAY) and f"{name}.weight" not in spared
+        if isinstance(layer, LAYERS_WITH_DECAY) and f"{name}.weight" not in excluded
     }
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if id(parameter) in matrices]
@@ -90,20 +90,20 @@ def learning_rate(config: RunConfig, step: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give all parameter groups this learning rate."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 # -------------------------------------------------------------------------------------------------
-# Clipping, and steps that must not be taken: a loss or the gradient is not finite on some process.
+# Clipping, and skipped steps: those with a loss or gradient that is not finite on some process.
 
 
 def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients down to a norm of at most `max_norm`.
 
     Returns:
-        The norm over all parameters before clipping, a scalar, of the whole gradient if the module
+        The norm over all parameters before clipping, a scalar; of the full gradient if the module
         is sharded.
     """
     return full_tensor(nn.utils.clip_grad_norm_(module.parameters(), max_norm))
@@ -117,7 +117,7 @@ def logged_norm(gradient_norm: Tensor, accepted: bool) -> Tensor:
 
 
 class StepGuard:
-    """Accepts or refuses every optimizer step, alike on all processes, and counts the refused.
+    """Accepts or refuses every optimizer step, the same on all processes; counts the refused.
 
     Args:
         limit: refused steps in a row, of one model, at which the run ends.
@@ -126,14 +126,14 @@ class StepGuard:
 
     def __init__(self, limit: int, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
         self.limit = limit
-        self.in_a_row: dict[str, int] = {}  # name of the model -> refused steps since the last good
+        self.in_a_row: dict[str, int] = {}  # model -> refused steps since the last accepted one
         self.total = 0
         self._sum = sum_over_processes
 
     def accepts(
         self, model: str, step: int, losses: Sequence[Tensor], gradient_norm: Tensor
     ) -> bool:
-        """Whether the step is to be taken; every process must call this and gets the same answer.
+        """Whether to take the step; every process must call this and gets the same result.
 
         Args:
             model: its name, in messages and counters.

@@ -1,8 +1,8 @@
-"""The processes of a job: precision, DDP for both stages, FSDP2 for priors, and agreement.
+"""The processes of a job: precision, DDP for both stages, FSDP2 for priors, synchronisation.
 
-What an Accelerate config says about machines, processes, sharding and compilation holds. What this
-library decides itself (precision, gradient accumulation) is not taken from there; a setting that
-would be ignored is refused.
+Machines, processes, sharding and compilation are those of the Accelerate config. Precision and
+gradient accumulation are not read from it, because they are settings of the run; a launch with
+DeepSpeed, Megatron-LM or FSDP version 1 is refused.
 """
 
 import hashlib
@@ -64,9 +64,9 @@ def resolve_precision(requested: Precision, device: torch.device) -> Literal["no
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has matrix units for bf16 (Intel's AMX).
 
-    There, convolutions and matrix products take half the time; CPUs without them emulate bf16 or
-    gain little. The processor is asked, nothing is timed: a timing depends on what else the machine
-    is doing, and a run could not be repeated.
+    With them, convolutions and matrix products take half the time; CPUs without them emulate bf16
+    or gain little. The CPU's features decide, not a timing, which depends on the load of the
+    machine, so that a run could not be repeated.
     """
     if hasattr(torch.cpu, "get_capabilities"):
         return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
@@ -78,7 +78,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def join_job(timeout: float | None = None) -> PartialState:
-    """This process among those of the launch; on CPUs if ACCELERATE_USE_CPU is set.
+    """This process as a member of the launched job; on CPUs if ACCELERATE_USE_CPU is set.
 
     Args:
         timeout: seconds that a process waits for the others before it fails; None is torch's
@@ -160,7 +160,7 @@ def start_accelerator(
 def replicate(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """Wrap a module so that its backward pass averages the gradients over the processes (DDP).
 
-    Gradients are synchronised by this wrapper alone: every pass whose gradients are used calls it.
+    Only this wrapper synchronises gradients: every pass whose gradients are used must call it.
 
     Raises:
         ConfigurationError: the job was launched with FSDP.
@@ -175,7 +175,7 @@ def shard(
 ) -> nn.Module:
     """Like `replicate`; under FSDP2 the module and its optimizer are sharded instead, in place.
 
-    Averages of the module are made before, its state is restored after.
+    Create an EMA of the module before this call, and restore a checkpoint after it.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return replicate(accelerator, module)
@@ -183,10 +183,10 @@ def shard(
     assert plugin is not None, "Accelerate has a plugin whenever it shards"
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = repeated_blocks(module)
-    wrapped, _ = accelerator.prepare(module, optimizer)  # the optimizer itself is changed, too
+    wrapped, _ = accelerator.prepare(module, optimizer)  # changes the optimizer in place
     for part in module.modules():
-        # The methods of the whole module are called within its `forward`, while its weights are
-        # gathered; those of a block gather the block's.
+        # The methods of the root module are called within its `forward`, while its weights are
+        # gathered; the methods of a block gather the weights of the block.
         if isinstance(part, FSDPModule) and part is not module:
             for name in own_methods(part):
                 register_fsdp_forward_method(part, name)
@@ -216,7 +216,7 @@ def repeated_blocks(module: nn.Module) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------
-# Agreement between the processes.
+# Synchronisation of the processes.
 
 
 def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ def agreed_errors() -> Iterator[None]:
 
 
 def refuse_divergence(tracked: Mapping[str, Stateful]) -> None:
-    """Compare what all processes must hold alike: the weights of modules that are not sharded.
+    """Compare the weights that must be equal on all processes: those of modules not sharded.
 
     Raises:
         CheckpointError: a process has other weights than process 0.
@@ -267,7 +267,7 @@ def refuse_divergence(tracked: Mapping[str, Stateful]) -> None:
 
 
 def digest(module: nn.Module) -> str:
-    """A hash of the sums over each tensor of a module and its squares; equal for equal tensors."""
+    """A hash of the sum and the sum of squares of each tensor of a module."""
     sums = [_sums(tensor) for tensor in module.state_dict().values()]
     flat = torch.cat(sums).cpu().numpy().tobytes() if sums else b""
     return hashlib.sha256(flat).hexdigest()

@@ -1,7 +1,7 @@
 """A run as one page: `report.html`, plain HTML and SVG, no script, nothing from the network.
 
 It shows the files in the folder of the run: curves of metrics.jsonl and timing.jsonl, the images,
-the config. It can be written again at any time, from any machine that sees the folder.
+the config. It can be written again at any time, from any machine that can read the folder.
 """
 
 import math

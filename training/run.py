@@ -1,6 +1,6 @@
-"""A training run: a folder, one or many processes, checkpoints from which it resumes bit by bit.
+"""A training run: a folder, one or many processes, checkpoints from which it resumes bit-exactly.
 
-The loop stays in the script, and every effect is a call in it:
+The loop stays in the script, and every operation is a call in it:
 
     run = Run(config, kind="train-prior", result=config.output_dir / "pipeline")
     run.track(model=prior, ema=ema, optimizer=OptimizerState(optimizer))
@@ -78,8 +78,8 @@ class Run:
         result: the folder that the finished model will be saved in; checked before any work.
 
     Raises:
-        CheckpointError: a folder holds something that is not this run's, or there is no such run to
-            resume.
+        CheckpointError: a folder contains files that are not of this run, or there is no such run
+            to resume.
         ConfigurationError: the job was launched in a way that runs do not support.
     """
 
@@ -115,19 +115,19 @@ class Run:
         self._tracked: dict[str, Stateful] = {}
         self._lock = RunLock(self.folder)
         self._interrupt = InterruptGuard()
-        self.accelerator.wait_for_everyone()  # all have seen the folder as it was
+        self.accelerator.wait_for_everyone()  # all have read the folder before it changes
 
     # -- before the loop ----------------------------------------------------------------------
 
     def track(self, **objects: Stateful) -> None:
-        """Name what a checkpoint must hold, one file each. Modules are tracked unwrapped."""
+        """Register the objects that a checkpoint stores, one file each; modules unwrapped."""
         self._tracked.update(objects)
 
     def resume(self, data_fingerprint: str) -> None:
         """Restore the tracked objects if there is a checkpoint; lock the folder for this run.
 
         Args:
-            data_fingerprint: of what the run learns from; a checkpoint of other data is refused.
+            data_fingerprint: of the training data; a checkpoint of other data is refused.
 
         Raises:
             CheckpointError: the checkpoint does not fit, or another run is active in the folder.
@@ -143,8 +143,8 @@ class Run:
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.state["data_fingerprint"] != self._data_fingerprint:
             raise CheckpointError(
-                f"{checkpoint.path} was trained on other data than these: put back what has "
-                "changed since, or choose another --output_dir"
+                f"{checkpoint.path} was trained on other data than these: restore the former data, "
+                "or choose another --output_dir"
             )
         checkpoint.restore(self._tracked)
         self.start_step = checkpoint.step
@@ -153,7 +153,7 @@ class Run:
         before = checkpoint.state["num_processes"]
         if before != self.world_size and self.is_main:
             logger.warning(
-                "resuming on %d processes what ran on %d: the data order is the same, "
+                "resuming on %d processes a run that had %d: the data order is the same, "
                 "rounding and dropout are not",
                 self.world_size,
                 before,
@@ -196,7 +196,7 @@ class Run:
             raise
 
     def remaining_steps(self) -> Iterable[int]:
-        """The steps from the first, or the one after the checkpoint, on: a range with a bar."""
+        """The steps that are not done, with a progress bar."""
         total = self.config.max_train_steps
         return tqdm(
             range(self.start_step, total),
@@ -215,13 +215,13 @@ class Run:
         return self._log.throughput.step()
 
     def micro_batch(self, index: int, model: nn.Module) -> AbstractContextManager[Any]:
-        """Around a backward pass: gradients add up on their process until the last micro-batch of a
-        step, whose backward pass averages them over the processes."""
+        """Around a backward pass: gradients accumulate on each process until the last micro-batch
+        of a step, whose backward pass averages them over the processes."""
         last = index == self.config.gradient_accumulation_steps - 1
         return nullcontext() if last else self.accelerator.no_sync(model)
 
     def backward(self, loss: Tensor) -> None:
-        """Back-propagate a micro-batch's mean loss, as its share of the mean over the step."""
+        """Back-propagate the mean loss of a micro-batch, divided by the number of micro-batches."""
         self.accelerator.backward(loss / self.config.gradient_accumulation_steps)
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ class Run:
 
         Raises:
             CheckpointError: a process has other weights than process 0.
-            OSError: it cannot be written; the checkpoint before is untouched.
+            OSError: it cannot be written; the previous checkpoint is untouched.
             SystemExit: the main process cannot write it.
         """
         processes.refuse_divergence(self._tracked)
@@ -261,7 +261,7 @@ class Run:
             raise failure or SystemExit(EXIT_FAILURE)
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint states about the run, in state.json."""
+        """The entries of a checkpoint's state.json."""
         return {
             "kind": self.kind,
             "config": config_to_dict(self.config),
@@ -286,7 +286,7 @@ class Run:
     # -- logs and the result ------------------------------------------------------------------
 
     def log(self, step: int, values: Mapping[str, float | Tensor]) -> None:
-        """Write the mean of each value over all processes, and the times; every process calls."""
+        """Log the mean of each value over all processes, and times; every process must call it."""
         names = sorted(values)
         stacked = torch.tensor([float(values[name]) for name in names], device=self.device)
         means = self.sum_over_processes(stacked) / self.world_size
@@ -300,7 +300,7 @@ class Run:
 
     def show(self, step: int, name: str, image: Image.Image) -> None:
         """Save an image that the main process made, as `name/step_000100.png`, send it to the
-        trackers, and write report.html anew."""
+        trackers, and update report.html."""
         self._log.show(step + 1, name, image)
 
     def export(self, save: Callable[[Path], Any]) -> Path:
@@ -327,7 +327,7 @@ def _refuse_other_run(checkpoint: Checkpoint, kind: str, config: RunConfig) -> N
     if checkpoint.step > config.max_train_steps:
         raise CheckpointError(
             f"{checkpoint.path} is beyond max_train_steps {config.max_train_steps}: "
-            "give at least its step, or resume an earlier checkpoint by its path"
+            f"set it to {checkpoint.step} or more, or resume an earlier checkpoint by its path"
         )
     replaced = later_checkpoints(Path(config.output_dir), checkpoint.step)
     if replaced:
@@ -341,9 +341,9 @@ def _refuse_other_run(checkpoint: Checkpoint, kind: str, config: RunConfig) -> N
 # -------------------------------------------------------------------------------------------------
 # Random numbers of a step, as functions of (seed, step) and of a sample's place in the whole batch.
 #
-# They are generated for the whole batch on every process, which takes its rows: so the gradients
-# are the same however the batch is divided among processes and micro-batches, and a resumed step
-# repeats the numbers of the uninterrupted one.
+# Every process generates them for the whole batch and takes its own rows. So the gradients do not
+# depend on how the batch is divided among processes and micro-batches, and a resumed step repeats
+# the random numbers of the uninterrupted run.
 
 
 class HasRandomInputs(Protocol):
@@ -353,8 +353,8 @@ class HasRandomInputs(Protocol):
 
 
 def seed_everything(seed: int, step: int, rank: int) -> None:
-    """Seed torch's global generators for one step of one process (dropout, and what else a model
-    samples within its forward pass)."""
+    """Seed torch's global generators for one step of one process: for dropout and other sampling
+    within the forward pass of a model."""
     torch.manual_seed(derive_seed(seed, step, rank))
 
 
@@ -377,8 +377,8 @@ def random_inputs_of_step(
     if generator is None:
         seed = derive_seed(config.seed, step, 0)
         generator = torch.Generator(run.device).manual_seed(seed)
-    whole = model.sample_random_inputs(config.train_batch_size, generator)
-    parts = {name: local_micro_batches(run, rows) for name, rows in whole.items()}
+    inputs = model.sample_random_inputs(config.train_batch_size, generator)
+    parts = {name: local_micro_batches(run, rows) for name, rows in inputs.items()}
     return [
         {name: part[index] for name, part in parts.items()}
         for index in range(config.gradient_accumulation_steps)

@@ -45,7 +45,7 @@ def of_run(path: Path) -> Info:
     if newest is not None:
         lines = [("kind", f"{newest.state['kind']} run"), *_state_lines(newest)]
     else:
-        lines.append(("step", "no checkpoint to go on from"))
+        lines.append(("step", "no checkpoint to resume from"))
     lines += [("last logged", _last(path / METRICS)), ("speed", _last(path / TIMING))]
     report, exported = path / REPORT, path / EXPORTED
     lines += [("report", str(report))] if report.is_file() else []
@@ -103,7 +103,7 @@ def _short(value: Any) -> str:
 
 
 def _count(file: Path) -> int:
-    """How many values a file of weights holds; only its header is read."""
+    """The number of values in a file of weights; only its header is read."""
     try:
         with safe_open(file, framework="pt") as tensors:
             shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""What asks a run to stop: a signal, or the end of the process that launched it.
+"""Requests to stop a run: a signal, or the end of the process that launched it.
 
 The first SIGINT or SIGTERM lets the current step finish and be saved; the second one stops at once.
 A launcher that is killed leaves its processes behind. Those of torchrun and `accelerate launch`
@@ -15,8 +15,8 @@ from types import FrameType, TracebackType
 # Set by torchrun and by `accelerate launch` for the processes that they start. Without one of them
 # the parent is a shell, which may end before the run does.
 LAUNCHED_BY = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")
-EXIT_FAILURE = 1  # as of a command that a full disk or a failing machine has ended
-INTERVAL = 1.0  # seconds between two looks at the launcher
+EXIT_FAILURE = 1  # a machine error, the same status as for a full disk
+INTERVAL = 1.0  # seconds between two checks of the launcher
 GRACE = 60.0  # seconds from the launcher's end to the process's
 
 
@@ -75,7 +75,7 @@ class LauncherWatch(threading.Thread):
         self._over.set()
 
     def run(self) -> None:
-        """Look once a second until the context ends."""
+        """Check every `INTERVAL` seconds until the context ends."""
         while not self._over.wait(INTERVAL):
             if os.getppid() != self.parent:
                 self.guard.requested = True
@@ -90,7 +90,7 @@ def launcher() -> int | None:
 
 
 def end_at_once() -> None:
-    """End this process although its main thread is blocked."""
+    """End this process, although its main thread is blocked, without saving."""
     print(
         f"error: the launcher ended and the step did not finish within {GRACE:.0f} s: stopped"
         " without saving; the last checkpoint is complete, continue with --resume_from_checkpoint"

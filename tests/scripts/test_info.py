@@ -87,7 +87,7 @@ def test_a_run_before_its_first_step_is_recognised(tmp_path: Path, capsys) -> No
     lock.acquire()
     lines = told(capsys, tmp_path)
     assert lines["kind"] == "training run" and lines["active"].startswith("yes: process ")
-    assert lines["step"] == "no checkpoint to go on from"
+    assert lines["step"] == "no checkpoint to resume from"
     lock.release()
     (tmp_path / LOCK).touch()  # that of another program
     assert main(["info", str(tmp_path)]) == 2

@@ -180,7 +180,7 @@ def test_a_checkpoint_of_another_version_is_refused(latest: RunConfig, by_path: 
     shutil.rmtree(newest)
     save_checkpoint(latest.output_dir, state.pop("step"), {}, state, keep=0)
     wanted = str(newest) if by_path else "latest"
-    with pytest.raises(SmaltiError, match=r"does not state num_processes: another version"):
+    with pytest.raises(SmaltiError, match=r"has no entry num_processes: another version"):
         train(replace(latest, resume_from_checkpoint=wanted, max_train_steps=8))
     with pytest.raises(SmaltiError, match=r"folder not found: .*nowhere"):
         train(replace(latest, resume_from_checkpoint=str(latest.output_dir / "nowhere")))
