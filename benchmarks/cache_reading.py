@@ -78,10 +78,12 @@ def rate(batches: Iterator[Any], repeat: int) -> float:
 def main() -> None:
     """Print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=50_000, help="in the cache")
+    parser.add_argument("--samples", type=int, default=50_000, help="samples in the cache")
     parser.add_argument("--shard_size", type=int, default=8192, help="samples per file")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each side")
-    parser.add_argument("--batches", type=int, default=200, help="of 256 samples, in each round")
+    parser.add_argument(
+        "--batches", type=int, default=200, help="batches of 256 samples in each round"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cache = make_cache(Path(folder) / "cache", args.samples, args.shard_size)

@@ -1,10 +1,10 @@
-"""How long a checkpoint holds up training, against writing the same bytes to the same disk.
+"""How long a checkpoint delays training, compared with writing the same bytes to the same disk.
 
     python benchmarks/checkpoint_stall.py --parameters 100e6
 
-Prints the median of a ratio of seconds: `save_checkpoint` of a model, its average and AdamW's two
-moments (written, hashed, flushed to disk, renamed), over one plain file of as many bytes, written
-and flushed. The two alternate, so that a busy disk slows both alike.
+Prints the median of a ratio of seconds: `save_checkpoint` of a model, its EMA and AdamW's two moments
+(written, hashed, flushed to disk, renamed), over one plain file of as many bytes,
+written and flushed. The two alternate, so that a busy disk slows both equally.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def seconds_to_write(path: Path, objects: dict[str, Stateful]) -> float:
 def main() -> None:
     """Print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parameters", type=float, default=100e6)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parameters", type=float, default=100e6, help="of the model")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each")
     parser.add_argument("--folder", type=Path, default=None, help="a folder on the disk to measure")
     args = parser.parse_args()
     objects = trained_model(args.parameters)

@@ -1,4 +1,4 @@
-"""The three families of priors compared: the table of the README, and one grid of samples.
+"""Compares the three families of priors: the table of the README, and one grid of samples.
 
     python benchmarks/compare_priors.py --output_dir runs/priors
 
@@ -38,7 +38,7 @@ PRIOR_STEPS = 1000
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Train several priors alike and compare them."""
+    """Train several priors with the same recipe and compare them."""
 
     output_dir: Path = Path("runs/priors")  # a folder for each prior, and side_by_side.png
     priors: tuple[str, ...] = ("gpt-nano", "var-nano", "flow-nano")  # presets
@@ -113,7 +113,7 @@ def first_block(prior: Prior) -> nn.Module:
 
 
 def train(config: CompareConfig, name: str) -> TrainedPrior:
-    """Run the demo with one prior, unless its results are there."""
+    """Run the demo with one prior, unless its results exist."""
     folder = config.output_dir / name
     recipe = DemoConfig(
         data=config.data,

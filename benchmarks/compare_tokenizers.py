@@ -1,4 +1,4 @@
-"""Every tokenizer, trained alike and measured on the same held-out images: the README's table.
+"""Trains every tokenizer with one recipe and measures it on held-out images: the README's table.
 
     python benchmarks/compare_tokenizers.py --output_dir runs/tokenizers
 
@@ -40,10 +40,10 @@ DEFAULT = (
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Train several tokenizers alike and compare them."""
+    """Train several tokenizers with the same recipe and compare them."""
 
     output_dir: Path = Path("runs/tokenizers")  # a folder for each preset
-    presets: tuple[str, ...] = DEFAULT  # of tokenizers
+    presets: tuple[str, ...] = DEFAULT  # presets of tokenizers
     data: str = "emoji"  # as in `smalti train-tokenizer`
     max_train_steps: int = SCALES["cpu"].tokenizer.max_train_steps  # of each tokenizer
 

@@ -1,4 +1,4 @@
-"""Speed of reading data, compared with the speed at which the demo's prior learns from it.
+"""Speed of reading data, compared with the speed at which the demo's prior is trained on it.
 
     python benchmarks/data_loading.py
 
@@ -40,7 +40,7 @@ class Result:
 
     demo_codes_per_image: int
     demo_cache: float  # codes of an image through the loader, shuffled, as training reads them
-    demo_prior: float  # codes of an image that the prior learns from
+    demo_prior: float  # codes of an image, in training the prior
     cache_256_codes: float  # as demo_cache, with 256 codes per image
     images_in_memory: float  # images of the demo's size through the loader
     images_cropped_at_random: float  # the same, decoded and cropped each time
@@ -116,11 +116,11 @@ def measure(folder: Path, rounds: int, steps: int) -> Result:
         stream(ImageDataset(source, side, flip=True), batch_size),
         stream(ImageDataset(source, side, flip=True, crop=RandomCrop()), batch_size),
     ]
-    learn = prior_step(small, batch_size)
+    train = prior_step(small, batch_size)
     timed: list[list[float]] = [[] for _ in range(5)]
     for _ in range(rounds + 1):  # the first round warms up
         timed[0].append(rate(lambda: next(read[0]), batch_size, 20 * steps))
-        timed[1].append(rate(learn, batch_size, steps))
+        timed[1].append(rate(train, batch_size, steps))
         timed[2].append(rate(lambda: next(read[1]), 256, 20 * steps))
         timed[3].append(rate(lambda: next(read[2]), batch_size, 5 * steps))
         timed[4].append(rate(lambda: next(read[3]), batch_size, steps))
@@ -131,7 +131,9 @@ def main() -> None:
     """Print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side")
-    parser.add_argument("--steps", type=int, default=4, help="of the prior, in each round")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="training steps of the prior in each round"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

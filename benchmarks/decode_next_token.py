@@ -105,10 +105,14 @@ def measure(prior: NextTokenPrior, labels: Tensor, guidance_scale: float) -> Res
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", choices=list(PRESETS), default="gpt-b", help="of the prior")
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), default="gpt-b", help="preset of the prior"
+    )
     parser.add_argument("--rows", type=int, default=1, help="samples per batch")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="1 is off")
-    parser.add_argument("--side", type=int, default=8, help="of the square grid of codes")
+    parser.add_argument(
+        "--guidance_scale", type=float, default=1.0, help="guidance scale; 1 is off"
+    )
+    parser.add_argument("--side", type=int, default=8, help="side of the square grid of codes")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()

@@ -74,7 +74,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     published = [name for name in PRESETS if "/" in name]
-    parser.add_argument("--preset", choices=published, default="dit-s/2", help="of the network")
+    parser.add_argument(
+        "--preset", choices=published, default="dit-s/2", help="preset of the network"
+    )
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each side")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -3,9 +3,9 @@
     python benchmarks/next_scale_speed.py --preset var-nano --sides 1 2 3 4 6 8 --rows 8
 
 A third of the weights (those of the adaLN modulation) depend on the class alone, which is the same
-at every scale. smalti multiplies with them once per image, the published code at every scale. Both
-are timed in turns in one process, so that other load on the machine affects them alike: the second
-is the first with the projections computed again before every scale but the first.
+at every scale. smalti multiplies with them once per image, but the published code at every scale.
+Both are timed in turns in one process, so that other load on the machine affects them alike: the
+second is the first with the projections computed again before every scale but the first.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def build(preset: str, sides: list[int]) -> NextScalePrior:
 
 
 def measure(prior: NextScalePrior, labels: Tensor, guidance_scale: float, rounds: int) -> Result:
-    """Time both ways of sampling in turns."""
+    """Time both variants of sampling in turns."""
     guided = guidance_scale != 1  # rows are the labels, then as many null labels
     rows = torch.cat([labels, torch.full_like(labels, prior.num_classes)]) if guided else labels
 
@@ -73,13 +73,21 @@ def measure(prior: NextScalePrior, labels: Tensor, guidance_scale: float, rounds
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", choices=list(PRESETS), default="var-d16", help="of the prior")
     parser.add_argument(
-        "--sides", type=int, nargs="+", default=list(PUBLISHED_SIDES), help="of the code grids"
+        "--preset", choices=list(PRESETS), default="var-d16", help="preset of the prior"
+    )
+    parser.add_argument(
+        "--sides",
+        type=int,
+        nargs="+",
+        default=list(PUBLISHED_SIDES),
+        help="sides of the code grids",
     )
     parser.add_argument("--rows", type=int, default=1, help="samples per batch")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="1 is off")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each way")
+    parser.add_argument(
+        "--guidance_scale", type=float, default=1.0, help="guidance scale; 1 is off"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()

@@ -138,10 +138,10 @@ def search_memory(vocab_size: int, features: int, dim: int = 8) -> str:
     nearest_codes(rows, codebook)
     seconds = time.perf_counter() - start
     chunk = max(1, quantize.CHUNK_ELEMENTS // vocab_size)
-    held, full = min(chunk, features) * vocab_size * 4, features * vocab_size * 4  # bytes
+    used, full = min(chunk, features) * vocab_size * 4, features * vocab_size * 4  # bytes
     return (
         f"{vocab_size:7} codes, {features} features: {seconds:.2f} s, "
-        f"{held / 2**20:.0f} MiB of scores (full matrix: {full / 2**20:.0f} MiB)"
+        f"{used / 2**20:.0f} MiB of scores (full matrix: {full / 2**20:.0f} MiB)"
     )
 
 

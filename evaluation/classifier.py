@@ -1,6 +1,6 @@
 """A small residual network (pre-activation, He et al., 1603.05027), trained on real images, that
-tells whether samples show the requested class. It is independent of the generator: its weights and
-its seed are its own, and its input is pixels."""
+measures whether samples show the requested class. It is independent of the generator: it has its
+own weights and seed, and its input is pixels."""
 
 import math
 from collections.abc import Callable
@@ -118,9 +118,9 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror each image with probability 1/2 and shift it by up to an eighth of its side."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     images = torch.where(mirrored, images.flip(-1), images)
-    reach = images.shape[-1] // 8
-    padded = F.pad(images, (reach,) * 4, mode="replicate")
-    corners = torch.randint(2 * reach + 1, (len(images), 2), generator=generator).tolist()
+    max_shift = images.shape[-1] // 8
+    padded = F.pad(images, (max_shift,) * 4, mode="replicate")
+    corners = torch.randint(2 * max_shift + 1, (len(images), 2), generator=generator).tolist()
     side = images.shape[-1]
     crops = [p[:, y : y + side, x : x + side] for p, (y, x) in zip(padded, corners, strict=True)]
     return torch.stack(crops)

@@ -19,7 +19,7 @@ from smalti.errors import DataError
 
 
 class _PrecomputedFeatures(nn.Identity):
-    """Takes the place of the Inception network in torchmetrics: its input is the features."""
+    """Replaces the Inception network in torchmetrics: its input is the features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     )
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
-    return max(0.0, metric.compute().item())  # rounding may lead below 0
+    return max(0.0, metric.compute().item())  # rounding can give less than 0
 
 
 def check_features(features: Tensor) -> None:
@@ -116,7 +116,7 @@ def nearest_neighbours(queries: Tensor, references: Tensor, chunk: int = 256) ->
     are computed from differences. For cosine distance pass features normalised to length 1.
 
     Args:
-        chunk: queries per matrix product; a (chunk, N) matrix is held in memory.
+        chunk: queries per matrix product; a (chunk, N) matrix is in memory.
 
     Raises:
         DataError: no references, or references of another shape than the queries.

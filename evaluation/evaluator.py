@@ -1,6 +1,6 @@
 """The evaluators behind `smalti evaluate`: of a tokenizer, and of samples.
 
-They know images and features only. `scripts/evaluate.py` passes what is measured: a tokenizer as
+They use images and features only. `scripts/evaluate.py` passes what is measured: a tokenizer as
 an `Autoencoder`, the samples of a pipeline as a tensor, a prior as the function that gives the bits
 of latents.
 """
@@ -66,7 +66,7 @@ def first_of_each(labels: Tensor, count: int, classes: int = SHOWN_CLASSES) -> T
 
 
 class Autoencoder(Protocol):
-    """What the evaluation needs of a tokenizer."""
+    """The parts of a tokenizer that the evaluation uses."""
 
     @property
     def spec(self) -> LatentSpec: ...
@@ -84,7 +84,7 @@ class TokenizerEvaluator:
 
     Args:
         autoencoder: in eval mode, on `device`.
-        heldout: images that were kept from its training, of its size.
+        heldout: images that were not in its training set, of its image size.
         protocol: recorded with every metric.
         batch_size: images encoded and decoded at once.
 
@@ -141,7 +141,7 @@ class TokenizerEvaluator:
 
 
 class BitsPerDimension(Protocol):
-    """-log2 p(latents | labels) per code or per number of the latents, (B,), of labels (B,)."""
+    """-log2 p(latents | labels) per code or per element of the latents, (B,), of labels (B,)."""
 
     def __call__(
         self, latents: Tensor, condition: Tensor, *, generator: torch.Generator | None = None
@@ -154,7 +154,7 @@ class SampleEvaluator:
     Args:
         tokenizer: the evaluator of the tokenizer that decodes the samples.
         train: the training images.
-        num_references: at most this many of them, evenly spaced, are compared with.
+        num_references: samples are compared with at most this many of them, evenly spaced.
         seed: of the classifier, of random subsets and of likelihoods.
     """
 
@@ -166,11 +166,11 @@ class SampleEvaluator:
         self.train, self.train_labels = reference_images(train, num_references)
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A generator for one purpose: what one metric takes does not change another."""
+        """A generator for one purpose: the random numbers of one metric do not affect another."""
         return generator(self.seed, "evaluate", purpose)
 
     def labels(self, count: int) -> Tensor:
-        """Labels (count,) of samples to make: classes in the proportions of the training images."""
+        """Labels (count,) of samples to generate, in the class proportions of the training set."""
         in_order = torch.arange(len(self.class_counts)).repeat_interleave(self.class_counts)
         return in_order[evenly_spaced(count, len(in_order))]
 
@@ -233,8 +233,8 @@ class SampleEvaluator:
         references = torch.cat([self.train, self.train.flip(-1)])
         nearest = nearest_neighbours(rounded(sets.samples), references)
         nearest_heldout = nearest_neighbours(sets.heldout, references)
-        # A memorised image comes back with the tokenizer's own error: samples are copies of
-        # reconstructions.
+        # A sample of a memorised image has the tokenizer's error: it is a copy of the
+        # reconstruction.
         _, reconstructed = self.tokenizer.reconstruct(references)
         nearest_copy = nearest_neighbours(rounded(sets.samples), rounded(reconstructed))
 

@@ -2,8 +2,8 @@
 
 AlexNet is the trunk of the LPIPS that comes with smalti. EfficientNet-Lite0 is written out here:
 transformers has only the variants with squeeze-excitation, and timm, which has this one, takes its
-weights from the Hub under other names, while the file that we know by its hash comes in a package
-from the Python index and works offline.
+weights from the Hub under other names, while the file whose hash we check is in a package from
+the Python index and works offline.
 """
 
 import hashlib
@@ -155,7 +155,7 @@ class EfficientNetFeatures:
     """Pooled features of EfficientNet-Lite0 trained on ImageNet, (B, 1280), of images at 160 px.
 
     Raises:
-        DataError: the file at `path` is not the known one.
+        DataError: the hash of the file at `path` is not the known one.
     """
 
     name = "efflite0"

@@ -1,7 +1,7 @@
 """The metrics of reconstructions, codes and samples, each with the protocol that produced it.
 
-Small parts first: the record, then what is measured of reconstructions, of the codebook, and of
-samples. Every function returns metrics by name; images are rounded to 8 bits before any of them.
+In order: the record of a metric, then metrics of reconstructions, of the codebook, and of samples.
+Every function returns metrics by name; images are rounded to 8 bits before any of them.
 """
 
 import math
@@ -23,7 +23,7 @@ from smalti.files import write_json
 from smalti.tokenizer.losses.perceptual import LPIPS
 
 CHUNK = 128  # images per forward pass
-VERSIONED = ("smalti", "torch", "torchvision", "torchmetrics")  # packages that decide the values
+VERSIONED = ("smalti", "torch", "torchvision", "torchmetrics")  # packages that affect the values
 
 # -------------------------------------------------------------------------------------------------
 # A value and its protocol
@@ -90,7 +90,7 @@ def reconstruction_metrics(
 def codebook_metrics(
     counts: Tensor, codes_per_image: int, pixels: int, protocol: dict[str, Any]
 ) -> dict[str, Metric]:
-    """Usage and perplexity of code counts (V,) over a whole set, and bits per pixel: the size of
+    """Usage and perplexity of code counts (V,) over a complete set, and bits per pixel: the size of
     the codes of an image without further compression, L log2(V) / (H W)."""
     base = {**protocol, "codes": int(counts.sum()), "vocab_size": len(counts)}
     bits = codes_per_image * math.log2(len(counts)) / pixels
@@ -129,7 +129,7 @@ def distance_metrics(
     held-out against training images.
 
     A Frechet distance is biased upwards when there are few features. The floor therefore uses as
-    many images as there are samples: it is about the distance that perfect samples would have.
+    many images as there are samples: it estimates the distance of perfect samples.
 
     Args:
         seed: the generator for a purpose, "floor" or "kid".

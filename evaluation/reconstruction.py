@@ -11,8 +11,8 @@ from torch import Tensor
 from smalti.data.latents import to_levels
 from smalti.errors import DataError
 
-# torchmetrics is imported inside the functions: importing it takes several seconds, which
-# training, a user of these metrics, would wait for at its start.
+# torchmetrics is imported inside the functions: importing it takes several seconds, which would
+# delay the start of training.
 
 # -------------------------------------------------------------------------------------------------
 # PSNR and SSIM
@@ -83,7 +83,7 @@ def _check_shapes(images: Tensor, reference: Tensor) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Codebook usage and perplexity. Count over a whole set: a small sample underestimates usage.
+# Codebook usage and perplexity. Count over a complete set: a small sample underestimates usage.
 
 
 def code_counts(codes: Tensor, vocab_size: int) -> Tensor:

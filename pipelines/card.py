@@ -35,7 +35,7 @@ def model_card(
     """The content of README.md.
 
     Args:
-        has_grid: whether `SAMPLES` lies beside it.
+        has_grid: whether the file `SAMPLES` is saved beside it.
         notes: Markdown about the training data and the measurements, appended as it is.
     """
     from huggingface_hub import ModelCard, ModelCardData

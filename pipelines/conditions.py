@@ -1,4 +1,4 @@
-"""What a pipeline is asked for: the condition of every image, and the options of the prior.
+"""The inputs of a pipeline: the condition of every image, and the options of the prior.
 
 label_ids        classes by name or number -> class labels
 Conditions       the condition of each image of a call: class labels or captions
@@ -42,10 +42,11 @@ def integer(name: str, value: Any) -> int:
 def label_ids(class_labels: ClassLabels, classes: Sequence[str]) -> list[int]:
     """The labels of one or several classes, each given by its name or its number.
 
-    Text is looked up as a name; it counts as a number only where no class has a number as its name.
+    Text is looked up as a name; it is read as a number only if no class name is a number.
 
     Raises:
-        GenerationError: there is no such class, with similar names; or it is no name or number.
+        GenerationError: there is no such class (the message lists similar names), or a label is
+            neither a name nor a number.
     """
     if isinstance(class_labels, Tensor):
         class_labels = class_labels.flatten().tolist()
@@ -101,7 +102,7 @@ class Conditions:
         found = [label for label in label_ids(labels, classes) for _ in range(each)]
         if not found:
             raise GenerationError(
-                "no images were asked for: pass at least one class and num_images_per_prompt from 1"
+                "no images were requested: pass at least one class, num_images_per_prompt >= 1"
             )
         return cls(found)
 
@@ -120,8 +121,7 @@ class Conditions:
         each = integer("num_images_per_prompt", each)
         if each < 1 or not len(features):
             raise GenerationError(
-                "no images were asked for: pass at least one caption and num_images_per_prompt "
-                "from 1"
+                "no images were requested: pass at least one caption, num_images_per_prompt >= 1"
             )
         if mask is None:
             mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
@@ -149,6 +149,6 @@ def check_names(prior: Prior, options: Mapping[str, Any]) -> None:
 
 
 def check_options(prior: Prior, options: Mapping[str, Any]) -> None:
-    """Raise `SmaltiError` if `prior.sample` refuses an option, by asking it for no samples."""
+    """Raise `SmaltiError` if `prior.sample` refuses an option; calls it with no conditions."""
     check_names(prior, options)
     prior.sample(prior.no_conditions(), **options)

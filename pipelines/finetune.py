@@ -52,8 +52,8 @@ def saved_tokenizer(path_or_hub_id: str) -> TokenizerConfig:
 def load_initial_weights(model: Model, path_or_hub_id: str) -> None:
     """Copy the weights of a saved model, in a pipeline or in a folder of its own, into a new one.
 
-    If the number of classes differs, class embeddings are initialised anew, except that of the null
-    class, and this is logged.
+    If the number of classes differs, class embeddings are newly initialised, except that of the
+    null class, and this is logged.
 
     Raises:
         CheckpointError: there is no saved model; it is of another type, or its settings give its
@@ -73,7 +73,7 @@ def load_initial_weights(model: Model, path_or_hub_id: str) -> None:
         if model.num_classes != source.num_classes and model.class_table in weights:
             weights[model.class_table] = _new_classes(model, source)
             logger.info(
-                "%s has %d classes, this run %d: class embeddings are initialised anew",
+                "%s has %d classes, this run %d: class embeddings are newly initialised",
                 path_or_hub_id,
                 source.num_classes,
                 model.num_classes,
@@ -88,7 +88,7 @@ def _folder_of(base: type[Tokenizer] | type[Prior], path_or_hub_id: str) -> Path
 
 
 def _check_settings(model: Model, source: Model, where: str) -> None:
-    """Raise `ConfigurationError` if settings differ; shapes do not show all, such as the heads."""
+    """Raise `ConfigurationError` if settings differ; shapes do not determine all of them."""
     kind, theirs = type(model).registry.kind, source.config
     if isinstance(model, Prior) and isinstance(source, Prior):
         theirs = fitted_as(source.config, model.config)
@@ -96,7 +96,7 @@ def _check_settings(model: Model, source: Model, where: str) -> None:
     if found:
         raise ConfigurationError(
             f"{found.name} is {found.value}, but {found.other} in {where}: give the same settings, "
-            f"or none for the {kind}: then the saved ones are used"
+            f"or give no settings of the {kind} to use the saved ones"
         )
 
 

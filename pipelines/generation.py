@@ -40,7 +40,7 @@ class GenerationJob:
 
 def picture_generator(seed: int, index: int) -> torch.Generator:
     """The generator of image `index`: the same at any batch size and in any process."""
-    # A CPU generator keeps 32 bits of its seed. For a fixed job seed this is a bijection of the
+    # A CPU generator uses 32 bits of its seed. For a fixed job seed this is a bijection of the
     # index (an odd factor modulo 2^32), so no two images of a job share their random numbers.
     job = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
     return torch.Generator().manual_seed((index ^ job) * 0x9E3779B1 % 2**32)
@@ -94,7 +94,7 @@ def generate_folder(
         The paths of all images, in order.
 
     Raises:
-        GenerationError: the prior does not have an option; the folder holds something else, or
+        GenerationError: the prior does not have an option; the folder contains other files, or
             images of a job with other settings.
     """
     check_options(pipeline.prior, {"guidance_scale": guidance_scale, **options})
@@ -113,7 +113,7 @@ def generate_folder(
     _claim(folder, job)
     paths = [folder / f"{index:06d}.png" for index in range(len(labels))]
     mine = range(rank, len(labels), world_size)
-    missing = [index for index in mine if not _is_whole(paths[index])]
+    missing = [index for index in mine if not _is_complete(paths[index])]
     progress(len(mine) - len(missing))
     for start in range(0, len(missing), batch_size):
         part = missing[start : start + batch_size]
@@ -130,7 +130,7 @@ def generate_folder(
 
 
 def _exact_name(model: Tokenizer | Prior) -> str:
-    """Checksum and precision: copies of a model in other precisions are told apart, too."""
+    """Checksum and precision: a copy of a model in another precision is another model."""
     return f"{model.checksum}/{next(model.parameters()).dtype}"
 
 
@@ -138,8 +138,8 @@ def _claim(folder: Path, job: GenerationJob) -> None:
     """Write the settings of the job into the folder, or check those that are there.
 
     Other processes of the job may be writing already. They write the settings before any image;
-    so listing the files first, and looking for the settings second, never mistakes their images
-    for foreign files.
+    so this function lists the files first and looks for the settings second: otherwise it could
+    take their images for foreign files.
     """
     if folder.exists() and not folder.is_dir():
         raise GenerationError(f"{folder} is a file: choose a folder")
@@ -161,7 +161,7 @@ def _claim(folder: Path, job: GenerationJob) -> None:
         write_json(path, settings)
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     """Whether a file is a complete PNG: one that was truncated later is generated again."""
     if not path.is_file():
         return False

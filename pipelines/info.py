@@ -1,4 +1,4 @@
-"""What `smalti info` says of saved models: tokenizers, priors and pipelines."""
+"""What `smalti info` prints for saved models: tokenizers, priors and pipelines."""
 
 from pathlib import Path
 
@@ -38,13 +38,13 @@ def of_model(path: Path) -> Info:
     except SmaltiError as error:
         return Info([("kind", kind), ("verified", f"no: {error}")], whole=False)
     assert isinstance(loaded, Tokenizer | Prior)
-    go_on = command("encode", "--tokenizer", path, "--data", "THE_PICTURES")
+    next_command = command("encode", "--tokenizer", path, "--data", "THE_PICTURES")
     return Info(
         [
             ("kind", kind),
             *_model_lines(loaded),
             ("verified", "yes: every tensor is there, and no other"),
-            *([("go on", go_on)] if is_tokenizer else []),
+            *([("go on", next_command)] if is_tokenizer else []),
         ]
     )
 

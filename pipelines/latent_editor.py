@@ -41,7 +41,7 @@ class LatentGridOptions(PictureOptions):
     model: str = "runs/demo/pipeline"  # a tokenizer, or a pipeline whose tokenizer is used
     images: tuple[Path, ...] = ()  # image files; or give --indices
     indices: tuple[int, ...] = ()  # positions in the data set, from 0
-    output: Path = Path("strip.png")
+    output: Path = Path("strip.png")  # PNG file of the latent grid
     overwrite: bool = False  # replace the output if it exists
     batch_size: int = 64  # images encoded at once
 
@@ -51,9 +51,9 @@ class LatentGridOptions(PictureOptions):
 
 @dataclass(frozen=True)
 class StatisticsOptions(LatentGridOptions):
-    """Also: how many images of the data set are measured."""
+    """Also: the number of images of the data set for statistics of the latents."""
 
-    max_pictures: int = 2048  # at equal distances in the data set
+    max_pictures: int = 2048  # images for statistics of the latents, evenly spaced in the data set
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,20 +80,20 @@ class LatentEditor:
 
     @cached_property
     def source(self) -> ImageSource:
-        """The data set, opened when it is needed."""
+        """The data set, opened at the first use."""
         return self.options.source()
 
     @property
     def image_names(self) -> list[str]:
-        """A label for each image that was asked for."""
+        """A label for each requested image."""
         files = [path.name[:NAME_LENGTH] for path in self.options.images]
         return files or [f"#{index}" for index in self.options.indices]
 
     def images(self, count: int | None = None) -> Tensor:
-        """The images that were asked for.
+        """The requested images.
 
         Raises:
-            ConfigurationError: none were, or not `count`.
+            ConfigurationError: no images were requested, or not `count`.
             DataError: an image cannot be read, or is not in the data set.
         """
         files, indices = self.options.images, self.options.indices
@@ -144,7 +144,7 @@ class LatentEditor:
         return torch.cat(parts)
 
     def measured_vectors(self, count: int) -> Tensor:
-        """Vectors of at most `count` images at equal distances in the data set."""
+        """Vectors of at most `count` images, evenly spaced in the data set."""
         return self.vectors_of(evenly_spaced(range(len(self.source)), count))
 
     @torch.no_grad()
@@ -184,7 +184,7 @@ class LatentEditor:
         """Images plus multiples of the mean of one class minus the mean of another.
 
         Args:
-            max_images: how many labelled images the means are taken over, together.
+            max_images: number of labelled images, for both means together.
 
         Returns:
             (B, 1 + len(strengths), 3, S, S), the originals first.
@@ -210,8 +210,8 @@ class LatentEditor:
         """An image, (1, 3, S, S), plus multiples of each channel's standard deviation.
 
         Args:
-            channels: empty stands for the first 8.
-            max_images: how many images the deviations are taken over.
+            channels: empty means the first 8.
+            max_images: number of images from which the deviations are computed.
 
         Returns:
             Each channel, and its images (1 + len(strengths), 3, S, S), the original first.
@@ -243,7 +243,7 @@ class LatentEditor:
         Args:
             start_at_mean: start at the mean of `max_images` images of the data set, not at the
                 encoder's output.
-            perceptual: LPIPS beside the mean squared error; None leaves it out.
+            perceptual: LPIPS, added to the mean squared error; None leaves it out.
 
         Returns:
             The result; and images (B, 3, S, S) at some steps, by a name with the mean distance.
@@ -258,7 +258,7 @@ class LatentEditor:
         start = encoded
         if start_at_mean:
             start = shown["mean"] = self.measured_vectors(max_images).mean(0).expand_as(encoded)
-        shown_steps = {steps // 16, steps // 4} - {0}  # early: most of the change is there
+        shown_steps = {steps // 16, steps // 4} - {0}  # early, when most of the change happens
         with tqdm(total=steps, desc="invert") as bar:
 
             def observe(step: int, vectors: Tensor) -> None:
@@ -327,7 +327,7 @@ def signed(number: float) -> str:
 
 
 def evenly_spaced(indices: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the indices, at equal distances, starting with the first."""
+    """At most `count` of the indices, evenly spaced, starting with the first."""
     count = min(count, len(indices))
     return [indices[row * len(indices) // count] for row in range(count)]
 
@@ -336,7 +336,7 @@ def _check_output(path: Path, overwrite: bool) -> None:
     """Raise `ConfigurationError` before any work if the latent grid could not be saved."""
     if path.suffix.lower() != ".png":
         raise ConfigurationError(
-            f"--output is {path}; a latent grid is a PNG file: let its name end in .png"
+            f"--output is {path}; a latent grid is a PNG file: use a name that ends in .png"
         )
     for folder in path.parents:
         if folder.exists() and not folder.is_dir():

@@ -144,7 +144,7 @@ class Pipeline:
     ) -> Self:
         """Load a folder written by `save_pretrained`, or a model repository on the Hub.
 
-        A local folder never touches the network. Only JSON and safetensors are read.
+        Loading a local folder does not use the network. Only JSON and safetensors are read.
 
         Args:
             dtype: precision of both models, a type or its name, such as "bfloat16"; "auto" keeps
@@ -181,7 +181,7 @@ class Pipeline:
         Args:
             samples: a grid of samples for the card, saved as samples.png; None keeps the one that
                 the pipeline was loaded with or last saved with.
-            notes: Markdown for the card, for example measurements; None keeps the present notes.
+            notes: Markdown for the card, for example measurements; None keeps the current notes.
 
         Raises:
             CheckpointError: `path` exists and is not a saved pipeline.
@@ -206,11 +206,11 @@ class Pipeline:
             notes=self.notes,
             training_pictures=self.training_pictures,
         )
-        write_json(folder / INDEX, config_to_dict(index))  # last: only then is it a pipeline
+        write_json(folder / INDEX, config_to_dict(index))  # last: marks it complete
         return folder
 
     def _save_grid(self, path: Path, samples: Image.Image | None) -> bool:
-        """Write a new grid, or copy the present one; return whether there is one."""
+        """Write a new grid, or copy the current one; return whether there is one."""
         if samples is not None:
             save_png(path, samples)
             self._samples = path
@@ -287,7 +287,7 @@ class Pipeline:
             generator: one generator, or a list with one per image; with a list, image i does not
                 depend on its neighbours or on `batch_size`.
             output_type: "pil", "np", "pt" or "latent" (nothing is decoded).
-            batch_size: images per batch; None takes all in one batch.
+            batch_size: images per batch; None is one batch of all images.
             options: keyword options of the prior's `sample`: `temperature`, `solver`, ...
 
         Raises:
@@ -365,7 +365,7 @@ def _components(tokenizer: Tokenizer, prior: Prior) -> Components:
 
 
 def _as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> the output type that was asked for."""
+    """Images (B, 3, H, W) in [-1, 1] -> the requested output type."""
     if output_type == "pil":
         return to_pil(images)
     unit = (images + 1) / 2

@@ -5,7 +5,7 @@ With n(x) a layer norm without weights of its own and c the embedded condition,
 
     (scale, shift, gate) = linear(silu(c)),    x + gate * f(n(x) * (1 + scale) + shift).
 
-DiT and VAR compute the same, but their published weights hold the parts in different orders, and
+DiT and VAR compute the same, but their published weights store the parts in different orders, and
 their sums round differently; each keeps its own form here.
 """
 
@@ -85,6 +85,6 @@ class Modulations:
     head: Parts
 
     def first(self, rows: int) -> "Modulations":
-        """Those of the first rows of the batch."""
+        """The modulations of the first rows of the batch."""
         blocks = [tuple(part[:rows] for part in parts) for parts in self.blocks]
         return Modulations(blocks, tuple(part[:rows] for part in self.head))

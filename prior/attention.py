@@ -26,13 +26,13 @@ def attend(
     """softmax(scale q k^T) v of queries (B, heads, T, head_dim) to keys and values
     (B, kv_heads, n, head_dim), like the queries.
 
-    With fewer key and value heads, heads / kv_heads neighbouring heads share theirs (grouped-query
-    attention, 2305.13245).
+    With fewer key and value heads, each of them serves heads / kv_heads neighbouring query heads
+    (grouped-query attention, 2305.13245).
 
     Args:
         causal: whether query i attends to keys 0 to i only.
         mask: (T, n) or (B, 1, T, n) bool, True where a query may attend to a key.
-        scale: what scores are multiplied by; None is 1 / sqrt(head_dim).
+        scale: factor of the attention scores; None is 1 / sqrt(head_dim).
         dropout: the probability with which an attention weight is set to zero.
     """
     shape, kv_heads = query.shape, key.shape[1]
@@ -75,14 +75,14 @@ class KeyValueCache:
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
     def part(self, rows: slice) -> "KeyValueCache":
-        """Some of the rows in the same memory; from now on with a length of its own."""
+        """A cache of some of the rows: it shares the memory, and has a length of its own."""
         part = copy.copy(self)
         part.keys, part.values = self.keys[:, rows], self.values[:, rows]
         return part
 
 
 # -------------------------------------------------------------------------------------------------
-# Positions on a grid of tokens in raster order. Any grid, square or not.
+# Positions on a grid of tokens in raster order. The grid need not be square.
 
 
 def raster_positions(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ class FixedTable(nn.Module):
 
     @classmethod
     def sin_cos(cls, grid: tuple[int, int], dim: int) -> Self:
-        """To be added to tokens, (h * w, dim) fp32."""
+        """Sine-cosine positions, (h * w, dim) fp32, which are added to tokens."""
         return cls(partial(sin_cos_table, grid, dim))
 
     @classmethod
@@ -166,7 +166,7 @@ class FixedTable(nn.Module):
         return cls(partial(_real_rotary_frequencies, grid, head_dim))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Of `Module.to`, `half` and similar calls, only the device applies."""
+        """`Module.to`, `half` and similar calls change the device alone, not the type."""
         super()._apply(fn, recurse)
         self.table = self.make().to(self.table.device)
         return self

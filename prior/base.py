@@ -1,4 +1,4 @@
-"""The contract of stage two: what every prior does, and what priors over codes share."""
+"""The interface of priors (stage two), and what priors over codes share."""
 
 import math
 from abc import ABC, abstractmethod
@@ -34,7 +34,7 @@ class PriorConfig:
     """
 
     registry: ClassVar[Registry] = PRIORS
-    # Fields that may change without changing what saved weights mean.
+    # Fields that may change without changing what saved weights compute.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ()
 
     def fitted(
@@ -44,7 +44,7 @@ class PriorConfig:
         tokenizer_fingerprint: str | None,
         quantizer: object = None,
     ) -> Self:
-        """This size of prior for other latents.
+        """This configuration, with the same size of network, for other latents.
 
         Args:
             quantizer: the configuration of the tokenizer's quantizer, if it has one.
@@ -68,7 +68,7 @@ class Prior(nn.Module, Pretrained, ABC):
     registry: ClassVar[Registry] = PRIORS
     PRESETS: ClassVar[Mapping[str, Any]] = {}  # configurations by name, for --prior.preset
     class_table: ClassVar[str] = ""  # name of the weight whose rows are the classes, the null last
-    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # names of layers' weights that do not decay
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # names of layers' weights without weight decay
     config: Any
 
     @classmethod
@@ -78,7 +78,7 @@ class Prior(nn.Module, Pretrained, ABC):
 
     @property
     def spec(self) -> LatentSpec:
-        """The latents that are modelled."""
+        """The specification of the latents that this prior models."""
         return self.config.spec
 
     @property
@@ -88,7 +88,7 @@ class Prior(nn.Module, Pretrained, ABC):
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
-        """Of the tokenizer whose latents were learned; None if unknown."""
+        """The fingerprint of the tokenizer whose latents this prior models; None if unknown."""
         return self.config.tokenizer_fingerprint
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Prior(nn.Module, Pretrained, ABC):
 
         Args:
             random_inputs: rows of what `sample_random_inputs` returned, one for each sample; None
-                takes random numbers from torch's global generators.
+                samples the random numbers from torch's global generators.
         """
 
     @abstractmethod
@@ -123,12 +123,14 @@ class Prior(nn.Module, Pretrained, ABC):
         return {}
 
     def no_conditions(self) -> Any:
-        """The condition of no samples at all: labels (0,)."""
+        """An empty batch of conditions: labels (0,)."""
         return torch.empty(0, dtype=torch.int64, device=next(self.parameters()).device)
 
     def bind(self, quantizer: nn.Module | None) -> None:
-        """Copy what the prior needs of the tokenizer's quantizer, None if it has none: called once,
-        before training. Most priors need nothing."""
+        """Copy the weights of the tokenizer's quantizer that the prior uses; most priors use none.
+
+        Called once, before training; `quantizer` is None if the tokenizer has none.
+        """
         del quantizer
 
     def set_progress(self, progress: float) -> None:
@@ -138,7 +140,7 @@ class Prior(nn.Module, Pretrained, ABC):
         whose objective changes during training overrides this.
 
         Raises:
-            ConfigurationError: it does not lie in [0, 1].
+            ConfigurationError: progress is outside [0, 1].
         """
         if not 0 <= progress <= 1:
             raise ConfigurationError(
@@ -152,12 +154,12 @@ class Prior(nn.Module, Pretrained, ABC):
         *,
         generator: Generators = None,
     ) -> Tensor:
-        """-log2 p(latents | condition) per code, or per number of continuous latents, (B,).
+        """-log2 p(latents | condition) per code, or per element of continuous latents, (B,).
 
         A prior need not have a likelihood: see `has_likelihood`.
 
         Raises:
-            GenerationError: it has none.
+            GenerationError: this prior has no likelihood.
         """
         raise GenerationError(
             f"a {self.registry.name_of(type(self))} prior has no likelihood: leave out "
@@ -166,7 +168,7 @@ class Prior(nn.Module, Pretrained, ABC):
 
     @property
     def has_likelihood(self) -> bool:
-        """Whether `bits_per_dimension` can be asked for."""
+        """Whether this prior implements `bits_per_dimension`."""
         return type(self).bits_per_dimension is not Prior.bits_per_dimension
 
     def check_labels(self, labels: Tensor) -> None:
@@ -188,7 +190,7 @@ class Prior(nn.Module, Pretrained, ABC):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode inside the block; afterwards every module is in the mode it was in."""
+        """Eval mode inside the block; afterwards every module returns to its previous mode."""
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
@@ -204,8 +206,8 @@ class Prior(nn.Module, Pretrained, ABC):
         (classifier-free guidance, Ho and Salimans, 2207.12598).
 
         Args:
-            uniforms: in [0, 1), like labels: those below the probability drop their label; None
-                takes them from torch's global generator.
+            uniforms: random numbers in [0, 1), one per label: a label is dropped if its number is
+                below the probability. None samples them from torch's global generator.
         """
         if not (self.training and probability):
             return labels
@@ -226,7 +228,7 @@ def check_codes(codes: Tensor, spec: CodeSpec) -> None:
     if codes.numel() and (codes.min() < 0 or codes.max() >= spec.vocab_size):
         raise GenerationError(
             f"codes lie in [{codes.min().item()}, {codes.max().item()}]; "
-            f"this prior knows 0 to {spec.vocab_size - 1}"
+            f"the codes of this prior are 0 to {spec.vocab_size - 1}"
         )
 
 

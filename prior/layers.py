@@ -10,9 +10,9 @@ from torch import Tensor, nn
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension (1910.07467); the mean is accumulated in fp32.
 
-    Where inputs are bf16 and weights fp32, as queries under autocast are, `nn.RMSNorm` leaves
-    torch's fused kernel and rounds differently; this class casts the weight first. Elsewhere the
-    two are bitwise equal.
+    If inputs are bf16 and weights fp32, as for queries under autocast, `nn.RMSNorm` does not use
+    torch's fused kernel and rounds differently; this class casts the weight first. Otherwise both
+    classes are bitwise equal.
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -40,8 +40,8 @@ class DropPath(nn.Module):
     """Stochastic depth (1603.09382): in training, a residual branch is zero for a sample with
     probability p, and multiplied by 1 / (1 - p) otherwise.
 
-    The class `torchvision.ops.StochasticDepth` has the same distribution but draws other random
-    numbers, with which a run that was begun with this class would not resume exactly.
+    The class `torchvision.ops.StochasticDepth` has the same distribution but samples other random
+    numbers, so a run that was started with this class would not resume exactly.
     """
 
     def __init__(self, probability: float) -> None:
@@ -56,5 +56,5 @@ class DropPath(nn.Module):
 
 
 def drop_path_rates(last: float, depth: int) -> Iterator[float]:
-    """The probability of every block: 0 at the first, growing linearly to `last` at the last."""
+    """The drop probability of every block: it grows linearly from 0 to `last`."""
     return (last * block / max(depth - 1, 1) for block in range(depth))

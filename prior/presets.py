@@ -1,6 +1,6 @@
 """Every prior by name: the published sizes, and small ones that train in minutes.
 
-The presets of a prior stand beside its configuration; this is all of them.
+Each prior defines its presets beside its configuration; `PRESETS` collects them.
 """
 
 from smalti.hub import Presets

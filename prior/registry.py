@@ -1,4 +1,4 @@
-"""The priors that smalti knows: one line each, resolved only when asked for."""
+"""The registered priors, one line each. A class is imported when it is first used."""
 
 from smalti.hub import Registry
 

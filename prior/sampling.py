@@ -11,12 +11,12 @@ from smalti.config import nearest
 from smalti.errors import GenerationError
 from smalti.randomness import Generators, given_or_new
 
-# progress in [0, 1] -> share of the way from no guidance (1) to the full scale
+# progress in [0, 1] -> weight w of the guidance; the scale at this step is 1 + w (s - 1)
 GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: progress,
     "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
-    # RAR (2411.00776); its power varies by model size around 2.5
+    # RAR (2411.00776), whose power depends on the size of the model and is about 2.5
     "power-cosine": lambda progress: (1 - math.cos(math.pi * progress**2.5)) / 2,
 }
 
@@ -26,7 +26,7 @@ class SamplingOptions:
     """How codes are sampled from logits.
 
     Raises:
-        GenerationError: a value out of its range.
+        GenerationError: a value is out of its range.
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -34,7 +34,7 @@ class SamplingOptions:
     top_p: float = 1.0  # keep the likeliest codes with this total probability
     guidance_scale: float = 1.0  # s in uncond + s (cond - uncond); 1 is off
     guidance_schedule: str = "constant"  # a name in GUIDANCE_SCHEDULES
-    # Guidance applies between these shares of the steps, 0 the first and 1 the last (2404.07724).
+    # Steps with guidance, as shares: 0 is the first step, 1 the last (2404.07724).
     guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Logits (B, V) with all but the k largest at -inf; codes that tie with the k-th stay."""
+    """Logits (B, V) with all but the k largest at -inf; logits equal to the k-th are kept."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
     threshold = logits.topk(k, dim=-1).values[..., -1:]  # (B, 1)
@@ -104,7 +104,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Nucleus sampling (1904.09751): logits (B, V) with all at -inf except the smallest set of
-    likeliest codes whose total probability reaches p; of codes that tie, the lower come first."""
+    likeliest codes whose total probability reaches p; of equal logits the lower code is first."""
     if p == 1:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -152,7 +152,7 @@ def sample_codes(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> 
         GenerationError: the largest logit of a row is not finite.
     """
     if options.temperature == 0:
-        _largest(logits)  # refuses NaN and infinity
+        _largest(logits)  # raises on NaN and infinity
         return logits.argmax(dim=-1)
     logits = filtered(logits, options)
     dtype = logits.dtype
@@ -170,14 +170,14 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 
 def sample_uniforms(rows: int, length: int, generator: Generators) -> Tensor:
-    """The random numbers of a sampling call, (rows, length) uniform in [0, 1).
+    """Uniform random numbers in [0, 1) of a sampling call, (rows, length).
 
     With a list of generators, row i comes from generators[i] alone. They are generated on the
     generator's device, so a CPU generator gives the same codes on any device. None is a new
     generator with a random seed: sampling does not change torch's global random state.
 
     Raises:
-        GenerationError: the list has another length than there are rows.
+        GenerationError: the list does not have one generator per row.
     """
     generator = given_or_new(generator, rows)
     if isinstance(generator, torch.Generator):

@@ -18,7 +18,7 @@ from smalti.pipelines.latent_editor import LatentEditor, StatisticsOptions, sign
 class AttributeConfig(StatisticsOptions):
     """Move images from one class of the data set towards another; one row for each image."""
 
-    output: Path = Path("attribute.png")
+    output: Path = Path("attribute.png")  # PNG file of the latent grid
     positive: str = ""  # class to move towards, by name or number
     negative: str = ""  # class to move away from
     strengths: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)  # multiples of the difference

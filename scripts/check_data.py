@@ -21,7 +21,7 @@ EXIT_BAD_FILES = 1
 
 @dataclass(frozen=True)
 class CheckDataConfig(DataOptions):
-    """Decode every picture of a set; report what it holds and which files are bad.
+    """Decode every picture of a set; report its contents and which files are bad.
 
     A file is bad if training with the same options would refuse, replace or skip it. The exit
     status is 1 if there is any.

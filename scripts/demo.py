@@ -1,4 +1,4 @@
-"""The whole way in one command: pictures -> tokenizer -> latents -> prior -> new pictures.
+"""All stages in one command: pictures -> tokenizer -> latents -> prior -> new pictures.
 
     smalti demo                      emoji; under ten minutes on two CPU cores
     smalti demo --quick              fashion; lower quality, under two minutes
@@ -42,18 +42,18 @@ from smalti.tokenizer.presets import PRESETS as TOKENIZERS
 
 @dataclass(frozen=True)
 class Scale:
-    """How much the demo does: for next-token priors, and what others do differently."""
+    """The size of the demo: the recipes with a next-token prior, and the changes for others."""
 
     tokenizer: TrainTokenizerConfig
     prior: TrainPriorConfig
     others: dict[str, tuple[str, str, dict[str, Any]]]  # kind: tokenizer, prior, changes of recipe
     num_samples: int
     classifier_epochs: int
-    num_references: int = 20_000  # training pictures that samples are held against
+    num_references: int = 20_000  # training pictures that samples are compared with
     sampling: Sampling = field(default_factory=Sampling)
 
     def of_kind(self, kind: str) -> "Scale":
-        """The same for another kind of prior."""
+        """This scale with another kind of prior."""
         if kind not in self.others:
             return self
         tokenizer, prior, changes = self.others[kind]
@@ -166,25 +166,25 @@ class DemoConfig(DataOptions):
     """From a set of pictures to new pictures, in one command."""
 
     data: str = ""  # emoji, fashion or a folder; empty = emoji, or fashion with --quick
-    output_dir: Path = Path("runs/demo")
+    output_dir: Path = Path("runs/demo")  # folder of all results; resumes a demo in it
     quick: bool = False  # lower quality, in under two minutes
     seed: int = 0  # of training, sampling and evaluation
     guidance_scale: float = 2.0  # s in uncond + s (cond - uncond); 1 is off
-    tokenizer: str = ""  # a tokenizer preset; empty = what suits prior and machine
-    prior: str = ""  # a prior preset; empty = what suits tokenizer and machine
-    tokenizer_steps: int = 0  # optimizer steps of stage one; 0 = what suits the machine
-    prior_steps: int = 0  # optimizer steps of stage two; 0 = what suits the machine
+    tokenizer: str = ""  # a tokenizer preset; empty = chosen for prior and machine
+    prior: str = ""  # a prior preset; empty = chosen for tokenizer and machine
+    tokenizer_steps: int = 0  # optimizer steps of stage one; 0 = chosen for the machine
+    prior_steps: int = 0  # optimizer steps of stage two; 0 = chosen for the machine
 
 
 def demo(config: DemoConfig) -> Path:
-    """Run every stage that is not done yet; return the folder that holds the results."""
+    """Run every stage that is not done yet; return the folder of the results."""
     config = replace(config, data=config.data or ("fashion" if config.quick else "emoji"))
     folder, scale = config.output_dir, chosen_scale(config)
     sampling = replace(scale.sampling, guidance_scale=config.guidance_scale)
     shared = {field.name: getattr(config, field.name) for field in fields(DataOptions)}
     run = {"seed": config.seed, "resume_from_checkpoint": "latest"}
     stage_one = replace(scale.tokenizer, output_dir=folder / "tokenizer", **run, **shared)
-    config.source()  # a mistake in it must not claim the folder
+    config.source()  # raises before the folder is claimed
     _claim(config)
     _announce(1, "train the tokenizer (images <-> latents)")
     tokenizer = train_tokenizer(stage_one)
@@ -224,7 +224,7 @@ def demo(config: DemoConfig) -> Path:
 
 
 def chosen_scale(config: DemoConfig) -> Scale:
-    """What to do on this machine, with the tokenizer and the prior that were asked for.
+    """The scale for this machine, with the requested tokenizer and prior.
 
     Raises:
         ConfigurationError: no such tokenizer or prior, or the two do not fit.
@@ -245,7 +245,7 @@ def chosen_scale(config: DemoConfig) -> Scale:
 
 
 def _kind(config: DemoConfig) -> str:
-    """The kind of prior: as asked for, or the first that models the latents of the tokenizer."""
+    """The kind of prior: as requested, or the first that models the latents of the tokenizer."""
     for what, name, known in (
         ("tokenizer", config.tokenizer, TOKENIZERS),
         ("prior", config.prior, PRIORS),
@@ -270,13 +270,13 @@ def _kind(config: DemoConfig) -> str:
 
 
 def _claim(config: DemoConfig) -> None:
-    """Write the demo's settings into the folder; refuse one that holds anything else."""
+    """Write the demo's settings into the folder; raise if it contains anything else."""
     folder, settings = config.output_dir, config_to_dict(config)
     del settings["output_dir"]
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"{folder} is a file, not a folder: choose another --output_dir")
-    held = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if held - {SETTINGS}:
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if found - {SETTINGS}:
         _refuse_another_demo(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SETTINGS, settings)
@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     folder = demo(parse_config(DemoConfig, argv, prog="smalti demo"))
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    print(f"Done in {minutes} min {seconds} s{_peak_memory()}. Everything lies in {folder}")
+    print(f"Done in {minutes} min {seconds} s{_peak_memory()}. Everything is in {folder}")
     for name, what in (
         ("samples.png", "new pictures, a row per class"),
         ("reconstructions.png", "held-out pictures, encoded and decoded"),
@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _peak_memory() -> str:
-    """The most memory that this process held, where the system tells."""
+    """The peak memory of this process, as text; empty if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

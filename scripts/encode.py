@@ -30,12 +30,12 @@ from smalti.training.processes import join_job, say, shared_work
 class EncodeConfig(DataOptions):
     """Encode pictures to a latent cache with one folder per split: train/ and heldout/."""
 
-    tokenizer: Path = Path("runs/tokenizer/tokenizer")
-    output_dir: Path = Path("runs/latents")
-    # What is encoded of each training picture: itself (identity), itself and its mirror image
-    # (flip), or LlamaGen's ten crops (ten-crop). A held-out picture is encoded as it is.
+    tokenizer: Path = Path("runs/tokenizer/tokenizer")  # folder of a saved tokenizer
+    output_dir: Path = Path("runs/latents")  # folder of the caches of both splits
+    # Views of each training picture: itself (identity), itself and its mirror image (flip), or
+    # LlamaGen's ten crops (ten-crop). A held-out picture is encoded as it is.
     views: ViewSet = "flip"
-    batch_size: int = 128
+    batch_size: int = 128  # pictures encoded at once
     shard_size: int = 8192  # samples per file
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ class EvaluateConfig(DataOptions, Sampling):
 
     model: str = "runs/demo/pipeline"  # folder of a pipeline or a tokenizer, or its id on the Hub
     output_dir: Path = Path("runs/evaluation")  # for summary.json and the image grids
-    # Accept data that the pipeline was not trained on: then it has seen no image of it.
+    # Allow data that the pipeline was not trained on; then all of its images are held out.
     other_data: bool = False
     num_samples: int = 1024  # with the class proportions of the training images
     num_references: int = 20_000  # at most this many training images, evenly spaced
@@ -226,7 +226,7 @@ def claim(config: EvaluateConfig, *fingerprints: str) -> None:
     """Mark the output folder as that of this evaluation.
 
     Raises:
-        ConfigurationError: it holds another evaluation, or files of these names from elsewhere.
+        ConfigurationError: it contains another evaluation, or files of these names from elsewhere.
     """
     path = config.output_dir / SETTINGS
     settings = {**config_to_dict(config), "models": list(fingerprints)}

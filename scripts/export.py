@@ -40,7 +40,7 @@ def load_model(name: str) -> Tokenizer | Prior:
     """The tokenizer or prior in a folder or repository.
 
     Raises:
-        SmaltiError: there is none, or it is a whole pipeline.
+        SmaltiError: there is none, or it is a pipeline.
     """
     folder = resolve_folder(name)
     if (folder / INDEX).is_file():

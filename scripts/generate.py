@@ -23,9 +23,9 @@ class GenerateConfig(Sampling):
     """Sample pictures with a saved pipeline."""
 
     model: str = "runs/demo/pipeline"  # a folder, or a repository on the Hub
-    output_dir: Path = Path("samples")
-    class_labels: tuple[str, ...] = ()  # names or numbers; empty = all classes
-    num_images_per_class: int = 8
+    output_dir: Path = Path("samples")  # folder of the PNG files
+    class_labels: tuple[str, ...] = ()  # class names or numbers; empty = all classes
+    num_images_per_class: int = 8  # pictures of each class
     seed: int = 0  # picture i depends on the seed and i alone
     batch_size: int = 64  # pictures sampled at once; changes speed and memory, not the pictures
 

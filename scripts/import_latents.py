@@ -36,12 +36,14 @@ class ImportLatentsConfig(Division):
     # a new folder, or that of an interrupted import
     out: Positional[Annotated[Path, arg(metavar="OUT")]] = Path()
     format: Format = "llamagen"  # the code that wrote them
-    tokenizer: Path = Path("runs/tokenizer/tokenizer")  # the one that made the latents
-    normalised: bool = False  # LightningDiT: the files hold latents normalised by latents_stats.pt
+    tokenizer: Path = Path(
+        "runs/tokenizer/tokenizer"
+    )  # folder of the tokenizer that made the latents
+    normalised: bool = False  # LightningDiT: latents are normalised by latents_stats.pt
 
 
 def origin_of(tokenizer: Tokenizer) -> Origin:
-    """What an import must know of the tokenizer."""
+    """The properties of the tokenizer that an import uses."""
     origin = Origin(
         spec=tokenizer.spec,
         fingerprint=tokenizer.fingerprint,
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(ImportLatentsConfig, argv, prog="smalti import-latents")
     if Path() in (config.source, config.out):
         raise ConfigurationError("give two folders: smalti import-latents SOURCE OUT")
-    say(f"latents: {imported(config)}, said to be made by {config.tokenizer} (not verified)")
+    say(f"latents: {imported(config)}, recorded as made by {config.tokenizer} (not verified)")
     return 0
 
 

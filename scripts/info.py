@@ -20,7 +20,7 @@ from smalti.training.run_info import is_run, of_checkpoint, of_run
 
 EXIT_DAMAGED = 1
 
-# Kinds of folders: how one is recognised, and what is said of it. The first that fits counts.
+# Kinds of folders: how to recognise one, and what to print for it. The first that fits is used.
 KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], Info]]] = [
     (lambda path: (path / STATE).is_file() or (path / MANIFEST).is_file(), of_checkpoint),
     (is_run, of_run),
@@ -33,7 +33,7 @@ KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], Info]]] = [
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """Say what a folder is, whether it is complete, and which command continues with it.
+    """Print what a folder is, whether it is complete, and which command continues with it.
 
     The exit status is 1 if something in it is damaged.
     """
@@ -43,10 +43,10 @@ class InfoConfig:
 
 
 def info(path: Path) -> Info:
-    """What is known of a folder.
+    """What a folder is.
 
     Raises:
-        DataError: there is no such folder, or nothing in it is known.
+        DataError: there is no such folder, or nothing in it is recognised.
     """
     if not path.is_dir():
         raise DataError(f"folder not found: {path}")
@@ -56,7 +56,7 @@ def info(path: Path) -> Info:
     inside = {child.name: _explain(child) for child in sorted(path.iterdir()) if child.is_dir()}
     known = [(name, of.lines[0][1]) for name, of in inside.items() if of is not None]
     if known:  # the output of a demo, for example
-        return Info([("kind", "folder with others in it: ask for one of them"), *known])
+        return Info([("kind", "folder with others in it: give one of them"), *known])
     raise DataError(
         f"{path} is nothing that smalti writes: give the folder of a run, a checkpoint, latents, a "
         "tokenizer, a prior or a pipeline"
@@ -64,7 +64,7 @@ def info(path: Path) -> Info:
 
 
 def _explain(path: Path) -> Info | None:
-    """What the first kind that fits says of a folder; None if no kind fits."""
+    """What to print for a folder, by the first kind that fits; None if no kind fits."""
     return next((explain(path) for fits, explain in KINDS if fits(path)), None)
 
 

@@ -18,7 +18,7 @@ from smalti.pipelines.latent_editor import LatentEditor, LatentGridOptions
 class InterpolateConfig(LatentGridOptions):
     """Blend two images in latent space; a row for linear and one for spherical interpolation."""
 
-    output: Path = Path("interpolation.png")
+    output: Path = Path("interpolation.png")  # PNG file of the latent grid
     steps: int = 9  # blends in a row, both ends included
 
     def __post_init__(self) -> None:

@@ -20,11 +20,11 @@ from smalti.tokenizer.manipulation import Inversion
 class InvertConfig(StatisticsOptions):
     """Optimise the latents of images against the decoder; one column for each image."""
 
-    output: Path = Path("inversion.png")
-    start: Literal["encoder", "mean"] = "encoder"  # its output, or the mean over --data
-    steps: int = 200
-    learning_rate: float = 0.05
-    perceptual_weight: float = 1.0  # of LPIPS beside the mean squared error; 0 leaves it out
+    output: Path = Path("inversion.png")  # PNG file of the latent grid
+    start: Literal["encoder", "mean"] = "encoder"  # start at its output, or at the mean over --data
+    steps: int = 200  # optimizer steps
+    learning_rate: float = 0.05  # of Adam
+    perceptual_weight: float = 1.0  # weight of LPIPS, added to the mean squared error; 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,7 +38,7 @@ class InvertConfig(StatisticsOptions):
             )
         if self.start == "encoder" and self.max_pictures != StatisticsOptions.max_pictures:
             raise ConfigurationError(
-                "max_pictures is the number of images that the mean is taken over: add --start mean"
+                "max_pictures is the number of images for the mean: add --start mean"
             )
 
 

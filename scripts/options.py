@@ -1,6 +1,6 @@
-"""The sampling flags of every command that samples, read off the priors themselves.
+"""The sampling flags of every command that samples, taken from the priors.
 
-A prior owns the options of its `sample`: each keyword of a type that a command line can hold is a
+A prior owns the options of its `sample`: each keyword of a type that a flag can have is a
 flag, with its type, its default, and the help text of its docstring.
 """
 
@@ -19,14 +19,14 @@ from smalti.prior.registry import PRIORS
 
 @dataclass(frozen=True)
 class SamplingBase:
-    """Options of a prior's `sample`. One that is left out has the prior's own default; one that a
-    prior does not have is refused."""
+    """Options of a prior's `sample`. An option that is left out has the prior's default; one that
+    the prior does not have is an error."""
 
     guidance_scale: float = 2.0  # s in uncond + s (cond - uncond); 1 is off
 
     @property
     def options(self) -> dict[str, Any]:
-        """What was given, as keyword arguments of a pipeline."""
+        """The options that were given, as keyword arguments of a pipeline."""
         given = {part.name: getattr(self, part.name) for part in fields(Sampling)}
         return {
             name: named_options(value) if isinstance(value, str) and ":" in value else value
@@ -47,7 +47,7 @@ class SampleOption:
 
 
 def sample_options() -> Iterator[SampleOption]:
-    """Every option of every registered prior that a command line can hold."""
+    """Every option of every registered prior that can be a flag."""
     for prior in PRIORS:
         function = PRIORS.resolve(prior).sample
         hints = typing.get_type_hints(function)
@@ -60,7 +60,7 @@ def sample_options() -> Iterator[SampleOption]:
 
 
 def _flag_type(hint: Any) -> Any:
-    """The member of a union that a command line can hold: a number, a word or two numbers."""
+    """The member of a union that can be a flag: a number, a word or two numbers."""
     members = typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()
     for candidate in (bool, int, float, str, tuple[float, float]):
         if hint == candidate or candidate in members:

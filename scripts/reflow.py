@@ -41,13 +41,13 @@ MEASURED_PAIRS = 64  # over which the straightness is averaged
 class ReflowConfig(Sampling):
     """Generate pairs with a trained flow, and measure how straight it is."""
 
-    model: str = "runs/demo/pipeline"  # with a flow prior on the linear path
-    output_dir: Path = Path("runs/pairs")
-    num_pairs: int = 20_000  # of all classes in turn
+    model: str = "runs/demo/pipeline"  # a pipeline with a flow prior on the linear path
+    output_dir: Path = Path("runs/pairs")  # folder of the pairs, train/ and heldout/
+    num_pairs: int = 20_000  # pairs for training, of all classes in turn
     num_heldout: int = 512  # further pairs, for validation
-    seed: int = 0
-    guidance_scale: float = 1.0
-    batch_size: int = 128
+    seed: int = 0  # pair i depends on the seed and i alone
+    guidance_scale: float = 1.0  # s in uncond + s (cond - uncond); 1 is off
+    batch_size: int = 128  # pairs generated at once
     shard_size: int = 8192  # pairs per file
 
     def __post_init__(self) -> None:
@@ -93,9 +93,8 @@ def load(config: ReflowConfig) -> tuple[Pipeline, FlowPrior]:
     check_straight(prior)
     assert isinstance(prior, FlowPrior)
     check_options(prior, config.options)
-    generate_pairs(
-        prior, prior.no_conditions(), **config.options
-    )  # refuses other solvers than of ODEs
+    # Raises unless the solver is an ODE solver.
+    generate_pairs(prior, prior.no_conditions(), **config.options)
     return pipeline, prior
 
 

@@ -61,7 +61,7 @@ class TrainPriorConfig(RunConfig):
     # Its fields about latents, classes and the tokenizer are taken from the cache.
     prior: PriorConfig = field(default_factory=lambda: PRESETS["gpt-nano"])
     initial: str = ""  # a pipeline or prior whose settings and weights the run starts from
-    preview: Sampling = field(default_factory=Sampling)  # of the grids of samples
+    preview: Sampling = field(default_factory=Sampling)  # sampling options of the preview grids
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +82,7 @@ def build_prior(config: PriorConfig, latents: LatentCache, tokenizer: Tokenizer)
     """A new prior of this size for these latents.
 
     Raises:
-        ConfigurationError: it does not model such latents.
+        ConfigurationError: the prior does not model such latents.
     """
     quantizer: Any = getattr(tokenizer, "quantizer", None)
     fitted = config.fitted(
@@ -126,9 +126,9 @@ def build_models(
 
 def posterior_noise(run: Run, tokenizer: Tokenizer, step: int) -> list[Tensor | None]:
     """Noise that samples latents from their posterior, for each micro-batch of this process; None
-    for codes, which need none."""
-    numbers = generator(run.config.seed, "posterior", step, 0, 0)
-    inputs = random_inputs_of_step(run, tokenizer, step, numbers)
+    for codes."""
+    source = generator(run.config.seed, "posterior", step, 0, 0)
+    inputs = random_inputs_of_step(run, tokenizer, step, source)
     return [part.get("noise") for part in inputs]
 
 
@@ -148,7 +148,7 @@ def prior_loss(
         pairs: whether the cache holds pairs of latents and the noise they were generated from
             (reflow), stacked along the channels.
         noise: samples continuous latents from their posterior; None takes its mean.
-        random_inputs: of the prior; None leaves them to torch's global generators.
+        random_inputs: of the prior; None samples them from torch's global generators.
     """
     stored, labels = batch.stored.to(device), batch.labels.to(device)
     if pairs:  # reflow: the flow's noise is stored beside each latent

@@ -74,12 +74,13 @@ class TrainTokenizerConfig(RunConfig, DataOptions):
     PRESETS: ClassVar[dict[str, Any]] = {"tokenizer": PRESETS}
     SAVED: ClassVar[dict[str, Any]] = {"tokenizer": saved_tokenizer}
 
+    # Kind and sizes of the tokenizer.
     tokenizer: TokenizerConfig = field(default_factory=lambda: PRESETS["vq-32-tiny"])
     initial: str = ""  # a tokenizer or pipeline whose settings and weights the run starts from
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # losses and weights
     # Aligns a KL tokenizer's latents with the features of a vision model; in recipes only.
     alignment: AlignmentConfig | None = None
-    flip: bool = True  # mirror half of the images
+    flip: bool = True  # mirror each training image with probability 1/2
     crop: Literal["centre", "random"] = "centre"  # of training images
     random_crop: RandomCrop = field(default_factory=RandomCrop)  # ADM's; for --crop random
 
@@ -127,10 +128,10 @@ def with_optimizer(module: Module, run: Run) -> Trained[Module]:
 def build_tokenizer(
     config: TrainTokenizerConfig, run: Run
 ) -> tuple[Tokenizer, Trained[nn.Module], EMA[Tokenizer]]:
-    """A tokenizer, what is trained (itself, or with the projection of its alignment), its average.
+    """A tokenizer; what is trained: itself, or with the projection of its alignment; its EMA.
 
     Raises:
-        SmaltiError: the weights to start from do not fit, or the alignment does not.
+        SmaltiError: the initial weights or the alignment do not fit.
     """
     tokenizer: Tokenizer = Tokenizer.registry.build(config.tokenizer).to(run.device)
     if config.initial:
@@ -175,13 +176,13 @@ MicroBatch = tuple[Tensor, RandomInputs, Tensor]  # images, random inputs of the
 
 
 def discriminator_uniforms(run: Run, step: int) -> list[Tensor]:
-    """Uniform numbers (B, UNIFORMS_PER_IMAGE) for the images of each micro-batch of this process.
+    """Uniforms (B, UNIFORMS_PER_IMAGE) for the images of each micro-batch of this process.
 
-    An image's numbers depend on its place in the whole batch of the step alone, not on how that is
-    divided among processes and micro-batches.
+    The uniforms of an image depend on its position in the full batch of the step alone, not on how
+    the batch is divided among processes and micro-batches.
     """
-    numbers = generator(run.config.seed, "critic", step)
-    uniforms = torch.rand(run.config.train_batch_size, UNIFORMS_PER_IMAGE, generator=numbers)
+    source = generator(run.config.seed, "critic", step)
+    uniforms = torch.rand(run.config.train_batch_size, UNIFORMS_PER_IMAGE, generator=source)
     return local_micro_batches(run, uniforms)
 
 
@@ -205,7 +206,7 @@ def whole_batch_weight(
 ) -> Tensor | None:
     """The adaptive weight (VQGAN, eq. 7) of a batch that is divided into micro-batches, a scalar.
 
-    It takes a forward pass of its own: the gradients of the first micro-batch cannot be weighted
+    It needs a separate forward pass: the gradients of the first micro-batch cannot be weighted
     before those of the last are known. Its backward pass stops at the decoder's last layer.
     None if no weight is needed, or if there is one micro-batch: then `generator_loss` computes it.
     """
@@ -234,7 +235,7 @@ def whole_batch_weight(
 
 
 def codebook_use(run: Run, tokenizer: Tokenizer, codes: Sequence[Tensor]) -> dict[str, float]:
-    """Usage (0 to 1) and perplexity of a step's codes (B, L) on all processes; every process calls.
+    """Usage (0 to 1) and perplexity of a step's codes (B, L) on all processes. A collective call.
 
     Empty for a continuous tokenizer, which has no codes.
     """

@@ -18,9 +18,9 @@ from smalti.pipelines.latent_editor import LatentEditor, StatisticsOptions, sign
 class TraverseConfig(StatisticsOptions):
     """Change one latent channel of an image, equally at all positions; one row for each channel."""
 
-    output: Path = Path("traversal.png")
-    channels: tuple[int, ...] = ()  # empty = the first 8
-    # In standard deviations of the channel over the data set.
+    output: Path = Path("traversal.png")  # PNG file of the latent grid
+    channels: tuple[int, ...] = ()  # indices of channels; empty = the first 8
+    # Changes, in standard deviations of the channel over the data set.
     strengths: tuple[float, ...] = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The sources of published weights by name, imported only when asked for.
+"""The sources of published weights by name; each is imported when it is first used.
 
 The order matters for export: a model is written in the first layout that fits it; into a file, in
 the first that is a single file.

@@ -1,6 +1,6 @@
 """Published convolutional tokenizers: their names for our encoder and decoder, and their sizes.
 
-All of these code bases descend from taming-transformers, whose names are ours: encoder level i,
+All of these code bases descend from taming-transformers, whose names we use: encoder level i,
 block j is `encoder.down.i.block.j`; decoder level i, counted from the highest resolution, is
 `decoder.up.i`. A code base is described by rules that rewrite our names into its own.
 
@@ -39,7 +39,7 @@ IMAGE_SIZE = 256  # pixels per side, of nearly all published tokenizers
 TRAINING_PARTS = ("loss.*", "model_ema.*", "discriminator.*", "colorize")
 
 CODEBOOK = "quantize.embedding.weight"  # (V, d)
-IDLE_STEPS = "quantizer.codebook.idle_steps"  # ours alone: steps since each code was last used
+IDLE_STEPS = "quantizer.codebook.idle_steps"  # only in our models: steps since a code was used
 
 
 # -- names ----------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def infer_conv(
 
     Args:
         double_z: the encoder's output is mean and log-variance, not features.
-        norm_groups: groups of the normalisations, which shapes do not tell.
+        norm_groups: groups of the normalisations, which shapes do not determine.
 
     Raises:
         ConversionError: a tensor that determines a size is missing, or no encoder of ours has these
@@ -193,7 +193,7 @@ class InferredQuantizer:
 
 
 def infer_codebook(checkpoint: PublishedCheckpoint, *, l2_normalise: bool) -> CodebookConfig:
-    """The sizes of the codebook; none of its codes will be revived.
+    """The sizes of the codebook; unused codes will not be re-initialised.
 
     Raises:
         ConversionError: there is no codebook.
@@ -254,7 +254,7 @@ class KLSizes:
 
     conv: ConvConfig
     channels: int  # of the latents
-    quant_convs: bool  # whether convolutions lie between encoder, latents and decoder
+    quant_convs: bool  # whether there are convolutions around the latents
 
     def config(
         self, size: int, latent_mean: tuple[float, ...], latent_std: tuple[float, ...]

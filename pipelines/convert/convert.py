@@ -194,7 +194,7 @@ def read_published(
     """The model in a published checkpoint, and what was found, as lines to print.
 
     Raises:
-        SmaltiError: there is no such source; or a `ConversionError`: the file is damaged, holds
+        SmaltiError: there is no such source; or a `ConversionError`: the file is damaged, contains
             code or another kind of model, or is ours already; a tensor is missing, unknown,
             mis-shaped or not finite; config.json belongs to another model; an option does not
             apply; the tokenizer does not fit the prior.
@@ -212,7 +212,7 @@ def read_published(
         places = (checkpoint.path, checkpoint.path.with_name(CONFIG))
         if any(str(place) in str(error) for place in places):
             raise
-        # Config classes say what is wrong, but not in which file.
+        # The errors of config classes do not name the file.
         raise ConversionError(f"{checkpoint.path}: {error}") from error
     lines = _report(reader, checkpoint, inferred, imported)
     if not isinstance(model, Prior):
@@ -260,7 +260,7 @@ def _fitting_layout(model: Tokenizer | Prior, is_file: bool) -> str:
         return fitting[0]
     kind = model.registry.kind
     raise ConversionError(
-        f"no published layout holds this {kind}: it has parts that no original code has"
+        f"no published layout fits this {kind}: it has parts that no original code has"
     )
 
 
@@ -282,7 +282,7 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
     name = layout or _fitting_layout(model, is_file)
     writer: Source = PUBLISHED_SOURCES.resolve(name)()
     if not writer.fits(model.config):
-        raise ConversionError(f"this model is no {writer.title}: its layout cannot hold it")
+        raise ConversionError(f"this model is no {writer.title}: choose another layout, or none")
     _check_out(out)
     ours = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     tensors = export_tensors(writer.layout(model.config), ours)

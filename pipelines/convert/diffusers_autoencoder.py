@@ -63,10 +63,10 @@ OLD_ATTENTION = {
     ".proj_attn.": ".to_out.0.",
 }
 
-# Settings that the tensors do not show, with the only value that our model has.
+# Settings that the tensors do not determine, with the only value that our model has.
 FIXED = {"act_fn": "silu", "norm_type": "group"}
 
-# Settings that the tensors show, too.
+# Settings that the tensors also determine.
 SIZES = (
     "block_out_channels",
     "down_block_types",
@@ -105,7 +105,7 @@ def looks_like_diffusers(checkpoint: PublishedCheckpoint) -> bool:
 
 def check_settings(checkpoint: PublishedCheckpoint, class_name: str) -> None:
     """Raise `ConversionError` if config.json describes another class, or a model that differs from
-    ours in what the tensors do not show."""
+    ours in settings that the tensors do not determine."""
     found, where = checkpoint.config, config_path(checkpoint)
     name = found.get("_class_name", class_name)
     if name != class_name:
@@ -116,7 +116,7 @@ def check_settings(checkpoint: PublishedCheckpoint, class_name: str) -> None:
 
 
 def norm_groups(checkpoint: PublishedCheckpoint) -> int:
-    """Groups of the normalisations, which only config.json tells."""
+    """Groups of the normalisations, which only config.json states."""
     groups = number(checkpoint, "norm_num_groups", PUBLISHED_GROUPS, positive=True)
     if groups != int(groups):
         raise wrong_setting(checkpoint, "norm_num_groups", "a positive integer")
@@ -124,7 +124,7 @@ def norm_groups(checkpoint: PublishedCheckpoint) -> int:
 
 
 def sizes_in(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the tensors show, too."""
+    """The settings that the tensors also determine."""
     return {key: value for key, value in settings.items() if key in SIZES}
 
 
@@ -200,8 +200,8 @@ def _shared_config(class_name: str, conv: ConvConfig, image_size: int) -> dict[s
 
 
 def _scaling_config(config: KLConfig) -> dict[str, Any]:
-    """Mean and standard deviation of the latents in Diffusers' form: one number each where all
-    channels are alike, which all of its pipelines understand, else lists."""
+    """Mean and standard deviation of the latents in Diffusers' form: one number each if all
+    channels have the same, which all of its pipelines support, else lists."""
     std = config.latent_std or (1.0,)
     mean = config.latent_mean or (0.0,)
     alike = len({*std}) == len({*mean}) == 1

@@ -42,7 +42,7 @@ from smalti.prior.registry import PRIORS
 # Names of the class; the first was split into several in Diffusers 0.28.
 CLASSES = ("Transformer2DModel", "DiTTransformer2DModel")
 
-# Settings that the tensors do not show, with the only value that our model has.
+# Settings that the tensors do not determine, with the only value that our model has.
 FIXED = {
     "activation_fn": "gelu-approximate",
     "norm_type": "ada_norm_zero",
@@ -53,7 +53,7 @@ FIXED = {
     "num_vector_embeds": None,
     "double_self_attention": False,
 }
-# Settings that the tensors show, too.
+# Settings that the tensors also determine.
 SIZES = (
     "attention_head_dim",
     "in_channels",
@@ -261,8 +261,8 @@ class DiffusersDiT(Source):
         if config.network.frequency_shift == FREQUENCY_SHIFT:
             return []
         return [
-            "note: Diffusers embeds the time with slightly other frequencies than the authors' DiT,"
-            " which this model is: the images that Diffusers generates with it will differ"
+            "note: Diffusers embeds the time with slightly different frequencies than the authors'"
+            " DiT, which this model is: the images that Diffusers generates with it will differ"
         ]
 
     def export_config(self, config: FlowConfig) -> dict[str, Any]:

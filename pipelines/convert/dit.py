@@ -1,7 +1,7 @@
 """DiT (Peebles and Xie, 2212.09748) and SiT (Ma et al., 2401.08740): one network, two objectives.
 
-The files hold a state dict, or the `ema` of a training run. They do not state the objective, that
-is what the time and the output mean: it follows from the name of the source.
+The files contain a state dict, or the `ema` of a training run. They do not state the objective
+(the meaning of the time and of the output): it follows from the name of the source.
 """
 
 import math

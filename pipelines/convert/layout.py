@@ -25,7 +25,7 @@ def _unchanged(tensors: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class Link:
-    """Tensors of ours and tensors of theirs that hold the same values.
+    """Tensors of ours and tensors of theirs with the same values.
 
     `to_ours` maps their tensors, in the order of `theirs`, to ours, in the order of `ours`;
     `to_theirs` is its inverse.
@@ -75,7 +75,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything that a published file may hold, and where it goes in our model."""
+    """Everything that a published file may contain, and its place in our model."""
 
     links: Sequence[Link]
     buffers: Mapping[str, Buffer] = field(default_factory=dict)  # theirs

@@ -1,9 +1,9 @@
 """LlamaGen (Sun et al., 2406.06525): the tokenizers VQ-8 and VQ-16, and the class-conditional and
 text-conditional priors.
 
-A prior's file states neither its number of heads nor its grid, unless it is an old one that holds
-the rotary table, or was saved after sampling, with masks and key-value caches inside. Those are
-checked and left out.
+A prior's file states neither its number of heads nor its grid, unless it is an old one with
+the rotary table, or was saved after sampling, with masks and key-value caches. These are checked
+and not imported.
 """
 
 from typing import Any
@@ -55,7 +55,7 @@ NAMES = ConvNames(
         (r"^quantizer\.codebook\.weight$", "quantize.embedding.weight"),
     ),
 )
-# (65536,), the codes that training used last. The original code loads no file without it.
+# (65536,), the codes that training used last. The original code cannot load a file without it.
 USED_CODES = "quantize.codebook_used"
 USAGE_WINDOW = 65536
 
@@ -105,7 +105,7 @@ CACHE = "layers.0.attention.kv_cache.k_cache"
 
 
 class LlamaGenPrior(Source):
-    """Names are ours but for the class table. The condition gets no rotary embedding: the config
+    """Names are ours except for the class table. The condition gets no rotary embedding: the config
     has `prefix_rotary` "zero"."""
 
     title = "LlamaGen prior"
@@ -194,7 +194,7 @@ def _heads_in_file(checkpoint: PublishedCheckpoint, width: int) -> int | None:
 
 
 def _kv_heads(checkpoint: PublishedCheckpoint, width: int, heads: int) -> int:
-    """Heads of keys and values as in the config: 0 stands for as many as queries have."""
+    """Heads of keys and values as in the config: 0 means as many as queries have."""
     rows = checkpoint.shape(QKV, 2)[0]
     kv_heads, rest = divmod(rows - width, 2 * (width // heads))
     if rest or not 1 <= kv_heads <= heads or heads % kv_heads:
@@ -240,7 +240,7 @@ def _check_leftovers(checkpoint: PublishedCheckpoint, config: NextTokenConfig) -
             raise ConversionError(
                 f"{path}: {ROTARY} is not the table of shape {tuple(expected.shape)} for "
                 f"{config.num_heads} heads and grids of {config.spec.grids[0][0]} codes per side: "
-                "give the model's own numbers with --heads and --scales"
+                "give the model's own values with --heads and --scales"
             )
     for name in MASKS:
         if name in tensors and not _is_causal(tensors[name], config.condition == "text"):

@@ -1,15 +1,16 @@
 """Published checkpoints, read without trusting them: tensors come out, code never runs.
 
-    scan_checkpoint    which classes a pickle asks for, and how their objects are filled
+    scan_checkpoint    which classes a pickle imports, and how their objects are filled
     read_pickle        the content of a .pt, .pth or .ckpt file, with placeholders for objects
     read_checkpoint    the state dict inside a pickle or a safetensors file
 
 This is our own for safety. torch's weights-only reader builds tensors and plain containers and
 refuses everything else, but training runs save other objects beside the weights, such as an
 `argparse.Namespace` or a `defaultdict`. Allowing the real classes would run their code; a
-placeholder runs nothing, but torch fills only exact dicts and exact lists, so one has to know
-beforehand which of the two an object needs. `torch.serialization.get_unsafe_globals_in_checkpoint`
-does not tell: it returns class names alone, reads zip files alone, and no newer pickle protocol.
+placeholder runs nothing, but torch fills only exact dicts and exact lists, so the kind
+that an object needs must be known in advance. The function
+`torch.serialization.get_unsafe_globals_in_checkpoint` does not give it: it returns class names
+only, reads zip files only, and does not read newer pickle protocols.
 """
 
 import pickletools
@@ -51,7 +52,7 @@ MARK = object()
 
 @dataclass
 class PickleScan:
-    """What a pickle asks for."""
+    """What a pickle imports."""
 
     protocol: int | None = None  # of pickle, where the file states it
     kinds: dict[str, Kind] = field(default_factory=dict)  # class name -> how its objects are filled
@@ -208,7 +209,7 @@ def read_pickle(path: Path) -> Any:
     """The content of a file of torch.save, with placeholders for `IGNORED_CLASSES`.
 
     Raises:
-        ConversionError: it is damaged, cut short or no checkpoint; it asks for code; or it holds an
+        ConversionError: it is damaged, cut short or no checkpoint; it would run code; or it has an
             object that only its own code could fill.
     """
     zipped = zipfile.is_zipfile(path)  # else the format before torch 1.6, or no checkpoint at all
@@ -236,7 +237,7 @@ def _ignored(name: str) -> bool:
 def _verify_checksums(path: Path) -> None:
     """Raise `ConversionError` if the bytes of a zip file are not those that were written."""
     with zipfile.ZipFile(path) as archive:
-        if not any(member.CRC for member in archive.infolist()):  # torch can be told to write none
+        if not any(member.CRC for member in archive.infolist()):  # torch can be set to write none
             return
         damaged = archive.testzip()  # reads a megabyte at a time
     if damaged is not None:
@@ -247,7 +248,7 @@ def _verify_checksums(path: Path) -> None:
 
 
 def _explain(message: str, scan: PickleScan) -> str:
-    """What an error of torch's reader means, without its advice to switch the check off."""
+    """The cause of an error of torch's reader, without its advice to disable the check."""
     if "nsupported global" in message or "unsupported GLOBAL" in message:
         name = message.partition("GLOBAL ")[2].split()[0]
         name = name if "." in name else f"builtins.{name}"
@@ -300,7 +301,7 @@ class PublishedCheckpoint:
     path: Path
     tensors: dict[str, Tensor]
     wrapper: str = ""  # the keys around them, "model" or "trainer.ema"; empty: none
-    others: tuple[str, ...] = ()  # alternatives to the last key that hold tensors too
+    others: tuple[str, ...] = ()  # alternatives to the last key, with tensors
     config: dict[str, Any] = field(default_factory=dict)  # config.json beside the file, if any
 
     def shape(self, name: str, dimensions: int | None = None) -> tuple[int, ...]:
@@ -342,7 +343,7 @@ class PublishedCheckpoint:
         ("blocks.{}."), or 0.
 
         Raises:
-            ConversionError: a number is higher than the file has tensors.
+            ConversionError: an index i is not below the number of tensors in the file.
         """
         before, _, after = template.partition("{}")
         highest = -1
@@ -367,7 +368,7 @@ def read_checkpoint(path: Path, wrappers: Sequence[str] = WRAPPERS) -> Published
 
     Raises:
         ConversionError: there is no such file, or not exactly one in the folder; it is damaged; it
-            is a pickle that asks for code; it holds no tensors, or other than plain ones.
+            is a pickle that would run code; it contains no tensors, or tensors that are not dense.
     """
     file = _weights_file(path)
     content = _read_safetensors(file) if file.suffix == SAFETENSORS else read_pickle(file)
@@ -406,7 +407,7 @@ def _weights_file(path: Path) -> Path:
         raise ConversionError(
             f"{path} is split into shards: join them in one file, best as safetensors"
         )
-    if path.is_file():  # whose name says nothing about the format
+    if path.is_file():  # its format is read from the content, whatever its name
         return path
     if found:
         names = ", ".join(p.name for p in found)

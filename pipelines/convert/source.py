@@ -6,7 +6,7 @@ A source is one code base and one kind of model. `convert` calls, in this order:
     infer(checkpoint, options)      the config of our model, from the shapes of the tensors
     layout(config)                  which of their tensors is which of ours
 
-`export` needs `layout` alone, and `fits(config)` to know whether it may use it.
+`export` calls `fits(config)`, which returns whether the layout applies, and `layout`.
 """
 
 import math
@@ -27,7 +27,7 @@ from smalti.tokenizer.base import Tokenizer
 
 @dataclass(frozen=True)
 class Options:
-    """What the shapes of tensors do not determine; None stands for the published default.
+    """What the shapes of tensors do not determine; None means the published default.
 
     Raises:
         ConfigurationError: a number is not positive.

@@ -19,7 +19,7 @@ from smalti.pipelines.convert.source import Inferred, Options
 from smalti.tokenizer.quantizers.gumbel import GumbelConfig
 from smalti.tokenizer.vq import VQConfig
 
-# In the file of a whole model the autoencoder's names have the first prefix, beside a transformer
+# In the file of a full model the autoencoder's names have the first prefix, beside a transformer
 # (taming-transformers) or a diffusion model (latent-diffusion). Everything else gets the second
 # prefix, and is dropped.
 FIRST_STAGE, REST = "first_stage_model.", "second_stage."
@@ -35,7 +35,7 @@ NAMES = ConvNames(
 
 
 def autoencoder_alone(checkpoint: PublishedCheckpoint) -> PublishedCheckpoint:
-    """The checkpoint with the names of an autoencoder; the rest of a whole model is set apart."""
+    """The checkpoint with the names of an autoencoder; other tensors get the prefix `REST`."""
     if not checkpoint.has(FIRST_STAGE):
         return checkpoint
     return checkpoint.renamed(
@@ -70,7 +70,7 @@ def infer_gumbel(checkpoint: PublishedCheckpoint) -> InferredQuantizer:
 
 
 class TamingVQGAN(ConvSource):
-    """Codes are compared without normalisation; attention in the middle is always there."""
+    """Codes are compared without normalisation; the middle blocks always have attention."""
 
     title = "taming-transformers VQGAN"
     names = NAMES

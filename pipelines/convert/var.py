@@ -56,7 +56,7 @@ PUBLISHED_SCALES = {
     16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
     32: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
 }
-# (scales, V): how often training used each code. The original code loads no file without it.
+# (scales, V): how often training used each code. The original code cannot load a file without it.
 HITS = "quantize.ema_vocab_hit_SV"
 
 SEVERAL, ONE = "quantize.quant_resi.qresi_ls.", "quantize.quant_resi.qresi."
@@ -79,8 +79,8 @@ def _names(convolutions: int) -> ConvNames:
 def sharing(scales: int, convolutions: int) -> tuple[int, ...]:
     """The convolution of each scale: the one whose position on [0, 1] is nearest to the scale's.
 
-    Convolutions are evenly spaced inside [0, 1], four of them a little wider apart. Some scales lie
-    midway between two, and rounding in double precision decides: the arithmetic is VAR's own.
+    Convolutions are evenly spaced inside [0, 1], four of them a little wider apart. Some scales are
+    midway between two, where rounding in double precision decides: the arithmetic is VAR's.
     """
     inset = 1 / 3 / convolutions if convolutions == 4 else 1 / 2 / convolutions
     ticks = np.linspace(inset, 1 - inset, convolutions)
@@ -140,7 +140,7 @@ def _infer_multi_scale(
 
 
 class VARTokenizer(ConvSource):
-    """Which convolution belongs to which scale follows from their numbers alone, see `sharing`."""
+    """Which convolution belongs to which scale follows from the number of each, see `sharing`."""
 
     title = "VAR tokenizer"
     options = frozenset({"image_size", "scales"})

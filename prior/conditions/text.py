@@ -25,7 +25,7 @@ def _check_shapes(features: Tensor, mask: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class TextCondition:
-    """The features that a text encoder gives for captions, padded on the left to one length.
+    """Features of captions from a text encoder, padded on the left to one length.
 
     Raises:
         GenerationError: the shapes or types differ from those below; a caption has no token, or its
@@ -41,7 +41,9 @@ class TextCondition:
         if torch.compiler.is_compiling():  # a branch on values would break the graph
             return
         if not mask.any(1).all():
-            raise GenerationError("a caption has no token: even an empty text has its end token")
+            raise GenerationError(
+                "a caption has no token: give at least the end token, also for an empty text"
+            )
         if (mask[:, :-1] & ~mask[:, 1:]).any():
             raise GenerationError(
                 "a caption is not padded on the left: use TextCondition.left_padded"
@@ -66,7 +68,7 @@ class TextCondition:
         return type(self)(self.features[rows], self.mask[rows])
 
     def repeat(self, each: int) -> Self:
-        """Every caption `each` times, one after the other: (B * each, T, D)."""
+        """Every caption `each` times, copies next to each other: (B * each, T, D)."""
         features, mask = (t.repeat_interleave(each, 0) for t in (self.features, self.mask))
         return type(self)(features, mask)
 
@@ -83,7 +85,7 @@ class TextCondition:
         """
         keys = torch.arange(stop, device=self.mask.device)
         queries = keys[start:, None]
-        # Of the tokens after the caption none is padding.
+        # No token after the caption is padding.
         tokens = F.pad(self.mask, (0, max(0, stop - self.mask.shape[1])), value=True)[:, :stop]
         return ((keys < queries) & tokens[:, None, None]) | (keys == queries)
 
@@ -105,9 +107,9 @@ class CaptionProjection(nn.Module):
 
 
 class CaptionEmbedding(nn.Module):
-    """Projects the features of captions to prefix tokens, and holds learned features for no text.
+    """Projects features of captions to prefix tokens; has learned features for "no text".
 
-    Module names are LlamaGen's. (Its features for no text are a buffer that was never trained.)
+    Module names are LlamaGen's. (Its features for "no text" are a buffer that was never trained.)
     """
 
     def __init__(self, length: int, dim: int, width: int) -> None:
@@ -116,7 +118,7 @@ class CaptionEmbedding(nn.Module):
         self.uncond_embedding = nn.Parameter(torch.randn(length, dim) / dim**0.5)
 
     def forward(self, condition: TextCondition) -> Tensor:  # (B, T, width)
-        # Padding may hold anything, even NaN, which 0 * NaN in attention would spread.
+        # Padding may contain any value. A NaN would spread: in attention 0 * NaN is NaN.
         features = condition.features.masked_fill(~condition.mask[..., None], 0)
         return self.cap_proj(features)
 
@@ -126,7 +128,7 @@ class CaptionEmbedding(nn.Module):
         return TextCondition(features, condition.mask)
 
     def drop(self, condition: TextCondition, probability: float) -> TextCondition:
-        """Replace each caption by no text with a probability (2207.12598)."""
+        """Replace each caption by "no text" with a probability (2207.12598)."""
         dropped = torch.rand(len(condition), 1, 1, device=condition.features.device) < probability
         features = torch.where(dropped, self.uncond_embedding, condition.features)
         return TextCondition(features, condition.mask)

@@ -1,6 +1,6 @@
 """The flow-matching and diffusion prior (SiT, Ma et al., 2401.08740).
 
-config      what a user may choose, and the presets
+config      the configuration, and the presets
 prior       FlowPrior: training objective, sampling, likelihood
 dit         the network
 path        x_t = alpha(t) x_1 + sigma(t) x_0, and the transitions between two times

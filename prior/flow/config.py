@@ -28,14 +28,14 @@ from smalti.prior.flow.path import DDPMPath, GaussianPath, LinearPath
 from smalti.prior.flow.prediction import Prediction
 from smalti.prior.flow.times import LogitNormalTimes, LossWeight, TrainingTimes, UniformTimes
 
-LATENTS = ContinuousSpec(4, 32, 32)  # of 256 px ImageNet, which all presets are for until fitted
+LATENTS = ContinuousSpec(4, 32, 32)  # of 256 px ImageNet; `fitted` adapts a preset to others
 
 
 @dataclass(frozen=True)
 class FlowConfig(PriorConfig):
     """Defaults: SiT-B/2, which predicts the velocity on the linear path."""
 
-    # Fields that may change without changing the meaning of saved weights
+    # Fields that may change without changing what saved weights compute.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
         "times",
         "loss_weight",
@@ -44,7 +44,7 @@ class FlowConfig(PriorConfig):
     )
 
     kind: Literal["flow"] = "flow"
-    network: DiTConfig = field(default_factory=lambda: NETWORKS["dit-b/2"])
+    network: DiTConfig = field(default_factory=lambda: NETWORKS["dit-b/2"])  # sizes of the DiT
     path: GaussianPath = field(
         default_factory=LinearPath
     )  # the path from noise to data: kinds in PATHS
@@ -52,10 +52,10 @@ class FlowConfig(PriorConfig):
     times: TrainingTimes = field(
         default_factory=UniformTimes
     )  # distribution of training times: TIMES
-    loss_weight: LossWeight = "constant"  # of the squared error at each time
+    loss_weight: LossWeight = "constant"  # weight of the squared error at each time
     label_dropout: float = 0.1  # probability of the null label in training
-    guided_channels: int | None = None  # how many, from the first; 3 for published DiT and SiT
-    # The network is given time_shift + time_scale t: for SiT t, for DiT 999 - 1000 t (index k)
+    guided_channels: int | None = None  # guides only the first ones; None: all; published DiT: 3
+    # The network's time input is time_shift + time_scale t: SiT: t, DiT: 999 - 1000 t, index k.
     time_scale: float = 1.0
     time_shift: float = 0.0
     tokenizer_fingerprint: str | None = None  # of the tokenizer that made the training latents
@@ -83,7 +83,7 @@ class FlowConfig(PriorConfig):
 
     @property
     def spec(self) -> ContinuousSpec:
-        """The latents that are modelled."""
+        """The specification of the latents that this prior models."""
         return ContinuousSpec(self.network.in_channels, *self.network.grid)
 
     @property
@@ -103,10 +103,10 @@ class FlowConfig(PriorConfig):
         tokenizer_fingerprint: str | None,
         quantizer: object = None,
     ) -> Self:
-        """This size of model for other latents.
+        """This configuration, with the same size of network, for other latents.
 
         Args:
-            quantizer: of the tokenizer; a flow prior needs none.
+            quantizer: the config of the tokenizer's quantizer, which this prior does not use.
 
         Raises:
             ConfigurationError: the latents are codes, or cannot be cut into the network's patches.

@@ -46,16 +46,16 @@ class DiTConfig:
     out_channels: int = 8  # 2 C where variances are learned, as in all published weights
     grid: tuple[int, int] = (32, 32)  # (h, w) of the latents
     patch_size: int = 2  # p, side of the square of latent positions that becomes one token
-    width: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0  # hidden / width of the feed-forward; SwiGLU: 2/3 of it, the same cost
+    width: int = 768  # channels of a token
+    depth: int = 12  # number of blocks
+    num_heads: int = 12  # attention heads
+    mlp_ratio: float = 4.0  # hidden / width of the feed-forward; SwiGLU uses 2/3 of it, same cost
     num_classes: int = 1000  # the label table has one more row, for the null label
     positions: Positions = "sin-cos"  # sin-cos: added to tokens; rotary: rotates queries and keys
-    feed_forward: FeedForward = "gelu"
-    norm: Norm = "layer"
+    feed_forward: FeedForward = "gelu"  # activation: gelu, or the gated swiglu
+    norm: Norm = "layer"  # layer norm, or RMS norm
     qk_norm: bool = False  # RMS norm of each head's queries and keys: stabilises large models
-    frequency_size: int = 256  # number of sinusoids of the time
+    frequency_size: int = 256  # channels of the sinusoidal time embedding
     # The frequencies are 10000^(-i / (frequency_size / 2 - frequency_shift)); Diffusers' DiT: 1
     frequency_shift: int = 0
     mlp_norm_eps: float = NORM_EPS  # of the norms before the feed-forward; Diffusers' DiT: 1e-5
@@ -182,8 +182,8 @@ def sinusoids(t: Tensor, size: int, shift: int = 0) -> Tensor:
 class TimestepEmbedder(nn.Module):
     """linear(silu(linear(sinusoids(t)))).
 
-    Computed in fp32 whatever the precision of the model: bf16 cannot tell the sinusoids of
-    neighbouring times in [0, 1] apart.
+    Computed in fp32 whatever the precision of the model: in bf16 the sinusoids of
+    neighbouring times in [0, 1] would be equal.
     """
 
     def __init__(self, frequency_size: int, width: int, frequency_shift: int = 0) -> None:

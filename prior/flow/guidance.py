@@ -33,7 +33,7 @@ class ClassifierFree:
 
     scale: float = 1.0  # s; 1 is off
     interval: tuple[float, float] = (0.0, 1.0)  # t, from noise to data
-    channels: int | None = None  # how many, from the first, are guided; None: all
+    channels: int | None = None  # guides only the first ones; None: all
 
     def __post_init__(self) -> None:
         if not (is_number(self.scale) and math.isfinite(self.scale)):
@@ -93,7 +93,7 @@ class Classifier:
         """s grad_x log p(label | x), like x."""
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            # Samples are independent, so the gradient of the sum holds that of each sample.
+            # Samples are independent, so the gradient of the sum contains that of each sample.
             total = self.log_probability(leaf, t, labels).sum()
             (gradient,) = torch.autograd.grad(total, leaf)
         return self.scale * gradient

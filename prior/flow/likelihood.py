@@ -80,7 +80,7 @@ def log_likelihood(
     """
     shape, size = x.shape, x[0].numel() if len(x) else 1
 
-    # The state (B, size + 1) holds a sample and its log density.
+    # The state (B, size + 1) is a sample and its log density.
     def joint(state: Tensor, t: Tensor) -> Tensor:
         velocity, divergence_at_t = divergence(dynamics.velocity, state[:, :-1].view(shape), t)
         return torch.cat([velocity.flatten(1), -divergence_at_t[:, None]], 1)
@@ -95,5 +95,5 @@ def log_likelihood(
 
 
 def bits_per_dimension(log_likelihood: Tensor, size: int) -> Tensor:
-    """-log2 p per number, from log p in nats (B,) of samples of `size` numbers."""
+    """-log2 p per element, from log p in nats (B,) of samples of `size` elements."""
     return -log_likelihood / (size * math.log(2))

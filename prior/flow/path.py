@@ -45,7 +45,7 @@ TINY = 1e-12  # smallest magnitude of a denominator
 class GaussianPath(ABC):
     """The coefficients of data and noise in x_t, and what follows from them."""
 
-    registry: ClassVar[Registry] = PATHS  # a configuration may hold any path registered here
+    registry: ClassVar[Registry] = PATHS  # a configuration may contain any of these paths
     velocity_diverges: ClassVar[bool] = False  # whether sigma' is infinite at t = 1
 
     @abstractmethod
@@ -229,8 +229,8 @@ class DDPMPath(VariancePreservingPath):
     # linear: DDPM and DiT; scaled-linear: Stable Diffusion, linear in sqrt(beta); cosine: improved
     # DDPM, which ignores beta_start and beta_end and limits beta to 0.999
     beta_schedule: Literal["linear", "scaled-linear", "cosine"] = "linear"
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
+    beta_start: float = 1e-4  # beta of the first step from the data, index 0
+    beta_end: float = 0.02  # beta of the last step, index T - 1
     kind: Literal["ddpm"] = "ddpm"
 
     def __post_init__(self) -> None:
@@ -364,7 +364,7 @@ def transition(path: GaussianPath, start: float, stop: float) -> Transition[floa
     """
     if stop < start:
         raise GenerationError(
-            f"times go from {start:.4g} down to {stop:.4g}; use an ODE solver to go back"
+            f"times go from {start:.4g} down to {stop:.4g}; use an ODE solver to go to noise"
         )
     to = transitions(path, *torch.tensor([start, stop], dtype=torch.float64))
     return Transition(*(value.item() for value in vars(to).values()))

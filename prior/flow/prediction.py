@@ -170,7 +170,7 @@ def derivative_by_score(prediction: Prediction, path: GaussianPath, t: Tensor) -
 
 
 # -------------------------------------------------------------------------------------------------
-# The dynamics: a path and a network on it, all that a solver needs to know of a prior
+# The dynamics: a path and a network, which are all that a solver uses of a prior
 
 Field = Callable[[Tensor, Tensor], Tensor]  # x (B, ...), times (B,) -> (B, ...)
 
@@ -221,7 +221,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Dynamics:
-    """The marginals p_t of a path, known through a network that makes one kind of prediction."""
+    """The marginals p_t of a path, given by a network that makes one kind of prediction."""
 
     path: GaussianPath
     prediction: Prediction

@@ -46,9 +46,9 @@ __all__ = ["PRESETS", "FlowConfig", "FlowPrior"]
 # -------------------------------------------------------------------------------------------------
 # Learned variances of DDPM steps (improved DDPM, 2102.09672, section 3.1): L_simple + lambda L_vlb
 #
-# A network with twice the channels of the latents predicts, beside noise or velocity, where between
-# beta_tilde and beta the variance of the next step lies (eq. 15). The squared error does not depend
-# on these channels; they are trained by a term of the variational bound (eq. 16),
+# A network with twice the channels of the latents predicts noise or velocity, and also the variance
+# of the next step, as a position between beta_tilde and beta (eq. 15). The squared error does not
+# depend on these channels; they are trained by a term of the variational bound (eq. 16),
 #
 #     KL(q(x_s | x_t, x_1) || p(x_s | x_t)),  s one step of the chain after t,
 #
@@ -63,7 +63,7 @@ def bound_weight(path: DDPMPath) -> float:
 
 
 def variance_bound(path: DDPMPath, estimate: Estimate, data: Tensor, noise: Tensor) -> Tensor:
-    """The KL divergence of the steps from x_t (B, C, h, w), in bits per number: (B,).
+    """The KL divergence of the steps from x_t (B, C, h, w), in bits per element: (B,).
 
     0 where the step would go beyond index 0 of the chain: the last step, to the data, is not
     stochastic.
@@ -125,7 +125,7 @@ class FlowPrior(Prior):
         self, latents: Tensor, condition: Tensor, random_inputs: RandomInputs | None = None
     ) -> Loss:
         """The weighted squared error of the prediction (conditional flow matching, 2210.02747,
-        eq. 9; DDPM, 2006.11239, eq. 14), averaged over times and numbers. On a DDPM path the bound
+        eq. 9; DDPM, 2006.11239, eq. 14), averaged over times and elements. On a DDPM path the bound
         on the variances is added if the network predicts them.
 
         In eval mode times and noise are the same at every call, so that validation losses are
@@ -135,7 +135,7 @@ class FlowPrior(Prior):
             latents: x_1, (B, C, h, w).
             condition: labels (B,).
             random_inputs: rows of what `sample_random_inputs` returns, one per latent. A missing
-                key is sampled here, from torch's global generators. For reflow, "noise" holds the
+                key is sampled here, from torch's global generators. For reflow, "noise" is the
                 x_0 that belongs to each latent.
         """
         self.check_labels(condition)
@@ -227,7 +227,7 @@ class FlowPrior(Prior):
         """The times (steps + 1,) float64 at which a solver steps, ascending.
 
         Raises:
-            SmaltiError: steps is not a whole number from 1, or the schedule is unknown or does not
+            SmaltiError: steps is not an integer from 1, or the schedule is unknown or does not
                 apply to this path.
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
@@ -269,8 +269,8 @@ class FlowPrior(Prior):
                 network n times in each. Adaptive solvers choose their own.
             solver: a name in `SOLVERS`, {"kind": name, option: value}, or a solver.
             schedule: a name in `SCHEDULES`, {"kind": name, option: value}, or a schedule. None is
-                "ddpm" (of 1000 indices 900, 800, ..., 0 for ten steps) for a DDPM path and a solver
-                that is not of the ODE, and otherwise "uniform".
+                "ddpm" (ten steps of 1000 are the indices 900, 800, ..., 0) for a DDPM path and a
+                solver that is not an ODE solver, and otherwise "uniform".
             noise: standard normal x_0 (B, C, h, w); None samples it.
             guidance_interval: the times, from 0, noise, to 1, data, between which s applies.
             classifier: adds classifier guidance.
@@ -324,24 +324,26 @@ class FlowPrior(Prior):
         num_probes: int | None = 1,
         generator: Generators = None,
     ) -> Tensor:
-        """-log2 p(latents | labels) per number of the latents (not per pixel): (B,).
+        """-log2 p(latents | labels) per element of the latents (not per pixel): (B,).
 
         Args:
             latents: (B, C, h, w).
             condition: labels (B,).
             solver: an ODE solver, as for `sample`.
             num_probes: number of random probes of Hutchinson's unbiased trace estimate; None
-                computes the exact trace, with one backward pass for each number of a latent.
+                computes the exact trace, with one backward pass for each element of a latent.
             generator: of the probes; as for `sample`.
 
         Raises:
-            SmaltiError: the latents have another shape, the solver is not of the ODE, or num_probes
-                is less than 1.
+            SmaltiError: the latents have another shape, the solver is not an ODE solver, or
+                num_probes is less than 1.
         """
         self._check_latents(latents, "latents")
         solver = make_solver(solver)
         if not isinstance(solver, ODESolver):
-            raise GenerationError(f"{solver} gives no likelihood: use an ODE solver, like heun")
+            raise GenerationError(
+                f"{solver} cannot compute a likelihood: use an ODE solver, like heun"
+            )
         if num_probes is not None and num_probes < 1:
             raise GenerationError(
                 f"num_probes is {num_probes}; give at least 1, or None for the exact trace"

@@ -41,11 +41,11 @@ def generate_pairs(
         options: of `FlowPrior.sample`: solver, num_inference_steps, guidance_scale, ...
 
     Raises:
-        GenerationError: not an ODE solver; the noise would not determine the data.
+        GenerationError: the solver is not an ODE solver, so noise does not determine the data.
     """
     solver = make_solver(options.pop("solver", "heun"))
     if not isinstance(solver, ODESolver):
-        raise GenerationError(f"{solver} makes no pairs: use an ODE solver, like heun")
+        raise GenerationError(f"{solver} cannot generate pairs: use an ODE solver, like heun")
     noise = prior.initial_noise(len(labels), NormalSource(generator, len(labels)))
     data = prior.sample(labels, solver=solver, noise=noise, **options)
     return Pairs(noise, data, labels)
@@ -64,7 +64,7 @@ def check_straight(prior: Prior) -> None:
 @torch.no_grad()
 def straightness(dynamics: Dynamics, noise: Tensor, times: Tensor, solver: ODESolver) -> Tensor:
     """S(Z) = integral |(z_1 - z_0) / (end - start) - v(z_t, t)|^2 dt along the trajectory z_t of
-    each noise (B, ...), averaged over its numbers: (B,). 0 is straight: one Euler step is exact.
+    each noise (B, ...), averaged over its elements: (B,). 0 is straight: one Euler step is exact.
 
     Args:
         times: (N + 1,) ascending; the integral is the trapezoidal sum over this grid.

@@ -50,7 +50,7 @@ def check_shift(shift: float) -> None:
 class TrainingTimes(ABC):
     """A distribution of times in [0, 1]."""
 
-    registry: ClassVar[Registry] = TIMES  # a configuration may hold any that is registered here
+    registry: ClassVar[Registry] = TIMES  # a configuration may contain any of these
 
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class LogitNormalTimes(TrainingTimes):
     """sigmoid(N(mean, std^2)): times in the middle are the most likely (2403.03206, eq. 19)."""
 
     mean: float = 0.0  # larger is nearer to the data
-    std: float = 1.0
+    std: float = 1.0  # of the logit of t; larger moves more times towards both ends
     shift: float = 1.0  # more than 1 shifts towards noise, which larger latents need
     kind: Literal["logit-normal"] = "logit-normal"
 

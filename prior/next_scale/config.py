@@ -28,22 +28,23 @@ class NextScaleConfig(PriorConfig):
     )
 
     kind: Literal["next-scale"] = "next-scale"
+    # Vocabulary size, and the code grids from coarse to fine; `fitted` sets them.
     spec: CodeSpec = field(default_factory=lambda: _spec_of(MultiScaleConfig()))
-    # The tokenizer's, of which the prior owns a frozen copy.
+    # Config of the tokenizer's quantizer, of which the prior has a frozen copy.
     quantizer: MultiScaleConfig = field(default_factory=MultiScaleConfig)
-    num_classes: int = 1000
-    depth: int = 16
-    width: int = 1024
-    num_heads: int = 16
+    num_classes: int = 1000  # without the null label
+    depth: int = 16  # number of blocks
+    width: int = 1024  # channels of a token
+    num_heads: int = 16  # attention heads
     mlp_ratio: float = 4.0  # hidden width of the feed-forward over width
-    dropout: float = 0.0  # of attention and feed-forward outputs
-    drop_path: float = 0.1 * 16 / 24  # of the last block; from 0 at the first it grows linearly
+    dropout: float = 0.0  # probability, of attention and feed-forward outputs
+    drop_path: float = 0.1 * 16 / 24  # drop probability of the last block; grows linearly from 0
     label_dropout: float = 0.1  # probability of training without the class
     shared_adaln: bool = False  # one adaLN projection for all blocks, and offsets for each
     qk_l2_norm: bool = True  # queries and keys of norm 1, and a learned scale for each head
     gate_init: float = 1e-3  # factor on the initial weights of the adaLN gates
     context_noise: float = 0.0  # in training, at most this share of the input codes is random
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # epsilon of the layer norms
     tokenizer_fingerprint: str | None = None  # of the tokenizer that made the training latents
 
     def __post_init__(self) -> None:

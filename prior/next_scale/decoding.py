@@ -14,12 +14,12 @@ from smalti.prior.sampling import SamplingOptions, filtered, guide, sample_codes
 from smalti.randomness import Generators
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleQuantizer
 
-LOGITS_AT_ONCE = 2**24  # in memory while sampling: 128 MB in fp64, for any batch, grid, vocabulary
+LOGITS_AT_ONCE = 2**24  # most logits in memory while sampling: 128 MB in fp64
 Progress = Callable[[int, int], None] | None
 
 
 class ScaleModel(Protocol):
-    """What decoding needs of the model. B samples; n tokens of a scale, L of all scales."""
+    """The parts of the model that decoding uses. B samples; n tokens of a scale, L of all."""
 
     config: NextScaleConfig
     class_emb: nn.Embedding
@@ -44,7 +44,7 @@ class ScaleModel(Protocol):
 class ScaleDecoder:
     """The state of one call of `sample`.
 
-    Until the last guided scale every pass reads twice the rows: the samples, then the same samples
+    Until the last guided scale every pass has twice the rows: the samples, then the same samples
     without class. adaLN modulations depend on the class alone, so they are computed once for all
     scales.
     """
@@ -77,7 +77,7 @@ class ScaleDecoder:
     # -- all scales -----------------------------------------------------------------------------
 
     def codes(self, uniforms: Tensor, on_step: Progress) -> Tensor:
-        """Codes (B, L), sampled with one number in [0, 1) each, (B, L)."""
+        """Codes (B, L), each sampled with one of the uniforms (B, L) in [0, 1)."""
         codes = []
         for scale, scale_uniforms in enumerate(uniforms.split(self.lengths, 1)):
             hidden = self.hidden(scale)
@@ -88,7 +88,7 @@ class ScaleDecoder:
         return torch.cat(codes, 1)
 
     def smooth_codes(self, generator: Generators, on_step: Progress) -> Tensor:
-        """Codes (B, L) of the features that mixtures of codebook vectors sum up to."""
+        """Codes (B, L) of the features that are the sum over scales of codebook mixtures."""
         quantizer = self.model.quantizer
         for scale, length in enumerate(self.lengths):
             hidden = self.hidden(scale)
@@ -119,12 +119,12 @@ class ScaleDecoder:
         return guide(conditional, unconditional, self.scales[scale])
 
     def append(self, added: Tensor, scale: int) -> None:
-        """Add the contribution of a scale to the sum, (B, d, H, W), and read the sum at the next
-        scale's resolution as its input."""
+        """Add the contribution of a scale to the sum, (B, d, H, W); the input of the next scale is
+        the sum, downsampled to its resolution."""
         self.total = self.total + added
         if scale + 1 < len(self.lengths):
             tokens = self.model.embed(self.model.quantizer.scale_input(self.total, scale + 1))
-            if scale + 1 == self.guided.stop:  # the rows without class end here
+            if scale + 1 == self.guided.stop:  # no row without class from here on
                 self.cache = self.cache.part(slice(self.batch))
                 self.modulation = self.modulation.first(self.batch)
             self.tokens = torch.cat([tokens, tokens]) if scale + 1 < self.guided.stop else tokens
@@ -164,7 +164,7 @@ class ScaleDecoder:
 
 
 def _matmul_dtype(model: ScaleModel, device: torch.device) -> torch.dtype:
-    """The type of keys and values: the cache is no larger than it needs to be."""
+    """The type of keys and values: that of autocast if it is on, else that of the weights."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return model.head.weight.dtype

@@ -5,9 +5,9 @@ features, downsampled to the grid of this scale. The sum is the tokenizer's, so 
 frozen copy of the tokenizer's quantizer.
 
 Module names are those of VAR's published weights, which fit without renaming. Three of VAR's
-buffers are derived and not kept (`lvl_1L`, `attn_bias_for_masking`, `blocks.*.attn.zero_k_bias`);
-`quantizer.*`, which VAR's files lack, is filled by `bind`. VAR's guidance `cfg` is our scale
-1 + cfg.
+buffers are computed and not saved (`lvl_1L`, `attn_bias_for_masking`, `blocks.*.attn.zero_k_bias`).
+VAR's files do not contain `quantizer.*`: `bind` copies it. VAR's guidance `cfg` is our
+guidance_scale - 1.
 """
 
 import math
@@ -135,13 +135,13 @@ class ScaleBlock(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# The block-causal mask (VAR, figure 4) of grids of codes laid end to end, coarse to fine.
+# The block-causal mask (VAR, figure 4) of concatenated grids of codes, coarse to fine.
 
 Grids = tuple[tuple[int, int], ...]
 
 
 def scale_of_codes(grids: Grids, device: torch.device) -> Tensor:
-    """The number of the scale of each code, (L,) int64."""
+    """The index of the scale of each code, (L,) int64."""
     return torch.cat(
         [torch.full((h * w,), scale, device=device) for scale, (h, w) in enumerate(grids)]
     )
@@ -163,7 +163,7 @@ def block_causal_mask(grids: Grids, device: torch.device) -> Tensor:
 
 class FrozenQuantizer(MultiScaleQuantizer):
     """A copy of a tokenizer's quantizer that is not trained and stays in fp32 when the model is
-    cast. The buffer `bound`, saved with it, says whether the weights have been copied."""
+    cast. The saved buffer `bound` is True once the weights have been copied."""
 
     bound: Tensor  # () bool
 
@@ -179,7 +179,7 @@ class FrozenQuantizer(MultiScaleQuantizer):
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Of `Module.to`, `half` and similar calls, only the device applies."""
+        """`Module.to`, `half` and similar calls change the device alone, not the type."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -188,7 +188,7 @@ class FrozenQuantizer(MultiScaleQuantizer):
         return super()._apply(move, recurse)
 
     def bind(self, quantizer: nn.Module | None) -> None:
-        """Copy the weights of a tokenizer's quantizer. A second call must give an equal one.
+        """Copy the weights of a tokenizer's quantizer. A second call must pass an equal one.
 
         Raises:
             SmaltiError: it is not a multi-scale quantizer of this config, or another one was bound
@@ -225,7 +225,7 @@ class FrozenQuantizer(MultiScaleQuantizer):
 
 
 def _same_codebook(owned: dict[str, Tensor], given: dict[str, Tensor]) -> bool:
-    """Whether codes mean the same, on any devices; training statistics may differ."""
+    """Whether both map codes to the same features; devices and training statistics may differ."""
     statistics = ("idle_steps", "mean_counts", "mean_sums")
     return all(
         torch.equal(owned[name].cpu(), tensor.cpu())
@@ -265,19 +265,19 @@ def true_context(quantizer: FrozenQuantizer, codes: Tensor) -> Context:
 def noisy_context(quantizer: FrozenQuantizer, codes: Tensor, most: float) -> Context:
     """Inputs from codes (B, L) some of which are random, and targets that correct the error.
 
-    A prior that was trained on true codes only cannot correct its own mistakes (exposure bias). For
+    A prior that was trained on true codes only cannot correct its own errors (exposure bias). For
     every sample a share p ~ U(0, most) of the input codes is random, and each target is quantized
     again, relative to the sum of the input codes (bitwise self-correction of Infinity, 2412.04431,
     section 3.3, here for a codebook).
 
     Infinity quantizes f - s' at scale k, with features f and the sum s' of the input codes before.
-    The cache holds no f, but f - s' = (f - s) + (s - s') with the sum s of the true codes, and
-    f - s, downsampled to scale k, is about the vector of the true code. So the target is the code
-    nearest to that vector plus s - s' downsampled: without errors the true code.
+    The latent cache does not contain f, but f - s' = (f - s) + (s - s') with the sum s of the true
+    codes, and f - s, downsampled to scale k, is close to the vector of the true code. So the target
+    is the code nearest to that vector plus s - s' downsampled; without errors it is the true code.
     """
     parts = codes.split_with_sizes(quantizer.lengths, 1)
     share = torch.rand(len(codes), 1, device=codes.device) * most
-    true_sum = noisy_sum = quantizer.lookup_first(codes, 0)  # both begin at 0, (B, d, H, W)
+    true_sum = noisy_sum = quantizer.lookup_first(codes, 0)  # both start at 0, (B, d, H, W)
     inputs = [codes.new_zeros(len(codes), 0, quantizer.dim).float()]
     targets = []
     for scale, part in enumerate(parts):  # (B, h_k w_k)
@@ -300,7 +300,7 @@ class NextScalePrior(CodePrior):
 
     Config: ClassVar[type] = NextScaleConfig
     PRESETS: ClassVar[Mapping[str, NextScaleConfig]] = PRESETS
-    no_weight_decay: ClassVar[tuple[str, ...]] = ("lvl_embed.weight",)  # as other positions
+    no_weight_decay: ClassVar[tuple[str, ...]] = ("lvl_embed.weight",)  # like positions
     class_table: ClassVar[str] = "class_emb.weight"
     config: NextScaleConfig
 
@@ -328,8 +328,8 @@ class NextScalePrior(CodePrior):
         self._initialise()
 
     def _initialise(self) -> None:
-        """VAR's: normal with variance 1 / (3 width), truncated to [-2, 2], and smaller where a
-        residual branch ends, in modulations and in the output layer."""
+        """VAR's: normal with variance 1 / (3 width), truncated to [-2, 2], and smaller in the last
+        layer of each residual branch, in modulations and in the output layer."""
         config = self.config
         std = math.sqrt(1 / (3 * config.width))
         for module in self.modules():
@@ -363,7 +363,7 @@ class NextScalePrior(CodePrior):
         """Write config.json and model.safetensors, with the quantizer in it, into a folder.
 
         Raises:
-            SmaltiError: no quantizer is bound; the folder holds something else.
+            SmaltiError: no quantizer is bound; the folder contains other files.
         """
         self._check_bound()
         return super().save_pretrained(path)
@@ -498,9 +498,10 @@ class NextScalePrior(CodePrior):
             temperature: logits are divided by it; 0 is greedy.
             top_k: keep the k likeliest codes; 0 keeps all.
             top_p: keep the likeliest codes with this total probability.
-            smooth: later scales get mixtures of codebook vectors instead of those of sampled codes,
-                sharper from scale to scale (VAR's "more smooth"); returned are the codes nearest to
-                the resulting features. Images look smoother, the Frechet distance is worse.
+            smooth: the input of later scales is mixtures of codebook vectors instead of sampled
+                codes; a mixture is sharper at a later scale (VAR's "more smooth"). The result is
+                the codes nearest to the final features. Images look smoother, the Frechet distance
+                is worse.
             on_step: called with (codes sampled, L) after every scale.
 
         Raises:

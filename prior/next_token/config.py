@@ -25,28 +25,29 @@ class NextTokenConfig(PriorConfig):
     )
 
     kind: Literal["next-token"] = "next-token"
+    # Vocabulary size, and the code grid; `fitted` sets both.
     spec: CodeSpec = field(default_factory=lambda: CodeSpec(16384, ((16, 16),)))
-    num_classes: int = 1000  # 0 for text
-    condition: Literal["class", "text"] = "class"
+    num_classes: int = 1000  # without the null label; 0 for text
+    condition: Literal["class", "text"] = "class"  # class labels, or features of captions
     text_length: int = 120  # tokens of a caption, padded
     text_dim: int = 2048  # channels of the features of a caption token
-    depth: int = 12
-    width: int = 768
-    num_heads: int = 12
+    depth: int = 12  # number of blocks
+    width: int = 768  # channels of a token
+    num_heads: int = 12  # attention heads of queries
     num_kv_heads: int = 0  # heads of keys and values; 0 = num_heads, fewer make the cache smaller
-    hidden: int = 0  # width in the feed-forward; 0 = 8/3 width, rounded up to a multiple of 256
+    hidden: int = 0  # width of the feed-forward; 0 = 8/3 width, rounded up to a multiple of 256
     qk_norm: bool = False  # RMS norm of every head's queries and keys
-    dropout: float = 0.1  # of attention and feed-forward outputs
+    dropout: float = 0.1  # probability, of attention and feed-forward outputs
     token_dropout: float | None = None  # of embeddings; None = dropout
     attention_dropout: float = 0.0  # of attention weights
-    drop_path: float = 0.0  # of the last block; from 0 at the first it grows linearly
+    drop_path: float = 0.0  # drop probability of the last block; grows linearly from 0
     label_dropout: float = 0.1  # probability of training without the condition
     token_corruption: float = 0.0  # in training, this share of the input codes is random
     # Random-order annealing: until the first share of the training every order is random, from the
     # second on every order is raster; (0.5, 0.75) in RAR. None trains in raster order only.
     random_order: tuple[float, float] | None = None
-    norm_eps: float = 1e-5
-    rotary_base: float = 10000.0
+    norm_eps: float = 1e-5  # epsilon of the RMS norms
+    rotary_base: float = 10000.0  # base of the rotary frequencies
     prefix_rotary: Literal["identity", "zero"] = "identity"  # LlamaGen's weights expect "zero"
     tokenizer_fingerprint: str | None = None  # of the tokenizer that made the training latents
 
@@ -59,12 +60,13 @@ class NextTokenConfig(PriorConfig):
         check_at_least(1, self, "depth", "width", "num_heads")
         if self.width % self.num_heads or self.head_dim % 4:
             raise ConfigurationError(
-                f"width {self.width} with {self.num_heads} heads: each head needs a multiple of 4"
+                f"width {self.width} with {self.num_heads} heads: the width of each head must be a"
+                " multiple of 4"
             )
         if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
             raise ConfigurationError(
                 f"num_kv_heads is {self.num_kv_heads}; it must divide num_heads {self.num_heads}, "
-                "or be 0 for as many"
+                "or be 0, which means num_heads"
             )
         if self.hidden < 0 or not (self.norm_eps >= 0 and self.rotary_base > 1):
             raise ConfigurationError(

@@ -14,7 +14,7 @@ from smalti.prior.sampling import SamplingOptions, guide, sample_codes
 
 
 class TokenModel(Protocol):
-    """What decoding needs of the model. B samples, P prefix tokens, n codes."""
+    """The parts of the model that decoding uses. B samples, P prefix tokens, n codes."""
 
     config: NextTokenConfig
     output: nn.Linear  # hidden states (..., width) -> logits (..., V)
@@ -31,9 +31,9 @@ class TokenModel(Protocol):
 class TokenDecoder:
     """The state of one call of `sample`.
 
-    Steps with guidance read twice the rows: the samples, then the same samples without condition.
-    The second half starts at the first guided step, where it reads all tokens so far at once, and
-    ends with the last one, so that a step without guidance costs one pass over the samples only.
+    A step with guidance processes twice the rows: the samples, then the same samples without
+    condition. The second half starts at the first guided step, where it processes all tokens so far
+    at once, and ends with the last one: a step without guidance is one pass over the samples.
     """
 
     def __init__(self, model: TokenModel, condition: Condition, options: SamplingOptions) -> None:
@@ -54,10 +54,10 @@ class TokenDecoder:
             config.head_dim,
             like=self.next_input,
         )
-        self.cache = self.full_cache.part(slice(self.batch))  # the rows that are read
+        self.cache = self.full_cache.part(slice(self.batch))  # the rows of the next step
 
     def sample(self, uniforms: Tensor, on_step: Callable[[int, int], None] | None) -> Tensor:
-        """Codes (B, L), sampled with one number in [0, 1) each, (B, L)."""
+        """Codes (B, L), each sampled with one of the uniforms (B, L) in [0, 1)."""
         uniforms = uniforms.to(self.codes.device)
         for step in range(len(self.scales)):
             self.append(sample_codes(self.logits(step), uniforms[:, step], self.options), step)
@@ -66,8 +66,8 @@ class TokenDecoder:
         return self.codes
 
     def logits(self, step: int) -> Tensor:
-        """Logits (B, V) fp32 of the next code, guided where the step is. Steps must be read in
-        order, with `append` between them."""
+        """Logits (B, V) fp32 of the next code, with guidance if the step is guided. To be called
+        for each step in order, with `append` between two calls."""
         if step not in self.guided:
             return self._read(self.next_input, self.cache)
         if step == self.guided.start:
@@ -87,7 +87,7 @@ class TokenDecoder:
             self.next_input = self.model.next_token(codes, step + 1)
 
     def _start_guidance(self, step: int) -> Tensor:
-        """Fill the cache rows without condition; their logits (B, V) of this step."""
+        """Fill the cache rows without condition; return their logits (B, V) of this step."""
         tokens = self.model.tokens(self.model.null(self.condition), self.codes[:, :step])
         unconditional = self.full_cache.part(slice(self.batch, None))
         logits = self._read(tokens, unconditional)
@@ -100,7 +100,7 @@ class TokenDecoder:
         start, stop = cache.length, cache.length + tokens.shape[1]
         mask = None
         if isinstance(self.condition, TextCondition):
-            mask = self.condition.attention_mask(start, stop)  # no text has the same padding
+            mask = self.condition.attention_mask(start, stop)  # "no text" has the same padding
             mask = repeat(mask, "b 1 q k -> (n b) 1 q k", n=len(tokens) // self.batch)
         hidden = self.model.transform(tokens, self.rope_freqs[start:stop], mask, cache)
         return self.model.output(hidden[:, -1]).float()

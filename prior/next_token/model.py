@@ -2,7 +2,7 @@
 
 A class is one prefix token, a caption several. The last prefix token predicts the first code; every
 later code is predicted from the condition and the codes before it. Module names are LlamaGen's,
-whose published weights fit.
+whose published weights load without renaming.
 """
 
 from collections.abc import Callable, Mapping
@@ -66,7 +66,7 @@ class CausalAttention(nn.Module):
         query, key = rotate(query, rope_freqs), rotate(key, rope_freqs)
         if cache is not None:
             key, value = cache.write(layer, key, value)
-        # A single new token attends to everything; several start an empty cache or have none.
+        # One new token attends to all tokens; several tokens have an empty cache, or none.
         causal = mask is None and query.shape[2] > 1
         dropout = self.weight_dropout if self.training else 0.0
         attended = attend(query, key, value, causal, mask, dropout=dropout)
@@ -99,9 +99,9 @@ class CausalBlock(nn.Module):
 
 # -------------------------------------------------------------------------------------------------
 # Random-order annealing (RAR, 2411.00776): early in training the prior predicts codes in random
-# orders, later ever more often in raster order, in which it samples. So it learns from context on
-# both sides. The position of the code to predict is given with the code before it,
-# because a permuted sequence does not tell which code is next.
+# orders, later increasingly in raster order, which is the order of sampling. So it learns from
+# context on both sides. The position of the code to predict is given with the code before it,
+# because a permuted sequence does not determine which code is next.
 
 
 def random_order_probability(progress: float, annealing: tuple[float, float]) -> float:
@@ -116,7 +116,7 @@ def random_order_probability(progress: float, annealing: tuple[float, float]) ->
 def sample_orders(rows: int, length: int, probability: Tensor) -> Tensor:
     """An order for every sample, (rows, length) int64: random with a probability (), else raster.
 
-    Codes are to be read as codes.gather(1, order).
+    The codes in this order are codes.gather(1, order).
     """
     device = probability.device
     shuffled = torch.rand(rows, length, device=device).argsort(1)
@@ -135,15 +135,14 @@ def check_order(order: Tensor, rows: int, length: int) -> None:
         return
     if not (order.sort(1).values == torch.arange(length, device=order.device)).all():
         raise GenerationError(
-            f"the order is no permutation of 0 to {length - 1} in every row: name each position"
-            " once"
+            f"a row of the order is no permutation of 0 to {length - 1}: give each position once"
         )
 
 
 # -------------------------------------------------------------------------------------------------
-# Input corruption (taming transformers, 2012.09841): some input codes are random, the targets stay
-# true. A prior that was trained on true codes only continues badly from its own mistakes (exposure
-# bias).
+# Input corruption (taming transformers, 2012.09841): some input codes are replaced by random ones,
+# the targets are unchanged. A prior that was trained on true codes only does not recover from its
+# own errors in sampling (exposure bias).
 
 
 def corrupted(codes: Tensor, vocab_size: int, probability: float) -> Tensor:
@@ -215,14 +214,14 @@ class NextTokenPrior(CodePrior):
         tokens = torch.cat([prefix, self.tok_embeddings(codes)], 1)
         if self.target_positions is None:
             return tokens
-        count = codes.shape[1] + 1  # the last prefix token predicts, too
+        count = codes.shape[1] + 1  # the last prefix token also predicts a code
         targets = self.target_positions[:count]  # (n + 1, width)
         if order is not None:
             targets = F.embedding(order[:, :count], self.target_positions)  # (B, n + 1, width)
         return tokens + F.pad(targets, (0, 0, self.config.prefix_length - 1, 0))
 
     def next_token(self, codes: Tensor, position: int) -> Tensor:
-        """The input (B, 1, width) for codes (B,) that predicts `position` in raster order."""
+        """The input (B, 1, width) from codes (B,) that predicts `position` in raster order."""
         token = self.tok_embeddings(codes)[:, None]
         return token if self.target_positions is None else token + self.target_positions[position]
 
@@ -267,7 +266,7 @@ class NextTokenPrior(CodePrior):
             check_order(order, *codes.shape)
             if self.target_positions is None:
                 raise ConfigurationError(
-                    "this prior knows raster order alone: train with random_order, or give no order"
+                    "this prior has raster order only: train with random_order, or give no order"
                 )
         return self._logits(codes, condition, order)
 
@@ -289,14 +288,14 @@ class NextTokenPrior(CodePrior):
         return cast(CaptionEmbedding, self.cls_embedding)
 
     def check_condition(self, condition: Condition) -> None:
-        """Raise `SmaltiError` unless a condition has the kind and size that the config says."""
+        """Raise `SmaltiError` unless a condition has the kind and size of the config."""
         if self.config.condition == "text":
             self._captions.check(condition)
         else:
             self.check_labels(cast(Tensor, condition))
 
     def null(self, condition: Condition) -> Condition:
-        """As many unconditional conditions; captions keep their padding."""
+        """The null condition for as many samples; captions keep their padding."""
         if isinstance(condition, TextCondition):
             return self._captions.null(condition)
         return torch.full_like(condition, self.num_classes)

@@ -335,7 +335,7 @@ def test_a_kl_autoencoder_of_ours_becomes_a_diffusers_folder(tmp_path: Path) -> 
 def test_what_diffusers_cannot_build_is_not_exported(tmp_path: Path) -> None:
     conv = ConvConfig(32, (1, 2), 1, attention_levels=(), z_channels=2, patch_size=2)
     model = KLTokenizer(KLConfig(image_size=32, conv=conv))
-    with pytest.raises(ValueError, match="no published layout holds this tokenizer"):
+    with pytest.raises(ValueError, match="no published layout fits this tokenizer"):
         export(model, tmp_path / "theirs")
     with pytest.raises(ValueError, match="is no Diffusers AutoencoderKL"):
         export(model, tmp_path / "theirs", "diffusers-kl")

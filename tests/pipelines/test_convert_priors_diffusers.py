@@ -161,7 +161,7 @@ def test_the_time_has_other_frequencies_than_the_authors_dit(folder: Path, tmp_p
     model = read(folder)
     assert model.config.network.frequency_shift == 1
     for layout in ("dit", "sit"):
-        with pytest.raises(SmaltiError, match="its layout cannot hold it"):
+        with pytest.raises(SmaltiError, match="choose another layout, or none"):
             export(model, tmp_path / "out", layout)
 
 

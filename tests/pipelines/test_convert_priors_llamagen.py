@@ -419,7 +419,7 @@ def test_every_misshaped_tensor_is_refused(tmp_path: Path) -> None:
     ("given", "words"),
     [
         (Options(heads=3), "--heads is 3, which does not divide width 32"),
-        (Options(heads=16), "each head needs a multiple of 4"),
+        (Options(heads=16), "each head must be a multiple of 4"),
         (Options(heads=4, scales=(2, 4)), "--scales is 2, 4; this prior has one grid"),
         (Options(heads=4, image_size=8), "--image_size does not apply to a LlamaGen prior"),
     ],
@@ -445,5 +445,5 @@ def test_surplus_tensors_and_other_models_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_prior_with_other_parts_is_not_exported_as_llamagen(prior, tmp_path: Path) -> None:
-    with pytest.raises(SmaltiError, match=r"no published layout holds this prior"):
+    with pytest.raises(SmaltiError, match=r"no published layout fits this prior"):
         export(prior, tmp_path / "out.pt")

@@ -87,7 +87,7 @@ def test_it_is_saved_and_loaded(pipe, captions, tmp_path: Path) -> None:
         ({}, "this pipeline is text-conditional: pass prompt_embeds"),
         ({"class_labels": 0}, "pass prompt_embeds, and no class_labels"),
         ({"prompt_embeds": torch.zeros(2, T)}, r"shape \(2, 5\)"),
-        ({"prompt_embeds": torch.zeros(0, T, D)}, "no images were asked for"),
+        ({"prompt_embeds": torch.zeros(0, T, D)}, "no images were requested"),
         ({"prompt_embeds": torch.zeros(1, T + 1, D)}, r"this prior takes \(B, 5, 6\)"),
         (
             {

@@ -487,7 +487,7 @@ def test_fitting_a_preset_to_latents() -> None:
         (lambda p: p.sample(LABELS, generator=generators(1)), "1 generators were given for 4"),
         (lambda p: p.sample(LABELS, smooth=True, temperature=0), "needs a temperature above 0"),
         (lambda p: p.logits(CODES[:, :5], LABELS), r"takes \(B, 13\)"),
-        (lambda p: p(CODES + 10, LABELS), "knows 0 to 15"),
+        (lambda p: p(CODES + 10, LABELS), "prior are 0 to 15"),
     ],
 )
 def test_mistakes_are_explained(model, call, message: str) -> None:

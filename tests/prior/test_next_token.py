@@ -279,7 +279,7 @@ def test_fitting_a_preset_to_latents() -> None:
         (lambda p: p.sample(LABELS, generator=generators(1)), "1 generators were given for 4"),
         (lambda p: p.logits(CODES[:, :5], LABELS), r"takes \(B, 64\)"),
         (lambda p: p.logits(CODES.int(), LABELS), "int32"),
-        (lambda p: p.logits(CODES + 10, LABELS), "knows 0 to 15"),
+        (lambda p: p.logits(CODES + 10, LABELS), "prior are 0 to 15"),
     ],
 )
 def test_mistakes_are_explained(prior, call, message: str) -> None:
@@ -290,7 +290,7 @@ def test_mistakes_are_explained(prior, call, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"width": 18}, "each head needs a multiple of 4"),
+        ({"width": 18}, "each head must be a multiple of 4"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"depth": 0}, "at least 1"),
         ({"hidden": -1}, "0 or more"),

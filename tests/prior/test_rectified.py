@@ -58,7 +58,7 @@ def test_pairs_are_noise_and_the_data_that_the_ode_maps_it_to() -> None:
     assert torch.equal(pairs.data, again) and torch.equal(pairs.labels, labels)
     sampled = model.sample(labels, generator=generators(1, 2, 3), num_inference_steps=6)
     torch.testing.assert_close(pairs.data, sampled)
-    with pytest.raises(SmaltiError, match="makes no pairs: use an ODE solver"):
+    with pytest.raises(SmaltiError, match="cannot generate pairs: use an ODE solver"):
         generate_pairs(model, labels, solver="ddpm")
 
 

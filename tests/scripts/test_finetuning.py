@@ -90,7 +90,10 @@ def test_without_settings_a_prior_takes_the_saved_ones(pipeline: Path, pictures:
         (["--prior.prefix_rotary", "identity"], "prior.prefix_rotary is identity, but zero in"),
         (["--prior.num_heads", "4"], "prior.num_heads is 4, but 2 in"),
         (["--prior.rotary_base", "500"], "prior.rotary_base is 500.0, but 10000.0 in"),
-        (["--prior.preset", "gpt-nano"], "give the same settings, or none for the prior"),
+        (
+            ["--prior.preset", "gpt-nano"],
+            "give the same settings, or give no settings of the prior",
+        ),
         (["--prior.random_order", "0.1", "0.2"], "only this run's model has"),
     ],
 )

@@ -214,5 +214,5 @@ def test_a_folder_of_folders_lists_them(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "notes").mkdir()
     found = info(tmp_path)
     assert [name for name, _ in found.lines] == ["kind", "vq"]
-    assert "ask for one of them" in found.lines[0][1]
+    assert "give one of them" in found.lines[0][1]
     assert found.lines[1][1] == info(tmp_path / "vq").lines[0][1]

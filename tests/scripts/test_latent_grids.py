@@ -157,7 +157,10 @@ def test_an_existing_file_is_replaced_only_on_request(
         (["interpolate", "--indices", "0", "1", "--model", "./none"], "folder not found: ./none"),
         (["interpolate", "--indices", "0", "1", "--model", "empty"], "not a saved tokenizer"),
         (["interpolate", "--indices", "0", "1", "--model", "PRIOR"], "a prior, not a tokenizer"),
-        (["interpolate", "--indices", "0", "1", "--output", "x.jpg"], "let its name end in .png"),
+        (
+            ["interpolate", "--indices", "0", "1", "--output", "x.jpg"],
+            "use a name that ends in .png",
+        ),
         (["interpolate", "--indices", "0", "1", "--output", "f.png"], "f.png is a folder"),
         (["interpolate", "--indices", "0", "1", "--output", "dot.png/x.png"], "dot.png is a file"),
         (["interpolate", "--indices", "0", "1", "--batch_size", "0"], "batch_size is 0"),

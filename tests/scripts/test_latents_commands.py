@@ -262,7 +262,7 @@ def test_the_import_says_that_the_tokenizer_is_not_verified(
 ) -> None:
     write_codes(tmp_path / "src")
     assert smalti_main(import_of(tmp_path, root / "vq")) == 0
-    assert f"said to be made by {root / 'vq'} (not verified)" in capsys.readouterr().out
+    assert f"recorded as made by {root / 'vq'} (not verified)" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "lat" / "train" / "manifest.json").read_text())
     named = smalti.Tokenizer.from_pretrained(root / "vq")
     assert manifest["tokenizer_fingerprint"] == named.fingerprint

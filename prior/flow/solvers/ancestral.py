@@ -25,7 +25,7 @@ class DDIM(StepSolver):
     """x_s = alpha_s data + sqrt(sigma_s^2 - c^2) noise + c z with c^2 = eta^2 beta_tilde
     (2010.02502, eq. 12 and 16). eta = 0 is deterministic; eta = 1 is DDPM with beta_tilde."""
 
-    eta: float = 0.0
+    eta: float = 0.0  # in [0, 1]: factor of the standard deviation of the noise
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
@@ -55,7 +55,7 @@ class DDPM(StepSolver):
         auto     learned where the network has such channels, as in DiT's sampler, else small.
     """
 
-    variance: Variance = "auto"
+    variance: Variance = "auto"  # auto, small, large or learned, see above
 
     def __post_init__(self) -> None:
         if self.variance not in get_args(Variance):

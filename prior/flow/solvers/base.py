@@ -111,7 +111,8 @@ def times_of(time: float, x: Tensor) -> Tensor:
 
 
 def make_solver(solver: str | Mapping[str, Any] | Solver) -> Solver:
-    """A solver by name, "heun", by name and options, {"kind": "ddim", "eta": 1.0}, or itself.
+    """A solver by name, "heun", by name and options, {"kind": "ddim", "eta": 1.0}; a solver
+    is returned as it is.
 
     Raises:
         SmaltiError: unknown solver or option, or a wrong value.

@@ -3,8 +3,8 @@
 We keep our own because torchdiffeq controls the error of the whole batch, so that a sample would
 depend on its neighbours. torchode has a step size per sample, but takes states (B, D) only, needs
 torchtyping (superseded by jaxtyping), and with its step control makes more steps than SciPy: 68
-evaluations against 56 on the mixture of the tests at rtol 1e-3. Here every sample follows the steps
-that SciPy's RK45 makes on it alone; a test holds the difference to 1e-8.
+evaluations against 56 on the mixture of the tests at rtol 1e-3. Here every sample has the steps
+that SciPy's RK45 makes on it alone; a test limits the difference to 1e-8.
 
 Error norm, step control and first step are those of Hairer, Norsett and Wanner, Solving Ordinary
 Differential Equations I, section II.4; the coefficients are in their table II.5.2.
@@ -44,7 +44,7 @@ class DormandPrince(ODESolver):
 
     rtol: float = 1e-3  # tolerated error of a step relative to the magnitude of x
     atol: float = 1e-6  # tolerated absolute error, which counts where x is near 0
-    max_steps: int = 1000  # accepted or rejected
+    max_steps: int = 1000  # limit of the steps, accepted and rejected
 
     def __post_init__(self) -> None:
         if not (self.rtol > 0 and self.atol > 0 and self.max_steps >= 1):
@@ -81,7 +81,7 @@ class _Integration:
         self.t = times_of(start, x)
         self.slope = field(x, self.t)
         self.h = self._first_step(abs(stop - start))  # (B,), positive
-        self.rejected = torch.zeros_like(self.t, dtype=torch.bool)  # whether the last step was
+        self.rejected = torch.zeros_like(self.t, dtype=torch.bool)  # whether the last step failed
         self.steps = 0
 
     def reached(self, stop: float) -> bool:

@@ -56,7 +56,7 @@ class Shifted(Schedule):
     """Equal steps moved by `shift_times`: smaller steps near noise (Stable Diffusion 3, 2403.03206,
     eq. 23)."""
 
-    shift: float = 3.0
+    shift: float = 3.0  # 1 gives equal steps; more gives smaller steps near noise
 
     def __post_init__(self) -> None:
         check_shift(self.shift)
@@ -72,9 +72,9 @@ class Karras(Schedule):
     from sigma / alpha at the start, but at most `ratio_max`, to that at the end. If the latter is
     less than `ratio_min`, the grid goes to `ratio_min` and from there to the end in one step."""
 
-    rho: float = 7.0
-    ratio_min: float = 0.002
-    ratio_max: float = 80.0
+    rho: float = 7.0  # larger gives smaller steps near the data
+    ratio_min: float = 0.002  # smallest sigma / alpha before the last step
+    ratio_max: float = 80.0  # largest sigma / alpha
 
     def __post_init__(self) -> None:
         if not (self.rho > 0 and 0 < self.ratio_min < self.ratio_max):
@@ -119,7 +119,7 @@ class DDPMSpaced(Schedule):
     goes from 0 to T - 1, rounded (DiT's `N`), and "trailing" from T - 1 down.
     """
 
-    spacing: Spacing = "leading"
+    spacing: Spacing = "leading"  # leading, linspace or trailing, see above
 
     def __post_init__(self) -> None:
         if self.spacing not in get_args(Spacing):
@@ -152,7 +152,8 @@ class DDPMSpaced(Schedule):
 
 
 def make_schedule(schedule: str | Mapping[str, Any] | Schedule) -> Schedule:
-    """A schedule by name, by name and options, {"kind": "shifted", "shift": 3.0}, or itself.
+    """A schedule by name, by name and options, {"kind": "shifted", "shift": 3.0}; a schedule
+    is returned as it is.
 
     Raises:
         SmaltiError: unknown schedule or option, or a wrong value.

@@ -71,7 +71,7 @@ class EulerMaruyama(StepSolver):
         path, h = dynamics.path, stop - start
         if h < 0:
             raise GenerationError(
-                f"times go from {start:.4g} down to {stop:.4g}; use an ODE solver to go back"
+                f"times go from {start:.4g} down to {stop:.4g}; use an ODE solver to go to noise"
             )
         estimate = dynamics.estimate(x, times_of(start, x))
         times = torch.tensor([start, stop], dtype=torch.float64)
@@ -93,15 +93,15 @@ class EulerMaruyama(StepSolver):
 
 @dataclass(frozen=True)
 class Langevin(StepSolver):
-    """At every next time several steps x + a score + sqrt(2 a) z, with a = step_size sigma^2,
-    from the samples of the previous time; where sigma is 0, the expected data.
+    """At every new time, several steps x + a score + sqrt(2 a) z, with a = step_size sigma^2, that
+    start from the samples of the previous time. Where sigma is 0, the result is the expected data.
 
     For the variance exploding path. The samples have the marginals p_t if neighbouring times differ
     little and the steps are many and small; the paper makes 100 steps of size 0.1 per noise level.
     """
 
-    steps_per_level: int = 10
-    step_size: float = 0.1  # a / sigma^2; the variance comes out too large by a share of half of it
+    steps_per_level: int = 10  # Langevin steps at each time
+    step_size: float = 0.1  # a / sigma^2; the relative error of the variance is half of it
 
     def __post_init__(self) -> None:
         if self.steps_per_level < 1 or not 0 < self.step_size < 1:
@@ -121,6 +121,6 @@ class Langevin(StepSolver):
         for _ in range(self.steps_per_level):
             # a score = -step_size sigma noise, which is finite where the score is not
             noise = dynamics.estimate(x, t).noise
-            kick = math.sqrt(2 * self.step_size) * sigma * normal(x)
-            x = x - self.step_size * sigma * noise + kick
+            added = math.sqrt(2 * self.step_size) * sigma * normal(x)
+            x = x - self.step_size * sigma * noise + added
         return x
