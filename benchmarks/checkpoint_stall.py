@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint_stall.py --parameters 100e6
 
-Prints the median of a ratio of seconds: `save_checkpoint` of a model, its EMA and AdamW's two moments
-(written, hashed, flushed to disk, renamed), over one plain file of as many bytes,
-written and flushed. The two alternate, so that a busy disk slows both equally.
+Prints the median of a ratio of seconds: `save_checkpoint` of a model, its EMA and AdamW's two
+moments (written, hashed, flushed to disk, renamed), over one plain file of as many bytes, written
+and flushed. The two alternate, so that a busy disk slows both equally.
 """
 
 import argparse

@@ -120,6 +120,16 @@ class ScaleBlock(nn.Module):
         else:
             self.ada_lin = Modulation(width, PARTS)
 
+    def modulation(self, condition: Tensor | Parts) -> Parts:
+        """The block's adaLN modulation, from class embeddings (B, width) or the shared projection.
+
+        A method of the block, not of the model: under FSDP2 a block's weights are gathered only
+        while one of its own methods runs.
+        """
+        if isinstance(condition, Tensor):
+            return self.ada_lin(condition)
+        return shared_modulation(condition, self.ada_gss)
+
     def forward(
         self,
         x: Tensor,
@@ -391,11 +401,8 @@ class NextScalePrior(CodePrior):
 
     def modulation(self, embedded: Tensor) -> Modulations:
         """The adaLN modulations of class embeddings (B, width), the same at every scale."""
-        if self.config.shared_adaln:
-            shared = self.shared_ada_lin(embedded)
-            blocks = [shared_modulation(shared, block.ada_gss) for block in self.blocks]  # type: ignore[arg-type]
-        else:
-            blocks = [block.ada_lin(embedded) for block in self.blocks]  # type: ignore[operator]
+        condition = self.shared_ada_lin(embedded) if self.config.shared_adaln else embedded
+        blocks = [block.modulation(condition) for block in self.blocks]  # type: ignore[operator]
         return Modulations(blocks, self.head_nm.ada_lin(embedded))
 
     def transform(

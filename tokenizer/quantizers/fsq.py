@@ -74,11 +74,7 @@ class FSQuantizer(Quantizer):
         return self.levels // 2
 
     def bounded(self, rows: Tensor) -> Tensor:
-<<<<<<< HEAD
-        """Rows (N, d) of any size -> numbers that round to the levels, one apart (appendix A.1).
-=======
-        """Rows (N, d) of any magnitude -> numbers that round to the levels, one unit apart (eq. 1).
->>>>>>> 2cf41f8 (Tokenizer: plain English in messages, help and docstrings)
+        """Rows (N, d) of any magnitude -> numbers that round to the levels, one apart (app. A.1).
 
         f(z) = b tanh(z + atanh(o / b)) - o, with b a little above (L - 1) / 2. For an even L the
         offset o is 1/2, so that zero is one of the levels.
