@@ -32,7 +32,8 @@ class Modulation(nn.Sequential):
 
 
 # -------------------------------------------------------------------------------------------------
-# DiT. In a new network its modulations are zero ("adaLN-zero"): every block is the identity.
+# DiT. In a new network its modulations are zero ("adaLN-zero", initialised in prior/flow/dit.py):
+# every block is the identity.
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Attention of the priors' transformers: softmax attention, the key-value cache, rotary frequencies
-and fixed sine-cosine positions."""
+"""Attention of the priors' transformers: softmax attention, the key-value cache, rotary positions
+(RoPE) and fixed sine-cosine positions."""
 
 import copy
 from collections.abc import Callable

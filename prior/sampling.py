@@ -16,7 +16,7 @@ GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: progress,
     "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
-    # RAR (2411.00776), whose power depends on the size of the model and is about 2.5
+    # RAR (2411.00776): its power is 1.2 to 2.75, depending on the size of the model; 2.5 is RAR-L's
     "power-cosine": lambda progress: (1 - math.cos(math.pi * progress**2.5)) / 2,
 }
 
@@ -90,7 +90,7 @@ def is_interval(value: object) -> bool:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: uncond + s (cond - uncond) (2207.12598)."""
+    """Classifier-free guidance: uncond + s (cond - uncond) (2207.12598, eq. 6 with s = 1 + w)."""
     return unconditional + scale * (conditional - unconditional)
 
 

@@ -181,6 +181,7 @@ def discriminator_uniforms(run: Run, step: int) -> list[Tensor]:
     The uniforms of an image depend on its position in the full batch of the step alone, not on how
     the batch is divided among processes and micro-batches.
     """
+    # "critic" seeds these numbers: another word would change the runs of smalti 0.1.
     source = generator(run.config.seed, "critic", step)
     uniforms = torch.rand(run.config.train_batch_size, UNIFORMS_PER_IMAGE, generator=source)
     return local_micro_batches(run, uniforms)
@@ -195,7 +196,7 @@ def micro_batches_of(
     return list(zip(images, random_inputs, discriminator_uniforms(run, step), strict=True))
 
 
-def whole_batch_weight(
+def adaptive_weight_of(
     run: Run,
     config: TrainTokenizerConfig,
     networks: LossNetworks,
@@ -304,11 +305,11 @@ def train(config: TrainTokenizerConfig) -> Path:
 
                 # The tokenizer: reconstruction, quantization and adversarial losses.
                 model.wrapped.train()
-                weight = whole_batch_weight(run, config, networks, tokenizer, model, batch, step)
+                weight = adaptive_weight_of(run, config, networks, tokenizer, model, batch, step)
                 losses, parts, pairs, codes = [], [], [], []
-                for index, (real, random_inputs, uniforms) in enumerate(batch):
+                for index, (inputs, random_inputs, uniforms) in enumerate(batch):
                     with run.micro_batch(index, model.wrapped):
-                        output = model.wrapped(real, random_inputs)
+                        output = model.wrapped(inputs, random_inputs)
                         with run.accelerator.autocast():
                             loss = loss_of(
                                 output, uniforms=uniforms, step=step, adaptive_weight=weight
@@ -329,7 +330,7 @@ def train(config: TrainTokenizerConfig) -> Path:
                 model.optimizer.zero_grad(set_to_none=True)
                 values = {**mean_of(parts), "gradient_norm": logged_norm(norm, accepted)}
 
-                # The discriminator: the same images against their reconstructions.
+                # The discriminator, from the first step: the same images, their reconstructions.
                 if discriminator is not None:
                     losses, parts = [], []
                     for index, (targets, fakes, uniforms) in enumerate(pairs):

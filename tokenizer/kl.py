@@ -22,7 +22,8 @@ from smalti.tokenizer.base import Reconstruction, Tokenizer, TokenizerConfig
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
 
 # -------------------------------------------------------------------------------------------------
-# The posterior: q(z | x) = N(mean, diag(exp(logvar))) (VAE, Kingma and Welling, 1312.6114)
+# The posterior: q(z | x) = N(mean, diag(exp(logvar))) (VAE, Kingma and Welling,
+# 1312.6114, appendix B)
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as in latent diffusion
 
@@ -123,7 +124,10 @@ class KLConfig(TokenizerConfig):
     # 1x1 convolutions between encoder, posterior and decoder. Where there are none (Stable
     # Diffusion 3), latent_channels must be conv.z_channels.
     quant_convs: bool = True
-    kl_weight: float = 1e-6  # of the KL divergence, summed over the C h w latents of an image
+    # Of the KL divergence summed over the C h w latents of an image, beside reconstruction losses
+    # that are means over the pixels. Latent diffusion sums those over the 3 H W values, too: its
+    # 1e-6 is 1e-6 / (3 H W) here.
+    kl_weight: float = 1e-6
     equivariance: float = 0.0  # probability that a batch is decoded from transformed latents
     # Mean and standard deviation of each latent channel over the training set: `latents` gives
     # (z - mean) / std. Measured after training; empty until then.

@@ -80,7 +80,7 @@ def log_likelihood(
     """
     shape, size = x.shape, x[0].numel() if len(x) else 1
 
-    # The state (B, size + 1) is a sample and its log density.
+    # The state (B, size + 1) is a sample and the integral of the divergence.
     def joint(state: Tensor, t: Tensor) -> Tensor:
         velocity, divergence_at_t = divergence(dynamics.velocity, state[:, :-1].view(shape), t)
         return torch.cat([velocity.flatten(1), -divergence_at_t[:, None]], 1)

@@ -8,7 +8,8 @@ A path is a small configuration, identified by its `kind`, that gives alpha, sig
 derivatives in closed form (flow matching, Lipman et al., 2210.02747; stochastic interpolants,
 Albergo et al., 2303.08797). Times are tensors of any shape; coefficients have the shape and the
 type of the times. Where a derivative is infinite (at t = 1 of a variance preserving path), a large
-finite value is returned. To add a path, write one class and one line in `PATHS`.
+finite value is returned. To add a path, write one class and one line in `PATHS`. The
+conversions between velocity, noise, score and data on a path are in prediction.py.
 """
 
 import math

@@ -140,7 +140,7 @@ def check_order(order: Tensor, rows: int, length: int) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Input corruption (taming transformers, 2012.09841): some input codes are replaced by random ones,
+# Input corruption (the code of taming transformers): some input codes are replaced by random ones,
 # the targets are unchanged. A prior that was trained on true codes only does not recover from its
 # own errors in sampling (exposure bias).
 
@@ -395,8 +395,9 @@ class NextTokenPrior(CodePrior):
         Args:
             guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass.
             generator: one, or a list with one per sample: sample i then depends on its own only;
-                on any device. None is a new one with a random seed. (In bf16, matrix products round
-                differently at other batch sizes, which can change a code; in fp32 they do not.)
+                on any device. None is a new one with a random seed. (Matrix products round
+                differently at other batch sizes: in bf16 that can change a code, in fp32 it rarely
+                does.)
             guidance_schedule: how s_i grows over the codes: constant, linear, cosine, power-cosine.
             guidance_interval: shares of the sampling, from 0, the first code, to 1, the last,
                 between which s_i applies; elsewhere there is no guidance and no second pass.

@@ -1,8 +1,8 @@
 """Regularisers of a discriminator: spectral normalisation, R1, WGAN-GP's gradient penalty, LeCam.
 
-In the penalties, D(x) of an image is the mean of its logits over all patches and heads. The
-adversarial losses average the same logits, so a weight means the same for every discriminator and
-image size.
+In the gradient penalties, D(x) of an image is the mean of its logits over all patches and heads;
+LeCam squares each logit. The adversarial losses average the same logits, so a weight means the same
+for every discriminator and image size.
 
 Spectral normalisation is written here because torch's own does a power iteration in every training
 forward pass, so that its output depends on the number of passes. Here the iteration is done
@@ -30,7 +30,7 @@ STARTING_ITERATIONS = 15
 class SpectralConv2d(nn.Conv2d):
     """A convolution whose weight W, as a matrix (out, in * k * k), is divided by sigma(W).
 
-    sigma is estimated as u^T W v (eq. 8), u and v by power iteration (algorithm 1).
+    sigma is estimated as u^T W v (appendix A), u and v by power iteration (algorithm 1).
     """
 
     def __init__(

@@ -81,7 +81,7 @@ Estimator = Literal["straight-through", "rotation"]
 def straight_through(features: Tensor, quantized: Tensor) -> Tensor:
     """z + sg(q - z): the gradient at the quantized vector is copied to the feature.
 
-    Bengio et al., 1308.3432; VQ-VAE, 1711.00937, section 3.1.
+    Bengio et al., 1308.3432; VQ-VAE, 1711.00937, section 3.2.
     """
     return features + (quantized - features).detach()
 

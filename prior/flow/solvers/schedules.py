@@ -69,8 +69,9 @@ class Shifted(Schedule):
 @dataclass(frozen=True)
 class Karras(Schedule):
     """(sigma / alpha)^(1 / rho) decreases in equal steps (Karras et al., EDM, 2206.00364, eq. 5),
-    from sigma / alpha at the start, but at most `ratio_max`, to that at the end. If the latter is
-    less than `ratio_min`, the grid goes to `ratio_min` and from there to the end in one step."""
+    from sigma / alpha at the start, but at most `ratio_max`, to that at the end. The first step
+    begins at the start all the same. If sigma / alpha at the end is less than `ratio_min`, the grid
+    goes to `ratio_min` and from there to the end in one step."""
 
     rho: float = 7.0  # larger gives smaller steps near the data
     ratio_min: float = 0.002  # smallest sigma / alpha before the last step
