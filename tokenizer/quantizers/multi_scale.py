@@ -213,7 +213,7 @@ class MultiScaleQuantizer(CodebookQuantizer):
         return Quantized(estimate(self.config.estimator, features, total), all_codes, mean)
 
     def _losses(self, features: Tensor, total: Tensor, kept: Tensor) -> dict[str, Tensor]:
-        """Commitment and codebook loss of the sum so far (B, d, H, W); dropped images count as 0."""
+        """Commitment and codebook loss of the sum so far (B, d, H, W); dropped images count 0."""
 
         def distance(a: Tensor, b: Tensor) -> Tensor:
             return ((a - b).square() * kept).mean()
