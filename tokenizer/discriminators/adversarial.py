@@ -97,8 +97,8 @@ def last_layer_gradients(
 
 
 def compute_adaptive_weight(gradients: Iterable[Tensor]) -> Tensor:
-    """lambda, clamped to [0, 1e4], a scalar without gradient. delta is 1e-4 as in taming's code; the
-    paper has 1e-6.
+    """lambda, clamped to [0, 1e4], a scalar without gradient. delta is 1e-4 as in taming's code;
+    the paper has 1e-6.
 
     The norms are those of the gradients of the *whole* batch of an optimizer step: of the mean over
     micro-batches and over processes. So lambda depends neither on how many processes share the
