@@ -152,9 +152,10 @@ class LPIPS(nn.Module):
         Not the package's `forward`, which computes the features again, and whose gradient is not
         finite at positions where all features are 0.
         """
+        weights = [head.model[1].weight for head in self.model.lins]  # type: ignore[index, union-attr]
         return sum(
-            ((_unit(a) - _unit(b)).square() * head.model[1].weight).sum(1).mean((1, 2))
-            for a, b, head in zip(features, reference, self.model.lins, strict=True)
+            ((_unit(a) - _unit(b)).square() * weight).sum(1).mean((1, 2))
+            for a, b, weight in zip(features, reference, weights, strict=True)
         )  # type: ignore[return-value]
 
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:
