@@ -2,7 +2,7 @@
 
     python benchmarks/cache_reading.py
 
-All sides are timed in turns in one process, so that other load on the machine affects them alike.
+All sides are timed in turns in one process, so that other load on the machine affects them equally.
 Prints one line of JSON: samples per second of shuffled batches (medians over the rounds), and the
 ratio.
 """

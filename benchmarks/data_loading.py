@@ -2,7 +2,7 @@
 
     python benchmarks/data_loading.py
 
-All sides are timed in turns in one process, so that other load on the machine affects them alike.
+All sides are timed in turns in one process, so that other load on the machine affects them equally.
 Prints one line of JSON: samples per second of each side, and their ratio.
 """
 

@@ -6,7 +6,7 @@ Prints ratios of median times, smalti over diffusers (below 1 smalti is faster),
 without gradients (one network evaluation of a sampler), for a forward and backward pass, and for a
 training step with AdamW. Both compute the same function, but diffusers has a copy of the time and
 label embedders in every block, which it evaluates and updates as well. Both are timed in turns in
-one process, so that other load on the machine affects them alike.
+one process, so that other load on the machine affects them equally.
 """
 
 import argparse

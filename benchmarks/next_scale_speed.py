@@ -4,7 +4,7 @@
 
 A third of the weights (those of the adaLN modulation) depend on the class alone, which is the same
 at every scale. smalti multiplies with them once per image, but the published code at every scale.
-Both are timed in turns in one process, so that other load on the machine affects them alike: the
+Both are timed in turns in one process, so that other load on the machine affects them equally: the
 second is the first with the projections computed again before every scale but the first.
 """
 

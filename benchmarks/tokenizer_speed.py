@@ -5,7 +5,7 @@
 Prints ratios of median times, smalti over diffusers (below 1 smalti is faster), for encoding,
 decoding and a training step of the KL-VAE (`AutoencoderKL`) and of the VQ model (`VQModel`), and
 the time and peak memory of the codebook search with 16,384 and 262,144 codes. Both sides are timed
-in turns in one process, so that other load on the machine affects them alike.
+in turns in one process, so that other load on the machine affects them equally.
 """
 
 import argparse

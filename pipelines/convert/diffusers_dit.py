@@ -177,7 +177,7 @@ def _side(checkpoint: PublishedCheckpoint, options: Options) -> tuple[int, dict[
         return single_side(options, PUBLISHED_SIDE)
     if options.scales not in (None, (side,)):
         raise ConversionError(
-            f"--scales is {listed(options.scales)}, but config.json says sample_size {side}: leave "
+            f"--scales is {listed(options.scales)}, but config.json has sample_size {side}: leave "
             "it out"
         )
     return side, {}

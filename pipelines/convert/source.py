@@ -197,7 +197,7 @@ def check_stated(checkpoint: PublishedCheckpoint, stated: Mapping[str, object]) 
         if found is not None and found != expected:
             raise ConversionError(
                 f"{config_path(checkpoint)}: {key} is {found!r}, but the tensors of "
-                f"{checkpoint.path.name} say {expected!r}: the weights file is incomplete, or "
+                f"{checkpoint.path.name} give {expected!r}: the weights file is incomplete, or "
                 "config.json belongs to another model"
             )
 

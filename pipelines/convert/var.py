@@ -344,7 +344,7 @@ def _known_scales(checkpoint: PublishedCheckpoint, options: Options) -> tuple[in
     in_file = tuple(side for side in sides if side is not None)
     if options.scales not in (None, in_file):
         raise ConversionError(
-            f"--scales is {listed(options.scales)}, but {LEVELS} in the file says "
+            f"--scales is {listed(options.scales)}, but {LEVELS} in the file has "
             f"{listed(in_file)}: leave it out"
         )
     return in_file

@@ -155,7 +155,7 @@ def corrupted(codes: Tensor, vocab_size: int, probability: float) -> Tensor:
 class NextTokenPrior(CodePrior):
     """p(codes | condition) = prod_j p(code_j | condition, codes before j).
 
-    The condition is class labels (B,) or, if the config says so, a `TextCondition`.
+    The condition is class labels (B,) or, with condition "text" in the config, a `TextCondition`.
     """
 
     Config: ClassVar[type] = NextTokenConfig

@@ -269,7 +269,7 @@ def test_a_truncated_or_missing_codebook_is_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / WEIGHTS)
     tensors["quantize.embedding.weight"] = tensors["quantize.embedding.weight"][:30].clone()
     save_file(tensors, tmp_path / WEIGHTS)
-    with pytest.raises(SmaltiError, match=r"num_vq_embeddings is 40, but .* say 30"):
+    with pytest.raises(SmaltiError, match=r"num_vq_embeddings is 40, but .* give 30"):
         read_published("diffusers-vq", tmp_path)
     del tensors["quantize.embedding.weight"]
     save_file(tensors, tmp_path / WEIGHTS)

@@ -256,7 +256,7 @@ def test_sizes_other_than_those_of_the_tensors_are_refused(key, said, folder: Pa
     told = SIZES["learned-sigma"][key]
     edit(folder, **{key: said})
     words = (
-        f"{key} is {said}, but the tensors of {WEIGHTS} say {told}: the weights file is incomplete"
+        f"{key} is {said}, but the tensors of {WEIGHTS} give {told}: the weights file is incomplete"
     )
     assert words in refuse(folder)
     edit(folder, **{key: None})
@@ -273,7 +273,7 @@ def test_a_file_that_lacks_its_last_blocks_is_refused(folder: Path) -> None:
 def test_flags_that_contradict_config_json_are_refused(folder: Path) -> None:
     assert "--heads is 4, but the file has 2" in refuse(folder, Options(heads=4))
     said = refuse(folder, Options(scales=(16,)))
-    assert "--scales is 16, but config.json says sample_size 8" in said
+    assert "--scales is 16, but config.json has sample_size 8" in said
 
 
 # -- tensors --------------------------------------------------------------------------------------

@@ -383,7 +383,7 @@ def test_flags_that_contradict_the_file_are_refused(tmp_path: Path) -> None:
     given = Options(tokenizer=tokenizer_of(PLAIN), heads=2)
     assert "--heads is 2, but the file has 4" in refuse(published(PLAIN), tmp_path, given)
     said = refuse(published(PLAIN), tmp_path, options(PLAIN, scales=(1, 2, 4)))
-    assert "--scales is 1, 2, 4, but lvl_1L in the file says 1, 2, 3, 4" in said
+    assert "--scales is 1, 2, 4, but lvl_1L in the file has 1, 2, 3, 4" in said
     plain = KINDS["plain-attention"]
     given = Options(tokenizer=tokenizer_of(plain), heads=5)
     assert "--heads is 5, which does not divide width 32" in refuse(
