@@ -10,7 +10,7 @@ from a safetensors file or taken from torchvision. A network with random weights
 import warnings
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from safetensors import SafetensorError
@@ -152,7 +152,7 @@ class LPIPS(nn.Module):
         Not the package's `forward`, which computes the features again, and whose gradient is not
         finite at positions where all features are 0.
         """
-        weights = [head.model[1].weight for head in self.model.lins]  # type: ignore[index, union-attr]
+        weights: list[Any] = [head.model[1].weight for head in self.model.lins]  # type: ignore[index]
         return sum(
             ((_unit(a) - _unit(b)).square() * weight).sum(1).mean((1, 2))
             for a, b, weight in zip(features, reference, weights, strict=True)
