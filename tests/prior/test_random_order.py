@@ -251,7 +251,7 @@ def test_an_invalid_order_is_refused(order: Tensor, message: str) -> None:
 def test_a_prior_of_raster_order_accepts_no_other() -> None:
     plain = NextTokenPrior(replace(TINY, random_order=None)).eval()
     assert "target_positions" not in plain.state_dict()
-    with pytest.raises(SmaltiError, match="raster order alone: train with random_order"):
+    with pytest.raises(SmaltiError, match="raster order only: train with random_order"):
         plain.logits(CODES, LABELS, ORDER)
 
 
