@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from smalti.training.checkpoint import OptimizerState, Stateful, collect, save_checkpoint
-from smalti.training.ema import EMA
+from smalti.training.optim import EMA
 
 WIDTH = 1024
 

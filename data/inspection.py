@@ -24,8 +24,7 @@ from smalti.data.sources.base import (
 )
 from smalti.data.sources.webdataset import ShardPictures
 from smalti.errors import SmaltiError
-from smalti.files import read_json, sha256_of
-from smalti.folder_info import Info, command
+from smalti.files import Info, command, read_json, sha256_of
 
 SHOWN_CLASSES = 20  # in a summary; the report lists all
 SMALL_CLASS = 10  # pictures; a class with fewer is noted

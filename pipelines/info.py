@@ -4,8 +4,7 @@ from pathlib import Path
 
 from smalti.data.inspection import spec_in_words
 from smalti.errors import SmaltiError
-from smalti.files import read_json
-from smalti.folder_info import Info, command
+from smalti.files import Info, command, read_json
 from smalti.pipelines.pipeline import INDEX, Pipeline
 from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS

@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 from smalti.cli import parse_config, run_command
 from smalti.data.inspection import holds_latents, is_shards, of_cache, of_shards, splits
 from smalti.errors import ConfigurationError, DataError
-from smalti.folder_info import Info
+from smalti.files import Info
 from smalti.pipelines.info import is_model, is_pipeline, of_model, of_pipeline
 from smalti.training.checkpoint import MANIFEST, STATE
 from smalti.training.run_info import is_run, of_checkpoint, of_run

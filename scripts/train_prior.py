@@ -32,9 +32,9 @@ from smalti.scripts.options import Sampling
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.checkpoint import OptimizerState
 from smalti.training.config import RunConfig
-from smalti.training.ema import EMA
 from smalti.training.logging import mean_of
 from smalti.training.optim import (
+    EMA,
     adamw,
     clip_gradients,
     learning_rate,

@@ -33,12 +33,10 @@ from smalti.tokenizer.discriminators.adversarial import (
     compute_adaptive_weight,
     last_layer_gradients,
 )
-from smalti.tokenizer.discriminators.objective import (
-    UNIFORMS_PER_IMAGE,
-    DiscriminatorObjective,
-)
 from smalti.tokenizer.losses.alignment import AlignedTokenizer, AlignmentConfig
 from smalti.tokenizer.losses.objective import (
+    UNIFORMS_PER_IMAGE,
+    DiscriminatorObjective,
     LossNetworks,
     ObjectiveConfig,
     adversarial_loss,
@@ -50,9 +48,9 @@ from smalti.tokenizer.losses.perceptual import LPIPS
 from smalti.tokenizer.presets import PRESETS, TokenizerConfig
 from smalti.training.checkpoint import OptimizerState
 from smalti.training.config import RunConfig
-from smalti.training.ema import EMA
 from smalti.training.logging import mean_of
 from smalti.training.optim import (
+    EMA,
     adamw,
     clip_gradients,
     learning_rate,

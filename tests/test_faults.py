@@ -368,7 +368,7 @@ def test_f7_a_discriminator_that_is_never_finite_ends_the_run_too(
     pictures: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """F7 counter, abort after n in a row: of each model by itself."""
-    from smalti.tokenizer.discriminators.objective import DiscriminatorObjective
+    from smalti.tokenizer.losses.objective import DiscriminatorObjective
 
     original = DiscriminatorObjective.forward
 

@@ -21,8 +21,7 @@ from smalti.data.order import DataOrder, Key
 from smalti.training import processes
 from smalti.training.checkpoint import OptimizerState
 from smalti.training.config import RunConfig
-from smalti.training.ema import EMA
-from smalti.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
+from smalti.training.optim import EMA, adamw, clip_gradients, learning_rate, set_learning_rate
 from smalti.training.run import Run, seed_everything
 
 SAMPLES, BATCH = 24, 8

@@ -7,8 +7,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from smalti.errors import CheckpointError, SmaltiError
-from smalti.files import read_json, read_lines
-from smalti.folder_info import Info, command
+from smalti.files import Info, command, read_json, read_lines
 from smalti.training.checkpoint import Checkpoint, checkpoints, verify
 from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, RunLock, check_state
 

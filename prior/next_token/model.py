@@ -396,8 +396,8 @@ class NextTokenPrior(CodePrior):
             guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass.
             generator: one, or a list with one per sample: sample i then depends on its own only;
                 on any device. None is a new one with a random seed. (Matrix products round
-                differently at other batch sizes: in bf16 that can change a code, in fp32 it rarely
-                does.)
+                differently at other batch sizes, which can change a code in bf16 and rarely does in
+                fp32.)
             guidance_schedule: how s_i grows over the codes: constant, linear, cosine, power-cosine.
             guidance_interval: shares of the sampling, from 0, the first code, to 1, the last,
                 between which s_i applies; elsewhere there is no guidance and no second pass.

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,6 +134,23 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
+
+
+# -------------------------------------------------------------------------------------------------
+# Reports on folders
+
+
+@dataclass(frozen=True)
+class Info:
+    """Lines (name, value) about a folder, and whether its contents are complete and undamaged."""
+
+    lines: list[tuple[str, str]]
+    whole: bool = True
+
+
+def command(*words: str | Path) -> str:
+    """A command of smalti, quoted for a shell."""
+    return shlex.join(["smalti", *map(str, words)])
 
 
 # -------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from smalti.errors import SmaltiError
 from smalti.tokenizer.base import Reconstruction
 from smalti.tokenizer.discriminators.adversarial import ADVERSARIAL_LOSSES, compute_adaptive_weight
 from smalti.tokenizer.discriminators.augmentation import AugmentConfig, augment
-from smalti.tokenizer.discriminators.objective import UNIFORMS_PER_IMAGE, DiscriminatorObjective
 from smalti.tokenizer.discriminators.patchgan import PatchGAN, PatchGANConfig
 from smalti.tokenizer.discriminators.regularisers import PenaltyConfig
 from smalti.tokenizer.losses.objective import (
+    UNIFORMS_PER_IMAGE,
+    DiscriminatorObjective,
     LossNetworks,
     ObjectiveConfig,
     ObjectiveLoss,

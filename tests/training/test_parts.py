@@ -17,9 +17,8 @@ from smalti.errors import SmaltiError
 from smalti.randomness import derive_seed, generator
 from smalti.training import processes as precision
 from smalti.training.config import RunConfig, check_tracker
-from smalti.training.ema import EMA
 from smalti.training.logging import MetricsLog, mean_of
-from smalti.training.optim import warmup_cosine
+from smalti.training.optim import EMA, warmup_cosine
 from smalti.training.signals import InterruptGuard
 
 
