@@ -58,6 +58,11 @@ class HeadNorm(nn.Module):
         self.eps = eps
         self.ada_lin = Modulation(width, 2)
 
+    def modulation(self, embedded: Tensor) -> Parts:  # (B, width)
+        """Scale and shift from class embeddings. A method, as in a block: FSDP2 gathers the weights
+        of a module only while one of its own methods runs."""
+        return self.ada_lin(embedded)
+
     def forward(self, x: Tensor, modulation: Parts) -> Tensor:  # (B, T, width), returned in fp32
         scale, shift = modulation
         return adaptive_norm(x.float(), scale, shift, self.eps)

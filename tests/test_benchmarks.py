@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 def run(script: str, *arguments: str) -> str:
     """The standard output of a benchmark."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -403,7 +403,7 @@ class NextScalePrior(CodePrior):
         """The adaLN modulations of class embeddings (B, width), the same at every scale."""
         condition = self.shared_ada_lin(embedded) if self.config.shared_adaln else embedded
         blocks = [block.modulation(condition) for block in self.blocks]  # type: ignore[operator]
-        return Modulations(blocks, self.head_nm.ada_lin(embedded))
+        return Modulations(blocks, self.head_nm.modulation(embedded))
 
     def transform(
         self,
