@@ -257,7 +257,7 @@ def test_sizes_other_than_those_of_the_tensors_are_refused(source: str, tmp_path
     for key, value in SOURCE_SIZES[source].items():
         (tmp_path / "theirs" / "config.json").write_text(before)
         edited(tmp_path / "theirs", {key: value})
-        with pytest.raises(SmaltiError, match=rf"{key} is .*, but the tensors of {WEIGHTS} say"):
+        with pytest.raises(SmaltiError, match=rf"{key} is .*, but the tensors of {WEIGHTS} give"):
             convert(source, tmp_path / "theirs", tmp_path / "ours")
         edited(tmp_path / "theirs", {key: None})
         read_published(source, tmp_path / "theirs")
