@@ -45,6 +45,11 @@ class LPIPS(nn.Module):
         with warnings.catch_warnings(), torch.device("meta"):  # no memory, no random numbers
             warnings.simplefilter("ignore")  # torchvision's, on how lpips calls it
             self.model = lpips.LPIPS(net=network, pretrained=False, pnet_rand=True, verbose=False)
+        for module in self.model.net.modules():
+            if isinstance(module, nn.ReLU):
+                # In place, it would keep the strides of the convolution, which are unusual for maps
+                # of one position in channels-last; sums over them would round in another order.
+                module.inplace = False
         convolutions = [
             (name, module)
             for name, module in self.model.net.named_modules()
