@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from smalti.checkpoints import Weights
 from smalti.config import first_difference
 from smalti.errors import CheckpointError, ConfigurationError
 from smalti.hub import resolve_folder
@@ -49,36 +50,39 @@ def saved_tokenizer(path_or_hub_id: str) -> TokenizerConfig:
     return Tokenizer.registry.resolve(saved.kind).settings_before_training(saved)
 
 
-def load_initial_weights(model: Model, path_or_hub_id: str) -> None:
+def load_initial_weights(model: Model, path_or_hub_id: str, weights: Weights = "ema") -> None:
     """Copy the weights of a saved model, in a pipeline or in a folder of its own, into a new one.
 
     If the number of classes differs, class embeddings are newly initialised, except that of the
     null class, and this is logged.
+
+    Args:
+        weights: of a checkpoint: the average over its run ("ema"), or those it trained ("raw").
 
     Raises:
         CheckpointError: there is no saved model; it is of another type, or its settings give its
             weights another meaning; a prior was trained on the latents of another tokenizer.
     """
     base = Tokenizer if isinstance(model, Tokenizer) else Prior
-    source = base.from_pretrained(_folder_of(base, path_or_hub_id))
+    source = base.from_pretrained(_folder_of(base, path_or_hub_id), weights=weights)
     if type(source) is not type(model):
         raise ConfigurationError(
             f"{path_or_hub_id} holds a {type(source).__name__}; this run trains a "
             f"{type(model).__name__}"
         )
     _check_settings(model, source, path_or_hub_id)
-    weights = source.state_dict()
+    tensors = source.state_dict()
     if isinstance(model, Prior) and isinstance(source, Prior):
         _check_tokenizer(model, source, path_or_hub_id)
-        if model.num_classes != source.num_classes and model.class_table in weights:
-            weights[model.class_table] = _new_classes(model, source)
+        if model.num_classes != source.num_classes and model.class_table in tensors:
+            tensors[model.class_table] = _new_classes(model, source)
             logger.info(
                 "%s has %d classes, this run %d: class embeddings are newly initialised",
                 path_or_hub_id,
                 source.num_classes,
                 model.num_classes,
             )
-    _copy(model, weights, path_or_hub_id)
+    _copy(model, tensors, path_or_hub_id)
 
 
 def _folder_of(base: type[Tokenizer] | type[Prior], path_or_hub_id: str) -> Path:

@@ -21,8 +21,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from smalti.checkpoints import Weights, is_checkpoint, state_of
 from smalti.config import config_from_dict, config_to_dict
 from smalti.data.image_io import save_png, to_pil
+from smalti.data.latent_cache.cache import read_manifest
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
 from smalti.files import read_json, replacing, write_json, write_text
 from smalti.hub import chosen_dtype, resolve_folder, upload
@@ -141,12 +143,16 @@ class Pipeline:
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        weights: Weights = "ema",
     ) -> Self:
         """Load a folder written by `save_pretrained`, or a model repository on the Hub.
 
         Loading a local folder does not use the network. Only JSON and safetensors are read.
+        A folder may also be a checkpoint of a train-prior run, whose latents and tokenizer are
+        still where they were.
 
         Args:
+            weights: of a checkpoint: "ema", the average over the run, or "raw".
             dtype: precision of both models, a type or its name, such as "bfloat16"; "auto" keeps
                 the one that each was saved in; None is fp32.
             torch_dtype: another name of `dtype`.
@@ -159,6 +165,8 @@ class Pipeline:
         folder = resolve_folder(
             path_or_hub_id, revision=revision, token=token, local_files_only=local_files_only
         )
+        if is_checkpoint(folder):
+            return cls._of_checkpoint(folder, weights, precision).to(device)
         index = read_index(folder)
         tokenizer = Tokenizer.from_pretrained(folder / "tokenizer", dtype=precision)
         prior = Prior.from_pretrained(folder / "prior", dtype=precision)
@@ -172,6 +180,19 @@ class Pipeline:
         pipeline.training_pictures = index.training_pictures
         pipeline._samples = folder / SAMPLES
         return pipeline.to(device)
+
+    @classmethod
+    def _of_checkpoint(
+        cls, folder: Path, weights: Weights, precision: torch.dtype | Literal["auto"] | None
+    ) -> Self:
+        """The prior in a checkpoint with the tokenizer, and the class names, of its run."""
+        prior = Prior.from_pretrained(folder, dtype=precision, weights=weights)
+        run = state_of(folder)["config"]
+        info = read_manifest(Path(run["latents"]) / "train")
+        tokenizer = Tokenizer.from_pretrained(Path(run["tokenizer"]), dtype=precision)
+        pipeline = cls(tokenizer, prior, info.classes)
+        pipeline.training_pictures = info.dataset_fingerprint
+        return pipeline
 
     def save_pretrained(
         self, path: str | Path, *, samples: Image.Image | None = None, notes: str | None = None

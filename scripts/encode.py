@@ -11,17 +11,20 @@ from pathlib import Path
 
 import torch
 
+from smalti.checkpoints import Weights, is_checkpoint
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
 from smalti.data.dataset import DataOptions, ImageDataset
 from smalti.data.latent_cache.cache import (
     SPLITS,
+    TOKENIZER,
     CacheInfo,
     EncodedRange,
     refuse_other_contents,
     write_cache,
 )
 from smalti.data.transforms import VIEW_SETS, ViewSet, decoded_size, views_of
+from smalti.errors import CheckpointError
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import join_job, say, shared_work
 
@@ -30,7 +33,9 @@ from smalti.training.processes import join_job, say, shared_work
 class EncodeConfig(DataOptions):
     """Encode pictures to a latent cache with one folder per split: train/ and heldout/."""
 
-    tokenizer: Path = Path("runs/tokenizer/tokenizer")  # folder of a saved tokenizer
+    # Folder of a saved tokenizer, or a checkpoint of a run that trains one.
+    tokenizer: Path = Path("runs/tokenizer/tokenizer")
+    weights: Weights = "ema"  # of a checkpoint: the average of its run, or raw
     output_dir: Path = Path("runs/latents")  # folder of the caches of both splits
     # Views of each training picture: itself (identity), itself and its mirror image (flip), or
     # LlamaGen's ten crops (ten-crop). A held-out picture is encoded as it is.
@@ -47,7 +52,11 @@ def encode(config: EncodeConfig) -> Path:
     """Write the caches of both splits, and return their folder."""
     state = join_job()
     refuse_other_contents(config.output_dir)
-    tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(state.device)
+    if is_checkpoint(config.tokenizer):
+        tokenizer = finished_tokenizer(config)
+    else:
+        tokenizer = Tokenizer.from_pretrained(str(config.tokenizer))
+    tokenizer = tokenizer.to(state.device)
     for split in SPLITS:
         views: ViewSet = config.views if split == "train" else "identity"
         side = decoded_size(views, tokenizer.image_size)
@@ -72,6 +81,34 @@ def encode(config: EncodeConfig) -> Path:
                 **share,
             )
     return config.output_dir
+
+
+def finished_tokenizer(config: EncodeConfig) -> Tokenizer:
+    """The tokenizer in a checkpoint, with the statistics of its latents, as a finished run saves
+    it: in the folder of the caches, because a later checkpoint replaces this one.
+
+    Raises:
+        CheckpointError: the folder has the latents of another tokenizer.
+    """
+    state, folder = join_job(), config.output_dir / TOKENIZER
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer, weights=config.weights)
+    if folder.exists():
+        saved, ours = Tokenizer.from_pretrained(folder), tokenizer.state_dict()
+        theirs = saved.state_dict()
+        same = ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
+        if not same:
+            raise CheckpointError(
+                f"{config.output_dir} has the latents of other weights than {config.tokenizer}: "
+                "choose another --output_dir"
+            )
+    elif state.is_main_process:
+        images = config.dataset("train", tokenizer.image_size)
+        tokenizer.to(state.device)
+        tokenizer.calibrate(batch.images.to(state.device) for batch in images.batches(64))
+        tokenizer.save_pretrained(folder)
+    state.wait_for_everyone()
+    say(f"the tokenizer of the checkpoint: {folder}; give it to train-prior as --tokenizer")
+    return Tokenizer.from_pretrained(folder)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smalti.checkpoints import Weights, has_prior
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least, config_to_dict
 from smalti.data.dataset import DataOptions, ImageDataset
@@ -45,7 +46,9 @@ PIPELINE_FLAGS = {field.name for field in fields(Sampling)} | {
 class EvaluateConfig(DataOptions, Sampling):
     """Measure a saved tokenizer or pipeline on held-out images, and the samples of a pipeline."""
 
-    model: str = "runs/demo/pipeline"  # folder of a pipeline or a tokenizer, or its id on the Hub
+    # Folder of a pipeline, a tokenizer or a checkpoint, or an id on the Hub.
+    model: str = "runs/demo/pipeline"
+    weights: Weights = "ema"  # of a checkpoint: the average of its run, or raw
     output_dir: Path = Path("runs/evaluation")  # for summary.json and the image grids
     # Allow data that the pipeline was not trained on; then all of its images are held out.
     other_data: bool = False
@@ -73,10 +76,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
     """
     folder = resolve_folder(config.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if (folder / INDEX).is_file():
-        return evaluate_pipeline(config, Pipeline.from_pretrained(folder, device=device))
+    if (folder / INDEX).is_file() or has_prior(folder):
+        pipeline = Pipeline.from_pretrained(folder, device=device, weights=config.weights)
+        return evaluate_pipeline(config, pipeline)
     refuse_pipeline_flags(config)
-    return evaluate_tokenizer(config, Tokenizer.from_pretrained(folder).to(device).eval())
+    tokenizer = Tokenizer.from_pretrained(folder, device=device, weights=config.weights)
+    return evaluate_tokenizer(config, tokenizer)
 
 
 def evaluate_tokenizer(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Metric]:
@@ -230,7 +235,7 @@ def claim(config: EvaluateConfig, *fingerprints: str) -> None:
     """
     path = config.output_dir / SETTINGS
     settings = {**config_to_dict(config), "models": list(fingerprints)}
-    del settings["output_dir"]
+    del settings["output_dir"], settings["weights"]  # the fingerprints tell the weights apart
     if path.is_file():
         different = first_difference(path, settings)
         if different:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from smalti.checkpoints import Weights, has_prior
 from smalti.cli import parse_config, run_command
 from smalti.errors import ConfigurationError
 from smalti.files import read_json
@@ -28,15 +29,16 @@ from smalti.tokenizer.base import Tokenizer
 class ExportConfig:
     """Write a model in the layout of published weights."""
 
-    # a tokenizer or a prior: a folder, or a repository on the Hub
+    # a tokenizer or a prior: a folder, a checkpoint, or a repository on the Hub
     model: Positional[Annotated[str, arg(metavar="MODEL")]] = ""
     # a new folder, or a new .safetensors, .pt, .pth or .ckpt file
     out: Positional[Annotated[Path, arg(metavar="OUT")]] = Path()
     # the layout; by default Diffusers' for a KL autoencoder or DiT in a folder, else the authors'
     format: str | None = None
+    weights: Weights = "ema"  # of a checkpoint: the average of its run, or raw
 
 
-def load_model(name: str) -> Tokenizer | Prior:
+def load_model(name: str, weights: Weights = "ema") -> Tokenizer | Prior:
     """The tokenizer or prior in a folder or repository.
 
     Raises:
@@ -48,7 +50,8 @@ def load_model(name: str) -> Tokenizer | Prior:
     config = folder / "config.json"
     content = read_json(config) if config.is_file() else {}
     is_prior = isinstance(content, dict) and str(content.get("type")) in PRIORS
-    return (Prior if is_prior else Tokenizer).from_pretrained(folder)
+    base = Prior if is_prior or has_prior(folder) else Tokenizer
+    return base.from_pretrained(folder, weights=weights)
 
 
 ExportConfig.__doc__ = (
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(ExportConfig, argv, prog="smalti export")
     if not config.model or config.out == Path():
         raise ConfigurationError("give two arguments: smalti export MODEL OUT")
-    for line in export(load_model(config.model), config.out, config.format):
+    for line in export(load_model(config.model, config.weights), config.out, config.format):
         print(line)
     print(f"written: {config.out}")
     return 0

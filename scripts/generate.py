@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
 from smalti.errors import GenerationError
@@ -22,7 +23,9 @@ from smalti.training.processes import join_job, say, shared_work
 class GenerateConfig(Sampling):
     """Sample pictures with a saved pipeline."""
 
-    model: str = "runs/demo/pipeline"  # a folder, or a repository on the Hub
+    # A pipeline: a folder, a repository on the Hub, or a checkpoint of a train-prior run.
+    model: str = "runs/demo/pipeline"
+    weights: Weights = "ema"  # of a checkpoint: the average of its run, or raw
     output_dir: Path = Path("samples")  # folder of the PNG files
     class_labels: tuple[str, ...] = ()  # class names or numbers; empty = all classes
     num_images_per_class: int = 8  # pictures of each class
@@ -40,7 +43,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         GenerationError: the pipeline is text-conditional, or no class has such a name or number.
     """
     state = join_job()
-    pipeline = Pipeline.from_pretrained(config.model, device=state.device)
+    pipeline = Pipeline.from_pretrained(config.model, device=state.device, weights=config.weights)
     if not pipeline.classes:
         raise GenerationError(
             f"{config.model} is text-conditional: call it in Python with prompt_embeds"

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import first_difference
-from smalti.data.latent_cache.cache import LatentBatch, LatentCache
+from smalti.data.latent_cache.cache import TOKENIZER, LatentBatch, LatentCache
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import CheckpointError, ConfigurationError
@@ -60,7 +61,9 @@ class TrainPriorConfig(RunConfig):
     pipeline_dir: Path | None = None  # folder of the result; default: output_dir/pipeline
     # Its fields about latents, classes and the tokenizer are taken from the cache.
     prior: PriorConfig = field(default_factory=lambda: PRESETS["gpt-nano"])
-    initial: str = ""  # a pipeline or prior whose settings and weights the run starts from
+    # A pipeline, prior or checkpoint whose settings and weights the run starts from.
+    initial: str = ""
+    weights: Weights = "ema"  # of a checkpoint in --initial: the average of its run, or raw
     preview: Sampling = field(default_factory=Sampling)  # sampling options of the preview grids
 
     def __post_init__(self) -> None:
@@ -107,13 +110,15 @@ def build_models(
     """
     tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(device)
     if tokenizer.fingerprint != latents.info.tokenizer_fingerprint:
+        beside = config.latents / TOKENIZER
+        remedy = f"give --tokenizer {beside}" if beside.is_dir() else "give the one that made them"
         raise CheckpointError(
             f"the latents in {config.latents} were made by another tokenizer than "
-            f"{config.tokenizer}: encode again, or give the tokenizer that made them"
+            f"{config.tokenizer}: {remedy}, or encode again with this one"
         )
     prior = build_prior(config.prior, latents, tokenizer).to(device)
     if config.initial:
-        load_initial_weights(prior, config.initial)
+        load_initial_weights(prior, config.initial, config.weights)
     if latents.info.pairs:
         check_straight(prior)
     check_options(prior, config.preview.options)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.data.dataset import DataOptions, ImageBatch, ImageDataset
 from smalti.data.image_io import image_grid
@@ -74,7 +75,9 @@ class TrainTokenizerConfig(RunConfig, DataOptions):
 
     # Kind and sizes of the tokenizer.
     tokenizer: TokenizerConfig = field(default_factory=lambda: PRESETS["vq-32-tiny"])
-    initial: str = ""  # a tokenizer or pipeline whose settings and weights the run starts from
+    # A tokenizer, pipeline or checkpoint whose settings and weights the run starts from.
+    initial: str = ""
+    weights: Weights = "ema"  # of a checkpoint in --initial: the average of its run, or raw
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # losses and weights
     # Aligns a KL tokenizer's latents with the features of a vision model; in recipes only.
     alignment: AlignmentConfig | None = None
@@ -133,7 +136,7 @@ def build_tokenizer(
     """
     tokenizer: Tokenizer = Tokenizer.registry.build(config.tokenizer).to(run.device)
     if config.initial:
-        load_initial_weights(tokenizer, config.initial)
+        load_initial_weights(tokenizer, config.initial, config.weights)
     module: nn.Module = tokenizer
     if config.alignment is not None:
         module = AlignedTokenizer.of(tokenizer, config.alignment)

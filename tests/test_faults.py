@@ -600,10 +600,12 @@ def test_f20_a_run_needs_no_network(pictures: Path, tmp_path: Path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [
-        ({"learning_rate": 0.5}, True),
+        ({"adam_beta2": 0.5}, True),
         ({"train_batch_size": 4}, True),
         ({"seed": 3}, True),
         ({"max_train_steps": 8, "logging_steps": 2, "process_timeout": 60}, False),
+        ({"max_train_steps": 8, "learning_rate": 0.5, "mixed_precision": "bf16"}, False),
+        ({"max_train_steps": 8, "gradient_accumulation_steps": 2, "max_grad_norm": 2.0}, False),
     ],
 )
 def test_f24_a_run_goes_on_only_as_what_it_was(

@@ -30,12 +30,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from smalti.checkpoints import MANIFEST, STATE
 from smalti.errors import CheckpointError, SmaltiError
 from smalti.files import flush, read_json, sha256_of, write_errors, write_json
 
 PREFIX = "checkpoint-"
-MANIFEST = "MANIFEST.json"
-STATE = "state.json"
 
 # -------------------------------------------------------------------------------------------------
 # Sharded tensors (FSDP2). Checkpoints always contain full tensors: a run that shards its model can

@@ -10,8 +10,23 @@ from smalti.config import check_at_least
 from smalti.errors import ConfigurationError
 
 Precision = Literal["auto", "no", "bf16"]
-# May differ between a checkpoint and the run that resumes it; everything else must be equal.
-FREE_TO_CHANGE = {
+# How a run goes on: settings that do not change what it has learned so far, and may be the remedy
+# if it diverges.
+HOW_IT_GOES_ON = {
+    "learning_rate",
+    "lr_warmup_steps",
+    "lr_final_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "max_skipped_steps",
+    "mixed_precision",
+    "gradient_accumulation_steps",
+}
+# May differ between a checkpoint and the run that resumes it, and the change is logged; everything
+# else must be equal.
+FREE_TO_CHANGE = HOW_IT_GOES_ON | {
+    "weights",
+    "pipeline_dir",
     "output_dir",
     "max_train_steps",
     "checkpointing_steps",

@@ -272,7 +272,10 @@ def _refuse_unless_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{folder} is not empty (it contains {held[0]}), and it has no readable {RECIPE} of "
             "this run: choose another --output_dir"
         ) from error
-    refuse_other_settings(settings, theirs if isinstance(theirs, dict) else {}, recipe)
+    theirs = theirs if isinstance(theirs, dict) else {}
+    refuse_other_settings(settings, theirs, recipe)
+    for change in changes(settings, theirs):
+        logger.info("%s", change)
     logger.warning("the run in %s has no checkpoint yet: it starts at the first step", folder)
 
 

@@ -123,10 +123,16 @@ class StepGuard:
     Args:
         limit: refused steps in a row, of one model, at which the run ends.
         sum_over_processes: the sum of a tensor over all processes.
+        rounded: whether the run computes in less than fp32, so that fp32 may be the remedy.
     """
 
-    def __init__(self, limit: int, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
-        self.limit = limit
+    def __init__(
+        self,
+        limit: int,
+        sum_over_processes: Callable[[Tensor], Tensor],
+        rounded: bool = False,
+    ) -> None:
+        self.limit, self.rounded = limit, rounded
         self.in_a_row: dict[str, int] = {}  # model -> refused steps since the last accepted one
         self.total = 0
         self._sum = sum_over_processes
@@ -154,8 +160,9 @@ class StepGuard:
         if self.in_a_row[model] >= self.limit:
             raise SmaltiError(
                 f"the loss or the gradient of the {model} was not finite in {self.limit} steps in a"
-                f" row, up to step {step}: lower --learning_rate or use --mixed_precision no; the"
-                " last checkpoint is untouched"
+                f" row, up to step {step}: repeat the command with --resume_from_checkpoint latest "
+                f"and a lower --learning_rate{' or --mixed_precision no' if self.rounded else ''}; "
+                "the last checkpoint is untouched"
             )
         return accepted
 
@@ -163,12 +170,16 @@ class StepGuard:
         """The counters, for the checkpoint's state.json."""
         return {"in_a_row": self.in_a_row, "total": self.total}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state` returned."""
+    def restore(self, state: Mapping[str, Any], *, new_row: bool = False) -> None:
+        """Continue from what `state` returned.
+
+        Args:
+            new_row: whether the steps in a row are counted anew, because the settings changed.
+        """
         counters = dict(state.get("in_a_row", {}))
         if "critic" in counters:  # the name of the discriminator in checkpoints of smalti 0.1
             counters["discriminator"] = counters.pop("critic")
-        self.in_a_row = counters
+        self.in_a_row = {} if new_row else counters
         self.total = int(state.get("total", 0))
 
 

@@ -53,7 +53,7 @@ from smalti.training.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from smalti.training.config import Precision, RunConfig
+from smalti.training.config import HOW_IT_GOES_ON, Precision, RunConfig
 from smalti.training.folder import (
     RunLock,
     changes,
@@ -109,7 +109,9 @@ class Run:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.start_step = 0  # known after `resume`
-        self.guard = StepGuard(config.max_skipped_steps, self.sum_over_processes)
+        self.guard = StepGuard(
+            config.max_skipped_steps, self.sum_over_processes, self.precision != "no"
+        )
         self._checkpoint = found
         self._data_fingerprint = ""
         self._tracked: dict[str, Stateful] = {}
@@ -148,7 +150,8 @@ class Run:
             )
         checkpoint.restore(self._tracked)
         self.start_step = checkpoint.step
-        self.guard.restore(checkpoint.state.get("skipped", {}))
+        changed = [name for name in HOW_IT_GOES_ON if self._differs(checkpoint, name)]
+        self.guard.restore(checkpoint.state.get("skipped", {}), new_row=bool(changed))
         logger.info("resumed from %s", checkpoint.path)
         before = checkpoint.state["num_processes"]
         if before != self.world_size and self.is_main:
@@ -158,6 +161,9 @@ class Run:
                 self.world_size,
                 before,
             )
+
+    def _differs(self, checkpoint: Checkpoint, name: str) -> bool:
+        return checkpoint.state["config"].get(name) != getattr(self.config, name)
 
     def _take_folder(self) -> None:
         self._lock.acquire()
@@ -265,6 +271,8 @@ class Run:
         return {
             "kind": self.kind,
             "config": config_to_dict(self.config),
+            # What the weights need to be a model again, without the data of the run.
+            "model": config_to_dict(getattr(self._tracked.get("model"), "config", None)),
             "data_fingerprint": self._data_fingerprint,
             "precision": self.precision,
             "num_processes": self.world_size,

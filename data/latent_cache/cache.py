@@ -37,6 +37,7 @@ from smalti.files import read_json, replacing, sha256_of, write_json
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")  # a cache for each
+TOKENIZER = "tokenizer"  # beside them: the tokenizer that encoded them, if it was in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -341,9 +342,12 @@ def refuse_other_cache(folder: Path, info: CacheInfo) -> None:
 
 
 def refuse_other_contents(folder: Path) -> None:
-    """Raise `DataError` if `folder` contains anything but the caches of `SPLITS`."""
+    """Raise `DataError` if `folder` contains anything but the caches of `SPLITS`, and the tokenizer
+    that `smalti encode` made of a checkpoint."""
     held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    others = sorted(name for name in held if name not in SPLITS and not name.startswith("."))
+    others = sorted(
+        name for name in held if name not in (*SPLITS, TOKENIZER) and not name.startswith(".")
+    )
     if others:
         raise DataError(
             f"{folder} holds {others[0]}, which is not a latent cache: choose another output folder"

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,11 +198,16 @@ def hash_weights(state: "Mapping[str, Tensor]", prefix: bytes = b"") -> str:
     return digest.hexdigest()
 
 
-def load_weights(build: "Callable[[], nn.Module]", path: Path) -> "nn.Module":
+def load_weights(
+    build: "Callable[[], nn.Module]", path: Path, beside: Sequence[str] = ()
+) -> "nn.Module":
     """The model that `build` returns, with every parameter and buffer read from `path`.
 
     Floating-point tensors are converted to the precision of the model. The global random state
     stays as it was.
+
+    Args:
+        beside: names of tensors that the file may have and that are not of the model.
 
     Raises:
         CheckpointError: the file is missing or damaged; a tensor is missing, unknown, or has
@@ -215,13 +220,13 @@ def load_weights(build: "Callable[[], nn.Module]", path: Path) -> "nn.Module":
     if not path.is_file():
         raise CheckpointError(f"{path.parent} has no {path.name}{_pickle_hint(path.parent)}")
     try:
-        found = _read_headers(path)
+        found = {k: v for k, v in _read_headers(path).items() if k not in beside}
         with torch.device("meta"), _registering_at_most(4 * len(found) + 64, path):
             expected = {name: _header(value) for name, value in build().state_dict().items()}
         _compare(expected, found, path)
         with torch.random.fork_rng(devices=[]):
             model = build()
-        model.load_state_dict(load_file(path))
+        model.load_state_dict({k: v for k, v in load_file(path).items() if k not in beside})
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return model

@@ -19,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from smalti import checkpoints
+from smalti.checkpoints import is_checkpoint
 from smalti.config import config_from_dict, config_to_dict, nearest
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.files import hash_weights, load_weights, read_json, save_weights, write_json
@@ -364,10 +366,14 @@ class Pretrained:
         dtype: "torch.dtype | str | None" = None,
         torch_dtype: "torch.dtype | str | None" = None,
         device: "torch.device | str | None" = None,
+        weights: checkpoints.Weights = "ema",
     ) -> Self:
         """Load a model saved by `save_pretrained`, from a folder or from the Hub, in eval mode.
 
+        A folder may also be a checkpoint of a training run.
+
         Args:
+            weights: of a checkpoint: "ema", the average over the run, or "raw".
             dtype: precision of the weights, a type or its name, such as "bfloat16"; "auto": that
                 of the saved weights; None: fp32.
             torch_dtype: another name of `dtype`.
@@ -383,11 +389,14 @@ class Pretrained:
         )
         folder = folder / subfolder if subfolder else folder
         target, config, copy = cls._saved(folder)
-        model: Any = load_weights(lambda: _build(target, config, folder), folder / WEIGHTS)
+        file, beside = folder / WEIGHTS, ()
+        if is_checkpoint(folder):
+            file, beside = checkpoints.weight_file(folder, weights), (checkpoints.UPDATES,)
+        model: Any = load_weights(lambda: _build(target, config, folder), file, beside)
         if copy is not None:
             model._copy_of = _read_copy(copy, model, folder)
         if precision == AS_SAVED:
-            precision = saved_dtype(folder / WEIGHTS)
+            precision = saved_dtype(file)
         if precision is not None:
             model.cast(precision)
         return model.to(device=device).eval()
@@ -404,13 +413,18 @@ class Pretrained:
     @classmethod
     def _saved(cls, folder: Path) -> tuple[Any, Any, Any]:
         """The class, the config, and the `copy_of` entry of config.json."""
-        content = _read_config(folder, cls.registry)
-        copy = content.pop(COPY, None)
-        target: Any = cls.registry.resolve(content.pop("type"))
+        if is_checkpoint(folder):
+            copy, where = None, folder
+            settings = checkpoints.model_settings(folder, cls.registry.kind)
+            name = settings["kind"]
+        else:
+            content, where = _read_config(folder, cls.registry), folder / CONFIG
+            copy, name = content.pop(COPY, None), content.pop("type")
+            settings = _rename_key(content, "type", "kind")
+        target: Any = cls.registry.resolve(name)
         if not issubclass(target, cls):
             raise CheckpointError(f"{folder} contains a {target.__name__}, not a {cls.__name__}")
-        settings = _rename_key(content, "type", "kind")
-        return target, config_from_dict(target.Config, settings, str(folder / CONFIG)), copy
+        return target, config_from_dict(target.Config, settings, str(where)), copy
 
     def cast(self, dtype: "torch.dtype") -> Self:
         """Change the precision of all weights in place, keep the fingerprint, and return self.

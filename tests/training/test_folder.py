@@ -129,7 +129,7 @@ def test_a_run_without_a_checkpoint_starts_again_if_nothing_changed(latest: RunC
     assert counts(latest.output_dir) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("changes", [{"seed": 3}, {"learning_rate": 1.0}])
+@pytest.mark.parametrize("changes", [{"seed": 3}, {"train_batch_size": 4}])
 def test_a_run_without_a_checkpoint_is_not_mixed_with_another(latest: RunConfig, changes) -> None:
     with pytest.raises(ZeroDivisionError):
         train(latest, until=2)
