@@ -168,7 +168,11 @@ def prior_loss(
 
 @torch.no_grad()
 def validate(
-    prior: Prior, heldout: LatentCache, loss_of: Callable[[nn.Module, LatentBatch], Loss], run: Run
+    prior: Prior,
+    heldout: LatentCache,
+    loss_of: Callable[[nn.Module, LatentBatch], Loss],
+    run: Run,
+    progress: Callable[[int], object] = lambda samples: None,
 ) -> dict[str, float]:
     """Mean loss per sample of the first held-out latents, at the mean of their posterior."""
     count = min(len(heldout), VALIDATION_SAMPLES)
@@ -178,6 +182,7 @@ def validate(
         with run.accelerator.autocast():
             loss = loss_of(prior, batch).total
         total += loss.item() * len(batch.labels)
+        progress(len(batch.labels))
     return {"val_loss": total / count}
 
 
@@ -235,8 +240,13 @@ def train(config: TrainPriorConfig) -> Path:
             if run.due(step, config.validation_steps):
                 ema.gather()  # FSDP2: every process sends its shards
                 if run.is_main:
-                    run.log_on_main(step, validate(ema.model, heldout, loss_of, run))
-                    run.show(step, "samples", class_grid(pipeline, **config.preview.options))
+                    count = min(len(heldout), VALIDATION_SAMPLES)
+                    with run.bar("validation", count, "sample") as bar:
+                        measured = validate(ema.model, heldout, loss_of, run, bar.update)
+                    run.log_on_main(step, measured)
+                    with run.bar("preview", 1, "grid") as bar:
+                        run.show(step, "samples", class_grid(pipeline, **config.preview.options))
+                        bar.update()
 
             if (stop := run.should_stop()) or run.due(step, config.checkpointing_steps):
                 run.save(step)

@@ -7,7 +7,7 @@ A step trains the tokenizer on reconstruction and adversarial losses, then the d
 same images and their reconstructions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -254,12 +254,22 @@ def codebook_use(run: Run, tokenizer: Tokenizer, codes: Sequence[Tensor]) -> dic
 
 
 @torch.no_grad()
-def validate(tokenizer: Tokenizer, images: ImageDataset, device: torch.device) -> dict[str, float]:
-    """PSNR in dB and codebook usage (0 to 1) on the first held-out images."""
+def validate(
+    tokenizer: Tokenizer,
+    images: ImageDataset,
+    device: torch.device,
+    progress: Callable[[int], object] = lambda images: None,
+) -> dict[str, float]:
+    """PSNR in dB and codebook usage (0 to 1) on the first held-out images.
+
+    Args:
+        progress: called with the number of images that were measured since the last call.
+    """
     scores, latents = [], []
     for batch in images.batches(64, stop=VALIDATION_IMAGES):
         latents.append(tokenizer.encode(batch.images.to(device)))
         scores.append(psnr(tokenizer.decode(latents[-1]).float().cpu(), batch.images))
+        progress(len(batch.images))
     values = {"val_psnr": torch.cat(scores).mean().item()}
     if isinstance(tokenizer.spec, CodeSpec):
         counts = code_counts(torch.cat(latents), tokenizer.spec.vocab_size)
@@ -317,7 +327,7 @@ def train(config: TrainTokenizerConfig) -> Path:
                             )
                         run.backward(loss.total)
                     losses.append(loss.total.detach())
-                    parts.append(loss.parts)
+                    parts.append({"loss": loss.total.detach(), **loss.parts})
                     pairs.append((output.targets, output.images.detach(), uniforms))
                     codes += [] if output.codes is None else [output.codes]
                 norm = clip_gradients(model.module, config.max_grad_norm)
@@ -355,7 +365,10 @@ def train(config: TrainTokenizerConfig) -> Path:
                 use = codebook_use(run, tokenizer, codes)
                 run.log(step, {**values, **use, "learning_rate": rate})
             if run.due(step, config.validation_steps) and run.is_main:
-                run.log_on_main(step, validate(ema.model, heldout, run.device))
+                count = min(len(heldout), VALIDATION_IMAGES)
+                with run.bar("validation", count, "image") as bar:
+                    measured = validate(ema.model, heldout, run.device, bar.update)
+                run.log_on_main(step, measured)
                 run.show(step, "reconstructions", preview(ema.model, heldout, run.device))
 
             if (stop := run.should_stop()) or run.due(step, config.checkpointing_steps):

@@ -1,18 +1,28 @@
 """Every remedy that a message names can be followed: the flags and commands in it exist."""
 
 import ast
+import contextlib
 import dataclasses
 import importlib
+import logging
+import math
 import re
+import shutil
 import tomllib
 import typing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import make_pictures
+from PIL import Image
+from toy_run import toy_config
+from toy_run import train as train_toy
 
-from smalti.cli import COMMANDS
+from smalti.cli import COMMANDS, main
 from smalti.config import registry_of
+from smalti.errors import SmaltiError
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("src/smalti", "data", "tokenizer", "prior", "pipelines", "training", "evaluation")
@@ -161,3 +171,176 @@ def test_extras_in_messages_exist() -> None:
 )
 def test_a_planted_flag_is_found(path: str, text: str) -> None:
     assert wrong_flags(path, text)
+
+
+# -- remedies that are applied --------------------------------------------------------------------
+
+RECIPE = """
+tokenizer: {kind: vq, image_size: 16, conv: {channels: 8, channel_mult: [1, 2], num_res_blocks: 1,
+  attention_levels: [], z_channels: 2}, quantizer: {kind: nearest, codebook: {vocab_size: 16,
+  dim: 4}}}
+objective: {perceptual_weight: 0, adversarial_weight: 0}
+max_train_steps: 2
+train_batch_size: 4
+checkpointing_steps: 1
+mixed_precision: no
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with pictures, some of which are unusual, a finished run and latents."""
+    root = tmp_path_factory.mktemp("remedies")
+    make_pictures(root / "pictures")
+    for name, mode in (("grey16", "I;16"), ("broken", "")):
+        make_pictures(root / name)
+        file = root / name / "red" / "0.png"
+        file.write_bytes(b"broken") if not mode else Image.new(mode, (40, 36)).save(file)
+    one = root / "one" / "red"
+    shutil.copytree(root / "pictures" / "red", one)
+    (root / "recipe.yaml").write_text(RECIPE)
+    with contextlib.chdir(root):
+        assert main([*TRAIN, "--output_dir", "run"]) == 0
+        assert main(["encode", "--data", "pictures", "--tokenizer", "run/tokenizer"]) == 0
+    return root
+
+
+TRAIN = ["train-tokenizer", "--config", "recipe.yaml", "--data", "pictures"]
+PRIOR = ["train-prior", "--tokenizer", "run/tokenizer", "--max_train_steps", "1"]
+PRIOR += ["--train_batch_size", "4", "--prior.depth", "1", "--prior.width", "16"]
+PRIOR += ["--prior.num_heads", "2"]
+LATEST = ["--resume_from_checkpoint", "latest"]
+
+# (name of the test, what fails, what the message says, what it advises)
+REMEDIES: list[tuple[str, list[str], str, list[str]]] = [
+    (
+        "resume",
+        [*TRAIN, "--output_dir", "run"],
+        "continue it with --resume_from_checkpoint latest",
+        [*TRAIN, "--output_dir", "run", *LATEST],
+    ),
+    (
+        "folder",
+        [*TRAIN, "--output_dir", "run"],
+        "or choose another --output_dir",
+        [*TRAIN, "--output_dir", "run2"],
+    ),
+    (
+        "steps",
+        [*TRAIN, "--output_dir", "run", *LATEST, "--max_train_steps", "1"],
+        "set it to 2 or more",
+        [*TRAIN, "--output_dir", "run", *LATEST, "--max_train_steps", "2"],
+    ),
+    (
+        "crop",
+        [*TRAIN, "--random_crop.min_fraction", "0.5", "--output_dir", "run3"],
+        "add --crop random",
+        [*TRAIN, "--random_crop.min_fraction", "0.5", "--output_dir", "run3", "--crop", "random"],
+    ),
+    (
+        "tracker",
+        [*TRAIN, "--report_to", "trackio", "--output_dir", "run4"],
+        "or use --report_to none",
+        [*TRAIN, "--report_to", "none", "--output_dir", "run4"],
+    ),
+    (
+        "preset",
+        [*TRAIN, "--tokenizer.preset", "vq-32-tiny", "--output_dir", "run5"],
+        "or leave the flag out",
+        [*TRAIN, "--output_dir", "run5"],
+    ),
+    (
+        "unusual",
+        ["check-data", "--data", "grey16"],
+        "pass --folder.unusual_images convert",
+        ["check-data", "--data", "grey16", "--folder.unusual_images", "convert"],
+    ),
+    (
+        "damaged",
+        [*TRAIN, "--data", "broken", "--output_dir", "run6"],
+        "--folder.bad_images replace (or skip)",
+        [*TRAIN, "--data", "broken", "--output_dir", "run6", "--folder.bad_images", "skip"],
+    ),
+    (
+        "class",
+        [*TRAIN, "--data", "one", "--output_dir", "run7"],
+        "pass --folder.single_class",
+        [*TRAIN, "--data", "one", "--output_dir", "run7", "--folder.single_class"],
+    ),
+    (
+        "target",
+        [*PRIOR, "--output_dir", "prior", "--pipeline_dir", "run"],
+        "choose another folder",
+        [*PRIOR, "--output_dir", "prior", "--pipeline_dir", "pipeline"],
+    ),
+    (
+        "retarget",
+        [*PRIOR, "--output_dir", "prior", "--pipeline_dir", "run", *LATEST],
+        "choose another folder",
+        [*PRIOR, "--output_dir", "prior", "--pipeline_dir", "pipeline2", *LATEST],
+    ),
+    (
+        "tokenizer",
+        [*PRIOR, "--tokenizer", "run2/checkpoint-000001", "--output_dir", "prior2"],
+        "give the one that made them",
+        [*PRIOR, "--output_dir", "prior2"],
+    ),
+    (
+        "latents",
+        [*PRIOR, "--latents", "nowhere", "--output_dir", "prior3"],
+        "does not exist",
+        [*PRIOR, "--output_dir", "prior3"],
+    ),
+    (
+        "pipeline",
+        ["export", "prior/pipeline", "x"],
+        "export prior/pipeline/tokenizer",
+        ["export", "pipeline/tokenizer", "vq.pt"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("fails", "says", "works"),
+    [pytest.param(*row, id=name) for name, *row in REMEDIES],
+)
+def test_a_remedy_that_is_followed_works(
+    place: Path, monkeypatch, capsys, fails: list[str], says: str, works: list[str]
+) -> None:
+    monkeypatch.chdir(place)
+    assert main(fails) != 0
+    told = capsys.readouterr()
+    assert says in told.err + told.out
+    assert main(works) == 0
+
+
+@pytest.mark.parametrize(
+    "remedy", [{"learning_rate": 1e-3}, {"mixed_precision": "no"}], ids=lambda r: next(iter(r))
+)
+def test_the_remedy_of_a_run_that_diverged_can_be_followed(
+    tmp_path: Path, caplog, remedy: dict[str, Any]
+) -> None:
+    """A run whose loss is infinite at its learning rate and in bf16 goes on with either changed."""
+    config = toy_config(tmp_path / "run", mixed_precision="bf16", max_skipped_steps=2)
+
+    def diverging(run, model, step, loss):
+        bad = step >= 3 and run.config.learning_rate == 1e-2 and run.precision == "bf16"
+        return loss * math.inf if bad else loss
+
+    with pytest.raises(SmaltiError) as stopped:
+        train_toy(config, diverging)
+    for word in ("--resume_from_checkpoint latest", "--learning_rate", "--mixed_precision no"):
+        assert word in str(stopped.value)
+    caplog.set_level(logging.INFO)
+    train_toy(replace(config, resume_from_checkpoint="latest", **remedy), diverging)
+    assert (tmp_path / "run" / "checkpoint-000006").is_dir()
+    name = next(iter(remedy))
+    before = getattr(config, name)
+    assert f"{name} was {before}, now it is {remedy[name]}" in caplog.messages
+
+
+def test_no_remedy_is_named_that_is_in_use(tmp_path: Path) -> None:
+    config = toy_config(tmp_path / "run", max_skipped_steps=1)
+    with pytest.raises(SmaltiError) as stopped:
+        train_toy(config, lambda run, model, step, loss: loss * math.nan)
+    assert "a lower --learning_rate; " in str(stopped.value)

@@ -29,6 +29,7 @@ from smalti.config import config_to_dict, recipe_text
 from smalti.files import append_line, drop_lines_after, replacing, write_text
 from smalti.training.config import RunConfig
 from smalti.training.folder import METRICS, RECIPE, TIMING
+from smalti.training.progress import RunProgress
 from smalti.training.report import write_report
 
 logger = logging.getLogger(__name__)
@@ -250,13 +251,22 @@ class RunLog:
     Args:
         start_step: the first step of this process, counted from 0; later lines of the logs are
             dropped.
+        title: the kind of run, on the console.
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, accelerator: Accelerator, start_step: int
+        self,
+        folder: Path,
+        config: RunConfig,
+        accelerator: Accelerator,
+        start_step: int,
+        title: str,
     ) -> None:
         self.folder, self.config, self.accelerator = folder, config, accelerator
         self.start_step = start_step
+        self.progress = RunProgress(
+            title, start_step, config.max_train_steps, accelerator.is_main_process
+        )
         self._metrics: MetricsLog | None = None
         devices = accelerator.num_processes
         dynamo = accelerator.state.dynamo_plugin
@@ -281,14 +291,19 @@ class RunLog:
         return self._metrics
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log values after a number of finished steps."""
+        """Log values of training after a number of finished steps, and how fast the steps were."""
+        if (metrics := self.begin()) is not None:
+            speed = self.throughput.write(step)
+            if speed:
+                send(self.accelerator, step, speed)
+            metrics.write(step, values)
+            self.progress.training(step, values, speed)
+
+    def write_validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Log values that were measured on held-out data."""
         if (metrics := self.begin()) is not None:
             metrics.write(step, values)
-
-    def write_times(self, step: int) -> None:
-        """Log how fast the steps were since the last call."""
-        if self.begin() is not None and (speed := self.throughput.write(step)):
-            send(self.accelerator, step, speed)
+            self.progress.validation(step, values)
 
     def show(self, step: int, name: str, image: Image.Image) -> None:
         """Save an image, made after a number of finished steps, as `name/step_000100.png`; send it

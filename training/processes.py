@@ -26,11 +26,11 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from tqdm.auto import tqdm
 
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.training.checkpoint import Stateful, is_sharded
 from smalti.training.config import Precision
+from smalti.training.progress import progress_bar
 
 UNSUPPORTED = {
     DistributedType.DEEPSPEED: "DeepSpeed",
@@ -103,7 +103,7 @@ def shared_work(total: int, title: str) -> Iterator[dict[str, Any]]:
         total: number of samples, over all processes.
     """
     state = join_job()
-    with tqdm(total=total, desc=title, disable=not state.is_main_process) as bar:
+    with progress_bar(total, title, shown=state.is_main_process) as bar:
         yield {
             "rank": state.process_index,
             "world_size": state.num_processes,

@@ -39,7 +39,6 @@ from typing import Any, Literal, NoReturn, Protocol
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from smalti.config import config_to_dict
 from smalti.errors import EXIT_INTERRUPTED, CheckpointError
@@ -65,6 +64,7 @@ from smalti.training.folder import (
 )
 from smalti.training.logging import RunLog
 from smalti.training.optim import StepGuard
+from smalti.training.progress import progress_bar
 from smalti.training.signals import EXIT_FAILURE, InterruptGuard, LauncherWatch, launcher
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class Run:
         self._data_fingerprint = data_fingerprint
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
-        self._log = RunLog(self.folder, self.config, self.accelerator, self.start_step)
+        self._log = RunLog(self.folder, self.config, self.accelerator, self.start_step, self.kind)
         with processes.agreed_errors():
             if self.is_main:
                 self._take_folder()
@@ -203,14 +203,11 @@ class Run:
 
     def remaining_steps(self) -> Iterable[int]:
         """The steps that are not done, with a progress bar."""
-        total = self.config.max_train_steps
-        return tqdm(
-            range(self.start_step, total),
-            total=total,
-            initial=self.start_step,
-            desc=self.kind,
-            disable=not self.accelerator.is_local_main_process,
-        )
+        return self._log.progress.steps()
+
+    def bar(self, title: str, total: int, unit: str) -> AbstractContextManager[Any]:
+        """Around work between two steps: a bar, whose `update` is called with what is done."""
+        return progress_bar(total, title, unit=unit, shown=self.is_main, part=True)
 
     def due(self, step: int, every: int) -> bool:
         """True at every `every`-th step, and at the last."""
@@ -299,12 +296,11 @@ class Run:
         stacked = torch.tensor([float(values[name]) for name in names], device=self.device)
         means = self.sum_over_processes(stacked) / self.world_size
         skipped = {"skipped_steps": float(self.guard.total)} if self.guard.total else {}
-        self._log.write_times(step + 1)
-        self.log_on_main(step, {**dict(zip(names, means.tolist(), strict=True)), **skipped})
+        self._log.write(step + 1, {**dict(zip(names, means.tolist(), strict=True)), **skipped})
 
     def log_on_main(self, step: int, values: Mapping[str, float]) -> None:
-        """Write values that the main process measured."""
-        self._log.write(step + 1, values)
+        """Write values that the main process measured on held-out data."""
+        self._log.write_validation(step + 1, values)
 
     def show(self, step: int, name: str, image: Image.Image) -> None:
         """Save an image that the main process made, as `name/step_000100.png`, send it to the
