@@ -236,7 +236,7 @@ class DataOptions(PictureOptions):
     """Which pictures to read, and how to divide them into training and held-out pictures."""
 
     heldout_fraction: float = 0.1  # of the pictures; ignored where a set has its own split
-    split_seed: int = 0
+    split_seed: int = 0  # which pictures are held out depends on it
 
     def __post_init__(self) -> None:
         if not 0 < self.heldout_fraction < 1:

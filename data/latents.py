@@ -44,9 +44,9 @@ class CodeSpec:
     VAR at 256 px. The codes of all grids are concatenated, each grid in raster order.
     """
 
-    vocab_size: int
-    grids: tuple[tuple[int, int], ...]
-    kind: Literal["codes"] = "codes"
+    vocab_size: int  # number of codes, V
+    grids: tuple[tuple[int, int], ...]  # (h, w) of each, coarse to fine
+    kind: Literal["codes"] = "codes"  # the kind of latents
 
     def __post_init__(self) -> None:
         if self.vocab_size < 1:
@@ -73,10 +73,10 @@ class CodeSpec:
 class ContinuousSpec:
     """Continuous latents: real (B, channels, height, width), mean about 0, variance about 1."""
 
-    channels: int
-    height: int
-    width: int
-    kind: Literal["continuous"] = "continuous"
+    channels: int  # numbers at each position, C
+    height: int  # rows of the grid, h
+    width: int  # columns of the grid, w
+    kind: Literal["continuous"] = "continuous"  # the kind of latents
 
     def __post_init__(self) -> None:
         if min(self.channels, self.height, self.width) < 1:

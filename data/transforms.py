@@ -73,7 +73,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """How much of a picture a random crop shows; the defaults are ADM's."""
+    """How much of a picture a random crop shows; ADM takes 0.8 to 1."""
 
     min_fraction: float = 0.8  # smallest side of the crop / shorter side of the picture
     max_fraction: float = 1.0  # largest side of the crop / shorter side of the picture

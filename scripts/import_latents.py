@@ -36,9 +36,8 @@ class ImportLatentsConfig(Division):
     # a new folder, or that of an interrupted import
     out: Positional[Annotated[Path, arg(metavar="OUT")]] = Path()
     format: Format = "llamagen"  # the code that wrote them
-    tokenizer: Path = Path(
-        "runs/tokenizer/tokenizer"
-    )  # folder of the tokenizer that made the latents
+    # Folder of the tokenizer that made the latents.
+    tokenizer: Path = Path("runs/tokenizer/tokenizer")
     normalised: bool = False  # LightningDiT: latents are normalised by latents_stats.pt
 
 

@@ -178,7 +178,7 @@ def test_a_planted_flag_is_found(path: str, text: str) -> None:
 RECIPE = """
 tokenizer: {kind: vq, image_size: 16, conv: {channels: 8, channel_mult: [1, 2], num_res_blocks: 1,
   attention_levels: [], z_channels: 2}, quantizer: {kind: nearest, codebook: {vocab_size: 16,
-  dim: 4}}}
+  code_dim: 4}}}
 objective: {perceptual_weight: 0, adversarial_weight: 0}
 max_train_steps: 2
 train_batch_size: 4
@@ -192,10 +192,11 @@ def place(tmp_path_factory) -> Path:
     """A folder with pictures, some of which are unusual, a finished run and latents."""
     root = tmp_path_factory.mktemp("remedies")
     make_pictures(root / "pictures")
-    for name, mode in (("grey16", "I;16"), ("broken", "")):
+    for name in ("moving", "broken"):
         make_pictures(root / name)
-        file = root / name / "red" / "0.png"
-        file.write_bytes(b"broken") if not mode else Image.new(mode, (40, 36)).save(file)
+    (root / "broken" / "red" / "0.png").write_bytes(b"broken")
+    frames = [Image.new("RGB", (40, 36), colour) for colour in ("red", "black")]
+    frames[0].save(root / "moving" / "red" / "8.gif", save_all=True, append_images=frames[1:])
     one = root / "one" / "red"
     shutil.copytree(root / "pictures" / "red", one)
     (root / "recipe.yaml").write_text(RECIPE)
@@ -251,9 +252,9 @@ REMEDIES: list[tuple[str, list[str], str, list[str]]] = [
     ),
     (
         "unusual",
-        ["check-data", "--data", "grey16"],
+        [*TRAIN, "--data", "moving", "--output_dir", "run8"],
         "pass --folder.unusual_images convert",
-        ["check-data", "--data", "grey16", "--folder.unusual_images", "convert"],
+        [*TRAIN, "--data", "moving", "--output_dir", "run8", "--folder.unusual_images", "convert"],
     ),
     (
         "damaged",
@@ -290,12 +291,6 @@ REMEDIES: list[tuple[str, list[str], str, list[str]]] = [
         [*PRIOR, "--latents", "nowhere", "--output_dir", "prior3"],
         "does not exist",
         [*PRIOR, "--output_dir", "prior3"],
-    ),
-    (
-        "pipeline",
-        ["export", "prior/pipeline", "x"],
-        "export prior/pipeline/tokenizer",
-        ["export", "pipeline/tokenizer", "vq.pt"],
     ),
 ]
 

@@ -27,7 +27,7 @@ MAX_IMAGE_SIZE = 2**14  # pixels per side
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Sizes of encoder and decoder; the defaults are the published 16x down-sampling model."""
+    """Sizes of encoder and decoder; those of the preset vq-f16 down-sample 16 times."""
 
     channels: int = 128  # width of level 0
     channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # width of each level, a multiple of `channels`

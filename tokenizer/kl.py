@@ -102,7 +102,7 @@ def transformed(z: Tensor, images: Tensor, turn: float, size: float) -> tuple[Te
 
 @dataclass(frozen=True)
 class KLConfig(TokenizerConfig):
-    """Defaults: the 8x down-sampling auto-encoder of Stable Diffusion."""
+    """Sizes of a KL-VAE; the preset kl-f8 is the auto-encoder of Stable Diffusion."""
 
     # May change without changing what saved weights mean.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -113,7 +113,7 @@ class KLConfig(TokenizerConfig):
         "latent_std",
     )
 
-    kind: Literal["kl"] = "kl"
+    kind: Literal["kl"] = "kl"  # the kind of tokenizer
     image_size: int = 256  # pixels, square
     conv: ConvConfig = field(
         default_factory=lambda: ConvConfig(
@@ -129,10 +129,10 @@ class KLConfig(TokenizerConfig):
     # 1e-6 is 1e-6 / (3 H W) here.
     kl_weight: float = 1e-6
     equivariance: float = 0.0  # probability that a batch is decoded from transformed latents
-    # Mean and standard deviation of each latent channel over the training set: `latents` gives
-    # (z - mean) / std. Measured after training; empty until then.
+    # Mean of each latent channel over the training set: `latents` gives (z - mean) / std. Measured
+    # after training; empty until then.
     latent_mean: tuple[float, ...] = ()
-    latent_std: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()  # standard deviation of each; measured like latent_mean
 
     def __post_init__(self) -> None:
         self.conv.check_image_size(self.image_size)

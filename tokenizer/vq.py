@@ -26,12 +26,12 @@ from smalti.tokenizer.quantizers.nearest import NearestConfig
 
 @dataclass(frozen=True)
 class VQConfig(TokenizerConfig):
-    """Defaults: LlamaGen's VQ-16."""
+    """Sizes of a tokenizer with codes; the preset vq-f16 is LlamaGen's VQ-16."""
 
     # May change without changing what saved weights mean.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ("image_size",)
 
-    kind: Literal["vq"] = "vq"
+    kind: Literal["vq"] = "vq"  # the kind of tokenizer
     image_size: int = 256  # pixels, square
     conv: ConvConfig = field(default_factory=ConvConfig)
     quantizer: QuantizerConfig = field(default_factory=NearestConfig)

@@ -86,9 +86,8 @@ class RunConfig:
     resume_from_checkpoint: str | None = None  # "latest", or the path of a checkpoint folder
     validation_steps: int = 1000  # steps between previews and held-out losses
     logging_steps: int = 20  # steps between lines of metrics.jsonl
-    max_skipped_steps: int = (
-        20  # steps in a row with a loss or gradient that is not finite; then the run ends
-    )
+    # Steps in a row with a loss or gradient that is not finite; then the run ends.
+    max_skipped_steps: int = 20
     process_timeout: int = 1800  # seconds that a process waits for the others before the job ends
     report_to: str = "none"  # none, tensorboard, wandb or trackio
     dataloader_num_workers: int = 0  # processes per training process that load data

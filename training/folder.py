@@ -22,7 +22,8 @@ from typing import Any
 
 from filelock import OwnerRecord, SoftFileLease, Timeout
 
-from smalti.errors import CheckpointError
+from smalti.config import read_recipe, without_words
+from smalti.errors import CheckpointError, SmaltiError
 from smalti.files import read_json, sha256_of, write_json
 from smalti.training.checkpoint import (
     STATE,
@@ -255,8 +256,6 @@ def _latest(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | None:
 
 def _refuse_unless_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` if a folder without a checkpoint contains files of another run."""
-    import yaml
-
     held = contents(folder)
     unknown = [name for name in held if name not in BEFORE_A_CHECKPOINT]
     if unknown:
@@ -266,13 +265,12 @@ def _refuse_unless_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
         )
     recipe = folder / RECIPE
     try:
-        theirs = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        theirs = without_words(read_recipe(recipe))
+    except (OSError, SmaltiError) as error:
         raise CheckpointError(
             f"{folder} is not empty (it contains {held[0]}), and it has no readable {RECIPE} of "
             "this run: choose another --output_dir"
         ) from error
-    theirs = theirs if isinstance(theirs, dict) else {}
     refuse_other_settings(settings, theirs, recipe)
     for change in changes(settings, theirs):
         logger.info("%s", change)

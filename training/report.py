@@ -5,6 +5,7 @@ the config. It can be written again at any time, from any machine that can read 
 """
 
 import math
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ IMAGE_FOLDERS = ("samples", "reconstructions")
 MAX_IMAGES = 8  # of each folder, at equal distances over the run
 MAX_POINTS = 400  # of a curve
 WIDTH, HEIGHT = 360, 160  # of a chart, in pixels
-LEFT, BOTTOM, TOP = 64, 24, 10  # room for the axes
+LEFT, BOTTOM, TOP = 84, 24, 10  # room for the axes; the longest label is -1.234e-05
+COLOURS = ("#2563eb", "#d97706")  # of training, of validation
+
+# The order of the charts: the loss, with that of validation in the same plot; then what was
+# measured on held-out data; then the rest; last, what is looked at only if something is wrong.
+LAST = ("gradient_norm", "discriminator_gradient_norm", "learning_rate", "skipped_steps")
+VALIDATION = "val_"
+
+Curve = list[tuple[int, float]]  # (step, value)
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1160px; margin: 2em auto; padding: 0 1em;
@@ -42,7 +51,7 @@ def write_report(folder: Path) -> Path:
         f"<h1>{escape(folder.name)}</h1>",
         _summary(metrics, timing),
         "<h2>Curves</h2>",
-        *(chart(name, curve) for name, curve in curves([*metrics, *timing]).items()),
+        *_charts(curves(metrics), curves(timing)),
         *(_gallery(folder, name) for name in IMAGE_FOLDERS),
         "<h2>Config</h2>",
         f"<pre>{escape(recipe.read_text(encoding='utf-8') if recipe.is_file() else '')}</pre>",
@@ -52,9 +61,9 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
-def curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+def curves(lines: list[dict[str, Any]]) -> dict[str, Curve]:
     """Name of each logged value -> its finite points (step, value)."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    found: dict[str, Curve] = {}
     for line in lines:
         for name, value in line.items():
             finite = isinstance(value, int | float) and math.isfinite(value)
@@ -63,7 +72,7 @@ def curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+def thinned(points: Curve) -> Curve:
     """At most `MAX_POINTS` points: means over equal intervals, and the last point unchanged."""
     if len(points) <= MAX_POINTS:
         return points
@@ -73,26 +82,53 @@ def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return [*means, points[-1]]
 
 
-def chart(name: str, points: list[tuple[int, float]]) -> str:
-    """A curve as SVG, with the limits of its axes and its last value."""
-    shown = thinned(points)
-    (first, last), values = (points[0][0], points[-1][0]), [value for _, value in shown]
-    low, high = min(values), max(values)
+def _charts(metrics: dict[str, Curve], timing: dict[str, Curve]) -> list[str]:
+    """The charts of a run, the important ones first."""
+
+    def place(name: str) -> int:
+        first = (name == "loss", name.startswith(VALIDATION), name not in LAST)
+        return next((number for number, holds in enumerate(first) if holds), len(first))
+
+    pairs = {name for name in metrics if VALIDATION + name in metrics}
+    names = [n for n in sorted(metrics, key=place) if n.removeprefix(VALIDATION) not in pairs - {n}]
+    shown = [chart(n, metrics[n], metrics[VALIDATION + n] if n in pairs else ()) for n in names]
+    return [*shown, *(chart(name, curve) for name, curve in timing.items())]
+
+
+def chart(name: str, points: Curve, validation: Sequence[tuple[int, float]] = ()) -> str:
+    """A curve as SVG, with the limits of its axes and its last value.
+
+    Args:
+        validation: the same value on held-out data, as a second curve.
+    """
+    lines = [thinned(points), *([thinned(list(validation))] if validation else [])]
+    steps = [step for line in lines for step, _ in line]
+    values = [value for line in lines for _, value in line]
+    first, last, low, high = min(steps), max(steps), min(values), max(values)
 
     def place(step: int, value: float) -> str:
         x = LEFT + (WIDTH - LEFT - 8) * (step - first) / max(1, last - first)
         height = (value - low) / (high - low) if high > low else 0.5
         return f"{x:.1f},{HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * height:.1f}"
 
-    path = " ".join(place(*point) for point in shown)
-    x, y = place(*points[-1]).split(",")
+    drawn = ""
+    for line, colour in zip(lines, COLOURS, strict=False):
+        x, y = place(*line[-1]).split(",")
+        path = " ".join(place(*point) for point in line)
+        drawn += (
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+            f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>'
+        )
+    caption = f"{escape(name)}: {points[-1][1]:.4g}"
+    if validation:
+        note = f"validation: {validation[-1][1]:.4g}"
+        caption += f' <span style="color: {COLOURS[1]}">{note}</span>'
     bottom, right = HEIGHT - BOTTOM, WIDTH - 8
     return (
-        f"<figure><figcaption>{escape(name)}: {points[-1][1]:.4g}</figcaption>"
+        f"<figure><figcaption>{caption}</figcaption>"
         f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{escape(name)}">'
         f'<path d="M{LEFT},{TOP}V{bottom}H{right}" fill="none" stroke="#ccc"/>'
-        f'<polyline points="{path}" fill="none" stroke="#2563eb" stroke-width="1.5"/>'
-        f'<circle cx="{x}" cy="{y}" r="2.5" fill="#2563eb"/>'
+        f"{drawn}"
         f'<text x="{LEFT - 6}" y="{TOP + 8}" text-anchor="end">{high:.4g}</text>'
         f'<text x="{LEFT - 6}" y="{bottom}" text-anchor="end">{low:.4g}</text>'
         f'<text x="{LEFT}" y="{HEIGHT - 6}">step {first}</text>'

@@ -48,7 +48,7 @@ def of_run(path: Path) -> Info:
     lines += [("last logged", _last(path / METRICS)), ("speed", _last(path / TIMING))]
     report, exported = path / REPORT, path / EXPORTED
     lines += [("report", str(report))] if report.is_file() else []
-    lines += [("result", _result(exported))] if exported.is_file() else []
+    lines.append(("result", _result(exported)))
     active = _active(path)
     if active:
         lines.append(("active", active))
@@ -64,11 +64,14 @@ def _active(path: Path) -> str:
 
 
 def _result(exported: Path) -> str:
-    """The folder in which the finished model of a run was saved."""
+    """The folder in which the finished model of a run was saved, if it is there."""
+    if not exported.is_file():
+        return "not made yet"
     record = read_json(exported)
     if not isinstance(record, dict) or "folder" not in record:
         raise CheckpointError(f"{exported} is damaged: it does not name a folder; remove it")
-    return str(record["folder"])
+    folder = Path(str(record["folder"]))
+    return str(folder) if folder.is_dir() else f"not made yet: {folder} does not exist"
 
 
 def _state_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:

@@ -106,8 +106,8 @@ class HuggingFaceOptions:
     revision: str = ""  # a branch, tag or commit on the Hub
     split: str = ""  # empty = train, or the only one
     heldout_split: str = ""  # hold out this split instead of a part of the training pictures
-    image_column: str = ""
-    label_column: str = ""
+    image_column: str = ""  # the column of the pictures
+    label_column: str = ""  # the column of the class labels
     streaming: bool = False  # do not download the whole set: copy the samples to --stream_cache
     max_samples: int = 0  # number of samples to read from a stream; 0 = all
 

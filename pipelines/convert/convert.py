@@ -9,8 +9,11 @@ Nothing is written before everything is verified, and a folder appears complete 
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -258,10 +261,84 @@ def _fitting_layout(model: Tokenizer | Prior, is_file: bool) -> str:
             fitting.append(name)
     if fitting:
         return fitting[0]
-    kind = model.registry.kind
     raise ConversionError(
-        f"no published layout fits this {kind}: it has parts that no original code has"
+        f"no published layout fits this {model.registry.kind}: {_unpublished(model)}"
     )
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A setting of a model that differs from that of a published one."""
+
+    path: tuple[str, ...]
+    value: Any
+    published: Any
+
+    def __str__(self) -> str:
+        value, published = (getattr(v, "kind", v) for v in (self.value, self.published))
+        return f"{'.'.join(self.path)} is {value} instead of {published}"
+
+
+def _unpublished(model: Tokenizer | Prior) -> str:
+    """The settings of a model that the nearest published layout does not have, in words."""
+    found: list[tuple[str, list[_Setting]]] = []
+    for name in PUBLISHED_SOURCES:
+        source: Source = PUBLISHED_SOURCES.resolve(name)()
+        if source.registry is model.registry and (settings := _obstacles(source, model.config)):
+            found.append((source.title, settings))
+    if not found:
+        return "no original code has such a model"
+    title, settings = min(found, key=lambda entry: len(entry[1]))
+    return f"for a {title}, {', '.join(map(str, settings))}"
+
+
+def _obstacles(source: Source, config: Any) -> list[_Setting]:
+    """The fewest settings that keep a config out of a layout; none if the layout is for models of
+    another type."""
+    example = source.example(type(config))
+    if type(example) is not type(config) or not source.fits(example):
+        return []
+
+    def fits_without(settings: Sequence[_Setting]) -> bool:
+        try:
+            return source.fits(_as_published(config, settings))
+        except SmaltiError:  # these settings do not go together
+            return False
+
+    different = list(_differences(config, example))
+    for count in range(1, 4):
+        for some in combinations(different, count):
+            if fits_without(some):
+                return list(some)
+    needed = different
+    for one in different:
+        others = [other for other in needed if other is not one]
+        needed = others if fits_without(others) else needed
+    return needed
+
+
+def _differences(config: Any, example: Any, path: tuple[str, ...] = ()) -> Iterator[_Setting]:
+    for part in fields(config):
+        value, published = getattr(config, part.name), getattr(example, part.name)
+        place = (*path, part.name)
+        if is_dataclass(value) and type(value) is type(published):
+            yield from _differences(value, published, place)
+        elif value != published:
+            yield _Setting(place, value, published)
+
+
+def _as_published(config: Any, settings: Sequence[_Setting]) -> Any:
+    """A config with the published values of some settings."""
+    changes: dict[str, Any] = {}
+    inner: dict[str, list[_Setting]] = {}
+    for one in settings:
+        name, *rest = one.path
+        if rest:
+            inner.setdefault(name, []).append(replace(one, path=tuple(rest)))
+        else:
+            changes[name] = one.published
+    changes |= {name: _as_published(getattr(config, name), some) for name, some in inner.items()}
+    return replace(config, **changes)
 
 
 def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> list[str]:
@@ -282,7 +359,8 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
     name = layout or _fitting_layout(model, is_file)
     writer: Source = PUBLISHED_SOURCES.resolve(name)()
     if not writer.fits(model.config):
-        raise ConversionError(f"this model is no {writer.title}: choose another layout, or none")
+        parts = [*map(str, _obstacles(writer, model.config)), "choose another layout, or none"]
+        raise ConversionError(f"this model is no {writer.title}: {', '.join(parts)}")
     _check_out(out)
     ours = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     tensors = export_tensors(writer.layout(model.config), ours)

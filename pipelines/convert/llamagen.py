@@ -153,6 +153,11 @@ class LlamaGenPrior(Source):
         side = config.spec.grids[0][0]
         return heads | ({} if side == PUBLISHED_SIDE else {"scales": side})
 
+    def example(self, config_class: type) -> Any:
+        """With the rotary positions of the prefix that LlamaGen's weights have."""
+        own = config_class is NextTokenConfig
+        return NextTokenConfig(prefix_rotary="zero") if own else config_class()
+
     def fits(self, config: Any) -> bool:
         if not isinstance(config, NextTokenConfig):
             return False

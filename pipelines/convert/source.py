@@ -123,6 +123,10 @@ class Source(ABC):
         del config
         return False
 
+    def example(self, config_class: type) -> Any:
+        """A config that fits, if the class is that of this layout: its nearest published one."""
+        return config_class()
+
     def flags(self, config: Any) -> dict[str, object]:
         """The options, other than defaults, that are needed to read an exported file again."""
         del config

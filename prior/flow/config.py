@@ -33,7 +33,8 @@ LATENTS = ContinuousSpec(4, 32, 32)  # of 256 px ImageNet; `fitted` adapts a pre
 
 @dataclass(frozen=True)
 class FlowConfig(PriorConfig):
-    """Defaults: SiT-B/2, which predicts the velocity on the linear path."""
+    """A flow or diffusion prior; the preset sit-b/2 is SiT-B/2, which predicts the velocity on the
+    linear path."""
 
     # Fields that may change without changing what saved weights compute.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -43,7 +44,7 @@ class FlowConfig(PriorConfig):
         "guided_channels",
     )
 
-    kind: Literal["flow"] = "flow"
+    kind: Literal["flow"] = "flow"  # the kind of prior
     network: DiTConfig = field(default_factory=lambda: NETWORKS["dit-b/2"])  # sizes of the DiT
     path: GaussianPath = field(
         default_factory=LinearPath
@@ -57,7 +58,7 @@ class FlowConfig(PriorConfig):
     guided_channels: int | None = None  # guides only the first ones; None: all; published DiT: 3
     # The network's time input is time_shift + time_scale t: SiT: t, DiT: 999 - 1000 t, index k.
     time_scale: float = 1.0
-    time_shift: float = 0.0
+    time_shift: float = 0.0  # the network's time input at t = 0, see time_scale
     tokenizer_fingerprint: str | None = None  # of the tokenizer that made the training latents
 
     def __post_init__(self) -> None:

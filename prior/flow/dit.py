@@ -40,7 +40,7 @@ Norm = Literal["layer", "rms"]
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Defaults: DiT-B/2 for 256 px ImageNet latents, which predicts noise and variance."""
+    """Sizes of a DiT; the preset dit-b/2 is DiT-B/2, which predicts noise and variance."""
 
     in_channels: int = 4  # C of the latents
     out_channels: int = 8  # 2 C where variances are learned, as in all published weights

@@ -102,7 +102,7 @@ class LinearPath(GaussianPath):
     matching (2210.02747, eq. 20); with sigma_min = 0 rectified flow (2209.03003, eq. 1)."""
 
     sigma_min: float = 0.0  # noise left at t = 1
-    kind: Literal["linear"] = "linear"
+    kind: Literal["linear"] = "linear"  # the kind of path from noise to data
 
     def __post_init__(self) -> None:
         if not 0 <= self.sigma_min < 1:
@@ -130,7 +130,7 @@ class TrigonometricPath(GaussianPath):
     """alpha = sin(pi t / 2), sigma = cos(pi t / 2): the generalised variance preserving (GVP) path
     of SiT (2401.08740), the cosine schedule without its offset."""
 
-    kind: Literal["trigonometric"] = "trigonometric"
+    kind: Literal["trigonometric"] = "trigonometric"  # the kind of path from noise to data
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.sin(math.pi / 2 * t)
@@ -161,7 +161,7 @@ class VPLinearPath(VariancePreservingPath):
 
     beta_min: float = 0.1  # beta at the data, t = 1
     beta_max: float = 20.0  # beta at the noise, t = 0
-    kind: Literal["vp-linear"] = "vp-linear"
+    kind: Literal["vp-linear"] = "vp-linear"  # the kind of path from noise to data
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min <= self.beta_max:
@@ -192,7 +192,7 @@ class VPCosinePath(VariancePreservingPath):
     alpha = cos(A) / cos(B) with A = pi/2 (1 - t + s) / (1 + s), and B the value of A at t = 1."""
 
     offset: float = 0.008  # s
-    kind: Literal["vp-cosine"] = "vp-cosine"
+    kind: Literal["vp-cosine"] = "vp-cosine"  # the kind of path from noise to data
 
     def __post_init__(self) -> None:
         if not 0 < self.offset < 1:
@@ -232,7 +232,7 @@ class DDPMPath(VariancePreservingPath):
     beta_schedule: Literal["linear", "scaled-linear", "cosine"] = "linear"
     beta_start: float = 1e-4  # beta of the first step from the data, index 0
     beta_end: float = 0.02  # beta of the last step, index T - 1
-    kind: Literal["ddpm"] = "ddpm"
+    kind: Literal["ddpm"] = "ddpm"  # the kind of path from noise to data
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "num_train_timesteps")
@@ -297,7 +297,7 @@ class VEPath(GaussianPath):
 
     sigma_min: float = 0.01  # noise left at t = 1
     sigma_max: float = 50.0  # at t = 0: as large as the largest distance between two data points
-    kind: Literal["ve"] = "ve"
+    kind: Literal["ve"] = "ve"  # the kind of path from noise to data
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:

@@ -62,7 +62,7 @@ class UniformTimes(TrainingTimes):
     """All times in [0, 1] are equally likely."""
 
     shift: float = 1.0  # more than 1 shifts towards noise, which larger latents need
-    kind: Literal["uniform"] = "uniform"
+    kind: Literal["uniform"] = "uniform"  # the kind of distribution of training times
 
     def __post_init__(self) -> None:
         check_shift(self.shift)
@@ -78,7 +78,7 @@ class LogitNormalTimes(TrainingTimes):
     mean: float = 0.0  # larger is nearer to the data
     std: float = 1.0  # of the logit of t; larger moves more times towards both ends
     shift: float = 1.0  # more than 1 shifts towards noise, which larger latents need
-    kind: Literal["logit-normal"] = "logit-normal"
+    kind: Literal["logit-normal"] = "logit-normal"  # the kind of distribution of training times
 
     def __post_init__(self) -> None:
         check_shift(self.shift)

@@ -16,7 +16,7 @@ def _spec_of(quantizer: MultiScaleConfig) -> CodeSpec:
 
 @dataclass(frozen=True)
 class NextScaleConfig(PriorConfig):
-    """Defaults: VAR-d16 for 256 px ImageNet codes."""
+    """Sizes of a next-scale prior; the preset var-d16 is VAR-d16."""
 
     # These may change without changing what saved weights compute.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -27,7 +27,7 @@ class NextScaleConfig(PriorConfig):
         "context_noise",
     )
 
-    kind: Literal["next-scale"] = "next-scale"
+    kind: Literal["next-scale"] = "next-scale"  # the kind of prior
     # Vocabulary size, and the code grids from coarse to fine; `fitted` sets them.
     spec: CodeSpec = field(default_factory=lambda: _spec_of(MultiScaleConfig()))
     # Config of the tokenizer's quantizer, of which the prior has a frozen copy.

@@ -11,7 +11,7 @@ from smalti.prior.base import PriorConfig
 
 @dataclass(frozen=True)
 class NextTokenConfig(PriorConfig):
-    """Defaults: LlamaGen's GPT-B for 256 px ImageNet codes."""
+    """Sizes of a next-token prior; the preset gpt-b is LlamaGen's GPT-B."""
 
     # These may change without changing what saved weights compute.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -24,7 +24,7 @@ class NextTokenConfig(PriorConfig):
         "random_order",
     )
 
-    kind: Literal["next-token"] = "next-token"
+    kind: Literal["next-token"] = "next-token"  # the kind of prior
     # Vocabulary size, and the code grid; `fitted` sets both.
     spec: CodeSpec = field(default_factory=lambda: CodeSpec(16384, ((16, 16),)))
     num_classes: int = 1000  # without the null label; 0 for text

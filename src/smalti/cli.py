@@ -20,6 +20,7 @@ from smalti.config import (
     config_from_dict,
     config_to_dict,
     nearest,
+    read_recipe,
     recipe_text,
     registry_of,
 )
@@ -77,10 +78,6 @@ MACHINE_FAULTS = {
     )
     if hasattr(errno, name)  # EDQUOT is unknown on Windows
 }
-
-# PyYAML raises these, not YAMLError, on values like 2020-13-45, !!int x, !!bool x, !!timestamp x,
-# and on very deep nesting.
-UNTRANSLATED_BY_YAML = (ValueError, LookupError, AttributeError, RecursionError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,7 +163,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     show = "--print-config" in arguments or "--print_config" in arguments
     arguments = [a for a in arguments if a not in ("--print-config", "--print_config")]
     file = _take(arguments, "--config")
-    recipe = _read_recipe(Path(file)) if file else {}
+    recipe = read_recipe(Path(file)) if file else {}
     where = file or "defaults"
     flags = list(arguments)
     base = _with_presets(config_class, recipe, arguments, where)
@@ -321,39 +318,6 @@ def _take(arguments: list[str], flag: str) -> str | None:
         else:
             position += 1
     return value
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise ConfigurationError(f"the recipe {path} does not exist: check --config")
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-        _refuse_repeated_keys(node, path)
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except SmaltiError:
-        raise
-    except (yaml.YAMLError, *UNTRANSLATED_BY_YAML) as error:
-        raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} is not a recipe: it contains no keys and values")
-    return content
-
-
-def _refuse_repeated_keys(node: Any, path: Path) -> None:
-    """Raise `ConfigurationError` on a repeated key; YAML would silently take the last one."""
-    import yaml
-
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: set[str] = set()
-    for key, value in node.value:
-        if str(key.value) in seen:
-            line = key.start_mark.line + 1
-            raise ConfigurationError(f'{path}, line {line}: the key "{key.value}" is repeated')
-        seen.add(str(key.value))
-        _refuse_repeated_keys(value, path)
 
 
 def _description(config_class: type) -> str:

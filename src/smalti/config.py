@@ -2,6 +2,9 @@
 
 Nothing is guessed: an unknown key, a missing key or a value of the wrong type is an error that
 names the file, the key and the nearest known name.
+
+In a YAML recipe an unquoted word means what it means on the command line: `no` is the word "no"
+where a name is expected, and false where a switch is.
 """
 
 import dataclasses
@@ -85,6 +88,139 @@ def recipe_text(config: Any) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False)
 
 
+# -------------------------------------------------------------------------------------------------
+# Recipes: YAML whose unquoted words keep their text until it is known what is expected.
+
+# Budgets, checked before the content is built: a recipe of smalti has about 5 kB, 150 values and a
+# depth of 5.
+MAX_RECIPE_BYTES = 2**18
+MAX_RECIPE_VALUES = 20_000  # with each alias counted as often as it is used
+MAX_RECIPE_DEPTH = 32
+
+# PyYAML raises these, not YAMLError, on values like !!int x, !!bool x and !!timestamp x.
+UNTRANSLATED_BY_YAML = (ValueError, LookupError, AttributeError)
+
+
+class Word(str):
+    """An unquoted scalar of a YAML file: its text, and the value that YAML gives it."""
+
+    value: Any
+
+    def __new__(cls, text: str, value: Any) -> "Word":
+        word = super().__new__(cls, text)
+        word.value = value
+        return word
+
+    def __repr__(self) -> str:
+        return repr(self.value) if isinstance(self.value, str) else str(self)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, for `config_from_dict`.
+
+    Raises:
+        ConfigurationError: there is no such file; it is not YAML, exceeds a budget, repeats a key,
+            or has no keys.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise ConfigurationError(f"the recipe {path} does not exist: check --config")
+    size = path.stat().st_size
+    if size > MAX_RECIPE_BYTES:
+        raise ConfigurationError(
+            f"{path} has {size:,} bytes, and a recipe at most {MAX_RECIPE_BYTES:,}: check --config"
+        )
+    try:
+        content = _parsed(path.read_text(encoding="utf-8"), path)
+    except SmaltiError:
+        raise
+    except (yaml.YAMLError, *UNTRANSLATED_BY_YAML) as error:
+        raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} is not a recipe: it contains no keys and values")
+    return content
+
+
+def _parsed(text: str, path: Path) -> Any:
+    """The content of a YAML file, with its unquoted scalars as `Word`s."""
+    import yaml
+
+    depth, loader = 0, yaml.SafeLoader(text)
+    for event in yaml.parse(text, yaml.SafeLoader):  # one by one: nothing is nested in memory
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_RECIPE_DEPTH:
+            raise ConfigurationError(
+                f"{path}, line {event.start_mark.line + 1}: more than {MAX_RECIPE_DEPTH} levels; "
+                "no recipe is nested so deeply"
+            )
+    node = loader.get_single_node()
+    if node is None:
+        return None
+    _check_aliases(node, {}, path)
+    return _plain(node, loader, path)
+
+
+def _check_aliases(node: Any, sizes: dict[int, tuple[int, int] | None], path: Path) -> Any:
+    """The number of values in a YAML node, and its depth, with its aliases written out.
+
+    Args:
+        sizes: those of the nodes that are known; None for those that contain this one.
+
+    Raises:
+        ConfigurationError: they exceed the budgets, or a node contains itself.
+    """
+    if isinstance(node.value, str):
+        return 1, 0
+    if id(node) not in sizes:
+        sizes[id(node)] = None
+        parts = [p for v in node.value for p in (v if isinstance(v, tuple) else (v,))]
+        found = [_check_aliases(part, sizes, path) for part in parts]
+        size = 1 + sum(count for count, _ in found), 1 + max((d for _, d in found), default=0)
+        if size[0] > MAX_RECIPE_VALUES or size[1] > MAX_RECIPE_DEPTH:
+            raise ConfigurationError(
+                f"{path}, line {node.start_mark.line + 1}: with its aliases written out this has "
+                f"more than {MAX_RECIPE_VALUES:,} values or {MAX_RECIPE_DEPTH} levels"
+            )
+        sizes[id(node)] = size
+    if sizes[id(node)] is None:
+        line = node.start_mark.line + 1
+        raise ConfigurationError(f"{path} is not valid YAML: line {line} contains itself")
+    return sizes[id(node)]
+
+
+def _plain(node: Any, loader: Any, path: Path) -> Any:
+    """A YAML node as dicts, lists, strings and `Word`s.
+
+    Raises:
+        ConfigurationError: a key is repeated; YAML would silently take the last one.
+    """
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(part, loader, path) for part in node.value]
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigurationError(f"{path}, line {line}: a key is a word, not a list")
+            if key.value in seen:
+                raise ConfigurationError(f'{path}, line {line}: the key "{key.value}" is repeated')
+            seen.add(key.value)
+        loader.flatten_mapping(node)  # <<: *alias
+        return {str(key.value): _plain(part, loader, path) for key, part in node.value}
+    implicit = loader.resolve(yaml.ScalarNode, node.value, (True, False))
+    if node.style is not None or node.tag != implicit:  # quoted, or with a tag of its own
+        return loader.construct_object(node, deep=True)
+    if node.value in ("", "~"):
+        return None
+    if node.tag.endswith(":timestamp"):  # no setting is a date
+        return Word(node.value, node.value)
+    return Word(node.value, loader.construct_object(node))
+
+
 def config_from_dict(cls: type[T], data: Any, where: str, base: T | None = None) -> T:
     """Rebuild a dataclass from plain values.
 
@@ -129,12 +265,13 @@ def _convert(value: Any, hint: Any, where: str, base: Any = None) -> Any:
     """`value` as an instance of the annotation `hint`."""
     origin = get_origin(hint)
     if hint is Any:
-        return value
+        return without_words(value)
     if origin is Literal:
-        if value not in get_args(hint):
-            choices = ", ".join(map(str, get_args(hint)))
-            raise ConfigurationError(f"{where} is {_short(value)}; choose one of {choices}")
-        return value
+        for choice in get_args(hint):
+            if choice == value or (isinstance(value, Word) and choice == value.value):
+                return choice
+        choices = ", ".join(map(str, get_args(hint)))
+        raise ConfigurationError(f"{where} is {_short(value)}; choose one of {choices}")
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, hint, where, base)
     if dataclasses.is_dataclass(hint):
@@ -169,7 +306,7 @@ def _registered(hint: Any, value: Any, where: str, base: Any) -> Any:
 
 def _convert_union(value: Any, hint: Any, where: str, base: Any) -> Any:
     options = get_args(hint)
-    if value is None and type(None) in options:
+    if type(None) in options and (value is None or _is_none(value)):
         return None
     options = tuple(option for option in options if option is not type(None))
     if isinstance(value, Mapping) and len(options) > 1:
@@ -200,6 +337,8 @@ def _by_kind(value: Mapping, options: tuple[Any, ...], where: str) -> Any:
 
 
 def _convert_tuple(value: Any, hints: tuple[Any, ...], where: str) -> tuple:
+    if isinstance(value, Word) and hints[-1:] == (Ellipsis,):
+        value = [value]  # one word, as on the command line
     if not isinstance(value, list | tuple):
         raise ConfigurationError(f"{where} is {_short(value)}; expected a list")
     if len(hints) == 2 and hints[1] is Ellipsis:
@@ -217,7 +356,40 @@ def _convert_mapping(value: Any, hints: tuple[Any, ...], where: str) -> dict:
     return {str(k): _convert(v, inner, f"{where}.{k}") for k, v in value.items()}
 
 
+def _is_none(value: Any) -> bool:
+    """Whether a word is YAML's null, or the command line's None."""
+    return isinstance(value, Word) and (value.value is None or value == "None")
+
+
+def without_words(value: Any) -> Any:
+    """Plain values in which each word has the value that YAML gives it."""
+    if isinstance(value, Word):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: without_words(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(without_words, value))
+    return value
+
+
+def _read_word(word: Word, hint: Any) -> Any:
+    """What a word means where a `hint` is expected: as text, or as YAML reads it."""
+    if hint in (str, Path):
+        return str(word)
+    if hint is int:
+        try:  # not as YAML, for which 010 is 8 and 1:30 is 90
+            return int(word)
+        except ValueError:
+            return str(word)
+    return str(word) if hint is float else word.value
+
+
 def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
+    if isinstance(value, Word):
+        read = _read_word(value, hint)
+        if hint is int and not isinstance(read, int):
+            raise ConfigurationError(f"{where} is {_short(value)}; expected int")
+        value = read
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         number = _finite(value)
         if number is not None:

@@ -445,5 +445,6 @@ def test_surplus_tensors_and_other_models_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_prior_with_other_parts_is_not_exported_as_llamagen(prior, tmp_path: Path) -> None:
-    with pytest.raises(SmaltiError, match=r"no published layout fits this prior"):
+    why = "for a LlamaGen prior, prefix_rotary is identity instead of zero"
+    with pytest.raises(SmaltiError, match=f"no published layout fits this prior: {why}"):
         export(prior, tmp_path / "out.pt")

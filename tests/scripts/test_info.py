@@ -59,6 +59,10 @@ def test_a_run_reports_its_step_and_how_to_continue(tmp_path: Path, capsys) -> N
         f"smalti toy --config {folder}/config.yaml --output_dir {folder} "
         "--resume_from_checkpoint latest"
     )
+    shutil.rmtree(folder / "model")
+    assert told(capsys, folder)["result"] == f"not made yet: {folder / 'model'} does not exist"
+    (folder / "exported.json").unlink()
+    assert told(capsys, folder)["result"] == "not made yet"
     damage(checkpoints(folder)[-1] / "model.safetensors")
     lines = told(capsys, folder, status=1)
     assert lines["step"] == "4 of 6" and "model.safetensors is damaged" in lines["damaged"]

@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
@@ -114,12 +115,16 @@ def test_print_config_is_a_recipe(tmp_path: Path, capsys) -> None:
         ("", "not a recipe"),
         ("[1, 2]\n", "not a recipe"),
         ("a: [\n", "not valid YAML"),
-        ("steps: 2020-13-45\n", "not valid YAML: month must be in 1..12"),
+        ("steps: 2020-13-45\n", "steps is '2020-13-45'; expected int"),
+        ("steps: 1:30\n", "steps is 1:30; expected int"),
+        ("steps: yes\n", "steps is yes; expected int"),
+        ("[steps]: 1\n", "a key is a word, not a list"),
+        ("steps: !!python/name:os.system\n", "not valid YAML"),
         ('steps: !!int "x"\n', "not valid YAML: invalid literal"),
         ("steps: !!bool x\n", "not valid YAML"),
         ("steps: !!timestamp x\n", "not valid YAML"),
         ("&a {steps: *a}\n", "not valid YAML"),
-        ("model: " + "[" * 3000, "not valid YAML"),
+        ("model: " + "[" * 3000, "line 1: more than 32 levels"),
         ("model: {preset: [a]}\n", "no preset is called \"['a']\"; known are big"),
     ],
 )
@@ -127,6 +132,90 @@ def test_mistakes_in_a_recipe_are_named(tmp_path: Path, text: str, message: str)
     with pytest.raises(SmaltiError) as error:
         parse("--config", recipe(tmp_path, text))
     assert message in str(error.value)
+
+
+@dataclass(frozen=True)
+class Words:
+    """Settings of every type."""
+
+    labels: tuple[str, ...] = ()
+    pair: tuple[float, float] = (0.0, 1.0)
+    precision: Literal["auto", "no"] = "auto"
+    number: int | None = 1
+    name: str | None = "x"
+    switch: bool = True
+    path: Path = Path("x")
+    any: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("labels: [yes, no]", ("--labels", "yes", "no")),
+        ("labels: [2, 10, 010, 1e3, 2020-01-01, null]", "--labels 2 10 010 1e3 2020-01-01 null"),
+        ("labels: [on, Off, ~x, 1:30, '2']", "--labels on Off ~x 1:30 2"),
+        ("labels: yes", "--labels yes"),
+        ("pair: [2, 10]", "--pair 2 10"),
+        ("pair: [1e-4, .5]", "--pair 1e-4 .5"),
+        ("precision: no", "--precision no"),
+        ("number: 010", "--number 010"),
+        ("number: 1_000", "--number 1_000"),
+        ("number: None", "--number None"),
+        ("number: null", "--number None"),
+        ("number:", "--number None"),
+        ("name: 5", "--name 5"),
+        ("name: no", "--name no"),
+        ("name: ~", "--name None"),
+        ("switch: no", "--no-switch"),
+        ("switch: False", "--no-switch"),
+        ("path: 2024", "--path 2024"),
+    ],
+)
+def test_a_recipe_takes_the_words_of_the_command_line(tmp_path: Path, text: str, flags) -> None:
+    flags = flags.split() if isinstance(flags, str) else flags
+    expected = parse_config(Words, flags, prog="test")
+    found = parse_config(Words, ["--config", recipe(tmp_path, text)], prog="test")
+    assert found == expected
+    assert all(type(label) is str for label in found.labels)
+    again = parse_config(Words, ["--config", recipe(tmp_path, recipe_text(found))], prog="test")
+    assert again == expected
+
+
+def test_values_without_a_type_are_those_of_yaml(tmp_path: Path) -> None:
+    text = "any: {a: yes, b: [1, 2.5, x], c: null, d: 2020-01-01, e: &e [1], f: *e}"
+    found = parse_config(Words, ["--config", recipe(tmp_path, text)], prog="test").any
+    expected = {"a": True, "b": [1, 2.5, "x"], "c": None, "d": "2020-01-01", "e": [1], "f": [1]}
+    assert found == expected
+
+
+def nested_aliases(levels: int, width: int) -> str:
+    """A recipe of a few bytes with width^levels values."""
+    lines = ["a0: &a0 [x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, levels + 1)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (nested_aliases(9, 9), "with its aliases written out"),
+        (nested_aliases(400, 1), "with its aliases written out"),
+        ("x: " + "{a: " * 500 + "1" + "}" * 500, "more than 32 levels"),
+        ("- " * 5000 + "x", "more than 32 levels"),
+        ("steps: " + "1" * 2**18, "has 262,151 bytes"),
+        ("b: &b {<<: *b}", "contains itself"),
+        ("steps: [" + "x, " * 30_000 + "]", "more than 20,000 values"),
+    ],
+    ids=["aliases", "chain", "braces", "dashes", "bytes", "cycle", "list"],
+)
+def test_a_recipe_that_would_exhaust_memory_is_refused_in_one_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(SmaltiError, match=message) as error:
+        parse("--config", recipe(tmp_path, text))
+    assert len(str(error.value)) < 400
+    assert time.monotonic() - started < 30
 
 
 def test_a_flag_that_no_recipe_could_hold_is_refused() -> None:

@@ -68,6 +68,29 @@ def test_a_curve_ends_where_its_values_do() -> None:
     assert chart("flat", [(1, 2.0)]).count("polyline") == 1  # one value has no height
 
 
+def test_training_and_validation_share_a_plot_and_the_important_come_first(tmp_path: Path) -> None:
+    names = ["gradient_norm", "l1", "learning_rate", "loss", "val_psnr", "val_loss"]
+    lines = [json.dumps({"step": step, **dict.fromkeys(names, -1.234e-5)}) for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "timing.jsonl").write_text('{"step": 1, "images_per_second": 3.0}\n')
+    text = write_report(tmp_path).read_text()
+    charts = [dict(attributes)["aria-label"] for tag, attributes in Page(text).tags if tag == "svg"]
+    expected = ["loss", "val_psnr", "l1", "gradient_norm", "learning_rate", "images_per_second"]
+    assert charts == expected
+    assert text.count("<polyline") == len(expected) + 1 and "validation: -1.234e-05" in text
+    label = re.search(r'<text x="(\d+)" [^>]*>-1.234e-05<', text)
+    assert int(label[1]) >= 7 * len("-1.234e-05")  # 7 px a letter: nothing is cut at the left
+
+
+def test_two_curves_have_common_axes() -> None:
+    sampled = chart("loss", [(0, 1.0), (100, 2.0)], [(50, 4.0)])
+    one, two = re.findall(r'points="([^"]*)"', sampled)
+    x, y = map(float, two.split(","))
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in one.split())
+    assert x == pytest.approx((x0 + x1) / 2, abs=0.11) and y < y1 < y0
+    assert ">4<" in sampled and ">1<" in sampled
+
+
 def test_long_curves_are_thinned_to_means_and_keep_their_end() -> None:
     points = [(step, float(step % 2)) for step in range(10_001)]
     few = thinned(points)

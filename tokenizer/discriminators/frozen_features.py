@@ -23,7 +23,7 @@ BACKBONE = "backbone."  # prefix of its tensors
 
 @dataclass(frozen=True)
 class FrozenFeatureDiscriminatorConfig(DiscriminatorConfig):
-    """Defaults: DINO's ViT-S at 224 px, heads at four depths."""
+    """A frozen backbone, such as DINO's ViT-S at 224 px, and heads at several depths."""
 
     # A folder of the package transformers (DINOv2, CLIP, SigLIP), a Hub id, or a safetensors file
     # with DINO's or timm's keys.
@@ -32,7 +32,7 @@ class FrozenFeatureDiscriminatorConfig(DiscriminatorConfig):
     depths: tuple[int, ...] = (2, 5, 8, 11)  # blocks, counted from 0, after which features are read
     image_size: int = 224  # images are resized to this side, in pixels, for the backbone
     channels: int = 64  # width of the heads
-    kind: Literal["features"] = "features"
+    kind: Literal["features"] = "features"  # the kind of discriminator
 
     def __post_init__(self) -> None:
         if not self.depths or min(self.depths) < 0 or len(set(self.depths)) < len(self.depths):

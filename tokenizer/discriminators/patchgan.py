@@ -16,9 +16,9 @@ class PatchGANConfig(DiscriminatorConfig):
     """`num_layers` strided convolutions; the receptive field of 3 is 70 px, of 2 34, of 1 16 px."""
 
     channels: int = 64  # width after the first convolution; doubles per layer up to 8x
-    num_layers: int = 3
+    num_layers: int = 3  # strided convolutions
     norm: Literal["group", "spectral"] = "group"  # no batch norm, which mixes real and fake
-    kind: Literal["patchgan"] = "patchgan"
+    kind: Literal["patchgan"] = "patchgan"  # the kind of discriminator
 
     def __post_init__(self) -> None:
         if self.channels < 8 or self.channels % 8:

@@ -27,8 +27,8 @@ class StyleGANDiscriminatorConfig(DiscriminatorConfig):
     """Widths of the blocks; the width doubles with each halving of the side."""
 
     channels: int = 64  # width at full resolution
-    max_channels: int = 512
-    kind: Literal["stylegan"] = "stylegan"
+    max_channels: int = 512  # the largest width of a block
+    kind: Literal["stylegan"] = "stylegan"  # the kind of discriminator
 
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= self.max_channels:

@@ -24,7 +24,7 @@ from smalti.tokenizer.discriminators.augmentation import resized
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """Defaults: VA-VAE's margins, with a constant weight."""
+    """Margins and weight; the margins of VA-VAE are 0.5 and 0.25."""
 
     # A folder of the package transformers (DINOv2, CLIP, SigLIP), a Hub id, or a safetensors file
     # with DINO's or timm's keys.

@@ -73,16 +73,16 @@ def gram_distance(features: list[Tensor], reference: list[Tensor]) -> Tensor:
 class ObjectiveConfig:
     """Weights of the losses; a weight of 0 leaves that loss, and its network, out."""
 
-    l1_weight: float = 0.0
-    l2_weight: float = 1.0
-    perceptual_weight: float = 1.0  # LPIPS
-    perceptual_network: Literal["alex", "vgg"] = "alex"
+    l1_weight: float = 0.0  # of the mean absolute error of a pixel
+    l2_weight: float = 1.0  # of the mean squared error of a pixel
+    perceptual_weight: float = 1.0  # of the perceptual distance LPIPS
+    perceptual_network: Literal["alex", "vgg"] = "alex"  # of LPIPS: AlexNet or VGG16
     # A safetensors file with its weights; without one, AlexNet's ship with smalti and VGG16's are
     # downloaded.
     perceptual_weights: Path | None = None
     gram_weight: float = 0.0  # on the features of LPIPS; the loss is large: try 1e-4 to 1e-2
-    adversarial_weight: float = 0.5
-    adversarial_loss: AdversarialLoss = "hinge"
+    adversarial_weight: float = 0.5  # of the adversarial loss of the tokenizer
+    adversarial_loss: AdversarialLoss = "hinge"  # of the discriminator and the tokenizer
     adaptive: bool = False  # also multiply by the adaptive weight
     # The discriminator is trained from step 0; the tokenizer's adversarial loss starts later and
     # ramps up linearly. With full weight from the first step, tokenizers often diverge.

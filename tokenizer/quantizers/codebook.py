@@ -24,7 +24,7 @@ EMA_SMOOTHING = 1e-5  # pseudo-count of Laplace smoothing
 
 @dataclass(frozen=True)
 class CodebookConfig:
-    """Defaults: LlamaGen's codebook.
+    """Sizes of a codebook, and how it learns; LlamaGen's has 16384 codes of 8 numbers.
 
     l2-normalised low-dimensional codes (ViT-VQGAN, 2110.04627) are the cheapest way to prevent
     codebook collapse.

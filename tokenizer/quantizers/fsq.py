@@ -26,9 +26,9 @@ MAX_MARGIN = 0.25  # steps
 
 @dataclass(frozen=True)
 class FSQConfig(QuantizerConfig):
-    """The paper's levels for about 2^16 codes: 8 * 8 * 8 * 5 * 5 * 5."""
+    """Levels; the paper's for about 2^16 codes are 8 8 8 5 5 5."""
 
-    kind: Literal["fsq"] = "fsq"
+    kind: Literal["fsq"] = "fsq"  # the kind of quantizer
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)  # per number; their product is the vocabulary
 
     def __post_init__(self) -> None:

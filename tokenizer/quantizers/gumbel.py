@@ -26,12 +26,12 @@ from smalti.tokenizer.quantizers.base import (
 
 @dataclass(frozen=True)
 class GumbelConfig(QuantizerConfig):
-    """Defaults: the published VQGAN f8 with 8192 codes."""
+    """Sizes of a Gumbel quantizer; the published VQGAN f8 has 8192 codes of 256 numbers."""
 
     # May change without changing what saved weights mean.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ("temperature", "kl_weight")
 
-    kind: Literal["gumbel"] = "gumbel"
+    kind: Literal["gumbel"] = "gumbel"  # the kind of quantizer
     vocab_size: int = 8192  # codes, V
     code_dim: int = 256  # numbers per code, d
     temperature: float = 1.0  # of the softmax over noisy scores, in training

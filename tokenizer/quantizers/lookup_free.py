@@ -29,7 +29,7 @@ MAX_GROUP_BITS = 12  # 2^12 joint probabilities per feature
 
 @dataclass(frozen=True)
 class LookupFreeConfig(QuantizerConfig):
-    """Defaults: MAGVIT-v2's weights at 2^18 codes."""
+    """Bits and losses; MAGVIT-v2 has 18 bits, which are 2^18 codes."""
 
     # May change without changing what saved weights mean.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -40,11 +40,11 @@ class LookupFreeConfig(QuantizerConfig):
         "group_bits",
     )
 
-    kind: Literal["lookup-free"] = "lookup-free"
+    kind: Literal["lookup-free"] = "lookup-free"  # the kind of quantizer
     bits: int = 18  # numbers per feature; 2^bits codes
     spherical: bool = False  # quantize unit vectors: codes are +-1/sqrt(d), the error is bounded
-    commitment_weight: float = 0.25
-    entropy_weight: float = 0.1
+    commitment_weight: float = 0.25  # of the distance of features to their codes
+    entropy_weight: float = 0.1  # of the entropy loss, which rewards using all codes
     entropy_diversity: float = 1.0  # gamma: weight of the batch's entropy relative to a feature's
     entropy_temperature: float = 0.01  # T
     # Bits whose joint distribution enters the batch's entropy; groups count as independent.

@@ -28,7 +28,7 @@ PUBLISHED_SHARING = {(10, 4): (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)}
 
 @dataclass(frozen=True)
 class MultiScaleConfig(QuantizerConfig):
-    """Defaults: VAR's quantizer at 256 px."""
+    """Scales and codebook; VAR has ten scales at 256 px, and 4096 codes of 32 numbers."""
 
     # May change without changing what saved weights mean.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -38,7 +38,7 @@ class MultiScaleConfig(QuantizerConfig):
         "scale_dropout_keeps",
     )
 
-    kind: Literal["multi-scale"] = "multi-scale"
+    kind: Literal["multi-scale"] = "multi-scale"  # the kind of quantizer
     codebook: CodebookConfig = field(
         default_factory=lambda: CodebookConfig(4096, 32, l2_normalise=False)
     )
@@ -49,8 +49,8 @@ class MultiScaleConfig(QuantizerConfig):
     # unused, as by VAR's rule for few scales.
     sharing: tuple[int, ...] = ()
     residual_ratio: float = 0.5  # r of phi(x) = (1 - r) x + r conv(x)
-    commitment_weight: float = 0.25
-    estimator: Estimator = "straight-through"
+    commitment_weight: float = 0.25  # of the distance of features to their codes
+    estimator: Estimator = "straight-through"  # how gradients pass the quantization
     scale_dropout: float = 0.0  # probability that an image keeps its first scales only
     scale_dropout_keeps: int = 3  # first scales that are never dropped (XQ-GAN)
 

@@ -21,7 +21,7 @@ from smalti.tokenizer.quantizers.codebook import CodebookConfig, CodebookQuantiz
 
 @dataclass(frozen=True)
 class NearestConfig(QuantizerConfig):
-    """Defaults: LlamaGen's."""
+    """The codebook, and how it is trained."""
 
     # May change without changing what saved weights mean.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -31,10 +31,10 @@ class NearestConfig(QuantizerConfig):
         "entropy_temperature",
     )
 
-    kind: Literal["nearest"] = "nearest"
+    kind: Literal["nearest"] = "nearest"  # the kind of quantizer
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     commitment_weight: float = 0.25  # beta of VQ-VAE, eq. 3
-    estimator: Estimator = "straight-through"
+    estimator: Estimator = "straight-through"  # how gradients pass the quantization
     entropy_weight: float = 0.0  # of `entropy_loss`, which rewards using all codes
     entropy_temperature: float = 0.01  # T of `entropy_loss`
 
