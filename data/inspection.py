@@ -13,7 +13,6 @@ from torch import Tensor
 
 from smalti.data.image_io import FolderOptions
 from smalti.data.latent_cache.cache import MANIFEST, SPLITS, CacheInfo, read_manifest, shard_path
-from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.data.sources.base import (
     EncodedPictures,
     Finding,
@@ -242,7 +241,7 @@ def _of_both_splits(path: Path) -> Path | None:
 def _cache_lines(name: str, found: CacheInfo) -> list[tuple[str, str]]:
     views = ", ".join(found.views)
     return [
-        ("latents", f"{name}{found.num_samples:,} x {views}, {spec_in_words(found.spec)}"),
+        ("latents", f"{name}{found.num_samples:,} x {views}, {found.spec.in_words}"),
         ("classes", f"{name}{len(found.classes)}"),
         ("tokenizer", found.tokenizer_fingerprint[:12]),
     ]
@@ -264,14 +263,6 @@ def _damaged_shards(folder: Path, found: CacheInfo) -> list[str]:
     files = [shard_path(folder, number) for number in range(found.num_shards)]
     pairs = zip(files, found.shards, strict=True)
     return [file.name for file, hash in pairs if not file.is_file() or sha256_of(file) != hash]
-
-
-def spec_in_words(spec: LatentSpec) -> str:
-    """A latent spec in words."""
-    if isinstance(spec, CodeSpec):
-        grids = ", ".join(f"{height} x {width}" for height, width in spec.grids)
-        return f"{spec.length} codes of {spec.vocab_size:,} ({grids})"
-    return f"{spec.channels} x {spec.height} x {spec.width} numbers"
 
 
 def of_shards(path: Path) -> Info:

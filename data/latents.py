@@ -59,6 +59,14 @@ class CodeSpec:
             )
 
     @property
+    def in_words(self) -> str:
+        """For people: how many codes, of how many, on which grids."""
+        sides = [f"{height} x {width}" for height, width in self.grids]
+        few = len(sides) <= 3
+        grids = ", ".join(sides) if few else f"{len(sides)} grids, {sides[0]} to {sides[-1]}"
+        return f"{self.length} codes of {self.vocab_size:,} ({grids})"
+
+    @property
     def lengths(self) -> list[int]:
         """Number of codes of each grid, coarse to fine."""
         return [height * width for height, width in self.grids]
@@ -88,6 +96,11 @@ class ContinuousSpec:
             raise ConfigurationError(
                 f"height and width are {self.height} and {self.width}; use at most {MAX_SIDE}"
             )
+
+    @property
+    def in_words(self) -> str:
+        """For people: how many numbers, on which grid."""
+        return f"{self.channels} x {self.height} x {self.width} numbers"
 
 
 LatentSpec = CodeSpec | ContinuousSpec

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from smalti.data.inspection import spec_in_words
 from smalti.errors import SmaltiError
 from smalti.files import Info, command, read_json
 from smalti.pipelines.pipeline import INDEX, Pipeline
@@ -72,7 +71,7 @@ def _model_lines(model: Tokenizer | Prior) -> list[tuple[str, str]]:
     size = f", {model.image_size} px" if isinstance(model, Tokenizer) else ""
     return [
         ("type", f"{type(model).__name__}{size}"),
-        ("latents", spec_in_words(model.spec)),
+        ("latents", model.spec.in_words),
         ("parameters", f"{count:,}"),
         ("fingerprint", model.fingerprint[:12]),
     ]

@@ -36,6 +36,10 @@ class PriorConfig:
     registry: ClassVar[Registry] = PRIORS
     # Fields that may change without changing what saved weights compute.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ()
+    # Fields that `fitted` takes from the latents: help texts do not offer them.
+    FROM_LATENTS: ClassVar[tuple[str, ...]] = ("spec", "num_classes", "tokenizer_fingerprint")
+    # Fields that no command can work with, unless they have their defaults.
+    PYTHON_ONLY: ClassVar[tuple[str, ...]] = ()
 
     def fitted(
         self,

@@ -9,4 +9,4 @@ from smalti.prior.registry import PRIORS
 
 __all__ = ["PRESETS", "PriorConfig"]
 
-PRESETS = Presets(PRIORS)
+PRESETS = Presets(PRIORS, latents=lambda prior: f"with {prior.spec.in_words}")

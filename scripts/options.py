@@ -22,7 +22,8 @@ class SamplingBase:
     """Options of a prior's `sample`. An option that is left out has the prior's default; one that
     the prior does not have is an error."""
 
-    guidance_scale: float = 2.0  # s in uncond + s (cond - uncond); 1 is off
+    # The classes made from this one have no source, in which a comment would be found.
+    guidance_scale: Annotated[float, arg(help="s in uncond + s (cond - uncond); 1 is off")] = 2.0
 
     @property
     def options(self) -> dict[str, Any]:

@@ -365,10 +365,8 @@ def train(config: TrainTokenizerConfig) -> Path:
                 use = codebook_use(run, tokenizer, codes)
                 run.log(step, {**values, **use, "learning_rate": rate})
             if run.due(step, config.validation_steps) and run.is_main:
-                count = min(len(heldout), VALIDATION_IMAGES)
-                with run.bar("validation", count, "image") as bar:
-                    measured = validate(ema.model, heldout, run.device, bar.update)
-                run.log_on_main(step, measured)
+                with run.bar("validation", min(len(heldout), VALIDATION_IMAGES), "image") as b:
+                    run.log_on_main(step, validate(ema.model, heldout, run.device, b.update))
                 run.show(step, "reconstructions", preview(ema.model, heldout, run.device))
 
             if (stop := run.should_stop()) or run.due(step, config.checkpointing_steps):

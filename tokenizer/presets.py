@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from smalti.hub import Presets
-from smalti.tokenizer.base import TokenizerConfig
+from smalti.tokenizer.base import Tokenizer, TokenizerConfig
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig
 from smalti.tokenizer.quantizers import QuantizerConfig
@@ -134,4 +134,10 @@ SMALL: dict[str, TokenizerConfig] = {
     ),
 }
 
-PRESETS = Presets(TOKENIZERS, {**PUBLISHED, **SMALL})
+
+def _latents(tokenizer: Tokenizer) -> str:
+    side, spec = tokenizer.image_size, tokenizer.spec
+    return f"{side} px <-> {spec.in_words}"
+
+
+PRESETS = Presets(TOKENIZERS, {**PUBLISHED, **SMALL}, _latents)

@@ -16,7 +16,7 @@ Shapes: B batch, C channels, (h, w) latent grid, p patch size, N = h w / p^2 tok
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,8 @@ Norm = Literal["layer", "rms"]
 @dataclass(frozen=True)
 class DiTConfig:
     """Sizes of a DiT; the preset dit-b/2 is DiT-B/2, which predicts noise and variance."""
+
+    FROM_LATENTS: ClassVar[tuple[str, ...]] = ("in_channels", "grid", "num_classes")
 
     in_channels: int = 4  # C of the latents
     out_channels: int = 8  # 2 C where variances are learned, as in all published weights

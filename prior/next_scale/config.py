@@ -27,6 +27,8 @@ class NextScaleConfig(PriorConfig):
         "context_noise",
     )
 
+    FROM_LATENTS: ClassVar[tuple[str, ...]] = (*PriorConfig.FROM_LATENTS, "quantizer")
+
     kind: Literal["next-scale"] = "next-scale"  # the kind of prior
     # Vocabulary size, and the code grids from coarse to fine; `fitted` sets them.
     spec: CodeSpec = field(default_factory=lambda: _spec_of(MultiScaleConfig()))

@@ -24,6 +24,8 @@ class NextTokenConfig(PriorConfig):
         "random_order",
     )
 
+    PYTHON_ONLY: ClassVar[tuple[str, ...]] = ("condition", "text_length", "text_dim")
+
     kind: Literal["next-token"] = "next-token"  # the kind of prior
     # Vocabulary size, and the code grid; `fitted` sets both.
     spec: CodeSpec = field(default_factory=lambda: CodeSpec(16384, ((16, 16),)))

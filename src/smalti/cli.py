@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from smalti.config import (
     config_from_dict,
@@ -50,6 +50,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "traverse": ("smalti.scripts.traverse", "vary single latent channels of a picture"),
     "invert": ("smalti.scripts.invert", "find the latents of given pictures by optimisation"),
 }
+
+PRESET_MEMORY = (
+    "Memory is that of the weights in training, with gradients, the optimizer's moments and the "
+    "average of the weights, 20 bytes each; activations come on top."
+)
 
 BOX_FRAME = " ╭╮╰╯│─"  # characters of the frame around tyro's messages
 
@@ -169,17 +174,18 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     base = _with_presets(config_class, recipe, arguments, where)
     default = config_from_dict(config_class, recipe, where, base)
     kinds = _take_kinds(arguments)
+    _refuse_python_only(base, recipe, arguments, where)
     _refuse_two_kinds(base, flags, kinds)
     default = config_from_dict(config_class, kinds, "command line", default)
     # tyro shows the comment beside each field as its help text, and a field that is annotated
     # with a base class takes the class of its default.
-    with _errors_as_one_line(prog), _all_kinds_shown(default):
+    with _errors_as_one_line(prog), _all_kinds_shown(default), _some_options_hidden(default):
         config = tyro.cli(
             config_class,
             default=default,
             args=arguments,
             prog=prog,
-            description=_description(config_class),
+            description=_description(config_class, {"-h", "--help"} & {*arguments}),
             use_underscores=True,
             config=(tyro.conf.AvoidSubcommands,),  # a union keeps the type that its default has
         )
@@ -206,6 +212,56 @@ def _all_kinds_shown(config: Any) -> Iterator[None]:
     finally:
         for cls, own in original.items():
             cls.__annotations__["kind"] = own
+
+
+@contextlib.contextmanager
+def _some_options_hidden(config: Any) -> Iterator[None]:
+    """Leave out of the help text what a class in `config` names in `PYTHON_ONLY`, and what it names
+    in `FROM_LATENTS`, which `fitted` sets."""
+    import tyro
+
+    original: list[tuple[type, str, Any]] = []
+    for cls in {type(part) for part, _ in _parts(config)}:
+        for name in (*getattr(cls, "PYTHON_ONLY", ()), *getattr(cls, "FROM_LATENTS", ())):
+            if name in cls.__annotations__:
+                original.append((cls, name, cls.__annotations__[name]))
+    try:
+        for cls, name, annotation in original:
+            cls.__annotations__[name] = Annotated[annotation, tyro.conf.Suppress]
+        yield
+    finally:
+        for cls, name, annotation in original:
+            cls.__annotations__[name] = annotation
+
+
+def _parts(config: Any, prefix: str = "") -> Iterator[tuple[Any, str]]:
+    """Each configuration in a configuration, with the prefix of its flags."""
+    yield config, prefix
+    for part in dataclasses.fields(config):
+        value = getattr(config, part.name)
+        if dataclasses.is_dataclass(value):
+            yield from _parts(value, f"{prefix}{part.name}.")
+
+
+def _refuse_python_only(
+    base: Any, recipe: Mapping[str, Any], arguments: list[str], where: str
+) -> None:
+    """Raise `ConfigurationError` if a flag or the recipe changes what a class names in
+    `PYTHON_ONLY`: no command can work with another value."""
+    for config, prefix in _parts(base):
+        inside: Any = recipe
+        for name in prefix.split(".")[:-1]:
+            inside = inside.get(name, {}) if isinstance(inside, Mapping) else {}
+        for name in getattr(config, "PYTHON_ONLY", ()):
+            default, given = getattr(config, name), _take(list(arguments), f"--{prefix}{name}")
+            source = "command line" if given is not None else where
+            if given is None and isinstance(inside, Mapping):
+                given = inside.get(name, default)
+            if given is not None and str(given) != str(default):
+                raise ConfigurationError(
+                    f"{source}: {prefix}{name} is {given}, but commands work with {default} only: "
+                    "leave it out, or train in Python"
+                )
 
 
 def _classes_with_kinds(config: Any) -> dict[type, Any]:
@@ -320,11 +376,20 @@ def _take(arguments: list[str], flag: str) -> str | None:
     return value
 
 
-def _description(config_class: type) -> str:
+def _description(config_class: type, shown: object) -> str:
+    """What the help text begins with; sizes of presets, which take seconds, only if it is shown."""
     tables: Mapping[str, Mapping[str, Any]] = getattr(config_class, "PRESETS", {})
     lines = [(config_class.__doc__ or "").strip()]
     lines += ["", "--config FILE reads a YAML recipe; --print-config prints the resolved one."]
-    lines += [f"--{field}.preset is one of: {', '.join(names)}." for field, names in tables.items()]
+    for field, presets in tables.items():
+        about = getattr(presets, "about", None)
+        if about is None:
+            lines.append(f"--{field}.preset is one of: {', '.join(presets)}.")
+        elif shown:
+            lines += ["", f"--{field}.preset is one of these:"]
+            width = max(map(len, presets))
+            lines += [f"  {name:{width}}  {about(preset)}" for name, preset in presets.items()]
+            lines.append(PRESET_MEMORY)
     return "\n".join(lines)
 
 

@@ -145,10 +145,25 @@ class Presets(Mapping[str, Any]):
 
     Args:
         own: further configurations, which come first.
+        latents: what the models of a configuration make or take, in words, for help texts.
     """
 
-    def __init__(self, registry: Registry, own: Mapping[str, Any] | None = None) -> None:
-        self.registry, self.own = registry, dict(own or {})
+    def __init__(
+        self,
+        registry: Registry,
+        own: Mapping[str, Any] | None = None,
+        latents: "Callable[[Any], str] | None" = None,
+    ) -> None:
+        self.registry, self.own, self.latents = registry, dict(own or {}), latents or str
+
+    def about(self, config: Any) -> str:
+        """Latents, parameters and memory of the model of a configuration, in one line."""
+        import torch
+
+        with torch.device("meta"):
+            model: torch.nn.Module = self.registry.build(config)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        return f"{self.latents(model)}, {count / 1e6:,.1f} M parameters, {count / 5e7:,.1f} GB"
 
     def _all(self) -> dict[str, Any]:
         classes = map(self.registry.resolve, self.registry)
