@@ -122,8 +122,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ConfigurationError: there is no such file; it is not YAML, exceeds a budget, repeats a key,
             or has no keys.
     """
-    import yaml
-
     if not path.is_file():
         raise ConfigurationError(f"the recipe {path} does not exist: check --config")
     size = path.stat().st_size
@@ -132,18 +130,38 @@ def read_recipe(path: Path) -> dict[str, Any]:
             f"{path} has {size:,} bytes, and a recipe at most {MAX_RECIPE_BYTES:,}: check --config"
         )
     try:
-        content = _parsed(path.read_text(encoding="utf-8"), path)
-    except SmaltiError:
-        raise
-    except (yaml.YAMLError, *UNTRANSLATED_BY_YAML) as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
+    content = _parsed(text, str(path))
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} is not a recipe: it contains no keys and values")
     return content
 
 
-def _parsed(text: str, path: Path) -> Any:
-    """The content of a YAML file, with its unquoted scalars as `Word`s."""
+def read_value(text: str) -> Any:
+    """A value as YAML reads it, within the budgets of a recipe.
+
+    Raises:
+        ConfigurationError: it is not YAML, or exceeds a budget.
+    """
+    return without_words(_parsed(text, "the value"))
+
+
+def _parsed(text: str, where: str) -> Any:
+    """The content of YAML, with its unquoted scalars as `Word`s."""
+    import yaml
+
+    try:
+        return _within_budgets(text, where)
+    except SmaltiError:
+        raise
+    except (yaml.YAMLError, *UNTRANSLATED_BY_YAML) as error:
+        what = " ".join(str(error).split())
+        raise ConfigurationError(f"{where} is not valid YAML: {what}") from error
+
+
+def _within_budgets(text: str, where: str) -> Any:
     import yaml
 
     depth, loader = 0, yaml.SafeLoader(text)
@@ -152,65 +170,67 @@ def _parsed(text: str, path: Path) -> Any:
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_RECIPE_DEPTH:
             raise ConfigurationError(
-                f"{path}, line {event.start_mark.line + 1}: more than {MAX_RECIPE_DEPTH} levels; "
+                f"{where}, line {event.start_mark.line + 1}: more than {MAX_RECIPE_DEPTH} levels; "
                 "no recipe is nested so deeply"
             )
     node = loader.get_single_node()
     if node is None:
         return None
-    _check_aliases(node, {}, path)
-    return _plain(node, loader, path)
+    _check_node(node, {}, where)
+    return _plain(node, loader, where)
 
 
-def _check_aliases(node: Any, sizes: dict[int, tuple[int, int] | None], path: Path) -> Any:
+def _check_keys(node: Any, where: str) -> None:
+    """Raise `ConfigurationError` on a repeated key; YAML would silently take the last one."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key.value, str):
+            raise ConfigurationError(f"{where}, line {line}: a key is a word, not a list")
+        if key.value in seen:
+            raise ConfigurationError(f'{where}, line {line}: the key "{key.value}" is repeated')
+        seen.add(key.value)
+
+
+def _check_node(node: Any, sizes: dict[int, tuple[int, int] | None], where: str) -> Any:
     """The number of values in a YAML node, and its depth, with its aliases written out.
 
     Args:
         sizes: those of the nodes that are known; None for those that contain this one.
 
     Raises:
-        ConfigurationError: they exceed the budgets, or a node contains itself.
+        ConfigurationError: they exceed the budgets, a node contains itself, or repeats a key.
     """
     if isinstance(node.value, str):
         return 1, 0
     if id(node) not in sizes:
         sizes[id(node)] = None
+        if node.id == "mapping":
+            _check_keys(node, where)
         parts = [p for v in node.value for p in (v if isinstance(v, tuple) else (v,))]
-        found = [_check_aliases(part, sizes, path) for part in parts]
+        found = [_check_node(part, sizes, where) for part in parts]
         size = 1 + sum(count for count, _ in found), 1 + max((d for _, d in found), default=0)
         if size[0] > MAX_RECIPE_VALUES or size[1] > MAX_RECIPE_DEPTH:
             raise ConfigurationError(
-                f"{path}, line {node.start_mark.line + 1}: with its aliases written out this has "
+                f"{where}, line {node.start_mark.line + 1}: with its aliases written out this has "
                 f"more than {MAX_RECIPE_VALUES:,} values or {MAX_RECIPE_DEPTH} levels"
             )
         sizes[id(node)] = size
     if sizes[id(node)] is None:
         line = node.start_mark.line + 1
-        raise ConfigurationError(f"{path} is not valid YAML: line {line} contains itself")
+        raise ConfigurationError(f"{where} is not valid YAML: line {line} contains itself")
     return sizes[id(node)]
 
 
-def _plain(node: Any, loader: Any, path: Path) -> Any:
-    """A YAML node as dicts, lists, strings and `Word`s.
-
-    Raises:
-        ConfigurationError: a key is repeated; YAML would silently take the last one.
-    """
+def _plain(node: Any, loader: Any, where: str) -> Any:
+    """A YAML node as dicts, lists, strings and `Word`s."""
     import yaml
 
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(part, loader, path) for part in node.value]
+        return [_plain(part, loader, where) for part in node.value]
     if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise ConfigurationError(f"{path}, line {line}: a key is a word, not a list")
-            if key.value in seen:
-                raise ConfigurationError(f'{path}, line {line}: the key "{key.value}" is repeated')
-            seen.add(key.value)
         loader.flatten_mapping(node)  # <<: *alias
-        return {str(key.value): _plain(part, loader, path) for key, part in node.value}
+        return {str(key.value): _plain(part, loader, where) for key, part in node.value}
     implicit = loader.resolve(yaml.ScalarNode, node.value, (True, False))
     if node.style is not None or node.tag != implicit:  # quoted, or with a tag of its own
         return loader.construct_object(node, deep=True)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from smalti import checkpoints
 from smalti.checkpoints import is_checkpoint
-from smalti.config import config_from_dict, config_to_dict, nearest
+from smalti.config import config_from_dict, config_to_dict, nearest, read_value
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.files import hash_weights, load_weights, read_json, save_weights, write_json
 
@@ -186,8 +186,6 @@ def named_options(text: str) -> dict[str, Any]:
     Raises:
         ConfigurationError: what follows the colon is not option=value, or an option is repeated.
     """
-    import yaml
-
     kind, colon, rest = text.partition(":")
     options: dict[str, Any] = {"kind": kind}
     for part in rest.split(",") if colon else ():
@@ -199,8 +197,8 @@ def named_options(text: str) -> dict[str, Any]:
         if name in options:
             raise ConfigurationError(f'"{name}" is repeated in "{text}": give each option once')
         try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            options[name] = read_value(value)
+        except ConfigurationError as error:
             raise ConfigurationError(
                 f'"{value}" in "{text}" is not a value: write {kind}:{name}=1.0'
             ) from error

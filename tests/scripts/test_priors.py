@@ -301,6 +301,7 @@ def test_the_demo_refuses_a_pair_that_does_not_fit(asked, message: str) -> None:
     ("solver", "message"),
     [
         ("ddpm:variance=learned", "this network predicts no variance"),
+        ("ddim:eta=" + "[" * 50, "is not a value"),
         ("ddim:eta=[1", '"[1" in "ddim:eta=[1" is not a value'),
         ("ddim:eta=1,eta=0", '"eta" is repeated'),
         ("ddim:kind=heun", '"kind" is repeated'),

@@ -186,6 +186,9 @@ def test_values_without_a_type_are_those_of_yaml(tmp_path: Path) -> None:
     found = parse_config(Words, ["--config", recipe(tmp_path, text)], prog="test").any
     expected = {"a": True, "b": [1, 2.5, "x"], "c": None, "d": "2020-01-01", "e": [1], "f": [1]}
     assert found == expected
+    text = "any: {a: &a {x: 1, y: 2}, b: &b {<<: *a, x: 3}, c: *b}"
+    found = parse_config(Words, ["--config", recipe(tmp_path, text)], prog="test").any
+    assert found["b"] == found["c"] == {"x": 3, "y": 2}
 
 
 def nested_aliases(levels: int, width: int) -> str:
