@@ -2,7 +2,7 @@
 
 A saved pipeline is a folder:
 
-    model_index.json     which models, and the class names; written last
+    model_index.json     which models, and the class names
     tokenizer/ prior/    config.json and model.safetensors each
     README.md            the model card
     samples.png          the grid that the card shows, if there is one
@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from smalti.config import config_from_dict, config_to_dict
 from smalti.data.image_io import save_png, to_pil
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
-from smalti.files import read_json, replacing, write_json, write_text
+from smalti.files import read_json, write_json, write_text
+from smalti.folders import contents, replacing_folder
 from smalti.hub import chosen_dtype, resolve_folder, upload
 from smalti.pipelines.card import SAMPLES, model_card
 from smalti.pipelines.conditions import (
@@ -176,7 +177,10 @@ class Pipeline:
     def save_pretrained(
         self, path: str | Path, *, samples: Image.Image | None = None, notes: str | None = None
     ) -> Path:
-        """Write tokenizer/, prior/, a model card, and last `model_index.json`.
+        """Write tokenizer/, prior/, a model card and `model_index.json`.
+
+        They are written beside `path` and swapped in as a whole: a process that ends at any moment
+        leaves the pipeline that was there, or the new one. Other files in the folder are kept.
 
         Args:
             samples: a grid of samples for the card, saved as samples.png; None keeps the one that
@@ -188,16 +192,24 @@ class Pipeline:
             ConfigurationError: the tokenizer was changed since it was paired with the prior.
         """
         folder = Path(path)
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f"{folder} is a file: choose a folder")
-        if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).is_file():
-            raise CheckpointError(f"{folder} exists and is not a pipeline: choose another folder")
         _check_pair(self.tokenizer, self.prior)
-        folder.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(
+            folder, products=(SAMPLES,), check=lambda: _check_target(folder)
+        ) as new:
+            self._write(new, samples, self.notes if notes is None else notes)
+        self._samples = folder / SAMPLES
+        return folder
+
+    def _write(self, folder: Path, samples: Image.Image | None, notes: str) -> None:
+        """Write the files of the pipeline into a new folder."""
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.prior.save_pretrained(folder / "prior")
-        self.notes = self.notes if notes is None else notes
-        has_grid = self._save_grid(folder / SAMPLES, samples)
+        self.notes = notes
+        if samples is not None:
+            save_png(folder / SAMPLES, samples)
+        elif self._samples is not None and self._samples.is_file():
+            shutil.copyfile(self._samples, folder / SAMPLES)
+        has_grid = (folder / SAMPLES).is_file()
         card = model_card(self.tokenizer, self.prior, self.classes, has_grid, self.notes)
         write_text(folder / "README.md", card)
         index = PipelineIndex(
@@ -206,20 +218,7 @@ class Pipeline:
             notes=self.notes,
             training_pictures=self.training_pictures,
         )
-        write_json(folder / INDEX, config_to_dict(index))  # last: marks it complete
-        return folder
-
-    def _save_grid(self, path: Path, samples: Image.Image | None) -> bool:
-        """Write a new grid, or copy the current one; return whether there is one."""
-        if samples is not None:
-            save_png(path, samples)
-            self._samples = path
-        elif self._samples is None or not self._samples.is_file():
-            path.unlink(missing_ok=True)  # left by the pipeline that was saved here before
-        elif not (path.is_file() and path.samefile(self._samples)):
-            with replacing(path) as temporary:
-                shutil.copyfile(self._samples, temporary)
-        return path.is_file()
+        write_json(folder / INDEX, config_to_dict(index))
 
     def push_to_hub(
         self,
@@ -344,6 +343,14 @@ class Pipeline:
             GenerationError: there is no such class; the message lists similar names.
         """
         return label_ids(class_labels, self.classes)
+
+
+def _check_target(folder: Path) -> None:
+    """Raise `CheckpointError` if a folder contains anything but a pipeline."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: choose a folder")
+    if contents(folder) and not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} exists and is not a pipeline: choose another folder")
 
 
 def _check_pair(tokenizer: Tokenizer, prior: Prior) -> None:

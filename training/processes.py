@@ -234,15 +234,19 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 @contextmanager
 def agreed_errors() -> Iterator[None]:
-    """Raise on all processes what the main process raises in the block."""
-    found: list[str | None] = [None]
+    """Raise on all processes what the main process raises in the block, on the others as a
+    `SmaltiError`."""
+    raised: SmaltiError | None = None
     try:
         yield
     except SmaltiError as error:
-        found = [str(error)]
+        raised = error
+    found = [None if raised is None else str(raised)]
     broadcast_object_list(found)
+    if raised is not None:
+        raise raised
     if found[0] is not None:
-        raise CheckpointError(found[0])
+        raise SmaltiError(found[0])
 
 
 def refuse_divergence(tracked: Mapping[str, Stateful]) -> None:

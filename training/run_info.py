@@ -8,8 +8,9 @@ from safetensors import SafetensorError, safe_open
 
 from smalti.errors import CheckpointError, SmaltiError
 from smalti.files import Info, command, read_json, read_lines
+from smalti.folders import FolderLock
 from smalti.training.checkpoint import Checkpoint, checkpoints, verify
-from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, RunLock, check_state
+from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, check_state
 
 # The settings that are shown, in this order; a run has some of them.
 SHOWN = ("data", "latents", "train_batch_size", "learning_rate", "max_train_steps", "seed")
@@ -59,7 +60,7 @@ def of_run(path: Path) -> Info:
 
 def _active(path: Path) -> str:
     """The process that is training a run; empty if there is none."""
-    holder = RunLock(path).holder()
+    holder = FolderLock(path).holder()
     return f"yes: process {holder[0]} on {holder[1]}" if holder else ""
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     If writing fails, the temporary file is removed and `path` stays as it was.
     """
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
