@@ -4,7 +4,7 @@ from pathlib import Path
 
 from smalti.data.inspection import spec_in_words
 from smalti.errors import SmaltiError
-from smalti.files import Info, command, read_json
+from smalti.files import Info, command, read_json, recorded_hashes
 from smalti.pipelines.pipeline import INDEX, Pipeline
 from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
@@ -42,7 +42,7 @@ def of_model(path: Path) -> Info:
         [
             ("kind", kind),
             *_model_lines(loaded),
-            ("verified", "yes: every tensor is there, and no other"),
+            ("verified", _verified(path / CONFIG, "every tensor is there, and no other")),
             *([("go on", next_command)] if is_tokenizer else []),
         ]
     )
@@ -61,9 +61,18 @@ def of_pipeline(path: Path) -> Info:
             *((f"tokenizer {k}", v) for k, v in _model_lines(pipe.tokenizer)),
             *((f"prior {k}", v) for k, v in _model_lines(pipe.prior)),
             ("classes", f"{len(pipe.classes)}: {some}"),
-            ("verified", "yes: tokenizer and prior belong together, every tensor is there"),
+            ("verified", _verified(path / INDEX, "tokenizer and prior belong together")),
             ("go on", command("generate", "--model", path)),
         ]
+    )
+
+
+def _verified(path: Path, what: str) -> str:
+    """What loading has verified of a folder that records its hashes in `path`."""
+    if recorded_hashes(path):
+        return f"yes: {what}; config and weights have the hashes that were saved with them"
+    return (
+        f"no hash: {what}; smalti 0.1.0 saved it, and its values cannot be compared. Save it again"
     )
 
 

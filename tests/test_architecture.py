@@ -12,7 +12,16 @@ from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.registry import TOKENIZERS
 
 ROOT = Path(__file__).parent.parent
-FRONT_DOOR = ("config", "distributed", "errors", "files", "hub", "randomness")
+FRONT_DOOR = (
+    "config",
+    "distributed",
+    "errors",
+    "files",
+    "hub",
+    "randomness",
+    "repository",
+    "weights",
+)
 BASE = {f"smalti.{file}" for file in FRONT_DOOR}
 FOLDERS = ("data", "tokenizer", "prior", "pipelines", "training", "evaluation", "scripts")
 

@@ -39,7 +39,8 @@ def of_run(path: Path) -> Info:
     lines, newest, damaged = [("kind", "training run")], None, []
     for folder in reversed(checkpoints(path)):
         try:
-            newest = newest or check_state(verify(folder))
+            found = check_state(verify(folder))
+            newest = newest or found
         except SmaltiError as error:
             damaged.append(("damaged", str(error)))
     if newest is not None:

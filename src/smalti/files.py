@@ -1,6 +1,6 @@
 """Files on disk: written atomically, checked when read.
 
-Text, JSON, JSON lines, and the weights of models as safetensors.
+Text, JSON, JSON with the hashes of what belongs to it, and JSON lines.
 """
 
 import errno
@@ -10,19 +10,15 @@ import os
 import re
 import shlex
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
-from smalti.config import nearest
 from smalti.errors import CheckpointError, SmaltiError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 
 @contextmanager
@@ -111,6 +107,73 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+# -------------------------------------------------------------------------------------------------
+# A JSON file that records the SHA-256 of its own content and of other files, so that a change of
+# any of them is found.
+
+HASHES = "sha256"  # the entry: names of files -> hashes
+
+
+def write_hashed_json(path: Path, content: Mapping[str, Any], files: Iterable[str] = ()) -> None:
+    """Write JSON with the entry `HASHES`: of its other entries, and of files in the same folder.
+
+    Args:
+        files: paths relative to the folder of `path`.
+    """
+    hashes = {path.name: _hash_of(content)}
+    hashes |= {name: sha256_of(path.parent / name) for name in files}
+    write_json(path, {**content, HASHES: hashes})
+
+
+def recorded_hashes(path: Path) -> dict[str, str]:
+    """The hashes that a file of `write_hashed_json` records; empty if there are none, as in the
+    files of smalti 0.1.0.
+
+    Raises:
+        SmaltiError: the file is damaged.
+    """
+    content = read_json(path)
+    hashes = content.get(HASHES, {}) if isinstance(content, dict) else {}
+    if not isinstance(hashes, dict) or (hashes and path.name not in hashes):
+        raise CheckpointError(f'{path} is damaged: "{HASHES}" does not hold the hash of the file')
+    return hashes
+
+
+def check_hashes(path: Path, files: Iterable[str] = ()) -> None:
+    """Compare a file of `write_hashed_json`, and files that it records, with their hashes.
+
+    Raises:
+        CheckpointError: one of them is damaged or was changed.
+    """
+    hashes = recorded_hashes(path)
+    if not hashes:
+        return
+    content = {key: value for key, value in read_json(path).items() if key != HASHES}
+    found = {path.name: _hash_of(content)}
+    found |= {name: sha256_of(path.parent / name) for name in files}
+    for name, value in found.items():
+        if hashes.get(name) != value:
+            raise changed(path.parent / name)
+
+
+def changed(path: Path) -> CheckpointError:
+    """The error for a file whose hash is not the one that was recorded."""
+    return CheckpointError(
+        f"{path} is damaged, or was changed after it was saved: its {HASHES} is not the one "
+        "recorded then. Copy or download it again; if the change is meant, load the model with "
+        "from_pretrained(..., verify=False) and save it again"
+    )
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of plain values, whatever the order of keys and the white space of their file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------
+# Logs: one line of JSON for each step
+
+
 def append_line(path: Path, content: dict[str, Any]) -> None:
     """Append one line of JSON to a file."""
     with path.open("a", encoding="utf-8") as stream:
@@ -152,150 +215,3 @@ class Info:
 def command(*words: str | Path) -> str:
     """A command of smalti, quoted for a shell."""
     return shlex.join(["smalti", *map(str, words)])
-
-
-# -------------------------------------------------------------------------------------------------
-# Weights: one safetensors file. Its names and shapes are compared with those of the model, and the
-# number of the model's parameters with the file, before memory is allocated. Pickle is never read.
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-# First letter of a safetensors dtype code (BF16, F8_E4M3, I64, U8, C64) -> kind of number.
-KINDS = {"B": "float", "F": "float", "I": "integer", "U": "integer", "C": "complex"}
-
-
-@dataclass(frozen=True)
-class _Header:
-    """Shape and kind of a tensor, known before it is read; loading never converts the kind."""
-
-    shape: tuple[int, ...]
-    kind: str  # "float", "integer", "bool" or "complex"
-
-
-def save_weights(path: Path, state: "Mapping[str, Tensor]") -> None:
-    """Write tensors, from any device, to a safetensors file."""
-    from safetensors.torch import save_file
-
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata={"format": "pt"})
-
-
-def hash_weights(state: "Mapping[str, Tensor]", prefix: bytes = b"") -> str:
-    """sha256 over `prefix` and the names, shapes and values of tensors, on any device.
-
-    Half-precision values are hashed as the equal 32-bit values, so that a model has the same hash
-    in memory, on disk, and after loading.
-    """
-    import torch
-
-    digest = hashlib.sha256(prefix)
-    for name, tensor in sorted(state.items()):
-        values = tensor.detach().cpu()
-        if values.dtype in (torch.bfloat16, torch.float16):
-            values = values.float()
-        digest.update(f"{name}/{values.dtype}/{tuple(values.shape)}".encode())
-        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def load_weights(build: "Callable[[], nn.Module]", path: Path) -> "nn.Module":
-    """The model that `build` returns, with every parameter and buffer read from `path`.
-
-    Floating-point tensors are converted to the precision of the model. The global random state
-    stays as it was.
-
-    Raises:
-        CheckpointError: the file is missing or damaged; a tensor is missing, unknown, or has
-            the wrong shape or kind.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} has no {path.name}{_pickle_hint(path.parent)}")
-    try:
-        found = _read_headers(path)
-        with torch.device("meta"), _registering_at_most(4 * len(found) + 64, path):
-            expected = {name: _header(value) for name, value in build().state_dict().items()}
-        _compare(expected, found, path)
-        with torch.random.fork_rng(devices=[]):
-            model = build()
-        model.load_state_dict(load_file(path))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    return model
-
-
-def _pickle_hint(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-    return f" ({names[0]} is a pickle, which can run code and is not read)" if names else ""
-
-
-def _read_headers(path: Path) -> dict[str, _Header]:
-    """Shapes and kinds of the tensors in a file; none of them is read."""
-    from safetensors import safe_open
-
-    headers = {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            part = file.get_slice(name)
-            code = part.get_dtype()
-            kind = "bool" if code == "BOOL" else KINDS[code[0]]
-            headers[name] = _Header(tuple(part.get_shape()), kind)
-    return headers
-
-
-def _header(tensor: "Tensor") -> _Header:
-    dtype = tensor.dtype
-    if dtype.is_floating_point or dtype.is_complex:
-        return _Header(tuple(tensor.shape), "complex" if dtype.is_complex else "float")
-    return _Header(tuple(tensor.shape), "bool" if str(dtype) == "torch.bool" else "integer")
-
-
-@contextmanager
-def _registering_at_most(limit: int, path: Path) -> Iterator[None]:
-    """Stop building a model once it has more than `limit` parameters.
-
-    Otherwise a config with a billion layers would exhaust the memory before the comparison.
-    """
-    from torch.nn.modules.module import register_module_parameter_registration_hook
-
-    count = 0
-
-    def on_parameter(*_: object) -> None:
-        nonlocal count
-        count += 1
-        if count > limit:
-            raise CheckpointError(
-                f"{path} has far fewer tensors than the model that the config describes"
-            )
-
-    handle = register_module_parameter_registration_hook(on_parameter)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _compare(expected: dict[str, _Header], found: dict[str, _Header], path: Path) -> None:
-    missing, surplus = sorted(expected.keys() - found), sorted(found.keys() - expected)
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        hint = f"; it has {surplus[0]}, which is unknown" if surplus else ""
-        raise CheckpointError(f"{path} lacks the tensor {missing[0]}{more}{hint}")
-    if surplus:
-        hint = nearest(surplus[0], expected)
-        raise CheckpointError(
-            f"{path} has a tensor {surplus[0]} that the model does not have; {hint}"
-        )
-    for name, header in expected.items():
-        if found[name].shape != header.shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {found[name].shape}; the config requires {header.shape}"
-            )
-        if found[name].kind != header.kind:
-            raise CheckpointError(
-                f"{path}: {name} has {found[name].kind} values; the model takes {header.kind}"
-            )
