@@ -219,31 +219,36 @@ class Pipeline:
         tokenizer = cast(Tokenizer, unwrapped(self.tokenizer))
         prior = cast(Prior, unwrapped(self.prior))
         _check_pair(tokenizer, prior)
+        notes = self.notes if notes is None else notes
         with replacing_folder(
             folder, products=(SAMPLES,), check=lambda: _check_target(folder)
         ) as new:
-            tokenizer.save_pretrained(new / "tokenizer")
-            prior.save_pretrained(new / "prior")
-            self._write(new, samples, self.notes if notes is None else notes)
-        self._samples = folder / SAMPLES
+            self._write(new, tokenizer, prior, samples, notes)
+        self.notes, self._samples = notes, folder / SAMPLES
         return folder
 
-    def _write(self, folder: Path, samples: Image.Image | None, notes: str) -> None:
-        """Write the files of the pipeline into a new folder, beside its two models."""
-        tokenizer = cast(Tokenizer, unwrapped(self.tokenizer))
-        prior = cast(Prior, unwrapped(self.prior))
-        self.notes = notes
+    def _write(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        prior: Prior,
+        samples: Image.Image | None,
+        notes: str,
+    ) -> None:
+        """Write the files of the pipeline into a new folder."""
+        tokenizer.save_pretrained(folder / "tokenizer")
+        prior.save_pretrained(folder / "prior")
         if samples is not None:
             save_png(folder / SAMPLES, samples)
         elif self._samples is not None and self._samples.is_file():
             shutil.copyfile(self._samples, folder / SAMPLES)
         has_grid = (folder / SAMPLES).is_file()
-        card = model_card(tokenizer, prior, self.classes, has_grid, self.notes)
+        card = model_card(tokenizer, prior, self.classes, has_grid, notes)
         write_text(folder / "README.md", card)
         index = PipelineIndex(
             components=_components(tokenizer, prior),
             classes=self.classes,
-            notes=self.notes,
+            notes=notes,
             training_pictures=self.training_pictures,
         )
         write_hashed_json(folder / INDEX, config_to_dict(index), CONFIGS)

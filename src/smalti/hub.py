@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 from smalti.config import config_from_dict, config_to_dict, nearest
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.files import HASHES, check_hashes, read_json, recorded_hashes, write_hashed_json
+from smalti.folders import contents, replacing_folder
 from smalti.repository import check_options, first_line, resolve_folder, upload
 from smalti.weights import (
     AS_SAVED,
@@ -226,18 +227,21 @@ class Pretrained:
     _copy_of: Copy | None = None  # set by `cast`; no longer valid once the weights change
 
     def save_pretrained(self, path: str | Path) -> Path:
-        """Write config.json and model.safetensors into the folder `path`.
+        """Write config.json and model.safetensors into the folder `path`, replaced as a whole.
+
+        Parts inside torch.compile, DataParallel or pruning are saved as they are without.
 
         Raises:
-            CheckpointError: the folder exists and contains something else than such a model.
+            CheckpointError: the folder exists and contains something else than such a model; the
+                model could not be loaded again; a weight is infinite or NaN. The folder then stays
+                as it was.
         """
         folder = Path(path)
-        _check_target(folder, self.registry)
-        content, model = self._content_of_config(), cast("nn.Module", self)
-        state = state_to_save(model, lambda: type(self)(self.config))  # type: ignore[call-arg]
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(folder / WEIGHTS, state)
-        write_hashed_json(folder / CONFIG, content, [WEIGHTS])
+        with replacing_folder(folder, check=lambda: _check_target(folder, self.registry)) as new:
+            content, model = self._content_of_config(), cast("nn.Module", self)
+            state = state_to_save(model, lambda: type(self)(self.config))  # type: ignore[call-arg]
+            save_weights(new / WEIGHTS, state)
+            write_hashed_json(new / CONFIG, content, [WEIGHTS])
         return folder
 
     def _content_of_config(self) -> dict[str, Any]:
@@ -420,7 +424,7 @@ def _check_target(folder: Path, registry: Registry) -> None:
         return
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: choose a folder")
-    if all(path.name.startswith(".tmp-") for path in folder.iterdir()):
+    if not contents(folder):
         return
     try:
         _read_config(folder, registry)
