@@ -4,7 +4,8 @@ from pathlib import Path
 
 from smalti.data.inspection import spec_in_words
 from smalti.errors import SmaltiError
-from smalti.files import Info, command, read_json, recorded_hashes
+from smalti.files import Info, command, read_hashed_json, read_json, recorded_hashes
+from smalti.pipelines.generation import SETTINGS, picture_hashes, problems_in
 from smalti.pipelines.pipeline import INDEX, Pipeline
 from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
@@ -17,6 +18,32 @@ CONFIG = "config.json"  # of a saved model
 def is_pipeline(path: Path) -> bool:
     """Whether a folder is a saved pipeline."""
     return (path / INDEX).is_file()
+
+
+def is_generated(path: Path) -> bool:
+    """Whether a folder holds the pictures of a generation job."""
+    return (path / SETTINGS).is_file()
+
+
+def of_generated(path: Path) -> Info:
+    """The pictures of a generation job."""
+    try:
+        settings, hashes = read_hashed_json(path / SETTINGS), picture_hashes(path)
+    except SmaltiError as error:
+        return Info([("kind", "generated pictures"), ("verified", f"no: {error}")], whole=False)
+    problems = problems_in(path)
+    wanted = len(settings["labels"])
+    go_on = [] if wanted == len(hashes) else [("go on", "repeat the command that made them")]
+    return Info(
+        [
+            ("kind", "generated pictures"),
+            ("pictures", f"{len(hashes)} of {wanted}, seed {settings['seed']}"),
+            ("verified", f"no: {problems[0]}" if problems else "yes: each picture has its hash"),
+            *(("damaged", problem) for problem in problems[1:]),
+            *go_on,
+        ],
+        whole=not problems,
+    )
 
 
 def is_model(path: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from smalti.errors import CheckpointError, SmaltiError
-from smalti.files import Info, command, read_json, read_lines
+from smalti.files import Info, checked_lines, command, read_json, read_lines
 from smalti.folders import FolderLock
 from smalti.training.checkpoint import Checkpoint, checkpoints, verify
 from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, check_state
@@ -47,6 +47,9 @@ def of_run(path: Path) -> Info:
         lines = [("kind", f"{newest.state['kind']} run"), *_state_lines(newest)]
     else:
         lines.append(("step", "no checkpoint to resume from"))
+    for name in (METRICS, TIMING):
+        if (path / name).is_file():
+            damaged += [("damaged", problem) for problem in checked_lines(path / name)[1]]
     lines += [("last logged", _last(path / METRICS)), ("speed", _last(path / TIMING))]
     report, exported = path / REPORT, path / EXPORTED
     lines += [("report", str(report))] if report.is_file() else []

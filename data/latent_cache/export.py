@@ -27,7 +27,7 @@ from smalti.data.latent_cache.cache import MANIFEST, CacheInfo, LatentCache
 from smalti.data.latents import ContinuousSpec
 from smalti.data.sources.webdataset import tar_writer, write_sample
 from smalti.errors import DataError
-from smalti.files import replacing, sha256_of, write_json, write_text
+from smalti.files import replacing, sha256_of, write_hashed_json, write_text
 from smalti.folders import replacing_folder
 
 Format = Literal["parquet", "webdataset"]
@@ -94,7 +94,7 @@ def _export(cache: LatentCache, out: Path, layout: Format, write: Writer) -> Non
             write(temporary, indices, cache.labels[indices].numpy(), columns)
         shards.append({"url": path.name, "nsamples": len(indices), "sha256": sha256_of(path)})
     manifest = {"format": layout, "cache": config_to_dict(cache.info), "shardlist": shards}
-    write_json(out / INDEX, manifest)
+    write_hashed_json(out / INDEX, manifest)
 
 
 def _card(caches: Mapping[Path, LatentCache], suffix: str) -> str:

@@ -265,7 +265,6 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
     writer: Source = PUBLISHED_SOURCES.resolve(name)()
     if not writer.fits(model.config):
         raise ConversionError(f"this model is no {writer.title}: choose another layout, or none")
-    _check_out(out)
     ours = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     tensors = export_tensors(writer.layout(model.config), ours)
     config = writer.export_config(model.config)

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,19 +89,6 @@ def read_json(path: Path) -> Any:
         raise SmaltiError(f"{path} is damaged: it is not valid JSON ({error})") from error
 
 
-def first_difference(path: Path, settings: dict[str, Any]) -> tuple[str, Any] | None:
-    """Name and stored value of the first of `settings` that differs in a JSON file, or None.
-
-    Raises:
-        SmaltiError: the file is damaged, or contains no settings.
-    """
-    stored = read_json(path)
-    if not isinstance(stored, dict):
-        raise SmaltiError(f"{path} does not contain settings: choose another output folder")
-    wanted = json.loads(json.dumps(settings))  # tuples become lists
-    return next(((k, stored.get(k)) for k in wanted if stored.get(k) != wanted[k]), None)
-
-
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
@@ -156,6 +144,39 @@ def check_hashes(path: Path, files: Iterable[str] = ()) -> None:
             raise changed(path.parent / name)
 
 
+def read_hashed_json(path: Path) -> dict[str, Any]:
+    """The content of a file of `write_hashed_json`, which has its hash, or of smalti 0.1.0.
+
+    Raises:
+        SmaltiError: it is damaged, was edited, or contains no settings.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise SmaltiError(f"{path} does not contain settings: choose another output folder")
+    hashes = content.pop(HASHES, None)
+    renamed = any(isinstance(value, dict) and path.name in value for value in content.values())
+    if hashes is not None and isinstance(hashes, dict):
+        hashes = hashes.get(path.name, "")
+    if renamed or hashes not in (None, _hash_of(content)):
+        raise SmaltiError(
+            f"{path} is damaged, or was edited: it does not have the {HASHES} that it records. "
+            "Restore a copy of it, or choose another output folder"
+        )
+    return content
+
+
+def first_difference(path: Path, settings: dict[str, Any]) -> tuple[str, Any] | None:
+    """Name and stored value of the first of `settings` that differs in a file of
+    `write_hashed_json`, or None.
+
+    Raises:
+        SmaltiError: the file is damaged, or contains no settings.
+    """
+    stored = read_hashed_json(path)
+    wanted = json.loads(json.dumps(settings))  # tuples become lists
+    return next(((k, stored.get(k)) for k in wanted if stored.get(k) != wanted[k]), None)
+
+
 def changed(path: Path) -> CheckpointError:
     """The error for a file whose hash is not the one that was recorded."""
     return CheckpointError(
@@ -171,33 +192,72 @@ def _hash_of(content: Mapping[str, Any]) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
-# Logs: one line of JSON for each step
+# Logs: one JSON object on each line, the last entry of which is a checksum of the others. Lines of
+# smalti 0.1.0 have none.
+
+CHECKSUM = "crc32"
+COMPLETE = rf'"{CHECKSUM}": "[0-9a-f]{{8}}"}}'  # the end of a line
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Append one line of JSON to a file."""
+    """Append one line of JSON, with its checksum, to a file."""
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(content) + "\n")
+        stream.write(_with_checksum(content) + "\n")
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines of a log, if there is one, up to a step."""
-    if path.is_file():
-        kept = [line for line in read_lines(path) if line["step"] <= step]
-        write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+def drop_lines_after(path: Path, step: int) -> list[str]:
+    """Keep the lines of a log, if there is one, up to a step.
+
+    Returns:
+        What is wrong with lines that are damaged; they are dropped, too.
+    """
+    if not path.is_file():
+        return []
+    lines, damaged = checked_lines(path)
+    kept = [line for line in lines if line["step"] <= step]
+    write_text(path, "".join(f"{_with_checksum(line)}\n" for line in kept))
+    return damaged
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; incomplete ones, which a killed run leaves, are skipped."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+    """The undamaged lines of a log, without their checksums."""
+    return checked_lines(path)[0]
+
+
+def checked_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The undamaged lines of a log, without their checksums, and what is wrong with the others.
+
+    An incomplete last line, which a killed run leaves, is not damage.
+    """
+    *texts, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines, damaged = [], []
+    for number, text in enumerate([*texts, rest], start=1):
+        line = _checked(text)
+        if line is not None:
             lines.append(line)
-    return lines
+        elif number <= len(texts) or re.search(COMPLETE, text):
+            damaged.append(f"line {number} of {path} is damaged")
+    return lines, damaged
+
+
+def _with_checksum(content: dict[str, Any]) -> str:
+    text = json.dumps(content)
+    return f'{text[:-1]}, "{CHECKSUM}": "{zlib.crc32(text.encode()):08x}"}}'
+
+
+def _checked(text: str) -> dict[str, Any] | None:
+    """The content of a line; None if it is incomplete or damaged."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        return None
+    *content, last = line.items()
+    expected = f"{zlib.crc32(json.dumps(dict(content)).encode()):08x}"
+    if CHECKSUM in last or expected in last:  # one of them alone: the other is damaged
+        return dict(content) if last == (CHECKSUM, expected) else None
+    return line
 
 
 # -------------------------------------------------------------------------------------------------

@@ -36,7 +36,9 @@ def remove_leftovers(folder: Path) -> None:
     The caller holds the lock of the folder.
     """
     for leftover in folder.iterdir():
-        if leftover.name.startswith(UNFINISHED):
+        name, _, _ = leftover.name.removeprefix(UNFINISHED).rpartition("-")
+        being_written = (folder / f".{name}{LOCK}").exists()  # by a process with a lock of its own
+        if leftover.name.startswith(UNFINISHED) and not being_written:
             _remove(leftover)
 
 
@@ -163,8 +165,11 @@ def _host(owner: "OwnerRecord") -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, deep: bool = False) -> Iterator[None]:
     """Hold the lock of a folder that is filled in place, and clear what killed processes left.
+
+    Args:
+        deep: also in its sub-folders.
 
     Raises:
         BusyError: another process is writing into the folder.
@@ -173,6 +178,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         with FolderLock(folder):
             remove_leftovers(folder)
+            for inside in folder.iterdir() if deep else ():
+                if inside.is_dir() and not (inside / LOCK).exists():
+                    remove_leftovers(inside)
             yield
     finally:
         if is_new:
@@ -182,6 +190,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 # -------------------------------------------------------------------------------------------------
 # A result that is swapped in whole.
+
+
+_being_written: set[Path] = set()  # the new folders of this process
 
 
 @contextmanager
@@ -207,12 +218,18 @@ def replacing_folder(
         ConfigurationError: `target` cannot be swapped, or is a file.
     """
     target = swappable(target)
+    if any(target.is_relative_to(folder) for folder in _being_written):
+        check()  # a part of a result that this process is writing: the whole will be swapped in
+        target.mkdir(exist_ok=True)
+        yield target
+        return
     with claimed(target, check):
         if target.exists() and not target.is_dir():
             raise ConfigurationError(f"{target} is a file: choose a folder")
         new = target.with_name(f"{UNFINISHED}{target.name}-{uuid.uuid4().hex[:8]}")
         try:
             new.mkdir()
+            _being_written.add(new)
             yield new
             check()
             _flush_tree(new)
@@ -223,6 +240,7 @@ def replacing_folder(
             _swap(new, target)
             flush(target.parent)
         finally:
+            _being_written.discard(new)
             shutil.rmtree(new, ignore_errors=True)
 
 

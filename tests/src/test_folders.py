@@ -89,6 +89,15 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink() and tree(tmp_path / "disk" / "model") == NEW
 
 
+def test_the_parts_of_a_result_are_written_in_it(tmp_path: Path) -> None:
+    with replacing_folder(tmp_path / "model") as new:
+        write(new)
+        write(new / "part")
+        assert sorted(os.listdir(new)) == ["a", "part", "sub"]
+        assert len(os.listdir(tmp_path)) == 2  # it and the lock
+    assert tree(tmp_path / "model") == NEW | {f"part/{name}": "new" for name in NEW}
+
+
 def test_what_cannot_be_swapped_is_refused(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path / "model")
