@@ -19,7 +19,7 @@ from smalti.evaluation.classifier import ImageClassifier
 from smalti.evaluation.distances import frechet_distance, kernel_distance
 from smalti.evaluation.features import FeatureExtractor, extract, random_split, weights_sha256
 from smalti.evaluation.reconstruction import perplexity, psnr, ssim, usage
-from smalti.files import write_json
+from smalti.files import Info, read_hashed_json, write_hashed_json
 from smalti.tokenizer.losses.perceptual import LPIPS
 
 CHUNK = 128  # images per forward pass
@@ -38,10 +38,21 @@ class Metric:
 
 
 def write_summary(path: Path, metrics: dict[str, Metric], **context: Any) -> None:
-    """Write {"metrics": {name: {"value", "protocol"}}, "versions", ...context} as JSON."""
+    """Write {"metrics": {name: {"value", "protocol"}}, "versions", ...context} as JSON, with its
+    hash."""
     content = {name: asdict(metric) for name, metric in sorted(metrics.items())}
     versions = {package: version(package) for package in VERSIONED}
-    write_json(path, {**context, "versions": versions, "metrics": content})
+    write_hashed_json(path, {**context, "versions": versions, "metrics": content})
+
+
+def of_summary(path: Path) -> Info:
+    """What `smalti info` prints of a summary: every value, and whether the file has its hash."""
+    try:
+        metrics = read_hashed_json(path)["metrics"]
+        values = [(name, f"{metric['value']:.6g}") for name, metric in metrics.items()]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # also SmaltiError
+        return Info([("kind", "evaluation"), ("verified", f"no: {error}")], whole=False)
+    return Info([("kind", "evaluation"), *values, ("verified", "yes: it has its hash")])
 
 
 # -------------------------------------------------------------------------------------------------

@@ -3,27 +3,42 @@ settings, the seed, i and its class label.
 
     out/
         generation.json             the settings of the job; another job is refused
-        000000.png  000001.png ...
+        000000.png  000001.png ...  or in a folder for each class
+        index.json                  file, class and sha256 of each picture; written last
+
+More pictures of the same job may be added. A picture that was swapped, edited or put there by
+someone else does not have its hash, and is generated again.
 """
 
 import hashlib
+import json
+import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 
 from smalti.data.image_io import image_grid, save_png
-from smalti.errors import GenerationError
-from smalti.files import first_difference, write_json
+from smalti.errors import GenerationError, SmaltiError
+from smalti.files import first_difference, read_hashed_json, sha256_of, write_hashed_json
+from smalti.folders import contents
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
 
+logger = logging.getLogger(__name__)
+
+Layout = Literal["flat", "class"]
+
 SETTINGS = "generation.json"
+INDEX = "index.json"
+PART = ".index-{:05d}.jsonl"  # hashes of the pictures of one process, until the index is written
 SHOWN_CLASSES = 20  # rows of a class grid, at most
 
 
@@ -77,6 +92,7 @@ def generate_folder(
     seed: int,
     guidance_scale: float,
     batch_size: int,
+    layout: Layout = "flat",
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -85,7 +101,10 @@ def generate_folder(
 ) -> list[Path]:
     """Write image i of class `labels[i]` to `folder/{i:06d}.png`; keep those already there.
 
+    The folder may hold fewer images of the same job: its labels are the first of `labels`.
+
     Args:
+        layout: "class" puts each image into a folder with the name of its class.
         rank, world_size, barrier: the index of this process, the number of processes, and a
             function that waits for all of them; each generates every `world_size`-th image.
         progress: called with the number of images finished since the last call.
@@ -107,13 +126,13 @@ def generate_folder(
     )
     try:
         if rank == 0:
-            _claim(folder, job)
+            _claim(folder, job, layout)
     finally:
         barrier()
-    _claim(folder, job)
-    paths = [folder / f"{index:06d}.png" for index in range(len(labels))]
+    _claim(folder, job, layout)
+    pictures = Pictures(folder, labels, pipeline.classes, layout, rank)
     mine = range(rank, len(labels), world_size)
-    missing = [index for index in mine if not _is_complete(paths[index])]
+    missing = [index for index in mine if not pictures.has(index)]
     progress(len(mine) - len(missing))
     for start in range(0, len(missing), batch_size):
         part = missing[start : start + batch_size]
@@ -124,9 +143,13 @@ def generate_folder(
             **options,
         )
         for index, image in zip(part, output.images, strict=True):
-            save_png(paths[index], image)
+            pictures.save(index, image)
         progress(len(part))
-    return paths
+    barrier()  # all images are written
+    if rank == 0:
+        pictures.finish()
+    barrier()
+    return pictures.paths
 
 
 def _exact_name(model: Tokenizer | Prior) -> str:
@@ -134,7 +157,26 @@ def _exact_name(model: Tokenizer | Prior) -> str:
     return f"{model.checksum}/{next(model.parameters()).dtype}"
 
 
-def _claim(folder: Path, job: GenerationJob) -> None:
+def continued_labels(folder: Path, wanted: Sequence[int]) -> list[int]:
+    """The wanted labels in an order that begins with those of the job in `folder`, if there is one.
+
+    So the images that are there stay, and the missing ones of each class are added. If it has
+    more images of a class than are wanted, the order stays as it is.
+    """
+    settings = read_hashed_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    stored = settings.get("labels")
+    if not isinstance(stored, list) or Counter(stored) - Counter(wanted):
+        return list(wanted)
+    there, added = Counter(stored), []
+    for label in wanted:
+        if there[label]:
+            there[label] -= 1
+        else:
+            added.append(label)
+    return stored + added
+
+
+def _claim(folder: Path, job: GenerationJob, layout: Layout) -> None:
     """Write the settings of the job into the folder, or check those that are there.
 
     Other processes of the job may be writing already. They write the settings before any image;
@@ -144,21 +186,179 @@ def _claim(folder: Path, job: GenerationJob) -> None:
     if folder.exists() and not folder.is_dir():
         raise GenerationError(f"{folder} is a file: choose a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    foreign = [path for path in folder.iterdir() if not path.name.startswith(".tmp-")]
-    settings, path = asdict(job), folder / SETTINGS
-    if path.is_file():
-        different = first_difference(path, settings)
-        if different:
+    foreign, path = contents(folder), folder / SETTINGS
+    settings = {"layout": layout, **asdict(job)}
+    if not path.is_file():
+        if foreign:
             raise GenerationError(
-                f"{folder} holds images of another job (its {different[0]} differs): "
-                "choose another output folder"
+                f"{folder} is not empty and holds no {SETTINGS}: choose another folder"
             )
-    elif foreign:
+        write_hashed_json(path, settings)
+    elif _stored_count(folder, settings) < len(job.labels):
+        write_hashed_json(path, settings)
+
+
+def _stored_count(folder: Path, settings: dict[str, Any]) -> int:
+    """The number of images in the settings that are stored in a folder.
+
+    Raises:
+        GenerationError: they are those of another job, or of more images of this one.
+    """
+    same = {name: value for name, value in settings.items() if name not in ("labels", "layout")}
+    different = first_difference(folder / SETTINGS, same)
+    stored = read_hashed_json(folder / SETTINGS)
+    if different is None and stored.get("layout", "flat") != settings["layout"]:
+        different = ("layout", stored.get("layout"))
+    labels, wanted = stored.get("labels"), list(settings["labels"])
+    if different is None and not isinstance(labels, list):
+        different = ("labels", labels)
+    if different is None and labels[: len(wanted)] != wanted[: len(labels)]:
+        different = ("labels", labels)
+    if different:
         raise GenerationError(
-            f"{folder} is not empty and holds no {SETTINGS}: choose another folder"
+            f"{folder} holds images of another job (its {different[0]} differs): "
+            "choose another output folder"
         )
-    else:
-        write_json(path, settings)
+    if len(labels) > len(wanted):
+        raise GenerationError(
+            f"{folder} holds {len(labels)} images of this job, and {len(wanted)} are wanted: "
+            f"ask for {len(labels)} or more, or choose another output folder"
+        )
+    return len(labels)
+
+
+# -------------------------------------------------------------------------------------------------
+# The images of a job and their hashes
+
+
+class Pictures:
+    """The images of a job in a folder, each known by its hash.
+
+    A process notes the hash of each image that it wrote in a file of its own; the main process
+    joins them at the end. So an image without a hash was written by a process that was killed, or
+    by smalti 0.1.0, which kept no hashes.
+    """
+
+    def __init__(
+        self, folder: Path, labels: Sequence[int], classes: Sequence[str], layout: Layout, rank: int
+    ) -> None:
+        self.folder, self.labels, self.classes = folder, labels, classes
+        self.names = [f"{index:06d}.png" for index in range(len(labels))]
+        if layout == "class":
+            inside = class_folders(classes)
+            self.names = [f"{inside[label]}/{self.names[i]}" for i, label in enumerate(labels)]
+        self._part = folder / PART.format(rank)
+        self._hashes = picture_hashes(folder)
+        self._has_hashes = (folder / INDEX).is_file() or bool(self._hashes)
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.folder / name for name in self.names]
+
+    def has(self, index: int) -> bool:
+        """Whether image `index` is there, and is the one that was written."""
+        name, path = self.names[index], self.folder / self.names[index]
+        if not path.is_file():
+            return False
+        known = self._hashes.get(name)
+        if known is None:
+            return not self._has_hashes and _is_complete(path)
+        if sha256_of(path) == known:
+            return True
+        logger.warning("%s is not the picture that this job wrote: it is generated again", path)
+        return False
+
+    def save(self, index: int, image: Image.Image) -> None:
+        """Write image `index`, and note its hash."""
+        path = self.folder / self.names[index]
+        save_png(path, image)
+        with self._part.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"file": self.names[index], "sha256": sha256_of(path)}) + "\n")
+
+    def finish(self) -> None:
+        """Write the index of all images, and name the files that are none of them."""
+        hashes = picture_hashes(self.folder)
+        entries = [
+            {
+                "file": name,
+                "class": self.classes[label],
+                "label": label,
+                "sha256": hashes.get(name) or sha256_of(self.folder / name),
+            }
+            for name, label in zip(self.names, self.labels, strict=True)
+            if (self.folder / name).is_file()
+        ]
+        write_hashed_json(self.folder / INDEX, {"pictures": entries})
+        for part in _parts(self.folder):
+            part.unlink()
+        foreign = foreign_files(self.folder, self.names)
+        if foreign:
+            logger.warning(
+                "%s holds %d files that this job did not write, for example %s",
+                self.folder,
+                len(foreign),
+                foreign[0],
+            )
+
+
+def class_folders(classes: Sequence[str]) -> list[str]:
+    """A name for the folder of each class: the name of the class, without what file systems do not
+    allow; where two would be the same, their numbers are appended."""
+    plain = [re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*]', "_", name)[:60].strip(" .") for name in classes]
+    counts = Counter(name.lower() for name in plain)
+    return [
+        name if name and counts[name.lower()] == 1 else f"{name} ({label})".strip()
+        for label, name in enumerate(plain)
+    ]
+
+
+def picture_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of each image of a job by its name in the folder, from the index and its parts."""
+    hashes: dict[str, str] = {}
+    if (folder / INDEX).is_file():
+        try:
+            entries = read_hashed_json(folder / INDEX)["pictures"]
+            hashes = {entry["file"]: entry["sha256"] for entry in entries}
+        except (SmaltiError, LookupError, TypeError):
+            logger.warning("%s is damaged: its pictures are generated again", folder / INDEX)
+    for part in _parts(folder):
+        for line in part.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                hashes[entry["file"]] = entry["sha256"]
+            except (ValueError, LookupError, TypeError):
+                continue  # cut by a kill: its picture is generated again
+    return hashes
+
+
+def problems_in(folder: Path) -> list[str]:
+    """What is wrong with the images of a job: each that is missing or changed, and other files."""
+    if (folder / INDEX).is_file():
+        try:
+            read_hashed_json(folder / INDEX)
+        except SmaltiError as error:
+            return [str(error)]
+    problems, hashes = [], picture_hashes(folder)
+    for name, known in sorted(hashes.items()):
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif sha256_of(path) != known:
+            problems.append(f"{path} is not the picture that this job wrote")
+    others = foreign_files(folder, list(hashes))
+    return problems + [f"{folder / name} was not written by this job" for name in others]
+
+
+def foreign_files(folder: Path, names: Sequence[str]) -> list[str]:
+    """The files below a folder that are neither images of its job nor its records."""
+    own = {SETTINGS, INDEX, *names}
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    visible = (path for path in found if not any(part.startswith(".") for part in path.parts))
+    return sorted({path.as_posix() for path in visible} - own)
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.startswith(".index-"))
 
 
 def _is_complete(path: Path) -> bool:

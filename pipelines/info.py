@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from smalti.errors import SmaltiError
-from smalti.files import Info, command, read_json
+from smalti.files import Info, command, read_hashed_json, read_json, recorded_hashes
+from smalti.pipelines.generation import SETTINGS, picture_hashes, problems_in
 from smalti.pipelines.pipeline import INDEX, Pipeline
 from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
@@ -16,6 +17,32 @@ CONFIG = "config.json"  # of a saved model
 def is_pipeline(path: Path) -> bool:
     """Whether a folder is a saved pipeline."""
     return (path / INDEX).is_file()
+
+
+def is_generated(path: Path) -> bool:
+    """Whether a folder holds the pictures of a generation job."""
+    return (path / SETTINGS).is_file()
+
+
+def of_generated(path: Path) -> Info:
+    """The pictures of a generation job."""
+    try:
+        settings, hashes = read_hashed_json(path / SETTINGS), picture_hashes(path)
+    except SmaltiError as error:
+        return Info([("kind", "generated pictures"), ("verified", f"no: {error}")], whole=False)
+    problems = problems_in(path)
+    wanted = len(settings["labels"])
+    go_on = [] if wanted == len(hashes) else [("go on", "repeat the command that made them")]
+    return Info(
+        [
+            ("kind", "generated pictures"),
+            ("pictures", f"{len(hashes)} of {wanted}, seed {settings['seed']}"),
+            ("verified", f"no: {problems[0]}" if problems else "yes: each picture has its hash"),
+            *(("damaged", problem) for problem in problems[1:]),
+            *go_on,
+        ],
+        whole=not problems,
+    )
 
 
 def is_model(path: Path) -> bool:
@@ -41,7 +68,7 @@ def of_model(path: Path) -> Info:
         [
             ("kind", kind),
             *_model_lines(loaded),
-            ("verified", "yes: every tensor is there, and no other"),
+            ("verified", _verified(path / CONFIG, "every tensor is there, and no other")),
             *([("go on", next_command)] if is_tokenizer else []),
         ]
     )
@@ -60,9 +87,18 @@ def of_pipeline(path: Path) -> Info:
             *((f"tokenizer {k}", v) for k, v in _model_lines(pipe.tokenizer)),
             *((f"prior {k}", v) for k, v in _model_lines(pipe.prior)),
             ("classes", f"{len(pipe.classes)}: {some}"),
-            ("verified", "yes: tokenizer and prior belong together, every tensor is there"),
+            ("verified", _verified(path / INDEX, "tokenizer and prior belong together")),
             ("go on", command("generate", "--model", path)),
         ]
+    )
+
+
+def _verified(path: Path, what: str) -> str:
+    """What loading has verified of a folder that records its hashes in `path`."""
+    if recorded_hashes(path):
+        return f"yes: {what}; config and weights have the hashes that were saved with them"
+    return (
+        f"no hash: {what}; smalti 0.1.0 saved it, and its values cannot be compared. Save it again"
     )
 
 

@@ -2,7 +2,8 @@
 
 A saved pipeline is a folder:
 
-    model_index.json     which models, and the class names; written last
+    model_index.json     which models, the class names, and the hashes of this and of both
+                         config.json, which hold those of the weights
     tokenizer/ prior/    config.json and model.safetensors each
     README.md            the model card
     samples.png          the grid that the card shows, if there is one
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ from smalti.config import config_from_dict, config_to_dict
 from smalti.data.image_io import save_png, to_pil
 from smalti.data.latent_cache.cache import read_manifest
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
-from smalti.files import read_json, replacing, write_json, write_text
-from smalti.hub import chosen_dtype, resolve_folder, upload
+from smalti.files import HASHES, check_hashes, read_json, write_hashed_json, write_text
+from smalti.folders import contents, replacing_folder
 from smalti.pipelines.card import SAMPLES, model_card
 from smalti.pipelines.conditions import (
     ClassLabels,
@@ -38,7 +39,9 @@ from smalti.pipelines.conditions import (
 )
 from smalti.prior.base import Prior
 from smalti.randomness import Generators, check_generators
+from smalti.repository import check_options, resolve_folder, upload
 from smalti.tokenizer.base import Tokenizer
+from smalti.weights import chosen_dtype, unwrapped
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -46,6 +49,7 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 
 FORMAT_VERSION = 1
 INDEX = "model_index.json"
+CONFIGS = ("tokenizer/config.json", "prior/config.json")  # whose hashes the index records
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def read_index(folder: Path) -> PipelineIndex:
     found = content.get("format_version")
     if found != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {found}; this smalti reads {FORMAT_VERSION}")
+    content.pop(HASHES, None)
     return config_from_dict(PipelineIndex, content, str(path))
 
 
@@ -140,10 +145,15 @@ class Pipeline:
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
+        subfolder: str | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         weights: Weights = "ema",
+        verify: bool = True,
+        variant: str | None = None,
+        low_cpu_mem_usage: bool | None = None,
     ) -> Self:
         """Load a folder written by `save_pretrained`, or a model repository on the Hub.
 
@@ -153,29 +163,44 @@ class Pipeline:
 
         Args:
             weights: of a checkpoint: "ema", the average over the run, or "raw".
+            revision, token, local_files_only, cache_dir: for the Hub, as in Diffusers.
+            subfolder: the folder of the pipeline within the path or the repository; nothing else is
+                downloaded.
             dtype: precision of both models, a type or its name, such as "bfloat16"; "auto" keeps
                 the one that each was saved in; None is fp32.
             torch_dtype: another name of `dtype`.
+            verify: compare all files but the model card with the hashes that were saved with them,
+                see `Tokenizer.from_pretrained`.
+            variant, low_cpu_mem_usage: see `Tokenizer.from_pretrained`.
 
         Raises:
             SmaltiError: the folder does not exist, or a file is missing, damaged or does not fit;
-                there is no such precision.
+                there is no such precision; an option cannot be met.
         """
+        check_options(variant=variant, low_cpu_mem_usage=low_cpu_mem_usage)
         precision = chosen_dtype(dtype, torch_dtype)
         folder = resolve_folder(
-            path_or_hub_id, revision=revision, token=token, local_files_only=local_files_only
+            path_or_hub_id,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+            needs=(INDEX, *CONFIGS),
         )
         if is_checkpoint(folder):
             return cls._of_checkpoint(folder, weights, precision).to(device)
         index = read_index(folder)
-        tokenizer = Tokenizer.from_pretrained(folder / "tokenizer", dtype=precision)
-        prior = Prior.from_pretrained(folder / "prior", dtype=precision)
+        tokenizer = Tokenizer.from_pretrained(folder / "tokenizer", dtype=precision, verify=verify)
+        prior = Prior.from_pretrained(folder / "prior", dtype=precision, verify=verify)
         if _components(tokenizer, prior) != index.components:
             raise CheckpointError(
                 f"{folder / INDEX} names {index.components}; the folder holds "
                 f"{_components(tokenizer, prior)}: it was put together from different pipelines"
             )
         pipeline = cls(tokenizer, prior, index.classes)
+        if verify:
+            check_hashes(folder / INDEX, CONFIGS)
         pipeline.notes = index.notes
         pipeline.training_pictures = index.training_pictures
         pipeline._samples = folder / SAMPLES
@@ -197,7 +222,10 @@ class Pipeline:
     def save_pretrained(
         self, path: str | Path, *, samples: Image.Image | None = None, notes: str | None = None
     ) -> Path:
-        """Write tokenizer/, prior/, a model card, and last `model_index.json`.
+        """Write tokenizer/, prior/, a model card and `model_index.json`.
+
+        They are written beside `path` and swapped in as a whole: a process that ends at any moment
+        leaves the pipeline that was there, or the new one. Other files in the folder are kept.
 
         Args:
             samples: a grid of samples for the card, saved as samples.png; None keeps the one that
@@ -209,38 +237,42 @@ class Pipeline:
             ConfigurationError: the tokenizer was changed since it was paired with the prior.
         """
         folder = Path(path)
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f"{folder} is a file: choose a folder")
-        if folder.exists() and any(folder.iterdir()) and not (folder / INDEX).is_file():
-            raise CheckpointError(f"{folder} exists and is not a pipeline: choose another folder")
-        _check_pair(self.tokenizer, self.prior)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        self.prior.save_pretrained(folder / "prior")
-        self.notes = self.notes if notes is None else notes
-        has_grid = self._save_grid(folder / SAMPLES, samples)
-        card = model_card(self.tokenizer, self.prior, self.classes, has_grid, self.notes)
-        write_text(folder / "README.md", card)
-        index = PipelineIndex(
-            components=_components(self.tokenizer, self.prior),
-            classes=self.classes,
-            notes=self.notes,
-            training_pictures=self.training_pictures,
-        )
-        write_json(folder / INDEX, config_to_dict(index))  # last: marks it complete
+        tokenizer = cast(Tokenizer, unwrapped(self.tokenizer))
+        prior = cast(Prior, unwrapped(self.prior))
+        _check_pair(tokenizer, prior)
+        notes = self.notes if notes is None else notes
+        with replacing_folder(
+            folder, products=(SAMPLES,), check=lambda: _check_target(folder)
+        ) as new:
+            self._write(new, tokenizer, prior, samples, notes)
+        self.notes, self._samples = notes, folder / SAMPLES
         return folder
 
-    def _save_grid(self, path: Path, samples: Image.Image | None) -> bool:
-        """Write a new grid, or copy the current one; return whether there is one."""
+    def _write(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        prior: Prior,
+        samples: Image.Image | None,
+        notes: str,
+    ) -> None:
+        """Write the files of the pipeline into a new folder."""
+        tokenizer.save_pretrained(folder / "tokenizer")
+        prior.save_pretrained(folder / "prior")
         if samples is not None:
-            save_png(path, samples)
-            self._samples = path
-        elif self._samples is None or not self._samples.is_file():
-            path.unlink(missing_ok=True)  # left by the pipeline that was saved here before
-        elif not (path.is_file() and path.samefile(self._samples)):
-            with replacing(path) as temporary:
-                shutil.copyfile(self._samples, temporary)
-        return path.is_file()
+            save_png(folder / SAMPLES, samples)
+        elif self._samples is not None and self._samples.is_file():
+            shutil.copyfile(self._samples, folder / SAMPLES)
+        has_grid = (folder / SAMPLES).is_file()
+        card = model_card(tokenizer, prior, self.classes, has_grid, notes)
+        write_text(folder / "README.md", card)
+        index = PipelineIndex(
+            components=_components(tokenizer, prior),
+            classes=self.classes,
+            notes=notes,
+            training_pictures=self.training_pictures,
+        )
+        write_hashed_json(folder / INDEX, config_to_dict(index), CONFIGS)
 
     def push_to_hub(
         self,
@@ -250,8 +282,16 @@ class Pipeline:
         token: str | None = None,
         commit_message: str = "Upload smalti pipeline",
         create_pr: bool = False,
+        revision: str | None = None,
     ) -> str:
-        """Upload the folder that `save_pretrained` writes, in one commit; return its address."""
+        """Upload the folder that `save_pretrained` writes, in one commit; return its address.
+
+        Args:
+            revision: the branch, which is made if there is none; None: the main one.
+
+        Raises:
+            CheckpointError: the Hub cannot be reached, or refuses.
+        """
         return upload(
             self.save_pretrained,
             repo_id,
@@ -259,6 +299,7 @@ class Pipeline:
             token=token,
             commit_message=commit_message,
             create_pr=create_pr,
+            revision=revision,
         )
 
     def to(
@@ -365,6 +406,14 @@ class Pipeline:
             GenerationError: there is no such class; the message lists similar names.
         """
         return label_ids(class_labels, self.classes)
+
+
+def _check_target(folder: Path) -> None:
+    """Raise `CheckpointError` if a folder contains anything but a pipeline."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: choose a folder")
+    if contents(folder) and not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} exists and is not a pipeline: choose another folder")
 
 
 def _check_pair(tokenizer: Tokenizer, prior: Prior) -> None:

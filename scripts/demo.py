@@ -21,7 +21,8 @@ from smalti.cli import parse_config, run_command
 from smalti.config import config_to_dict, nearest
 from smalti.data.dataset import DataOptions
 from smalti.errors import ConfigurationError
-from smalti.files import first_difference, write_json
+from smalti.files import first_difference, write_hashed_json
+from smalti.folders import contents
 from smalti.prior.base import Prior
 from smalti.prior.presets import PRESETS as PRIORS
 from smalti.scripts.encode import EncodeConfig, encode
@@ -275,11 +276,10 @@ def _claim(config: DemoConfig) -> None:
     del settings["output_dir"]
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"{folder} is a file, not a folder: choose another --output_dir")
-    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if found - {SETTINGS}:
+    if set(contents(folder)) - {SETTINGS}:
         _refuse_another_demo(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SETTINGS, settings)
+    write_hashed_json(folder / SETTINGS, settings)
 
 
 def _refuse_another_demo(folder: Path, settings: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from smalti.data.latent_cache.cache import (
 from smalti.data.transforms import VIEW_SETS, ViewSet, decoded_size, views_of
 from smalti.errors import CheckpointError
 from smalti.tokenizer.base import Tokenizer
-from smalti.training.processes import join_job, say, shared_work
+from smalti.training.processes import fills_folder, join_job, say, shared_work
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class EncodeConfig(DataOptions):
         check_at_least(1, self, "batch_size", "shard_size")
 
 
+@fills_folder(deep=True)
 def encode(config: EncodeConfig) -> Path:
     """Write the caches of both splits, and return their folder."""
     state = join_job()

@@ -20,14 +20,14 @@ from smalti.errors import ConfigurationError, DataError
 from smalti.evaluation.evaluator import SampleEvaluator, TokenizerEvaluator
 from smalti.evaluation.features import FeatureName, feature_extractors
 from smalti.evaluation.metrics import Metric, write_summary
-from smalti.files import first_difference, write_json
+from smalti.files import first_difference, write_hashed_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import class_grid, picture_generator
 from smalti.pipelines.pipeline import INDEX, Pipeline
 from smalti.scripts.options import Sampling
 from smalti.tokenizer.base import Tokenizer
-from smalti.training.processes import resolve_precision
+from smalti.training.processes import fills_folder, resolve_precision
 
 SETTINGS = "evaluation.json"
 PRODUCTS = ("samples.png", "reconstructions.png", "neighbours.png", "summary.json")
@@ -67,6 +67,7 @@ class EvaluateConfig(DataOptions, Sampling):
         check_at_least(1, self, "batch_size", "classifier_epochs")
 
 
+@fills_folder()
 def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
     """Measure; write reconstructions.png and summary.json, and for a pipeline samples.png and
     neighbours.png.
@@ -251,7 +252,7 @@ def claim(config: EvaluateConfig, *fingerprints: str) -> None:
             "settings made: choose another --output_dir"
         )
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    write_hashed_json(path, settings)
 
 
 # -------------------------------------------------------------------------------------------------

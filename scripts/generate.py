@@ -2,7 +2,7 @@
 
     smalti generate --model runs/demo/pipeline --output_dir samples --num_images_per_class 8
 
-After an interruption the same command continues.
+After an interruption the same command continues. With a larger number it adds pictures.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from pathlib import Path
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
-from smalti.errors import GenerationError
-from smalti.pipelines.generation import generate_folder
+from smalti.errors import ConfigurationError, GenerationError
+from smalti.pipelines.generation import Layout, continued_labels, generate_folder
 from smalti.pipelines.pipeline import Pipeline
 from smalti.scripts.options import Sampling
-from smalti.training.processes import join_job, say, shared_work
+from smalti.training.processes import fills_folder, join_job, say, shared_work
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,31 @@ class GenerateConfig(Sampling):
     output_dir: Path = Path("samples")  # folder of the PNG files
     class_labels: tuple[str, ...] = ()  # class names or numbers; empty = all classes
     num_images_per_class: int = 8  # pictures of each class
+    num_images: int | None = None  # instead: pictures in all, of the classes in turn
+    layout: Layout = "flat"  # class: a folder for each class
     seed: int = 0  # picture i depends on the seed and i alone
     batch_size: int = 64  # pictures sampled at once; changes speed and memory, not the pictures
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "num_images_per_class", "batch_size")
+        if self.num_images is not None:
+            check_at_least(1, self, "num_images")
+            if self.num_images_per_class != GenerateConfig.num_images_per_class:
+                raise ConfigurationError(
+                    f"num_images is {self.num_images} and num_images_per_class is "
+                    f"{self.num_images_per_class}: give one of them"
+                )
+
+    def labels(self, ids: Sequence[int]) -> list[int]:
+        """The label of each picture, for the labels of the classes."""
+        if self.num_images is None:
+            return [label for label in ids for _ in range(self.num_images_per_class)]
+        return [ids[i % len(ids)] for i in range(self.num_images)]
 
 
+@fills_folder(deep=True)
 def generate(config: GenerateConfig) -> list[Path]:
-    """Write the pictures, class by class, and return their paths.
+    """Write the pictures, and return their paths.
 
     Raises:
         GenerationError: the pipeline is text-conditional, or no class has such a name or number.
@@ -49,7 +65,7 @@ def generate(config: GenerateConfig) -> list[Path]:
             f"{config.model} is text-conditional: call it in Python with prompt_embeds"
         )
     ids = pipeline.label_ids(config.class_labels or range(len(pipeline.classes)))
-    labels = [label for label in ids for _ in range(config.num_images_per_class)]
+    labels = continued_labels(config.output_dir, config.labels(ids))
     with shared_work(len(labels), "generate") as share:
         paths = generate_folder(
             pipeline,
@@ -57,6 +73,7 @@ def generate(config: GenerateConfig) -> list[Path]:
             labels,
             seed=config.seed,
             batch_size=config.batch_size,
+            layout=config.layout,
             **share,
             **config.options,
         )

@@ -20,7 +20,7 @@ from smalti.data.latent_cache.imports import Division, Format, Origin, import_la
 from smalti.data.latents import CodeSpec
 from smalti.errors import ConfigurationError
 from smalti.tokenizer.base import Tokenizer
-from smalti.training.processes import join_job, say, shared_work
+from smalti.training.processes import fills_folder, join_job, say, shared_work
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def origin_of(tokenizer: Tokenizer) -> Origin:
     return replace(origin, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
+@fills_folder("out", deep=True)
 def imported(config: ImportLatentsConfig) -> Path:
     """Write the caches of both splits, and return their folder."""
     join_job()

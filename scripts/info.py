@@ -13,12 +13,21 @@ from tyro.conf import Positional, arg
 from smalti.cli import parse_config, run_command
 from smalti.data.inspection import holds_latents, is_shards, of_cache, of_shards, splits
 from smalti.errors import ConfigurationError, DataError
+from smalti.evaluation.metrics import of_summary
 from smalti.files import Info
-from smalti.pipelines.info import is_model, is_pipeline, of_model, of_pipeline
+from smalti.pipelines.info import (
+    is_generated,
+    is_model,
+    is_pipeline,
+    of_generated,
+    of_model,
+    of_pipeline,
+)
 from smalti.training.checkpoint import MANIFEST, STATE
 from smalti.training.run_info import is_run, of_checkpoint, of_run
 
 EXIT_DAMAGED = 1
+SUMMARY, DEMO = "summary.json", "demo.json"  # of an evaluation; of a demo, which holds more
 
 # Kinds of folders: how to recognise one, and what to print for it. The first that fits is used.
 KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], Info]]] = [
@@ -26,8 +35,13 @@ KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], Info]]] = [
     (is_run, of_run),
     (is_pipeline, of_pipeline),
     (is_model, of_model),
+    (is_generated, of_generated),
     (is_shards, of_shards),
     (lambda path: holds_latents(path) or bool(splits(path)), of_cache),
+    (
+        lambda path: (path / SUMMARY).is_file() and not (path / DEMO).is_file(),
+        lambda path: of_summary(path / SUMMARY),
+    ),
 ]
 
 
@@ -38,7 +52,8 @@ class InfoConfig:
     The exit status is 1 if something in it is damaged.
     """
 
-    # a run, a checkpoint, a latent cache, shards, a tokenizer, a prior or a pipeline
+    # a run, a checkpoint, a latent cache, shards, a tokenizer, a prior, a pipeline, its pictures
+    # or an evaluation
     path: Positional[Annotated[Path, arg(metavar="PATH")]] = Path()
 
 

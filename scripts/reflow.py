@@ -32,7 +32,7 @@ from smalti.prior.flow.rectified import check_straight, generate_pairs, straight
 from smalti.prior.flow.solvers.base import ODESolver, make_solver
 from smalti.randomness import NormalSource, derive_seed
 from smalti.scripts.options import Sampling
-from smalti.training.processes import join_job, say, shared_work
+from smalti.training.processes import fills_folder, join_job, say, shared_work
 
 MEASURED_PAIRS = 64  # over which the straightness is averaged
 
@@ -98,6 +98,7 @@ def load(config: ReflowConfig) -> tuple[Pipeline, FlowPrior]:
     return pipeline, prior
 
 
+@fills_folder(deep=True)
 def reflow(config: ReflowConfig) -> float:
     """Write pairs as a latent cache, train/ and heldout/; return the straightness of the flow."""
     refuse_other_contents(config.output_dir)

@@ -1,14 +1,18 @@
 """What tests ask of training runs: their state, their losses, and an end at any step."""
 
-import json
 import os
 import signal
+import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from smalti.errors import SmaltiError
+from smalti.files import checked_lines
 from smalti.training.optim import StepGuard
 
 
@@ -23,7 +27,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of the log, none of which is damaged."""
+    lines, damaged = checked_lines(folder / "metrics.jsonl")
+    assert damaged == []
+    return lines
 
 
 def assert_same(a: Path, b: Path) -> None:
@@ -51,3 +58,46 @@ def stop_after(config, step: int, train) -> None:
             train(config)
     assert stop.value.code == 130
     assert (config.output_dir / f"checkpoint-{step:06d}").is_dir()
+
+
+def in_a_fork(work: Callable[[], None]) -> int:
+    """The status of a forked child that does some work: -signal, or what it returned with."""
+    child = os.fork()
+    if child == 0:
+        status = 0
+        try:
+            torch.set_num_threads(1)
+            work()
+        except BaseException as error:
+            traceback.print_exc()
+            status = 2 if isinstance(error, SmaltiError) else 98
+        os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_self(*args, **options) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+OPERATIONS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "ctypes.dlsym"}
+
+
+def kill_at(number: int, root: Path, by: signal.Signals = signal.SIGKILL) -> None:
+    """Send this process a signal just before its file operation of that number below `root`;
+    exchanging two folders, which Python calls through ctypes, counts too."""
+    count = 0
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal count
+        if event == "open":
+            below = isinstance(args[0], str | bytes) and os.fsdecode(args[0]).startswith(str(root))
+            counted = below and args[2] & WRITES
+        else:
+            counted = event in OPERATIONS
+        count += bool(counted)
+        if count == number:
+            count += 1
+            os.kill(os.getpid(), by)
+
+    sys.addaudithook(hook)

@@ -12,7 +12,18 @@ from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.registry import TOKENIZERS
 
 ROOT = Path(__file__).parent.parent
-FRONT_DOOR = ("checkpoints", "config", "distributed", "errors", "files", "hub", "randomness")
+FRONT_DOOR = (
+    "checkpoints",
+    "config",
+    "distributed",
+    "errors",
+    "files",
+    "folders",
+    "hub",
+    "randomness",
+    "repository",
+    "weights",
+)
 BASE = {f"smalti.{file}" for file in FRONT_DOOR}
 FOLDERS = ("data", "tokenizer", "prior", "pipelines", "training", "evaluation", "scripts")
 

@@ -12,33 +12,48 @@ F2 and F3 are held for each tokenizer and prior in tests/scripts, too.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
-from runs import assert_same, losses, weights
+from PIL import Image
+from runs import assert_same, in_a_fork, kill_at, kill_self, losses, weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from toy_run import infinite_loss, toy_config, train
 
-from smalti.cli import run_command
+from smalti.cli import main, run_command
+from smalti.data.latent_cache.cache import CacheInfo, EncodedRange, write_cache
+from smalti.data.latent_cache.export import export_cache
+from smalti.data.latents import CodeSpec
 from smalti.errors import EXIT_INTERRUPTED, SmaltiError
+from smalti.evaluation.metrics import Metric, write_summary
+from smalti.folders import LAPSE, LOCK, FolderLock
+from smalti.pipelines.convert.convert import convert
+from smalti.pipelines.convert.convert import export as export_weights
+from smalti.pipelines.generation import generate_folder
+from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.scripts import train_tokenizer as script
 from smalti.scripts.encode import EncodeConfig, encode
+from smalti.scripts.info import info
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
 from smalti.tokenizer.conv import ConvConfig
@@ -49,13 +64,18 @@ from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 from smalti.training import checkpoint as module
 from smalti.training.checkpoint import MANIFEST, checkpoints, newest_valid
-from smalti.training.folder import LAPSE, LOCK, RunLock
+from smalti.training.folder import export as export_result
 
 TOY = Path(__file__).with_name("toy_run.py")
 EMA_VQ = VQConfig(
     image_size=16,
     conv=ConvConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=()),
     quantizer=NearestConfig(codebook=CodebookConfig(16, 4, learning="ema", revive_after=1)),
+)
+SMALL_VQ = VQConfig(  # of LlamaGen's structure
+    image_size=8,
+    conv=ConvConfig(32, (1, 1), 1, attention_levels=(1,), z_channels=4, norm_groups=32),
+    quantizer=NearestConfig(codebook=CodebookConfig(8, 4)),
 )
 
 
@@ -66,24 +86,6 @@ def latest(folder: Path, **changes):
 def whole_run(folder: Path, **changes) -> Path:
     train(toy_config(folder, **changes))
     return folder
-
-
-def in_a_fork(work: Callable[[], None]) -> int:
-    """The status of a forked child that does some work: -signal, or what it returned with."""
-    child = os.fork()
-    if child == 0:
-        status = 0
-        try:
-            torch.set_num_threads(1)
-            work()
-        except BaseException as error:
-            status = 2 if isinstance(error, SmaltiError) else 98
-        os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def kill_self(*args, **options) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 # -- F1: points at which a save is killed -----------------------------------------------------
@@ -540,7 +542,7 @@ def test_f11_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) ->
 @pytest.mark.parametrize("harm", ["other start", "other machine", "empty"])
 def test_f11_a_lock_is_judged_by_what_can_be_known(tmp_path: Path, harm: str) -> None:
     """F11: a number given to another process, another machine, a lock that is being written."""
-    lock = RunLock(tmp_path)
+    lock = FolderLock(tmp_path)
     lock.acquire()
     holder = dict(line.split("=") for line in (tmp_path / LOCK).read_text().splitlines()[1:])
     lock.release()
@@ -561,11 +563,222 @@ def test_f11_a_lock_is_judged_by_what_can_be_known(tmp_path: Path, harm: str) ->
 
 def test_f11_a_suspended_run_keeps_its_lock(tmp_path: Path) -> None:
     """F11: on its own machine a process holds the lock while it exists, however long it pauses."""
-    lock = RunLock(tmp_path)
+    lock = FolderLock(tmp_path)
     lock.acquire()
     os.utime(tmp_path / LOCK, (0, 0))
-    assert in_a_fork(lambda: RunLock(tmp_path).acquire()) == 2
+    assert in_a_fork(lambda: FolderLock(tmp_path).acquire()) == 2
     lock.release()
+
+
+# -- F28: kills at every file operation of an export ------------------------------------------
+
+
+def files_of(target: Path) -> dict[str, bytes]:
+    """The content of a file, or of each file in a folder; empty if there is nothing."""
+    if target.is_file():
+        return {"": target.read_bytes()}
+    paths = [path for path in sorted(target.rglob("*")) if path.is_file()]
+    return {path.relative_to(target).as_posix(): path.read_bytes() for path in paths}
+
+
+@cache
+def small_pipeline(seed: int) -> Pipeline:
+    torch.manual_seed(seed)
+    tokenizer = VQTokenizer(SMALL_VQ)
+    spec = tokenizer.spec
+    prior = NextTokenPrior(
+        NextTokenConfig(spec=spec, num_classes=2, depth=1, width=16, num_heads=2, hidden=16)
+    )
+    return Pipeline(tokenizer, prior, ("one", "two"))
+
+
+def save_a_pipeline(target: Path) -> None:
+    small_pipeline(1).save_pretrained(target, samples=Image.new("RGB", (4, 4)))
+
+
+def convert_weights(target: Path) -> None:
+    convert("llamagen-tokenizer", target.with_name("published.pt"), target)
+
+
+def export_a_folder(target: Path) -> None:
+    export_weights(small_pipeline(1).tokenizer, target, "llamagen-tokenizer")
+
+
+def export_a_file(target: Path) -> None:
+    export_weights(small_pipeline(1).tokenizer, target, "llamagen-tokenizer")
+
+
+def export_the_latents(target: Path) -> None:
+    export_cache(target.with_name("latents"), target, "webdataset")
+
+
+def finish_a_run(target: Path) -> None:
+    run = target.with_name("run")
+    run.mkdir(exist_ok=True)
+    export_result(run, target, small_pipeline(1).save_pretrained)
+
+
+def prepare(root: Path) -> None:
+    """What the exports read."""
+    export_weights(small_pipeline(1).tokenizer, root / "published.pt", "llamagen-tokenizer")
+    codes = torch.zeros(3, 1, 4, dtype=torch.int64)
+    info = CacheInfo(
+        spec=CodeSpec(8, ((2, 2),)),
+        classes=("one", "two"),
+        num_samples=3,
+        views=("identity",),
+        tokenizer_fingerprint="t",
+        dataset_fingerprint="d",
+        shard_size=2,
+    )
+    labels = torch.tensor([0, 1, 0])
+    write_cache(root / "latents", info, lambda a, b: EncodedRange(codes[a:b], labels[a:b]))
+
+
+@pytest.mark.parametrize(
+    ("work", "name", "over"),
+    [
+        (save_a_pipeline, "pipeline", True),
+        (finish_a_run, "pipeline", True),
+        (convert_weights, "model", False),
+        (export_a_folder, "theirs", False),
+        (export_a_file, "theirs.pt", False),
+        (export_the_latents, "parquet", False),
+    ],
+)
+def test_f28_an_export_that_is_killed_anywhere_is_the_old_one_or_the_new_one(
+    tmp_path: Path, work: Callable[[Path], None], name: str, over: bool
+) -> None:
+    """F28 kill -9 at every file operation of an export: the place has what it had before, or the
+    new result, whole; the same command then succeeds, and nothing else is left."""
+    start = tmp_path / "start"
+    start.mkdir()
+    prepare(start)
+    if over and work is finish_a_run:
+        (start / "run").mkdir()
+        export_result(start / "run", start / name, small_pipeline(2).save_pretrained)
+    elif over:
+        small_pipeline(2).save_pretrained(start / name)
+    before = files_of(start / name)
+    shutil.copytree(start, tmp_path / "whole")
+    work(tmp_path / "whole" / name)
+    after = files_of(tmp_path / "whole" / name)
+    listing = sorted(os.listdir(tmp_path / "whole"))
+    assert before != after and (tmp_path / "whole" / name).exists()
+    for number in itertools.count(1):
+        root = tmp_path / str(number)
+        shutil.copytree(start, root)
+
+        def killed(number: int = number, root: Path = root) -> None:
+            kill_at(number, root)
+            work(root / name)
+
+        status = in_a_fork(killed)
+        assert status in (0, -signal.SIGKILL)
+        assert files_of(root / name) in (before, after), f"killed at operation {number}"
+        if status == 0:
+            break
+        try:
+            work(root / name)
+        except SmaltiError as error:  # it was complete
+            assert not over and "nothing is overwritten" in str(error)
+        assert files_of(root / name) == after
+        assert sorted(os.listdir(root)) == listing
+        shutil.rmtree(root)
+    assert number > 5
+
+
+COMMANDS = {
+    "encode": ["--data", "PICTURES", "--tokenizer", "START/pipe/tokenizer", "--output_dir"],
+    "generate": ["--model", "START/pipe", "--num_images", "2", "--output_dir"],
+    "convert": ["llamagen-tokenizer", "START/published.pt"],
+    "export": ["START/pipe/tokenizer"],
+    "export-latents": ["START/latents", "--format", "webdataset"],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        *((command, signal.SIGTERM) for command in COMMANDS),
+        ("generate", signal.SIGHUP),
+        ("generate", signal.SIGINT),
+    ],
+)
+def test_f28_a_signal_ends_every_command_with_its_status_and_leaves_nothing_unfinished(
+    tmp_path: Path, pictures_once: Path, command: str, number: signal.Signals
+) -> None:
+    """F28 SIGTERM, SIGHUP, SIGINT in a command that is not training: status 130; no temporary file
+    and no lock is left; the same command then succeeds."""
+    start, out = tmp_path / "start", tmp_path / "out"
+    start.mkdir()
+    prepare(start)
+    small_pipeline(1).save_pretrained(start / "pipe")
+    places = {"START": str(start), "PICTURES": str(pictures_once)}
+    filled = [re.sub("START|PICTURES", lambda at: places[at[0]], w) for w in COMMANDS[command]]
+    words = [command, *filled, str(out)]
+    for operation in (2, 5, 8):
+        if command not in ("encode", "generate"):  # nothing is overwritten
+            shutil.rmtree(out, ignore_errors=True)
+
+        def stopped(operation: int = operation) -> None:
+            kill_at(operation, tmp_path, by=number)
+            os._exit(main(words))
+
+        assert in_a_fork(stopped) in (130, 0)
+        left = [p.name for p in tmp_path.rglob("*") if p.name.startswith((".tmp", ".old"))]
+        assert left == [] and not list(tmp_path.rglob("*.lock"))
+    if command in ("encode", "generate") or not out.exists():
+        assert main(words) == 0
+
+
+# -- F29: flipped bits --------------------------------------------------------------------------
+
+
+def flips(path: Path, every: int = 1) -> Iterator[int]:
+    """Flip each bit of a file in turn, and restore it."""
+    written = path.read_bytes()
+    for bit in range(0, 8 * len(written), every):
+        flipped = bytearray(written)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        yield bit
+    path.write_bytes(written)
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether `smalti info` says so, or cannot read the folder."""
+    try:
+        return not info(folder).whole
+    except SmaltiError:
+        return True
+
+
+@pytest.mark.parametrize("kind", ["settings", "index", "summary"])
+def test_f29_no_flipped_bit_of_a_record_is_silent(tmp_path: Path, kind: str) -> None:
+    """F29 every bit of the JSON files beside results: `smalti info` finds it, or it changes
+    nothing but white space or the form of a number."""
+    prepare(tmp_path)
+    folder = tmp_path / "out"
+    if kind in ("settings", "index"):
+        options = {"seed": 1, "guidance_scale": 1.0, "batch_size": 2}
+        generate_folder(small_pipeline(1), folder, [0, 1], **options)
+        file = folder / ("generation.json" if kind == "settings" else "index.json")
+    elif kind == "summary":
+        folder.mkdir()
+        write_summary(folder / "summary.json", {"psnr": Metric(20.5, {"data": "x"})}, model="m")
+        file = folder / "summary.json"
+    else:
+        folder = tmp_path / "latents"
+        file = folder / "manifest.json"
+    assert not is_damaged(folder)
+    content = json.loads(file.read_text())
+    for bit in flips(file, every=5):
+        try:
+            same = json.loads(file.read_text()) == content
+        except ValueError:
+            same = False
+        assert same or is_damaged(folder), f"bit {bit % 8} of byte {bit // 8}"
 
 
 # -- F17, F20, F24, F25, F27 ------------------------------------------------------------------

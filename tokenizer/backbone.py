@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from smalti.config import nearest
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
-from smalti.files import hash_weights
+from smalti.weights import hash_weights
 
 # Mean and standard deviation of the pixels, in [0, 1], that each kind of model was trained with.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

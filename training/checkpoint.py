@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from smalti.checkpoints import MANIFEST, STATE
 from smalti.errors import CheckpointError, SmaltiError
 from smalti.files import flush, read_json, sha256_of, write_errors, write_json
+from smalti.folders import remove_leftovers
 
 PREFIX = "checkpoint-"
 
@@ -244,15 +245,6 @@ def _write_tensors(
         for job in flushed:
             job.result()
         return {name: job.result() for name, job in described.items()}
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the files and folders that a killed run had not finished."""
-    for leftover in folder.glob(".tmp-*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
 
 
 def prune(folder: Path, keep: int, spare: Path) -> None:

@@ -6,25 +6,21 @@
     report.html        both, with the images, as a page
     checkpoint-000300/ see checkpoint.py
     exported.json      where the finished model was saved, and its hashes
-    .lock              the process that is writing here
+    .lock              the process that is writing here, see `smalti.folders`
 
 A run writes nothing into its folder before its first step is done, so a run that fails earlier does
 not block the next one. Hidden files (names that begin with a dot) are ignored.
 """
 
 import logging
-import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-
-from filelock import OwnerRecord, SoftFileLease, Timeout
 
 from smalti.config import read_recipe, without_words
 from smalti.errors import CheckpointError, SmaltiError
 from smalti.files import read_json, sha256_of, write_json
+from smalti.folders import contents, replacing_folder, swappable
 from smalti.training.checkpoint import (
     STATE,
     Checkpoint,
@@ -45,94 +41,6 @@ EXPORTED = "exported.json"
 
 # All that a run may leave before its first checkpoint, with its images and the trackers' files.
 BEFORE_A_CHECKPOINT = {RECIPE, METRICS, TIMING, REPORT, "reconstructions", "samples", "smalti"}
-
-
-# -------------------------------------------------------------------------------------------------
-# The lock: one run in a folder at a time.
-
-LOCK = ".lock"
-HEARTBEAT = 10.0  # seconds between two touches of the lock by its holder
-LAPSE = 120.0  # seconds without a touch after which a holder on another machine has lapsed
-
-
-def _this_machine() -> str:
-    """The name of this machine, and of the container on it, as filelock records it."""
-    with TemporaryDirectory() as folder, SoftFileLease(Path(folder) / LOCK) as lease:
-        assert lease.owner is not None, "a held lease has an owner"
-        return lease.owner.hostname
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it exists, but belongs to another user
-        return True
-    return True
-
-
-class RunLock:
-    """The lock of one folder; `acquire` before writing there, `release` when done.
-
-    A file of filelock that names its holder, on any file system that all machines share. On the
-    holder's machine it is stale as soon as the process has ended. On another machine only the age
-    of the file is known, and the holder touches it every few seconds.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
-        # One lease for each path: a later run in the same process takes over an earlier run's.
-        self._lease = SoftFileLease(
-            self.path, lease_duration=LAPSE, heartbeat_interval=HEARTBEAT, is_singleton=True
-        )
-
-    def acquire(self) -> None:
-        """Acquire the lock; if its holder has ended, take it over.
-
-        Raises:
-            CheckpointError: another run is active in the folder; the message names its process.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if self._has_lapsed():
-                self._lease.force_break()
-            self._lease.acquire(blocking=False)
-        except Timeout as error:
-            owner = self._lease.owner
-            process = f"process {owner.pid} on {_host(owner)}" if owner else "an unknown process"
-            raise CheckpointError(
-                f"another run is active in {self.path.parent} ({process}): wait for it, or choose "
-                f"another --output_dir; if it is over, remove {self.path}"
-            ) from error
-
-    def release(self) -> None:
-        """Release the lock, if it is held."""
-        self._lease.release(force=True)
-
-    def holder(self) -> tuple[int, str] | None:
-        """Process number and host of the holder; None if the lock is free or its holder has
-        ended."""
-        owner = self._lease.owner
-        if owner is None or self._has_lapsed():
-            return None
-        if owner.hostname == _this_machine() and not _is_running(owner.pid):
-            return None
-        return owner.pid, _host(owner)
-
-    def _has_lapsed(self) -> bool:
-        """Whether the holder on another machine, or an unknown one, has not touched the lock."""
-        try:
-            age = time.time() - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return False
-        owner = self._lease.owner
-        return age > LAPSE and (owner is None or owner.hostname != _this_machine())
-
-
-def _host(owner: OwnerRecord) -> str:
-    """The name of an owner's machine, without what filelock adds for containers."""
-    return owner.hostname.partition("?")[0]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -180,13 +88,6 @@ def check_state(checkpoint: Checkpoint) -> Checkpoint:
                 "it; continue with that version, or choose another --output_dir"
             )
     return checkpoint
-
-
-def contents(folder: Path) -> list[str]:
-    """The names in a folder, without hidden ones; empty if there is no such folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def later_checkpoints(folder: Path, step: int) -> list[Path]:
@@ -286,7 +187,7 @@ def refuse_target(folder: Path, target: Path) -> None:
 
     The run may write anywhere below `folder`. Elsewhere it replaces only what it exported itself.
     """
-    run, place = folder.resolve(), target.resolve()
+    run, place = folder.resolve(), swappable(target)
     if run.is_relative_to(place):
         raise CheckpointError(
             f"the result cannot be saved in {target}, which contains the run's folder {folder}: "
@@ -298,8 +199,8 @@ def refuse_target(folder: Path, target: Path) -> None:
     if isinstance(record, dict):
         weights = record.get("weights")
         if weights is None and record.get("folder") == str(place):
-            return
-        if weights and weights == _weights(place):
+            return  # smalti 0.1.0 was killed while it saved here
+        if _weights(place) in [known for known in (weights, record.get("replaces")) if known]:
             return
     raise CheckpointError(
         f"{target} exists and was not saved by this run: choose another folder, or remove it"
@@ -307,11 +208,19 @@ def refuse_target(folder: Path, target: Path) -> None:
 
 
 def export(folder: Path, target: Path, save: Callable[[Path], Any]) -> None:
-    """Write a finished model by `save(target)`, and record in `folder` what was written."""
-    record: dict[str, Any] = {"folder": str(target.resolve()), "weights": None}
-    write_json(folder / EXPORTED, record)  # killed while saving, the run may save again
-    save(target)
-    write_json(folder / EXPORTED, {**record, "weights": _weights(target)})
+    """Write a finished model by `save(new folder)`, swap it in for `target`, and record its hashes.
+
+    The record is written before the swap, with what is replaced, so the run knows its own result
+    wherever it is killed.
+
+    Raises:
+        CheckpointError: what stands in `target` was not saved by this run.
+        BusyError: another process is writing `target`.
+    """
+    with replacing_folder(target, check=lambda: refuse_target(folder, target)) as new:
+        save(new)
+        record = {"folder": str(target.resolve()), "weights": _weights(new)}
+        write_json(folder / EXPORTED, {**record, "replaces": _weights(target)})
 
 
 def _weights(folder: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The logs of a training run: metrics.jsonl, timing.jsonl, trackers and report.html.
 
-    metrics.jsonl   {"step": 100, "loss": 0.25, ...}
+    metrics.jsonl   {"step": 100, "loss": 0.25, ..., "crc32": "..."}
     timing.jsonl    {"step": 100, "seconds_per_step": 0.21, "images_per_second": 304.8, ...}
 
 "step" counts the steps that are done. Times are in a separate file, so that metrics.jsonl is the
@@ -106,7 +106,8 @@ class MetricsLog:
         self.path = path
         self.accelerator = accelerator
         if accelerator.is_main_process:
-            drop_lines_after(path, resume_step)
+            for damage in drop_lines_after(path, resume_step):
+                logger.warning("%s: it is left out", damage)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line; also send the values to the trackers."""
@@ -222,7 +223,8 @@ class Throughput:
         if not self._seconds:
             return {}
         if not self._begun:
-            drop_lines_after(self.path, self._resume_step)
+            for damage in drop_lines_after(self.path, self._resume_step):
+                logger.warning("%s: it is left out", damage)
             self._begun = True
         seconds = statistics.median(self._seconds)
         self._seconds = []

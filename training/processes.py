@@ -6,12 +6,13 @@ DeepSpeed, Megatron-LM or FSDP version 1 is refused.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -28,9 +29,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
+from smalti.folders import locked
 from smalti.training.checkpoint import Stateful, is_sharded
 from smalti.training.config import Precision
 from smalti.training.progress import progress_bar
+
+T = TypeVar("T")
 
 UNSUPPORTED = {
     DistributedType.DEEPSPEED: "DeepSpeed",
@@ -86,6 +90,40 @@ def join_job(timeout: float | None = None) -> PartialState:
     """
     options = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
+
+
+@contextmanager
+def job_in(folder: Path, *, deep: bool = False) -> Iterator[None]:
+    """Join the launched job, whose main process holds the lock of the folder that the job fills,
+    see `locked`.
+
+    Raises:
+        BusyError: another job is writing into the folder.
+    """
+    state = join_job()
+    with ExitStack() as stack:
+        with agreed_errors():
+            if state.is_main_process:
+                stack.enter_context(locked(folder, deep=deep))
+        yield
+        state.wait_for_everyone()
+
+
+def fills_folder(
+    field: str = "output_dir", *, deep: bool = False
+) -> Callable[[Callable[[Any], T]], Callable[[Any], T]]:
+    """A decorator for what a command does with its configuration: the job holds the lock of the
+    folder `config.field` meanwhile, see `job_in`."""
+
+    def decorate(work: Callable[[Any], T]) -> Callable[[Any], T]:
+        @wraps(work)
+        def locked_work(config: Any) -> T:
+            with job_in(getattr(config, field), deep=deep):
+                return work(config)
+
+        return locked_work
+
+    return decorate
 
 
 def say(text: str) -> None:
@@ -234,15 +272,19 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 @contextmanager
 def agreed_errors() -> Iterator[None]:
-    """Raise on all processes what the main process raises in the block."""
-    found: list[str | None] = [None]
+    """Raise on all processes what the main process raises in the block, on the others as a
+    `SmaltiError`."""
+    raised: SmaltiError | None = None
     try:
         yield
     except SmaltiError as error:
-        found = [str(error)]
+        raised = error
+    found = [None if raised is None else str(raised)]
     broadcast_object_list(found)
+    if raised is not None:
+        raise raised
     if found[0] is not None:
-        raise CheckpointError(found[0])
+        raise SmaltiError(found[0])
 
 
 def refuse_divergence(tracked: Mapping[str, Stateful]) -> None:

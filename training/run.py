@@ -41,7 +41,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from smalti.config import config_to_dict
-from smalti.errors import EXIT_INTERRUPTED, CheckpointError
+from smalti.errors import EXIT_INTERRUPTED, BusyError, CheckpointError
+from smalti.folders import FolderLock, remove_leftovers, swappable
 from smalti.randomness import derive_seed
 from smalti.training import processes
 from smalti.training.checkpoint import (
@@ -49,12 +50,10 @@ from smalti.training.checkpoint import (
     Stateful,
     checkpoints,
     collect,
-    remove_leftovers,
     save_checkpoint,
 )
 from smalti.training.config import HOW_IT_GOES_ON, Precision, RunConfig
 from smalti.training.folder import (
-    RunLock,
     changes,
     export,
     find_checkpoint,
@@ -115,7 +114,8 @@ class Run:
         self._checkpoint = found
         self._data_fingerprint = ""
         self._tracked: dict[str, Stateful] = {}
-        self._lock = RunLock(self.folder)
+        # Of the folder, and of the place of the result, which no other process may write meanwhile.
+        self._locks = [FolderLock(self.folder), FolderLock(swappable(result), beside=True)]
         self._interrupt = InterruptGuard()
         self.accelerator.wait_for_everyone()  # all have read the folder before it changes
 
@@ -132,7 +132,8 @@ class Run:
             data_fingerprint: of the training data; a checkpoint of other data is refused.
 
         Raises:
-            CheckpointError: the checkpoint does not fit, or another run is active in the folder.
+            CheckpointError: the checkpoint does not fit.
+            BusyError: another process is writing into the folder, or the result.
         """
         self._data_fingerprint = data_fingerprint
         if self._checkpoint is not None:
@@ -166,15 +167,24 @@ class Run:
         return checkpoint.state["config"].get(name) != getattr(self.config, name)
 
     def _take_folder(self) -> None:
-        self._lock.acquire()
-        atexit.register(self._lock.release)
+        atexit.register(self._unlock)
+        try:
+            for lock in self._locks:
+                lock.acquire()
+        except BusyError:
+            self._unlock()
+            raise
         if checkpoints(self.folder) != self._seen:
-            self._lock.release()
+            self._unlock()
             raise CheckpointError(
                 f"another run wrote a checkpoint into {self.folder} while this one was starting:"
                 " start it again"
             )
         remove_leftovers(self.folder)
+
+    def _unlock(self) -> None:
+        for lock in self._locks:
+            lock.release()
 
     def share_of_data(self) -> dict[str, int]:
         """Which batches this process needs, as keyword arguments of `stream_batches`."""
@@ -198,7 +208,7 @@ class Run:
             with self._interrupt, LauncherWatch(self._interrupt, launcher()):
                 yield
         except BaseException:
-            self._lock.release()
+            self._unlock()
             raise
 
     def remaining_steps(self) -> Iterable[int]:
@@ -311,8 +321,10 @@ class Run:
         """Close the logs; the main process writes the finished model by `save(folder)`."""
         self._log.finish()
         if self.is_main:
-            export(self.folder, self.result, save)
-            self._lock.release()
+            try:
+                export(self.folder, self.result, save)
+            finally:
+                self._unlock()
         self.accelerator.wait_for_everyone()
         return self.result
 

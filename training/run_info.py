@@ -7,9 +7,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from smalti.errors import CheckpointError, SmaltiError
-from smalti.files import Info, command, read_json, read_lines
+from smalti.files import Info, checked_lines, command, read_json, read_lines
+from smalti.folders import FolderLock
 from smalti.training.checkpoint import Checkpoint, checkpoints, verify
-from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, RunLock, check_state
+from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, check_state
 
 # The settings that are shown, in this order; a run has some of them.
 SHOWN = ("data", "latents", "train_batch_size", "learning_rate", "max_train_steps", "seed")
@@ -38,13 +39,17 @@ def of_run(path: Path) -> Info:
     lines, newest, damaged = [("kind", "training run")], None, []
     for folder in reversed(checkpoints(path)):
         try:
-            newest = newest or check_state(verify(folder))
+            found = check_state(verify(folder))
+            newest = newest or found
         except SmaltiError as error:
             damaged.append(("damaged", str(error)))
     if newest is not None:
         lines = [("kind", f"{newest.state['kind']} run"), *_state_lines(newest)]
     else:
         lines.append(("step", "no checkpoint to resume from"))
+    for name in (METRICS, TIMING):
+        if (path / name).is_file():
+            damaged += [("damaged", problem) for problem in checked_lines(path / name)[1]]
     lines += [("last logged", _last(path / METRICS)), ("speed", _last(path / TIMING))]
     report, exported = path / REPORT, path / EXPORTED
     lines += [("report", str(report))] if report.is_file() else []
@@ -59,7 +64,7 @@ def of_run(path: Path) -> Info:
 
 def _active(path: Path) -> str:
     """The process that is training a run; empty if there is none."""
-    holder = RunLock(path).holder()
+    holder = FolderLock(path).holder()
     return f"yes: process {holder[0]} on {holder[1]}" if holder else ""
 
 

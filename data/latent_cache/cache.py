@@ -330,7 +330,7 @@ def refuse_other_cache(folder: Path, info: CacheInfo) -> None:
                 "choose another output folder"
             )
         return
-    others = [p.name for p in folder.iterdir() if not p.name.startswith(("shard-", ".tmp-"))]
+    others = [p.name for p in folder.iterdir() if not p.name.startswith(("shard-", "."))]
     if others:
         raise DataError(f"{folder} is not a latent cache (it holds {others[0]}): choose another")
     for shard in folder.glob("shard-*.safetensors"):

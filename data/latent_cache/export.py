@@ -14,9 +14,7 @@ type that the cache has; the columns of pairs (rectified flow) are data and nois
 
 import io
 import math
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +27,8 @@ from smalti.data.latent_cache.cache import MANIFEST, CacheInfo, LatentCache
 from smalti.data.latents import ContinuousSpec
 from smalti.data.sources.webdataset import tar_writer, write_sample
 from smalti.errors import DataError
-from smalti.files import replacing, sha256_of, write_json, write_text
+from smalti.files import replacing, sha256_of, write_hashed_json, write_text
+from smalti.folders import replacing_folder
 
 Format = Literal["parquet", "webdataset"]
 Columns = Mapping[str, np.ndarray]  # name -> (n, views, ...)
@@ -41,28 +40,24 @@ GROUP = 1024  # rows of a row group of a parquet file
 def export_cache(folder: Path, out: Path, layout: Format) -> list[Path]:
     """Write a cache, or the caches of all splits in a folder, to a new folder; return its files.
 
-    The folder is written to a temporary place and renamed.
+    The folder appears complete or not at all.
 
     Raises:
         DataError: there is no finished cache, `out` exists already, or a package is missing.
     """
     write = WRITERS[layout]()
+    with replacing_folder(out, check=lambda: _refuse_existing(out)) as new:
+        caches = {path.relative_to(folder): LatentCache(path) for path in _caches_in(folder)}
+        for name, cache in caches.items():
+            _export(cache, new / name, layout, write)
+        write_text(new / "README.md", _card(caches, SUFFIXES[layout]))
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _refuse_existing(out: Path) -> None:
+    """Raise `DataError` if there is anything at `out` but an empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out} exists, and nothing is overwritten: choose another folder")
-    out = Path(os.path.abspath(out))
-    caches = {path.relative_to(folder): LatentCache(path) for path in _caches_in(folder)}
-    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
-    try:
-        for name, cache in caches.items():
-            _export(cache, temporary / name, layout, write)
-        write_text(temporary / "README.md", _card(caches, SUFFIXES[layout]))
-        if out.is_dir():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return sorted(path for path in out.rglob("*") if path.is_file())
 
 
 def columns_of(info: CacheInfo, stored: np.ndarray) -> dict[str, np.ndarray]:
@@ -89,7 +84,7 @@ Writer = Callable[[Path, np.ndarray, np.ndarray, Columns], None]  # path, indice
 
 
 def _export(cache: LatentCache, out: Path, layout: Format, write: Writer) -> None:
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     shards = []
     for number in tqdm(range(cache.info.num_shards), desc=f"export {cache.folder.name}"):
         indices = np.arange(*cache.info.shard_range(number))
@@ -99,7 +94,7 @@ def _export(cache: LatentCache, out: Path, layout: Format, write: Writer) -> Non
             write(temporary, indices, cache.labels[indices].numpy(), columns)
         shards.append({"url": path.name, "nsamples": len(indices), "sha256": sha256_of(path)})
     manifest = {"format": layout, "cache": config_to_dict(cache.info), "shardlist": shards}
-    write_json(out / INDEX, manifest)
+    write_hashed_json(out / INDEX, manifest)
 
 
 def _card(caches: Mapping[Path, LatentCache], suffix: str) -> str:

@@ -6,10 +6,8 @@
 Nothing is written before everything is verified, and a folder appears complete or not at all.
 """
 
-import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from smalti.errors import ConversionError, SmaltiError
 from smalti.files import read_json, replacing, write_json
+from smalti.folders import claimed, replacing_folder
 from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.layout import Imported, export_tensors, import_tensors, matches
 from smalti.pipelines.convert.reader import (
@@ -73,27 +72,11 @@ def _check_out(out: Path) -> None:
         raise ConversionError(f"{out} exists: choose another path, nothing is overwritten")
 
 
-def _write_folder(out: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary folder, and rename that to `out` when it is complete."""
-    out = Path(os.path.abspath(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
-    try:
-        write(temporary)
-        if out.is_dir():
-            out.rmdir()  # empty, see `_check_out`
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _write_tensors(path: Path, tensors: dict[str, Tensor], wrapper: str = "") -> None:
     """Write a safetensors file, or a pickle under the key that the original code looks for."""
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         if path.suffix == SAFETENSORS:
             save_file(contiguous, temporary, metadata={"format": "pt"})
@@ -238,12 +221,12 @@ def convert(source: str, checkpoint: Path, out: Path, options: Options | None = 
         What was found in the file, as lines to print.
 
     Raises:
-        SmaltiError: see `read_published`; or `out` exists and is not an empty folder. Nothing is
-            written then.
+        SmaltiError: see `read_published`; or `out` exists and is not an empty folder, or another
+            process is writing it. Nothing is written then.
     """
-    _check_out(out)
-    model, lines = read_published(source, checkpoint, options)
-    _write_folder(out, model.save_pretrained)
+    with replacing_folder(out, check=lambda: _check_out(out)) as new:
+        model, lines = read_published(source, checkpoint, options)
+        model.save_pretrained(new)
     return lines
 
 
@@ -361,24 +344,20 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
     if not writer.fits(model.config):
         parts = [*map(str, _obstacles(writer, model.config)), "choose another layout, or none"]
         raise ConversionError(f"this model is no {writer.title}: {', '.join(parts)}")
-    _check_out(out)
     ours = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     tensors = export_tensors(writer.layout(model.config), ours)
     config = writer.export_config(model.config)
     if config is not None and is_file:
         raise ConversionError(f"{name} is written as a folder: name one instead of {out.name}")
     if is_file:
-        _write_tensors(out, tensors, writer.export_wrapper)
+        with claimed(out, lambda: _check_out(out)):
+            _write_tensors(out, tensors, writer.export_wrapper)
     else:
-
-        def fill(folder: Path) -> None:
-            folder.mkdir(parents=True)
-            file = "model" if config is None else "diffusion_pytorch_model"
-            _write_tensors(folder / f"{file}{SAFETENSORS}", tensors)
+        file = "model" if config is None else "diffusion_pytorch_model"
+        with replacing_folder(out, check=lambda: _check_out(out)) as new:
+            _write_tensors(new / f"{file}{SAFETENSORS}", tensors)
             if config is not None:
-                write_json(folder / "config.json", config)
-
-        _write_folder(out, fill)
+                write_json(new / "config.json", config)
     flags = "".join(f" --{key} {value}" for key, value in writer.flags(model.config).items())
     return [
         f"{len(tensors)} tensors in the layout of a {writer.title}",

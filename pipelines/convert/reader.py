@@ -31,6 +31,8 @@ from torch import Tensor
 
 from smalti.errors import ConversionError, SmaltiError
 from smalti.files import read_json
+from smalti.weights import COUNTER, without_wrappers
+from smalti.weights import WRAPPERS as WRAPPED_IN
 
 # -------------------------------------------------------------------------------------------------
 # Scanning a pickle. A pickle is a program for a stack machine; this one keeps only class names on
@@ -235,8 +237,15 @@ def _ignored(name: str) -> bool:
 
 
 def _verify_checksums(path: Path) -> None:
-    """Raise `ConversionError` if the bytes of a zip file are not those that were written."""
+    """Raise `ConversionError` if the bytes of a zip file are not those that were written, or if its
+    members would take more space than the file: torch neither compresses nor overlaps them."""
     with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+        if size > path.stat().st_size:
+            raise ConversionError(
+                f"{path} takes {path.stat().st_size / 1e6:,.1f} MB, and its parts would take "
+                f"{size / 1e6:,.1f} MB: torch.save writes no such file"
+            )
         if not any(member.CRC for member in archive.infolist()):  # torch can be set to write none
             return
         damaged = archive.testzip()  # reads a megabyte at a time
@@ -290,8 +299,12 @@ SHARDS = ".index.json"  # end of the name of the file that lists which shard hol
 # from the exponential moving average.
 WRAPPERS = ("ema", "model", "module", "state_dict")
 
-# What DistributedDataParallel and torch.compile put before all names.
-PREFIXES = ("module.", "_orig_mod.")
+# What training scripts put before all names; in the middle of a name it may be a layer's own.
+PREFIX = "net."
+
+# The tensors of a checkpoint may have this many times the bytes of its file: some are shared
+# between names, or repeated along an axis, and take no space of their own there.
+EXPANSION = 4
 
 
 @dataclass(frozen=True)
@@ -375,21 +388,34 @@ def read_checkpoint(path: Path, wrappers: Sequence[str] = WRAPPERS) -> Published
     tensors, keys = _unwrap(content, wrappers)
     if not tensors:
         raise ConversionError(f"{file} holds no tensors: it is not a checkpoint of a model")
+    _check_tensors(tensors, file)
+    config = file.parent / CONFIG
+    settings = read_json(config) if config.is_file() else {}
+    return PublishedCheckpoint(
+        path=file,
+        tensors=_without_prefixes(tensors, file),
+        wrapper=".".join(keys),
+        others=_others(content, keys, wrappers),
+        config=settings if isinstance(settings, dict) else {},
+    )
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Raise `ConversionError` unless tensors are dense, and not far larger than their file."""
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise ConversionError(
                 f"{file}: {name} is sparse, quantized or on the meta device; only dense tensors "
                 "with values are read"
             )
-    config = file.parent / CONFIG
-    settings = read_json(config) if config.is_file() else {}
-    return PublishedCheckpoint(
-        path=file,
-        tensors=_without_prefixes(tensors),
-        wrapper=".".join(keys),
-        others=_others(content, keys, wrappers),
-        config=settings if isinstance(settings, dict) else {},
-    )
+    size, limit = sum(t.nbytes for t in tensors.values()), EXPANSION * file.stat().st_size
+    if size > limit:
+        largest = max(tensors, key=lambda name: tensors[name].nbytes)
+        raise ConversionError(
+            f"{file} takes {file.stat().st_size / 1e6:,.1f} MB, its tensors would take "
+            f"{size / 1e6:,.1f} MB ({largest} has shape {tuple(tensors[largest].shape)}): values "
+            "are repeated or shared; save the state dict again with every tensor cloned"
+        )
 
 
 def _weights_file(path: Path) -> Path:
@@ -448,8 +474,19 @@ def _others(content: Any, keys: Sequence[str], wrappers: Sequence[str]) -> tuple
     )
 
 
-def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            return _without_prefixes({n.removeprefix(prefix): t for n, t in tensors.items()})
-    return tensors
+def _without_prefixes(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors under the names that they had before the model was wrapped, without counters."""
+    wrappers = [part for part in WRAPPED_IN if f"{part}." != PREFIX]
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] == COUNTER:
+            continue
+        inside = without_wrappers(name, wrappers)
+        if inside in plain:
+            raise ConversionError(
+                f"{file} has {inside} twice, once as {name}: save the state dict of one model alone"
+            )
+        plain[inside] = tensor
+    while plain and all(name.startswith(PREFIX) for name in plain):
+        plain = {name.removeprefix(PREFIX): tensor for name, tensor in plain.items()}
+    return plain

@@ -10,7 +10,9 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -117,7 +119,8 @@ def run_command(
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        status = command(argv) or 0
+        with _ended_by_signals():
+            status = command(argv) or 0
         leave_job()
         return status
     except SmaltiError as error:
@@ -137,6 +140,27 @@ def run_command(
         place = error.filename or "while writing"
         remedy = MACHINE_FAULTS[error.errno]
         return _complain(f"{error.strerror}: {place}: {remedy}", EXIT_FAILURE)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does: what is unfinished is removed, and the exit
+    status is the same. A signal that is ignored, as under nohup, stays ignored."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    handled = []
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+        handled = [n for n in numbers if n and signal.getsignal(n) is signal.SIG_DFL]
+    try:
+        for number in handled:
+            signal.signal(number, interrupt)
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def leave_job() -> None:

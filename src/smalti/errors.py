@@ -6,6 +6,7 @@ SmaltiError                 the root: catch this one to catch all
   CheckpointError           saved models, checkpoints and runs
   ConversionError           import and export of published checkpoints
   GenerationError           arguments of sampling, and generation jobs
+  BusyError                 a folder into which another process is writing
 """
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, also used for SIGTERM: saved, and ready to resume
@@ -37,3 +38,7 @@ class ConversionError(SmaltiError):
 
 class GenerationError(SmaltiError):
     """An argument of sampling is wrong, or a generation job cannot be started or continued."""
+
+
+class BusyError(SmaltiError):
+    """Another process is writing into a folder."""

@@ -1,6 +1,6 @@
 """Files on disk: written atomically, checked when read.
 
-Text, JSON, JSON lines, and the weights of models as safetensors.
+Text, JSON, JSON with the hashes of what belongs to it, and JSON lines.
 """
 
 import errno
@@ -9,19 +9,17 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
-from smalti.config import nearest
 from smalti.errors import CheckpointError, SmaltiError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 
 @contextmanager
@@ -30,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     If writing fails, the temporary file is removed and `path` stays as it was.
     """
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -91,49 +89,175 @@ def read_json(path: Path) -> Any:
         raise SmaltiError(f"{path} is damaged: it is not valid JSON ({error})") from error
 
 
-def first_difference(path: Path, settings: dict[str, Any]) -> tuple[str, Any] | None:
-    """Name and stored value of the first of `settings` that differs in a JSON file, or None.
-
-    Raises:
-        SmaltiError: the file is damaged, or contains no settings.
-    """
-    stored = read_json(path)
-    if not isinstance(stored, dict):
-        raise SmaltiError(f"{path} does not contain settings: choose another output folder")
-    wanted = json.loads(json.dumps(settings))  # tuples become lists
-    return next(((k, stored.get(k)) for k in wanted if stored.get(k) != wanted[k]), None)
-
-
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+# -------------------------------------------------------------------------------------------------
+# A JSON file that records the SHA-256 of its own content and of other files, so that a change of
+# any of them is found.
+
+HASHES = "sha256"  # the entry: names of files -> hashes
+
+
+def write_hashed_json(path: Path, content: Mapping[str, Any], files: Iterable[str] = ()) -> None:
+    """Write JSON with the entry `HASHES`: of its other entries, and of files in the same folder.
+
+    Args:
+        files: paths relative to the folder of `path`.
+    """
+    hashes = {path.name: _hash_of(content)}
+    hashes |= {name: sha256_of(path.parent / name) for name in files}
+    write_json(path, {**content, HASHES: hashes})
+
+
+def recorded_hashes(path: Path) -> dict[str, str]:
+    """The hashes that a file of `write_hashed_json` records; empty if there are none, as in the
+    files of smalti 0.1.0.
+
+    Raises:
+        SmaltiError: the file is damaged.
+    """
+    content = read_json(path)
+    hashes = content.get(HASHES, {}) if isinstance(content, dict) else {}
+    if not isinstance(hashes, dict) or (hashes and path.name not in hashes):
+        raise CheckpointError(f'{path} is damaged: "{HASHES}" does not hold the hash of the file')
+    return hashes
+
+
+def check_hashes(path: Path, files: Iterable[str] = ()) -> None:
+    """Compare a file of `write_hashed_json`, and files that it records, with their hashes.
+
+    Raises:
+        CheckpointError: one of them is damaged or was changed.
+    """
+    hashes = recorded_hashes(path)
+    if not hashes:
+        return
+    content = {key: value for key, value in read_json(path).items() if key != HASHES}
+    found = {path.name: _hash_of(content)}
+    found |= {name: sha256_of(path.parent / name) for name in files}
+    for name, value in found.items():
+        if hashes.get(name) != value:
+            raise changed(path.parent / name)
+
+
+def read_hashed_json(path: Path) -> dict[str, Any]:
+    """The content of a file of `write_hashed_json`, which has its hash, or of smalti 0.1.0.
+
+    Raises:
+        SmaltiError: it is damaged, was edited, or contains no settings.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise SmaltiError(f"{path} does not contain settings: choose another output folder")
+    hashes = content.pop(HASHES, None)
+    renamed = any(isinstance(value, dict) and path.name in value for value in content.values())
+    if hashes is not None and isinstance(hashes, dict):
+        hashes = hashes.get(path.name, "")
+    if renamed or hashes not in (None, _hash_of(content)):
+        raise SmaltiError(
+            f"{path} is damaged, or was edited: it does not have the {HASHES} that it records. "
+            "Restore a copy of it, or choose another output folder"
+        )
+    return content
+
+
+def first_difference(path: Path, settings: dict[str, Any]) -> tuple[str, Any] | None:
+    """Name and stored value of the first of `settings` that differs in a file of
+    `write_hashed_json`, or None.
+
+    Raises:
+        SmaltiError: the file is damaged, or contains no settings.
+    """
+    stored = read_hashed_json(path)
+    wanted = json.loads(json.dumps(settings))  # tuples become lists
+    return next(((k, stored.get(k)) for k in wanted if stored.get(k) != wanted[k]), None)
+
+
+def changed(path: Path) -> CheckpointError:
+    """The error for a file whose hash is not the one that was recorded."""
+    return CheckpointError(
+        f"{path} is damaged, or was changed after it was saved: its {HASHES} is not the one "
+        "recorded then. Copy or download it again; if the change is meant, load the model with "
+        "from_pretrained(..., verify=False) and save it again"
+    )
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of plain values, whatever the order of keys and the white space of their file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------
+# Logs: one JSON object on each line, the last entry of which is a checksum of the others. Lines of
+# smalti 0.1.0 have none.
+
+CHECKSUM = "crc32"
+COMPLETE = rf'"{CHECKSUM}": "[0-9a-f]{{8}}"}}'  # the end of a line
+
+
 def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Append one line of JSON to a file."""
+    """Append one line of JSON, with its checksum, to a file."""
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(content) + "\n")
+        stream.write(_with_checksum(content) + "\n")
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines of a log, if there is one, up to a step."""
-    if path.is_file():
-        kept = [line for line in read_lines(path) if line["step"] <= step]
-        write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+def drop_lines_after(path: Path, step: int) -> list[str]:
+    """Keep the lines of a log, if there is one, up to a step.
+
+    Returns:
+        What is wrong with lines that are damaged; they are dropped, too.
+    """
+    if not path.is_file():
+        return []
+    lines, damaged = checked_lines(path)
+    kept = [line for line in lines if line["step"] <= step]
+    write_text(path, "".join(f"{_with_checksum(line)}\n" for line in kept))
+    return damaged
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; incomplete ones, which a killed run leaves, are skipped."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+    """The undamaged lines of a log, without their checksums."""
+    return checked_lines(path)[0]
+
+
+def checked_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The undamaged lines of a log, without their checksums, and what is wrong with the others.
+
+    An incomplete last line, which a killed run leaves, is not damage.
+    """
+    *texts, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines, damaged = [], []
+    for number, text in enumerate([*texts, rest], start=1):
+        line = _checked(text)
+        if line is not None:
             lines.append(line)
-    return lines
+        elif number <= len(texts) or re.search(COMPLETE, text):
+            damaged.append(f"line {number} of {path} is damaged")
+    return lines, damaged
+
+
+def _with_checksum(content: dict[str, Any]) -> str:
+    text = json.dumps(content)
+    return f'{text[:-1]}, "{CHECKSUM}": "{zlib.crc32(text.encode()):08x}"}}'
+
+
+def _checked(text: str) -> dict[str, Any] | None:
+    """The content of a line; None if it is incomplete or damaged."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        return None
+    *content, last = line.items()
+    expected = f"{zlib.crc32(json.dumps(dict(content)).encode()):08x}"
+    if CHECKSUM in last or expected in last:  # one of them alone: the other is damaged
+        return dict(content) if last == (CHECKSUM, expected) else None
+    return line
 
 
 # -------------------------------------------------------------------------------------------------
@@ -151,155 +275,3 @@ class Info:
 def command(*words: str | Path) -> str:
     """A command of smalti, quoted for a shell."""
     return shlex.join(["smalti", *map(str, words)])
-
-
-# -------------------------------------------------------------------------------------------------
-# Weights: one safetensors file. Its names and shapes are compared with those of the model, and the
-# number of the model's parameters with the file, before memory is allocated. Pickle is never read.
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-# First letter of a safetensors dtype code (BF16, F8_E4M3, I64, U8, C64) -> kind of number.
-KINDS = {"B": "float", "F": "float", "I": "integer", "U": "integer", "C": "complex"}
-
-
-@dataclass(frozen=True)
-class _Header:
-    """Shape and kind of a tensor, known before it is read; loading never converts the kind."""
-
-    shape: tuple[int, ...]
-    kind: str  # "float", "integer", "bool" or "complex"
-
-
-def save_weights(path: Path, state: "Mapping[str, Tensor]") -> None:
-    """Write tensors, from any device, to a safetensors file."""
-    from safetensors.torch import save_file
-
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata={"format": "pt"})
-
-
-def hash_weights(state: "Mapping[str, Tensor]", prefix: bytes = b"") -> str:
-    """sha256 over `prefix` and the names, shapes and values of tensors, on any device.
-
-    Half-precision values are hashed as the equal 32-bit values, so that a model has the same hash
-    in memory, on disk, and after loading.
-    """
-    import torch
-
-    digest = hashlib.sha256(prefix)
-    for name, tensor in sorted(state.items()):
-        values = tensor.detach().cpu()
-        if values.dtype in (torch.bfloat16, torch.float16):
-            values = values.float()
-        digest.update(f"{name}/{values.dtype}/{tuple(values.shape)}".encode())
-        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def load_weights(
-    build: "Callable[[], nn.Module]", path: Path, beside: Sequence[str] = ()
-) -> "nn.Module":
-    """The model that `build` returns, with every parameter and buffer read from `path`.
-
-    Floating-point tensors are converted to the precision of the model. The global random state
-    stays as it was.
-
-    Args:
-        beside: names of tensors that the file may have and that are not of the model.
-
-    Raises:
-        CheckpointError: the file is missing or damaged; a tensor is missing, unknown, or has
-            the wrong shape or kind.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} has no {path.name}{_pickle_hint(path.parent)}")
-    try:
-        found = {k: v for k, v in _read_headers(path).items() if k not in beside}
-        with torch.device("meta"), _registering_at_most(4 * len(found) + 64, path):
-            expected = {name: _header(value) for name, value in build().state_dict().items()}
-        _compare(expected, found, path)
-        with torch.random.fork_rng(devices=[]):
-            model = build()
-        model.load_state_dict({k: v for k, v in load_file(path).items() if k not in beside})
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    return model
-
-
-def _pickle_hint(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-    return f" ({names[0]} is a pickle, which can run code and is not read)" if names else ""
-
-
-def _read_headers(path: Path) -> dict[str, _Header]:
-    """Shapes and kinds of the tensors in a file; none of them is read."""
-    from safetensors import safe_open
-
-    headers = {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            part = file.get_slice(name)
-            code = part.get_dtype()
-            kind = "bool" if code == "BOOL" else KINDS[code[0]]
-            headers[name] = _Header(tuple(part.get_shape()), kind)
-    return headers
-
-
-def _header(tensor: "Tensor") -> _Header:
-    dtype = tensor.dtype
-    if dtype.is_floating_point or dtype.is_complex:
-        return _Header(tuple(tensor.shape), "complex" if dtype.is_complex else "float")
-    return _Header(tuple(tensor.shape), "bool" if str(dtype) == "torch.bool" else "integer")
-
-
-@contextmanager
-def _registering_at_most(limit: int, path: Path) -> Iterator[None]:
-    """Stop building a model once it has more than `limit` parameters.
-
-    Otherwise a config with a billion layers would exhaust the memory before the comparison.
-    """
-    from torch.nn.modules.module import register_module_parameter_registration_hook
-
-    count = 0
-
-    def on_parameter(*_: object) -> None:
-        nonlocal count
-        count += 1
-        if count > limit:
-            raise CheckpointError(
-                f"{path} has far fewer tensors than the model that the config describes"
-            )
-
-    handle = register_module_parameter_registration_hook(on_parameter)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _compare(expected: dict[str, _Header], found: dict[str, _Header], path: Path) -> None:
-    missing, surplus = sorted(expected.keys() - found), sorted(found.keys() - expected)
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        hint = f"; it has {surplus[0]}, which is unknown" if surplus else ""
-        raise CheckpointError(f"{path} lacks the tensor {missing[0]}{more}{hint}")
-    if surplus:
-        hint = nearest(surplus[0], expected)
-        raise CheckpointError(
-            f"{path} has a tensor {surplus[0]} that the model does not have; {hint}"
-        )
-    for name, header in expected.items():
-        if found[name].shape != header.shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {found[name].shape}; the config requires {header.shape}"
-            )
-        if found[name].kind != header.kind:
-            raise CheckpointError(
-                f"{path}: {name} has {found[name].kind} values; the model takes {header.kind}"
-            )

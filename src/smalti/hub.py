@@ -1,7 +1,8 @@
 """Models by name; saving and loading them like any Hugging Face model, but strictly.
 
     folder/config.json          {"type": registry name, "format_version": 1, "smalti_version": ...,
-                                 and the fields of the model's config}
+                                 the fields of the model's config, and "sha256": the hashes of
+                                 all this and of model.safetensors, which loading verifies}
     folder/model.safetensors    every parameter and buffer
 
 Only JSON and safetensors are ever read, never pickle; a name in a file is looked up in a registry,
@@ -10,23 +11,34 @@ folder never uses the network.
 """
 
 import json
-import os
 import pkgutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from smalti import checkpoints
 from smalti.checkpoints import is_checkpoint
 from smalti.config import config_from_dict, config_to_dict, nearest, read_value
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
-from smalti.files import hash_weights, load_weights, read_json, save_weights, write_json
+from smalti.files import HASHES, check_hashes, read_json, recorded_hashes, write_hashed_json
+from smalti.folders import contents, replacing_folder
+from smalti.repository import check_options, first_line, resolve_folder, upload
+from smalti.weights import (
+    AS_SAVED,
+    chosen_dtype,
+    hash_weights,
+    load_weights,
+    plain_state,
+    save_weights,
+    saved_dtype,
+    state_to_save,
+)
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 FORMAT_VERSION = 1
@@ -206,122 +218,6 @@ def named_options(text: str) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------
-# The precision of a loaded model: a `torch.dtype`, its name, or "auto", that of the saved weights
-
-AS_SAVED = "auto"
-NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # in safetensors
-
-
-def chosen_dtype(
-    dtype: "torch.dtype | str | None", torch_dtype: "torch.dtype | str | None"
-) -> "torch.dtype | Literal['auto'] | None":
-    """The value of `dtype=` or of `torch_dtype=`, its older name; None if neither is given.
-
-    Raises:
-        ConfigurationError: they differ, or one is not a floating-point type.
-    """
-    given, older = _read("dtype", dtype), _read("torch_dtype", torch_dtype)
-    if given is not None and older is not None and given != older:
-        raise ConfigurationError(
-            f"dtype is {dtype}, torch_dtype is {torch_dtype}: they differ, give one of them"
-        )
-    return older if given is None else given
-
-
-def _read(
-    argument: str, value: "torch.dtype | str | None"
-) -> "torch.dtype | Literal['auto'] | None":
-    import torch
-
-    if value is None or value == AS_SAVED:
-        return value
-    if isinstance(value, str) and value in NAMES.values():
-        return getattr(torch, value)
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return value
-    hint = nearest(str(value).removeprefix("torch."), {AS_SAVED, *NAMES.values()})
-    raise ConfigurationError(f"{argument} is {value!r}, not a precision of a model; {hint}")
-
-
-def saved_dtype(path: Path) -> "torch.dtype | None":
-    """The type of the floating-point numbers in a safetensors file; None if there are several."""
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        codes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    names = {NAMES[code] for code in codes if code in NAMES}
-    return getattr(torch, names.pop()) if len(names) == 1 else None
-
-
-# -------------------------------------------------------------------------------------------------
-# Model folders, local or from the Hugging Face Hub; a local folder never uses the network
-
-
-def resolve_folder(
-    path_or_hub_id: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """A local folder, or the local copy of a Hub repository (JSON, safetensors and model card).
-
-    Raises:
-        CheckpointError: no such folder, and no such repository that can be downloaded.
-    """
-    text = os.path.expanduser(str(path_or_hub_id))
-    if os.path.isdir(text):
-        return Path(text)
-    parts = text.split("/")
-    looks_like_path = isinstance(path_or_hub_id, Path) or text.startswith((".", "/", "~"))
-    if looks_like_path or len(parts) != 2 or not all(parts) or os.path.isdir(parts[0]):
-        raise CheckpointError(f"folder not found: {path_or_hub_id}")
-    import huggingface_hub
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                text,
-                revision=revision,
-                token=token,
-                local_files_only=local_files_only,
-                allow_patterns=["*.json", "*.safetensors", "*.md", "samples.png"],
-            )
-        )
-    except Exception as error:  # the Hub client raises many types; all mean "not available"
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f'"{text}" is not a local folder, and cannot be downloaded from the Hub: {first_line}'
-        ) from error
-
-
-def upload(
-    save: Callable[[str | Path], Any],
-    repo_id: str,
-    *,
-    private: bool | None,
-    token: str | None,
-    commit_message: str,
-    create_pr: bool,
-) -> str:
-    """Save into a temporary folder and upload it to the Hub in one commit."""
-    import huggingface_hub
-
-    api = huggingface_hub.HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
-        save(folder)
-        info = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
-    return str(info)
-
-
-# -------------------------------------------------------------------------------------------------
 # Models that are saved and loaded
 
 
@@ -346,15 +242,31 @@ class Pretrained:
     _copy_of: Copy | None = None  # set by `cast`; no longer valid once the weights change
 
     def save_pretrained(self, path: str | Path) -> Path:
-        """Write config.json and model.safetensors into the folder `path`.
+        """Write config.json and model.safetensors into the folder `path`, replaced as a whole.
+
+        Parts inside torch.compile, DataParallel or pruning are saved as they are without.
 
         Raises:
-            CheckpointError: the folder exists and contains something else than such a model.
+            CheckpointError: the folder exists and contains something else than such a model; the
+                model could not be loaded again; a weight is infinite or NaN. The folder then stays
+                as it was.
         """
         folder = Path(path)
-        _check_target(folder, self.registry)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(folder / WEIGHTS, self.state_dict())  # type: ignore[attr-defined]
+        with replacing_folder(folder, check=lambda: _check_target(folder, self.registry)) as new:
+            content, model = self._content_of_config(), cast("nn.Module", self)
+            state = state_to_save(model, lambda: type(self)(self.config))  # type: ignore[call-arg]
+            save_weights(new / WEIGHTS, state)
+            write_hashed_json(new / CONFIG, content, [WEIGHTS])
+        return folder
+
+    def _content_of_config(self) -> dict[str, Any]:
+        """What config.json says, which loading understands as the same config."""
+        fields = config_to_dict(self.config)
+        if config_from_dict(type(self.config), fields, "the config") != self.config:
+            raise CheckpointError(
+                f"the config {self.config} is not the same after it was saved and loaded: use "
+                "tuples for lists, and finite numbers"
+            )
         header = {
             "type": self.registry.name_of(type(self)),
             "format_version": FORMAT_VERSION,
@@ -362,10 +274,7 @@ class Pretrained:
         }
         if self._copy_of is not None and self._copy_of.checksum == self.checksum:
             header[COPY] = config_to_dict(self._copy_of)
-        write_json(
-            folder / CONFIG, {**header, **_rename_key(config_to_dict(self.config), "kind", "type")}
-        )
-        return folder
+        return {**header, **_rename_key(fields, "kind", "type")}
 
     @classmethod
     def from_pretrained(
@@ -376,10 +285,14 @@ class Pretrained:
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
         dtype: "torch.dtype | str | None" = None,
         torch_dtype: "torch.dtype | str | None" = None,
         device: "torch.device | str | None" = None,
         weights: checkpoints.Weights = "ema",
+        verify: bool = True,
+        variant: str | None = None,
+        low_cpu_mem_usage: bool | None = None,
     ) -> Self:
         """Load a model saved by `save_pretrained`, from a folder or from the Hub, in eval mode.
 
@@ -387,25 +300,45 @@ class Pretrained:
 
         Args:
             weights: of a checkpoint: "ema", the average over the run, or "raw".
+            subfolder: the folder of the model within the path or the repository; nothing else is
+                downloaded.
+            revision, token, local_files_only, cache_dir: for the Hub, as in Diffusers.
             dtype: precision of the weights, a type or its name, such as "bfloat16"; "auto": that
                 of the saved weights; None: fp32.
             torch_dtype: another name of `dtype`.
+            verify: compare config and weights with the hashes that were saved with them, which
+                takes about a second for 1 to 2 GB. Models of smalti 0.1.0 have none.
+            variant: refused, because a folder holds one set of weights: give `dtype`.
+            low_cpu_mem_usage: always the case, False is refused: a model is loaded in little more
+                memory than its own.
 
         Raises:
             CheckpointError: there is no model, or one of another kind; a config key or a tensor is
                 missing, unknown or of the wrong type or shape; a file is damaged.
-            ConfigurationError: no such precision.
+            ConfigurationError: no such precision; an option that cannot be met.
         """
+        check_options(variant=variant, low_cpu_mem_usage=low_cpu_mem_usage)
         precision = chosen_dtype(dtype, torch_dtype)
         folder = resolve_folder(
-            path_or_hub_id, revision=revision, token=token, local_files_only=local_files_only
+            path_or_hub_id,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+            needs=(CONFIG, WEIGHTS),
         )
-        folder = folder / subfolder if subfolder else folder
         target, config, copy = cls._saved(folder)
-        file, beside = folder / WEIGHTS, ()
+        file, beside, hashes = folder / WEIGHTS, (), {}
         if is_checkpoint(folder):
             file, beside = checkpoints.weight_file(folder, weights), (checkpoints.UPDATES,)
-        model: Any = load_weights(lambda: _build(target, config, folder), file, beside)
+        elif verify:
+            hashes = recorded_hashes(folder / CONFIG)
+        expected = hashes.get(WEIGHTS, "not recorded") if hashes else None
+        model: Any = load_weights(lambda: _build(target, config, folder), file, expected, beside)
+        if verify and not is_checkpoint(folder):
+            # last: what is wrong in a config is an error with a better name
+            check_hashes(folder / CONFIG)
         if copy is not None:
             model._copy_of = _read_copy(copy, model, folder)
         if precision == AS_SAVED:
@@ -459,8 +392,16 @@ class Pretrained:
         token: str | None = None,
         commit_message: str = "Upload smalti model",
         create_pr: bool = False,
+        revision: str | None = None,
     ) -> str:
-        """Upload what `save_pretrained` writes, in one commit; return the URL of the commit."""
+        """Upload what `save_pretrained` writes, in one commit; return the URL of the commit.
+
+        Args:
+            revision: the branch, which is made if there is none; None: the main one.
+
+        Raises:
+            CheckpointError: the Hub cannot be reached, or refuses.
+        """
         return upload(
             self.save_pretrained,
             repo_id,
@@ -468,13 +409,14 @@ class Pretrained:
             token=token,
             commit_message=commit_message,
             create_pr=create_pr,
+            revision=revision,
         )
 
     @property
     def checksum(self) -> str:
         """sha256 over config and weights as they are, equal on any device."""
         config = json.dumps(config_to_dict(self.config), sort_keys=True).encode()
-        return hash_weights(self.state_dict(), config)  # type: ignore[attr-defined]
+        return hash_weights(plain_state(cast("nn.Module", self)), config)
 
     @property
     def fingerprint(self) -> str:
@@ -509,7 +451,7 @@ def _check_target(folder: Path, registry: Registry) -> None:
         return
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: choose a folder")
-    if all(path.name.startswith(".tmp-") for path in folder.iterdir()):
+    if not contents(folder):
         return
     try:
         _read_config(folder, registry)
@@ -530,6 +472,7 @@ def _read_config(folder: Path, registry: Registry) -> dict[str, Any]:
     if found != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {found}; this smalti reads {FORMAT_VERSION}")
     content.pop("smalti_version", None)  # for readers of the file: the release that wrote it
+    content.pop(HASHES, None)
     if content["type"] not in registry:
         raise CheckpointError(f"{path}: {_unknown_type(content['type'], registry)}")
     return content
@@ -567,7 +510,6 @@ def _build(target: Any, config: Any, folder: Path) -> Any:
         TypeError,
         ValueError,
     ) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{folder / CONFIG} describes an impossible model: {first_line}"
+            f"{folder / CONFIG} describes an impossible model: {first_line(error)}"
         ) from error

@@ -373,7 +373,6 @@ def test_a_write_that_fails_leaves_nothing(state, tmp_path: Path, monkeypatch) -
     torch.save(state, tmp_path / "file.pt")
 
     def fail(self, folder: Path) -> None:
-        folder.mkdir()
         (folder / "half").touch()
         raise OSError(28, "No space left on device")
 

@@ -1,11 +1,14 @@
 """`smalti convert` and `smalti export` from the command line."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from smalti.cli import main
+from smalti.folders import FolderLock
 from smalti.pipelines.convert.convert import export
 from smalti.prior.next_token.model import NextTokenPrior
 from smalti.tokenizer.base import Tokenizer
@@ -57,6 +60,17 @@ def test_convert_prints_what_it_found(var: Path, tmp_path: Path, capsys) -> None
         assert line in told
     model = Tokenizer.from_pretrained(out)
     assert model.image_size == 16 and model.spec.grids == ((1, 1), (3, 3), (8, 8))
+
+
+def test_a_second_conversion_into_one_folder_is_refused(var: Path, tmp_path: Path, capsys) -> None:
+    job = ("convert", "var-tokenizer", var, tmp_path / "ours", "--scales", "1,3,8")
+    with FolderLock(tmp_path / "ours", beside=True), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, *job).result() == 2
+    told = capsys.readouterr().err.splitlines()
+    assert f"another run is active in {tmp_path / 'ours'} (process {os.getpid()}" in told[0]
+    (tmp_path / ".tmp-ours-0123abcd").mkdir()  # left by a process that was killed
+    assert run(*job) == 0
+    assert sorted(os.listdir(tmp_path)) == ["ours", "var.pth"]
 
 
 def test_options_may_stand_first_or_in_a_recipe(var: Path, tmp_path: Path) -> None:

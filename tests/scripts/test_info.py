@@ -16,17 +16,17 @@ from toy_run import train as train_toy
 import smalti
 from smalti.cli import main
 from smalti.data.latent_cache.cache import shard_path
+from smalti.folders import LOCK, FolderLock
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.info import info
 from smalti.training.checkpoint import checkpoints
-from smalti.training.folder import LOCK, RunLock
 
 # A process that takes the folder of a run, and keeps it.
 OTHER_RUN = """
 import sys, time
 from pathlib import Path
-from smalti.training.folder import RunLock
-lock = RunLock(Path(sys.argv[1]))
+from smalti.folders import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
 lock.acquire()
 print("taken", flush=True)
 time.sleep(60)
@@ -87,7 +87,7 @@ def test_an_active_run_reports_its_process(tmp_path: Path, capsys) -> None:
 
 
 def test_a_run_before_its_first_step_is_recognised(tmp_path: Path, capsys) -> None:
-    lock = RunLock(tmp_path)
+    lock = FolderLock(tmp_path)
     lock.acquire()
     lines = told(capsys, tmp_path)
     assert lines["kind"] == "training run" and lines["active"].startswith("yes: process ")

@@ -2,16 +2,23 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune
 
 from smalti import Prior, Tokenizer
 from smalti.errors import SmaltiError
-from smalti.hub import Registry, resolve_folder
+from smalti.hub import Registry
+from smalti.prior.flow.config import FlowConfig
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.prior import FlowPrior
+from smalti.repository import resolve_folder
 
 
 @pytest.fixture
@@ -120,7 +127,7 @@ def test_auto_is_the_precision_of_the_file(tokenizer, prior, tmp_path: Path) -> 
 
 def test_weights_of_several_precisions_are_loaded_in_the_fullest(saved: Path) -> None:
     edit_weights(saved, lambda w: w.update({"quant_conv.bias": w["quant_conv.bias"].half()}))
-    loaded = Tokenizer.from_pretrained(saved, dtype="auto")
+    loaded = Tokenizer.from_pretrained(saved, dtype="auto", verify=False)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
@@ -162,10 +169,10 @@ def test_a_copy_whose_weights_were_exchanged_is_refused(tokenizer, saved: Path) 
     tokenizer.cast(torch.bfloat16).save_pretrained(saved)
     edit_weights(saved, lambda weights: weights["quant_conv.bias"].add_(1))
     with pytest.raises(SmaltiError, match=r'not the copy of .*"copy_of"'):
-        Tokenizer.from_pretrained(saved)
+        Tokenizer.from_pretrained(saved, verify=False)
     edit_config(saved, copy_of={"fingerprint": 3})
     with pytest.raises(SmaltiError, match="fingerprint is 3; expected str"):
-        Tokenizer.from_pretrained(saved)
+        Tokenizer.from_pretrained(saved, verify=False)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +299,9 @@ def test_push_to_hub_uploads_one_folder(tokenizer, monkeypatch) -> None:
         def create_repo(self, repo_id, private, exist_ok):
             return type("Url", (), {"repo_id": f"me/{repo_id}"})
 
+        def create_branch(self, repo_id, branch, exist_ok):
+            uploaded.update(branch=f"{repo_id}@{branch}")
+
         def upload_folder(self, *, folder_path, **kwargs):
             uploaded.update(kwargs, files=sorted(p.name for p in Path(folder_path).iterdir()))
             return "address"
@@ -300,6 +310,67 @@ def test_push_to_hub_uploads_one_folder(tokenizer, monkeypatch) -> None:
     assert tokenizer.push_to_hub("tok", private=True) == "address"
     assert uploaded["files"] == ["config.json", "model.safetensors"]
     assert uploaded["repo_id"] == "me/tok"
+    assert uploaded["revision"] is None and "branch" not in uploaded
+    tokenizer.push_to_hub("tok", revision="half")
+    assert uploaded["revision"] == "half" and uploaded["branch"] == "me/tok@half"
+
+
+@pytest.mark.parametrize("step", ["create_repo", "upload_folder"])
+def test_a_push_without_network_is_one_line(tokenizer, monkeypatch, step: str) -> None:
+    """huggingface_hub is set to offline, or the Hub cannot be reached."""
+    import huggingface_hub
+
+    if step == "upload_folder":
+        url = type("Url", (), {"repo_id": "me/tok"})
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: url)
+
+        def fail(*_, **__):
+            raise ConnectionError("[Errno -3] Temporary failure in name resolution")
+
+        monkeypatch.setattr(huggingface_hub.HfApi, step, fail)
+    with pytest.raises(SmaltiError, match=r'"me/tok" cannot be uploaded.*save_pretrained') as error:
+        tokenizer.push_to_hub("me/tok")
+    assert "\n" not in str(error.value)
+
+
+def test_a_subfolder_of_the_hub_is_all_that_is_downloaded(
+    tokenizer, tmp_path: Path, monkeypatch
+) -> None:
+    import huggingface_hub
+
+    asked = {}
+
+    def download(repo_id: str, **kwargs) -> str:
+        asked.update(kwargs)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    tokenizer.save_pretrained(tmp_path / "deep" / "tokenizer")
+    loaded = Tokenizer.from_pretrained(
+        "someone/model", subfolder="deep/tokenizer", cache_dir=tmp_path / "cache"
+    )
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert all(pattern.startswith("deep/tokenizer/") for pattern in asked["allow_patterns"])
+    assert asked["cache_dir"] == tmp_path / "cache"
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "config.json"])
+def test_a_half_downloaded_copy_is_named(saved: Path, monkeypatch, lost: str) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(saved))
+    (saved / lost).unlink()
+    message = f'the copy of "someone/model" .* has no {lost}: its download was not finished'
+    with pytest.raises(SmaltiError, match=message):
+        Tokenizer.from_pretrained("someone/model", local_files_only=True)
+
+
+def test_an_option_does_something_or_is_refused(saved: Path) -> None:
+    assert Tokenizer.from_pretrained(saved, variant=None, low_cpu_mem_usage=True)
+    with pytest.raises(SmaltiError, match=r'variant is "fp16".*give dtype="float16"'):
+        Tokenizer.from_pretrained(saved, variant="fp16")
+    with pytest.raises(SmaltiError, match=r"low_cpu_mem_usage is False.*leave it out"):
+        Tokenizer.from_pretrained(saved, low_cpu_mem_usage=False)
 
 
 def test_saving_refuses_a_folder_of_something_else(tokenizer, tmp_path: Path) -> None:
@@ -393,3 +464,195 @@ def test_registry_names_and_resolves() -> None:
         registry.resolve("pth")
     with pytest.raises(SmaltiError, match="dict is not registered as a thing"):
         registry.name_of(dict)
+
+
+# -- hashes ---------------------------------------------------------------------------------------
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_every_flipped_bit_is_found(saved: Path, name: str) -> None:
+    path = saved / name
+    whole = path.read_bytes()
+    bits = torch.randint(8 * len(whole), (60,)).tolist()
+    header = [8 * position + 2 for position in range(0, 200, 20)]  # of model.safetensors
+    for bit in [*bits, *header, 8 * len(whole) - 1]:
+        flip(path, bit)
+        with pytest.raises(SmaltiError):
+            Tokenizer.from_pretrained(saved)
+        path.write_bytes(whole)
+    assert Tokenizer.from_pretrained(saved)
+
+
+def test_an_edited_config_is_found_and_may_be_meant(prior, tmp_path: Path) -> None:
+    folder = prior.save_pretrained(tmp_path / "p")
+    edit_config(folder, num_heads=1)  # no shape depends on it
+    with pytest.raises(SmaltiError, match=r"config\.json is damaged, or was changed.*verify=False"):
+        Prior.from_pretrained(folder)
+    meant = Prior.from_pretrained(folder, verify=False)
+    assert meant.config.num_heads == 1
+    meant.save_pretrained(folder)
+    assert Prior.from_pretrained(folder).config.num_heads == 1
+
+
+def test_hashes_do_not_depend_on_the_layout_of_the_json(saved: Path) -> None:
+    content = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(dict(reversed(content.items()))))
+    assert Tokenizer.from_pretrained(saved)
+
+
+def test_a_model_without_hashes_is_loaded(saved: Path) -> None:
+    content = json.loads((saved / "config.json").read_text())
+    assert content.pop("sha256").keys() == {"config.json", "model.safetensors"}
+    (saved / "config.json").write_text(json.dumps(content))
+    assert Tokenizer.from_pretrained(saved)
+
+
+def test_hashes_that_are_incomplete_are_damage(saved: Path) -> None:
+    good = json.loads((saved / "config.json").read_text())["sha256"]
+    for broken in ({"config.json": good["config.json"]}, {"model.safetensors": "x"}, []):
+        edit_config(saved, sha256=broken)
+        with pytest.raises(SmaltiError, match="is damaged"):
+            Tokenizer.from_pretrained(saved)
+
+
+# -- models that were wrapped or changed before they are saved ------------------------------------
+
+
+def compiled(model: Prior) -> None:
+    model.layers[0] = torch.compile(model.layers[0])
+    model.layers[1].attention = torch.compile(model.layers[1].attention)
+
+
+def parallel(model: Prior) -> None:
+    model.layers[1] = torch.nn.DataParallel(torch.compile(model.layers[1]))
+
+
+WRAPPED = {"torch.compile": compiled, "DataParallel": parallel}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_wrapped_layers_are_saved_as_they_are_inside(prior, tmp_path: Path, how: str) -> None:
+    before, fingerprint = {k: v.clone() for k, v in prior.state_dict().items()}, prior.fingerprint
+    WRAPPED[how](prior)
+    assert prior.state_dict().keys() != before.keys()
+    assert prior.fingerprint == fingerprint
+    loaded = Prior.from_pretrained(prior.save_pretrained(tmp_path / "p"))
+    assert loaded.state_dict().keys() == before.keys()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_pruned_weights_are_saved_as_they_act(prior, tmp_path: Path) -> None:
+    prune.random_unstructured(prior.output, "weight", amount=0.5)
+    loaded = Prior.from_pretrained(prior.save_pretrained(tmp_path / "p"))
+    assert torch.equal(loaded.output.weight, prior.output.weight)
+    assert (loaded.output.weight == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+
+
+def reparametrised(model: Prior) -> None:
+    torch.nn.utils.parametrizations.spectral_norm(model.output)
+
+
+def with_a_new_layer(model: Prior) -> None:
+    model.extra = torch.nn.Linear(2, 2)
+
+
+def of_another_size(model: Prior) -> None:
+    model.output = torch.nn.Linear(16, 5, bias=False)
+
+
+def diverged(model: Prior) -> None:
+    model.output.weight.data[3, 4] = torch.nan
+
+
+def out_of_range(model: Prior) -> None:
+    model.output.weight.data[3, 4] = 1e6
+    model.to(torch.float16)
+
+
+UNFIT = {
+    "parametrisation": (reparametrised, r"lacks the tensor output.weight; it has output.param"),
+    "new layer": (with_a_new_layer, "has a tensor extra.bias that the model does not have"),
+    "other size": (of_another_size, r"output.weight has shape \(5, 16\); the config requires"),
+    "NaN": (diverged, "output.weight has 1 values that are infinite or NaN.*earlier checkpoint"),
+    "range of fp16": (out_of_range, "infinite or NaN.*bfloat16"),
+}
+
+
+@pytest.mark.parametrize("how", UNFIT)
+def test_what_could_not_be_loaded_is_not_saved(prior, tmp_path: Path, how: str) -> None:
+    folder, fingerprint = prior.save_pretrained(tmp_path / "p"), prior.fingerprint
+    change, message = UNFIT[how]
+    change(prior)
+    with pytest.raises(SmaltiError, match=message):
+        prior.save_pretrained(folder)
+    assert Prior.from_pretrained(folder).fingerprint == fingerprint
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "net.", "module._orig_mod.", "_orig_mod.net.module."]
+)
+def test_prefixes_of_wrappers_are_understood(prior, tmp_path: Path, prefix: str) -> None:
+    folder = prior.save_pretrained(tmp_path / "p")
+    weights = {f"{prefix}{name}": value for name, value in prior.state_dict().items()}
+    save_file(weights | {"n_averaged": torch.tensor(7)}, folder / "model.safetensors")
+    loaded = Prior.from_pretrained(folder, verify=False)
+    assert loaded.fingerprint == prior.fingerprint
+
+
+def test_wrappers_are_understood_inside_names(prior, tmp_path: Path) -> None:
+    folder = prior.save_pretrained(tmp_path / "p")
+    compiled(prior)
+    save_file(dict(prior.state_dict()), folder / "model.safetensors")
+    assert Prior.from_pretrained(folder, verify=False).fingerprint == prior.fingerprint
+    twice = dict(prior.state_dict()) | {"module.output.weight": torch.zeros(16, 16)}
+    save_file(twice | {"output.weight": torch.ones(16, 16)}, folder / "model.safetensors")
+    with pytest.raises(SmaltiError, match=r"has a tensor module\.output\.weight"):
+        Prior.from_pretrained(folder, verify=False)
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+import smalti
+
+def kilobytes(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
+
+small, large = sys.argv[1:]
+smalti.Prior.from_pretrained(small)  # imports and buffers that any load needs
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = kilobytes("VmRSS")
+model = smalti.Prior.from_pretrained(large)
+print((kilobytes("VmHWM") - before) * 1024 / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_loading_takes_little_more_memory_than_the_model(prior, tmp_path: Path) -> None:
+    small = prior.save_pretrained(tmp_path / "small")
+    config = replace(prior.config, depth=12, width=512, hidden=1024, num_heads=8)
+    large = type(prior)(config).save_pretrained(tmp_path / "large")  # 108 MB
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, small, large], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 1.15
+
+
+def test_tables_for_a_grid_of_ten_million_positions_are_not_built(tmp_path: Path) -> None:
+    network = DiTConfig(grid=(4, 4), width=32, depth=1, num_heads=2, num_classes=3)
+    folder = FlowPrior(FlowConfig(network=network)).save_pretrained(tmp_path / "p")
+    edit_config(folder, network__grid=[4000, 2500])
+    with pytest.raises(SmaltiError, match=r"tables of the model.*320 MB.*far more than its wei"):
+        Prior.from_pretrained(folder)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from smalti.errors import SmaltiError
+from smalti.errors import BusyError, SmaltiError
 from smalti.training import processes as precision
 from smalti.training.checkpoint import checkpoints, save_checkpoint, verify
 from smalti.training.config import RunConfig
@@ -266,15 +267,41 @@ def test_a_result_that_was_cut_short_is_saved_again(latest: RunConfig, monkeypat
     target = latest.output_dir.parent / "model"
 
     def cut(folder: Path, content: str) -> None:
-        folder.mkdir()
         (folder / "model.safetensors").write_text(content[:2])
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setitem(globals(), "save_model", cut)
         train(latest, result=target)
+    assert os.listdir(target.parent) == ["run"]
     train(latest, result=target)
     assert (target / "model.safetensors").read_text() == "weights"
+
+
+def test_a_result_that_smalti_0_1_0_left_unfinished_is_saved_again(latest: RunConfig) -> None:
+    target = latest.output_dir.parent / "model"
+    train(latest)
+    save_model(target, "wei")
+    record = {"folder": str(target), "weights": None}
+    (latest.output_dir / "exported.json").write_text(json.dumps(record))
+    train(latest, result=target)
+    assert (target / "model.safetensors").read_text() == "weights"
+
+
+def test_two_runs_with_one_result_are_refused_at_the_start_and_at_the_end(
+    latest: RunConfig,
+) -> None:
+    target = latest.output_dir.parent / "model"
+    other = replace(latest, output_dir=latest.output_dir.parent / "other")
+    first = Run(latest, kind="test", result=target)
+    first.resume("data")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(BusyError, match="another run is active"):
+        pool.submit(train, other, result=target).result()
+    assert not other.output_dir.exists() or os.listdir(other.output_dir) == []
+    save_model(target, "of somebody else")  # by a program that takes no lock
+    with pytest.raises(SmaltiError, match="was not saved by this run"):
+        first.export(lambda folder: save_model(folder, "weights"))
+    assert (target / "model.safetensors").read_text() == "of somebody else"
 
 
 @pytest.mark.parametrize("name", ["run", "."])

@@ -14,6 +14,7 @@ from torch import nn
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import SmaltiError
+from smalti.files import checked_lines
 from smalti.randomness import derive_seed, generator
 from smalti.training import processes as precision
 from smalti.training.config import RunConfig, check_tracker
@@ -121,6 +122,35 @@ def test_a_resumed_log_has_every_step_once(tmp_path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[-1]["loss"] == "nan"
+
+
+def test_every_flipped_bit_of_a_log_is_found(tmp_path, caplog) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, Accelerator(cpu=True))
+    for step in (1, 2):
+        log.write(step, {"loss": 0.5 / step, "psnr": float("nan")})
+    written, lines = path.read_bytes(), [{"step": 1, "loss": 0.5, "psnr": "nan"}]
+    lines.append({"step": 2, "loss": 0.25, "psnr": "nan"})
+    assert checked_lines(path) == (lines, [])
+    for bit in range(8 * len(written)):
+        flipped = bytearray(written)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        found, damaged = checked_lines(path)
+        assert damaged and all(line in lines for line in found)
+    for cut in range(len(written)):  # a killed run leaves this
+        path.write_bytes(written[:cut])
+        assert checked_lines(path)[1] == []
+    path.write_bytes(written.replace(b"0.5", b"0.4"))
+    MetricsLog(path, Accelerator(cpu=True), resume_step=2)
+    assert f"line 1 of {path} is damaged: it is left out" in caplog.text
+    assert checked_lines(path) == (lines[1:], [])
+
+
+def test_the_lines_of_smalti_0_1_0_have_no_checksum(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    assert checked_lines(path) == ([{"step": 1, "loss": 0.5}], [])
 
 
 def test_a_log_is_rewritten_whole_or_not_at_all(tmp_path, monkeypatch) -> None:

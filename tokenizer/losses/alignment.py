@@ -32,9 +32,9 @@ class AlignmentConfig:
     num_heads: int = 6  # attention heads, used for a safetensors file only
     depth: int = 11  # block, counted from 0, whose features are taken
     image_size: int = 224  # images are resized to this side, in pixels, for the backbone
-    weight: float = 0.1  # w
-    cosine_margin: float = 0.5  # m1
-    distance_margin: float = 0.25  # m2
+    weight: float = 0.1  # w: weight of the alignment loss
+    cosine_margin: float = 0.5  # m1: differences of cosines below it cost nothing
+    distance_margin: float = 0.25  # m2: differences of similarities below it cost nothing
 
     def __post_init__(self) -> None:
         if self.weight <= 0 or min(self.cosine_margin, self.distance_margin) < 0:

@@ -46,7 +46,7 @@ class LookupFreeConfig(QuantizerConfig):
     commitment_weight: float = 0.25  # of the distance of features to their codes
     entropy_weight: float = 0.1  # of the entropy loss, which rewards using all codes
     entropy_diversity: float = 1.0  # gamma: weight of the batch's entropy relative to a feature's
-    entropy_temperature: float = 0.01  # T
+    entropy_temperature: float = 0.01  # T in softmax(-distance / T)
     # Bits whose joint distribution enters the batch's entropy; groups count as independent.
     group_bits: int = 9
 

@@ -1,0 +1,486 @@
+"""The weights of a model in one safetensors file, compared with the model before they are used.
+
+    chosen_dtype    the precision that a user asks for
+    plain_state     a state dict without what torch.compile, DataParallel and others put into names
+    state_to_save   the tensors of a model, if loading would accept them
+    save_weights, load_weights, hash_weights
+
+Names and shapes are compared, and the size of the model with that of the file, before memory is
+allocated. Pickle is never read.
+
+Tensors are read here, each once, straight into the memory of the model, and hashed on the way:
+safetensors' `load_file` maps the file, so that the mapped pages count beside the copies, and the
+hash would take a second pass. The library verifies the header.
+"""
+
+import hashlib
+import json
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+from smalti.config import nearest
+from smalti.errors import CheckpointError, ConfigurationError
+from smalti.files import changed, replacing
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# -------------------------------------------------------------------------------------------------
+# Precision: a `torch.dtype`, its name, or "auto", that of the saved weights
+
+AS_SAVED = "auto"
+
+TYPES = {  # in a safetensors file -> in torch
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "BOOL": "bool",
+    "C64": "complex64",
+}
+PRECISIONS = ("bfloat16", "float16", "float32", "float64")  # of a model
+
+
+def chosen_dtype(
+    dtype: "torch.dtype | str | None", torch_dtype: "torch.dtype | str | None"
+) -> "torch.dtype | Literal['auto'] | None":
+    """The value of `dtype=` or of `torch_dtype=`, its older name; None if neither is given.
+
+    Raises:
+        ConfigurationError: they differ, or one is not a floating-point type.
+    """
+    given, older = _read_dtype("dtype", dtype), _read_dtype("torch_dtype", torch_dtype)
+    if given is not None and older is not None and given != older:
+        raise ConfigurationError(
+            f"dtype is {dtype}, torch_dtype is {torch_dtype}: they differ, give one of them"
+        )
+    return older if given is None else given
+
+
+def _read_dtype(
+    argument: str, value: "torch.dtype | str | None"
+) -> "torch.dtype | Literal['auto'] | None":
+    import torch
+
+    if value is None or value == AS_SAVED:
+        return value
+    if isinstance(value, str) and value in PRECISIONS:
+        return getattr(torch, value)
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return value
+    hint = nearest(str(value).removeprefix("torch."), {AS_SAVED, *PRECISIONS})
+    raise ConfigurationError(f"{argument} is {value!r}, not a precision of a model; {hint}")
+
+
+def saved_dtype(path: Path) -> "torch.dtype | None":
+    """The type of the floating-point numbers in a safetensors file; None if there are several."""
+    import torch
+
+    names = {TYPES[part.code] for part in _read_headers(path).values()} & set(PRECISIONS)
+    return getattr(torch, names.pop()) if len(names) == 1 else None
+
+
+# -------------------------------------------------------------------------------------------------
+# Models inside torch.compile, DataParallel and the like
+
+# The attributes in which torch.compile, DataParallel and its kin, FSDP, activation checkpointing
+# and training scripts keep the model that they wrap.
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "net")
+COUNTER = "n_averaged"  # torch.optim.swa_utils.AveragedModel's, beside its "module."
+
+
+def _inner(module: "nn.Module") -> "tuple[str, nn.Module] | None":
+    """The name and the module inside a wrapper of torch; None if `module` is no wrapper."""
+    from torch import nn
+    from torch.optim.swa_utils import AveragedModel
+
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+        return "module", module.module
+    compiled = module._modules.get("_orig_mod")
+    return None if compiled is None else ("_orig_mod", compiled)
+
+
+def unwrapped(model: "nn.Module") -> "nn.Module":
+    """The model inside torch.compile, DataParallel and the like; else `model` itself."""
+    while (inner := _inner(model)) is not None:
+        model = inner[1]
+    return model
+
+
+def plain_state(model: "nn.Module") -> "dict[str, Tensor]":
+    """The state dict of a model, as if no part of it were wrapped or pruned.
+
+    A pruned weight (torch.nn.utils.prune keeps the original and a mask) is 0 where it is masked.
+    """
+    inside = set()
+    for name, part in model.named_modules(remove_duplicate=False):
+        if (inner := _inner(part)) is not None:
+            inside.add(f"{name}.{inner[0]}" if name else inner[0])
+    state = dict(model.state_dict())
+    if inside:
+        state = {_without(name, inside): value for name, value in state.items()}
+    for name in list(state):
+        base = name.removesuffix("_mask")
+        if name.endswith("_mask") and f"{base}_orig" in state and base not in state:
+            weight, mask = state.pop(f"{base}_orig"), state.pop(name)
+            state[base] = mask.to(weight.dtype) * weight
+    return state
+
+
+def _without(name: str, inside: Container[str]) -> str:
+    """A name without the parts that lead into the modules `inside` wrappers."""
+    path, kept = "", []
+    for part in name.split("."):
+        path = f"{path}.{part}" if path else part
+        if path not in inside:
+            kept.append(part)
+    return ".".join(kept)
+
+
+def plain_names(found: Iterable[str], expected: Collection[str]) -> dict[str, str]:
+    """For each name in a file, the name of our model that it means; counters are left out.
+
+    A name that is not expected loses the parts of `WRAPPERS`, wherever they are in it. A name that
+    still is not expected, or means a tensor that is there already, stays as it is.
+    """
+    plain = {without_wrappers(name): name for name in expected}
+    taken = {name for name in found if name in expected}
+    names: dict[str, str] = {}
+    for name in found:
+        if name in expected:
+            names[name] = name
+        elif name.rpartition(".")[2] != COUNTER:
+            meant = plain.get(without_wrappers(name), name)
+            names[name] = name if meant in taken else meant
+            taken.add(names[name])
+    return names
+
+
+def without_wrappers(name: str, wrappers: Collection[str] = WRAPPERS) -> str:
+    """ "module.blocks.0._orig_mod.weight" -> "blocks.0.weight"."""
+    return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
+# -------------------------------------------------------------------------------------------------
+# Headers: what is known of tensors before they are read
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Shape and kind of a tensor; loading never converts the kind."""
+
+    shape: tuple[int, ...]
+    kind: str  # "float", "integer", "bool" or "complex"
+    code: str = ""  # of the type in a safetensors file
+    start: int = 0  # of the values in that file, in bytes
+
+
+def _header(tensor: "Tensor") -> _Header:
+    dtype = tensor.dtype
+    if dtype.is_floating_point or dtype.is_complex:
+        return _Header(tuple(tensor.shape), "complex" if dtype.is_complex else "float")
+    return _Header(tuple(tensor.shape), "bool" if str(dtype) == "torch.bool" else "integer")
+
+
+# First letter of a type in a safetensors file (BF16, F8_E4M3, I64, U8, C64) -> kind of number.
+KINDS = {"B": "float", "F": "float", "I": "integer", "U": "integer", "C": "complex"}
+
+
+def _read_headers(path: Path) -> dict[str, _Header]:
+    """The headers of the tensors in a file, in the order of their values.
+
+    Raises:
+        CheckpointError: the file is damaged, or has a type of numbers that torch has not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # the library has verified the header: values lie in the file, without gaps
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        entries = json.loads(stream.read(size))
+    entries.pop("__metadata__", None)
+    headers = {}
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        code = entry["dtype"]
+        if code not in TYPES:
+            raise CheckpointError(f"{path}: {name} has numbers of type {code}, which are not read")
+        kind = "bool" if code == "BOOL" else KINDS[code[0]]
+        start = 8 + size + entry["data_offsets"][0]
+        headers[name] = _Header(tuple(entry["shape"]), kind, code, start)
+    return headers
+
+
+def _compare(expected: Mapping[str, _Header], found: Mapping[str, _Header], what: str) -> None:
+    """Raise `CheckpointError` unless names, shapes and kinds are those of the model."""
+    missing, surplus = sorted(expected.keys() - found), sorted(found.keys() - expected)
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        hint = f"; it has {surplus[0]}, which is unknown" if surplus else ""
+        raise CheckpointError(f"{what} lacks the tensor {missing[0]}{more}{hint}")
+    if surplus:
+        hint = nearest(surplus[0], expected)
+        raise CheckpointError(
+            f"{what} has a tensor {surplus[0]} that the model does not have; {hint}"
+        )
+    for name, header in expected.items():
+        if found[name].shape != header.shape:
+            raise CheckpointError(
+                f"{what}: {name} has shape {found[name].shape}; the config requires {header.shape}"
+            )
+        if found[name].kind != header.kind:
+            raise CheckpointError(
+                f"{what}: {name} has {found[name].kind} values; the model takes {header.kind}"
+            )
+
+
+# -------------------------------------------------------------------------------------------------
+# A model without memory
+
+# Bytes of tables that a model computes from its config and does not save, beyond what the size of
+# its file explains. The tables of a prior at 1024 px take about 20 MB.
+TABLES = 64 * 2**20
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Build models whose parameters have no memory; buffers have their values."""
+    from torch import nn
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    def on_parameter(module: object, name: str, parameter: Any) -> Any:
+        del module, name
+        return (
+            parameter
+            if parameter is None
+            else nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        )
+
+    handle = register_module_parameter_registration_hook(on_parameter)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _registering_at_most(limit: int, path: Path) -> Iterator[None]:
+    """Stop building a model once it has more than `limit` parameters.
+
+    Otherwise a config with a billion layers would exhaust the memory before the comparison.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    count = 0
+
+    def on_parameter(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise CheckpointError(
+                f"{path} has far fewer tensors than the model that the config describes"
+            )
+
+    handle = register_module_parameter_registration_hook(on_parameter)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_tables(model: "nn.Module", path: Path) -> None:
+    """Raise `CheckpointError` if tables that are not saved, but computed from the config, would
+    take far more memory than the saved weights: for a grid of ten million positions, for example.
+    """
+    size = sum(buffer.nbytes for buffer in model.buffers())
+    if size > TABLES + 4 * path.stat().st_size:
+        raise CheckpointError(
+            f"the tables of the model that the config beside {path} describes would take "
+            f"{size / 1e6:,.0f} MB, far more than its weights: the config is damaged or hostile"
+        )
+
+
+# -------------------------------------------------------------------------------------------------
+# Saving
+
+
+def state_to_save(model: "nn.Module", build: "Callable[[], nn.Module]") -> "dict[str, Tensor]":
+    """The tensors of a model under the names that loading demands.
+
+    What torch.compile and DataParallel put around layers is left out, and what pruning masks is 0.
+
+    Args:
+        build: makes another model of the same config.
+
+    Raises:
+        CheckpointError: the model has other tensors than one of its config; a value is infinite or
+            NaN.
+    """
+    import torch
+
+    with torch.device("meta"):
+        expected = {name: _header(value) for name, value in build().state_dict().items()}
+    state = plain_state(model)
+    try:
+        found = {name: _header(value) for name, value in state.items()}
+        _compare(expected, found, f"this {type(model).__name__}")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}: it could not be loaded again, so nothing was written; undo what was done to "
+            "its layers, for example with torch.nn.utils.parametrize.remove_parametrizations"
+        ) from error
+    for name, value in state.items():
+        _check_finite(name, value)
+    return {name: state[name] for name in expected}
+
+
+def _check_finite(name: str, value: "Tensor") -> None:
+    if value.is_meta:
+        raise CheckpointError(f"{name} is on the meta device: load its values before saving")
+    if not value.is_floating_point() or value.isfinite().all():
+        return
+    count = int((~value.isfinite()).sum())
+    half = ", or the precision bfloat16, whose range is larger" if value.itemsize == 2 else ""
+    raise CheckpointError(
+        f"{name} has {count:,} values that are infinite or NaN, so nothing was written: take the "
+        f"weights of an earlier checkpoint{half}"
+    )
+
+
+def save_weights(path: Path, state: "Mapping[str, Tensor]") -> None:
+    """Write tensors, from any device, to a safetensors file."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format": "pt"})
+
+
+def hash_weights(state: "Mapping[str, Tensor]", prefix: bytes = b"") -> str:
+    """sha256 over `prefix` and the names, shapes and values of tensors, on any device.
+
+    Half-precision values are hashed as the equal 32-bit values, so that a model has the same hash
+    in memory, on disk, and after loading.
+    """
+    import torch
+
+    digest = hashlib.sha256(prefix)
+    for name, tensor in sorted(state.items()):
+        values = tensor.detach().cpu()
+        if values.dtype in (torch.bfloat16, torch.float16):
+            values = values.float()
+        digest.update(f"{name}/{values.dtype}/{tuple(values.shape)}".encode())
+        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_weights(
+    build: "Callable[[], nn.Module]",
+    path: Path,
+    sha256: str | None = None,
+    beside: Sequence[str] = (),
+) -> "nn.Module":
+    """The model that `build` returns, with every parameter and buffer read from `path`.
+
+    Floating-point tensors are converted to the precision of the model. The memory in use never
+    exceeds that of the model by more than its largest tensor, twice if the precision of the file
+    differs. The global random state stays as it was.
+
+    Args:
+        build: makes the model. It is called with parameters on the meta device, so it initialises
+            them with functions such as those of torch.nn.init, and does not read their values.
+        sha256: the hash that the file must have; None: any.
+        beside: names of tensors that the file may have and that are not of the model.
+
+    Raises:
+        CheckpointError: the file is missing or damaged; a tensor is missing, unknown, or has
+            the wrong shape or kind; the file has another hash.
+    """
+    import torch
+
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {path.name}{_pickle_hint(path.parent)}")
+    headers = _read_headers(path)
+    with torch.device("meta"), _registering_at_most(4 * len(headers) + 64, path):
+        outline = build()
+    wanted = outline.state_dict()
+    names = plain_names([name for name in headers if name not in beside], wanted)
+    found = {names[name]: header for name, header in headers.items() if name in names}
+    _compare({name: _header(value) for name, value in wanted.items()}, found, str(path))
+    _check_tables(outline, path)
+    with torch.random.fork_rng(devices=[]), _parameters_on_meta():
+        model = build()
+    digest = hashlib.sha256() if sha256 is not None else None
+    state = {
+        names[name]: tensor.to(wanted[names[name]].dtype)
+        for name, tensor in _read_tensors(path, headers, digest)
+        if name in names
+    }
+    if digest is not None and digest.hexdigest() != sha256:
+        raise changed(path)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _pickle_hint(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    return f" ({names[0]} is a pickle, which can run code and is not read)" if names else ""
+
+
+def _read_tensors(
+    path: Path, headers: Mapping[str, _Header], digest: Any
+) -> "Iterator[tuple[str, Tensor]]":
+    """Read the tensors of a file one after the other; `digest`, if given, takes all its bytes."""
+    import torch
+
+    with path.open("rb") as stream:
+        start = next(iter(headers.values())).start if headers else path.stat().st_size
+        beginning = stream.read(start)
+        if digest is not None:
+            digest.update(beginning)
+        for name, header in headers.items():
+            tensor = torch.empty(header.shape, dtype=getattr(torch, TYPES[header.code]))
+            if tensor.numel():
+                _fill(tensor, stream, digest)
+            yield name, tensor
+
+
+def _fill(tensor: "Tensor", stream: BinaryIO, digest: Any) -> None:
+    import torch
+
+    values = memoryview(tensor.flatten().view(torch.uint8).numpy())
+    if stream.readinto(values) != len(values):  # type: ignore[attr-defined]
+        raise CheckpointError(f"{stream.name} became shorter while it was read: load it again")
+    if digest is not None:
+        digest.update(values)
