@@ -38,7 +38,7 @@ from smalti.pipelines.conditions import (
 from smalti.prior.base import Prior
 from smalti.randomness import Generators, check_generators
 from smalti.repository import check_options, resolve_folder, upload
-from smalti.tokenizer.base import Tokenizer
+from smalti.tokenizer.base import Tokenizer, check_finite
 from smalti.weights import chosen_dtype, unwrapped
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -356,6 +356,7 @@ class Pipeline:
                 generator=generator[part] if isinstance(generator, Sequence) else generator,
                 **options,
             )
+            check_finite(sampled, "the prior", None, "conditions")
             latents.append(sampled)
             if output_type != "latent":
                 images.append(self.tokenizer.decode(sampled).float().clamp(-1, 1).cpu())

@@ -17,6 +17,7 @@ FRONT_DOOR = (
     "distributed",
     "errors",
     "files",
+    "folders",
     "hub",
     "randomness",
     "repository",
