@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from smalti.config import config_from_dict, config_to_dict
 from smalti.data.image_io import save_png, to_pil
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
-from smalti.files import HASHES, check_hashes, read_json, write_hashed_json, write_text
+from smalti.files import HASHES, check_hashes, read_config_file, write_hashed_json, write_text
 from smalti.folders import contents, replacing_folder
 from smalti.pipelines.card import SAMPLES, model_card
 from smalti.pipelines.conditions import (
@@ -80,7 +80,7 @@ def read_index(folder: Path) -> PipelineIndex:
     path = folder / INDEX
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {INDEX}: it is not a saved pipeline")
-    content = read_json(path)
+    content = read_config_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("classes"), list):
         raise CheckpointError(f"{path} has no list of class names: it is not a smalti pipeline")
     found = content.get("format_version")
