@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 
 from smalti.config import check_at_least
 from smalti.data.latents import to_levels
-from smalti.errors import ConfigurationError
+from smalti.errors import ConfigurationError, DataError
 from smalti.files import replacing
 
 # -- Decoding: an image file -> 8-bit RGB ---------------------------------------------------------
@@ -170,7 +170,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3): clamped, then rounded."""
+    """Images (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3): clamped, then rounded.
+
+    Raises:
+        DataError: a value is infinite or NaN; it would become an arbitrary level.
+    """
+    if not images.isfinite().all():
+        raise DataError(
+            "an image has values that are infinite or NaN, so it is not written: use bfloat16 or "
+            "float32 if the model runs in float16, else an earlier checkpoint"
+        )
     return to_levels(images).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -27,7 +27,7 @@ from smalti.config import config_from_dict, config_to_dict
 from smalti.data.image_io import save_png, to_pil
 from smalti.data.latent_cache.cache import read_manifest
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
-from smalti.files import HASHES, check_hashes, read_json, write_hashed_json, write_text
+from smalti.files import HASHES, check_hashes, read_config_file, write_hashed_json, write_text
 from smalti.folders import contents, replacing_folder
 from smalti.pipelines.card import SAMPLES, model_card
 from smalti.pipelines.conditions import (
@@ -40,7 +40,7 @@ from smalti.pipelines.conditions import (
 from smalti.prior.base import Prior
 from smalti.randomness import Generators, check_generators
 from smalti.repository import check_options, resolve_folder, upload
-from smalti.tokenizer.base import Tokenizer
+from smalti.tokenizer.base import Tokenizer, check_finite
 from smalti.weights import chosen_dtype, unwrapped
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -82,7 +82,7 @@ def read_index(folder: Path) -> PipelineIndex:
     path = folder / INDEX
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {INDEX}: it is not a saved pipeline")
-    content = read_json(path)
+    content = read_config_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("classes"), list):
         raise CheckpointError(f"{path} has no list of class names: it is not a smalti pipeline")
     found = content.get("format_version")
@@ -377,6 +377,7 @@ class Pipeline:
                 generator=generator[part] if isinstance(generator, Sequence) else generator,
                 **options,
             )
+            check_finite(sampled, "the prior", None, "conditions")
             latents.append(sampled)
             if output_type != "latent":
                 images.append(self.tokenizer.decode(sampled).float().clamp(-1, 1).cpu())

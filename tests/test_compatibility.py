@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 import smalti
-from smalti.cli import parse_config
+from smalti.cli import main, parse_config
 from smalti.data.latent_cache.cache import LatentCache
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
@@ -53,6 +53,11 @@ def test_an_old_pipeline_samples_the_same_pictures(old: Path, family: str) -> No
     )
     torch.testing.assert_close(out.latents, expected["latents"], **TOLERANCE)
     torch.testing.assert_close(out.images, expected["images"], **TOLERANCE)
+
+
+def test_an_old_pipeline_has_no_hash(old: Path, capsys) -> None:
+    assert main(["info", str(old / "flow" / "prior_run" / "pipeline")]) == 0
+    assert "no hash: tokenizer and prior belong together" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", FAMILIES)

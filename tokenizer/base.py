@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.data.latents import CodeSpec, LatentSpec
-from smalti.errors import SmaltiError
+from smalti.errors import DataError, SmaltiError
 from smalti.hub import Pretrained, Registry
 from smalti.randomness import Generators, RandomInputs
 from smalti.tokenizer.registry import TOKENIZERS
@@ -99,8 +99,14 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         """Features (B, d, h, w) -> images (B, 3, H, W), differentiable, not clamped."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> images (B, 3, H, W), about [-1, 1] but not clamped."""
-        return self.decode_vectors(self.vectors(latents))
+        """Latents -> images (B, 3, H, W), about [-1, 1] but not clamped.
+
+        Raises:
+            DataError: latents, or the images that the decoder makes of them, are infinite or NaN.
+        """
+        images = self.decode_vectors(self.vectors(latents))
+        check_finite(images, "the decoder", latents, "latents")
+        return images
 
     def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random numbers for a training pass over `count` images, a row for each; most tokenizers
@@ -135,8 +141,14 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         return stored
 
     def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
-        """`latents(store(images))`: images (B, 3, H, W) in [-1, 1] -> latents."""
-        return self.latents(self.store(images), generator=generator)
+        """`latents(store(images))`: images (B, 3, H, W) in [-1, 1] -> latents.
+
+        Raises:
+            DataError: images, or what the encoder makes of them, are infinite or NaN.
+        """
+        stored = self.store(images)
+        check_finite(stored, "the encoder", images, "images")
+        return self.latents(stored, generator=generator)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -160,7 +172,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
 
     def check_images(self, images: Tensor) -> None:
         """Raise `SmaltiError` unless images are (B, 3, image_size, image_size), of the type of the
-        weights or under autocast."""
+        weights or under autocast, and finite (in training the guard of the steps sees to that)."""
         expected = (3, self.image_size, self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise SmaltiError(
@@ -174,3 +186,37 @@ class Tokenizer(nn.Module, Pretrained, ABC):
                 f"images are {images.dtype}; this tokenizer takes {weights} in [-1, 1]: convert"
                 " them first"
             )
+        if not self.training:
+            check_finite(images, "the encoder", images, "images")
+
+
+def check_finite(values: Tensor, part: str, given: Tensor | None, name: str) -> None:
+    """Raise `DataError` if a part of a model gave values (B, ...) that are infinite or NaN.
+
+    One reduction over the values; nothing is checked while torch.compile traces, because a branch
+    on values would break the graph.
+
+    Args:
+        part: of the model, for the message.
+        given: what the part was given, which may be the cause; None: nothing that could be.
+        name: of what was given, in the plural.
+    """
+    if torch.compiler.is_compiling() or values.is_meta or not values.is_floating_point():
+        return
+    if values.isfinite().all():
+        return
+    wrong, source = ~values.isfinite().flatten(1).all(1), f"{part} gives"
+    if given is not None and not bool(given.isfinite().all()):
+        wrong, source = ~given.isfinite().flatten(1).all(1), f"the {name} for {part} have"
+        advice = f"find out where these {name} come from"
+    elif values.dtype == torch.float16:
+        advice = (
+            "float16 ends at 65504, which this model exceeds: use bfloat16 or float32, for example "
+            'with dtype="bfloat16"'
+        )
+    else:
+        advice = "its weights are damaged, or their training diverged: take an earlier checkpoint"
+    raise DataError(
+        f"{source} values that are infinite or NaN, in {int(wrong.sum())} of {len(wrong)} samples "
+        f"(the first is sample {int(wrong.nonzero()[0])} of the batch): {advice}"
+    )

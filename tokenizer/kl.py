@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import ConfigurationError, DataError
 from smalti.randomness import Generators, NormalSource, RandomInputs
-from smalti.tokenizer.base import Reconstruction, Tokenizer, TokenizerConfig
+from smalti.tokenizer.base import Reconstruction, Tokenizer, TokenizerConfig, check_finite
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
 
 # -------------------------------------------------------------------------------------------------
@@ -212,7 +212,10 @@ class KLTokenizer(Tokenizer):
         """Posterior q(z | x) of images (B, 3, H, W) in [-1, 1], in raw, un-normalised units."""
         self.check_images(images)
         moments = self.encoder(images)  # (B, 2 z_channels, h, w)
-        return DiagonalGaussian.of(self.quant_conv(moments) if self.quant_conv else moments)
+        moments = self.quant_conv(moments) if self.quant_conv else moments
+        if not self.training:  # an infinite logvar would be clamped
+            check_finite(moments, "the encoder", images, "images")
+        return DiagonalGaussian.of(moments)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (B, C, h, w) of q(z | x), in raw, un-normalised units."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from smalti.data.latents import CodeSpec
 from smalti.errors import ConfigurationError, DataError
 from smalti.randomness import Generators, RandomInputs
-from smalti.tokenizer.base import Reconstruction, Tokenizer, TokenizerConfig
+from smalti.tokenizer.base import Reconstruction, Tokenizer, TokenizerConfig, check_finite
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
 from smalti.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
 from smalti.tokenizer.quantizers.base import Quantizer
@@ -84,7 +84,10 @@ class VQTokenizer(Tokenizer):
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> features to quantize, (B, d, h, w)."""
         self.check_images(images)
-        return self.quant_conv(self.encoder(images))
+        features = self.quant_conv(self.encoder(images))
+        if not self.training:  # the nearest code of NaN would be code 0
+            check_finite(features, "the encoder", images, "images")
+        return features
 
     def store(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> codes (B, L), each grid in raster order."""

@@ -120,7 +120,7 @@ def recorded_hashes(path: Path) -> dict[str, str]:
     Raises:
         SmaltiError: the file is damaged.
     """
-    content = read_json(path)
+    content = read_config_file(path)
     hashes = content.get(HASHES, {}) if isinstance(content, dict) else {}
     if not isinstance(hashes, dict) or (hashes and path.name not in hashes):
         raise CheckpointError(f'{path} is damaged: "{HASHES}" does not hold the hash of the file')
@@ -184,6 +184,24 @@ def changed(path: Path) -> CheckpointError:
         "recorded then. Copy or download it again; if the change is meant, load the model with "
         "from_pretrained(..., verify=False) and save it again"
     )
+
+
+MAX_CONFIG = 2**24  # bytes; the JSON of a model takes a few thousand
+
+
+def read_config_file(path: Path) -> Any:
+    """The content of a JSON file that describes a model.
+
+    Raises:
+        SmaltiError: it is damaged, or larger than any description.
+    """
+    size = path.stat().st_size
+    if size > MAX_CONFIG:
+        raise CheckpointError(
+            f"{path} takes {size / 1e6:,.0f} MB; the description of a model takes at most "
+            f"{MAX_CONFIG / 1e6:,.0f} MB: it is damaged or hostile"
+        )
+    return read_json(path)
 
 
 def _hash_of(content: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from smalti import checkpoints
 from smalti.checkpoints import is_checkpoint
 from smalti.config import config_from_dict, config_to_dict, nearest, read_value
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
-from smalti.files import HASHES, check_hashes, read_json, recorded_hashes, write_hashed_json
+from smalti.files import HASHES, check_hashes, read_config_file, recorded_hashes, write_hashed_json
 from smalti.folders import contents, replacing_folder
 from smalti.repository import check_options, first_line, resolve_folder, upload
 from smalti.weights import (
@@ -465,7 +465,7 @@ def _read_config(folder: Path, registry: Registry) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}: it is not a saved {registry.kind}")
-    content = read_json(path)
+    content = read_config_file(path)
     if not isinstance(content, dict) or not isinstance(content.get("type"), str):
         raise CheckpointError(f'{path} has no "type": it is not a saved {registry.kind}')
     found = content.pop("format_version", None)

@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import types
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,26 @@ def test_tensors_that_are_not_plain_are_named(state, tmp_path: Path) -> None:
         assert "encoder.conv_in.bias is sparse, quantized or on the meta device" in said
 
 
+def test_a_name_that_wrappers_give_twice_is_refused(state, tmp_path: Path) -> None:
+    said = refuse(state | {"module.encoder.conv_in.bias": torch.ones(8)}, tmp_path)
+    assert "has encoder.conv_in.bias twice, once as module.encoder.conv_in.bias" in said
+
+
+def test_values_that_a_file_only_repeats_are_not_allocated(state, tmp_path: Path) -> None:
+    """A tensor of 400 GB whose strides are 0 takes four bytes of its file."""
+    huge = torch.zeros(1).expand(10**5, 10**6)
+    said = refuse(state | {"encoder.conv_in.bias": huge}, tmp_path)
+    assert "its tensors would take 400,0" in said and "encoder.conv_in.bias has shape" in said
+
+
+def test_a_compressed_file_is_not_unpacked(tmp_path: Path) -> None:
+    file = tmp_path / "published.pt"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(8):
+            archive.writestr(f"archive/data/{number}", bytes(10**7))
+    assert "its parts would take 80.0 MB" in refuse_file(file, tmp_path)
+
+
 # -- files ----------------------------------------------------------------------------------------
 
 
@@ -320,6 +341,9 @@ def test_classes_of_trainers_beside_the_weights_are_never_imported(state, tmp_pa
     assert model.image_size == 256 and name not in sys.modules
 
 
+COUNT = torch.tensor(3)
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -330,6 +354,10 @@ def test_classes_of_trainers_beside_the_weights_are_never_imported(state, tmp_pa
         lambda s, o: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
         lambda s, o: {f"module._orig_mod.{k}": v for k, v in s.items()},
         lambda s, o: {"model": {"state_dict": s}},
+        lambda s, o: {"ema": {f"module.{k}": v for k, v in s.items()} | {"n_averaged": COUNT}},
+        lambda s, o: {f"net.{k}": v for k, v in s.items()} | {"n_averaged": COUNT},
+        lambda s, o: {f"module.net._orig_mod.{k}": v for k, v in s.items()},
+        lambda s, o: {k.replace(".conv_in.", "._orig_mod.conv_in.module."): s[k] for k in s},
     ],
 )
 def test_state_dicts_are_found_inside_wrappers(wrap, state, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A pipeline accepts models that belong together; image i depends on its own seed alone."""
 
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import smalti
+from smalti.data.image_io import to_uint8
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
 from smalti.pipelines import generation
@@ -258,6 +260,75 @@ def test_broken_folders_are_named(pipe, tmp_path) -> None:
     (tmp_path / "full" / "x").write_text("mine")
     with pytest.raises(SmaltiError, match="is not a pipeline"):
         pipe.save_pretrained(tmp_path / "full")
+
+
+# -- hashes, and values that are infinite or NaN -------------------------------------------------
+
+
+def test_parts_of_another_pipeline_are_found(pipe, tmp_path) -> None:
+    """Both pipelines are whole, and their parts fit each other."""
+    folder, other = pipe.save_pretrained(tmp_path / "p"), tmp_path / "other"
+    with torch.no_grad():
+        pipe.prior.output.weight.add_(1)
+    pipe.save_pretrained(other)
+    shutil.copytree(other / "prior", folder / "prior", dirs_exist_ok=True)
+    with pytest.raises(SmaltiError, match=r"prior/config\.json is damaged, or was changed"):
+        Pipeline.from_pretrained(folder)
+    Pipeline.from_pretrained(folder, verify=False).save_pretrained(folder)
+    assert Pipeline.from_pretrained(folder).prior.fingerprint == pipe.prior.fingerprint
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "tokenizer/config.json", "prior/model.safetensors"]
+)
+def test_every_flipped_bit_of_a_pipeline_is_found(pipe, tmp_path, name) -> None:
+    path = pipe.save_pretrained(tmp_path / "p") / name
+    whole = path.read_bytes()
+    for bit in torch.randint(8 * len(whole), (15,)).tolist():
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bytes(content))
+        with pytest.raises(SmaltiError):
+            Pipeline.from_pretrained(tmp_path / "p")
+
+
+def test_names_of_classes_that_were_edited_are_found(pipe, tmp_path) -> None:
+    index = pipe.save_pretrained(tmp_path / "p") / "model_index.json"
+    index.write_text(index.read_text().replace("cat", "cow"))
+    with pytest.raises(SmaltiError, match=r"model_index\.json is damaged, or was changed"):
+        Pipeline.from_pretrained(tmp_path / "p")
+    assert Pipeline.from_pretrained(tmp_path / "p", verify=False).classes[0] == "cow"
+
+
+def test_a_failed_save_leaves_the_old_pipeline(pipe, tmp_path) -> None:
+    folder = pipe.save_pretrained(tmp_path / "p", notes="old")
+    fingerprint = pipe.prior.fingerprint
+    with torch.no_grad():
+        pipe.tokenizer.decoder.conv_out.bias.add_(1)
+        pipe.prior.output.weight[0] = torch.nan
+    with pytest.raises(SmaltiError, match="16 values that are infinite or NaN"):
+        pipe.save_pretrained(folder, notes="new")
+    assert pipe.notes == "old"
+    assert Pipeline.from_pretrained(folder).prior.fingerprint == fingerprint
+
+
+def test_a_compiled_prior_is_saved(pipe, tmp_path) -> None:
+    fingerprint = pipe.prior.fingerprint
+    pipe.prior.layers[0] = torch.compile(pipe.prior.layers[0])
+    pipe.tokenizer.decoder = torch.nn.DataParallel(pipe.tokenizer.decoder)
+    pipe.prior = torch.compile(pipe.prior)
+    loaded = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "p"))
+    assert loaded.prior.fingerprint == fingerprint
+    assert loaded.tokenizer.fingerprint == pipe.tokenizer.fingerprint
+
+
+def test_pictures_that_are_not_finite_are_refused(pipe) -> None:
+    with torch.no_grad():
+        pipe.tokenizer.decoder.conv_out.bias[0] = torch.inf
+    with pytest.raises(SmaltiError, match="the decoder gives values that are infinite or NaN"):
+        pipe([0, 1])
+    with pytest.raises(SmaltiError, match="infinite or NaN, so it is not written"):
+        to_uint8(torch.full((1, 3, 4, 4), torch.nan))
 
 
 # -- batch generation -------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`smalti info` reports what a folder is, whether it is complete, and how to continue."""
 
 import io
+import json
 import shutil
 import socket
 import subprocess
@@ -66,6 +67,15 @@ def test_a_run_reports_its_step_and_how_to_continue(tmp_path: Path, capsys) -> N
     damage(checkpoints(folder)[-1] / "model.safetensors")
     lines = told(capsys, folder, status=1)
     assert lines["step"] == "4 of 6" and "model.safetensors is damaged" in lines["damaged"]
+
+
+def test_all_checkpoints_of_a_run_are_verified(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    train_toy(toy_config(folder))
+    assert len(checkpoints(folder)) > 1
+    damage(checkpoints(folder)[0] / "ema.safetensors")
+    lines = told(capsys, folder, status=1)
+    assert lines["step"] == "6 of 6" and "ema.safetensors is damaged" in lines["damaged"]
 
 
 def test_an_active_run_reports_its_process(tmp_path: Path, capsys) -> None:
@@ -187,6 +197,19 @@ def test_models_and_pipelines_report_their_size(tokenizer, prior, tmp_path: Path
     assert lines["go on"] == f"smalti generate --model {tmp_path / 'pipe'}"
     (tmp_path / "pipe" / "prior" / "model.safetensors").write_bytes(b"x")
     assert told(capsys, tmp_path / "pipe", status=1)["verified"].startswith("no: ")
+
+
+def test_models_without_hashes_are_told_apart(tokenizer, prior, tmp_path: Path, capsys) -> None:
+    tokenizer.save_pretrained(tmp_path / "tok")
+    smalti.Pipeline(tokenizer, prior, ("a", "b", "c")).save_pretrained(tmp_path / "pipe")
+    for name, record in (("tok", "config.json"), ("pipe", "model_index.json")):
+        assert "have the hashes" in told(capsys, tmp_path / name)["verified"]
+        content = json.loads((tmp_path / name / record).read_text())
+        del content["sha256"]  # as smalti 0.1.0 saved it
+        (tmp_path / name / record).write_text(json.dumps(content))
+        assert told(capsys, tmp_path / name)["verified"].startswith("no hash: ")
+    damage(tmp_path / "pipe" / "tokenizer" / "model.safetensors")
+    assert "is damaged" in told(capsys, tmp_path / "pipe", status=1)["verified"]
 
 
 @pytest.mark.parametrize(

@@ -656,3 +656,9 @@ def test_tables_for_a_grid_of_ten_million_positions_are_not_built(tmp_path: Path
     edit_config(folder, network__grid=[4000, 2500])
     with pytest.raises(SmaltiError, match=r"tables of the model.*320 MB.*far more than its wei"):
         Prior.from_pretrained(folder)
+
+
+def test_a_config_of_any_length_is_not_read(saved: Path) -> None:
+    edit_config(saved, image_size="9" * 2**24)
+    with pytest.raises(SmaltiError, match=r"config\.json takes 17 MB; .*at most 17 MB"):
+        Tokenizer.from_pretrained(saved)

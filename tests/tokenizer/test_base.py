@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from conftest import TINY_CONV, TINY_VQ
 
 from smalti.errors import SmaltiError
+from smalti.tokenizer.kl import KLConfig, KLTokenizer
+from smalti.tokenizer.vq import VQTokenizer
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float64, torch.bfloat16])
@@ -30,3 +33,60 @@ def test_a_tokenizer_in_half_precision_takes_its_own_type(tokenizer) -> None:
     assert tokenizer.reconstruct(images.bfloat16()).dtype == torch.bfloat16
     with pytest.raises(SmaltiError, match=r"takes torch\.bfloat16"):
         tokenizer.reconstruct(images)
+
+
+# -- values that are infinite or NaN --------------------------------------------------------------
+
+KINDS = {
+    "vq": lambda: VQTokenizer(TINY_VQ).eval(),
+    "kl": lambda: KLTokenizer(KLConfig(image_size=16, conv=TINY_CONV)).eval(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("verb", ["store", "encode", "reconstruct", "forward"])
+def test_an_image_with_nan_is_named(kind: str, value: float, verb: str) -> None:
+    images = torch.zeros(3, 3, 16, 16)
+    images[1, 2, 3, 4] = value
+    message = r"images for the encoder have .* in 1 of 3 samples \(the first is sample 1 "
+    with pytest.raises(SmaltiError, match=message):
+        getattr(KINDS[kind](), verb)(images)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("verb", ["store", "encode", "reconstruct"])
+def test_an_encoder_that_leaves_the_range_of_float16_is_refused(kind: str, verb: str) -> None:
+    model = KINDS[kind]()
+    with torch.no_grad():
+        model.quant_conv.weight.mul_(1e7)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    assert getattr(model, verb)(images).isfinite().all()  # in float32 it does not
+    with pytest.raises(SmaltiError, match=r"encoder gives .*float16 ends at 65504.*bfloat16"):
+        getattr(model.half(), verb)(images.half())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_that_gives_nan_is_refused(kind: str) -> None:
+    model = KINDS[kind]()
+    latents = model.encode(torch.zeros(2, 3, 16, 16))
+    with torch.no_grad():
+        model.decoder.conv_out.bias[0] = torch.nan
+    with pytest.raises(SmaltiError, match=r"decoder gives .* in 2 of 2 samples.*earlier check"):
+        model.decode(latents)
+    with torch.no_grad():
+        model.decoder.conv_out.bias[0] = 7e4
+    with pytest.raises(SmaltiError, match=r"decoder gives .*float16 ends at 65504"):
+        model.half().decode(latents)
+
+
+def test_latents_with_nan_are_named() -> None:
+    latents = torch.zeros(2, 8, 8, 8)
+    latents[0] = torch.nan
+    with pytest.raises(SmaltiError, match=r"latents for the decoder have .*find out where"):
+        KINDS["kl"]().decode(latents)
+
+
+def test_training_is_left_to_the_guard_of_its_steps() -> None:
+    model = KINDS["vq"]().train()
+    assert model(torch.full((1, 3, 16, 16), torch.nan)).images.isnan().all()
