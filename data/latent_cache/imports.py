@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smalti.config import check_at_least
+from smalti.data.classes import names_beside, numbered_classes
 from smalti.data.latent_cache.cache import (
     SPLITS,
     CacheInfo,
@@ -43,7 +44,6 @@ from smalti.data.latent_cache.cache import (
     write_cache,
 )
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
-from smalti.data.sources.arrays import class_names, names_beside
 from smalti.data.sources.base import divide, fingerprint_of, in_threads
 from smalti.data.transforms import VIEW_SETS
 from smalti.errors import ConfigurationError, DataError
@@ -456,9 +456,9 @@ def import_latents(
             f"{division.num_samples}: copy the missing samples, or correct --num_samples"
         )
     beside = latents.folder / "classes.json"
-    classes = class_names(beside, names_beside(beside), int(latents.labels.max()) + 1)
+    classes, labels = numbered_classes(latents.labels.numpy(), names_beside(beside), beside.parent)
     groups = [str(index) for index in range(count)]
-    heldout = divide(latents.labels, groups, division.heldout_fraction, division.split_seed)
+    heldout = divide(labels, groups, division.heldout_fraction, division.split_seed)
     refuse_other_contents(out)
     for split, chosen in zip(SPLITS, (~heldout, heldout), strict=True):
         positions = chosen.nonzero().flatten().tolist()
@@ -478,7 +478,7 @@ def import_latents(
         write_cache(
             out / split,
             info,
-            _Reader(latents, positions, len(views)),
+            _Reader(latents, labels, positions, len(views)),
             rank=rank,
             world_size=world_size,
             barrier=barrier,
@@ -491,10 +491,11 @@ class _Reader:
     """(start, stop) -> the samples at these positions of a split."""
 
     latents: ForeignLatents
+    labels: Tensor  # (N,) of all latents
     positions: list[int]
     num_views: int
 
     def __call__(self, start: int, stop: int) -> EncodedRange:
         chosen = self.positions[start:stop]
         stored = self.latents.read(chosen)[:, : self.num_views]
-        return EncodedRange(stored, self.latents.labels[torch.tensor(chosen)])
+        return EncodedRange(stored, self.labels[torch.tensor(chosen)])

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
+from smalti.data.classes import names_beside, numbered_classes
 from smalti.data.image_io import FolderOptions
 from smalti.data.sources.base import (
     ImageSource,
@@ -23,9 +23,7 @@ from smalti.data.sources.base import (
     refuse_one_class,
 )
 from smalti.errors import DataError
-from smalti.files import read_json
 
-MAX_CLASSES = 1_000_000  # without names; a larger label is an identifier or damaged
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and its extra field
 CHANNELS = (1, 3)
 
@@ -47,8 +45,7 @@ class ArraySource(ImageSource):
                 f"the labels of {path} are {labels.dtype} {labels.shape}; they must be integers "
                 f"from 0 on, one for each of the {len(images)} pictures"
             )
-        self.labels = torch.from_numpy(labels.astype(np.int64))
-        self.classes = class_names(path, names, int(labels.max()) + 1)
+        self.classes, self.labels = numbered_classes(labels, names, path)
         refuse_one_class(str(path), self.classes, self.labels, options)
         self._digests: list[str] = []  # empty for a large set
         if len(images) <= options.verify_up_to:
@@ -93,42 +90,6 @@ def open_arrays(spec: str, options: SourceOptions) -> ArraySource:
     if not path.is_file():
         raise DataError(f"{path} does not exist: check --data")
     return ArraySource(path, options.folder)
-
-
-def class_names(path: Path, names: list[str] | None, count: int) -> tuple[str, ...]:
-    """The names of at least `count` classes: numbers if `names` is None.
-
-    Raises:
-        DataError: there are too few names, or one occurs twice; or no names and too many classes.
-    """
-    if names is None:
-        if count > MAX_CLASSES:
-            raise DataError(
-                f"the labels of {path} go up to {count - 1}: number the classes from 0 on, without "
-                "gaps"
-            )
-        return tuple(map(str, range(count)))
-    if len(names) < count or len(set(names)) < len(names):
-        raise DataError(
-            f"{path} has {len(names)} class names, {len(set(names))} of them different, but its "
-            f"labels go up to {count - 1}: give each class a different name"
-        )
-    return tuple(names)
-
-
-def names_beside(path: Path) -> list[str] | None:
-    """The class names in classes.json beside a file, if there is one.
-
-    Raises:
-        DataError: the file is not a list of names.
-    """
-    file = path.parent / "classes.json"
-    if not file.is_file():
-        return None
-    names = read_json(file)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{file} must be a list of class names")
-    return names
 
 
 def _check_images(path: Path, images: np.ndarray, options: FolderOptions) -> None:
