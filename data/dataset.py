@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from smalti.data.latents import to_float
-from smalti.data.order import Key
+from smalti.data.order import Key, even_subset
 from smalti.data.sources.base import (
     BadPicture,
     ImageSource,
@@ -110,6 +110,11 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.positions)
 
+    @property
+    def groups(self) -> list[str]:
+        """The group of each sample, see `ImageSource.group`."""
+        return [self.source.group(position) for position in self.positions]
+
     def name(self, index: int) -> str:
         """The name of a sample in messages."""
         return self.source.name(self.positions[index])
@@ -130,8 +135,16 @@ class ImageDataset(Dataset):
     ) -> Iterator[ImageBatch]:
         """The samples [start, stop) in order, not augmented."""
         stop = len(self) if stop is None else min(stop, len(self))
-        for first in range(start, stop, batch_size):
-            yield self._batch(range(first, min(first + batch_size, stop)))
+        yield from self.batches_of(range(start, stop), batch_size)
+
+    def batches_of(self, indices: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
+        """Some samples in order, not augmented."""
+        for first in range(0, len(indices), batch_size):
+            yield self._batch(indices[first : first + batch_size])
+
+    def even_subset(self, count: int, seed: int) -> list[int]:
+        """At most `count` samples, evenly over classes and groups, to measure or show."""
+        return even_subset(self.labels, self.groups, count, seed)
 
     def all_images(self) -> Tensor:
         """Every sample in order, not augmented: (N, 3, S, S) float in [-1, 1]."""

@@ -167,6 +167,7 @@ def tokenizer_evaluator(
         {**data_protocol, **protocol},
         device=next(tokenizer.parameters()).device,
         batch_size=config.batch_size,
+        seed=config.seed,
     )
 
 

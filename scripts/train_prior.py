@@ -165,15 +165,16 @@ def prior_loss(
 def validate(
     prior: Prior, heldout: LatentCache, loss_of: Callable[[nn.Module, LatentBatch], Loss], run: Run
 ) -> dict[str, float]:
-    """Mean loss per sample of the first held-out latents, at the mean of their posterior."""
-    count = min(len(heldout), VALIDATION_SAMPLES)
+    """Mean loss per sample of held-out latents, evenly over the classes, at the mean of their
+    posterior."""
+    chosen = heldout.even_subset(VALIDATION_SAMPLES, run.config.seed)
     total = 0.0
-    for start in range(0, count, 128):
-        batch = heldout.first_view(range(start, min(start + 128, count)))
+    for start in range(0, len(chosen), 128):
+        batch = heldout.first_view(chosen[start : start + 128])
         with run.accelerator.autocast():
             loss = loss_of(prior, batch).total
         total += loss.item() * len(batch.labels)
-    return {"val_loss": total / count}
+    return {"val_loss": total / len(chosen)}
 
 
 def save(folder: Path, pipeline: Pipeline, options: Mapping[str, Any]) -> None:

@@ -251,10 +251,11 @@ def codebook_use(run: Run, tokenizer: Tokenizer, codes: Sequence[Tensor]) -> dic
 
 
 @torch.no_grad()
-def validate(tokenizer: Tokenizer, images: ImageDataset, device: torch.device) -> dict[str, float]:
-    """PSNR in dB and codebook usage (0 to 1) on the first held-out images."""
-    scores, latents = [], []
-    for batch in images.batches(64, stop=VALIDATION_IMAGES):
+def validate(tokenizer: Tokenizer, images: ImageDataset, run: Run) -> dict[str, float]:
+    """PSNR in dB and codebook usage (0 to 1) on held-out images, evenly over the classes."""
+    scores, latents, device = [], [], run.device
+    chosen = images.even_subset(VALIDATION_IMAGES, run.config.seed)
+    for batch in images.batches_of(chosen, 64):
         latents.append(tokenizer.encode(batch.images.to(device)))
         scores.append(psnr(tokenizer.decode(latents[-1]).float().cpu(), batch.images))
     values = {"val_psnr": torch.cat(scores).mean().item()}
@@ -265,10 +266,11 @@ def validate(tokenizer: Tokenizer, images: ImageDataset, device: torch.device) -
 
 
 @torch.no_grad()
-def preview(tokenizer: Tokenizer, images: ImageDataset, device: torch.device) -> Image.Image:
-    """A grid: originals above their reconstructions."""
-    batch = next(iter(images.batches(PREVIEW_IMAGES)))
-    output = tokenizer.reconstruct(batch.images.to(device)).cpu()
+def preview(tokenizer: Tokenizer, images: ImageDataset, run: Run) -> Image.Image:
+    """A grid: originals above their reconstructions, evenly over the classes."""
+    chosen = images.even_subset(PREVIEW_IMAGES, run.config.seed)
+    (batch,) = images.batches_of(chosen, PREVIEW_IMAGES)
+    output = tokenizer.reconstruct(batch.images.to(run.device)).cpu()
     return image_grid(torch.cat([batch.images, output]), columns=len(output))
 
 
@@ -352,8 +354,8 @@ def train(config: TrainTokenizerConfig) -> Path:
                 use = codebook_use(run, tokenizer, codes)
                 run.log(step, {**values, **use, "learning_rate": rate})
             if run.due(step, config.validation_steps) and run.is_main:
-                run.log_on_main(step, validate(ema.model, heldout, run.device))
-                run.show(step, "reconstructions", preview(ema.model, heldout, run.device))
+                run.log_on_main(step, validate(ema.model, heldout, run))
+                run.show(step, "reconstructions", preview(ema.model, heldout, run))
 
             if (stop := run.should_stop()) or run.due(step, config.checkpointing_steps):
                 run.save(step)

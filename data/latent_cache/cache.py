@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 
 from smalti.config import config_from_dict, config_to_dict
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
+from smalti.data.order import even_subset
 from smalti.data.sources.base import fingerprint_of, in_threads
 from smalti.errors import DataError
 from smalti.files import read_json, replacing, sha256_of, write_json
@@ -64,6 +65,9 @@ class CacheInfo:
     # saved without these fields can be resumed. The hashes of the shards do depend on them.
     stored_shape: tuple[int, ...] = field(default=(), repr=False)
     stored_statistics: tuple[str, ...] = field(default=(), repr=False)
+    # The number of the group of each sample, of held-out samples only; () = unknown, or no two
+    # samples are related. It follows from the pictures, so no hash depends on it.
+    groups: tuple[int, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         counts = (self.num_samples, self.shard_size, len(self.views), len(self.classes))
@@ -72,6 +76,11 @@ class CacheInfo:
                 f"a cache has {self.num_samples} samples, {len(self.views)} views of shape "
                 f"{self.shape}, {len(self.classes)} classes and {self.shard_size} samples per "
                 "file; each number must be at least 1"
+            )
+        if len(self.groups) not in (0, self.num_samples):
+            raise DataError(
+                f"a cache has {self.num_samples} samples and groups of {len(self.groups)}; give "
+                "the group of each, or of none"
             )
         if self.shape[0] % max(len(self.statistics), 1):
             raise DataError(
@@ -118,9 +127,17 @@ class CacheInfo:
     def identity(self) -> str:
         """Hash of everything that determines a shard's content; recorded in every shard."""
         content = {**asdict(self), "shards": ()}
+        del content["groups"]
         if (self.shape, self.statistics) == self._stored_by_0_1_0():
             del content["stored_shape"], content["stored_statistics"]  # 0.1.0 did not hash them
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def group_numbers(groups: Sequence[str]) -> tuple[int, ...]:
+    """`CacheInfo.groups` of samples in these groups."""
+    numbers: dict[str, int] = {}
+    found = tuple(numbers.setdefault(group, len(numbers)) for group in groups)
+    return found if len(numbers) < len(found) else ()
 
 
 def read_manifest(folder: Path) -> CacheInfo:
@@ -415,6 +432,10 @@ class LatentCache(Dataset):
         """The first view of some samples, for evaluation: the image itself, or its centre."""
         array = np.asarray(indices)
         return self._batch(array, np.zeros_like(array))
+
+    def even_subset(self, count: int, seed: int) -> list[int]:
+        """At most `count` samples, evenly over classes and groups, to measure."""
+        return even_subset(self.labels, self.info.groups or None, count, seed)
 
     def all_views(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """All views of some samples in the type of the files, (n, views, *info.shape)."""

@@ -1,14 +1,19 @@
 """The evaluate command: what counts as a copy, and which folders it may write to."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from smalti.data.latent_cache.cache import LatentCache, group_numbers
 from smalti.data.latents import CodeSpec
 from smalti.errors import ConfigurationError, DataError, SmaltiError
+from smalti.evaluation import evaluator as evaluator_module
 from smalti.evaluation.evaluator import (
     TokenizerEvaluator,
     evenly_spaced,
@@ -16,7 +21,10 @@ from smalti.evaluation.evaluator import (
     reference_images,
 )
 from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.base import Loss
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
+from smalti.scripts import train_prior, train_tokenizer
+from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.evaluate import EvaluateConfig, evaluate, sample_evaluator
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
@@ -74,6 +82,72 @@ def test_the_same_evaluation_may_run_again_but_no_other(config, tmp_path: Path) 
     with pytest.raises(ConfigurationError, match="its num_samples differs"):
         evaluate(replace(config, num_samples=17))
     assert {p.name: p.read_bytes() for p in config.output_dir.iterdir()} == before
+
+
+def test_a_part_of_the_held_out_set_is_even_over_classes_in_every_measurement(
+    config, pipeline, pictures: Path, monkeypatch
+) -> None:
+    """Pictures are sorted by class; each measurement sees 3 of the 9 held-out ones."""
+    monkeypatch.setattr(evaluator_module, "LIKELIHOOD_IMAGES", 3)
+    config = replace(config, heldout_fraction=0.35)
+    labels = []
+
+    def bits(latents, condition, *, generator):
+        labels.append(condition.tolist())
+        return torch.zeros(len(latents))
+
+    metric = sample_evaluator(config, pipeline).likelihood(bits)["heldout_bits_per_dimension"]
+    assert labels == [[0, 1, 2]] and metric.protocol["num_pictures"] == 3
+
+    monkeypatch.setattr(train_tokenizer, "VALIDATION_IMAGES", 3)
+    monkeypatch.setattr(train_tokenizer, "PREVIEW_IMAGES", 6)
+    images, seen = config.dataset("heldout", 32), []
+    kept = images.batches_of
+    monkeypatch.setattr(images, "batches_of", lambda rows, n: seen.append(rows) or kept(rows, n))
+    run = SimpleNamespace(device=torch.device("cpu"), config=config)
+    train_tokenizer.validate(pipeline.tokenizer, images, run)
+    train_tokenizer.preview(pipeline.tokenizer, images, run)
+    assert [images.labels[rows].tolist() for rows in seen] == [[0, 1, 2], [0, 0, 1, 1, 2, 2]]
+
+    config = EncodeConfig(
+        data=str(pictures), heldout_fraction=0.35, output_dir=config.output_dir / "latents"
+    )
+    config = replace(config, tokenizer=pipeline.tokenizer.save_pretrained(config.output_dir / "t"))
+    cache = LatentCache(encode(replace(config, output_dir=config.output_dir / "c")) / "heldout")
+    monkeypatch.setattr(train_prior, "VALIDATION_SAMPLES", 3)
+    run = SimpleNamespace(accelerator=Accelerator(), config=EvaluateConfig())
+    seen.clear()
+
+    def loss_of(prior, batch):
+        seen.append(batch.labels.tolist())
+        return Loss(torch.tensor(1.0))
+
+    train_prior.validate(pipeline.prior, cache, loss_of, run)
+    assert seen == [[0, 1, 2]]
+
+
+def test_a_cache_keeps_the_groups_of_held_out_pictures(
+    pipeline, pictures: Path, tmp_path: Path
+) -> None:
+    """Equal files are a group: one of them is taken before another picture is taken twice."""
+    for number in range(20):
+        shutil.copy(pictures / "red" / "0.png", pictures / "red" / f"copy {number}.png")
+    config = EncodeConfig(
+        data=str(pictures),
+        heldout_fraction=0.6,
+        output_dir=tmp_path / "latents",
+        tokenizer=pipeline.tokenizer.save_pretrained(tmp_path / "tokenizer"),
+    )
+    for seed in range(20):  # a seed that holds out the copies
+        config = replace(config, split_seed=seed)
+        images = config.dataset("heldout", 32)
+        if len(images) > 20:
+            break
+    cache = LatentCache(encode(config) / "heldout")
+    assert group_numbers(images.groups) == cache.info.groups != ()
+    chosen = images.even_subset(9, seed=0)
+    assert chosen == cache.even_subset(9, seed=0)
+    assert len({images.groups[i] for i in chosen}) == 9
 
 
 @pytest.mark.parametrize("name", ["samples.png", "summary.json"])
