@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smalti.cli import parse_config, run_command
 from smalti.config import first_difference
-from smalti.data.latent_cache.cache import LatentBatch, LatentCache
+from smalti.data.latent_cache.cache import LatentBatch, LatentCache, open_splits
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import CheckpointError, ConfigurationError
@@ -185,8 +185,7 @@ def save(folder: Path, pipeline: Pipeline, options: Mapping[str, Any]) -> None:
 def train(config: TrainPriorConfig) -> Path:
     """Train, and return the folder of the finished pipeline (EMA weights)."""
     run = Run(config, "train-prior", result=config.pipeline_dir or config.output_dir / "pipeline")
-    latents = LatentCache(config.latents / "train", seed=config.seed)
-    heldout = LatentCache(config.latents / "heldout")
+    latents, heldout = open_splits(config.latents, seed=config.seed)
     torch.manual_seed(config.seed)
     tokenizer, prior = build_models(config, latents, run.device)
     optimizer, ema = adamw(prior, config), EMA(prior, config.ema_decay)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from smalti.config import config_from_dict, config_to_dict
+from smalti.data.classes import normal_form
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
 from smalti.data.order import even_subset
 from smalti.data.sources.base import fingerprint_of, in_threads
@@ -283,7 +284,9 @@ def write_cache(
         progress(stop - start)
     barrier()
     if rank == 0:
-        hashes = _hashes(folder, info, "hash latents")
+        hashes = in_threads(
+            lambda n: sha256_of(shard_path(folder, n)), info.num_shards, "hash latents"
+        )
         write_json(folder / MANIFEST, {**config_to_dict(info), "shards": hashes})
     barrier()
 
@@ -329,11 +332,6 @@ def _refuse_outside(values: Tensor, start: int, count: int, name: str, of: str) 
         )
 
 
-def _hashes(folder: Path, info: CacheInfo, title: str) -> list[str]:
-    """sha256 of each shard; a progress bar appears if it takes long."""
-    return in_threads(lambda n: sha256_of(shard_path(folder, n)), info.num_shards, title)
-
-
 def refuse_other_cache(folder: Path, info: CacheInfo) -> None:
     """Raise `DataError` if `folder` holds anything but this cache, complete or in part."""
     if not folder.exists():
@@ -369,6 +367,7 @@ def refuse_other_contents(folder: Path) -> None:
 
 # -- Reading a cache ------------------------------------------------------------------------------
 
+VERIFIED_AT_ONCE = 2**20  # values
 MEMORY_TYPE = {"codes": np.int64, "continuous": np.float32}
 
 
@@ -388,14 +387,19 @@ class LatentCache(Dataset):
     function of (seed, epoch, index).
 
     Raises:
-        DataError: a shard is missing or damaged; the message names it.
+        DataError: a shard is missing or damaged, or holds a value that no latent has; the message
+            names it. Or the manifest is not the one that the shards were written with.
     """
 
     def __init__(self, folder: str | Path, *, seed: int = 0) -> None:
         self.folder = Path(folder)
         self.info = read_manifest(self.folder)
         self.seed = seed
-        self._verify()
+        for number in range(self.info.num_shards):
+            if not shard_path(self.folder, number).is_file():
+                raise DataError(f"{shard_path(self.folder, number)} is missing: encode again")
+        in_threads(self._verify, self.info.num_shards, "verify latents")
+        self._verify_manifest()
         shards = (self._map(number) for number in range(self.info.num_shards))
         self.labels = torch.from_numpy(np.concatenate([shard["labels"] for shard in shards]))
 
@@ -483,14 +487,68 @@ class LatentCache(Dataset):
             )
         return shard
 
-    def _verify(self) -> None:
-        for number in range(self.info.num_shards):
-            if not shard_path(self.folder, number).is_file():
-                raise DataError(f"{shard_path(self.folder, number)} is missing: encode again")
-        hashes = _hashes(self.folder, self.info, "verify latents")
-        for number, (found, expected) in enumerate(zip(hashes, self.info.shards, strict=True)):
-            if found != expected:
+    def _verify(self, number: int) -> None:
+        """Raise `DataError` if a shard is damaged, or holds a value that no latent has."""
+        path = shard_path(self.folder, number)
+        if sha256_of(path) != self.info.shards[number]:
+            raise DataError(
+                f"{path} is damaged (its sha256 differs from the manifest): encode again"
+            )
+        shard = self._map(number)
+        labels, values = shard["labels"], shard["stored"].reshape(-1)
+        if labels.min() < 0 or labels.max() >= len(self.classes):
+            raise DataError(
+                f"{path} holds labels from {labels.min()} to {labels.max()}, but the manifest has "
+                f"{len(self.classes)} classes: encode again"
+            )
+        for start in range(0, len(values), VERIFIED_AT_ONCE):
+            self._verify_values(path, values[start : start + VERIFIED_AT_ONCE])
+
+    def _verify_values(self, path: Path, values: np.ndarray) -> None:
+        if isinstance(self.spec, ContinuousSpec):
+            if not np.isfinite(values).all():
                 raise DataError(
-                    f"{shard_path(self.folder, number)} is damaged (its sha256 differs from the "
-                    "manifest): encode again"
+                    f"{path} holds latents that are NaN or infinite: check the tokenizer, and "
+                    "encode again"
                 )
+        elif values.min() < 0 or values.max() >= self.spec.vocab_size:
+            raise DataError(
+                f"{path} holds codes from {values.min()} to {values.max()}, but the tokenizer has "
+                f"{self.spec.vocab_size}: encode again"
+            )
+
+    def _verify_manifest(self) -> None:
+        """Raise `DataError` if the shards were written with another manifest."""
+        identity = self.info.identity()
+        for number in range(self.info.num_shards):
+            path = shard_path(self.folder, number)
+            if identity_in(path) != identity:
+                raise DataError(
+                    f"{self.folder / MANIFEST} is damaged or was edited: {path.name} was written "
+                    "with another: encode again"
+                )
+
+
+def open_splits(folder: Path, *, seed: int = 0) -> tuple[LatentCache, LatentCache]:
+    """The training and the held-out latents of a folder.
+
+    Args:
+        seed: of the views of training latents.
+
+    Raises:
+        DataError: one is missing or damaged, or the two do not belong together.
+    """
+    train, heldout = (LatentCache(folder / split, seed=seed) for split in SPLITS)
+    for name, one, other in (
+        ("tokenizer", train.info.tokenizer_fingerprint, heldout.info.tokenizer_fingerprint),
+        ("specification of latents", train.spec, heldout.spec),
+        ("shape of latents", train.info.shape, heldout.info.shape),
+        ("kind of latents", bool(train.info.pairs), bool(heldout.info.pairs)),
+        ("table of classes", *(list(map(normal_form, c.classes)) for c in (train, heldout))),
+    ):
+        if one != other:
+            raise DataError(
+                f"{train.folder} and {heldout.folder} do not belong together, because the {name} "
+                "differs: write both with one command into a new folder"
+            )
+    return train, heldout

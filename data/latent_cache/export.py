@@ -25,7 +25,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from smalti.config import config_to_dict
-from smalti.data.latent_cache.cache import MANIFEST, CacheInfo, LatentCache
+from smalti.data.latent_cache.cache import (
+    MANIFEST,
+    SPLITS,
+    CacheInfo,
+    LatentCache,
+    open_splits,
+)
 from smalti.data.latents import ContinuousSpec
 from smalti.data.sources.webdataset import tar_writer, write_sample
 from smalti.errors import DataError
@@ -44,13 +50,14 @@ def export_cache(folder: Path, out: Path, layout: Format) -> list[Path]:
     The folder is written to a temporary place and renamed.
 
     Raises:
-        DataError: there is no finished cache, `out` exists already, or a package is missing.
+        DataError: there is no finished cache, or not of every split; `out` exists already, or a
+            package is missing.
     """
     write = WRITERS[layout]()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out} exists, and nothing is overwritten: choose another folder")
     out = Path(os.path.abspath(out))
-    caches = {path.relative_to(folder): LatentCache(path) for path in _caches_in(folder)}
+    caches = {cache.folder.relative_to(folder): cache for cache in _open_caches(folder)}
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     try:
@@ -73,16 +80,21 @@ def columns_of(info: CacheInfo, stored: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(names, np.split(stored, len(names), axis=2), strict=True))
 
 
-def _caches_in(folder: Path) -> list[Path]:
+def _open_caches(folder: Path) -> list[LatentCache]:
     """A cache itself, or those of its splits."""
     if (folder / MANIFEST).is_file():
-        return [folder]
-    found = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
-    if not found:
+        return [LatentCache(folder)]
+    missing = [split for split in SPLITS if not (folder / split / MANIFEST).is_file()]
+    if len(missing) == len(SPLITS):
         raise DataError(
             f"{folder} holds no finished latent cache: give the output folder of smalti encode"
         )
-    return found
+    if missing:
+        raise DataError(
+            f"the latent cache {folder / missing[0]} is not finished: run the command that writes "
+            "it again, or export one split by naming its own folder"
+        )
+    return sorted(open_splits(folder), key=lambda cache: cache.folder)
 
 
 Writer = Callable[[Path, np.ndarray, np.ndarray, Columns], None]  # path, indices, labels, columns

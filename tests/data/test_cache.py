@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from smalti.data.latent_cache import cache as cache_module
 from smalti.data.latent_cache.cache import (
     CacheInfo,
     EncodedRange,
     LatentCache,
+    open_splits,
     read_manifest,
     write_cache,
 )
@@ -306,6 +309,77 @@ def test_a_manifest_that_does_not_describe_its_shards_is_an_error(tmp_path: Path
         manifest.write_text(json.dumps({**content, **change}))
         with pytest.raises(SmaltiError, match=message):
             LatentCache(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("continuous", float("nan"), "holds latents that are NaN or infinite: check the tokenizer"),
+        ("continuous", float("inf"), "holds latents that are NaN or infinite"),
+        ("codes", 70000, "holds codes from 0 to 70000, but the tokenizer has 70000"),
+        ("codes", -1, "holds codes from -1 to"),
+        ("labels", 2, "holds labels from 0 to 2, but the manifest has 2 classes"),
+    ],
+)
+def test_values_that_no_latent_has_are_refused_when_a_cache_is_read(
+    tmp_path: Path, monkeypatch, kind: str, value: float, message: str
+) -> None:
+    """Written by other code, with all hashes right."""
+    spec = ContinuousSpec(2, 3, 4) if kind == "continuous" else INFO.spec
+    info = replace(INFO, spec=spec)
+
+    def unchecked(info, start, stop, part):
+        arrays = {"stored": np.zeros((stop - start, 2, *info.shape), info.disk_type)}
+        arrays["labels"] = np.zeros(stop - start, np.int64)
+        arrays["labels" if kind == "labels" else "stored"].flat[-1 if start == 4 else 0] = (
+            value if start == 4 else 0
+        )
+        return arrays
+
+    monkeypatch.setattr(cache_module, "on_disk", unchecked)
+    write_cache(tmp_path / "c", info, lambda a, b: None)
+    with pytest.raises(SmaltiError, match=rf"shard-00001\.safetensors {message}"):
+        LatentCache(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"classes": ["a", "c"]}, {"tokenizer_fingerprint": "u"}, {"views": ["identity", "x"]}],
+)
+def test_a_manifest_that_changed_after_the_shards_is_refused(tmp_path: Path, change: dict) -> None:
+    write_cache(tmp_path / "c", INFO, encode)
+    manifest = tmp_path / "c" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
+    with pytest.raises(SmaltiError, match=r"manifest\.json is damaged or was edited"):
+        LatentCache(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"tokenizer_fingerprint": "u"}, "tokenizer differs"),
+        ({"classes": ("a", "c")}, "table of classes differs"),
+        ({"classes": ("b", "a")}, "table of classes differs"),
+        ({"spec": CodeSpec(70001, ((2, 3),))}, "specification of latents differs"),
+    ],
+)
+def test_splits_that_do_not_belong_together_are_refused(
+    tmp_path: Path, change: dict, what: str
+) -> None:
+    write_cache(tmp_path / "train", INFO, encode)
+    write_cache(tmp_path / "heldout", replace(INFO, **change), encode)
+    with pytest.raises(SmaltiError, match=rf"do not belong together, because the {what}"):
+        open_splits(tmp_path)
+
+
+def test_splits_belong_together_whatever_the_form_of_their_letters(tmp_path: Path) -> None:
+    for split, name in (("train", "caf\u00e9"), ("heldout", "cafe\u0301")):
+        write_cache(tmp_path / split, replace(INFO, classes=("a", name)), encode)
+    train, heldout = open_splits(tmp_path, seed=3)
+    assert train.seed == 3 and len(heldout) == 10
+    shutil.rmtree(tmp_path / "heldout")
+    with pytest.raises(SmaltiError, match="heldout does not exist"):
+        open_splits(tmp_path)
 
 
 def test_specs_check_their_sizes() -> None:
