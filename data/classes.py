@@ -50,7 +50,7 @@ def shown(name: str) -> str:
     return f"{name[:40]!a}" if problem_of(name) else f'"{name}"'
 
 
-def check_names(names: Sequence[str], place: object) -> None:
+def check_class_names(names: Sequence[str], place: object) -> None:
     """Raise `DataError` if a class cannot have its name, or two names are the same.
 
     Args:
@@ -63,8 +63,8 @@ def check_names(names: Sequence[str], place: object) -> None:
         first = numbers.setdefault(normal_form(name), number)
         if first != number:
             raise DataError(
-                f"{place} has the class name {shown(name)} twice (classes {first} and {number}): "
-                "give each class a different name"
+                f"{place}: 2 classes are called {shown(name)} (numbers {first} and {number}): give "
+                "each class a different name"
             )
 
 
@@ -97,7 +97,7 @@ def named_classes(values: Sequence[str], place: object) -> tuple[tuple[str, ...]
         forms.setdefault(normal_form(value), set()).add(value)
     # A name that occurs in one form keeps it: the fingerprint of a set depends on the letters.
     names = tuple(sorted(key if len(f) > 1 else next(iter(f)) for key, f in forms.items()))
-    check_names(names, place)
+    check_class_names(names, place)
     numbers = {normal_form(name): number for number, name in enumerate(names)}
     where = {value: numbers[key] for key, values in forms.items() for value in values}
     return names, torch.tensor([where[value] for value in values], dtype=torch.int64)
@@ -133,7 +133,7 @@ def numbered_classes(
             f"{place} has {len(names)} class names, but its labels go up to {highest}: name every "
             "class from 0 on"
         )
-    check_names(names, place)
+    check_class_names(names, place)
     _warn_of_empty(names, set(present.tolist()), place)
     return tuple(names), torch.from_numpy(array.astype(np.int64))
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from smalti.data.classes import class_number
 from smalti.data.latents import to_float
 from smalti.data.order import Key, even_subset
 from smalti.data.sources.base import (
@@ -141,6 +142,15 @@ class ImageDataset(Dataset):
         """Some samples in order, not augmented."""
         for first in range(0, len(indices), batch_size):
             yield self._batch(indices[first : first + batch_size])
+
+    def number_as(self, classes: Sequence[str]) -> bool:
+        """Number the classes in another order, that of a pipeline for example; return whether both
+        tables have the same names. (In another Unicode form, names are sorted differently.)"""
+        numbers = [class_number(name, classes) for name in self.classes]
+        if sorted(n for n in numbers if n is not None) != list(range(len(classes))):
+            return False
+        self.labels, self.classes = torch.tensor(numbers)[self.labels], tuple(classes)
+        return True
 
     def even_subset(self, count: int, seed: int) -> list[int]:
         """At most `count` samples, evenly over classes and groups, to measure or show."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from smalti.config import config_from_dict, config_to_dict
-from smalti.data.classes import normal_form
+from smalti.data.classes import check_class_names, normal_form
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
 from smalti.data.order import even_subset
 from smalti.data.sources.base import fingerprint_of, in_threads
@@ -78,6 +78,7 @@ class CacheInfo:
                 f"{self.shape}, {len(self.classes)} classes and {self.shard_size} samples per "
                 "file; each number must be at least 1"
             )
+        check_class_names(self.classes, "the latent cache")
         if len(self.groups) not in (0, self.num_samples):
             raise DataError(
                 f"a cache has {self.num_samples} samples and groups of {len(self.groups)}; give "

@@ -140,7 +140,7 @@ def test_a_name_keeps_its_form_and_is_found_in_any(name: str) -> None:
 
 
 def test_equal_names_of_two_numbers_are_refused() -> None:
-    with pytest.raises(SmaltiError, match=r"twice \(classes 0 and 1\): give each class a diff"):
+    with pytest.raises(SmaltiError, match=r"\(numbers 0 and 1\): give each class a different"):
         numbered_classes([0, 1], [COMPOSED, DECOMPOSED], "x")
 
 
