@@ -234,7 +234,8 @@ class DiffusersDiT(Source):
         facts = network_facts(network) | count.facts
         facts |= {} if assumed else {"heads": heads}
         facts |= {} if origin else {"grid": f"{side} x {side}"}
-        return Inferred(config, facts, assumed | origin | count.assumed)
+        # Diffusers' class always has a null class: nothing is assumed about it.
+        return Inferred(config, facts, assumed | origin)
 
     def layout(self, config: FlowConfig) -> Layout:
         depth = config.network.depth
