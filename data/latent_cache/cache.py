@@ -13,7 +13,8 @@ of its content.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -170,6 +171,7 @@ def read_manifest(folder: Path) -> CacheInfo:
 NAMES = ("stored", "labels")
 SHARD = "shard"  # key of the metadata, whose value is "identity of the cache/hash of the content"
 DAMAGED = "damaged"
+MAX_HEADER = 2**16  # bytes of the header of a shard, which names two tensors
 TYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64, "F16": np.float16}
 
 
@@ -186,10 +188,25 @@ def write_shard(path: Path, tensors: Mapping[str, np.ndarray], identity: str) ->
         save_file(flat, temporary, metadata=_metadata(flat, identity))
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A shard; safetensors checks that the sizes in its header fit the file.
+
+    Raises:
+        SafetensorError: it is damaged.
+    """
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if length > MAX_HEADER:
+        raise SafetensorError(f"its header has {length} bytes, and that of a shard {MAX_HEADER}")
+    with safe_open(path, framework="np") as shard:
+        yield shard
+
+
 def is_whole(path: Path, identity: str) -> bool:
     """Whether a shard exists, belongs to the cache, and is not damaged."""
     try:
-        with safe_open(path, framework="np") as shard:
+        with _opened(path) as shard:
             found = shard.metadata() or {}
             tensors = {name: shard.get_tensor(name) for name in NAMES}
     except (FileNotFoundError, SafetensorError):
@@ -200,7 +217,7 @@ def is_whole(path: Path, identity: str) -> bool:
 def identity_in(path: Path) -> str:
     """The identity of the cache that a shard belongs to: "" if it has none, or `DAMAGED`."""
     try:
-        with safe_open(path, framework="np") as shard:
+        with _opened(path) as shard:
             return (shard.metadata() or {}).get(SHARD, "").partition("/")[0]
     except SafetensorError:
         return DAMAGED
@@ -213,9 +230,7 @@ def map_shard(path: Path) -> dict[str, np.ndarray]:
         DataError: the file is not a shard of latents.
     """
     try:
-        with safe_open(path, framework="np"):  # checks that the sizes in the header fit the file
-            pass
-        with path.open("rb") as stream:
+        with _opened(path), path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
         return {name: _map(path, header[name], 8 + length) for name in NAMES}

@@ -24,6 +24,7 @@ from smalti.data.latent_cache.cache import (
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.data.transforms import VIEW_SETS
 from smalti.errors import SmaltiError
+from smalti.files import sha256_of
 
 INFO = CacheInfo(
     spec=CodeSpec(70000, ((2, 3),)),
@@ -382,6 +383,22 @@ def test_splits_belong_together_whatever_the_form_of_their_letters(tmp_path: Pat
         open_splits(tmp_path)
 
 
+def test_a_shard_with_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c", INFO, encode)
+    before, shard = files(tmp_path / "c"), tmp_path / "c" / "shard-00001.safetensors"
+    header = b'{"stored": ' + b"[" * 2**20
+    shard.write_bytes(len(header).to_bytes(8, "little") + header)
+    manifest = tmp_path / "c" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["shards"][1] = sha256_of(shard)
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(SmaltiError, match=r"shard-00001\S+ is not .*header has 1048587 bytes"):
+        LatentCache(tmp_path / "c")
+    manifest.unlink()
+    write_cache(tmp_path / "c", INFO, encode)  # as the message says: it is damaged, and replaced
+    assert files(tmp_path / "c") == before
+
+
 def test_specs_check_their_sizes() -> None:
     assert CodeSpec(4, ((1, 1), (2, 3))).length == 7
     with pytest.raises(SmaltiError, match="vocab_size is 0"):
@@ -394,6 +411,15 @@ def test_specs_check_their_sizes() -> None:
         CodeSpec(4, ((8589934592, 1),))
     with pytest.raises(SmaltiError, match="use at most 16384"):
         ContinuousSpec(4, 1, 8589934592)
+    for make in (
+        lambda: CodeSpec(4, ((3163, 3163),)),
+        lambda: CodeSpec(4, ((1000, 1000),) * 2),
+        lambda: ContinuousSpec(4, 3163, 3163),
+    ):
+        with pytest.raises(SmaltiError, match="positions; use at most 1048576"):
+            make()
+    with pytest.raises(SmaltiError, match="channels is 10000000; use at most 65536"):
+        ContinuousSpec(10_000_000, 1, 1)
 
 
 @pytest.mark.parametrize(

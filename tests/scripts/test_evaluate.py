@@ -25,7 +25,12 @@ from smalti.prior.base import Loss
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.scripts import train_prior, train_tokenizer
 from smalti.scripts.encode import EncodeConfig, encode
-from smalti.scripts.evaluate import EvaluateConfig, evaluate, sample_evaluator
+from smalti.scripts.evaluate import (
+    EvaluateConfig,
+    check_training_images,
+    evaluate,
+    sample_evaluator,
+)
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
@@ -176,6 +181,28 @@ def test_what_was_trained_on_is_not_held_out(config, pipeline) -> None:
         evaluate(other)
     metrics = evaluate(replace(other, other_data=True))
     assert {m.protocol["trained_on_the_rest"] for m in metrics.values()} == {"no"}
+
+
+def test_classes_in_another_unicode_form_keep_the_numbers_of_the_pipeline(
+    config, pipeline, pictures: Path
+) -> None:
+    """A copied folder may have other forms of its names, which are sorted differently."""
+    composed, decomposed = "\u00e9clair", "e\u0301clair"
+    pipeline.classes = ("f", "z", composed)
+    for folder, name in (("blue", decomposed), ("green", "f"), ("red", "z")):
+        (pictures / folder).rename(pictures / name)
+    images = config.dataset("train", 32)
+    assert images.classes == (decomposed, "f", "z")
+    before = images.labels.tolist()
+    assert check_training_images(config, pipeline, images) == "not known"
+    assert images.classes == pipeline.classes
+    assert images.labels.tolist() == [[2, 0, 1][label] for label in before]
+    evaluator = sample_evaluator(config, pipeline)
+    for labels in (evaluator.train_labels, evaluator.tokenizer.heldout_labels):
+        assert labels[0] == 2 and labels[-1] == 1
+    pipeline.classes = ("f", "z", "\u00e8clair")
+    with pytest.raises(DataError, match="give --data as in training"):
+        sample_evaluator(config, pipeline)
 
 
 def test_few_references_are_spread_over_the_set(config) -> None:
