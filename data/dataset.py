@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from smalti.data.classes import class_number
 from smalti.data.latents import to_float
-from smalti.data.order import Key
+from smalti.data.order import Key, even_subset
 from smalti.data.sources.base import (
     BadPicture,
     ImageSource,
@@ -110,6 +111,11 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.positions)
 
+    @property
+    def groups(self) -> list[str]:
+        """The group of each sample, see `ImageSource.group`."""
+        return [self.source.group(position) for position in self.positions]
+
     def name(self, index: int) -> str:
         """The name of a sample in messages."""
         return self.source.name(self.positions[index])
@@ -130,8 +136,25 @@ class ImageDataset(Dataset):
     ) -> Iterator[ImageBatch]:
         """The samples [start, stop) in order, not augmented."""
         stop = len(self) if stop is None else min(stop, len(self))
-        for first in range(start, stop, batch_size):
-            yield self._batch(range(first, min(first + batch_size, stop)))
+        yield from self.batches_of(range(start, stop), batch_size)
+
+    def batches_of(self, indices: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
+        """Some samples in order, not augmented."""
+        for first in range(0, len(indices), batch_size):
+            yield self._batch(indices[first : first + batch_size])
+
+    def number_as(self, classes: Sequence[str]) -> bool:
+        """Number the classes in another order, that of a pipeline for example; return whether both
+        tables have the same names. (In another Unicode form, names are sorted differently.)"""
+        numbers = [class_number(name, classes) for name in self.classes]
+        if sorted(n for n in numbers if n is not None) != list(range(len(classes))):
+            return False
+        self.labels, self.classes = torch.tensor(numbers)[self.labels], tuple(classes)
+        return True
+
+    def even_subset(self, count: int, seed: int) -> list[int]:
+        """At most `count` samples, evenly over classes and groups, to measure or show."""
+        return even_subset(self.labels, self.groups, count, seed)
 
     def all_images(self) -> Tensor:
         """Every sample in order, not augmented: (N, 3, S, S) float in [-1, 1]."""

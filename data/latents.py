@@ -31,9 +31,18 @@ def rounded(images: Tensor) -> Tensor:
 
 # -- Latents: discrete codes, or real numbers -----------------------------------------------------
 
-# Largest side of a latent grid. It exceeds that of the largest images, and limits the memory that a
-# damaged or malicious config file can request.
+# Largest side of a latent grid, and most positions of one image. They exceed those of the largest
+# images, and limit the memory that a damaged or malicious config file can request.
 MAX_SIDE = 2**14
+MAX_POSITIONS = 2**20  # 1024 x 1024
+MAX_CHANNELS = 2**16
+
+
+def _refuse_positions(count: int) -> None:
+    if count > MAX_POSITIONS:
+        raise ConfigurationError(
+            f"the latents of an image have {count} positions; use at most {MAX_POSITIONS}"
+        )
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class CodeSpec:
             raise ConfigurationError(
                 f"grids is {self.grids}; give at least one (h, w) with sides from 1 to {MAX_SIDE}"
             )
+        _refuse_positions(self.length)
 
     @property
     def in_words(self) -> str:
@@ -96,6 +106,9 @@ class ContinuousSpec:
             raise ConfigurationError(
                 f"height and width are {self.height} and {self.width}; use at most {MAX_SIDE}"
             )
+        if self.channels > MAX_CHANNELS:
+            raise ConfigurationError(f"channels is {self.channels}; use at most {MAX_CHANNELS}")
+        _refuse_positions(self.height * self.width)
 
     @property
     def in_words(self) -> str:

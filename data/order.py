@@ -1,17 +1,61 @@
-"""The order of training samples as a pure function of the step.
+"""Which samples are used: in training the order, in measurements a part of the held-out set.
 
-Resuming therefore needs no saved state, and the order is the same on any number of processes. It is
-written here because no library's sampler defines its order as such a function.
+The order of training samples is a pure function of the step. Resuming therefore needs no saved
+state, and the order is the same on any number of processes. It is written here because no library's
+sampler defines its order as such a function.
 """
 
 import hashlib
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from smalti.errors import ConfigurationError, DataError
 
 Key = tuple[int, int]  # (epoch, index): which sample, and in which pass over the data
+
+
+def _permutation(count: int, purpose: str) -> list[int]:
+    """A random permutation of 0 to count - 1, the same for the same purpose."""
+    digest = hashlib.sha256(purpose.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def even_subset(
+    labels: Tensor, groups: Sequence[Hashable] | None, count: int, seed: int
+) -> list[int]:
+    """At most `count` positions of a set, ascending, evenly over its classes and groups.
+
+    Sets are often sorted by class, so their first samples show a few classes only. The classes take
+    turns, and so do the groups of a class: the numbers of samples of two classes differ by one at
+    most, unless a class has no more samples. All samples are taken if there are no more than
+    `count`; otherwise the seed decides among equals.
+
+    Args:
+        labels: (N,) int64.
+        groups: one for each sample, for example the copies of a picture; None: no sample is related
+            to another.
+    """
+    if count >= len(labels):
+        return list(range(len(labels)))
+    order, of = _permutation(len(labels), f"{seed}/subset"), labels.tolist()
+    if groups is not None:
+        order = _in_turns(order, [(label, group) for label, group in zip(of, groups, strict=True)])
+    return sorted(_in_turns(order, of)[:count])
+
+
+def _in_turns(order: Sequence[int], keys: Sequence[Hashable]) -> list[int]:
+    """Samples reordered so that keys take turns: the first sample of each key, then the second."""
+    seen = Counter[Hashable]()
+    turns = {}
+    for position in order:
+        turns[position] = seen[keys[position]]
+        seen[keys[position]] += 1
+    return sorted(order, key=turns.__getitem__)  # stable: equal turns stay in order
 
 
 class DataOrder:
@@ -34,9 +78,7 @@ class DataOrder:
         self._permutation = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> list[int]:
-        digest = hashlib.sha256(f"{self.seed}/order/{epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        return torch.randperm(self.num_samples, generator=generator).tolist()
+        return _permutation(self.num_samples, f"{self.seed}/order/{epoch}")
 
     def keys(self, step: int) -> list[Key]:
         """The samples of a step, for all processes."""

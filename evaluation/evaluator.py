@@ -5,6 +5,7 @@ an `Autoencoder`, the samples of a pipeline as a tensor, a prior as the function
 of latents.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,8 +52,8 @@ def reference_images(dataset: ImageDataset, limit: int) -> tuple[Tensor, Tensor]
     if len(dataset) <= limit:
         return dataset.all_images(), dataset.labels
     rows = evenly_spaced(limit, len(dataset))
-    parts = [dataset.__getitems__([(0, i) for i in part.tolist()]) for part in rows.split(512)]
-    return torch.cat([part.images for part in parts]), dataset.labels[rows]
+    parts = [part.images for part in dataset.batches_of(rows.tolist(), 512)]
+    return torch.cat(parts), dataset.labels[rows]
 
 
 def first_of_each(labels: Tensor, count: int, classes: int = SHOWN_CLASSES) -> Tensor:
@@ -87,6 +88,7 @@ class TokenizerEvaluator:
         heldout: images that were not in its training set, of its image size.
         protocol: recorded with every metric.
         batch_size: images encoded and decoded at once.
+        seed: of the choice of held-out images, where a part of them is used.
 
     Raises:
         DataError: fewer than 2 held-out images.
@@ -100,6 +102,7 @@ class TokenizerEvaluator:
         *,
         device: torch.device,
         batch_size: int,
+        seed: int = 0,
     ) -> None:
         if len(heldout) < 2:
             raise DataError(
@@ -109,6 +112,7 @@ class TokenizerEvaluator:
         self.autoencoder, self.device, self.batch_size = autoencoder, device, batch_size
         self.protocol = protocol
         self.heldout, self.heldout_labels = heldout.all_images(), heldout.labels
+        self.even_subset = partial(heldout.even_subset, seed=seed)
         self.lpips = LPIPS.from_embedded().to(device)
 
     @torch.no_grad()
@@ -121,9 +125,10 @@ class TokenizerEvaluator:
         return torch.cat(latents).cpu(), torch.cat(decoded)
 
     def reconstruction(self, grid: Path) -> dict[str, Metric]:
-        """Metrics over all held-out images; `grid` shows some above their reconstructions."""
+        """Metrics over all held-out images; `grid` shows some of them, evenly over the classes,
+        above their reconstructions."""
         latents, output = self.reconstruct(self.heldout)
-        shown = evenly_spaced(min(SHOWN_RECONSTRUCTIONS, len(output)), len(output))
+        shown = self.even_subset(SHOWN_RECONSTRUCTIONS)
         both = torch.cat([self.heldout[shown], output[shown]])
         names = ("held-out original", "reconstruction")
         save_png(grid, image_grid(both, columns=len(shown), row_labels=names, scale=2))
@@ -183,8 +188,8 @@ class SampleEvaluator:
     def likelihood(self, bits_per_dimension: BitsPerDimension) -> dict[str, Metric]:
         """Negative log2 likelihood of held-out latents given their class, per dimension."""
         tokenizer, autoencoder = self.tokenizer, self.tokenizer.autoencoder
-        count = min(len(tokenizer.heldout), LIKELIHOOD_IMAGES)
-        images, labels = tokenizer.heldout[:count], tokenizer.heldout_labels[:count]
+        chosen = tokenizer.even_subset(LIKELIHOOD_IMAGES)
+        images, labels = tokenizer.heldout[chosen], tokenizer.heldout_labels[chosen]
         posterior = self.generator("posterior")
         bits = []
         for batch, classes in zip(images.split(BATCH), labels.split(BATCH), strict=True):
@@ -193,7 +198,12 @@ class SampleEvaluator:
             bits.append(bits_per_dimension(latents, classes.to(tokenizer.device), generator=probes))
         discrete = isinstance(autoencoder.spec, CodeSpec)
         dimension = "a code" if discrete else "a number; of a density"
-        protocol = {**tokenizer.protocol, "dimension": dimension, "num_pictures": count}
+        protocol = {
+            **tokenizer.protocol,
+            "dimension": dimension,
+            "num_pictures": len(chosen),
+            "chosen": "evenly over classes and groups",
+        }
         return {"heldout_bits_per_dimension": Metric(torch.cat(bits).mean().item(), protocol)}
 
     def distances(

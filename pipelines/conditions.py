@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from smalti.config import nearest
+from smalti.data.classes import class_number
 from smalti.errors import GenerationError
 from smalti.prior.base import Prior
 from smalti.prior.conditions.text import Condition, TextCondition
@@ -42,7 +43,8 @@ def integer(name: str, value: Any) -> int:
 def label_ids(class_labels: ClassLabels, classes: Sequence[str]) -> list[int]:
     """The labels of one or several classes, each given by its name or its number.
 
-    Text is looked up as a name; it is read as a number only if no class name is a number.
+    Text is looked up as a name, in any Unicode form of its letters; it is read as a number only if
+    no class name is a number.
 
     Raises:
         GenerationError: there is no such class (the message lists similar names), or a label is
@@ -57,8 +59,8 @@ def label_ids(class_labels: ClassLabels, classes: Sequence[str]) -> list[int]:
 
 def _label_id(label: int | str, classes: Sequence[str]) -> int:
     if isinstance(label, str):
-        if label in classes:
-            return classes.index(label)
+        if (number := class_number(label, classes)) is not None:
+            return number
         if not label.isdecimal() or any(name.isdecimal() for name in classes):
             near = difflib.get_close_matches(label, classes, n=3, cutoff=0.3) or classes[:10]
             raise GenerationError(
@@ -67,7 +69,10 @@ def _label_id(label: int | str, classes: Sequence[str]) -> int:
         label = int(label)
     number = integer("class label", label)
     if not 0 <= number < len(classes):
-        raise GenerationError(f"class label {number} is out of range: use 0 to {len(classes) - 1}")
+        named = f', or "{number}", the name of a class' if str(number) in classes else ""
+        raise GenerationError(
+            f"class label {number} is out of range: use 0 to {len(classes) - 1}{named}"
+        )
     return number
 
 

@@ -10,7 +10,6 @@ A saved pipeline is a folder:
 """
 
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 
 from smalti.checkpoints import Weights, is_checkpoint, state_of
 from smalti.config import config_from_dict, config_to_dict
+from smalti.data.classes import check_class_names
 from smalti.data.image_io import save_png, to_pil
 from smalti.data.latent_cache.cache import read_manifest
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
@@ -109,7 +109,8 @@ class Pipeline:
 
     Raises:
         ConfigurationError: the specs differ; the prior was trained on the latents of another
-            tokenizer; there are more or fewer names than classes, or two are the same.
+            tokenizer; there are more or fewer names than classes.
+        DataError: two names are the same, or one cannot be printed.
     """
 
     def __init__(self, tokenizer: Tokenizer, prior: Prior, classes: Sequence[str]) -> None:
@@ -123,11 +124,7 @@ class Pipeline:
             raise ConfigurationError(
                 f"{len(classes)} class names were given; the prior has {prior.num_classes} classes"
             )
-        for name, count in Counter(classes).most_common(1):
-            if count > 1:
-                raise ConfigurationError(
-                    f'{count} classes are called "{name}": give each class its own name'
-                )
+        check_class_names(classes, "the pipeline")
         self.tokenizer = tokenizer.eval()
         self.prior = prior.eval()
         self.classes = tuple(classes)

@@ -185,11 +185,35 @@ class Prior(nn.Module, Pretrained, ABC):
             )
         if torch.compiler.is_compiling():  # a branch on values would break the graph
             return
-        if labels.numel() and (labels.min() < 0 or labels.max() > self.num_classes):
-            wrong = labels.min().item() if labels.min() < 0 else labels.max().item()
+        if not labels.numel():
+            return
+        lowest, highest = int(labels.min()), int(labels.max())
+        null = self.num_classes
+        if lowest < 0 or highest > null or (highest == null and not self.has_null_class):
+            wrong = lowest if lowest < 0 else highest
+            no_class = f", or {null} for no class" if self.has_null_class else ""
             raise GenerationError(
-                f"class label {wrong} is out of range: use 0 to {self.num_classes - 1}, "
-                f"or {self.num_classes} for no class"
+                f"class label {wrong} is out of range: use 0 to {null - 1}{no_class}"
+            )
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the null label has an embedding.
+
+        Published weights that were trained without class dropout have none. A converted prior has
+        label_dropout 0 then, and zeros in the last row of its class table.
+        """
+        if getattr(self.config, "label_dropout", None) != 0:
+            return True
+        table = dict(self.named_parameters()).get(self.class_table)
+        return table is None or bool(table[-1].any())
+
+    def check_guidance(self, guidance_scale: float) -> None:
+        """Raise `GenerationError` if guidance is on and this prior has no null class."""
+        if guidance_scale != 1 and not self.has_null_class:
+            raise GenerationError(
+                f"guidance_scale is {guidance_scale}, but this prior was trained without class "
+                "dropout and has no null class to guide against: set guidance_scale to 1"
             )
 
     @contextmanager

@@ -36,6 +36,9 @@ class ConvertConfig:
     heads: int | None = None  # attention heads of a prior
     scales: str | None = None  # sides of the code grids: 1,2,3,4 or one number for a single grid
     image_size: int | None = None  # pixels per side of a tokenizer
+    # Classes of a prior, without the null class, where the file does not tell: a model that was
+    # trained without class dropout has no null class.
+    num_classes: int | None = None
     scaling_factor: float | None = None  # by which the latents of a KL autoencoder are multiplied
 
     @property
@@ -70,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         heads=config.heads,
         scales=config.sides,
         image_size=config.image_size,
+        num_classes=config.num_classes,
         scaling_factor=config.scaling_factor,
         tokenizer=tokenizer,
     )

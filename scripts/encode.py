@@ -20,6 +20,7 @@ from smalti.data.latent_cache.cache import (
     TOKENIZER,
     CacheInfo,
     EncodedRange,
+    group_numbers,
     refuse_other_contents,
     write_cache,
 )
@@ -73,6 +74,7 @@ def encode(config: EncodeConfig) -> Path:
             shard_size=config.shard_size,
             stored_shape=tokenizer.stored_shape,
             stored_statistics=tokenizer.stored_statistics,
+            groups=group_numbers(images.groups) if split == "heldout" else (),
         )
         with shared_work(len(images), f"encode {split}") as share:
             write_cache(

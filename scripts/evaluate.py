@@ -155,10 +155,16 @@ def sample(config: EvaluateConfig, pipeline: Pipeline, labels: Tensor) -> Tensor
 
 
 def tokenizer_evaluator(
-    config: EvaluateConfig, tokenizer: Tokenizer, **protocol: Any
+    config: EvaluateConfig, tokenizer: Tokenizer, classes: Sequence[str] = (), **protocol: Any
 ) -> TokenizerEvaluator:
-    """The evaluator of a tokenizer on held-out images; `protocol` is recorded beside the data."""
+    """The evaluator of a tokenizer on held-out images; `protocol` is recorded beside the data.
+
+    Args:
+        classes: the names of the classes in the order of a pipeline's labels.
+    """
     heldout = config.dataset("heldout", tokenizer.image_size)
+    if classes:
+        heldout.number_as(classes)
     data_protocol = {
         "data": config.data,
         "image_size": tokenizer.image_size,
@@ -173,6 +179,7 @@ def tokenizer_evaluator(
         {**data_protocol, **protocol},
         device=next(tokenizer.parameters()).device,
         batch_size=config.batch_size,
+        seed=config.seed,
     )
 
 
@@ -186,7 +193,9 @@ def sample_evaluator(config: EvaluateConfig, pipeline: Pipeline) -> SampleEvalua
     train = config.dataset("train", pipeline.tokenizer.image_size)
     trained_on_the_rest = check_training_images(config, pipeline, train)
     return SampleEvaluator(
-        tokenizer_evaluator(config, pipeline.tokenizer, trained_on_the_rest=trained_on_the_rest),
+        tokenizer_evaluator(
+            config, pipeline.tokenizer, pipeline.classes, trained_on_the_rest=trained_on_the_rest
+        ),
         train,
         num_references=config.num_references,
         seed=config.seed,
@@ -200,7 +209,7 @@ def check_training_images(config: EvaluateConfig, pipeline: Pipeline, train: Ima
     Raises:
         DataError: see `sample_evaluator`.
     """
-    if train.classes != pipeline.classes:
+    if not train.number_as(pipeline.classes):
         raise DataError(
             f"{config.data} has the classes {', '.join(train.classes)}; the pipeline was "
             f"trained on {', '.join(pipeline.classes)}: give --data as in training"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import first_difference
-from smalti.data.latent_cache.cache import TOKENIZER, LatentBatch, LatentCache
+from smalti.data.latent_cache.cache import TOKENIZER, LatentBatch, LatentCache, open_splits
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import CheckpointError, ConfigurationError
@@ -174,16 +174,17 @@ def validate(
     run: Run,
     progress: Callable[[int], object] = lambda samples: None,
 ) -> dict[str, float]:
-    """Mean loss per sample of the first held-out latents, at the mean of their posterior."""
-    count = min(len(heldout), VALIDATION_SAMPLES)
+    """Mean loss per sample of held-out latents, evenly over the classes, at the mean of their
+    posterior."""
+    chosen = heldout.even_subset(VALIDATION_SAMPLES, run.config.seed)
     total = 0.0
-    for start in range(0, count, 128):
-        batch = heldout.first_view(range(start, min(start + 128, count)))
+    for start in range(0, len(chosen), 128):
+        batch = heldout.first_view(chosen[start : start + 128])
         with run.accelerator.autocast():
             loss = loss_of(prior, batch).total
         total += loss.item() * len(batch.labels)
         progress(len(batch.labels))
-    return {"val_loss": total / count}
+    return {"val_loss": total / len(chosen)}
 
 
 def save(folder: Path, pipeline: Pipeline, options: Mapping[str, Any]) -> None:
@@ -194,8 +195,7 @@ def save(folder: Path, pipeline: Pipeline, options: Mapping[str, Any]) -> None:
 def train(config: TrainPriorConfig) -> Path:
     """Train, and return the folder of the finished pipeline (EMA weights)."""
     run = Run(config, "train-prior", result=config.pipeline_dir or config.output_dir / "pipeline")
-    latents = LatentCache(config.latents / "train", seed=config.seed)
-    heldout = LatentCache(config.latents / "heldout")
+    latents, heldout = open_splits(config.latents, seed=config.seed)
     torch.manual_seed(config.seed)
     tokenizer, prior = build_models(config, latents, run.device)
     optimizer, ema = adamw(prior, config), EMA(prior, config.ema_decay)

@@ -257,16 +257,17 @@ def codebook_use(run: Run, tokenizer: Tokenizer, codes: Sequence[Tensor]) -> dic
 def validate(
     tokenizer: Tokenizer,
     images: ImageDataset,
-    device: torch.device,
+    run: Run,
     progress: Callable[[int], object] = lambda images: None,
 ) -> dict[str, float]:
-    """PSNR in dB and codebook usage (0 to 1) on the first held-out images.
+    """PSNR in dB and codebook usage (0 to 1) on held-out images, evenly over the classes.
 
     Args:
         progress: called with the number of images that were measured since the last call.
     """
-    scores, latents = [], []
-    for batch in images.batches(64, stop=VALIDATION_IMAGES):
+    scores, latents, device = [], [], run.device
+    chosen = images.even_subset(VALIDATION_IMAGES, run.config.seed)
+    for batch in images.batches_of(chosen, 64):
         latents.append(tokenizer.encode(batch.images.to(device)))
         scores.append(psnr(tokenizer.decode(latents[-1]).float().cpu(), batch.images))
         progress(len(batch.images))
@@ -278,10 +279,11 @@ def validate(
 
 
 @torch.no_grad()
-def preview(tokenizer: Tokenizer, images: ImageDataset, device: torch.device) -> Image.Image:
-    """A grid: originals above their reconstructions."""
-    batch = next(iter(images.batches(PREVIEW_IMAGES)))
-    output = tokenizer.reconstruct(batch.images.to(device)).cpu()
+def preview(tokenizer: Tokenizer, images: ImageDataset, run: Run) -> Image.Image:
+    """A grid: originals above their reconstructions, evenly over the classes."""
+    chosen = images.even_subset(PREVIEW_IMAGES, run.config.seed)
+    (batch,) = images.batches_of(chosen, PREVIEW_IMAGES)
+    output = tokenizer.reconstruct(batch.images.to(run.device)).cpu()
     return image_grid(torch.cat([batch.images, output]), columns=len(output))
 
 
@@ -366,8 +368,8 @@ def train(config: TrainTokenizerConfig) -> Path:
                 run.log(step, {**values, **use, "learning_rate": rate})
             if run.due(step, config.validation_steps) and run.is_main:
                 with run.bar("validation", min(len(heldout), VALIDATION_IMAGES), "image") as b:
-                    run.log_on_main(step, validate(ema.model, heldout, run.device, b.update))
-                run.show(step, "reconstructions", preview(ema.model, heldout, run.device))
+                    run.log_on_main(step, validate(ema.model, heldout, run, b.update))
+                run.show(step, "reconstructions", preview(ema.model, heldout, run))
 
             if (stop := run.should_stop()) or run.due(step, config.checkpointing_steps):
                 run.save(step)

@@ -13,7 +13,8 @@ of its content.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from smalti.config import config_from_dict, config_to_dict
+from smalti.data.classes import check_class_names, normal_form
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
+from smalti.data.order import even_subset
 from smalti.data.sources.base import fingerprint_of, in_threads
 from smalti.errors import DataError
 from smalti.files import read_json, replacing, sha256_of, write_json
@@ -65,6 +68,9 @@ class CacheInfo:
     # saved without these fields can be resumed. The hashes of the shards do depend on them.
     stored_shape: tuple[int, ...] = field(default=(), repr=False)
     stored_statistics: tuple[str, ...] = field(default=(), repr=False)
+    # The number of the group of each sample, of held-out samples only; () = unknown, or no two
+    # samples are related. It follows from the pictures, so no hash depends on it.
+    groups: tuple[int, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         counts = (self.num_samples, self.shard_size, len(self.views), len(self.classes))
@@ -73,6 +79,12 @@ class CacheInfo:
                 f"a cache has {self.num_samples} samples, {len(self.views)} views of shape "
                 f"{self.shape}, {len(self.classes)} classes and {self.shard_size} samples per "
                 "file; each number must be at least 1"
+            )
+        check_class_names(self.classes, "the latent cache")
+        if len(self.groups) not in (0, self.num_samples):
+            raise DataError(
+                f"a cache has {self.num_samples} samples and groups of {len(self.groups)}; give "
+                "the group of each, or of none"
             )
         if self.shape[0] % max(len(self.statistics), 1):
             raise DataError(
@@ -119,9 +131,17 @@ class CacheInfo:
     def identity(self) -> str:
         """Hash of everything that determines a shard's content; recorded in every shard."""
         content = {**asdict(self), "shards": ()}
+        del content["groups"]
         if (self.shape, self.statistics) == self._stored_by_0_1_0():
             del content["stored_shape"], content["stored_statistics"]  # 0.1.0 did not hash them
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def group_numbers(groups: Sequence[str]) -> tuple[int, ...]:
+    """`CacheInfo.groups` of samples in these groups."""
+    numbers: dict[str, int] = {}
+    found = tuple(numbers.setdefault(group, len(numbers)) for group in groups)
+    return found if len(numbers) < len(found) else ()
 
 
 def read_manifest(folder: Path) -> CacheInfo:
@@ -152,6 +172,7 @@ def read_manifest(folder: Path) -> CacheInfo:
 NAMES = ("stored", "labels")
 SHARD = "shard"  # key of the metadata, whose value is "identity of the cache/hash of the content"
 DAMAGED = "damaged"
+MAX_HEADER = 2**16  # bytes of the header of a shard, which names two tensors
 TYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64, "F16": np.float16}
 
 
@@ -168,10 +189,25 @@ def write_shard(path: Path, tensors: Mapping[str, np.ndarray], identity: str) ->
         save_file(flat, temporary, metadata=_metadata(flat, identity))
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A shard; safetensors checks that the sizes in its header fit the file.
+
+    Raises:
+        SafetensorError: it is damaged.
+    """
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if length > MAX_HEADER:
+        raise SafetensorError(f"its header has {length} bytes, and that of a shard {MAX_HEADER}")
+    with safe_open(path, framework="np") as shard:
+        yield shard
+
+
 def is_whole(path: Path, identity: str) -> bool:
     """Whether a shard exists, belongs to the cache, and is not damaged."""
     try:
-        with safe_open(path, framework="np") as shard:
+        with _opened(path) as shard:
             found = shard.metadata() or {}
             tensors = {name: shard.get_tensor(name) for name in NAMES}
     except (FileNotFoundError, SafetensorError):
@@ -182,7 +218,7 @@ def is_whole(path: Path, identity: str) -> bool:
 def identity_in(path: Path) -> str:
     """The identity of the cache that a shard belongs to: "" if it has none, or `DAMAGED`."""
     try:
-        with safe_open(path, framework="np") as shard:
+        with _opened(path) as shard:
             return (shard.metadata() or {}).get(SHARD, "").partition("/")[0]
     except SafetensorError:
         return DAMAGED
@@ -195,9 +231,7 @@ def map_shard(path: Path) -> dict[str, np.ndarray]:
         DataError: the file is not a shard of latents.
     """
     try:
-        with safe_open(path, framework="np"):  # checks that the sizes in the header fit the file
-            pass
-        with path.open("rb") as stream:
+        with _opened(path), path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
         return {name: _map(path, header[name], 8 + length) for name in NAMES}
@@ -267,7 +301,9 @@ def write_cache(
         progress(stop - start)
     barrier()
     if rank == 0:
-        hashes = _hashes(folder, info, "hash latents")
+        hashes = in_threads(
+            lambda n: sha256_of(shard_path(folder, n)), info.num_shards, "hash latents"
+        )
         write_json(folder / MANIFEST, {**config_to_dict(info), "shards": hashes})
     barrier()
 
@@ -313,11 +349,6 @@ def _refuse_outside(values: Tensor, start: int, count: int, name: str, of: str) 
         )
 
 
-def _hashes(folder: Path, info: CacheInfo, title: str) -> list[str]:
-    """sha256 of each shard; a progress bar appears if it takes long."""
-    return in_threads(lambda n: sha256_of(shard_path(folder, n)), info.num_shards, title)
-
-
 def refuse_other_cache(folder: Path, info: CacheInfo) -> None:
     """Raise `DataError` if `folder` holds anything but this cache, complete or in part."""
     if not folder.exists():
@@ -356,6 +387,7 @@ def refuse_other_contents(folder: Path) -> None:
 
 # -- Reading a cache ------------------------------------------------------------------------------
 
+VERIFIED_AT_ONCE = 2**20  # values
 MEMORY_TYPE = {"codes": np.int64, "continuous": np.float32}
 
 
@@ -375,14 +407,19 @@ class LatentCache(Dataset):
     function of (seed, epoch, index).
 
     Raises:
-        DataError: a shard is missing or damaged; the message names it.
+        DataError: a shard is missing or damaged, or holds a value that no latent has; the message
+            names it. Or the manifest is not the one that the shards were written with.
     """
 
     def __init__(self, folder: str | Path, *, seed: int = 0) -> None:
         self.folder = Path(folder)
         self.info = read_manifest(self.folder)
         self.seed = seed
-        self._verify()
+        for number in range(self.info.num_shards):
+            if not shard_path(self.folder, number).is_file():
+                raise DataError(f"{shard_path(self.folder, number)} is missing: encode again")
+        in_threads(self._verify, self.info.num_shards, "verify latents")
+        self._verify_manifest()
         shards = (self._map(number) for number in range(self.info.num_shards))
         self.labels = torch.from_numpy(np.concatenate([shard["labels"] for shard in shards]))
 
@@ -419,6 +456,10 @@ class LatentCache(Dataset):
         """The first view of some samples, for evaluation: the image itself, or its centre."""
         array = np.asarray(indices)
         return self._batch(array, np.zeros_like(array))
+
+    def even_subset(self, count: int, seed: int) -> list[int]:
+        """At most `count` samples, evenly over classes and groups, to measure."""
+        return even_subset(self.labels, self.info.groups or None, count, seed)
 
     def all_views(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """All views of some samples in the type of the files, (n, views, *info.shape)."""
@@ -466,14 +507,68 @@ class LatentCache(Dataset):
             )
         return shard
 
-    def _verify(self) -> None:
-        for number in range(self.info.num_shards):
-            if not shard_path(self.folder, number).is_file():
-                raise DataError(f"{shard_path(self.folder, number)} is missing: encode again")
-        hashes = _hashes(self.folder, self.info, "verify latents")
-        for number, (found, expected) in enumerate(zip(hashes, self.info.shards, strict=True)):
-            if found != expected:
+    def _verify(self, number: int) -> None:
+        """Raise `DataError` if a shard is damaged, or holds a value that no latent has."""
+        path = shard_path(self.folder, number)
+        if sha256_of(path) != self.info.shards[number]:
+            raise DataError(
+                f"{path} is damaged (its sha256 differs from the manifest): encode again"
+            )
+        shard = self._map(number)
+        labels, values = shard["labels"], shard["stored"].reshape(-1)
+        if labels.min() < 0 or labels.max() >= len(self.classes):
+            raise DataError(
+                f"{path} holds labels from {labels.min()} to {labels.max()}, but the manifest has "
+                f"{len(self.classes)} classes: encode again"
+            )
+        for start in range(0, len(values), VERIFIED_AT_ONCE):
+            self._verify_values(path, values[start : start + VERIFIED_AT_ONCE])
+
+    def _verify_values(self, path: Path, values: np.ndarray) -> None:
+        if isinstance(self.spec, ContinuousSpec):
+            if not np.isfinite(values).all():
                 raise DataError(
-                    f"{shard_path(self.folder, number)} is damaged (its sha256 differs from the "
-                    "manifest): encode again"
+                    f"{path} holds latents that are NaN or infinite: check the tokenizer, and "
+                    "encode again"
                 )
+        elif values.min() < 0 or values.max() >= self.spec.vocab_size:
+            raise DataError(
+                f"{path} holds codes from {values.min()} to {values.max()}, but the tokenizer has "
+                f"{self.spec.vocab_size}: encode again"
+            )
+
+    def _verify_manifest(self) -> None:
+        """Raise `DataError` if the shards were written with another manifest."""
+        identity = self.info.identity()
+        for number in range(self.info.num_shards):
+            path = shard_path(self.folder, number)
+            if identity_in(path) != identity:
+                raise DataError(
+                    f"{self.folder / MANIFEST} is damaged or was edited: {path.name} was written "
+                    "with another: encode again"
+                )
+
+
+def open_splits(folder: Path, *, seed: int = 0) -> tuple[LatentCache, LatentCache]:
+    """The training and the held-out latents of a folder.
+
+    Args:
+        seed: of the views of training latents.
+
+    Raises:
+        DataError: one is missing or damaged, or the two do not belong together.
+    """
+    train, heldout = (LatentCache(folder / split, seed=seed) for split in SPLITS)
+    for name, one, other in (
+        ("tokenizer", train.info.tokenizer_fingerprint, heldout.info.tokenizer_fingerprint),
+        ("specification of latents", train.spec, heldout.spec),
+        ("shape of latents", train.info.shape, heldout.info.shape),
+        ("kind of latents", bool(train.info.pairs), bool(heldout.info.pairs)),
+        ("table of classes", *(list(map(normal_form, c.classes)) for c in (train, heldout))),
+    ):
+        if one != other:
+            raise DataError(
+                f"{train.folder} and {heldout.folder} do not belong together, because the {name} "
+                "differs: write both with one command into a new folder"
+            )
+    return train, heldout

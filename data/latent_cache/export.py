@@ -23,7 +23,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from smalti.config import config_to_dict
-from smalti.data.latent_cache.cache import MANIFEST, CacheInfo, LatentCache
+from smalti.data.latent_cache.cache import (
+    MANIFEST,
+    SPLITS,
+    CacheInfo,
+    LatentCache,
+    open_splits,
+)
 from smalti.data.latents import ContinuousSpec
 from smalti.data.sources.webdataset import tar_writer, write_sample
 from smalti.errors import DataError
@@ -43,11 +49,12 @@ def export_cache(folder: Path, out: Path, layout: Format) -> list[Path]:
     The folder appears complete or not at all.
 
     Raises:
-        DataError: there is no finished cache, `out` exists already, or a package is missing.
+        DataError: there is no finished cache, or not of every split; `out` exists already, or a
+            package is missing.
     """
     write = WRITERS[layout]()
     with replacing_folder(out, check=lambda: _refuse_existing(out)) as new:
-        caches = {path.relative_to(folder): LatentCache(path) for path in _caches_in(folder)}
+        caches = {cache.folder.relative_to(folder): cache for cache in _open_caches(folder)}
         for name, cache in caches.items():
             _export(cache, new / name, layout, write)
         write_text(new / "README.md", _card(caches, SUFFIXES[layout]))
@@ -68,16 +75,21 @@ def columns_of(info: CacheInfo, stored: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(names, np.split(stored, len(names), axis=2), strict=True))
 
 
-def _caches_in(folder: Path) -> list[Path]:
+def _open_caches(folder: Path) -> list[LatentCache]:
     """A cache itself, or those of its splits."""
     if (folder / MANIFEST).is_file():
-        return [folder]
-    found = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
-    if not found:
+        return [LatentCache(folder)]
+    missing = [split for split in SPLITS if not (folder / split / MANIFEST).is_file()]
+    if len(missing) == len(SPLITS):
         raise DataError(
             f"{folder} holds no finished latent cache: give the output folder of smalti encode"
         )
-    return found
+    if missing:
+        raise DataError(
+            f"the latent cache {folder / missing[0]} is not finished: run the command that writes "
+            "it again, or export one split by naming its own folder"
+        )
+    return sorted(open_splits(folder), key=lambda cache: cache.folder)
 
 
 Writer = Callable[[Path, np.ndarray, np.ndarray, Columns], None]  # path, indices, labels, columns

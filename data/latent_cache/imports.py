@@ -22,7 +22,9 @@ standard deviation, the sample takes the place of the mean and the deviation is 
 is trained on exactly this sample.
 """
 
+import contextlib
 import re
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smalti.config import check_at_least
+from smalti.data.classes import names_beside, numbered_classes
 from smalti.data.latent_cache.cache import (
     SPLITS,
     CacheInfo,
@@ -43,7 +46,7 @@ from smalti.data.latent_cache.cache import (
     write_cache,
 )
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
-from smalti.data.sources.arrays import class_names, names_beside
+from smalti.data.sources.arrays import map_npy
 from smalti.data.sources.base import divide, fingerprint_of, in_threads
 from smalti.data.transforms import VIEW_SETS
 from smalti.errors import ConfigurationError, DataError
@@ -207,12 +210,8 @@ def _numbers(folder: Path) -> set[int]:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    """The integers in a file; pickled objects are refused."""
-    try:
-        with path.open("rb") as stream:
-            array = np.lib.format.read_array(stream, allow_pickle=False)
-    except (ValueError, EOFError, MemoryError) as error:
-        raise DataError(f"{path} is damaged, or not an array of plain numbers: {error}") from error
+    """The integers in a file, memory-mapped."""
+    array = map_npy(path)
     if array.dtype.kind not in "iu" or array.size == 0:
         raise DataError(f"{path} holds {array.dtype} {array.shape}; it must hold integers")
     return array
@@ -229,6 +228,7 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 # deviations, and largest ratio of their standard deviations. Latents of other pictures by the same
 # tokenizer differ by less, latents of another tokenizer by more.
 MAX_SHIFT, MAX_RATIO = 1.0, 2.0
+MAX_STATISTICS = 2**22  # bytes of latents_stats.pt
 
 
 class LightningDiTLatents(ForeignLatents):
@@ -329,6 +329,9 @@ class LightningDiTLatents(ForeignLatents):
 def _shard_files(source: Path) -> list[Path]:
     """The shards in the order in which LightningDiT reads them; raise if one is missing."""
     files = sorted(path for path in source.glob(f"*{SUFFIX}") if path.name[0] != ".")
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"{path} is not a file: move it elsewhere")
     if not files:
         raise DataError(f"{source} holds no {SUFFIX} files: check the path of the latents")
     matches = [NAME.fullmatch(path.name) for path in files]
@@ -370,6 +373,8 @@ def _statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and std, (C, 1, 1) each, from a file of torch.save; pickled code is never run."""
     if not path.is_file():
         raise DataError(f"{path} is missing: it holds the mean and std of normalised latents")
+    if _unpacked_size(path) > MAX_STATISTICS:
+        raise DataError(f"{path} is too large for the mean and std of {channels} channels")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can fail in any way
@@ -384,6 +389,15 @@ def _statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     if (std <= 0).any():
         raise DataError(f"{path} has a std of {std.min():g}; each must be positive")
     return mean, std
+
+
+def _unpacked_size(path: Path) -> int:
+    """The bytes of a file, or of the members of a zip file, which may be compressed."""
+    size = path.stat().st_size
+    if size <= MAX_STATISTICS and zipfile.is_zipfile(path):
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            size = max(size, sum(member.file_size for member in archive.infolist()))
+    return size
 
 
 def _compare(path: Path, origin: Origin) -> None:
@@ -456,9 +470,9 @@ def import_latents(
             f"{division.num_samples}: copy the missing samples, or correct --num_samples"
         )
     beside = latents.folder / "classes.json"
-    classes = class_names(beside, names_beside(beside), int(latents.labels.max()) + 1)
+    classes, labels = numbered_classes(latents.labels.numpy(), names_beside(beside), beside.parent)
     groups = [str(index) for index in range(count)]
-    heldout = divide(latents.labels, groups, division.heldout_fraction, division.split_seed)
+    heldout = divide(labels, groups, division.heldout_fraction, division.split_seed)
     refuse_other_contents(out)
     for split, chosen in zip(SPLITS, (~heldout, heldout), strict=True):
         positions = chosen.nonzero().flatten().tolist()
@@ -478,7 +492,7 @@ def import_latents(
         write_cache(
             out / split,
             info,
-            _Reader(latents, positions, len(views)),
+            _Reader(latents, labels, positions, len(views)),
             rank=rank,
             world_size=world_size,
             barrier=barrier,
@@ -491,10 +505,11 @@ class _Reader:
     """(start, stop) -> the samples at these positions of a split."""
 
     latents: ForeignLatents
+    labels: Tensor  # (N,) of all latents
     positions: list[int]
     num_views: int
 
     def __call__(self, start: int, stop: int) -> EncodedRange:
         chosen = self.positions[start:stop]
         stored = self.latents.read(chosen)[:, : self.num_views]
-        return EncodedRange(stored, self.latents.labels[torch.tensor(chosen)])
+        return EncodedRange(stored, self.labels[torch.tensor(chosen)])

@@ -5,15 +5,17 @@ folder/images.npy, labels.npy; optionally, classes.json with the names of the cl
 """
 
 import hashlib
+import math
 import struct
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
+from smalti.data.classes import names_beside, numbered_classes
 from smalti.data.image_io import FolderOptions
 from smalti.data.sources.base import (
     ImageSource,
@@ -23,9 +25,8 @@ from smalti.data.sources.base import (
     refuse_one_class,
 )
 from smalti.errors import DataError
-from smalti.files import read_json
 
-MAX_CLASSES = 1_000_000  # without names; a larger label is an identifier or damaged
+MAX_UNPACKED = 2**32  # bytes of a compressed array
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and its extra field
 CHANNELS = (1, 3)
 
@@ -47,8 +48,7 @@ class ArraySource(ImageSource):
                 f"the labels of {path} are {labels.dtype} {labels.shape}; they must be integers "
                 f"from 0 on, one for each of the {len(images)} pictures"
             )
-        self.labels = torch.from_numpy(labels.astype(np.int64))
-        self.classes = class_names(path, names, int(labels.max()) + 1)
+        self.classes, self.labels = numbered_classes(labels, names, path)
         refuse_one_class(str(path), self.classes, self.labels, options)
         self._digests: list[str] = []  # empty for a large set
         if len(images) <= options.verify_up_to:
@@ -95,42 +95,6 @@ def open_arrays(spec: str, options: SourceOptions) -> ArraySource:
     return ArraySource(path, options.folder)
 
 
-def class_names(path: Path, names: list[str] | None, count: int) -> tuple[str, ...]:
-    """The names of at least `count` classes: numbers if `names` is None.
-
-    Raises:
-        DataError: there are too few names, or one occurs twice; or no names and too many classes.
-    """
-    if names is None:
-        if count > MAX_CLASSES:
-            raise DataError(
-                f"the labels of {path} go up to {count - 1}: number the classes from 0 on, without "
-                "gaps"
-            )
-        return tuple(map(str, range(count)))
-    if len(names) < count or len(set(names)) < len(names):
-        raise DataError(
-            f"{path} has {len(names)} class names, {len(set(names))} of them different, but its "
-            f"labels go up to {count - 1}: give each class a different name"
-        )
-    return tuple(names)
-
-
-def names_beside(path: Path) -> list[str] | None:
-    """The class names in classes.json beside a file, if there is one.
-
-    Raises:
-        DataError: the file is not a list of names.
-    """
-    file = path.parent / "classes.json"
-    if not file.is_file():
-        return None
-    names = read_json(file)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{file} must be a list of class names")
-    return names
-
-
 def _check_images(path: Path, images: np.ndarray, options: FolderOptions) -> None:
     grey = images.ndim == 3
     if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[3] in CHANNELS)):
@@ -148,13 +112,16 @@ def _check_images(path: Path, images: np.ndarray, options: FolderOptions) -> Non
         )
 
 
-_DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
+_DAMAGE = (
+    *(OSError, ValueError, EOFError, KeyError, OverflowError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError),  # the last: unknown compression
+)
 
 
 def _mapped(path: Path) -> np.ndarray:
     """The pictures of a file, memory-mapped unless it is a compressed .npz."""
     if path.suffix == ".npy":
-        return _open_npy(path)
+        return map_npy(path)
     with _open_npz(path) as archive:
         name = next((n for n in ("images", "arr_0") if n in archive.files), None)
         if name is None:
@@ -162,7 +129,7 @@ def _mapped(path: Path) -> np.ndarray:
                 f"{path} holds {', '.join(archive.files) or 'nothing'}: name the pictures images"
             )
         offset = _offset_of(path, f"{name}.npy")
-        return _member(path, archive, name) if offset is None else _map_at(path, offset)
+        return _member(path, archive, name) if offset is None else map_npy(path, offset)
 
 
 def _labels_and_names(path: Path) -> tuple[np.ndarray, list[str] | None]:
@@ -175,7 +142,7 @@ def _labels_and_names(path: Path) -> tuple[np.ndarray, list[str] | None]:
         names = None if names is None else [str(name) for name in names.ravel()]
     else:
         file = path.with_name(path.name.replace("images", "labels"))
-        labels = np.array(_open_npy(file)) if file != path and file.is_file() else None
+        labels = map_npy(file) if file != path and file.is_file() else None
         names = names_beside(path)
     if labels is None or labels.size == 0:
         where = "beside it, labels.npy" if path.suffix == ".npy" else "in it, labels"
@@ -183,30 +150,44 @@ def _labels_and_names(path: Path) -> tuple[np.ndarray, list[str] | None]:
     return labels, names
 
 
-def _open_npy(path: Path) -> np.ndarray:
-    try:
-        return np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
-    except _DAMAGE as error:
-        raise DataError(f"{path} is damaged, or not an array of plain numbers: {error}") from error
-
-
 def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
+    if not zipfile.is_zipfile(path):  # of another file, numpy would read what its header declares
+        raise DataError(f"{path} is not an archive of arrays: write it with numpy.savez")
     try:
-        archive = np.load(path, allow_pickle=False)
+        return np.load(path, allow_pickle=False)
     except _DAMAGE as error:
         raise DataError(f"{path} is damaged, or not an archive of arrays: {error}") from error
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise DataError(f"{path} is not an archive of arrays: write it with numpy.savez")
-    return archive
 
 
 def _member(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    """An array of an archive, in memory, of at most `MAX_UNPACKED` bytes."""
     try:
-        return archive[name]
+        held = _checked_size(path, f"{name}.npy")
+        if held <= MAX_UNPACKED:
+            return archive[name]
     except _DAMAGE as error:
         raise DataError(
             f"{name} in {path} is damaged, or not an array of plain numbers: {error}"
         ) from error
+    raise DataError(
+        f"{name} in {path} has {held} bytes, and at most {MAX_UNPACKED} are unpacked: write it "
+        "with numpy.savez, which does not compress, or as a .npy file"
+    )
+
+
+def _checked_size(path: Path, member: str) -> int:
+    """The bytes of an array in an archive.
+
+    Raises:
+        ValueError: its header declares another number.
+    """
+    with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+        shape, _, dtype = _header(stream)
+        declared = stream.tell() + math.prod(shape) * dtype.itemsize
+        held = archive.getinfo(member).file_size
+    if declared != held:
+        raise ValueError(f"its header declares {declared} bytes, and there are {held}")
+    return held
 
 
 def _offset_of(path: Path, member: str) -> int | None:
@@ -220,19 +201,35 @@ def _offset_of(path: Path, member: str) -> int | None:
         return info.header_offset + LOCAL_HEADER.size + name_length + extra_length
 
 
-def _map_at(path: Path, offset: int) -> np.ndarray:
-    """The .npy array that begins at an offset of a file, memory-mapped."""
-    header_of = np.lib.format
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether the order is Fortran's, and type of the .npy array that begins here."""
+    old = np.lib.format.read_magic(stream) == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError("pickled objects are refused")
+    return shape, fortran, dtype
+
+
+def map_npy(path: Path, offset: int = 0) -> np.ndarray:
+    """The .npy array that begins at an offset of a file, memory-mapped.
+
+    Raises:
+        DataError: there is none, it holds pickled objects, or the file is shorter than its header
+            declares.
+    """
+    if not path.is_file():  # a pipe, for example, for which reading would wait
+        raise DataError(f"{path} is not a file: copy it again")
     with path.open("rb") as stream:
         try:
             stream.seek(offset)
-            old = header_of.read_magic(stream) == (1, 0)
-            read = header_of.read_array_header_1_0 if old else header_of.read_array_header_2_0
-            shape, fortran, dtype = read(stream)
-            if dtype.hasobject:
-                raise ValueError("pickled objects are refused")
+            shape, fortran, dtype = _header(stream)
+            start = stream.tell()
+            declared, held = math.prod(shape) * dtype.itemsize, path.stat().st_size - start
+            if declared > held:  # np.memmap would compute it in 64 bits
+                raise ValueError(f"its header declares {declared} bytes, and there are {held}")
             order = "F" if fortran else "C"
-            return np.memmap(path, dtype, "r", stream.tell(), shape, order)
+            return np.memmap(path, dtype, "r", start, shape, order)
         except _DAMAGE as error:
             raise DataError(
                 f"{path} is damaged, or not an array of plain numbers: {error}"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 from PIL import Image
 
+from smalti.data.classes import named_classes
 from smalti.data.image_io import FolderOptions, Unusable, decode, without_pixel_warning
 from smalti.data.sources.base import EncodedPictures, SourceOptions
 from smalti.errors import DataError
@@ -42,9 +42,7 @@ class FolderPictures(EncodedPictures):
         found = _list_pictures(root)
         self.root, self.title = root, str(root)
         self.paths = [picture.path for picture in found]
-        self.classes = tuple(sorted({picture.label for picture in found}))
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        self.labels = torch.tensor([numbers[picture.label] for picture in found])
+        self.classes, self.labels = named_classes([picture.label for picture in found], root)
 
     def open(self, index: int) -> BinaryIO:
         return self.paths[index].open("rb")

@@ -20,8 +20,8 @@ import torch
 from tqdm.auto import tqdm
 
 from smalti.config import nearest
+from smalti.data.classes import named_classes, numbered_classes
 from smalti.data.image_io import format_of
-from smalti.data.sources.arrays import class_names
 from smalti.data.sources.base import EncodedPictures, HuggingFaceOptions, SourceOptions
 from smalti.data.sources.download import folder_name, locked
 from smalti.data.sources.folder import EXTENSIONS
@@ -117,17 +117,14 @@ def labels_of(
     if columns.label is None:
         return ("",), torch.zeros(len(values), dtype=torch.int64)
     if all(type(value) is str for value in values):
-        names = tuple(sorted(set(values)))
-        where = {name: number for number, name in enumerate(names)}
-        return names, torch.tensor([where[value] for value in values])
+        return named_classes(values, title)
     for row, value in enumerate(values):
         if type(value) is not int or value < 0:
             raise DataError(
                 f"{title}: row {row} has the label {value!r}: choose another --hf.split or "
                 "--hf.label_column"
             )
-    names = list(columns.classes) if columns.classes else None
-    return class_names(Path(title), names, max(values) + 1), torch.tensor(values)
+    return numbered_classes(values, columns.classes, title)
 
 
 def datasets_library() -> Any:

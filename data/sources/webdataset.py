@@ -15,7 +15,6 @@ import logging
 import math
 import re
 import tarfile
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from tqdm.auto import tqdm
 from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
-from smalti.data.sources.arrays import class_names, names_beside
+from smalti.data.classes import named_classes, names_beside, numbered_classes, problem_of, shown
 from smalti.data.sources.base import EncodedPictures, SourceOptions
 from smalti.data.sources.download import local_copies
 from smalti.data.sources.folder import EXTENSIONS
@@ -59,13 +58,10 @@ def read_label(shard: Path, name: str, content: bytes) -> int | str | None:
     except (ValueError, RecursionError) as error:
         kind = "JSON" if is_json else "label"
         raise DataError(f"{name} in {shard} holds no {kind}: write it again") from error
+    if isinstance(label, str) and (problem := problem_of(label)):
+        raise DataError(f"{name} in {shard} has the label {shown(label)}, which {problem}")
     if isinstance(label, str) and label.removeprefix("-").isdecimal():
         label = int(label)
-    if isinstance(label, str) and not all(map(_can_be_printed, label)):
-        raise DataError(
-            f"{name} in {shard} has the label {label[:40]!a}, which cannot be printed: write it "
-            "again"
-        )
     if (type(label) is int and label >= 0) or (type(label) is str and label):
         return label
     if is_json:
@@ -79,11 +75,6 @@ def _label_of(values: Any) -> Any:
     if not isinstance(values, dict):
         return None
     return next((values[key] for key in JSON_KEYS if key in values), None)
-
-
-def _can_be_printed(letter: str) -> bool:
-    """Whether it is neither a control character (such as NUL) nor a lone surrogate."""
-    return unicodedata.category(letter) not in ("Cc", "Cs")
 
 
 # -- Patterns of shards: {000..009}, *, a folder, or a URL ----------------------------------------
@@ -474,11 +465,8 @@ def _labels_of(
     _refuse_mixed(shards, members)
     if all(type(value) is int for value in values):
         numbers = [int(value or 0) for value in values]
-        names = class_names(shards[0].parent, names_beside(shards[0]), max(numbers) + 1)
-        return names, torch.tensor(numbers)
-    names = tuple(sorted({str(value) for value in values}))
-    where = {name: number for number, name in enumerate(names)}
-    return names, torch.tensor([where[str(value)] for value in values])
+        return numbered_classes(numbers, names_beside(shards[0]), shards[0].parent)
+    return named_classes([str(value) for value in values], shards[0].parent)
 
 
 def _refuse_mixed(shards: Sequence[Path], members: list[Member]) -> None:

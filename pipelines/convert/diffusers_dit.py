@@ -13,6 +13,7 @@ import torch
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import ConversionError
 from smalti.pipelines.convert.dit import (
+    CLASS_TABLE,
     DDPM_NOISE,
     PUBLISHED_HEADS,
     fits_objective,
@@ -26,6 +27,7 @@ from smalti.pipelines.convert.source import (
     Inferred,
     Options,
     Source,
+    class_count,
     head_count,
     layers,
     listed,
@@ -78,7 +80,7 @@ EMBEDDERS = {  # ours: theirs, in every block
     "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
     "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
     "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
-    "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
+    CLASS_TABLE: "class_embedder.embedding_table.weight",
 }
 BLOCK_PARTS = {
     "attn.proj": "attn1.to_out.0",
@@ -191,7 +193,7 @@ class DiffusersDiT(Source):
 
     title = "Diffusers DiT"
     registry = PRIORS
-    options = frozenset({"heads", "scales", "tokenizer"})
+    options = frozenset({"heads", "scales", "tokenizer", "num_classes"})
 
     def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
         ends = checkpoint.has("pos_embed.proj.") or checkpoint.has("proj_out_")
@@ -206,7 +208,7 @@ class DiffusersDiT(Source):
         heads, assumed = head_count(options, width, PUBLISHED_HEADS, in_file)
         side, origin = _side(checkpoint, options)
         embedder = _copy(0, "timestep_embedder.linear_1.weight")
-        table = _copy(0, "class_embedder.embedding_table.weight")
+        count = class_count(checkpoint, _copy(0, EMBEDDERS[CLASS_TABLE]), options)
         hidden = checkpoint.shape("transformer_blocks.0.ff.net.0.proj.weight", 2)[0]
         network = DiTConfig(
             in_channels=channels,
@@ -217,7 +219,7 @@ class DiffusersDiT(Source):
             depth=depth,
             num_heads=heads,
             mlp_ratio=mlp_ratio(hidden, width),
-            num_classes=checkpoint.shape(table, 2)[0] - 1,
+            num_classes=count.classes,
             frequency_size=checkpoint.shape(embedder, 2)[1],
             frequency_shift=_frequency_shift(checkpoint),
             mlp_norm_eps=_norm_eps(checkpoint),
@@ -227,10 +229,12 @@ class DiffusersDiT(Source):
             network=network,
             guided_channels=positive_integer(checkpoint, GUIDED),
             tokenizer_fingerprint=tokenizer_fingerprint(options),
+            **count.label_dropout,
         )
-        facts = network_facts(network)
+        facts = network_facts(network) | count.facts
         facts |= {} if assumed else {"heads": heads}
         facts |= {} if origin else {"grid": f"{side} x {side}"}
+        # Diffusers' class always has a null class: nothing is assumed about it.
         return Inferred(config, facts, assumed | origin)
 
     def layout(self, config: FlowConfig) -> Layout:

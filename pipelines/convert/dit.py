@@ -11,12 +11,14 @@ from typing import Any, ClassVar
 import torch
 
 from smalti.errors import ConversionError
-from smalti.pipelines.convert.layout import Buffer, Layout, same
+from smalti.pipelines.convert.layout import Buffer, Layout, class_table, same
 from smalti.pipelines.convert.reader import PublishedCheckpoint
 from smalti.pipelines.convert.source import (
     Inferred,
     Options,
     Source,
+    class_count,
+    class_flags,
     head_count,
     head_flags,
     layers,
@@ -30,6 +32,7 @@ from smalti.prior.flow.path import DDPMPath
 from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.registry import PRIORS
 
+CLASS_TABLE = "y_embedder.embedding_table.weight"
 POSITIONS = "pos_embed"  # (1, N, width): sines and cosines of N = side^2 positions
 NETWORK = "network."  # prefix of our names for the same tensors
 
@@ -99,7 +102,7 @@ class DiTNetwork(Source):
     """What DiT and SiT share: everything but the objective."""
 
     registry = PRIORS
-    options = frozenset({"heads", "scales", "tokenizer"})
+    options = frozenset({"heads", "scales", "tokenizer", "num_classes"})
     objective: ClassVar[FlowConfig]  # path, prediction and time; its network is not used
 
     def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
@@ -110,6 +113,7 @@ class DiTNetwork(Source):
         width, channels, patch, _ = checkpoint.shape("x_embedder.proj.weight", 4)
         heads, assumed = head_count(options, width, PUBLISHED_HEADS)
         side = _side(checkpoint, options, patch)
+        count = class_count(checkpoint, CLASS_TABLE, options)
         network = DiTConfig(
             in_channels=channels,
             out_channels=checkpoint.shape("final_layer.linear.weight", 2)[0] // patch**2,
@@ -119,7 +123,7 @@ class DiTNetwork(Source):
             depth=layers(checkpoint, "blocks.{}."),
             num_heads=heads,
             mlp_ratio=mlp_ratio(checkpoint.shape("blocks.0.mlp.fc1.weight", 2)[0], width),
-            num_classes=checkpoint.shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+            num_classes=count.classes,
             frequency_size=checkpoint.shape("t_embedder.mlp.0.weight", 2)[1],
         )
         config = replace(
@@ -127,18 +131,25 @@ class DiTNetwork(Source):
             network=network,
             guided_channels=min(GUIDED_CHANNELS, channels),
             tokenizer_fingerprint=tokenizer_fingerprint(options),
+            **count.label_dropout,
         )
-        return Inferred(config, network_facts(network) | {"grid": f"{side} x {side}"}, assumed)
+        facts = network_facts(network) | count.facts | {"grid": f"{side} x {side}"}
+        return Inferred(config, facts, assumed | count.assumed)
 
     def layout(self, config: FlowConfig) -> Layout:
         with torch.device("meta"):
             names = PRIORS.build(config).state_dict()
-        links = [same(name, name.removeprefix(NETWORK)) for name in names]
+        ours = NETWORK + CLASS_TABLE
+        links = [same(name, name.removeprefix(NETWORK)) for name in names if name != ours]
+        classes = config.network.num_classes
+        links.append(class_table(ours, CLASS_TABLE, classes, null_is_optional=True))
         table = sin_cos_table(config.network.token_grid, config.network.width)
         return Layout(links, buffers={POSITIONS: Buffer(table[None])})
 
     def flags(self, config: FlowConfig) -> dict[str, object]:
-        return head_flags(config.network.num_heads, config.network.width, PUBLISHED_HEADS)
+        network = config.network
+        heads = head_flags(network.num_heads, network.width, PUBLISHED_HEADS)
+        return heads | class_flags(config.label_dropout, network.num_classes)
 
     def fits(self, config: Any) -> bool:
         return (

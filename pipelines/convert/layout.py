@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smalti.errors import ConversionError
@@ -60,6 +61,25 @@ def pointwise(ours: str, theirs: str) -> Link:
         to_ours=lambda tensors: [t[..., None, None] if t.ndim == 2 else t for t in tensors],
         to_theirs=lambda tensors: [t[..., 0, 0] for t in tensors],
     )
+
+
+def class_table(ours: str, theirs: str, num_classes: int, *, null_is_optional: bool) -> Link:
+    """Embeddings of the classes, and in the last row of the null class.
+
+    Args:
+        null_is_optional: without class dropout, theirs has no row for the null class. Ours is zero
+            then, see `Prior.has_null_class`.
+    """
+
+    def to_ours(tensors: Tensors) -> Tensors:
+        (table,) = tensors
+        return [F.pad(table, (0, 0, 0, 1)) if len(table) == num_classes else table]
+
+    def to_theirs(tensors: Tensors) -> Tensors:
+        (table,) = tensors
+        return [table[:-1] if null_is_optional and not table[-1].any() else table]
+
+    return Link((ours,), (theirs,), to_ours, to_theirs)
 
 
 @dataclass(frozen=True)

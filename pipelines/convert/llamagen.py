@@ -24,12 +24,14 @@ from smalti.pipelines.convert.conv import (
     is_published_conv,
     mirrored,
 )
-from smalti.pipelines.convert.layout import Buffer, Layout, same
+from smalti.pipelines.convert.layout import Buffer, Layout, class_table, same
 from smalti.pipelines.convert.reader import PublishedCheckpoint
 from smalti.pipelines.convert.source import (
     Inferred,
     Options,
     Source,
+    class_count,
+    class_flags,
     head_count,
     head_flags,
     layers,
@@ -95,6 +97,7 @@ PUBLISHED_HEADS = {3200: 32, 4096: 32}  # by width: the sizes 3B and 7B
 PUBLISHED_SIDE = 16  # codes per side, for images of 256 px
 
 CAPTIONS, NO_CAPTION = "cls_embedding.cap_proj.", "cls_embedding.uncond_embedding"
+OUR_CLASSES = "cls_embedding.weight"
 CLASSES = "cls_embedding.embedding_table.weight"
 QKV, GATE = "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight"
 
@@ -110,7 +113,7 @@ class LlamaGenPrior(Source):
 
     title = "LlamaGen prior"
     registry = PRIORS
-    options = frozenset({"heads", "scales", "tokenizer"})
+    options = frozenset({"heads", "scales", "tokenizer", "num_classes"})
     wrappers = ("model", "module", "state_dict", "ema")  # the order of the authors' sampler
     export_wrapper = "model"
 
@@ -120,7 +123,7 @@ class LlamaGenPrior(Source):
 
     def infer(self, checkpoint: PublishedCheckpoint, options: Options) -> Inferred:
         vocab, width = checkpoint.shape("tok_embeddings.weight", 2)
-        sizes, facts = _condition(checkpoint)
+        sizes, facts, null = _condition(checkpoint, options)
         heads, assumed = head_count(
             options, width, PUBLISHED_HEADS, _heads_in_file(checkpoint, width)
         )
@@ -140,18 +143,23 @@ class LlamaGenPrior(Source):
         facts |= {"codes": vocab, "width": width, "depth": config.depth, "hidden": config.hidden}
         facts |= {} if assumed else {"heads": heads}
         facts |= {} if origin else {"grid": f"{side} x {side}"}
-        return Inferred(config, facts, assumed | origin)
+        return Inferred(config, facts, assumed | origin | null)
 
     def layout(self, config: NextTokenConfig) -> Layout:
         with torch.device("meta"):
             names = PRIORS.build(config).state_dict()
-        links = [same(n, CLASSES if n == "cls_embedding.weight" else n) for n in names]
+        links = [same(name, name) for name in names if name != OUR_CLASSES]
+        if OUR_CLASSES in names:
+            classes = config.num_classes
+            links.append(class_table(OUR_CLASSES, CLASSES, classes, null_is_optional=True))
         return Layout(links, surplus=(ROTARY, *MASKS, CACHES))
 
     def flags(self, config: NextTokenConfig) -> dict[str, object]:
         heads = head_flags(config.num_heads, config.width, PUBLISHED_HEADS)
         side = config.spec.grids[0][0]
-        return heads | ({} if side == PUBLISHED_SIDE else {"scales": side})
+        sides = {} if side == PUBLISHED_SIDE else {"scales": side}
+        classes = class_flags(config.label_dropout, config.num_classes)
+        return heads | sides | (classes if config.condition == "class" else {})
 
     def example(self, config_class: type) -> Any:
         """With the rotary positions of the prefix that LlamaGen's weights have."""
@@ -172,14 +180,21 @@ class LlamaGenPrior(Source):
         )
 
 
-def _condition(checkpoint: PublishedCheckpoint) -> tuple[dict[str, Any], dict[str, object]]:
-    """The condition's fields of the config, and facts to print."""
+def _condition(
+    checkpoint: PublishedCheckpoint, options: Options
+) -> tuple[dict[str, Any], dict[str, object], dict[str, object]]:
+    """The condition's fields of the config, facts to print, and what is assumed."""
     if not (checkpoint.has(CAPTIONS) or NO_CAPTION in checkpoint.tensors):
-        classes = checkpoint.shape(CLASSES, 2)[0] - 1  # the last row is the null class
-        return {"num_classes": classes}, {"classes": classes}
+        count = class_count(checkpoint, CLASSES, options)
+        return {"num_classes": count.classes, **count.label_dropout}, count.facts, count.assumed
+    if options.num_classes is not None:
+        raise ConversionError(
+            f"--num_classes is {options.num_classes}, but {checkpoint.path} is conditional on "
+            "captions: leave it out"
+        )
     length, dim = checkpoint.shape(NO_CAPTION, 2)
     fields = {"condition": "text", "num_classes": 0, "text_length": length, "text_dim": dim}
-    return fields, {"captions": f"{length} tokens of {dim} features"}
+    return fields, {"captions": f"{length} tokens of {dim} features"}, {}
 
 
 def _heads_in_file(checkpoint: PublishedCheckpoint, width: int) -> int | None:

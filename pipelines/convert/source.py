@@ -37,11 +37,13 @@ class Options:
     # Sides of the code grids, coarse to fine; one number for a single grid.
     scales: tuple[int, ...] | None = None
     image_size: int | None = None  # pixels per side, of a tokenizer
+    num_classes: int | None = None  # classes of a prior, without the null class
     scaling_factor: float | None = None  # by which continuous latents are multiplied
     tokenizer: Tokenizer | None = None  # the one whose latents a prior models
 
     def __post_init__(self) -> None:
-        for name, value in (("heads", self.heads), ("image_size", self.image_size)):
+        for name in ("heads", "image_size", "num_classes"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name} is {value}; it must be at least 1")
         if self.scales is not None and (not self.scales or min(self.scales) < 1):
@@ -274,6 +276,51 @@ def head_flags(heads: int, width: int, exceptions: Mapping[int, int]) -> dict[st
     """The flag that gives this number of heads; empty where it is the default."""
     default = exceptions.get(width, width / PUBLISHED_HEAD_DIM)
     return {} if heads == default else {"heads": heads}
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """The number of classes, without the null class, and whether the file has a null class."""
+
+    classes: int
+    has_null: bool
+    facts: dict[str, object]
+    assumed: dict[str, object]  # empty where the file or --num_classes decides
+
+    @property
+    def label_dropout(self) -> dict[str, float]:
+        """The field of the config of a prior that was trained without class dropout."""
+        return {} if self.has_null else {"label_dropout": 0.0}
+
+
+def class_count(checkpoint: PublishedCheckpoint, table: str, options: Options) -> ClassCount:
+    """The number of rows of a class table, less the null class, which is the last one.
+
+    A table does not state whether it has a null class: models that were trained without class
+    dropout have none. --num_classes tells; a single row and a last row of zeros tell as well.
+
+    Raises:
+        ConversionError: --num_classes is neither the number of rows nor one less.
+    """
+    rows, stated = checkpoint.shape(table, 2)[0], options.num_classes
+    if stated not in (None, rows, rows - 1):
+        raise ConversionError(
+            f"--num_classes is {stated}, but {table} in {checkpoint.path} has {rows} rows: give "
+            f"{rows - 1}, where the last row is the null class, or {rows}, where there is none"
+        )
+    zero_row = rows > 1 and not checkpoint.tensors[table][-1].any()  # written by our own export
+    has_null = rows > 1 and stated != rows and not zero_row
+    classes = stated or (rows - 1 if has_null or zero_row else rows)
+    facts: dict[str, object] = {"classes": classes, "null class": "yes" if has_null else "none"}
+    if stated is None and has_null:
+        origin = f"the last of {rows} rows; if it is a class, give --num_classes {rows}"
+        return ClassCount(classes, True, {"classes": classes}, {"null class": origin})
+    return ClassCount(classes, has_null, facts, {})
+
+
+def class_flags(label_dropout: float, num_classes: int) -> dict[str, object]:
+    """The flag that states the number of classes; empty where there is a null class."""
+    return {"num_classes": num_classes} if label_dropout == 0 else {}
 
 
 def single_side(options: Options, default: int) -> tuple[int, dict[str, object]]:

@@ -25,12 +25,13 @@ from smalti.pipelines.convert.conv import (
     infer_vq,
     is_published_conv,
 )
-from smalti.pipelines.convert.layout import Buffer, Layout, same
+from smalti.pipelines.convert.layout import Buffer, Layout, class_table, same
 from smalti.pipelines.convert.reader import WRAPPERS, PublishedCheckpoint
 from smalti.pipelines.convert.source import (
     Inferred,
     Options,
     Source,
+    class_count,
     head_count,
     head_flags,
     layers,
@@ -197,6 +198,7 @@ class VARTokenizer(ConvSource):
 # Priors.
 
 LEVELS = "lvl_1L"  # (1, L) index of the scale of every code
+CLASS_TABLE = "class_emb.weight"
 MASK = "attn_bias_for_masking"  # (1, 1, L, L) 0, or -inf where attention is masked
 KEY_BIAS = "blocks.{}.attn.zero_k_bias"  # (width,) zeros
 HEAD_SCALES = "blocks.{}.attn.scale_mul_1H11"  # (1, heads, 1, 1)
@@ -207,7 +209,7 @@ class VARPrior(Source):
 
     title = "VAR prior"
     registry = PRIORS
-    options = frozenset({"heads", "scales", "tokenizer"})
+    options = frozenset({"heads", "scales", "tokenizer", "num_classes"})
     wrappers = ("trainer", "var_wo_ddp", *WRAPPERS)
 
     def recognises(self, checkpoint: PublishedCheckpoint) -> bool:
@@ -223,10 +225,11 @@ class VARPrior(Source):
         l2_norm = any(".scale_mul_1H11" in name for name in checkpoint.tensors)
         in_file = checkpoint.shape(HEAD_SCALES.format(0), 4)[1] if l2_norm else None
         heads, assumed = head_count(options, sizes.width, {}, in_file)
+        count = class_count(checkpoint, CLASS_TABLE, options)
         config = NextScaleConfig(
             spec=CodeSpec(quantizer.codebook.vocab_size, quantizer.scales),
             quantizer=quantizer,
-            num_classes=sizes.classes,
+            num_classes=count.classes,
             depth=sizes.depth,
             width=sizes.width,
             num_heads=heads,
@@ -235,22 +238,27 @@ class VARPrior(Source):
             shared_adaln=checkpoint.has("shared_ada_lin."),
             qk_l2_norm=l2_norm,
             tokenizer_fingerprint=tokenizer.fingerprint,
+            **count.label_dropout,
         )
         facts: dict[str, object] = {
             "scales": ", ".join(str(side) for side, _ in quantizer.scales),
             "codes": sizes.vocab,
-            "classes": sizes.classes,
+            **count.facts,
             "width": sizes.width,
             "depth": sizes.depth,
             "adaLN": "shared" if config.shared_adaln else "of every block",
             "attention": "l2-normalised" if l2_norm else "plain",
         }
-        return Inferred(config, facts | ({} if assumed else {"heads": heads}), assumed)
+        facts |= {} if assumed else {"heads": heads}
+        return Inferred(config, facts, assumed | count.assumed)
 
     def layout(self, config: NextScaleConfig) -> Layout:
         with torch.device("meta"):
             names = PRIORS.build(config).state_dict()
-        links = [same(name, name) for name in names if not name.startswith("quantizer.")]
+        others = {name for name in names if name.startswith("quantizer.")} | {CLASS_TABLE}
+        links = [same(name, name) for name in names if name not in others]
+        classes = config.num_classes
+        links.append(class_table(CLASS_TABLE, CLASS_TABLE, classes, null_is_optional=False))
         return Layout(links, buffers=_buffers(config), own=("quantizer.*",))
 
     def own_tensors(self, config: NextScaleConfig, options: Options) -> dict[str, Tensor]:
@@ -281,7 +289,6 @@ class Sizes:
     width: int
     depth: int
     hidden: int  # of the feed-forward
-    classes: int
     vocab: int
     code_dim: int
     scales: int
@@ -295,8 +302,6 @@ class Sizes:
             width=width,
             depth=layers(checkpoint, "blocks.{}."),
             hidden=checkpoint.shape("blocks.0.ffn.fc1.weight", 2)[0],
-            classes=checkpoint.shape("class_emb.weight", 2)[0]
-            - 1,  # the last row is the null class
             vocab=checkpoint.shape("head.weight", 2)[0],
             code_dim=code_dim,
             scales=checkpoint.shape("lvl_embed.weight", 2)[0],

@@ -202,6 +202,7 @@ class FlowPrior(Prior):
     ) -> Dynamics:
         """The dynamics of labels (B,) under guidance, for a solver."""
         self.check_labels(condition)
+        self.check_guidance(guidance_scale)
         config = self.config
         labels = condition.to(next(self.parameters()).device)
         options = ClassifierFree(guidance_scale, guidance_interval, config.guided_channels)

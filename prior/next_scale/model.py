@@ -518,6 +518,7 @@ class NextScalePrior(CodePrior):
         """
         self._check_bound()
         self.check_labels(condition)
+        self.check_guidance(guidance_scale)
         options = SamplingOptions(
             temperature, top_k, top_p, guidance_scale, guidance_schedule, guidance_interval
         )

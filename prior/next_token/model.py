@@ -411,6 +411,7 @@ class NextTokenPrior(CodePrior):
                 finite.
         """
         self.check_condition(condition)
+        self.check_guidance(guidance_scale)
         options = SamplingOptions(
             temperature, top_k, top_p, guidance_scale, guidance_schedule, guidance_interval
         )

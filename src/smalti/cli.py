@@ -214,10 +214,28 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
             config=(tyro.conf.AvoidSubcommands,),  # a union keeps the type that its default has
         )
     config = config_from_dict(config_class, config_to_dict(config), "command line")
+    _refuse_outputs_that_are_not_text(config)
     if show:
         print(recipe_text(config), end="")
         raise SystemExit(0)
     return config
+
+
+# Fields of configurations that name what a command writes.
+OUTPUTS = ("out", "output", "output_dir", "pipeline_dir", "stream_cache")
+
+
+def _refuse_outputs_that_are_not_text(config: Any) -> None:
+    """Raise `ConfigurationError` if a path to write to is not UTF-8: it stands in reports, logs and
+    messages."""
+    for name in OUTPUTS:
+        path = str(getattr(config, name, ""))
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise ConfigurationError(
+                f"{name} is {path!a}, which is not UTF-8: choose another name"
+            ) from None
 
 
 @contextlib.contextmanager

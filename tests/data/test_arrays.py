@@ -1,11 +1,15 @@
 """Array files: memory-mapped, checked, and never unpickled."""
 
+import os
+import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from smalti.data.image_io import FolderOptions
+from smalti.data.sources import arrays
 from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
 
@@ -49,7 +53,7 @@ def test_equal_rows_are_never_divided_between_splits(tmp_path: Path) -> None:
         ({"labels": LABELS[:3]}, "one for each of the 12"),
         ({"labels": LABELS - 1}, "integers from 0 on"),
         ({"labels": LABELS / 2}, "float64"),
-        ({"labels": LABELS * 10**15}, "number the classes from 0 on, without gaps"),
+        ({"classes": np.array(["a", "b\n", "c"])}, r"'b\\n' cannot be printed"),
         ({"classes": np.array(["a", "b"])}, "labels go up to 2"),
         ({"classes": np.array(["a", "b", "a"])}, "a different name"),
         ({"labels": np.array([None] * 12)}, "not an array of plain numbers"),
@@ -61,6 +65,64 @@ def test_arrays_that_are_not_a_picture_set_are_refused(
 ) -> None:
     with pytest.raises(SmaltiError, match=message):
         open_source(npz(tmp_path / "a.npz", **changes))
+
+
+# -- Bombs: what a header declares is checked before memory is allocated --
+
+
+def declaring(shape: str, dtype: str = "|u1", version: int = 1) -> bytes:
+    """An .npy file of 60 zeros with any header."""
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    text += b" " * (-(len(text) + 11) % 64) + b"\n"
+    length = struct.pack("<H" if version == 1 else "<I", len(text))
+    return b"\x93NUMPY" + bytes((version, 0)) + length + text + b"\0" * 60
+
+
+BOMBS = {
+    "more than the file": declaring("(100000000000, 12, 12)"),
+    "more than 64 bits": declaring("(4294967296, 4294967296, 3)"),
+    "a long header": declaring("(" + "1," * 20000 + ")", version=2),
+    "a huge item": declaring("(12,)", "|V2147483647"),
+    "pickles": declaring("(12,)", "|O"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, None])
+def test_headers_that_declare_too_much_are_refused(
+    tmp_path: Path, bomb: str, compression: int | None
+) -> None:
+    for name in ("images", "labels"):
+        path = tmp_path / ("images.npy" if compression is None else "a.npz")
+        contents = {"images": declaring("(1, 12, 12)"), "labels": declaring("(1,)", "<i8")}
+        contents[name] = BOMBS[bomb]
+        if compression is None:
+            for part, content in contents.items():
+                (tmp_path / f"{part}.npy").write_bytes(content)
+        else:
+            with zipfile.ZipFile(path, "w", compression) as archive:
+                for part, content in contents.items():
+                    archive.writestr(f"{part}.npy", content)
+        with pytest.raises(SmaltiError, match="damaged, or not an array of plain numbers"):
+            open_source(str(path))
+
+
+def test_an_archive_that_unpacks_to_more_than_the_limit_is_refused(
+    tmp_path: Path, monkeypatch
+) -> None:
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros_like(IMAGES), labels=LABELS)
+    np.savez(tmp_path / "plain.npz", images=IMAGES, labels=LABELS)
+    monkeypatch.setattr(arrays, "MAX_UNPACKED", 1000)
+    with pytest.raises(SmaltiError, match=r"images in \S+a.npz has 3\d+ bytes, .* numpy.savez"):
+        open_source(str(tmp_path / "a.npz"))
+    assert len(open_source(str(tmp_path / "plain.npz"))) == 12  # as the message says
+
+
+def test_a_pipe_in_place_of_an_array_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", IMAGES)
+    os.mkfifo(tmp_path / "labels.npy")
+    with pytest.raises(SmaltiError, match=r"images.npy has no labels"):
+        open_source(str(tmp_path / "images.npy"))
 
 
 def test_missing_parts_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 
+from smalti.data.latent_cache import cache as cache_module
 from smalti.data.latent_cache.cache import (
     CacheInfo,
     EncodedRange,
     LatentCache,
+    open_splits,
     read_manifest,
     write_cache,
 )
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.data.transforms import VIEW_SETS
 from smalti.errors import SmaltiError
+from smalti.files import sha256_of
 
 INFO = CacheInfo(
     spec=CodeSpec(70000, ((2, 3),)),
@@ -308,6 +312,93 @@ def test_a_manifest_that_does_not_describe_its_shards_is_an_error(tmp_path: Path
             LatentCache(tmp_path / "c")
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("continuous", float("nan"), "holds latents that are NaN or infinite: check the tokenizer"),
+        ("continuous", float("inf"), "holds latents that are NaN or infinite"),
+        ("codes", 70000, "holds codes from 0 to 70000, but the tokenizer has 70000"),
+        ("codes", -1, "holds codes from -1 to"),
+        ("labels", 2, "holds labels from 0 to 2, but the manifest has 2 classes"),
+    ],
+)
+def test_values_that_no_latent_has_are_refused_when_a_cache_is_read(
+    tmp_path: Path, monkeypatch, kind: str, value: float, message: str
+) -> None:
+    """Written by other code, with all hashes right."""
+    spec = ContinuousSpec(2, 3, 4) if kind == "continuous" else INFO.spec
+    info = replace(INFO, spec=spec)
+
+    def unchecked(info, start, stop, part):
+        arrays = {"stored": np.zeros((stop - start, 2, *info.shape), info.disk_type)}
+        arrays["labels"] = np.zeros(stop - start, np.int64)
+        arrays["labels" if kind == "labels" else "stored"].flat[-1 if start == 4 else 0] = (
+            value if start == 4 else 0
+        )
+        return arrays
+
+    monkeypatch.setattr(cache_module, "on_disk", unchecked)
+    write_cache(tmp_path / "c", info, lambda a, b: None)
+    with pytest.raises(SmaltiError, match=rf"shard-00001\.safetensors {message}"):
+        LatentCache(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"classes": ["a", "c"]}, {"tokenizer_fingerprint": "u"}, {"views": ["identity", "x"]}],
+)
+def test_a_manifest_that_changed_after_the_shards_is_refused(tmp_path: Path, change: dict) -> None:
+    write_cache(tmp_path / "c", INFO, encode)
+    manifest = tmp_path / "c" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
+    with pytest.raises(SmaltiError, match=r"manifest\.json is damaged or was edited"):
+        LatentCache(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"tokenizer_fingerprint": "u"}, "tokenizer differs"),
+        ({"classes": ("a", "c")}, "table of classes differs"),
+        ({"classes": ("b", "a")}, "table of classes differs"),
+        ({"spec": CodeSpec(70001, ((2, 3),))}, "specification of latents differs"),
+    ],
+)
+def test_splits_that_do_not_belong_together_are_refused(
+    tmp_path: Path, change: dict, what: str
+) -> None:
+    write_cache(tmp_path / "train", INFO, encode)
+    write_cache(tmp_path / "heldout", replace(INFO, **change), encode)
+    with pytest.raises(SmaltiError, match=rf"do not belong together, because the {what}"):
+        open_splits(tmp_path)
+
+
+def test_splits_belong_together_whatever_the_form_of_their_letters(tmp_path: Path) -> None:
+    for split, name in (("train", "caf\u00e9"), ("heldout", "cafe\u0301")):
+        write_cache(tmp_path / split, replace(INFO, classes=("a", name)), encode)
+    train, heldout = open_splits(tmp_path, seed=3)
+    assert train.seed == 3 and len(heldout) == 10
+    shutil.rmtree(tmp_path / "heldout")
+    with pytest.raises(SmaltiError, match="heldout does not exist"):
+        open_splits(tmp_path)
+
+
+def test_a_shard_with_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c", INFO, encode)
+    before, shard = files(tmp_path / "c"), tmp_path / "c" / "shard-00001.safetensors"
+    header = b'{"stored": ' + b"[" * 2**20
+    shard.write_bytes(len(header).to_bytes(8, "little") + header)
+    manifest = tmp_path / "c" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["shards"][1] = sha256_of(shard)
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(SmaltiError, match=r"shard-00001\S+ is not .*header has 1048587 bytes"):
+        LatentCache(tmp_path / "c")
+    manifest.unlink()
+    write_cache(tmp_path / "c", INFO, encode)  # as the message says: it is damaged, and replaced
+    assert files(tmp_path / "c") == before
+
+
 def test_specs_check_their_sizes() -> None:
     assert CodeSpec(4, ((1, 1), (2, 3))).length == 7
     with pytest.raises(SmaltiError, match="vocab_size is 0"):
@@ -320,6 +411,15 @@ def test_specs_check_their_sizes() -> None:
         CodeSpec(4, ((8589934592, 1),))
     with pytest.raises(SmaltiError, match="use at most 16384"):
         ContinuousSpec(4, 1, 8589934592)
+    for make in (
+        lambda: CodeSpec(4, ((3163, 3163),)),
+        lambda: CodeSpec(4, ((1000, 1000),) * 2),
+        lambda: ContinuousSpec(4, 3163, 3163),
+    ):
+        with pytest.raises(SmaltiError, match="positions; use at most 1048576"):
+            make()
+    with pytest.raises(SmaltiError, match="channels is 10000000; use at most 65536"):
+        ContinuousSpec(10_000_000, 1, 1)
 
 
 @pytest.mark.parametrize(

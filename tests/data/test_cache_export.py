@@ -1,6 +1,7 @@
 """An exported cache holds the same latents, as read by `datasets` and `webdataset`."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +122,27 @@ def test_splits_keep_their_names(tmp_path: Path, layout) -> None:
     export_cache(tmp_path / "caches", tmp_path / "out", layout)
     found = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "arrow"))
     assert {name: len(rows) for name, rows in found.items()} == {"train": 10, "heldout": 3}
+
+
+@pytest.mark.parametrize("state", ["unfinished", "missing"])
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_split_without_a_manifest_is_not_left_out(tmp_path: Path, split: str, state: str) -> None:
+    for name in ("train", "heldout"):
+        make_cache(tmp_path / "caches" / name, CODES)
+    broken = tmp_path / "caches" / split
+    (broken / "manifest.json").unlink() if state == "unfinished" else shutil.rmtree(broken)
+    with pytest.raises(SmaltiError, match=rf"{split} is not finished: run the command"):
+        export_cache(tmp_path / "caches", tmp_path / "out", "webdataset")
+    assert not (tmp_path / "out").exists()
+    other = tmp_path / "caches" / ({"train", "heldout"} - {split}).pop()
+    assert export_cache(other, tmp_path / "out", "webdataset")  # as the message says
+
+
+def test_splits_of_two_tokenizers_are_not_exported_as_one_set(tmp_path: Path) -> None:
+    make_cache(tmp_path / "caches" / "train", CODES)
+    make_cache(tmp_path / "caches" / "heldout", replace(CODES, tokenizer_fingerprint="u"))
+    with pytest.raises(SmaltiError, match="do not belong together, because the tokenizer differs"):
+        export_cache(tmp_path / "caches", tmp_path / "out", "webdataset")
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Latents of other code are imported completely, or the message names a file."""
 
 import os
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -322,6 +323,29 @@ def test_a_shard_that_lost_samples_is_named(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "src" / R, metadata={"total_size": "8"})
     with pytest.raises(SmaltiError, match=f"{R} holds 5 samples, but its header declares 8"):
         take(tmp_path / "src", tmp_path / "out", "lightningdit")
+
+
+def test_bombs_are_refused_before_memory_is_allocated(tmp_path: Path) -> None:
+    llamagen(tmp_path / "a")
+    with (tmp_path / "a" / A / "7.npy").open("wb") as stream:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (1, 10, 10**12)}
+        np.lib.format.write_array_header_1_0(stream, header)
+    with pytest.raises(SmaltiError, match=r"7\.npy .* its header declares 80000000000000 bytes"):
+        take(tmp_path / "a", tmp_path / "out", "llamagen")
+    (tmp_path / "a" / A / "7.npy").unlink()
+    os.mkfifo(tmp_path / "a" / A / "7.npy")
+    with pytest.raises(SmaltiError, match=r"7\.npy is not a file"):
+        take(tmp_path / "a", tmp_path / "out", "llamagen")
+
+    lightningdit(tmp_path / "b")
+    expanded = torch.zeros(1).expand(10**12)  # one number with a stride of zero
+    torch.save({"mean": expanded, "std": expanded}, tmp_path / "b" / "latents_stats.pt")
+    with pytest.raises(SmaltiError, match=r"latents_stats\.pt must hold mean and std of 2"):
+        take(tmp_path / "b", tmp_path / "out", "lightningdit")
+    with zipfile.ZipFile(tmp_path / "b" / "latents_stats.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data/0", bytes(2**23))
+    with pytest.raises(SmaltiError, match=r"latents_stats\.pt is too large for the mean and std"):
+        take(tmp_path / "b", tmp_path / "out", "lightningdit")
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:

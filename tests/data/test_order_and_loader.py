@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from smalti.data.loader import stream_batches
-from smalti.data.order import DataOrder
+from smalti.data.order import DataOrder, even_subset
 from smalti.errors import SmaltiError
 
 
@@ -51,6 +51,43 @@ def test_shards_are_the_global_batch_at_any_world_size(world_size: int) -> None:
     for step in range(4):
         parts = [order.shard(step, rank, world_size) for rank in range(world_size)]
         assert [key for part in parts for key in part] == order.keys(step)
+
+
+# -- A part of the held-out set --
+
+
+@pytest.mark.parametrize("count", [1, 7, 60, 128, 300])
+def test_a_subset_of_a_sorted_set_is_even_over_its_classes(count: int) -> None:
+    """60 classes of 10, sorted, of which the first 128 samples show 13."""
+    labels = torch.arange(60).repeat_interleave(10)
+    chosen = even_subset(labels, None, count, seed=3)
+    assert len(set(chosen)) == count and chosen == sorted(chosen)
+    counts = labels[chosen].bincount(minlength=60)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_a_small_class_is_taken_whole_and_the_others_evenly() -> None:
+    labels = torch.tensor([0] * 100 + [1] * 3 + [2] * 50)
+    assert labels[even_subset(labels, None, 33, seed=0)].bincount().tolist() == [15, 3, 15]
+
+
+def test_the_groups_of_a_class_take_turns() -> None:
+    """91 copies of a picture, and 9 pictures."""
+    groups = ["copy"] * 91 + [f"other {i}" for i in range(9)]
+    for seed in range(5):
+        chosen = even_subset(torch.zeros(100, dtype=torch.int64), groups, 10, seed)
+        assert Counter(groups[i] for i in chosen) == Counter(set(groups))
+
+
+def test_the_seed_chooses_among_equals_and_all_are_taken_in_order() -> None:
+    labels = torch.arange(4).repeat(25)
+    first, again, other = (even_subset(labels, None, 20, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    for count in (100, 1000):
+        assert even_subset(labels, None, count, seed=0) == list(range(100))
+
+
+# -- The order of training samples --
 
 
 def test_a_batch_larger_than_the_data_spans_epochs() -> None:

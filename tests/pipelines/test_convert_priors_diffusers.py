@@ -200,6 +200,25 @@ def test_the_frequencies_are_all_that_diffusers_does_otherwise(folder: Path, tmp
     close(loaded(x, timestep=index, class_labels=labels).sample, ours)
 
 
+def test_one_class_and_no_null_class(folder: Path, tmp_path: Path) -> None:
+    """Diffusers always has a row for the null class: a prior without it is written with zeros."""
+    name, table = "network.y_embedder.embedding_table.weight", read(folder).state_dict()
+    model = read(folder)
+    for classes, null in ((1, 1.0), (4, 0.0)):
+        network = replace(model.config.network, num_classes=classes)
+        rows = torch.cat([table[name][:classes], torch.full((1, 32), null)])
+        dropout = {} if null else {"label_dropout": 0.0}
+        made = FlowPrior(replace(model.config, network=network, **dropout))
+        made.load_state_dict({**table, name: rows})
+        export(made, tmp_path / f"{classes}", "diffusers-dit")
+        again = read(tmp_path / f"{classes}")
+        assert again.num_classes == classes and again.checksum == made.checksum
+        assert again.has_null_class == bool(null)
+        read(tmp_path / f"{classes}", Options(num_classes=classes))
+    with pytest.raises(SmaltiError, match=r"--num_classes is 9, but .* has 5 rows"):
+        read(tmp_path / "4", Options(num_classes=9))
+
+
 def test_a_model_of_diffusers_is_no_file_of_the_authors(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SmaltiError, match="diffusers-dit is written as a folder"):
         export(read(folder), tmp_path / "out.pt")

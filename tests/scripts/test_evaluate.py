@@ -1,14 +1,19 @@
 """The evaluate command: what counts as a copy, and which folders it may write to."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from smalti.data.latent_cache.cache import LatentCache, group_numbers
 from smalti.data.latents import CodeSpec
 from smalti.errors import ConfigurationError, DataError, SmaltiError
+from smalti.evaluation import evaluator as evaluator_module
 from smalti.evaluation.evaluator import (
     TokenizerEvaluator,
     evenly_spaced,
@@ -16,8 +21,16 @@ from smalti.evaluation.evaluator import (
     reference_images,
 )
 from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.base import Loss
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
-from smalti.scripts.evaluate import EvaluateConfig, evaluate, sample_evaluator
+from smalti.scripts import train_prior, train_tokenizer
+from smalti.scripts.encode import EncodeConfig, encode
+from smalti.scripts.evaluate import (
+    EvaluateConfig,
+    check_training_images,
+    evaluate,
+    sample_evaluator,
+)
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
@@ -76,6 +89,72 @@ def test_the_same_evaluation_may_run_again_but_no_other(config, tmp_path: Path) 
     assert {p.name: p.read_bytes() for p in config.output_dir.iterdir()} == before
 
 
+def test_a_part_of_the_held_out_set_is_even_over_classes_in_every_measurement(
+    config, pipeline, pictures: Path, monkeypatch
+) -> None:
+    """Pictures are sorted by class; each measurement sees 3 of the 9 held-out ones."""
+    monkeypatch.setattr(evaluator_module, "LIKELIHOOD_IMAGES", 3)
+    config = replace(config, heldout_fraction=0.35)
+    labels = []
+
+    def bits(latents, condition, *, generator):
+        labels.append(condition.tolist())
+        return torch.zeros(len(latents))
+
+    metric = sample_evaluator(config, pipeline).likelihood(bits)["heldout_bits_per_dimension"]
+    assert labels == [[0, 1, 2]] and metric.protocol["num_pictures"] == 3
+
+    monkeypatch.setattr(train_tokenizer, "VALIDATION_IMAGES", 3)
+    monkeypatch.setattr(train_tokenizer, "PREVIEW_IMAGES", 6)
+    images, seen = config.dataset("heldout", 32), []
+    kept = images.batches_of
+    monkeypatch.setattr(images, "batches_of", lambda rows, n: seen.append(rows) or kept(rows, n))
+    run = SimpleNamespace(device=torch.device("cpu"), config=config)
+    train_tokenizer.validate(pipeline.tokenizer, images, run)
+    train_tokenizer.preview(pipeline.tokenizer, images, run)
+    assert [images.labels[rows].tolist() for rows in seen] == [[0, 1, 2], [0, 0, 1, 1, 2, 2]]
+
+    config = EncodeConfig(
+        data=str(pictures), heldout_fraction=0.35, output_dir=config.output_dir / "latents"
+    )
+    config = replace(config, tokenizer=pipeline.tokenizer.save_pretrained(config.output_dir / "t"))
+    cache = LatentCache(encode(replace(config, output_dir=config.output_dir / "c")) / "heldout")
+    monkeypatch.setattr(train_prior, "VALIDATION_SAMPLES", 3)
+    run = SimpleNamespace(accelerator=Accelerator(), config=EvaluateConfig())
+    seen.clear()
+
+    def loss_of(prior, batch):
+        seen.append(batch.labels.tolist())
+        return Loss(torch.tensor(1.0))
+
+    train_prior.validate(pipeline.prior, cache, loss_of, run)
+    assert seen == [[0, 1, 2]]
+
+
+def test_a_cache_keeps_the_groups_of_held_out_pictures(
+    pipeline, pictures: Path, tmp_path: Path
+) -> None:
+    """Equal files are a group: one of them is taken before another picture is taken twice."""
+    for number in range(20):
+        shutil.copy(pictures / "red" / "0.png", pictures / "red" / f"copy {number}.png")
+    config = EncodeConfig(
+        data=str(pictures),
+        heldout_fraction=0.6,
+        output_dir=tmp_path / "latents",
+        tokenizer=pipeline.tokenizer.save_pretrained(tmp_path / "tokenizer"),
+    )
+    for seed in range(20):  # a seed that holds out the copies
+        config = replace(config, split_seed=seed)
+        images = config.dataset("heldout", 32)
+        if len(images) > 20:
+            break
+    cache = LatentCache(encode(config) / "heldout")
+    assert group_numbers(images.groups) == cache.info.groups != ()
+    chosen = images.even_subset(9, seed=0)
+    assert chosen == cache.even_subset(9, seed=0)
+    assert len({images.groups[i] for i in chosen}) == 9
+
+
 @pytest.mark.parametrize("name", ["samples.png", "summary.json"])
 def test_files_from_elsewhere_are_not_overwritten(config, name: str) -> None:
     config.output_dir.mkdir()
@@ -102,6 +181,28 @@ def test_what_was_trained_on_is_not_held_out(config, pipeline) -> None:
         evaluate(other)
     metrics = evaluate(replace(other, other_data=True))
     assert {m.protocol["trained_on_the_rest"] for m in metrics.values()} == {"no"}
+
+
+def test_classes_in_another_unicode_form_keep_the_numbers_of_the_pipeline(
+    config, pipeline, pictures: Path
+) -> None:
+    """A copied folder may have other forms of its names, which are sorted differently."""
+    composed, decomposed = "\u00e9clair", "e\u0301clair"
+    pipeline.classes = ("f", "z", composed)
+    for folder, name in (("blue", decomposed), ("green", "f"), ("red", "z")):
+        (pictures / folder).rename(pictures / name)
+    images = config.dataset("train", 32)
+    assert images.classes == (decomposed, "f", "z")
+    before = images.labels.tolist()
+    assert check_training_images(config, pipeline, images) == "not known"
+    assert images.classes == pipeline.classes
+    assert images.labels.tolist() == [[2, 0, 1][label] for label in before]
+    evaluator = sample_evaluator(config, pipeline)
+    for labels in (evaluator.train_labels, evaluator.tokenizer.heldout_labels):
+        assert labels[0] == 2 and labels[-1] == 1
+    pipeline.classes = ("f", "z", "\u00e8clair")
+    with pytest.raises(DataError, match="give --data as in training"):
+        sample_evaluator(config, pipeline)
 
 
 def test_few_references_are_spread_over_the_set(config) -> None:

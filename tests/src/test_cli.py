@@ -95,6 +95,13 @@ def test_a_kind_is_what_the_other_values_start_from() -> None:
         train_config("--tokenizer.quantizer.kind", "fsk")
 
 
+def test_an_output_that_is_not_utf_8_is_refused_before_any_work(capsys) -> None:
+    flags = ["--output_dir", os.fsdecode(b"runs/\xff")]
+    assert run_command(lambda argv: bool(parse_config(Config, argv, prog="x")), flags) == 2
+    assert r"output_dir is 'runs/\udcff', which is not UTF-8" in capsys.readouterr().err
+    assert parse_config(Config, ["--output_dir", "r\u00e9"], prog="x").output_dir == Path("r\u00e9")
+
+
 def test_print_config_is_a_recipe(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         parse("--steps", "3", "--output_dir", "a/b", "--print-config")
