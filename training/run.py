@@ -61,6 +61,7 @@ from smalti.training.folder import (
     refuse_other_settings,
     refuse_target,
 )
+from smalti.training.launch import LaunchSettings, obeying, precision_of
 from smalti.training.logging import RunLog
 from smalti.training.optim import StepGuard
 from smalti.training.progress import progress_bar
@@ -79,12 +80,15 @@ class Run:
     Raises:
         CheckpointError: a folder contains files that are not of this run, or there is no such run
             to resume.
-        ConfigurationError: the job was launched in a way that runs do not support.
+        ConfigurationError: the job was launched in a way that runs do not support, or with settings
+            that contradict the config.
     """
 
     _log: RunLog  # made by `resume`, which knows the first step
 
     def __init__(self, config: RunConfig, kind: str, result: Path) -> None:
+        launch = LaunchSettings.current()
+        config = obeying(config, launch)
         self.config, self.kind, self.result = config, kind, result
         self.folder = Path(config.output_dir)
         settings = config_to_dict(config)
@@ -92,7 +96,7 @@ class Run:
         refuse_target(self.folder, result)
         self._seen = checkpoints(self.folder)
         self._to_replace: list[Path] = []
-        requested: Precision = config.mixed_precision
+        requested: Precision = precision_of(config.mixed_precision, launch)
         if found is not None:
             _refuse_other_run(found, kind, config)
             self._to_replace = later_checkpoints(self.folder, found.step)
@@ -154,6 +158,10 @@ class Run:
         changed = [name for name in HOW_IT_GOES_ON if self._differs(checkpoint, name)]
         self.guard.restore(checkpoint.state.get("skipped", {}), new_row=bool(changed))
         logger.info("resumed from %s", checkpoint.path)
+        if self.precision != checkpoint.state["precision"]:
+            logger.info(
+                "the precision was %s, now it is %s", checkpoint.state["precision"], self.precision
+            )
         before = checkpoint.state["num_processes"]
         if before != self.world_size and self.is_main:
             logger.warning(
