@@ -295,10 +295,10 @@ def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     return reduced
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set on any process; every process must call this."""
-    flags = torch.tensor(int(flag), device=accelerator.device)
-    return sum_over_processes(accelerator, flags).item() > 0
+def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Whether each flag is set on any process; every process must call this."""
+    counts = torch.tensor([int(flag) for flag in flags], device=accelerator.device)
+    return [count > 0 for count in sum_over_processes(accelerator, counts).tolist()]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ process that no longer exists, is ended after `GRACE` seconds; its last checkpoi
 """
 
 import _thread
+import contextlib
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ from smalti.signals import HANGUP, TERMINATING, handling
 LAUNCHED_BY = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")
 EXIT_FAILURE = 1  # a machine error, the same status as for a full disk
 INTERVAL = 1.0  # seconds between two checks of the launcher
+SAID = b"\nstopping after this step, then saving; a second signal stops at once\n"
 GRACE = 60.0  # seconds from the launcher's end to the process's
 
 
@@ -84,6 +86,9 @@ class InterruptGuard:
             if self._counted:
                 raise KeyboardInterrupt
             self._counted = True
+        if not self.requested and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # not print: it may be what the signal interrupts
+                os.write(2, SAID)
         self.requested = True
         if self._abandoning:
             self._abandoning = False
