@@ -5,6 +5,7 @@ same keys give the same batch in any process, whatever was read before.
 """
 
 import logging
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -94,8 +95,9 @@ class ImageDataset(Dataset):
         self.fingerprint = fingerprint_of(
             [source.fingerprint.encode(), str(image_size).encode(), which.encode()]
         )
-        # Which samples were found to be damaged; shared with the worker processes of a loader.
-        self._bad = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+        # Which samples were found to be damaged; shared with the worker processes of a loader. The
+        # memory is anonymous: torch's shared tensors need /dev/shm even if there are no workers.
+        self._bad = torch.frombuffer(mmap.mmap(-1, max(1, len(self))), dtype=torch.bool)
         fits = len(self) * 3 * image_size**2 <= MEMORY_LIMIT
         self._pixels = self._decode_all(split) if fits and crop is None else None
 
@@ -115,6 +117,11 @@ class ImageDataset(Dataset):
     def groups(self) -> list[str]:
         """The group of each sample, see `ImageSource.group`."""
         return [self.source.group(position) for position in self.positions]
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of a sample in a batch, if pictures are decoded for it; 0 if all are decoded."""
+        return 0 if self._pixels is not None else 3 * self.image_size**2 * 4
 
     def name(self, index: int) -> str:
         """The name of a sample in messages."""

@@ -187,9 +187,11 @@ def validate(
     return {"val_loss": total / len(chosen)}
 
 
-def save(folder: Path, pipeline: Pipeline, options: Mapping[str, Any]) -> None:
-    """Save tokenizer and prior as `Pipeline.from_pretrained` reads them, with a grid of samples."""
-    pipeline.save_pretrained(folder, samples=class_grid(pipeline, **options))
+def save(folder: Path, run: Run, pipeline: Pipeline, options: Mapping[str, Any]) -> None:
+    """Save tokenizer and prior as `Pipeline.from_pretrained` reads them, with a grid of samples:
+    that of the last step, if it was just sampled."""
+    samples = run.final_picture("samples") or class_grid(pipeline, **options)
+    pipeline.save_pretrained(folder, samples=samples)
 
 
 def train(config: TrainPriorConfig) -> Path:
@@ -207,9 +209,19 @@ def train(config: TrainPriorConfig) -> Path:
     pipeline.training_pictures = latents.info.dataset_fingerprint
     run.resume(latents.fingerprint)
     order = DataOrder(len(latents), config.train_batch_size, config.seed)
-    batches = stream_batches(latents, order, **run.share_of_data())
+    batches = run.reading(stream_batches(latents, order, **run.share_of_data()))
+
+    def measure(step: int) -> None:
+        ema.gather()  # FSDP2: every process sends its shards
+        run.measure(
+            step,
+            partial(validate, ema.model, heldout, loss_of, run),
+            min(len(heldout), VALIDATION_SAMPLES),
+            samples=partial(class_grid, pipeline, **config.preview.options),
+        )
 
     with run.interruptible():
+        run.catch_up(measure)
         for step in run.remaining_steps():
             seed_everything(config.seed, step, run.rank)  # a resumed step repeats its noise
             rate = learning_rate(config, step)
@@ -238,23 +250,11 @@ def train(config: TrainPriorConfig) -> Path:
             if run.due(step, config.logging_steps):
                 run.log(step, {**values, "learning_rate": rate})
             if run.due(step, config.validation_steps):
-                ema.gather()  # FSDP2: every process sends its shards
-                if run.is_main:
-                    count = min(len(heldout), VALIDATION_SAMPLES)
-                    with run.bar("validation", count, "sample") as bar:
-                        measured = validate(ema.model, heldout, loss_of, run, bar.update)
-                    run.log_on_main(step, measured)
-                    with run.bar("preview", 1, "grid") as bar:
-                        run.show(step, "samples", class_grid(pipeline, **config.preview.options))
-                        bar.update()
-
-            if (stop := run.should_stop()) or run.due(step, config.checkpointing_steps):
-                run.save(step)
-            if stop:
-                run.stop(step)
+                measure(step)
+            run.checkpoint(step)
 
     ema.gather()
-    return run.export(partial(save, pipeline=pipeline, options=config.preview.options))
+    return run.export(partial(save, run=run, pipeline=pipeline, options=config.preview.options))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -287,6 +287,16 @@ def preview(tokenizer: Tokenizer, images: ImageDataset, run: Run) -> Image.Image
     return image_grid(torch.cat([batch.images, output]), columns=len(output))
 
 
+def measure(run: Run, tokenizer: Tokenizer, images: ImageDataset, step: int) -> None:
+    """Validation and preview of a step."""
+    run.measure(
+        step,
+        partial(validate, tokenizer, images, run),
+        min(len(images), VALIDATION_IMAGES),
+        reconstructions=partial(preview, tokenizer, images, run),
+    )
+
+
 def save(folder: Path, tokenizer: Tokenizer, images: ImageDataset, device: torch.device) -> None:
     """Save the finished tokenizer, with the statistics of its latents on the training images."""
     tokenizer.calibrate(batch.images.to(device) for batch in images.batches(64))
@@ -307,9 +317,12 @@ def train(config: TrainTokenizerConfig) -> Path:
     loss_of = partial(generator_loss, config.objective, networks, last_layer=tokenizer.last_layer)
     run.resume(images.fingerprint)
     order = DataOrder(len(images), config.train_batch_size, config.seed)
-    batches = stream_batches(images, order, **run.share_of_data())
+    batches = run.reading(stream_batches(images, order, **run.share_of_data()))
+
+    measured = partial(measure, run, ema.model, heldout)
 
     with run.interruptible():
+        run.catch_up(measured)
         for step in run.remaining_steps():
             seed_everything(config.seed, step, run.rank)  # a resumed step repeats its noise
             rate = learning_rate(config, step)
@@ -366,15 +379,9 @@ def train(config: TrainTokenizerConfig) -> Path:
             if run.due(step, config.logging_steps):
                 use = codebook_use(run, tokenizer, codes)
                 run.log(step, {**values, **use, "learning_rate": rate})
-            if run.due(step, config.validation_steps) and run.is_main:
-                with run.bar("validation", min(len(heldout), VALIDATION_IMAGES), "image") as b:
-                    run.log_on_main(step, validate(ema.model, heldout, run, b.update))
-                run.show(step, "reconstructions", preview(ema.model, heldout, run))
-
-            if (stop := run.should_stop()) or run.due(step, config.checkpointing_steps):
-                run.save(step)
-            if stop:
-                run.stop(step)
+            if run.due(step, config.validation_steps):
+                measured(step)
+            run.checkpoint(step)
 
     return run.export(partial(save, tokenizer=ema.model, images=images, device=run.device))
 

@@ -22,6 +22,7 @@ FRONT_DOOR = (
     "hub",
     "randomness",
     "repository",
+    "signals",
     "weights",
 )
 BASE = {f"smalti.{file}" for file in FRONT_DOOR}

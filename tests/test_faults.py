@@ -428,6 +428,23 @@ def test_f8_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     assert newest_valid(config.output_dir)[0].step == 2
 
 
+def test_checkpoints_are_due_by_time_too_and_resume_stays_exact(tmp_path: Path) -> None:
+    """A checkpoint every few minutes, whatever the number of steps."""
+    rarely = {"checkpointing_steps": 100, "checkpoints_total_limit": 0, "validation_steps": 100}
+    often = latest(tmp_path / "cut", checkpointing_minutes=1e-9, **rarely)
+
+    def die(run, model, step, loss):
+        return kill_self() if step == 4 else loss
+
+    assert in_a_fork(lambda: train(often, die)) == -signal.SIGKILL
+    assert [p.name for p in checkpoints(often.output_dir)][-1] == "checkpoint-000004"
+    train(often)
+    assert len(checkpoints(often.output_dir)) == 6
+    whole = whole_run(tmp_path / "whole", checkpointing_minutes=0, **rarely)
+    assert len(checkpoints(whole)) == 1
+    assert_same(whole, often.output_dir)
+
+
 # -- F10: disk full, no permission ------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,8 +76,11 @@ def no_fault(run: Run, model: Toy, step: int, loss: Tensor) -> Tensor:
     return loss
 
 
-def train(config: RunConfig, hook: Hook = no_fault, *, data="data", dropout=0.3) -> Run:
-    """Train, as the scripts do; `hook` sees every loss, and may put a fault there."""
+def train(
+    config: RunConfig, hook: Hook = no_fault, *, data="data", dropout=0.3, values=None
+) -> Run:
+    """Train, as the scripts do; `hook` sees every loss, and may put a fault there, and so may
+    `values(validate, progress)` in validation."""
     torch.set_num_threads(1)
     run = Run(config, kind="toy", result=config.output_dir / "model")
     torch.manual_seed(config.seed)
@@ -87,8 +91,17 @@ def train(config: RunConfig, hook: Hook = no_fault, *, data="data", dropout=0.3)
     wrapped = processes.shard(run.accelerator, model, optimizer)
     run.resume(data)
     order = DataOrder(SAMPLES, config.train_batch_size, config.seed)
-    batches = stream_batches(Numbers(), order, **run.share_of_data())
+    batches = run.reading(stream_batches(Numbers(), order, **run.share_of_data()))
+
+    def validate(progress) -> dict[str, float]:
+        return {"val_norm": ema.model.layers[1].weight.norm().item()}
+
+    def measure(step: int) -> None:
+        ema.gather()
+        run.measure(step, validate if values is None else partial(values, validate))
+
     with run.interruptible():
+        run.catch_up(measure)
         for step in run.remaining_steps():
             seed_everything(config.seed, step, run.rank)
             with run.timed():
@@ -96,13 +109,8 @@ def train(config: RunConfig, hook: Hook = no_fault, *, data="data", dropout=0.3)
             if run.due(step, config.logging_steps):
                 run.log(step, {"loss": loss, "learning_rate": learning_rate(config, step)})
             if run.due(step, config.validation_steps):
-                ema.gather()
-                if run.is_main:
-                    run.log_on_main(step, {"val_norm": ema.model.layers[1].weight.norm().item()})
-            if (stop := run.should_stop()) or run.due(step, config.checkpointing_steps):
-                run.save(step)
-            if stop:
-                run.stop(step)
+                measure(step)
+            run.checkpoint(step)
     ema.gather()
     run.export(lambda folder: save(folder, ema.model))
     return run

@@ -6,8 +6,9 @@
         MANIFEST.json   size and sha256 of every other file, written last
 
 A checkpoint is written into a hidden folder beside its target, flushed to disk, then renamed;
-older ones are removed only after that, and never this one. A folder whose files do not match its
-manifest is not a checkpoint.
+older ones are removed only after that, and never this one. If the loss has risen far above that of
+an older one, that one is not removed either, so a run that diverges keeps its last good state. A
+folder whose files do not match its manifest is not a checkpoint.
 
 Written here rather than taken from a library (torch.distributed.checkpoint, Accelerate's
 `save_state`): those unpickle what they load, do not verify it, and may leave a damaged checkpoint
@@ -15,6 +16,7 @@ if the process is killed while it saves.
 """
 
 import errno
+import logging
 import os
 import shutil
 import uuid
@@ -34,6 +36,9 @@ from smalti.checkpoints import MANIFEST, STATE
 from smalti.errors import CheckpointError, SmaltiError
 from smalti.files import flush, read_json, sha256_of, write_errors, write_json
 from smalti.folders import remove_leftovers
+from smalti.training.divergence import LossLevel
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
 
@@ -247,16 +252,58 @@ def _write_tensors(
         return {name: job.result() for name, job in described.items()}
 
 
+def refuse_not_finite(states: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+    """Raise `CheckpointError` if a tensor contains NaN or infinity; the message names it."""
+    for name, tensors in states.items():
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"{key} of the {name} is not finite after step {step}, so nothing was saved: "
+                    "repeat the command with --resume_from_checkpoint latest and a lower "
+                    "--learning_rate; the last checkpoint is untouched"
+                )
+
+
+def loss_level(path: Path) -> LossLevel | None:
+    """The level of the loss when a checkpoint was written, if that is known."""
+    try:
+        levels = read_json(path / STATE)["skipped"]["levels"]
+        return LossLevel.read(next(iter(levels.values()), None))  # the model's, the first
+    except (SmaltiError, OSError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def best_of_diverged(found: Sequence[Path], keep: int) -> Path | None:
+    """The checkpoint with the lowest loss, if the loss of the newest `keep` is far above it."""
+    levels = [(path, level) for path in found if (level := loss_level(path)) is not None]
+    if not levels:
+        return None
+    best, lowest = min(levels, key=lambda pair: pair[1].mean)
+    newest = [level for path, level in levels if path in found[-keep:]]
+    return best if newest and all(level.is_ruined_beside(lowest) for level in newest) else None
+
+
 def prune(folder: Path, keep: int, spare: Path) -> None:
     """Remove unfinished files and all but the newest `keep` checkpoints (0 keeps all).
 
-    `spare`, the one that was just written, is never removed.
+    `spare`, the one that was just written, is never removed, nor the best one of a run that has
+    diverged since.
     """
     remove_leftovers(folder)
-    if keep:
-        for old in checkpoints(folder)[:-keep]:
-            if old != spare:
-                shutil.rmtree(old, ignore_errors=True)
+    if not keep:
+        return
+    found = checkpoints(folder)
+    best = best_of_diverged(found, keep)
+    if best is not None:
+        logger.warning(
+            "the loss is far above that of %s, which is kept: continue from it with a lower "
+            "--learning_rate and --resume_from_checkpoint %s",
+            best.name,
+            best.name,
+        )
+    for old in found[:-keep]:
+        if old not in (spare, best):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def save_checkpoint(

@@ -19,6 +19,7 @@ HOW_IT_GOES_ON = {
     "weight_decay",
     "max_grad_norm",
     "max_skipped_steps",
+    "max_skipped_share",
     "mixed_precision",
     "gradient_accumulation_steps",
 }
@@ -30,9 +31,11 @@ FREE_TO_CHANGE = HOW_IT_GOES_ON | {
     "output_dir",
     "max_train_steps",
     "checkpointing_steps",
+    "checkpointing_minutes",
     "checkpoints_total_limit",
     "resume_from_checkpoint",
     "validation_steps",
+    "validation_budget",
     "preview",
     "logging_steps",
     "report_to",
@@ -56,8 +59,9 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = (
     "lr_warmup_steps",
     "weight_decay",
+    "checkpointing_minutes",
     "checkpoints_total_limit",
-    "dataloader_num_workers",
+    "validation_budget",
 )
 TRACKERS = ("tensorboard", "wandb", "trackio")
 MAX_SEED = 2**63 - 1  # the largest that torch accepts
@@ -82,15 +86,24 @@ class RunConfig:
     ema_decay: float = 0.999  # decay of the averaged weights, per step
     mixed_precision: Precision = "auto"  # auto is bf16 where the device is faster with it
     checkpointing_steps: int = 1000  # steps between checkpoints
-    checkpoints_total_limit: int = 2  # number of checkpoints that are kept; 0 keeps all
+    checkpointing_minutes: float = 10.0  # minutes after which one is due, too; 0 = by steps only
+    # Number of newest checkpoints that are kept; if the loss has risen far since, the best is too.
+    # 0 keeps all.
+    checkpoints_total_limit: int = 2
     resume_from_checkpoint: str | None = None  # "latest", or the path of a checkpoint folder
     validation_steps: int = 1000  # steps between previews and held-out losses
+    # Seconds that they may take, beyond a first minute, for each second of training; those that
+    # would take longer are skipped, except after the last step.
+    validation_budget: float = 0.1
     logging_steps: int = 20  # steps between lines of metrics.jsonl
     # Steps in a row with a loss or gradient that is not finite; then the run ends.
     max_skipped_steps: int = 20
+    # Share of steps with a loss or gradient that is not finite, above which the run ends.
+    max_skipped_share: float = 0.05
     process_timeout: int = 1800  # seconds that a process waits for the others before the job ends
     report_to: str = "none"  # none, tensorboard, wandb or trackio
-    dataloader_num_workers: int = 0  # processes per training process that load data
+    # Processes per training process that load data; None chooses by cores, memory and data.
+    dataloader_num_workers: int | None = None
 
     def __post_init__(self) -> None:
         check_at_least(1, self, *AT_LEAST_ONE)
@@ -102,6 +115,14 @@ class RunConfig:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ConfigurationError(f"{name} is {value}; it must be positive")
+        if self.dataloader_num_workers is not None and self.dataloader_num_workers < 0:
+            raise ConfigurationError(
+                f"dataloader_num_workers is {self.dataloader_num_workers}; it must be 0 or more"
+            )
+        if not 0 <= self.max_skipped_share <= 1:
+            raise ConfigurationError(
+                f"max_skipped_share is {self.max_skipped_share}; it must lie in [0, 1]"
+            )
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")

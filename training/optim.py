@@ -2,13 +2,15 @@
 
 The training loops call these functions directly. The guard of skipped steps is written here rather
 than taken from a library: mixed-precision scalers skip on one process and for gradients only; here
-all processes skip the same steps, also for losses, and too many skipped steps in a row end the run.
+all processes skip the same steps, also for losses, and too many skipped steps, in a row or in all,
+end the run.
 """
 
 import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,8 +19,12 @@ from torch import Tensor, nn
 from smalti.errors import SmaltiError
 from smalti.training.checkpoint import full_tensor, is_sharded, sharded_like
 from smalti.training.config import RunConfig
+from smalti.training.divergence import LossLevel
 
 logger = logging.getLogger(__name__)
+
+FEW_STEPS = 5  # of one model that may be skipped in any case
+QUIET_STEPS = 100  # between two warnings of a spike
 
 # -------------------------------------------------------------------------------------------------
 # AdamW (Loshchilov and Hutter, 1711.05101) with weight decay on the matrices of layers only.
@@ -118,12 +124,14 @@ def logged_norm(gradient_norm: Tensor, accepted: bool) -> Tensor:
 
 
 class StepGuard:
-    """Accepts or refuses every optimizer step, the same on all processes; counts the refused.
+    """Accepts or refuses every optimizer step, the same on all processes; counts the refused, and
+    warns if a finite loss is far above its recent level.
 
     Args:
         limit: refused steps in a row, of one model, at which the run ends.
         sum_over_processes: the sum of a tensor over all processes.
         rounded: whether the run computes in less than fp32, so that fp32 may be the remedy.
+        share: of the steps of one model that may be refused before the run ends.
     """
 
     def __init__(
@@ -131,11 +139,15 @@ class StepGuard:
         limit: int,
         sum_over_processes: Callable[[Tensor], Tensor],
         rounded: bool = False,
+        share: float = 1.0,
     ) -> None:
-        self.limit, self.rounded = limit, rounded
+        self.limit, self.rounded, self.share = limit, rounded, share
         self.in_a_row: dict[str, int] = {}  # model -> refused steps since the last accepted one
+        self.refused: dict[str, int] = {}  # model -> refused steps
         self.total = 0
+        self.levels: dict[str, LossLevel] = {}  # model -> level of its loss
         self._sum = sum_over_processes
+        self._warned = -QUIET_STEPS  # the step of the last warning of a spike
 
     def accepts(
         self, model: str, step: int, losses: Sequence[Tensor], gradient_norm: Tensor
@@ -149,38 +161,79 @@ class StepGuard:
             gradient_norm: before clipping, a scalar.
 
         Raises:
-            SmaltiError: too many steps of this model in a row were refused.
+            SmaltiError: too many steps of this model were refused, in a row or in all.
         """
-        values = torch.stack([*(loss.detach().float() for loss in losses), gradient_norm.float()])
-        accepted = self._sum((~values.isfinite()).sum()).item() == 0
+        parts = torch.stack([loss.detach().float() for loss in losses])
+        values = torch.cat([parts, gradient_norm.float().reshape(1)])
+        bad = (~values.isfinite()).sum().float()
+        summed = self._sum(torch.stack([bad, parts.mean(), torch.ones_like(bad)])).tolist()
+        accepted = summed[0] == 0
         self.in_a_row[model] = 0 if accepted else self.in_a_row.get(model, 0) + 1
+        self.refused[model] = self.refused.get(model, 0) + (not accepted)
         self.total += not accepted
+        if accepted:
+            self._follow(model, step, summed[1] / summed[2])
+            return True
         if self.in_a_row[model] == 1:
             logger.warning("step %d of the %s is skipped: not finite", step, model)
         if self.in_a_row[model] >= self.limit:
             raise SmaltiError(
                 f"the loss or the gradient of the {model} was not finite in {self.limit} steps in a"
-                f" row, up to step {step}: repeat the command with --resume_from_checkpoint latest "
-                f"and a lower --learning_rate{' or --mixed_precision no' if self.rounded else ''}; "
-                "the last checkpoint is untouched"
+                f" row, up to step {step}: {self._remedy}"
             )
-        return accepted
+        if self.refused[model] > max(FEW_STEPS, self.share * (step + 1)):
+            raise SmaltiError(
+                f"the loss or the gradient of the {model} was not finite in {self.refused[model]} "
+                f"of {step + 1} steps, more than max_skipped_share {self.share:g}: if data are not "
+                f"finite, encode them again; else {self._remedy}"
+            )
+        return False
+
+    @property
+    def _remedy(self) -> str:
+        return (
+            "repeat the command with --resume_from_checkpoint latest and a lower --learning_rate"
+            f"{' or --mixed_precision no' if self.rounded else ''}; the last checkpoint is "
+            "untouched"
+        )
+
+    def _follow(self, model: str, step: int, loss: float) -> None:
+        """Include the mean loss of an accepted step in its level; warn if it is a spike."""
+        level = self.levels.setdefault(model, LossLevel())
+        if level.is_spike(loss) and step - self._warned >= QUIET_STEPS:
+            self._warned = step
+            logger.warning(
+                "step %d: the loss of the %s is %.4g, far above its recent mean %.4g: if it stays "
+                "there, resume from an earlier checkpoint with a lower --learning_rate",
+                step,
+                model,
+                loss,
+                level.mean,
+            )
+        level.update(loss)
 
     def state(self) -> dict[str, Any]:
-        """The counters, for the checkpoint's state.json."""
-        return {"in_a_row": self.in_a_row, "total": self.total}
+        """The counters and levels, for the checkpoint's state.json."""
+        return {
+            "in_a_row": self.in_a_row,
+            "refused": self.refused,
+            "total": self.total,
+            "levels": {model: asdict(level) for model, level in self.levels.items()},
+        }
 
     def restore(self, state: Mapping[str, Any], *, new_row: bool = False) -> None:
         """Continue from what `state` returned.
 
         Args:
-            new_row: whether the steps in a row are counted anew, because the settings changed.
+            new_row: whether the steps are counted anew, because the settings changed.
         """
         counters = dict(state.get("in_a_row", {}))
         if "critic" in counters:  # the name of the discriminator in checkpoints of smalti 0.1
             counters["discriminator"] = counters.pop("critic")
         self.in_a_row = {} if new_row else counters
+        self.refused = {} if new_row else dict(state.get("refused", {}))
         self.total = int(state.get("total", 0))
+        self.levels = {name: LossLevel(**part) for name, part in state.get("levels", {}).items()}
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """The processes of a job: precision, DDP for both stages, FSDP2 for priors, synchronisation.
 
-Machines, processes, sharding and compilation are those of the Accelerate config. Precision and
-gradient accumulation are not read from it, because they are settings of the run; a launch with
-DeepSpeed, Megatron-LM or FSDP version 1 is refused.
+Machines, processes, sharding and compilation are those of the Accelerate config; for precision and
+gradient accumulation see `launch.py`. A launch with DeepSpeed, Megatron-LM, FSDP version 1 or
+tensor, context or sequence parallelism is refused.
 """
 
 import hashlib
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -32,7 +34,10 @@ from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.folders import locked
 from smalti.training.checkpoint import Stateful, is_sharded
 from smalti.training.config import Precision
+from smalti.training.launch import LaunchSettings, refuse_fewer_processes, said_of_precision
 from smalti.training.progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -82,14 +87,32 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def join_job(timeout: float | None = None) -> PartialState:
-    """This process as a member of the launched job; on CPUs if ACCELERATE_USE_CPU is set.
+    """This process as a member of the launched job.
+
+    It computes on CPUs if ACCELERATE_USE_CPU is set, or if torchrun started several processes on a
+    machine without GPUs, where Accelerate would leave each of them alone.
 
     Args:
         timeout: seconds that a process waits for the others before it fails; None is torch's
             default.
+
+    Raises:
+        ConfigurationError: several processes were asked for, and this one is alone.
     """
     options = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _has_gpus():
+        if not parse_flag_from_env("ACCELERATE_USE_CPU"):
+            logger.info("no GPU was found: %s processes on CPUs", os.environ["WORLD_SIZE"])
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
+    refuse_fewer_processes(state.num_processes, LaunchSettings.current())
+    return state
+
+
+def _has_gpus() -> bool:
+    """Whether there are GPUs, or other accelerators, that can work together."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator is not None and accelerator.type != "mps"
 
 
 @contextmanager
@@ -141,6 +164,8 @@ def shared_work(total: int, title: str) -> Iterator[dict[str, Any]]:
         total: number of samples, over all processes.
     """
     state = join_job()
+    if said := said_of_precision(LaunchSettings.current()):
+        logger.info(said)
     with progress_bar(total, title, shown=state.is_main_process) as bar:
         yield {
             "rank": state.process_index,
@@ -188,6 +213,12 @@ def start_accelerator(
         raise ConfigurationError(f"{UNSUPPORTED[kind]} is not supported: launch with DDP or FSDP2")
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigurationError("FSDP of version 1 is not supported: set fsdp_version to 2")
+    mesh = accelerator.parallelism_config
+    if mesh is not None and (mesh.tp_enabled or mesh.cp_enabled or mesh.sp_enabled):
+        raise ConfigurationError(
+            "tensor, context and sequence parallelism are not supported: leave parallelism_config "
+            "out of the launch config"
+        )
     return accelerator
 
 
@@ -264,10 +295,10 @@ def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
     return reduced
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set on any process; every process must call this."""
-    flags = torch.tensor(int(flag), device=accelerator.device)
-    return sum_over_processes(accelerator, flags).item() > 0
+def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Whether each flag is set on any process; every process must call this."""
+    counts = torch.tensor([int(flag) for flag in flags], device=accelerator.device)
+    return [count > 0 for count in sum_over_processes(accelerator, counts).tolist()]
 
 
 @contextmanager

@@ -17,11 +17,9 @@ The loop stays in the script, and every operation is a call in it:
                 ...  # clip, optimizer step, EMA update
             if run.due(step, config.logging_steps):
                 run.log(step, values)
-            stop = run.should_stop()
-            if stop or run.due(step, config.checkpointing_steps):
-                run.save(step)
-            if stop:
-                run.stop(step)
+            if run.due(step, config.validation_steps):
+                run.measure(step, validate, len(heldout), samples=preview)
+            run.checkpoint(step)
     ema.gather()
     run.export(ema.model.save_pretrained)
 
@@ -31,10 +29,11 @@ Steps are counted from 0 in the loop; files and messages count the steps that ar
 import atexit
 import logging
 import platform
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -45,11 +44,13 @@ from smalti.errors import EXIT_INTERRUPTED, BusyError, CheckpointError
 from smalti.folders import FolderLock, remove_leftovers, swappable
 from smalti.randomness import derive_seed
 from smalti.training import processes
+from smalti.training.budget import Budget
 from smalti.training.checkpoint import (
     Checkpoint,
     Stateful,
     checkpoints,
     collect,
+    refuse_not_finite,
     save_checkpoint,
 )
 from smalti.training.config import HOW_IT_GOES_ON, Precision, RunConfig
@@ -61,12 +62,21 @@ from smalti.training.folder import (
     refuse_other_settings,
     refuse_target,
 )
+from smalti.training.launch import LaunchSettings, obeying, precision_of
 from smalti.training.logging import RunLog
 from smalti.training.optim import StepGuard
 from smalti.training.progress import progress_bar
-from smalti.training.signals import EXIT_FAILURE, InterruptGuard, LauncherWatch, launcher
+from smalti.training.signals import (
+    EXIT_FAILURE,
+    Abandoned,
+    InterruptGuard,
+    LauncherWatch,
+    launcher,
+)
 
 logger = logging.getLogger(__name__)
+
+Batches = TypeVar("Batches")
 
 
 class Run:
@@ -79,12 +89,15 @@ class Run:
     Raises:
         CheckpointError: a folder contains files that are not of this run, or there is no such run
             to resume.
-        ConfigurationError: the job was launched in a way that runs do not support.
+        ConfigurationError: the job was launched in a way that runs do not support, or with settings
+            that contradict the config.
     """
 
     _log: RunLog  # made by `resume`, which knows the first step
 
     def __init__(self, config: RunConfig, kind: str, result: Path) -> None:
+        launch = LaunchSettings.current()
+        config = obeying(config, launch)
         self.config, self.kind, self.result = config, kind, result
         self.folder = Path(config.output_dir)
         settings = config_to_dict(config)
@@ -92,7 +105,7 @@ class Run:
         refuse_target(self.folder, result)
         self._seen = checkpoints(self.folder)
         self._to_replace: list[Path] = []
-        requested: Precision = config.mixed_precision
+        requested: Precision = precision_of(config.mixed_precision, launch)
         if found is not None:
             _refuse_other_run(found, kind, config)
             self._to_replace = later_checkpoints(self.folder, found.step)
@@ -109,7 +122,10 @@ class Run:
         self.is_main = self.accelerator.is_main_process
         self.start_step = 0  # known after `resume`
         self.guard = StepGuard(
-            config.max_skipped_steps, self.sum_over_processes, self.precision != "no"
+            config.max_skipped_steps,
+            self.sum_over_processes,
+            rounded=self.precision != "no",
+            share=config.max_skipped_share,
         )
         self._checkpoint = found
         self._data_fingerprint = ""
@@ -117,6 +133,11 @@ class Run:
         # Of the folder, and of the place of the result, which no other process may write meanwhile.
         self._locks = [FolderLock(self.folder), FolderLock(swappable(result), beside=True)]
         self._interrupt = InterruptGuard()
+        self._budget = Budget(config.validation_budget)
+        self._unmeasured = False  # whether the last validation was abandoned
+        self._pictures: dict[str, tuple[int, Image.Image]] = {}  # name -> step, the last one shown
+        self._saved_at = time.monotonic()
+        self._step = 0  # that is being done
         self.accelerator.wait_for_everyone()  # all have read the folder before it changes
 
     # -- before the loop ----------------------------------------------------------------------
@@ -151,9 +172,13 @@ class Run:
             )
         checkpoint.restore(self._tracked)
         self.start_step = checkpoint.step
+        self._unmeasured = checkpoint.state.get("unmeasured", False)
         changed = [name for name in HOW_IT_GOES_ON if self._differs(checkpoint, name)]
         self.guard.restore(checkpoint.state.get("skipped", {}), new_row=bool(changed))
         logger.info("resumed from %s", checkpoint.path)
+        if self.precision != checkpoint.state["precision"]:
+            before = checkpoint.state["precision"]
+            logger.info("precision %s until now, from here %s", before, self.precision)
         before = checkpoint.state["num_processes"]
         if before != self.world_size and self.is_main:
             logger.warning(
@@ -206,14 +231,29 @@ class Run:
         """
         try:
             with self._interrupt, LauncherWatch(self._interrupt, launcher()):
-                yield
+                try:
+                    yield
+                except Abandoned:  # while it waited for the batch of a step
+                    if self._step > self.start_step:
+                        self.save(self._step - 1)
+                    self.stop(self._step - 1)
         except BaseException:
             self._unlock()
             raise
 
     def remaining_steps(self) -> Iterable[int]:
         """The steps that are not done, with a progress bar."""
-        return self._log.progress.steps()
+        for step in self._log.progress.steps():
+            self._step = step
+            yield step
+
+    def reading(self, batches: Iterator[Batches]) -> Iterator[Batches]:
+        """The batches of each step. If this process is alone, a request to stop ends the wait for
+        them; with others it must take its part in their step."""
+        while True:
+            with self._interrupt.abandonable() if self.world_size == 1 else nullcontext():
+                batch = next(batches)
+            yield batch
 
     def bar(self, title: str, total: int, unit: str) -> AbstractContextManager[Any]:
         """Around work between two steps: a bar, whose `update` is called with what is done."""
@@ -243,22 +283,104 @@ class Run:
 
     def should_stop(self) -> bool:
         """Whether any process was asked to stop; every process must call this."""
-        return processes.any_process(self.accelerator, self._interrupt.requested)
+        (stop,) = processes.any_process(self.accelerator, self._interrupt.requested)
+        return stop
+
+    def checkpoint(self, step: int) -> None:
+        """Save if a checkpoint is due after this step, by steps or by minutes, or if any process
+        was asked to stop; then also end the program. Every process must call this.
+
+        Raises:
+            CheckpointError, OSError: see `save`.
+            SystemExit: the run was asked to stop, and is saved.
+        """
+        minutes = self.config.checkpointing_minutes
+        late = bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
+        stop, late = processes.any_process(
+            self.accelerator, self._interrupt.requested, late and self.is_main
+        )
+        if stop or late or self.due(step, self.config.checkpointing_steps):
+            self.save(step)
+        if stop:
+            self.stop(step)
+
+    def measure(
+        self,
+        step: int,
+        values: Callable[[Callable[[int], object]], Mapping[str, float]],
+        count: int = 1,
+        **pictures: Callable[[], Image.Image],
+    ) -> None:
+        """Log held-out values and show pictures after a step, on the main process.
+
+        A request to stop abandons them; the resumed run makes up for them, see `catch_up`. They
+        are skipped if they would take more than their share of time, except after the last step.
+
+        Args:
+            values: returns what to log; it is given a function to call with the number of samples
+                that were measured since the last call.
+            count: number of samples, for the bar.
+            pictures: each by the name of its folder.
+        """
+        self._unmeasured = False
+        if not self.is_main:
+            return
+        if step + 1 < self.config.max_train_steps and not self._budget.allows():
+            logger.info(
+                "step %d: validation and preview are skipped: they have taken %.0f s beside %.0f s "
+                "of training, and validation_budget is %g; a larger --validation_steps makes fewer",
+                step + 1,
+                self._budget.spent,
+                self._budget.training,
+                self._budget.share,
+            )
+            return
+        images: dict[str, Image.Image] = {}
+        try:
+            with self._interrupt.abandonable(), self._budget.spending():
+                with self.bar("validation", count, "sample") as bar:
+                    found = values(bar.update)
+                with self.bar("preview", len(pictures), "grid") as bar:
+                    for name, make in pictures.items():
+                        images[name] = make()
+                        bar.update()
+        except Abandoned:
+            self._unmeasured = True
+            return
+        self.log_on_main(step, found)
+        for name, image in images.items():
+            self._pictures[name] = (step, image)
+            self.show(step, name, image)
+
+    def catch_up(self, measure: Callable[[int], None]) -> None:
+        """Before the first step: `measure(step)` the last one, if that was abandoned when the run
+        was stopped; every process must call this."""
+        if self._unmeasured:
+            measure(self.start_step - 1)
+            if self.should_stop():
+                self.stop(self.start_step - 1)
+
+    def final_picture(self, name: str) -> Image.Image | None:
+        """The picture that `measure` showed after the last step; None if this process did not."""
+        step, image = self._pictures.get(name, (-1, None))
+        return image if step + 1 == self.config.max_train_steps else None
 
     def save(self, step: int) -> None:
         """Write a checkpoint of the state after a step; every process must call this.
 
         Raises:
-            CheckpointError: a process has other weights than process 0.
-            OSError: it cannot be written; the previous checkpoint is untouched.
+            CheckpointError: a process has other weights than process 0, or weights are not finite;
+                earlier checkpoints are untouched.
+            OSError: it cannot be written; earlier checkpoints are untouched.
             SystemExit: the main process cannot write it.
         """
         processes.refuse_divergence(self._tracked)
         states = collect(self._tracked, keep=self.is_main)
-        failure = None
+        failure: OSError | CheckpointError | None = None
         if self.is_main:
             self._log.begin()
             try:
+                refuse_not_finite(states, step + 1)
                 save_checkpoint(
                     self.folder,
                     step + 1,
@@ -268,9 +390,10 @@ class Run:
                     replaces=self._to_replace,
                 )
                 self._to_replace = []
-            except OSError as error:
+            except (OSError, CheckpointError) as error:
                 failure = error
-        if processes.any_process(self.accelerator, failure is not None):
+        self._saved_at = time.monotonic()
+        if processes.any_process(self.accelerator, failure is not None) == [True]:
             raise failure or SystemExit(EXIT_FAILURE)
 
     def _state(self) -> dict[str, Any]:
@@ -284,11 +407,15 @@ class Run:
             "precision": self.precision,
             "num_processes": self.world_size,
             "skipped": self.guard.state(),
+            "unmeasured": self._unmeasured,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
 
     def stop(self, step: int) -> NoReturn:
         """End the program after a step that was saved, with the exit status `EXIT_INTERRUPTED`."""
+        if step < 0:
+            self.accelerator.print("\nstopped before the first step")
+            raise SystemExit(EXIT_INTERRUPTED)
         self._log.write_report()
         flag = "--resume_from_checkpoint latest"
         how = "" if self.config.resume_from_checkpoint == "latest" else f" and {flag}"

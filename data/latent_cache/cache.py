@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -385,6 +385,16 @@ def refuse_other_contents(folder: Path) -> None:
         )
 
 
+def most_mapped() -> int:
+    """Number of shards that are mapped at a time: a quarter of the files that may be open."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 512
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, min(limit, 65_536) // 4)
+
+
 # -- Reading a cache ------------------------------------------------------------------------------
 
 VERIFIED_AT_ONCE = 2**20  # values
@@ -420,8 +430,9 @@ class LatentCache(Dataset):
                 raise DataError(f"{shard_path(self.folder, number)} is missing: encode again")
         in_threads(self._verify, self.info.num_shards, "verify latents")
         self._verify_manifest()
-        shards = (self._map(number) for number in range(self.info.num_shards))
-        self.labels = torch.from_numpy(np.concatenate([shard["labels"] for shard in shards]))
+        # Copies: a view of a memory map would keep the file of its shard open.
+        labels = [self._map(number)["labels"].copy() for number in range(self.info.num_shards)]
+        self.labels = torch.from_numpy(np.concatenate(labels))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the memory maps, which pickle would copy; a worker maps the files again."""
@@ -465,7 +476,7 @@ class LatentCache(Dataset):
         """All views of some samples in the type of the files, (n, views, *info.shape)."""
         shards, rows = np.divmod(np.asarray(indices), self.info.shard_size)
         views = len(self.info.views)
-        maps = [self._stored[shard] for shard in shards]
+        maps = [self._stored(shard) for shard in shards]
         parts = [m[row * views : row * views + views] for m, row in zip(maps, rows, strict=True)]
         return np.stack(parts).reshape(-1, views, *self.info.shape)
 
@@ -479,17 +490,21 @@ class LatentCache(Dataset):
         shards, rows = np.divmod(indices, self.info.shard_size)
         rows = rows * len(self.info.views) + views
         maps = self._stored
-        chosen = [maps[n][row] for n, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+        chosen = [maps(n)[row] for n, row in zip(shards.tolist(), rows.tolist(), strict=True)]
         joined = np.concatenate(chosen).astype(MEMORY_TYPE[self.spec.kind])
         stored = torch.from_numpy(joined).view(-1, *self.info.shape)
         return LatentBatch(stored, self.labels[indices], torch.from_numpy(indices))
 
     @cached_property
-    def _stored(self) -> list[np.ndarray]:
-        """For each shard, all views of all samples as rows: (n * views, values of one view)."""
+    def _stored(self) -> Callable[[int], np.ndarray]:
+        """The number of a shard -> all views of its samples as rows: (n * views, values of one
+        view). The least recently used maps are closed: each keeps a file open."""
         width = math.prod(self.info.shape)
-        numbers = range(self.info.num_shards)
-        return [self._map(number)["stored"].reshape(-1, width) for number in numbers]
+
+        def rows(number: int) -> np.ndarray:
+            return self._map(number)["stored"].reshape(-1, width)
+
+        return lru_cache(most_mapped())(rows)
 
     def _map(self, number: int) -> dict[str, np.ndarray]:
         """A shard of the cache; raise `DataError` if its shapes contradict the manifest."""

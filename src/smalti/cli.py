@@ -5,14 +5,11 @@ PRESETS  <-  strict YAML recipe (--config FILE)  <-  command-line flags
 
 import contextlib
 import dataclasses
-import errno
 import importlib
 import io
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +24,8 @@ from smalti.config import (
     registry_of,
 )
 from smalti.errors import EXIT_INTERRUPTED, ConfigurationError, SmaltiError
+from smalti.machine import failure_of
+from smalti.signals import ending_the_command
 
 T = TypeVar("T")
 
@@ -63,29 +62,6 @@ BOX_FRAME = " ╭╮╰╯│─"  # characters of the frame around tyro's messa
 EXIT_INPUT_ERROR = 2  # the input is wrong, and the message names the remedy
 EXIT_FAILURE = 1  # a machine error: disk full, no permission
 
-WORKER_REMEDY = (
-    "lower --dataloader_num_workers, and continue a run with --resume_from_checkpoint latest"
-)
-
-# Errors of the operating system that are printed as one line with a remedy. Any other error keeps
-# its traceback, because it is a defect of smalti.
-MACHINE_FAULTS = {
-    getattr(errno, name): remedy
-    for name, remedy in (
-        ("ENOSPC", "free some space, or choose another disk"),
-        ("EDQUOT", "free some space, or choose another disk"),
-        ("EACCES", "check the permissions, or choose another path"),
-        ("EPERM", "check the permissions, or choose another path"),
-        ("ENOENT", "check the path"),
-        ("EROFS", "choose a path that can be written"),
-        ("ENAMETOOLONG", "choose a shorter name"),
-        ("EEXIST", "a file exists where a folder is expected: choose another path"),
-        ("ENOTDIR", "a file exists where a folder is expected: choose another path"),
-        ("EISDIR", "a folder exists where a file is expected: choose another path"),
-    )
-    if hasattr(errno, name)  # EDQUOT is unknown on Windows
-}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit status."""
@@ -119,10 +95,10 @@ def run_command(
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        with _ended_by_signals():
+        with ending_the_command():
             status = command(argv) or 0
-        leave_job()
-        return status
+            leave_job()
+            return status
     except SmaltiError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
@@ -130,37 +106,11 @@ def run_command(
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (OSError, MemoryError, RuntimeError) as error:
+        failure = failure_of(error)
+        if failure is None:
             raise
-        return _complain(f"{error}: perhaps memory ran out; {WORKER_REMEDY}", EXIT_FAILURE)
-    except OSError as error:
-        if error.errno not in MACHINE_FAULTS:
-            raise
-        place = error.filename or "while writing"
-        remedy = MACHINE_FAULTS[error.errno]
-        return _complain(f"{error.strerror}: {place}: {remedy}", EXIT_FAILURE)
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does: what is unfinished is removed, and the exit
-    status is the same. A signal that is ignored, as under nohup, stays ignored."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    handled = []
-    if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
-        handled = [n for n in numbers if n and signal.getsignal(n) is signal.SIG_DFL]
-    try:
-        for number in handled:
-            signal.signal(number, interrupt)
-        yield
-    finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
+        return _complain(failure, EXIT_FAILURE)
 
 
 def leave_job() -> None:

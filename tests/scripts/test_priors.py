@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from runs import assert_same, losses, stop_after
 
 import smalti
@@ -16,6 +17,7 @@ from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.next_scale.model import NextScaleConfig
 from smalti.prior.next_token.model import NextTokenConfig
 from smalti.prior.presets import PRESETS as PRIORS
+from smalti.scripts import train_prior as script
 from smalti.scripts.demo import DemoConfig, chosen_scale
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.evaluate import EvaluateConfig, evaluate
@@ -83,8 +85,6 @@ CASES = {
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """Pictures, and a folder for each case."""
-    from PIL import Image
-
     root = tmp_path_factory.mktemp("priors")
     generator = torch.Generator().manual_seed(0)
     for name in ("round", "square"):
@@ -141,6 +141,19 @@ def test_every_prior_resumes_bit_exactly(trained, tmp_path: Path) -> None:
     train(cut)
     assert_same(config.output_dir, cut.output_dir)
     assert [line["step"] for line in losses(cut.output_dir) if "val_loss" in line] == [3, 6]
+
+
+def test_the_grid_of_the_last_step_is_not_sampled_twice(
+    root: Path, tmp_path: Path, monkeypatch
+) -> None:
+    calls = []
+    original = script.class_grid
+    monkeypatch.setattr(script, "class_grid", lambda *a, **o: calls.append(1) or original(*a, **o))
+    folder = train(replace(config_of(root, "next-token"), output_dir=tmp_path / "run"))
+    assert len(calls) == 2  # after steps 3 and 6
+    last = tmp_path / "run" / "samples" / "step_000006.png"
+    with Image.open(folder / "samples.png") as saved, Image.open(last) as shown:
+        assert saved.tobytes() == shown.tobytes()
 
 
 def test_every_prior_is_generated_from_by_flags_of_its_own(trained, tmp_path: Path, capsys) -> None:

@@ -182,23 +182,6 @@ def test_what_a_run_does_not_support_is_refused(tmp_path: Path, monkeypatch, kin
         train(toy_config(tmp_path / "run"))
 
 
-def test_accumulation_in_a_launch_config_does_not_divide_the_loss_again(
-    tmp_path: Path, monkeypatch
-) -> None:
-    train(toy_config(tmp_path / "one"))
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    norms = []
-    original = torch.nn.utils.clip_grad_norm_
-
-    def clip(parameters, limit):
-        norms.append(original(parameters, limit).item())
-        return torch.tensor(norms[-1])
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    train(toy_config(tmp_path / "two"))
-    assert_same(tmp_path / "one", tmp_path / "two")
-
-
 def test_a_compiled_run_is_named_and_saved_as_any_other(tmp_path: Path, monkeypatch) -> None:
     train(toy_config(tmp_path / "plain"))
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
