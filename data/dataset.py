@@ -257,7 +257,11 @@ class PictureOptions(SourceOptions):
             DataError: no source opens `data`, or its pictures cannot be used.
         """
         return open_source(
-            self.data, options=self.folder, hf=self.hf, stream_cache=self.stream_cache
+            self.data,
+            options=self.folder,
+            hf=self.hf,
+            stream_cache=self.stream_cache,
+            shards=self.shards,
         )
 
 

@@ -85,7 +85,7 @@ def inspect(
     good = [row for row, found in enumerate(findings) if not found.problem]
     used = [findings[row] for row in good]
     labels = pictures.labels[good]
-    remarks: list[str] = []
+    remarks = list(pictures.remarks)
     counts = Counter(labels.tolist())
     classes = {name: counts[number] for number, name in enumerate(pictures.classes)}
     duplicates = _duplicates(pictures, good, used, labels)

@@ -12,11 +12,13 @@ from smalti.config import config_to_dict
 from smalti.data.dataset import DataOptions
 from smalti.data.inspection import BadFile, Report, inspect, summary
 from smalti.data.sources.base import open_unverified
+from smalti.data.sources.listing import printable
 from smalti.data.sources.webdataset import ShardPictures
 from smalti.errors import ConfigurationError
 from smalti.files import replacing, write_json
 
 EXIT_BAD_FILES = 1
+SHOWN_BAD_FILES = 20  # on the screen; the list has all
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class CheckDataConfig(DataOptions):
     status is 1 if there is any.
     """
 
-    bad_files: Path = Path("bad_files.txt")  # receives a file and the reason on each line
+    # Receives a file and the reason on each line; there is no such file if none is bad.
+    bad_files: Path = Path("bad_files.txt")
     json: Path | None = None  # receives the complete report
     write_manifest: bool = False  # write the number of samples of each shard beside the shards
 
@@ -56,13 +59,19 @@ def check_data(config: CheckDataConfig) -> Report:
         config.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(config.json, config_to_dict(report))
     if config.write_manifest and isinstance(pictures, ShardPictures):
-        for path in pictures.write_manifests():
-            print(f"manifest: {path}")
+        written = pictures.write_manifests()
+        print(f"manifest: {', '.join(map(str, written)) or 'there already, with these numbers'}")
     return report
 
 
 def write_list(path: Path, bad: Sequence[BadFile]) -> None:
-    """One line for each bad file: place, tab, reason; names that are not UTF-8 keep their bytes."""
+    """One line for each bad file: place, tab, reason; names that are not UTF-8 keep their bytes.
+
+    If none is bad, the list of an earlier check is removed.
+    """
+    if not bad:
+        path.unlink(missing_ok=True)
+        return
     lines = [
         f"{file.place}\t{file.reason}".replace("\n", " ").encode(errors="surrogateescape")
         for file in bad
@@ -77,7 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(CheckDataConfig, argv, prog="smalti check-data")
     report = check_data(config)
     print(summary(report))
-    print(f"bad files: {len(report.bad)}, listed in {config.bad_files}")
+    for file in report.bad[:SHOWN_BAD_FILES]:
+        print(f"bad: {printable(file.place)} {file.reason}")
+    more = len(report.bad) - SHOWN_BAD_FILES
+    if more > 0:
+        print(f"bad: {more} more")
+    listed = f", listed in {config.bad_files}" if report.bad else ""
+    print(f"bad files: {len(report.bad)}{listed}")
     return EXIT_BAD_FILES if report.bad else 0
 
 

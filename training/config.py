@@ -39,6 +39,7 @@ FREE_TO_CHANGE = HOW_IT_GOES_ON | {
     "preview",
     "logging_steps",
     "report_to",
+    "shards",  # where labels are found: the fingerprint of the data covers the labels
     "dataloader_num_workers",
     "process_timeout",
 }

@@ -5,6 +5,7 @@ folder/images.npy, labels.npy; optionally, classes.json with the names of the cl
 """
 
 import hashlib
+import io
 import math
 import struct
 import zipfile
@@ -24,9 +25,10 @@ from smalti.data.sources.base import (
     in_threads,
     refuse_one_class,
 )
-from smalti.errors import DataError
+from smalti.errors import DataError, SmaltiError
 
 MAX_UNPACKED = 2**32  # bytes of a compressed array
+MAX_HEADER = 2**16  # bytes of a header; numpy refuses more than 10,000 letters
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and its extra field
 CHANNELS = (1, 3)
 
@@ -88,11 +90,25 @@ def open_arrays(spec: str, options: SourceOptions) -> ArraySource:
     """An .npz file, an .npy file with labels.npy beside it, or a folder of one of these."""
     path = Path(spec).expanduser()
     if path.is_dir():
-        archives = sorted(path.glob("*.npz"))
-        path = archives[0] if len(archives) == 1 else path / "images.npy"
+        path = _only_array(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist: check --data")
     return ArraySource(path, options.folder)
+
+
+def _only_array(folder: Path) -> Path:
+    """The .npz file, or images.npy, of a folder.
+
+    Raises:
+        DataError: there are several.
+    """
+    found = sorted(folder.glob("*.npz"))
+    if (folder / "images.npy").is_file() or not found:
+        found.append(folder / "images.npy")
+    if len(found) > 1:
+        named = ", ".join(path.name for path in found[:3])
+        raise DataError(f"{folder} holds several sets ({named}): name one, --data {found[0]}")
+    return found[0]
 
 
 def _check_images(path: Path, images: np.ndarray, options: FolderOptions) -> None:
@@ -114,7 +130,8 @@ def _check_images(path: Path, images: np.ndarray, options: FolderOptions) -> Non
 
 _DAMAGE = (
     *(OSError, ValueError, EOFError, KeyError, OverflowError, MemoryError),
-    *(zipfile.BadZipFile, zlib.error, NotImplementedError),  # the last: unknown compression
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+    *(NotImplementedError, RuntimeError),  # unknown compression, encryption
 )
 
 
@@ -128,8 +145,7 @@ def _mapped(path: Path) -> np.ndarray:
             raise DataError(
                 f"{path} holds {', '.join(archive.files) or 'nothing'}: name the pictures images"
             )
-        offset = _offset_of(path, f"{name}.npy")
-        return _member(path, archive, name) if offset is None else map_npy(path, offset)
+        return _member(path, archive, name)
 
 
 def _labels_and_names(path: Path) -> tuple[np.ndarray, list[str] | None]:
@@ -154,17 +170,25 @@ def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
     if not zipfile.is_zipfile(path):  # of another file, numpy would read what its header declares
         raise DataError(f"{path} is not an archive of arrays: write it with numpy.savez")
     try:
-        return np.load(path, allow_pickle=False)
+        archive = np.load(path, allow_pickle=False)
     except _DAMAGE as error:
         raise DataError(f"{path} is damaged, or not an archive of arrays: {error}") from error
+    if sum(entry.compress_size for entry in archive.zip.infolist()) > path.stat().st_size:
+        raise DataError(f"{path} is damaged: its members overlap; write it again")
+    return archive
 
 
 def _member(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
-    """An array of an archive, in memory, of at most `MAX_UNPACKED` bytes."""
+    """An array of an archive, memory-mapped, or of at most `MAX_UNPACKED` bytes in memory."""
     try:
         held = _checked_size(path, f"{name}.npy")
+        offset = _offset_of(path, f"{name}.npy")
+        if offset is not None:
+            return map_npy(path, offset)
         if held <= MAX_UNPACKED:
             return archive[name]
+    except SmaltiError:
+        raise
     except _DAMAGE as error:
         raise DataError(
             f"{name} in {path} is damaged, or not an array of plain numbers: {error}"
@@ -182,8 +206,9 @@ def _checked_size(path: Path, member: str) -> int:
         ValueError: its header declares another number.
     """
     with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
-        shape, _, dtype = _header(stream)
-        declared = stream.tell() + math.prod(shape) * dtype.itemsize
+        start = io.BytesIO(stream.read(MAX_HEADER))
+        shape, _, dtype = _header(start)
+        declared = start.tell() + math.prod(shape) * dtype.itemsize
         held = archive.getinfo(member).file_size
     if declared != held:
         raise ValueError(f"its header declares {declared} bytes, and there are {held}")
@@ -223,8 +248,9 @@ def map_npy(path: Path, offset: int = 0) -> np.ndarray:
     with path.open("rb") as stream:
         try:
             stream.seek(offset)
-            shape, fortran, dtype = _header(stream)
-            start = stream.tell()
+            head = io.BytesIO(stream.read(MAX_HEADER))
+            shape, fortran, dtype = _header(head)
+            start = offset + head.tell()
             declared, held = math.prod(shape) * dtype.itemsize, path.stat().st_size - start
             if declared > held:  # np.memmap would compute it in 64 bits
                 raise ValueError(f"its header declares {declared} bytes, and there are {held}")

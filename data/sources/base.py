@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from smalti.config import nearest
 from smalti.data.image_io import FolderOptions, Unusable, decode, without_pixel_warning
+from smalti.data.sources.listing import EXTENSIONS, printable
 from smalti.errors import ConfigurationError, DataError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class ImageSource(ABC):
     labels: Tensor  # (N,) int64
     fingerprint: str  # changes when any picture or label does
     heldout: Tensor | None = None  # (N,) bool where the set has a split of its own
+    remarks: tuple[str, ...] = ()  # what was recognised, and what is not read; also logged
     max_replaced: int = 0  # how many damaged pictures may be replaced by others of their class
 
     def __len__(self) -> int:
@@ -74,6 +76,7 @@ class EncodedPictures(ABC):
     classes: tuple[str, ...]
     labels: Tensor  # (N,) int64
     heldout: Tensor | None = None  # (N,) bool where the set has a split of its own
+    remarks: tuple[str, ...] = ()  # what was recognised, and what is not read; also logged
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -123,6 +126,15 @@ class HuggingFaceOptions:
 
 
 @dataclass(frozen=True)
+class ShardOptions:
+    """How WebDataset shards are read."""
+
+    # Where the label of a sample is: a member by its suffix, such as .txt, or a key of its .json,
+    # such as category; empty = .cls, else label, cls or class in .json
+    label: str = ""
+
+
+@dataclass(frozen=True)
 class SourceOptions:
     """How a set is read."""
 
@@ -130,6 +142,7 @@ class SourceOptions:
     hf: HuggingFaceOptions = field(default_factory=HuggingFaceOptions)
     # Where streams, and shards behind a URL, are copied once, for exact order and resuming.
     stream_cache: Path | None = None
+    shards: ShardOptions = field(default_factory=ShardOptions)
 
 
 # -- Verification: every picture is decoded once, before training ---------------------------------
@@ -204,7 +217,7 @@ def refuse_one_class(
     """Raise `DataError` if all labels (N,) are equal, unless the options allow it."""
     present = labels.unique().tolist()
     if len(present) < 2 and not options.single_class:
-        name = f' ("{classes[present[0]]}")' if classes[present[0]] else ""
+        name = f' ("{printable(classes[present[0]])}")' if classes[present[0]] else ""
         raise DataError(
             f"{title} has one class only{name}: give each picture one of several classes (in a "
             "folder: a sub-folder for each), or pass --folder.single_class"
@@ -303,7 +316,7 @@ class EncodedSource(ImageSource):
 
     def __init__(self, pictures: EncodedPictures, options: FolderOptions) -> None:
         self.pictures, self.options = pictures, options
-        self.classes = pictures.classes
+        self.classes, self.remarks = pictures.classes, pictures.remarks
         refuse_one_class(pictures.title, pictures.classes, pictures.labels, options)
         self._findings: list[Finding] = []  # of the pictures that are used; empty for a large set
         self._rows = list(range(len(pictures)))  # indices in `pictures` of those that are used
@@ -387,14 +400,15 @@ class EncodedSource(ImageSource):
         labels = self.pictures.labels
         for label in sorted(set(labels.tolist()) - set(labels[good].tolist())):
             raise DataError(
-                f'no picture of the class "{self.classes[label]}" in {self.pictures.title} can be '
-                "decoded: replace them, or remove the class"
+                f'no picture of the class "{printable(self.classes[label])}" in '
+                f"{self.pictures.title} can be decoded: replace them, or remove the class"
             )
 
 
 # -- The registry: which function opens what --data names -----------------------------------------
 
 HUGGING_FACE = "smalti.data.sources.huggingface"
+SHARDS = "smalti.data.sources.webdataset:open_shards"
 # Patterns of --data -> the function that opens it; the first match is used. The file names in a
 # folder are also matched; a folder without a match is a folder of pictures.
 SOURCES: dict[str, str] = {
@@ -403,7 +417,7 @@ SOURCES: dict[str, str] = {
     "hf:*": f"{HUGGING_FACE}:open_hub",
     "dataset_dict.json|state.json": f"{HUGGING_FACE}:open_saved",
     "*.parquet|*.arrow": f"{HUGGING_FACE}:open_files",
-    "*.tar|*.tar.gz|*.tgz|*://*|pipe:*": "smalti.data.sources.webdataset:open_shards",
+    "*.tar|*.tar.gz|*.tgz|*://*|pipe:*": SHARDS,
     "*.npz|*.npy": "smalti.data.sources.arrays:open_arrays",
 }
 FOLDER = "smalti.data.sources.folder:open_folder"
@@ -415,6 +429,7 @@ def open_source(
     options: FolderOptions | None = None,
     hf: HuggingFaceOptions | None = None,
     stream_cache: Path | None = None,
+    shards: ShardOptions | None = None,
 ) -> ImageSource:
     """The picture set that `spec`, the value of `--data`, names: see `SOURCES`, or a folder.
 
@@ -422,7 +437,12 @@ def open_source(
         DataError: no such set, or its pictures cannot be used.
         ConfigurationError: an option does not apply to this kind of set.
     """
-    reading = SourceOptions(options or FolderOptions(), hf or HuggingFaceOptions(), stream_cache)
+    reading = SourceOptions(
+        options or FolderOptions(),
+        hf or HuggingFaceOptions(),
+        stream_cache,
+        shards or ShardOptions(),
+    )
     found = open_unverified(spec, reading)
     return found if isinstance(found, ImageSource) else EncodedSource(found, reading.folder)
 
@@ -432,6 +452,10 @@ def open_unverified(spec: str, options: SourceOptions) -> ImageSource | EncodedP
     entry = _entry_of(spec)
     if not entry.startswith(HUGGING_FACE):
         _refuse_unused(spec, options)
+    if entry != SHARDS and options.shards != ShardOptions():
+        raise ConfigurationError(
+            f"--shards.* is for WebDataset shards, and {spec} is not one: leave it out"
+        )
     return pkgutil.resolve_name(entry)(spec, options)
 
 
@@ -462,14 +486,30 @@ def _entry_of(spec: str) -> str:
 
 
 def _entry_of_folder(path: Path) -> str:
-    """The entry that opens a folder, by the names of its files; sub-folders are classes."""
-    entries = [entry for entry in path.iterdir() if entry.name[0] != "."]
-    files = [entry.name for entry in entries if entry.is_file()]
-    folders = [entry for entry in entries if entry.is_dir()]
+    """The entry that opens a folder, by the names of its files; sub-folders are classes.
+
+    Raises:
+        DataError: it has no sub-folders, and files for several entries.
+    """
+    entries = sorted(entry for entry in path.iterdir() if entry.name[0] != ".")
+    files = [entry for entry in entries if entry.is_file()]
+    flat = not any(entry.is_dir() for entry in entries)
+    found: dict[str, Path] = {}  # entry -> the first of its files
     for patterns, entry in SOURCES.items():
         for pattern in patterns.split("|"):
-            # Beside sub-folders only the fixed names count, which `save_to_disk` writes.
-            applies = "." in pattern and (not folders or not pattern.startswith("*"))
-            if applies and any(fnmatchcase(name, pattern) for name in files):
+            first = next((file for file in files if fnmatchcase(file.name, pattern)), None)
+            if first is not None and "*" not in pattern:  # `save_to_disk` writes these names
                 return entry
-    return FOLDER
+            if first is not None and flat:
+                found.setdefault(entry, first)
+    pictures = [file for file in files if file.suffix.lower() in EXTENSIONS]
+    if found and len(found) + bool(pictures) > 1:
+        first = next(iter(found.values()))
+        named = ", ".join(file.name for file in (*found.values(), *pictures[:1]))
+        single = first.suffix in (".npz", ".npy")
+        example = first if single else first.with_name(f"*{first.suffix}")
+        raise DataError(
+            f"{path} holds files of several kinds ({named}): name those to read, for example "
+            f"--data '{example}', or move them away"
+        )
+    return next(iter(found), FOLDER)

@@ -10,30 +10,33 @@ import io
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from tqdm.auto import tqdm
 
 from smalti.config import nearest
 from smalti.data.classes import named_classes, numbered_classes
-from smalti.data.image_io import format_of
 from smalti.data.sources.base import EncodedPictures, HuggingFaceOptions, SourceOptions
-from smalti.data.sources.download import folder_name, locked
-from smalti.data.sources.folder import EXTENSIONS
-from smalti.data.sources.webdataset import (
-    MANIFESTS,
-    ShardPictures,
-    list_members,
-    tar_writer,
-    write_sample,
+from smalti.data.sources.download import folder_name
+from smalti.data.sources.folder import FolderPictures, is_picture, split_called
+from smalti.data.sources.listing import (
+    PassedOver,
+    RowFiles,
+    files_below,
+    is_special,
+    kind_of,
+    matching,
 )
+from smalti.data.sources.streams import Sample, copy_stream
 from smalti.errors import ConfigurationError, DataError, SmaltiError
-from smalti.files import replacing, write_json
 
 if TYPE_CHECKING:
     import datasets
@@ -79,6 +82,8 @@ def find_columns(title: str, features: Any, options: HuggingFaceOptions) -> Colu
     for column in filter(None, (image, label)):
         if column not in features:
             raise DataError(f'{title} has no column "{column}"; {nearest(column, features)}')
+    if label == image:
+        raise DataError(f'{title}: "{image}" is the column of pictures: name another of labels')
     if label is None:
         others = ", ".join(name for name in features if name != image) or "no other"
         logger.warning(
@@ -118,13 +123,19 @@ def labels_of(
         return ("",), torch.zeros(len(values), dtype=torch.int64)
     if all(type(value) is str for value in values):
         return named_classes(values, title)
-    for row, value in enumerate(values):
-        if type(value) is not int or value < 0:
-            raise DataError(
-                f"{title}: row {row} has the label {value!r}: choose another --hf.split or "
-                "--hf.label_column"
-            )
+    odd = [row for row, value in enumerate(values) if not _is_label(value)]
+    if odd:
+        more = f" (and {len(odd) - 1} more have none)" if len(odd) > 1 else ""
+        raise DataError(
+            f"{title}: row {odd[0]} has the label {reprlib.repr(values[odd[0]])}, which is neither "
+            f"a name nor a number from 0 on{more}: correct it, or choose another --hf.split or "
+            "--hf.label_column"
+        )
     return numbered_classes(values, columns.classes, title)
+
+
+def _is_label(value: Any) -> bool:
+    return type(value) is str or (type(value) is int and value >= 0)
 
 
 def datasets_library() -> Any:
@@ -142,103 +153,22 @@ def datasets_library() -> Any:
     return datasets
 
 
-# -- Streams: copied once to local shards ---------------------------------------------------------
-#
-# A stream has no random access, so it can neither be shuffled exactly nor resumed at a step.
-# Its samples are copied to shards of equal numbers of samples, each written atomically, and the
-# manifest last. An interrupted copy continues after its last finished shard.
-
-SHARD_SIZE = 1000  # samples
-MANIFEST = MANIFESTS[0]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An encoded picture and its label."""
-
-    content: bytes
-    label: int | str | None
-
-
-def copy_stream(
-    folder: Path,
-    samples: Callable[[int], Iterator[Sample]],
-    *,
-    title: str,
-    classes: Callable[[], tuple[str, ...] | None],
-    request: dict[str, Any],
-    shard_size: int = SHARD_SIZE,
-) -> ShardPictures:
-    """The samples of a stream as local shards in `folder`, which is created if necessary.
-
-    Args:
-        samples: yields the samples from a position on, always in the same order.
-        classes: returns the names of the classes where labels are numbers.
-        request: the options of the stream, which the manifest records.
-
-    Raises:
-        DataError: the stream is empty.
-    """
-    with locked(folder / MANIFEST):
-        if not (folder / MANIFEST).is_file():
-            counts = _write_shards(folder, samples, title, shard_size)
-            names = classes()
-            if names is not None:
-                write_json(folder / "classes.json", list(names))
-            write_json(folder / MANIFEST, {"shards": counts, "stream": request})
-    return ShardPictures(title, sorted(folder.glob("[0-9]*.tar")), expect_all=True)
-
-
-def _write_shards(
-    folder: Path, samples: Callable[[int], Iterator[Sample]], title: str, shard_size: int
-) -> dict[str, int]:
-    """Write the missing shards; return the number of samples of each."""
-    finished = itertools.takewhile(Path.is_file, (_shard(folder, n) for n in itertools.count()))
-    counts = {path.name: len(list_members(path)) for path in finished}
-    done = sum(counts.values())
-    if len(counts) * shard_size != done:  # the last one is shorter: the stream ended there
-        return counts
-    stream = iter(tqdm(samples(done), desc=f"copy {title}", initial=done, unit=" pictures"))
-    for number in itertools.count(len(counts)):
-        part = list(itertools.islice(stream, shard_size))
-        if part:
-            path = _shard(folder, number)
-            _write_shard(path, part, number * shard_size)
-            counts[path.name] = len(part)
-        if len(part) < shard_size:
-            break
-    if not counts:
-        raise DataError(f"the stream of {title} holds no pictures: check --data and --hf.split")
-    return counts
-
-
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.tar"
-
-
-def _write_shard(path: Path, samples: list[Sample], first: int) -> None:
-    with (
-        replacing(path) as temporary,
-        temporary.open("wb") as file,
-        tar_writer(file) as archive,
-    ):
-        for number, sample in enumerate(samples, first):
-            members = {_extension(sample.content): sample.content}
-            if sample.label is not None:
-                members["cls"] = str(sample.label).encode()
-            write_sample(archive, f"{number:09d}", members)
-
-
-def _extension(content: bytes) -> str:
-    """The file extension of a picture; a damaged one is copied as it is, and verified later."""
-    extension = (format_of(content) or "").lower()
-    return extension if f".{extension}" in EXTENSIONS else "png"
-
-
-# -- Pictures of saved folders, parquet and arrow files, and the Hub ------------------------------
+# -- Rows: their pictures, and the files that they may name ---------------------------------------
 
 SIZES_AT_ONCE = 10_000  # rows
-SAVED = ("dataset_dict.json", "state.json")  # `save_to_disk` writes one of them
+
+
+def _unpacked(cache: Path | None) -> tuple[Path, ...]:
+    """The folders into which `datasets` downloads and unpacks files."""
+    default = datasets_library().config.DOWNLOADED_DATASETS_PATH
+    return (Path(default), *([cache / "datasets" / "downloads"] if cache else []))
+
+
+def _on_hub(name: str, cache: Path | None) -> RowFiles:
+    """The files of a set on the Hub."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return RowFiles((Path(HF_HUB_CACHE), *_unpacked(cache)), name)
 
 
 class HuggingFacePictures(EncodedPictures):
@@ -247,6 +177,7 @@ class HuggingFacePictures(EncodedPictures):
     Args:
         rows: the pictures to divide; if `heldout` is given, all are for training.
         heldout: the held-out pictures.
+        files: the files that rows may name.
 
     Raises:
         DataError: the columns cannot be determined, or hold no pictures or labels.
@@ -258,10 +189,11 @@ class HuggingFacePictures(EncodedPictures):
         rows: "datasets.Dataset",
         heldout: "datasets.Dataset | None",
         options: HuggingFaceOptions,
+        files: RowFiles,
     ) -> None:
         lib = datasets_library()
         columns = find_columns(title, rows.features, options)
-        self.title, self._column = title, columns.image
+        self.title, self._column, self._files = title, columns.image, files
         parts = [_plain(part, columns) for part in (rows, heldout) if part is not None]
         try:
             self._rows = lib.concatenate_datasets(parts)
@@ -278,7 +210,8 @@ class HuggingFacePictures(EncodedPictures):
         self._sizes: list[int] | None = None
 
     def open(self, index: int) -> BinaryIO:
-        return io.BytesIO(_content(self._rows[index][self._column], self.place(index)))
+        value = self._rows[index][self._column]
+        return io.BytesIO(_content(value, self.place(index), self._files))
 
     def size(self, index: int) -> int:
         if self._sizes is None:
@@ -289,32 +222,184 @@ class HuggingFacePictures(EncodedPictures):
         return f"row {index}"
 
 
+def _plain(rows: Any, columns: Columns) -> Any:
+    """Only the columns of pictures and labels, pictures not decoded."""
+    kept = rows.select_columns([name for name in (columns.image, columns.label) if name])
+    try:
+        return kept.cast_column(columns.image, datasets_library().Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise DataError(
+            f'the column "{columns.image}" holds no pictures: name another in --hf.image_column'
+        ) from error
+
+
+def _content(value: Any, place: str, files: RowFiles) -> bytes:
+    """The bytes of a picture.
+
+    Raises:
+        OSError: the row has no picture, or names a file that is not the set's.
+    """
+    if isinstance(value, dict) and value.get("bytes") is not None:
+        return value["bytes"]
+    path = value.get("path") if isinstance(value, dict) else None
+    if not path:
+        raise FileNotFoundError(f"{place} holds no picture")
+    return files.read(path)
+
+
+def _sizes_of(rows: Any, column: str) -> list[int]:
+    """The lengths in bytes of all pictures, from the offsets that arrow keeps; 0 for paths."""
+    compute: Any = importlib.import_module("pyarrow.compute")  # without types
+    sizes: list[int] = []
+    for table in rows.with_format("arrow").iter(SIZES_AT_ONCE):
+        content = compute.struct_field(table[column], "bytes")
+        sizes += [size or 0 for size in compute.binary_length(content).to_pylist()]
+    return sizes
+
+
+# -- Sets: saved folders, parquet and arrow files, folders of pictures, and the Hub ---------------
+
+SAVED = ("dataset_dict.json", "state.json")  # `save_to_disk` writes one of them
+# What `datasets` reads beside pictures; metadata files contain labels and captions of pictures.
+TABLES = {".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".zip", ".tar"}
+METADATA = {f"metadata.{kind}" for kind in ("csv", "jsonl", "parquet")}
+SHARD_NAME = re.compile(r"(\w+)-\d{5}-of-\d{5}")  # train-00000-of-00010.parquet
+CARD = re.compile(r"^(configs|dataset_info):", re.MULTILINE)  # in the header of README.md
+
+
 def open_hub(spec: str, options: SourceOptions) -> EncodedPictures:
     """`hf:owner/name` on the Hub, or `hf:FOLDER` with files as on the Hub or of `save_to_disk`."""
     name = spec.removeprefix("hf:")
-    folder = os.path.expanduser(name)
-    if not os.path.isdir(folder) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _open_folder(spec, options, folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(f"the folder {name} does not exist: check --data")
-    if any(os.path.isfile(os.path.join(folder, mark)) for mark in SAVED):
-        return open_saved(folder, options)
-    return _open(spec, options, folder if os.path.isdir(folder) else name)
+    if "/" in name and folder.parent.is_dir():
+        raise DataError(
+            f"the folder {name} does not exist, and the Hub is not asked for it, because "
+            f"{folder.parent} is a folder here: check --data"
+        )
+    logger.warning("there is no folder %s: asking the Hub for the data set of this name", name)
+    return _open(spec, options, name, _on_hub(name, options.stream_cache))
+
+
+def _open_folder(spec: str, options: SourceOptions, folder: Path) -> EncodedPictures:
+    """A local folder: of `save_to_disk`, of picture files, or of files that `datasets` reads."""
+    if any((folder / mark).is_file() for mark in SAVED):
+        return open_saved(str(folder), options)
+    hf, passed = options.hf, PassedOver()
+    files = sorted(files_below(folder, passed))
+    if _are_pictures(files):
+        _refuse_unused(spec, options)
+        if hf.image_column or hf.label_column:
+            raise ConfigurationError(
+                f"{spec} is a folder of pictures, whose classes are its sub-folders: leave out "
+                "--hf.image_column and --hf.label_column"
+            )
+        return FolderPictures(folder, hf.split, hf.heldout_split)
+    card = folder / "README.md"
+    described = card.is_file() and CARD.search(card.read_text("utf-8", errors="replace"))
+    tables = [file for file in files if file.suffix.lower() in TABLES]
+    row_files = RowFiles((folder, *_unpacked(options.stream_cache)))
+    if hf.config or described or not _only_parquet(tables):
+        if escape(str(folder.resolve())) != str(folder.resolve()):
+            raise DataError(f"{folder} has brackets in its path: rename it for `datasets`")
+        everything = {} if hf.split or hf.heldout_split or described else _everything(folder, files)
+        return _open(spec, options, str(folder), row_files, **everything)
+    for file in files:
+        if file not in tables:
+            passed.add(kind_of(file.name), file.relative_to(folder).as_posix())
+    if passed.total:
+        logger.warning("ignored %d files in %s: %s", passed.total, folder, passed)
+    return _open_parquet(spec, options, folder, tables)
+
+
+def _are_pictures(files: Sequence[Path]) -> bool:
+    """Whether they are picture files without tables of labels or captions."""
+    pictures = sum(map(is_picture, files))
+    tables = Counter(file.suffix.lower() for file in files if file.suffix.lower() in TABLES)
+    described = any(file.name in METADATA for file in files)
+    return pictures > tables.total() and not described and not tables[".zip"]
+
+
+def _only_parquet(tables: Sequence[Path]) -> bool:
+    return bool(tables) and all(file.suffix == ".parquet" for file in tables)
+
+
+def _everything(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """The argument with which `datasets` reads all pictures of a folder as one split, unless they
+    are in split folders; by itself it leaves files out if the names of others are those of splits.
+    """
+    pictures = [file.relative_to(folder) for file in files if is_picture(file)]
+    if all(len(path.parts) > 1 and split_called(path.parts[0]) for path in pictures):
+        return {}
+    return {"data_files": {"train": "**"}}
+
+
+def _open_parquet(
+    spec: str, options: SourceOptions, folder: Path, files: list[Path]
+) -> EncodedPictures:
+    """Parquet files whose names, or those of their folders, tell the splits; one split if any of
+    them does not."""
+    _check_parquet(spec, files)
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file.relative_to(folder)), []).append(escape(str(file)))
+    if "" in splits and len(splits) > 1 and not (options.hf.split or options.hf.heldout_split):
+        logger.warning(
+            "the names of %d of %d files in %s tell no split: all are read as one",
+            *(len(splits[""]), len(files), folder),
+        )
+        splits = {"train": [escape(str(file)) for file in files]}
+    splits = {"train": [], **splits}
+    splits["train"] += splits.pop("", [])
+    named = {split: files for split, files in splits.items() if files}
+    row_files = RowFiles((folder, *_unpacked(options.stream_cache)))
+    return _open(spec, options, "parquet", row_files, data_files=named)
+
+
+def _split_of(path: Path) -> str:
+    """The split that a relative path names as `datasets` understands it; "" if it names none."""
+    if found := SHARD_NAME.match(path.name):
+        return found[1]
+    for part in reversed(path.with_suffix("").parts):
+        for word in re.split(r"[-._ 0-9]+", part):
+            if split := split_called(word):
+                return split
+    return ""
 
 
 def open_files(spec: str, options: SourceOptions) -> EncodedPictures:
     """Parquet or arrow files: one, those that match a glob, or those in a folder."""
     datasets_library()
     path = Path(spec).expanduser()
-    if path.is_dir() and not any(path.glob("*.arrow")):
-        _check_parquet(spec, sorted(path.glob("*.parquet")))
-        return _open(spec, options, str(path))  # file names determine the splits
-    files = sorted(path.glob("*.arrow")) if path.is_dir() else _matching(path)
-    if path.is_dir() or path.suffix == ".arrow":
+    if path.is_dir():
+        found = [file for file in sorted(path.iterdir()) if not is_special(file)]
+        kinds = {kind: [f for f in found if f.suffix == kind] for kind in (".parquet", ".arrow")}
+        if all(kinds.values()):
+            raise DataError(
+                f"{path} holds parquet and arrow files: name those to read, for example "
+                f"--data '{path}/*.parquet'"
+            )
+        files = kinds[".parquet"] or kinds[".arrow"]
+        if kinds[".parquet"]:
+            return _open_folder(spec, options, path)
+    else:
+        files = [file for file in matching(path) if not is_special(file)]
+    if not files:
+        raise DataError(f"{path} does not exist: check --data")
+    row_files = RowFiles(
+        (*dict.fromkeys(file.parent for file in files), *_unpacked(options.stream_cache))
+    )
+    if files[0].suffix == ".arrow":
         _refuse_unused(spec, options)
         lib = datasets_library()
         parts = _guarded(spec, lambda: [lib.Dataset.from_file(str(file)) for file in files])
-        return _map_style(spec, lib.concatenate_datasets(parts), options.hf)
+        return _map_style(spec, lib.concatenate_datasets(parts), options.hf, row_files)
     _check_parquet(spec, files)
-    return _open(spec, options, "parquet", data_files=[str(file) for file in files])
+    names = [escape(str(file)) for file in files]
+    return _open(spec, options, "parquet", row_files, data_files=names)
 
 
 def _check_parquet(spec: str, files: Sequence[Path]) -> None:
@@ -328,11 +413,14 @@ def _check_parquet(spec: str, files: Sequence[Path]) -> None:
 def open_saved(spec: str, options: SourceOptions) -> EncodedPictures:
     """A folder that `save_to_disk` wrote."""
     _refuse_unused(spec, options)
-    loaded = _guarded(spec, lambda: datasets_library().load_from_disk(os.path.expanduser(spec)))
-    return _map_style(spec, loaded, options.hf)
+    folder = os.path.expanduser(spec)
+    loaded = _guarded(spec, lambda: datasets_library().load_from_disk(folder))
+    return _map_style(spec, loaded, options.hf, RowFiles((Path(folder), *_unpacked(None))))
 
 
-def _open(spec: str, options: SourceOptions, path: str, **arguments: Any) -> EncodedPictures:
+def _open(
+    spec: str, options: SourceOptions, path: str, files: RowFiles, **arguments: Any
+) -> EncodedPictures:
     """The data set of `datasets.load_dataset(path)`, as a stream or not."""
     hf, cache = options.hf, options.stream_cache
     if hf.streaming and cache is None:
@@ -341,9 +429,9 @@ def _open(spec: str, options: SourceOptions, path: str, **arguments: Any) -> Enc
             "which neither their order nor a resumed run would be exact"
         )
     if hf.streaming and cache is not None:
-        return _streamed(spec, hf, cache, path, arguments)
+        return _streamed(spec, hf, cache, path, files, arguments)
     loaded = _guarded(spec, lambda: _load(hf, path, cache_dir=_arrow_cache(cache), **arguments))
-    return _map_style(spec, loaded, hf)
+    return _map_style(spec, loaded, hf, files)
 
 
 def _load(hf: HuggingFaceOptions, path: str, **arguments: Any) -> Any:
@@ -357,10 +445,14 @@ def _arrow_cache(cache: Path | None) -> str | None:
     return None if cache is None else str(cache / "datasets")
 
 
-def _map_style(spec: str, loaded: Any, hf: HuggingFaceOptions) -> HuggingFacePictures:
+def _map_style(
+    spec: str, loaded: Any, hf: HuggingFaceOptions, files: RowFiles
+) -> HuggingFacePictures:
     rows = _choose_split(spec, loaded, hf.split)
     heldout = _choose_split(spec, loaded, hf.heldout_split) if hf.heldout_split else None
-    return HuggingFacePictures(spec, rows, heldout, hf)
+    pictures = HuggingFacePictures(spec, rows, heldout, hf, files)
+    pictures.remarks = _say_splits(spec, loaded, rows, heldout)
+    return pictures
 
 
 def _choose_split(spec: str, loaded: Any, split: str) -> Any:
@@ -376,8 +468,27 @@ def _choose_split(spec: str, loaded: Any, split: str) -> Any:
     return loaded[name]
 
 
+def _say_splits(spec: str, loaded: Any, rows: Any, heldout: Any = None) -> tuple[str, ...]:
+    """Log which splits are read, if there are several or it is not "train"; return what is said."""
+    if not isinstance(loaded, dict) or list(loaded) == ["train"]:
+        return ()
+    uses = {id(rows): "read", id(heldout): "held out"}
+    parts = []
+    for name, split in loaded.items():
+        count = f" ({split.num_rows} rows)" if hasattr(split, "num_rows") else ""
+        parts.append(f"{name}{count} is {uses.get(id(split), 'not read')}")
+    remark = f"splits of {spec}: {', '.join(parts)}; choose with --hf.split and --hf.heldout_split"
+    logger.warning(remark)
+    return (remark,)
+
+
 def _streamed(
-    spec: str, hf: HuggingFaceOptions, cache: Path, path: str, arguments: dict[str, Any]
+    spec: str,
+    hf: HuggingFaceOptions,
+    cache: Path,
+    path: str,
+    files: RowFiles,
+    arguments: dict[str, Any],
 ) -> EncodedPictures:
     """A local copy of the stream; once it is complete, the network is not used."""
     request = {
@@ -395,6 +506,7 @@ def _streamed(
         if not opened:
             loaded = _guarded(spec, lambda: _load(hf, path, streaming=True, **arguments))
             rows = _choose_split(spec, loaded, hf.split)
+            _say_splits(spec, loaded, rows)
             columns = find_columns(spec, rows.features, hf)
             opened.append((_plain(rows, columns), columns))
         return opened[0]
@@ -408,7 +520,7 @@ def _streamed(
             if row is None:
                 return
             place = f"{spec}: sample {number}"
-            content = _guarded(place, partial(_content, row[columns.image], place))
+            content = _guarded(place, partial(_content, row[columns.image], place, files))
             yield Sample(content, row[columns.label] if columns.label else None)
 
     return copy_stream(
@@ -421,59 +533,12 @@ def _streamed(
 
 
 def _refuse_unused(spec: str, options: SourceOptions) -> None:
-    """Raise `ConfigurationError` for options that do not apply to local arrow files."""
+    """Raise `ConfigurationError` for options that do not apply to local files."""
     hf = options.hf
     unused = {"hf.streaming": hf.streaming, "hf.config": hf.config, "hf.revision": hf.revision}
     for name, value in {**unused, "stream_cache": options.stream_cache}.items():
         if value:
             raise ConfigurationError(f"{spec} is read in place: leave out --{name}")
-
-
-def _plain(rows: Any, columns: Columns) -> Any:
-    """Only the columns of pictures and labels, pictures not decoded."""
-    kept = rows.select_columns([name for name in (columns.image, columns.label) if name])
-    try:
-        return kept.cast_column(columns.image, datasets_library().Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise DataError(
-            f'the column "{columns.image}" holds no pictures: name another in --hf.image_column'
-        ) from error
-
-
-def _content(value: Any, place: str) -> bytes:
-    """The bytes of a picture; a path is opened only if it is local or on the Hub.
-
-    Raises:
-        OSError: the row has no picture.
-    """
-    if isinstance(value, dict) and value.get("bytes") is not None:
-        return value["bytes"]
-    path = value.get("path") if isinstance(value, dict) else None
-    if not path:
-        raise FileNotFoundError(f"{place} holds no picture")
-    if path.rpartition("::")[2].startswith("hf://"):  # a file in the Hub repository of a stream
-        import fsspec
-
-        with fsspec.open(path, "rb") as stream:
-            return stream.read()  # type: ignore[union-attr]
-    return Path(path).read_bytes()
-
-
-def _sizes_of(rows: Any, column: str) -> list[int]:
-    """The lengths in bytes of all pictures, from the offsets that arrow keeps; 0 for paths."""
-    compute: Any = importlib.import_module("pyarrow.compute")  # without types
-    sizes: list[int] = []
-    for table in rows.with_format("arrow").iter(SIZES_AT_ONCE):
-        content = compute.struct_field(table[column], "bytes")
-        sizes += [size or 0 for size in compute.binary_length(content).to_pylist()]
-    return sizes
-
-
-def _matching(path: Path) -> list[Path]:
-    files = [path] if path.is_file() else sorted(path.parent.glob(path.name))
-    if not files:
-        raise DataError(f"{path} does not exist: check --data")
-    return files
 
 
 def _guarded(spec: str, load: Any) -> Any:

@@ -9,21 +9,20 @@ a shard with fewer samples: its tar must end correctly, and if there is a manife
 must contain the number of samples in the manifest.
 """
 
+import errno
 import io
 import json
 import logging
-import math
 import re
+import reprlib
 import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from braceexpand import braceexpand
 from tqdm.auto import tqdm
 from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
@@ -31,20 +30,52 @@ from webdataset.writer import TarWriter
 from smalti.data.classes import named_classes, names_beside, numbered_classes, problem_of, shown
 from smalti.data.sources.base import EncodedPictures, SourceOptions
 from smalti.data.sources.download import local_copies
-from smalti.data.sources.folder import EXTENSIONS
-from smalti.errors import DataError
+from smalti.data.sources.listing import (
+    EXTENSIONS,
+    HIDDEN,
+    MAX_PICTURE_BYTES,
+    SPECIAL,
+    UNNAMED,
+    PassedOver,
+    expand_braces,
+    is_special,
+    kind_of,
+    matching,
+    printable,
+    split_pattern,
+    too_large,
+)
+from smalti.errors import DataError, SmaltiError
 from smalti.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 # -- Labels: the contents of the members 000017.cls and 000017.json -------------------------------
 
-LABELS = (".cls", ".json")  # the first one with a label is used
-JSON_KEYS = ("label", "cls", "class")
 MAX_LABEL_BYTES = 2**20
 
 
-def read_label(shard: Path, name: str, content: bytes) -> int | str | None:
+@dataclass(frozen=True)
+class LabelPlace:
+    """Where the label of a sample is; the first suffix, and the first key, with a label is used."""
+
+    suffixes: tuple[str, ...] = (".cls", ".json")
+    json_keys: tuple[str, ...] = ("label", "cls", "class")
+
+    @classmethod
+    def named(cls, name: str) -> "LabelPlace":
+        """The place that `ShardOptions.label` names: a suffix, or a key of .json members."""
+        if not name:
+            return cls()
+        return cls((name.lower(),), ("label",)) if name[0] == "." else cls((".json",), (name,))
+
+
+USUAL_PLACE = LabelPlace()
+
+
+def read_label(
+    shard: Path, name: str, content: bytes, place: LabelPlace = USUAL_PLACE
+) -> int | str | None:
     """A number or the name of a class; None if a .json member has no label.
 
     Raises:
@@ -54,34 +85,34 @@ def read_label(shard: Path, name: str, content: bytes) -> int | str | None:
     try:
         label: Any = content.decode("utf-8").strip()
         if is_json:
-            label = _label_of(json.loads(label))
+            label = _label_of(json.loads(label), place.json_keys)
     except (ValueError, RecursionError) as error:
         kind = "JSON" if is_json else "label"
-        raise DataError(f"{name} in {shard} holds no {kind}: write it again") from error
+        raise DataError(f"{printable(name)} in {shard} holds no {kind}: write it again") from error
+    if is_json and label is None:
+        return None
     if isinstance(label, str) and (problem := problem_of(label)):
-        raise DataError(f"{name} in {shard} has the label {shown(label)}, which {problem}")
+        raise DataError(
+            f"{printable(name)} in {shard} has the label {shown(label)}, which {problem}"
+        )
     if isinstance(label, str) and label.removeprefix("-").isdecimal():
         label = int(label)
     if (type(label) is int and label >= 0) or (type(label) is str and label):
         return label
-    if is_json:
-        return None
     raise DataError(
-        f"{name} in {shard} holds no label: it must be a number from 0 on or the name of a class"
+        f"{printable(name)} in {shard} holds no label ({reprlib.repr(label)}): write a number from "
+        "0 on or the name of a class, or name the label in --shards.label"
     )
 
 
-def _label_of(values: Any) -> Any:
+def _label_of(values: Any, keys: Sequence[str]) -> Any:
     if not isinstance(values, dict):
         return None
-    return next((values[key] for key in JSON_KEYS if key in values), None)
+    return next((values[key] for key in keys if key in values), None)
 
 
 # -- Patterns of shards: {000..009}, *, a folder, or a URL ----------------------------------------
 
-BRACES = re.compile(r"\{([^{}]*)\}")
-RANGE = re.compile(r"(\d+)\.\.(\d+)")
-MAX_SHARDS = 1_000_000
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst")
 
 
@@ -97,55 +128,33 @@ def expand_shards(spec: str) -> list[str]:
         )
     if spec.endswith(COMPRESSED):
         raise DataError(f"--data is {spec}: decompress the shards, then name the .tar files")
-    names = expand_braces(spec)
     if "://" in spec:
-        return names
-    paths = [Path(name).expanduser() for name in names]
-    found = [path for pattern in paths for path in _files(pattern)]
+        return expand_braces(spec)
+    literal, rest = split_pattern(Path(spec).expanduser())
+    found = [path for name in expand_braces(rest) for path in _files(literal / name)]
     if not found:
         raise DataError(f"no shards match {spec}: check --data")
     return [str(path) for path in found]
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """All names that a pattern with {a,b} and {000..009} expands to.
-
-    They are counted first, because `braceexpand` builds every range in memory.
-
-    Raises:
-        DataError: braces with neither a list nor an ascending range, or too many names.
-    """
-    count = math.prod(_num_alternatives(body, pattern) for body in BRACES.findall(pattern))
-    if count > MAX_SHARDS:
-        raise DataError(f"{pattern} expands to {count} files; use at most {MAX_SHARDS}")
-    if re.search(r"[{}]", BRACES.sub("", pattern)):
-        raise DataError(f"the braces in {pattern} are nested or unbalanced: write simple ones")
-    return list(braceexpand(pattern, escape=False))
-
-
-def _num_alternatives(body: str, pattern: str) -> int:
-    if found := RANGE.fullmatch(body):
-        first, last = map(int, found.groups())
-        if last < first:
-            raise DataError(f"{{{body}}} in {pattern} is a descending range: swap its ends")
-        return last - first + 1
-    if "," in body:
-        return body.count(",") + 1
-    raise DataError(
-        f"{{{body}}} in {pattern} is neither a range like {{000..009}} nor a list like {{a,b}}"
-    )
-
-
 def _files(pattern: Path) -> list[Path]:
-    if pattern.is_dir():
-        seen = sorted(path for path in pattern.iterdir() if path.name[0] != ".")
-        for path in seen:
-            if path.name.endswith(COMPRESSED):
-                raise DataError(f"{path} would be ignored: decompress it, or move it away")
-        return [path for path in seen if path.suffix == ".tar"]
-    if not pattern.exists() and any(letter in str(pattern) for letter in "*?["):
-        return [Path(name) for name in sorted(glob(str(pattern)))]
-    return [pattern]  # a missing one is named when it is opened
+    if not pattern.is_dir():
+        return matching(pattern) or ([] if _is_glob(str(pattern)) else [pattern])
+    found, passed = [], PassedOver()
+    for path in sorted(pattern.iterdir()):
+        if path.name.endswith(COMPRESSED):
+            raise DataError(f"{path} would be ignored: decompress it, or move it away")
+        if path.suffix == ".tar" and path.name[0] != "." and not is_special(path):
+            found.append(path)
+        elif path.name not in BESIDE_SHARDS:
+            passed.add(SPECIAL if is_special(path) else kind_of(path.name), path.name)
+    if passed.total:
+        logger.warning("ignored %d files in %s: %s", passed.total, pattern, passed)
+    return found
+
+
+def _is_glob(text: str) -> bool:
+    return any(letter in text for letter in "*?[")
 
 
 # -- Writing --------------------------------------------------------------------------------------
@@ -166,6 +175,7 @@ def write_sample(archive: TarWriter, key: str, members: Mapping[str, bytes]) -> 
 
 # Beside the shards: {"000.tar": 1000, ...}, the same under "shards", or wids' "shardlist".
 MANIFESTS = ("manifest.json", "sizes.json", "_shards.json")
+BESIDE_SHARDS = (*MANIFESTS, "classes.json")  # files in the folder of shards that are also read
 
 
 def read_manifest(folder: Path) -> dict[str, int] | None:
@@ -206,9 +216,12 @@ def _check_count(path: Path, found: int, counts: dict[str, int] | None) -> None:
             f"the manifest beside {path} does not name it: add it there, or remove the manifest"
         )
     if found != counts[path.name]:
+        remedy = "copy it again"
+        if found > counts[path.name]:
+            remedy += ", or, if the manifest is wrong, replace that by check-data --write_manifest"
         raise DataError(
             f"the shard {path} holds {found} samples, but {counts[path.name]} are listed in the "
-            "manifest beside it: copy it again"
+            f"manifest beside it: {remedy}"
         )
 
 
@@ -229,8 +242,7 @@ def _refuse_missing(
 BLOCK = 512  # bytes; a tar consists of such blocks, and ends with two blocks of zeros
 PADDING = tarfile.RECORDSIZE  # bytes of zeros that may follow them, at most
 META = re.compile(r"__[^/]*__($|/)")  # names that `webdataset` skips
-KINDS = {*EXTENSIONS, *LABELS}
-MAX_KINDS = 10  # kinds of ignored members that a warning names
+MAX_HEADER_BYTES = 2**20  # of one member; those of PAX are the longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,14 +258,33 @@ class Member:
 
 
 @dataclass
+class Listing:
+    """What is passed over in shards, and where their labels are."""
+
+    place: LabelPlace = USUAL_PLACE
+    members: PassedOver = field(default_factory=PassedOver)  # of samples that have a picture
+    samples: PassedOver = field(default_factory=PassedOver)  # without a picture that can be read
+
+
+@dataclass
 class _Sample:
     """The members of one key by suffix, ".png" or ".left.png"."""
 
     pictures: dict[str, tarfile.TarInfo] = field(default_factory=dict)
     labels: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)  # names of members of other kinds
 
 
-def list_members(path: Path, number: int = 0, ignored: Counter[str] | None = None) -> list[Member]:
+class _Headers(io.BufferedReader):
+    """A shard of which only headers and labels are read, so never much at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def list_members(path: Path, number: int = 0, listing: Listing | None = None) -> list[Member]:
     """The samples of a shard in the order of their pictures.
 
     As in `webdataset`, the key of a member is its name up to the first dot of the last part, and
@@ -261,24 +292,35 @@ def list_members(path: Path, number: int = 0, ignored: Counter[str] | None = Non
     dot, 000017.jpg, is the sample's.
 
     Args:
-        ignored: counts the members that are neither the picture nor a label of a sample, by kind.
+        listing: says where the labels are, and counts what is passed over.
 
     Raises:
         DataError: see `ShardPictures`.
     """
-    ignored = Counter() if ignored is None else ignored
+    listing = listing or Listing()
     samples: dict[str, _Sample] = {}
     try:
-        with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        if is_special(path):
+            raise DataError(f"the shard {path} is a pipe or a device, not a file: check --data")
+        with (
+            _Headers(io.FileIO(path)) as stream,
+            tarfile.open(fileobj=stream, mode="r:") as archive,
+        ):
+            length = path.stat().st_size
             for info in archive:
-                _add_to_sample(path, info, samples, ignored)
+                # After a negative size the next header would be this one again, without end.
+                if info.size < 0 or (info.isreg() and info.offset_data + info.size > length):
+                    raise tarfile.ReadError(f"{printable(info.name)} has {info.size} bytes")
+                _add_to_sample(path, info, samples, listing)
             stream.seek(archive.offset)
             _check_end(stream.read(2 * BLOCK + PADDING + 1))
             members = [
-                _member_of(path, stream, number, key, sample, ignored)
+                _member_of(path, stream, number, key, sample, listing)
                 for key, sample in samples.items()
             ]
-    except tarfile.TarError as error:
+    except SmaltiError:
+        raise
+    except (tarfile.TarError, ValueError, ArithmeticError, RecursionError) as error:
         raise DataError(f"the shard {path} is cut or damaged ({error}): copy it again") from error
     except OSError as error:
         raise DataError(f"the shard {path} cannot be read ({error}): check --data") from error
@@ -286,33 +328,34 @@ def list_members(path: Path, number: int = 0, ignored: Counter[str] | None = Non
 
 
 def _add_to_sample(
-    path: Path, info: tarfile.TarInfo, samples: dict[str, _Sample], ignored: Counter[str]
+    path: Path, info: tarfile.TarInfo, samples: dict[str, _Sample], listing: Listing
 ) -> None:
-    """Add a member to the sample of its key, or count it as ignored."""
+    """Add a member to the sample of its key, or count it as passed over."""
     if info.isdir():
         return
     key, extension = base_plus_ext(info.name)
-    suffix = f".{extension}".lower() if key else ""
-    kind = f".{suffix.rpartition('.')[2]}"
     hidden = info.name.rpartition("/")[2].startswith(".") or META.match(info.name)
-    if key is None or hidden or kind not in KINDS:
-        ignored["hidden" if hidden else kind if suffix else "without suffix"] += 1
+    if key is None or hidden:
+        listing.members.add(HIDDEN if hidden else UNNAMED, info.name)
         return
+    suffix = f".{extension}".lower()
     sample = samples.setdefault(key, _Sample())
-    if kind in EXTENSIONS:
+    if f".{suffix.rpartition('.')[2]}" in EXTENSIONS:
         if suffix in sample.pictures:
             raise DataError(f"{path} holds two pictures for {key}: rename one")
         sample.pictures[suffix] = info
-    else:
+    elif suffix.endswith(listing.place.suffixes):
         if suffix in sample.labels:
             raise DataError(f"{path} holds {info.name} twice: remove one")
         sample.labels[suffix] = info
+    else:
+        sample.others.append(info.name)
 
 
 def _member_of(
-    path: Path, stream: BinaryIO, number: int, key: str, sample: _Sample, ignored: Counter[str]
+    path: Path, stream: BinaryIO, number: int, key: str, sample: _Sample, listing: Listing
 ) -> Member | None:
-    """The picture of a sample with its label; None if it has neither."""
+    """The picture of a sample with its label; None if it has no picture and no label."""
     candidates = [suffix for suffix in sample.pictures if suffix.count(".") == 1]
     candidates = candidates or list(sample.pictures)
     if len(candidates) > 1:
@@ -320,19 +363,41 @@ def _member_of(
     chosen = candidates[0] if candidates else ""
     # The label of a.left.png is in a.left.cls or a.cls. The first one with a label is used.
     stem = chosen.rpartition(".")[0]
-    wanted = dict.fromkeys(prefix + kind for kind in LABELS for prefix in (stem, ""))
+    places = listing.place.suffixes
+    wanted = dict.fromkeys(prefix + kind for kind in places for prefix in (stem, ""))
     labels = [sample.labels[suffix] for suffix in wanted if suffix in sample.labels]
-    for suffix in {*sample.pictures, *sample.labels} - {chosen, *wanted}:
-        ignored[suffix] += 1
+    unused = sorted({*sample.pictures, *sample.labels} - {chosen, *wanted})
+    names = [*sample.others, *(key + suffix for suffix in unused)]
     if not chosen:
         if labels:
-            raise DataError(f"{path} holds a label for {key}, but no picture: write it again")
+            raise DataError(_without_picture(path, key, sample))
+        listing.samples.add(_kind_of_member(names[0]), names[0])
         return None
+    for name in names:
+        listing.members.add(_kind_of_member(name), name)
     picture = sample.pictures[chosen]
     _check_member(path, picture)
-    values = [_label(path, stream, info) for info in labels]
+    values = [_label(path, stream, info, listing.place) for info in labels]
     label = next((value for value in values if value is not None), None)
+    for info in labels if label is None else ():
+        listing.members.add(".json without a label", info.name)
     return Member(number, key, chosen, picture.offset_data, picture.size, label)
+
+
+def _kind_of_member(name: str) -> str:
+    """All after the first dot of a member's name: ".mask.png"."""
+    return f".{base_plus_ext(name)[1]}".lower()
+
+
+def _without_picture(path: Path, key: str, sample: _Sample) -> str:
+    """Why a label without a picture is refused."""
+    if not sample.others:
+        return f"{path} holds a label for {printable(key)}, but no picture: write it again"
+    name = printable(sample.others[0])
+    return (
+        f"{path} holds a label for {printable(key)}, but its picture has an unknown extension "
+        f"({name}): save it as PNG or JPEG"
+    )
 
 
 def _check_member(path: Path, member: tarfile.TarInfo) -> None:
@@ -340,14 +405,16 @@ def _check_member(path: Path, member: tarfile.TarInfo) -> None:
         raise DataError(f"{member.name} in {path} is a link or not a file: store the file itself")
 
 
-def _label(path: Path, stream: BinaryIO, member: tarfile.TarInfo) -> int | str | None:
+def _label(
+    path: Path, stream: BinaryIO, member: tarfile.TarInfo, place: LabelPlace
+) -> int | str | None:
     _check_member(path, member)
     if member.size > MAX_LABEL_BYTES:
-        if member.name.lower().endswith(".cls"):
+        if not member.name.lower().endswith(".json"):
             raise DataError(f"{member.name} in {path} is too large for a label: remove it")
         return None  # a .json member with other content
     stream.seek(member.offset_data)
-    return read_label(path, member.name, stream.read(member.size))
+    return read_label(path, member.name, stream.read(member.size), place)
 
 
 def _check_end(rest: bytes) -> None:
@@ -376,24 +443,36 @@ class ShardPictures(EncodedPictures):
             message names the shard.
     """
 
-    def __init__(self, title: str, shards: Sequence[Path], *, expect_all: bool) -> None:
+    def __init__(
+        self,
+        title: str,
+        shards: Sequence[Path],
+        *,
+        expect_all: bool,
+        place: LabelPlace = USUAL_PLACE,
+    ) -> None:
         self.title, self.shards = title, list(shards)
         manifests = {path.parent: read_manifest(path.parent) for path in self.shards}
         if expect_all:
             _refuse_missing(self.shards, manifests)
         self._members: list[Member] = []
-        ignored: Counter[str] = Counter()
+        listing = Listing(place)
         for number, path in enumerate(tqdm(self.shards, desc="list shards", delay=2, leave=False)):
-            members = list_members(path, number, ignored)
+            members = list_members(path, number, listing)
             _check_count(path, len(members), manifests[path.parent])
             self._members += members
-        _warn_of_ignored(title, ignored)
+        self._without_picture = listing.samples
+        self.remarks = _remarks_on(title, listing, self._members)
+        for remark in self.remarks:
+            logger.warning(remark)
         if not self._members:
             raise DataError(f"{title} holds no pictures: check --data")
-        self.classes, self.labels = _labels_of(self.shards, self._members)
+        self.classes, self.labels = _labels_of(self.shards, self._members, place)
 
     def open(self, index: int) -> BinaryIO:
         member = self._members[index]
+        if member.size > MAX_PICTURE_BYTES:
+            raise OSError(errno.EFBIG, too_large(member.size))
         with self.shards[member.shard].open("rb") as stream:
             stream.seek(member.offset)
             return io.BytesIO(stream.read(member.size))
@@ -413,7 +492,16 @@ class ShardPictures(EncodedPictures):
 
         Returns:
             The files that were written.
+
+        Raises:
+            DataError: samples without a picture that can be read would not be counted.
         """
+        if self._without_picture.total:
+            raise DataError(
+                f"no manifest is written for {self.title}, because it would not count "
+                f"{self._without_picture.total} samples that have no picture that can be read "
+                f"({self._without_picture}): save their pictures as PNG or JPEG, or remove them"
+            )
         counts = Counter(self.shards[member.shard] for member in self._members)
         written = []
         for folder in sorted({path.parent for path in self.shards}):
@@ -430,37 +518,45 @@ def open_shards(spec: str, options: SourceOptions) -> ShardPictures:
     Shards at a URL are copied to `stream_cache` once; processes that share that folder share the
     work.
     """
-    urls = expand_shards(spec)
+    urls, place = expand_shards(spec), LabelPlace.named(options.shards.label)
     if "://" in spec:
         copies = local_copies(urls, options.stream_cache, MANIFESTS, list_members)
-        return ShardPictures(spec, copies, expect_all=False)
-    expect_all = Path(spec).expanduser().is_dir() or any(letter in spec for letter in "*?[")
-    return ShardPictures(spec, [Path(url) for url in urls], expect_all=expect_all)
+        return ShardPictures(spec, copies, expect_all=False, place=place)
+    expect_all = Path(spec).expanduser().is_dir() or _is_glob(spec)
+    return ShardPictures(spec, [Path(url) for url in urls], expect_all=expect_all, place=place)
 
 
-def _warn_of_ignored(title: str, ignored: Counter[str]) -> None:
-    if ignored:
-        kinds = sorted(ignored)
-        named = ", ".join(kinds[:MAX_KINDS]) + (", ..." if len(kinds) > MAX_KINDS else "")
-        logger.warning(
-            "ignored %d members of %s that are neither pictures nor labels (%s)",
-            ignored.total(),
-            title,
-            named,
+def _remarks_on(title: str, listing: Listing, members: list[Member]) -> tuple[str, ...]:
+    """What is said about all that is passed over."""
+    remarks = []
+    if listing.samples.total:
+        remarks.append(
+            f"ignored {listing.samples.total} samples of {title} without a picture that can be "
+            f"read: {listing.samples}; save their pictures as PNG or JPEG"
         )
+    if listing.members.total:
+        unlabelled = all(member.label is None for member in members)
+        hint = "; name the label in --shards.label, if one of them has it" if unlabelled else ""
+        remarks.append(
+            f"ignored {listing.members.total} members of {title} that are neither pictures nor "
+            f"labels: {listing.members}{hint}"
+        )
+    return tuple(remarks)
 
 
 def _labels_of(
-    shards: Sequence[Path], members: list[Member]
+    shards: Sequence[Path], members: list[Member], place: LabelPlace
 ) -> tuple[tuple[str, ...], torch.Tensor]:
     """Class names, and the labels (N,) int64."""
     values = [member.label for member in members]
-    if all(value is None for value in values):
+    if place == USUAL_PLACE and all(value is None for value in values):
         return ("",), torch.zeros(len(values), dtype=torch.int64)
     if any(value is None for value in values):
         member = members[values.index(None)]
+        suffix = place.suffixes[0]
+        key = f' with "{place.json_keys[0]}"' if suffix == ".json" else ""
         raise DataError(
-            f"{member.key} in {shards[member.shard]} has no label: add {member.key}.cls"
+            f"{member.key} in {shards[member.shard]} has no label: add {member.key}{suffix}{key}"
         )
     _refuse_mixed(shards, members)
     if all(type(value) is int for value in values):

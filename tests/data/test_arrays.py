@@ -154,3 +154,13 @@ def test_truncated_files_are_named(tmp_path: Path, name: str) -> None:
 def test_the_fingerprint_of_a_large_array_is_of_its_shape_alone(tmp_path: Path) -> None:
     source = open_source(npz(tmp_path / "a.npz"), options=FolderOptions(verify_up_to=3))
     assert source.group(4) == source.name(4) == "a.npz/4"
+
+
+def test_a_folder_of_several_sets_names_them(tmp_path: Path) -> None:
+    npz(tmp_path / "a.npz")
+    assert len(open_source(str(tmp_path))) == 12
+    for other in ("b.npz", "images.npy"):
+        (tmp_path / other).write_bytes(b"")
+        with pytest.raises(SmaltiError, match=rf"several sets \(a.npz, {other}\)"):
+            open_source(str(tmp_path))
+        (tmp_path / other).unlink()

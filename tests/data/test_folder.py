@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from smalti.data.image_io import FolderOptions
-from smalti.data.sources.base import divide, heldout_mask, open_source
+from smalti.data.sources.base import HuggingFaceOptions, divide, heldout_mask, open_source
 from smalti.data.sources.folder import read_picture
 from smalti.errors import SmaltiError
 
@@ -61,7 +61,9 @@ def test_pictures_in_other_formats_are_counted(pictures: Path, caplog) -> None:
     for name in ("a.heic", "b.HEIC", "c.jfif", "notes.txt", ".d.avif"):
         (pictures / "red" / name).write_bytes(b"")
     assert len(open_source(str(pictures))) == 24
-    assert "ignored 3 files in formats that are not read (.heic, .jfif)" in caplog.text
+    kinds = "2 .heic (red/a.heic), 1 .jfif (red/c.jfif), 1 .txt (red/notes.txt), 1 hidden"
+    message = f"ignored 5 files in {pictures} that are not pictures: {kinds} (red/.d.avif)"
+    assert f"{message}; save .heic, .jfif as PNG or JPEG" in caplog.text
 
 
 def test_a_class_name_must_be_unicode(pictures: Path) -> None:
@@ -320,3 +322,143 @@ def test_a_set_that_cannot_be_divided_is_refused(pictures: Path) -> None:
             (pictures / name / f"{number}.png").unlink()
     with pytest.raises(SmaltiError, match="3 pictures are too few"):
         heldout_mask(open_source(str(pictures)), 0.1)
+
+
+# -- split folders ----------------------------------------------------------------------------
+
+
+def move_into_splits(pictures: Path, **counts: int) -> None:
+    """red/0.png -> train/red/0.png, ...: so many pictures of each class into each split."""
+    for folder in [path for path in pictures.iterdir() if path.is_dir()]:
+        left = sorted(folder.iterdir())
+        for split, count in counts.items():
+            (pictures / split / folder.name).mkdir(parents=True)
+            for path in left[:count]:
+                path.rename(pictures / split / folder.name / path.name)
+            left = left[count:]
+        folder.rmdir()
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+@pytest.mark.parametrize("held", ["val", "Validation", "test", "dev"])
+def test_split_folders_are_recognised(pictures: Path, caplog, prefix: str, held: str) -> None:
+    move_into_splits(pictures, train=6, **{held: 2})
+    source = open_source(f"{prefix}{pictures}")
+    assert source.classes == ("blue", "green", "red") and len(source) == 24
+    heldout = [source.name(i).split("/")[0] == held for i in range(24)]
+    assert heldout_mask(source, 0.3).tolist() == heldout and sum(heldout) == 6
+    assert "are splits: 18 pictures of train are read, 6 of " in caplog.text
+    assert source.remarks == (caplog.messages[0],)
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_a_split_that_is_not_read_is_counted_and_named(pictures, caplog, prefix: str) -> None:
+    move_into_splits(pictures, train=4, val=2, test=2)
+    source = open_source(f"{prefix}{pictures}")
+    said = "12 pictures of train are read, 6 of validation are held out, 6 of test are not read"
+    assert len(source) == 18 and said in caplog.text
+    test = open_source(str(pictures / "test"))
+    assert len(test) == 6 and test.heldout is None
+
+
+def test_splits_of_a_folder_are_chosen_with_hf(pictures: Path) -> None:
+    move_into_splits(pictures, train=4, val=2, test=2)
+    chosen = open_source(f"hf:{pictures}", hf=HuggingFaceOptions(split="test"))
+    assert len(chosen) == 6 and chosen.heldout is None
+    chosen = open_source(f"hf:{pictures}", hf=HuggingFaceOptions(heldout_split="test"))
+    assert len(chosen) == 18 and chosen.heldout is not None
+    assert {chosen.name(int(i)).split("/")[0] for i in chosen.heldout.nonzero()} == {"test"}
+    with pytest.raises(SmaltiError, match=r'no split "tset"; did you mean "test"'):
+        open_source(f"hf:{pictures}", hf=HuggingFaceOptions(split="tset"))
+    with pytest.raises(SmaltiError, match="has no split folders"):
+        open_source(f"hf:{pictures / 'test'}", hf=HuggingFaceOptions(split="test"))
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_split_folders_without_classes(pictures: Path, prefix: str) -> None:
+    for old, new in {"red": "train", "green": "valid"}.items():
+        (pictures / old).rename(pictures / new)
+    shutil.rmtree(pictures / "blue")
+    with pytest.raises(SmaltiError, match=r"one class only.*--folder.single_class"):
+        open_source(f"{prefix}{pictures}")
+    source = open_source(f"{prefix}{pictures}", options=FolderOptions(single_class=True))
+    assert source.classes == ("",) and source.heldout is not None
+    assert source.heldout.tolist() == [False] * 8 + [True] * 8
+
+
+def test_an_unlabelled_test_folder_is_not_held_out(pictures: Path, caplog) -> None:
+    move_into_splits(pictures, train=7, extra=1)
+    (pictures / "test").mkdir()
+    for folder in (pictures / "extra").iterdir():
+        (folder / "7.png").rename(pictures / "test" / f"{folder.name}.png")
+    shutil.rmtree(pictures / "extra")
+    source = open_source(str(pictures))
+    assert len(source) == 21 and source.heldout is None and "3 of test are not read" in caplog.text
+
+
+def test_split_folders_that_cannot_be_used_are_named(pictures: Path) -> None:
+    move_into_splits(pictures, val=4, test=4)
+    with pytest.raises(SmaltiError, match=r"none is for training: .*--data '.*/(val|test)'"):
+        open_source(str(pictures))
+    (pictures / "val").rename(pictures / "training")
+    assert len(open_source(str(pictures))) == 24
+    (pictures / "dev").mkdir()
+    with pytest.raises(SmaltiError, match=r"the split folder .*/dev holds no pictures"):
+        open_source(str(pictures))
+    (pictures / "dev").rmdir()
+    shutil.rmtree(pictures / "training" / "red")
+    with pytest.raises(SmaltiError, match=r'is held out, and no other .* class "red"'):
+        open_source(str(pictures))
+    (pictures / "training" / "red").mkdir()
+    (pictures / "training").rename(pictures / "val")
+    (pictures / "validation").mkdir()
+    (pictures / "val" / "blue").rename(pictures / "validation" / "blue")
+    with pytest.raises(SmaltiError, match="are both validation: merge them"):
+        open_source(str(pictures))
+
+
+def test_classes_of_which_one_is_called_test_are_classes(pictures: Path) -> None:
+    (pictures / "red").rename(pictures / "test")
+    assert open_source(str(pictures)).classes == ("blue", "green", "test")
+
+
+# -- pipes, other files, brackets --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_pipes_and_devices_are_named_and_never_read(pictures: Path, caplog, prefix: str) -> None:
+    os.mkfifo(pictures / "red" / "pipe.png")
+    (pictures / "red" / "zero.png").symlink_to("/dev/zero")
+    assert len(open_source(f"{prefix}{pictures}")) == 24
+    assert "2 pipe or device (red/" in caplog.text
+
+
+def test_a_file_far_larger_than_a_picture_is_not_read(pictures: Path) -> None:
+    with (pictures / "red" / "0.png").open("wb") as stream:
+        stream.truncate(2**31)  # sparse
+    with pytest.raises(SmaltiError, match=r"0.png cannot be decoded .*more than the 1073741824"):
+        open_source(str(pictures))
+
+
+@pytest.mark.parametrize(
+    ("file", "data"),
+    [
+        ("data/train-0.parquet", "hf:{root}"),
+        ("train/000.tar", "{root}/train/*.tar"),
+        ("a/b/set.npz", "{root}/a/b/set.npz"),
+    ],
+)
+def test_a_folder_of_other_files_says_how_to_read_them(
+    tmp_path: Path, file: str, data: str
+) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(SmaltiError) as error:
+        open_source(str(tmp_path))
+    assert f"--data '{data.format(root=tmp_path)}'" in str(error.value)
+
+
+def test_brackets_in_the_path_of_a_folder(pictures: Path) -> None:
+    strange = pictures.rename(pictures.with_name("set [1] {a} *"))
+    for prefix in ("", "hf:"):
+        assert len(open_source(f"{prefix}{strange}")) == 24

@@ -1,17 +1,22 @@
 """Hugging Face data sets: columns, splits, streams, and errors in one line."""
 
+import base64
 import io
+import os
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow.parquet import write_table
 
 from smalti.data.image_io import FolderOptions
-from smalti.data.sources import huggingface as stream_module
+from smalti.data.sources import streams as stream_module
 from smalti.data.sources.base import HuggingFaceOptions, open_source
-from smalti.data.sources.huggingface import Sample, copy_stream, find_columns
+from smalti.data.sources.huggingface import find_columns
+from smalti.data.sources.streams import Sample, copy_stream
 from smalti.errors import SmaltiError
 
 
@@ -182,6 +187,154 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
             open_source(str(tmp_path / name))
     with pytest.raises(SmaltiError, match=r"gone.parquet does not exist"):
         open_source(str(tmp_path / "gone.parquet"))
+
+
+# -- splits by name, brackets, and which files are read --------------------------------------
+
+
+def write_parquet(path: Path, first: int, count: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {"image": PICTURES[first : first + count], "label": ["a", "b"] * (count // 2)}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+
+
+def test_all_pictures_of_a_folder_are_read_whatever_their_names(tmp_path: Path) -> None:
+    """`datasets` would read the 8 of 40 that have "test" in their names."""
+    for number in range(40):
+        folder = tmp_path / "set" / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"test_{number}.png" if number < 8 else f"photo_{number}.png"
+        (folder / name).write_bytes(png(number))
+    for data in (str(tmp_path / "set"), f"hf:{tmp_path / 'set'}"):
+        source = open_source(data)
+        assert len(source) == 40 and source.classes == ("cat", "dog")
+    (tmp_path / "set" / "metadata.csv").write_text(
+        "file_name,label\n"
+        + "".join(
+            f"{path.relative_to(tmp_path / 'set')},{path.parent.name}\n"
+            for path in sorted((tmp_path / "set").rglob("*.png"))
+        )
+    )
+    source = open_source(f"hf:{tmp_path / 'set'}", stream_cache=tmp_path / "cache")
+    assert len(source) == 40 and source.classes == ("cat", "dog")
+    for option in ({"label_column": "label"}, {"streaming": True}):
+        (tmp_path / "set" / "metadata.csv").unlink(missing_ok=True)
+        with pytest.raises(SmaltiError, match="leave out --hf"):
+            open_source(f"hf:{tmp_path / 'set'}", hf=HuggingFaceOptions(**option))
+
+
+def test_parquet_files_without_a_split_in_their_names_are_all_read(tmp_path: Path, caplog) -> None:
+    for number, name in enumerate(("a", "b", "b-test")):
+        write_parquet(tmp_path / "set" / f"{name}.parquet", 2 * number, 2)
+    cache = tmp_path / "cache"
+    for data in (str(tmp_path / "set"), f"hf:{tmp_path / 'set'}"):
+        caplog.clear()
+        assert len(open_source(data, stream_cache=cache)) == 6
+        assert "the names of 2 of 3 files in" in caplog.text
+    chosen = HuggingFaceOptions(split="test")
+    assert len(open_source(f"hf:{tmp_path / 'set'}", hf=chosen, stream_cache=cache)) == 2
+
+
+def test_the_splits_of_parquet_files_are_named(tmp_path: Path, caplog) -> None:
+    for name, count in (("train-00000-of-00001", 6), ("validation-00000-of-00001", 4)):
+        write_parquet(tmp_path / "set" / "data" / f"{name}.parquet", 0, count)
+    cache = tmp_path / "cache"
+    source = open_source(f"hf:{tmp_path / 'set'}", stream_cache=cache)
+    said = "train (6 rows) is read, validation (4 rows) is not read; choose with --hf.split"
+    assert len(source) == 6 and said in caplog.text and said in source.remarks[0]
+    both = HuggingFaceOptions(heldout_split="validation")
+    source = open_source(f"hf:{tmp_path / 'set'}", hf=both, stream_cache=cache)
+    assert len(source) == 10 and "validation (4 rows) is held out" in caplog.text
+    with pytest.raises(SmaltiError, match=r"holds no pictures, but .* pass --data 'hf:"):
+        open_source(str(tmp_path / "set"))
+
+
+def test_brackets_in_the_path_of_parquet_files(tmp_path: Path) -> None:
+    folder = tmp_path / "set [1]"
+    for number in range(2):
+        write_parquet(folder / f"part [{number}].parquet", 2 * number, 2)
+    (cache,) = [tmp_path / "cache"]
+    for data, count in {
+        str(folder): 4,
+        f"hf:{folder}": 4,
+        f"{folder}/*.parquet": 4,
+        f"{folder}/part [1].parquet": 2,
+    }.items():
+        assert len(open_source(data, stream_cache=cache)) == count, data
+    save(folder / "saved", [0, 1] * 5)
+    assert len(open_source(str(folder / "saved"))) == 10
+
+
+def test_a_set_is_looked_up_on_the_hub_only_where_this_is_said(
+    tmp_path: Path, monkeypatch, caplog
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SmaltiError, match="cannot be read"):
+        open_source("hf:mine/cats")
+    assert "there is no folder mine/cats: asking the Hub" in caplog.text
+    (tmp_path / "mine").mkdir()
+    caplog.clear()
+    with pytest.raises(SmaltiError, match=r"the folder mine/cats does not exist, and the Hub is"):
+        open_source("hf:mine/cats")
+    assert caplog.messages == []
+
+
+# -- rows that are not what they should be ---------------------------------------------------
+
+
+def test_a_row_names_only_files_of_its_set(tmp_path: Path) -> None:
+    """Not those of this machine, a device, or a file on a network."""
+    (tmp_path / "secret.png").write_bytes(png(1))
+    folder = tmp_path / "set"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "0.png").write_bytes(png(7))
+    os.mkfifo(folder / "pipe")
+    (folder / "zero").symlink_to("/dev/zero")
+    wrong = (
+        *(str(tmp_path / "secret.png"), "../secret.png", "/dev/zero", "zero", "pipe", "sub"),
+        *("hf://datasets/a/b/c.png", "http://127.0.0.1/c.png", "file:///etc/passwd", "x\0y"),
+    )
+    for path in ("sub/0.png", str(folder / "sub" / "0.png"), *wrong):
+        rows = [{"bytes": png(0), "path": None}, {"bytes": None, "path": path}]
+        write_table(pyarrow.table({"image": rows, "label": [0, 1]}), folder / "a.parquet")
+        cache = tmp_path / "cache"
+        if path in wrong:
+            with pytest.raises(SmaltiError, match=r"row 1 cannot be decoded"):
+                open_source(f"{folder}/a.parquet", stream_cache=cache)
+        else:
+            source = open_source(f"{folder}/a.parquet", stream_cache=cache)
+            assert source.read(1).getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_a_column_of_base64_is_not_printed_whole(tmp_path: Path) -> None:
+    text = base64.b64encode(png(3) * 100).decode()
+    for columns, option in (
+        ({"image": [text] * 4, "label": [0, 1] * 2}, {}),
+        ({"image": [text] * 4, "label": [0, 1] * 2}, {"label_column": "image"}),
+        ({"image": PICTURES[:4], "label": [text] * 4}, {}),
+    ):
+        write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+        with pytest.raises(SmaltiError, match=r"row 0 |another of labels|one class") as error:
+            open_source(
+                str(tmp_path / "a.parquet"),
+                stream_cache=tmp_path / "cache",
+                hf=HuggingFaceOptions(**option),
+            )
+        assert len(str(error.value)) < 600 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("odd", [None, True])
+def test_the_row_without_a_label_is_blamed(tmp_path: Path, odd) -> None:
+    for labels, kind in ((["cat", "dog"], "string"), ([0, 1], "int64"), ([False], "bool")):
+        if odd is True and kind != "bool":
+            continue
+        values = (labels * 10)[:10]
+        values[6] = odd
+        first = 0 if kind == "bool" else 6
+        folder = save(tmp_path / f"{kind}{odd}", values, datasets.Value(kind))
+        with pytest.raises(SmaltiError, match=rf"row {first} has the label \w+, which is neither"):
+            open_source(str(folder))
 
 
 # -- streams ----------------------------------------------------------------------------------

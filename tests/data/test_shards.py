@@ -15,12 +15,19 @@ import pytest
 import webdataset
 from PIL import Image
 
+from smalti.data.image_io import FolderOptions
 from smalti.data.sources import download
-from smalti.data.sources.base import open_source
+from smalti.data.sources.base import (
+    ShardOptions,
+    SourceOptions,
+    open_source,
+    open_unverified,
+)
 from smalti.data.sources.folder import EXTENSIONS
 from smalti.data.sources.webdataset import (
     BLOCK,
     MAX_LABEL_BYTES,
+    ShardPictures,
     expand_braces,
     expand_shards,
     list_members,
@@ -343,9 +350,10 @@ def test_members_that_are_ignored_are_counted_and_named(tmp_path: Path, caplog) 
     source = open_source(str(write_tar(tmp_path / "000.tar", {**more, **samples()})))
     assert len(source) == COUNT and source.name(0) == "000.tar/000.png"
     assert source.labels.tolist() == [0, 1] * 3
-    assert "ignored 10 members of" in caplog.text
-    kinds = ".boxes.json, .mask.png, .meta.json, .txt, hidden, without suffix"
-    assert f"neither pictures nor labels ({kinds})" in caplog.text
+    assert "ignored 9 members of" in caplog.text
+    kinds = "3 .txt (000.txt), 1 hidden (._000.png), 1 without suffix (README)"
+    assert f"3 .mask.png (000.mask.png), 1 .meta.json (000.meta.json), {kinds}" in caplog.text
+    assert "ignored 1 samples of" in caplog.text and ": 1 .boxes.json (7.boxes.json)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -370,6 +378,88 @@ def test_patterns_are_ranges_and_lists() -> None:
     with pytest.raises(SmaltiError, match="decompress"):
         open_source("/nowhere/0.tar.gz")
     assert ".pkl" not in EXTENSIONS and ".pyd" not in EXTENSIONS
+
+
+# -- what is passed over, and labels elsewhere ----------------------------------------------------
+
+
+def test_samples_in_unread_formats_are_counted_and_named(tmp_path: Path, caplog) -> None:
+    """Half of an unlabelled set in another format; no manifest fixes the wrong count."""
+    members = {f"{n}.{'png' if n % 2 else 'ppm'}": png(n) for n in range(8)}
+    one = FolderOptions(single_class=True)
+    path = write_tar(tmp_path / "000.tar", members)
+    source = open_source(str(path), options=one)
+    message = "without a picture that can be read: 4 .ppm (0.ppm); save their pictures as PNG"
+    assert len(source) == 4 and f"ignored 4 samples of {path} {message}" in caplog.text
+    assert any(message in remark for remark in source.remarks)
+    pictures = open_unverified(str(path), SourceOptions(one))
+    assert isinstance(pictures, ShardPictures)
+    with pytest.raises(SmaltiError, match=r"no manifest .* not count 4 samples .*4 .ppm"):
+        pictures.write_manifests()
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_label_whose_picture_has_an_unknown_extension_says_so(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "000.tar", {**samples(), "x.ppm": png(0), "x.cls": b"1"})
+    with pytest.raises(SmaltiError, match=r"label for x, but its picture has an unknown .*x.ppm"):
+        open_source(str(path))
+
+
+def test_a_manifest_with_too_few_samples_can_be_replaced(shards: Path) -> None:
+    manifest = shards / "manifest.json"
+    manifest.write_text(json.dumps({"shards": {"000.tar": COUNT, "001.tar": 2}}))
+    with pytest.raises(SmaltiError, match=r"holds 6 samples, but 2 are listed .*--write_manifest"):
+        open_source(str(shards))
+    manifest.unlink()
+    pictures = open_unverified(str(shards), SourceOptions())
+    assert isinstance(pictures, ShardPictures) and pictures.write_manifests() == [manifest]
+    assert read_manifest(shards) == {"000.tar": COUNT, "001.tar": COUNT}
+
+
+def test_files_beside_shards_are_counted_and_named(shards: Path, caplog) -> None:
+    (shards / "002.tar.part").write_bytes(b"")
+    (shards / "classes.json").write_text('["a", "b"]')
+    assert len(open_source(str(shards))) == 2 * COUNT
+    assert caplog.messages == [f"ignored 1 files in {shards}: 1 .part (002.tar.part)"]
+
+
+def test_labels_elsewhere_are_named_by_an_option(tmp_path: Path, caplog) -> None:
+    def opened(label: str, **members: bytes):
+        content = {f"{n}.{kind}": text for kind, text in members.items() for n in (0, 1)}
+        content = {name: text % int(name[0]) for name, text in content.items()}
+        path = write_tar(tmp_path / "000.tar", {"0.png": png(0), "1.png": png(1), **content})
+        one = FolderOptions(single_class=True)
+        return open_source(str(path), options=one, shards=ShardOptions(label))
+
+    category = b'{"category": "class %d"}'
+    for label, members in {".txt": {"txt": b"class %d"}, "category": {"json": category}}.items():
+        source = opened(label, **members)
+        assert source.classes == ("class 0", "class 1") and source.labels.tolist() == [0, 1]
+    assert opened("", json=category).classes == ("",)
+    assert "2 .json without a label (0.json); name the label in --shards.label" in caplog.text
+    with pytest.raises(SmaltiError, match=r'0 in .* has no label: add 0.json with "kind"'):
+        opened("kind", json=category)
+    with pytest.raises(SmaltiError, match=r"0.json .* holds no label \(True\)"):
+        opened("", json=b'{"label": true, "%d": 0}')
+    with pytest.raises(SmaltiError, match=r"--shards.\* is for WebDataset shards"):
+        open_source("emoji", shards=ShardOptions(".txt"))
+
+
+def test_brackets_and_braces_in_a_path_are_part_of_it(tmp_path: Path) -> None:
+    for name in ("set [1]", "set {a}", "a*"):
+        for number in range(2):
+            write_tar(tmp_path / name / f"[{number}].tar", samples(COUNT * number))
+        for pattern in ("", "*.tar", "[[]?].tar", "[{0..1}].tar"):
+            assert len(open_source(f"{tmp_path / name}/{pattern}")) == 2 * COUNT, pattern
+        assert len(open_source(f"{tmp_path / name}/[0].tar")) == COUNT
+
+
+def test_a_pipe_is_never_opened(shards: Path, caplog) -> None:
+    os.mkfifo(shards / "002.tar")
+    assert len(open_source(str(shards))) == 2 * COUNT
+    assert "1 pipe or device (002.tar)" in caplog.text
+    with pytest.raises(SmaltiError, match=r"002.tar is a pipe or a device"):
+        open_source(str(shards / "002.tar"))
 
 
 # -- behind a URL -----------------------------------------------------------------------------

@@ -250,6 +250,24 @@ def test_a_folder_with_class_folders_is_one_of_pictures(pictures: Path) -> None:
     assert len(open_source(str(pictures))) == 24
 
 
+def test_a_folder_of_several_kinds_of_files_is_refused(pictures: Path, tmp_path: Path) -> None:
+    """None of them is read as if the others were not there."""
+    flat = pictures / "red"
+    shards = make_shards(pictures, tmp_path / "made")
+    np.save(flat / "stats.npy", np.zeros(3))
+    with pytest.raises(SmaltiError, match=r"several kinds \(stats.npy, 0.png\): .*'.*stats.npy'"):
+        open_source(str(flat))
+    (flat / "stats.npy").rename(shards / "stats.npy")
+    with pytest.raises(SmaltiError, match=r"several kinds .*--data '(.*/\*.tar)'") as error:
+        open_source(str(shards))
+    remedy = str(error.value).split("'")[1]
+    assert len(open_source(remedy)) == 24
+    assert len(open_source(str(flat), options=FolderOptions(single_class=True))) == 8
+    (shards / "000000.tar").rename(flat / "a.tar")
+    with pytest.raises(SmaltiError, match=r"several kinds \(a.tar, 0.png\)"):
+        open_source(str(flat))
+
+
 def test_large_sets_are_not_decoded_at_the_start(pictures: Path, tmp_path: Path) -> None:
     shards = make_shards(pictures, tmp_path / "made")
     (pictures / "red" / "bad.png").write_bytes(b"")

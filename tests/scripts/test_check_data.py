@@ -20,7 +20,9 @@ def check(tmp_path: Path):
         listed, report = tmp_path / "out" / "bad.txt", tmp_path / "out" / "report.json"
         flags = ["--data", data, "--bad_files", str(listed), "--json", str(report), *arguments]
         status = main(["check-data", *flags])
-        lines = listed.read_bytes().decode(errors="surrogateescape").splitlines()
+        written = listed.read_bytes() if listed.is_file() else b""
+        assert written or not listed.exists()  # no empty list
+        lines = written.decode(errors="surrogateescape").splitlines()
         return status, json.loads(report.read_text()), lines
 
     return run
@@ -62,7 +64,10 @@ def test_every_bad_file_is_listed_with_its_reason(pictures: Path, check, capsys)
     assert [line.split("\t")[0] for line in bad] == [entry["place"] for entry in report["bad"]]
     assert report["classes"] == {"blue": 8, "green": 8, "red": 8}  # those that can be used
     assert report["train"] + report["heldout"] == 24
-    assert "28 pictures, 4 of them bad" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "28 pictures, 4 of them bad" in out and "bad files: 4, listed in" in out
+    for place, reason in reasons.items():
+        assert f"bad: {place} {reason}\n" in out
     status, report, bad = check(str(pictures), "--folder.unusual_images", "convert")
     assert status == 1 and len(bad) == 3 and report["modes"] == {"RGB": 24, "CMYK": 1}
 
@@ -73,6 +78,37 @@ def test_the_list_of_an_earlier_check_is_replaced(pictures: Path, check) -> None
     (pictures / "red" / "empty.png").unlink()
     status, _, bad = check(str(pictures))
     assert status == 0 and bad == []
+
+
+def test_many_bad_files_are_named_up_to_a_number(pictures: Path, check, capsys) -> None:
+    for path in [*(pictures / "red").iterdir(), *(pictures / "green").iterdir()]:
+        path.write_bytes(b"")
+    for number in range(9):
+        (pictures / "blue" / f"bad{number}.png").write_bytes(b"")
+    _, _, bad = check(str(pictures))
+    out = capsys.readouterr().out.splitlines()
+    assert len(bad) == 25 and sum(line.startswith("bad: /") for line in out) == 20
+    assert "bad: 5 more" in out
+
+
+def test_what_is_passed_over_and_what_is_recognised_is_noted(pictures: Path, check) -> None:
+    (pictures / "notes.txt").write_text("")
+    for split in ("train", "val"):
+        for name in ("red", "green"):
+            (pictures / split / name).mkdir(parents=True)
+    for name in ("red", "green"):
+        for number in range(8):
+            split = "val" if number < 3 else "train"
+            file = f"{number}.png"
+            (pictures / name / file).rename(pictures / split / name / file)
+        (pictures / name).rmdir()
+    for path in (pictures / "blue").iterdir():
+        path.unlink()
+    (pictures / "blue").rmdir()
+    status, report, _ = check(str(pictures))
+    assert status == 0 and (report["train"], report["heldout"]) == (10, 6)
+    assert any("are splits: 10 pictures of train are read" in note for note in report["remarks"])
+    assert any("1 .txt (notes.txt)" in note for note in report["remarks"])
 
 
 def test_copies_are_found_within_and_across_classes(pictures: Path, check) -> None:
