@@ -12,6 +12,7 @@ from PIL import Image
 from smalti.data.classes import named_classes
 from smalti.data.image_io import FolderOptions, Unusable, decode, without_pixel_warning
 from smalti.data.sources.base import EncodedPictures, SourceOptions
+from smalti.data.value_range import ValueRange
 from smalti.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,9 @@ def open_folder(spec: str, options: SourceOptions) -> FolderPictures:
     return FolderPictures(Path(spec).expanduser())
 
 
-def read_picture(path: Path, options: FolderOptions) -> Image.Image:
+def read_picture(
+    path: Path, options: FolderOptions, value_range: ValueRange | None = None
+) -> Image.Image:
     """One picture file, RGB, under the same rules as those of a folder.
 
     Raises:
@@ -73,9 +76,12 @@ def read_picture(path: Path, options: FolderOptions) -> Image.Image:
         raise DataError(f"the picture {path} {wrong}: check the path")
     try:
         with without_pixel_warning():
-            return decode(path, options).image
+            found = decode(path, options, value_range)
     except Unusable as problem:
         raise DataError(f"{path} {problem}") from problem
+    if found.note:
+        logger.warning("%s: %s", path, found.note)
+    return found.image
 
 
 def _list_pictures(root: Path) -> list[_Picture]:
