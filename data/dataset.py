@@ -4,17 +4,22 @@
 same keys give the same batch in any process, whatever was read before.
 """
 
+import dataclasses
 import logging
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from smalti.checkpoints import is_checkpoint, state_of
+from smalti.config import config_from_dict, config_to_dict
 from smalti.data.classes import class_number
 from smalti.data.latents import to_float
 from smalti.data.order import Key, even_subset
@@ -36,6 +41,7 @@ from smalti.data.transforms import (
     to_tensor,
 )
 from smalti.errors import ConfigurationError, DataError
+from smalti.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -250,6 +256,58 @@ class PictureOptions(SourceOptions):
     # arrow files, WebDataset shards (path/{000..009}.tar, or URLs), or arrays (.npz, .npy)
     data: str = "emoji"
 
+    # The field that names a trained model: on the command line, the options of its pictures are the
+    # defaults, see `stored_defaults`. "": none does.
+    TRAINED: ClassVar[str] = ""
+
+    @classmethod
+    def stored_defaults(cls, given: Callable[[str], Any]) -> dict[str, Any]:
+        """The options of the pictures that the command's model was trained on, by field.
+
+        Empty if it is not known, or if the command names other pictures.
+
+        Args:
+            given: the value of a field on the command line or in the recipe, None if there is none.
+
+        Raises:
+            SmaltiError: the file of the options is damaged.
+        """
+        defaults: dict[str, Any] = {part.name: part.default for part in dataclasses.fields(cls)}
+        model = given(cls.TRAINED) or defaults.get(cls.TRAINED)
+        stored = read_options(Path(model).expanduser()) if isinstance(model, str | Path) else None
+        if stored is None or not _same_place(str(given("data") or stored.data), stored.data):
+            return {}
+        kept = {name: getattr(stored, name) for name in STORED if name in defaults}
+        return {**kept, "data": stored.data}
+
+    def note_stored(self) -> None:
+        """Log which options are those of the model's training, and which contradict them."""
+        model = getattr(self, self.TRAINED)
+        stored = read_options(Path(model).expanduser())
+        if stored is None:
+            return
+        if not _same_place(self.data, stored.data):
+            logger.info(
+                "%s was trained on %s, these are pictures of %s: options of the data are not taken "
+                "over",
+                model,
+                stored.data,
+                self.data,
+            )
+            return
+        ours, theirs, usual = (
+            _leaves({name: getattr(options, name, None) for name in STORED})
+            for options in (self, stored, DataOptions())
+        )
+        same = [f"{k} {v}" for k, v in theirs.items() if ours.get(k) == v != usual.get(k)]
+        if same:
+            logger.info("pictures are read as for the training of %s: %s", model, ", ".join(same))
+        for name in sorted(theirs.keys() & ours.keys()):
+            if ours[name] != theirs[name] and (name in vars(self) or "." in name):
+                logger.warning(
+                    "%s is %s; %s was trained with %s", name, ours[name], model, theirs[name]
+                )
+
     def source(self) -> ImageSource:
         """All pictures, before they are divided into splits.
 
@@ -262,6 +320,7 @@ class PictureOptions(SourceOptions):
             hf=self.hf,
             stream_cache=self.stream_cache,
             shards=self.shards,
+            value_range=self.value_range,
         )
 
 
@@ -273,6 +332,7 @@ class DataOptions(PictureOptions):
     split_seed: int = 0  # which pictures are held out depends on it
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.heldout_fraction < 1:
             raise ConfigurationError(
                 f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1"
@@ -298,3 +358,53 @@ class DataOptions(PictureOptions):
             crop=crop,
             seed=seed,
         )
+
+
+# -- Options that are stored with what was made from the pictures ---------------------------------
+
+OPTIONS = "pictures.json"  # beside a tokenizer or a latent cache
+# All but `stream_cache`, which is a place on one machine.
+STORED = ("folder", "hf", "value_range", "heldout_fraction", "split_seed")
+
+
+def write_options(folder: Path, options: DataOptions) -> None:
+    """Store which pictures a tokenizer was trained on, or a cache encoded from, and how they were
+    read and divided."""
+    content = {name: config_to_dict(getattr(options, name)) for name in ("data", *STORED)}
+    write_json(folder / OPTIONS, content)
+
+
+def read_options(model: Path) -> DataOptions | None:
+    """The options that `write_options` stored with a tokenizer, a cache or the tokenizer of a
+    pipeline, or those of the run that a checkpoint belongs to; None if there are none.
+
+    Raises:
+        SmaltiError: the file is damaged.
+    """
+    for path in (model / OPTIONS, model / "tokenizer" / OPTIONS):
+        if path.is_file():
+            return config_from_dict(DataOptions, read_json(path), str(path))
+    run = state_of(model).get("config") if is_checkpoint(model) else None
+    if not isinstance(run, dict):
+        return None
+    if "latents" in run:  # of a prior, which reads no pictures
+        return read_options(Path(str(run["latents"])) / "train")
+    known = {name: run[name] for name in ("data", *STORED) if name in run}
+    return config_from_dict(DataOptions, known, str(model)) if "data" in known else None
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Whether two values of --data name the same pictures."""
+    first, second = (os.path.abspath(os.path.expanduser(data)) for data in (one, other))
+    return first == second
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options and options within them, by dotted name."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value):
+            leaves |= _leaves(vars(value), f"{prefix}{name}.")
+        else:
+            leaves[f"{prefix}{name}"] = value
+    return leaves

@@ -1,28 +1,45 @@
 """Image files: decoding of untrusted files to 8-bit RGB, and writing of images and grids.
 
-A file is decoded by Pillow, only in formats that run no other program, and only after its header
-has been checked. A file with a property that 8-bit RGB cannot represent is refused or converted,
-according to `FolderOptions`.
+A file is decoded by Pillow, only in formats that run no other program, and only after its length
+and its header have been checked. A file with a property that 8-bit RGB cannot represent is refused
+or converted, according to `FolderOptions` and, for more than 8 bits per channel, to a range of
+values. Metadata never decide whether a picture can be used.
 """
 
 import io
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+import torch
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from smalti.config import check_at_least
 from smalti.data.latents import to_levels
+from smalti.data.metadata import UPRIGHT, orientation_of, reason, tags_exceed, without_metadata
+from smalti.data.value_range import (
+    MIN_LEVELS,
+    Extent,
+    Histogram,
+    ValueRange,
+    remedy,
+    to_eight_bits,
+    written,
+)
 from smalti.errors import ConfigurationError, DataError
 from smalti.files import replacing
+
+decode_png: Any = None  # keeps all 16 bits of colours, where Pillow drops 8; torchvision's, unless
+with suppress(ImportError):  # it is a version without, as is announced
+    from torchvision.io import decode_png  # type: ignore[no-redef]
 
 # -- Decoding: an image file -> 8-bit RGB ---------------------------------------------------------
 
@@ -30,12 +47,17 @@ from smalti.files import replacing
 # another program. It decodes these itself, and opens MPO as JPEG.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
+# Longer files are refused unread: 16 bytes per allowed pixel are RGBA in 32 bits per channel, and
+# the rest is room for metadata.
+BYTES_PER_PIXEL, BYTES_OF_METADATA = 16, 64 * 2**20
+
 
 @dataclass(frozen=True)
 class FolderOptions:
     """Which image files are accepted. The defaults refuse files that decoding would change."""
 
-    # 16-bit, CMYK, palette and animated files: refuse them, or convert to 8-bit RGB (first frame).
+    # Animated files, files of several pages, 16-bit (or deeper) and LAB files: refuse them, or
+    # convert to 8-bit RGB (first frame; for deep ones see --value_range).
     unusual_images: Literal["refuse", "convert"] = "refuse"
     # Files that cannot be decoded: stop, leave them out, or replace them by others of their class.
     bad_images: Literal["refuse", "skip", "replace"] = "refuse"
@@ -54,39 +76,86 @@ class FolderOptions:
 
 
 class Unusable(Exception):
-    """A picture cannot be used; `undecodable` if its file is damaged."""
+    """A picture cannot be used; `undecodable` if its file is damaged.
 
-    def __init__(self, reason: str, *, undecodable: bool = False) -> None:
-        super().__init__(reason)
-        self.undecodable = undecodable
+    If it is deep (more than 8 bits per channel) and a range of values would make it usable,
+    `extent` is known, and the message ends with a remedy for this picture alone; `reason` is the
+    message without that.
+    """
+
+    def __init__(
+        self, reason: str, *, undecodable: bool = False, extent: Extent | None = None
+    ) -> None:
+        super().__init__(reason if extent is None else f"{reason}: {remedy([extent])}")
+        self.reason, self.undecodable, self.extent = reason, undecodable, extent
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A picture, and the colour mode of its file."""
+    """A picture, and what its file is like."""
 
     image: Image.Image  # RGB, upright
     mode: str  # Pillow's name for the stored colours
+    extent: Extent | None = None  # of the values of a deep picture
+    note: str | None = None  # why metadata were ignored
 
 
-def decode(stream: BinaryIO | Path, options: FolderOptions) -> Decoded:
+def decode(
+    stream: BinaryIO | Path, options: FolderOptions, value_range: ValueRange | None = None
+) -> Decoded:
     """The picture in a stream or a file.
+
+    Args:
+        value_range: the stored values that become black and white where a channel has more than
+            8 bits. None: such pictures are refused, or converted by the full range of their type,
+            as `options.unusual_images` says. A range that does not fit the picture is refused.
 
     Raises:
         Unusable: the file is damaged, or the options do not accept it; the message has a remedy.
     """
+    if isinstance(stream, Path):
+        try:
+            file = stream.open("rb")
+        except OSError as error:
+            raise Unusable(f"cannot be read ({error}): check the path") from error
+        with file:
+            return decode(file, options, value_range)
+    _allow_pixels(options.max_pixels)
+    length = stream.seek(0, os.SEEK_END)
+    check_length(length, options)
+    _check_tags(stream, length)
     try:
-        with Image.open(stream, formats=FORMATS) as image:
-            _check_header(image, options)
-            return Decoded(_to_rgb(image), image.mode)
+        return _decode(stream, options, value_range)
     except (Unusable, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # more pixels than Pillow ever opens
-        raise Unusable(f"declares more pixels than are allowed ({error}): remove it") from error
+        number = re.search(r"\d+", str(error))
+        declared = f"{number[0]} pixels, more than" if number else "more pixels than"
+        raise Unusable(_too_large(declared, options)) from error
     except Exception as error:  # decoders raise many kinds; each means that the file is damaged
-        raise Unusable(
-            f"cannot be decoded ({_why(error)}): replace or remove it", undecodable=True
-        ) from error
+        found = _without_metadata(stream, options, value_range)
+        if found is None:
+            raise Unusable(
+                f"cannot be decoded ({_why(error)}): replace or remove it", undecodable=True
+            ) from error
+        known = not isinstance(error, UnidentifiedImageError)
+        why = f" ({_why(error)})" if known else ""
+        return replace(found, note=f"its metadata cannot be read{why}")
+
+
+def _decode(stream: BinaryIO, options: FolderOptions, value_range: ValueRange | None) -> Decoded:
+    with Image.open(stream, formats=FORMATS) as image:
+        _check_header(image, options)
+        extent = None
+        mode = image.mode
+        if _is_deep(image):
+            rgb, extent = _from_deep(image, stream, options, value_range)
+        else:
+            image.load()
+            rgb = _on_white(image)
+        orientation, note = orientation_of(image)
+        method = UPRIGHT.get(orientation)
+        return Decoded(rgb if method is None else rgb.transpose(method), mode, extent, note)
 
 
 def format_of(content: bytes) -> str | None:
@@ -103,7 +172,7 @@ def format_of(content: bytes) -> str | None:
 def _why(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"not a picture in a known format: {', '.join(FORMATS)}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return reason(error)
 
 
 @contextmanager
@@ -117,13 +186,44 @@ def without_pixel_warning() -> Iterator[None]:
         yield
 
 
+# -- Budgets and properties, known before the pixels are decoded --
+
+
+def check_length(length: int, options: FolderOptions) -> None:
+    """Raise `Unusable` for a file, `length` bytes long, that no picture of `max_pixels` needs."""
+    limit = BYTES_OF_METADATA + BYTES_PER_PIXEL * options.max_pixels
+    if length > limit:
+        raise Unusable(
+            f"is {length} bytes long, more than the {limit} that a picture of "
+            f"{options.max_pixels} pixels needs: remove it, or raise --folder.max_pixels"
+        )
+
+
+def _check_tags(stream: BinaryIO, length: int) -> None:
+    """Raise `Unusable` for a TIFF of whose bytes Pillow would make many copies."""
+    stream.seek(0)
+    if tags_exceed(stream, length):
+        raise Unusable(
+            f"has tags that are longer than its {length} bytes: replace or remove it",
+            undecodable=True,
+        )
+    stream.seek(0)
+
+
+def _allow_pixels(count: int) -> None:
+    """Raise Pillow's own limit for the process if the user allows larger pictures."""
+    if Image.MAX_IMAGE_PIXELS is not None and count > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = count
+
+
+def _too_large(declared: str, options: FolderOptions) -> str:
+    return f"declares {declared} {options.max_pixels}: shrink it, or raise --folder.max_pixels"
+
+
 def _check_header(image: Image.Image, options: FolderOptions) -> None:
     width, height = image.size
     if width * height > options.max_pixels:
-        raise Unusable(
-            f"declares {width} x {height} pixels, more than {options.max_pixels}: shrink it, or"
-            " raise --folder.max_pixels"
-        )
+        raise Unusable(_too_large(f"{width} x {height} pixels, more than", options))
     if min(width, height) < options.min_side:
         raise Unusable(
             f"is {width} x {height} pixels, less than {options.min_side} on a side: remove it, or"
@@ -131,39 +231,144 @@ def _check_header(image: Image.Image, options: FolderOptions) -> None:
         )
     kind = _unusual(image)
     if kind and options.unusual_images == "refuse":
-        raise Unusable(f"is {kind}: save it as 8-bit RGB, or pass --folder.unusual_images convert")
-
-
-# Pillow's names for 16-bit colour in the arguments of a decoder; the mode is "RGB" nonetheless.
-_DEEP_COLOUR = re.compile(r"\b(LA?|RGB[AX]?|CMYK);16")
+        raise Unusable(f"{kind}: save it as 8-bit RGB, or pass --folder.unusual_images convert")
 
 
 def _unusual(image: Image.Image) -> str | None:
     """The property of a picture that 8-bit RGB cannot keep, or None."""
-    if getattr(image, "n_frames", 1) > 1:
-        return "animated"
-    deep = any(_DEEP_COLOUR.search(str(tile[3])) for tile in getattr(image, "tile", ()))
-    if deep or image.mode.startswith(("I", "F")):
-        return "16-bit (or deeper)"
-    names = {"CMYK": "CMYK", "P": "a palette image", "PA": "a palette image", "LAB": "LAB"}
-    if image.mode in names:
-        return names[image.mode]
+    # `is_animated` looks for a second frame; `n_frames` would read the headers of 60,000. The
+    # further pictures in a JPEG (MPO) of a phone or a drone are previews and depth or gain maps.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        return "has several pages" if image.format == "TIFF" else "is animated"
+    return "is LAB" if image.mode == "LAB" else None
+
+
+def _without_metadata(
+    stream: BinaryIO, options: FolderOptions, value_range: ValueRange | None
+) -> Decoded | None:
+    """The picture in a file that cannot be decoded, if only its metadata are the reason."""
+    try:
+        stream.seek(0)
+        content = stream.read()
+    except OSError:
+        return None
+    for keep_exif in (True, False):
+        stripped = without_metadata(content, keep_exif=keep_exif)
+        if stripped == content:
+            return None
+        try:
+            return _decode(io.BytesIO(stripped), options, value_range)
+        except (Unusable, MemoryError):
+            raise
+        except Exception:  # as in `decode`
+            continue
     return None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """First frame, upright, 8 bits, alpha composited on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey: 65535 -> 255
-        image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
-    elif image.mode == "F":
-        image = image.point(lambda value: value * 255).convert("L")
+# -- Colours: alpha on white, more than 8 bits per channel by a range of values --
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """An 8-bit picture as RGB: alpha is composited on white."""
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         canvas.alpha_composite(image)
         image = canvas
     return image.convert("RGB")
+
+
+# Pillow's names for 16-bit colour in the arguments of a decoder; the mode is "RGB" nonetheless.
+_DEEP_COLOUR = re.compile(r"\b(LA?|RGB[AX]?|CMYK);16")
+TIFF_BITS, TIFF_SIGNED, SIGNED = 258, 339, 2  # tags, and the value of the second
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a picture that is not loaded yet has more than 8 bits per channel."""
+    return image.mode.startswith(("I", "F")) or _is_deep_colour(image)
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    return any(_DEEP_COLOUR.search(str(tile[3])) for tile in getattr(image, "tile", ()))
+
+
+def _full_range(image: Image.Image) -> ValueRange:
+    """The range of the type in which values are stored; of floats, by custom, 0 to 1."""
+    if image.mode == "F":
+        return 0, 1
+    tags: Any = getattr(image, "tag_v2", {})
+    bits, kind = tags.get(TIFF_BITS, (16,))[0], tags.get(TIFF_SIGNED, (1,))[0]
+    return 0, 2 ** (bits - (kind == SIGNED)) - 1
+
+
+def _from_deep(
+    image: Image.Image, stream: BinaryIO, options: FolderOptions, value_range: ValueRange | None
+) -> tuple[Image.Image, Extent]:
+    """A deep picture as RGB, not turned upright, and the extent of its values.
+
+    Raises:
+        Unusable: neither `options` nor a range accept it, or the range does not fit.
+    """
+    full = _full_range(image)
+    limits = full if value_range is None else value_range
+    if _is_deep_colour(image) and (image.format != "PNG" or decode_png is None):
+        return _from_upper_bits(image, options, value_range)
+    values, opacity = _deep_values(image, stream)
+    if not np.isfinite(values).all():
+        raise Unusable("has values that are not finite: replace or remove it", undecodable=True)
+    histogram = Histogram(values)
+    extent = histogram.extent
+    span = written((extent.low, extent.high)).replace(" ", " to ")
+    about = f"is 16-bit (or deeper), with values {span}"
+    if value_range is None and options.unusual_images == "refuse":
+        raise Unusable(about, extent=extent)
+    if problem := histogram.problem(limits):
+        raise Unusable(f"{about}, and {problem}", extent=extent)
+    levels = to_eight_bits(values, limits)
+    if opacity is not None:
+        alpha = opacity[..., None] if levels.ndim == 3 else opacity
+        levels = np.floor(255 - alpha * (255 - levels.astype(np.float32)) + 0.5).astype(np.uint8)
+    return Image.fromarray(levels).convert("RGB"), extent
+
+
+def _deep_values(image: Image.Image, stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
+    """Stored values (H, W) or (H, W, 3), and the opacity (H, W), 0 to 1, where there is one."""
+    if _is_deep_colour(image):  # Pillow would drop the lower 8 bits
+        stream.seek(0)
+        content = torch.frombuffer(bytearray(stream.read()), dtype=torch.uint8)
+        planes = decode_png(content).permute(1, 2, 0).numpy()
+        if planes.shape[2] in (2, 4):
+            opacity = planes[..., -1].astype(np.float32) / 65535
+            return planes[..., 0] if planes.shape[2] == 2 else planes[..., :-1], opacity
+        values = planes
+    else:
+        values = np.asarray(image)
+        values = values.astype(values.dtype.newbyteorder("="))
+        if values.dtype == np.int32 and _full_range(image)[1] == 2**32 - 1:
+            values = values.view(np.uint32)  # Pillow has no unsigned type of 32 bits
+    key = image.info.get("transparency")  # the value, or the colour, that is transparent
+    if key is None:
+        return values, None
+    opaque = values != np.asarray(key, values.dtype)
+    return values, (opaque.any(-1) if values.ndim == 3 else opaque).astype(np.float32)
+
+
+def _from_upper_bits(
+    image: Image.Image, options: FolderOptions, value_range: ValueRange | None
+) -> tuple[Image.Image, Extent]:
+    """16-bit colour, of which Pillow reads the upper 8 bits: right for the full range."""
+    about = f"is 16-bit colour in {image.format}, of which the upper 8 bits can be read"
+    if value_range is None and options.unusual_images == "refuse":
+        raise Unusable(f"{about}: save it as 8-bit RGB, or pass --folder.unusual_images convert")
+    image.load()
+    rgb = _on_white(image)
+    histogram = Histogram(np.asarray(rgb))
+    if value_range not in (None, _full_range(image)) or len(histogram.values) < MIN_LEVELS:
+        raise Unusable(
+            f"{about}, with {len(histogram.values)} levels from {histogram.values[0]} to "
+            f"{histogram.values[-1]}: save it as 8-bit RGB"
+        )
+    return rgb, Histogram(np.asarray(rgb, np.uint16) * 257).extent
 
 
 # -- Writing: images (B, 3, H, W) in [-1, 1] -> 8-bit pictures and files --------------------------
@@ -173,14 +378,21 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """Images (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3): clamped, then rounded.
 
     Raises:
-        DataError: a value is infinite or NaN; it would become an arbitrary level.
+        DataError: a value is infinite or NaN.
     """
-    if not images.isfinite().all():
+    _check_finite(images)
+    return to_levels(images).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _check_finite(images: Tensor) -> None:
+    """Raise `DataError` if any of the images (B, 3, H, W) would be black or white by accident."""
+    bad = (~images.isfinite()).flatten(1).any(1)
+    if bad.any():
         raise DataError(
-            "an image has values that are infinite or NaN, so it is not written: use bfloat16 or "
+            f"{int(bad.sum())} of {len(images)} images have values that are infinite or NaN, the "
+            f"first at position {int(bad.nonzero()[0])}, and are not written: use bfloat16 or "
             "float32 if the model runs in float16, else an earlier checkpoint"
         )
-    return to_levels(images).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -211,7 +423,11 @@ def image_grid(
         column_labels: one text per column, written above it.
         padding: pixels between images, before enlargement.
         scale: side, in pixels, of the square that each pixel becomes.
+
+    Raises:
+        DataError: a value is infinite or NaN.
     """
+    _check_finite(images)
     grid = make_grid(images.clamp(-1, 1), nrow=columns, padding=padding, pad_value=1.0)
     picture = to_pil(grid[None])[0]
     size = (picture.width * scale, picture.height * scale)

@@ -22,6 +22,7 @@ from smalti.data.sources.base import (
     verify,
 )
 from smalti.data.sources.webdataset import ShardPictures
+from smalti.data.value_range import ValueRange, common_range, written
 from smalti.errors import SmaltiError
 from smalti.files import Info, command, read_json, sha256_of
 
@@ -77,11 +78,12 @@ def inspect(
     pictures: ImageSource | EncodedPictures,
     options: FolderOptions,
     *,
+    value_range: ValueRange | None = None,
     heldout_fraction: float,
     split_seed: int,
 ) -> Report:
     """Decode all pictures of a set, and report on them."""
-    findings = findings_of(pictures, options)
+    findings = findings_of(pictures, options, value_range)
     good = [row for row, found in enumerate(findings) if not found.problem]
     used = [findings[row] for row in good]
     labels = pictures.labels[good]
@@ -91,6 +93,7 @@ def inspect(
     duplicates = _duplicates(pictures, good, used, labels)
     heldout = _num_heldout(pictures, good, used, heldout_fraction, split_seed, remarks)
     remarks += _remarks(classes, duplicates, options)
+    remarks += _remarks_on_files(pictures, findings)
     return Report(
         data=data,
         pictures=len(findings),
@@ -110,10 +113,14 @@ def inspect(
     )
 
 
-def findings_of(pictures: ImageSource | EncodedPictures, options: FolderOptions) -> list[Finding]:
+def findings_of(
+    pictures: ImageSource | EncodedPictures,
+    options: FolderOptions,
+    value_range: ValueRange | None = None,
+) -> list[Finding]:
     """The result of decoding every picture; the sha256 is of the pixels where there is no file."""
     if isinstance(pictures, EncodedPictures):
-        return verify(pictures, options)
+        return verify(pictures, options, value_range)
 
     def examine(index: int) -> Finding:
         image = pictures.read(index)
@@ -205,6 +212,28 @@ def _remarks(classes: dict[str, int], duplicates: Duplicates, options: FolderOpt
         remarks.append(f"{len(small)} classes with fewer than {SMALL_CLASS} pictures: {named}")
     if duplicates.across_classes:
         remarks.append("the same picture has two labels: see duplicates in --json")
+    return remarks
+
+
+def _remarks_on_files(
+    pictures: ImageSource | EncodedPictures, findings: list[Finding]
+) -> list[str]:
+    remarks = []
+    deep = [found.extent for found in findings if found.extent]
+    if deep:
+        limits = common_range(deep)
+        values = (min(extent.low for extent in deep), max(extent.high for extent in deep))
+        fits = f"--value_range {written(limits)} fits all" if limits else "no range fits all"
+        remarks.append(
+            f"{len(deep)} pictures with more than 8 bits per channel, values from {values[0]:g} to "
+            f"{values[1]:g}: {fits}"
+        )
+    noted = [row for row, found in enumerate(findings) if found.note]
+    if noted:
+        remarks.append(
+            f"{len(noted)} pictures whose metadata are ignored, the first "
+            f"{_place(pictures, noted[0])}: {findings[noted[0]].note}"
+        )
     return remarks
 
 

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -38,6 +40,8 @@ NAME_LENGTH = 24  # characters of a file name that are shown
 class LatentGridOptions(PictureOptions):
     """The tokenizer, the images, and the file of the latent grid."""
 
+    TRAINED: ClassVar[str] = "model"
+
     model: str = "runs/demo/pipeline"  # a tokenizer, or a pipeline whose tokenizer is used
     images: tuple[Path, ...] = ()  # image files; or give --indices
     indices: tuple[int, ...] = ()  # positions in the data set, from 0
@@ -46,6 +50,7 @@ class LatentGridOptions(PictureOptions):
     batch_size: int = 64  # images encoded at once
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least(1, self, "batch_size")
 
 
@@ -81,6 +86,7 @@ class LatentEditor:
     @cached_property
     def source(self) -> ImageSource:
         """The data set, opened at the first use."""
+        self.options.note_stored()
         return self.options.source()
 
     @property
@@ -108,7 +114,10 @@ class LatentEditor:
             raise ConfigurationError(f"{flag} names {given} images; this command takes {count}")
         if indices:
             return self.read(indices)
-        return self._squares([read_picture(path, self.options.folder) for path in files])
+        return self._squares([self._read_file(path) for path in files])
+
+    def _read_file(self, path: Path) -> Image.Image:
+        return read_picture(path, self.options.folder, self.options.value_range)
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Images of the data set.

@@ -51,6 +51,7 @@ def check_data(config: CheckDataConfig) -> Report:
         config.data,
         pictures,
         config.folder,
+        value_range=config.value_range,
         heldout_fraction=config.heldout_fraction,
         split_seed=config.split_seed,
     )

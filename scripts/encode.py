@@ -8,13 +8,14 @@ After an interruption, the same command continues where it stopped.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from smalti.checkpoints import Weights, is_checkpoint
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
-from smalti.data.dataset import DataOptions, ImageDataset
+from smalti.data.dataset import DataOptions, ImageDataset, write_options
 from smalti.data.latent_cache.cache import (
     SPLITS,
     TOKENIZER,
@@ -33,6 +34,8 @@ from smalti.training.processes import fills_folder, join_job, say, shared_work
 @dataclass(frozen=True)
 class EncodeConfig(DataOptions):
     """Encode pictures to a latent cache with one folder per split: train/ and heldout/."""
+
+    TRAINED: ClassVar[str] = "tokenizer"
 
     # Folder of a saved tokenizer, or a checkpoint of a run that trains one.
     tokenizer: Path = Path("runs/tokenizer/tokenizer")
@@ -53,6 +56,8 @@ class EncodeConfig(DataOptions):
 def encode(config: EncodeConfig) -> Path:
     """Write the caches of both splits, and return their folder."""
     state = join_job()
+    if state.is_main_process:
+        config.note_stored()
     refuse_other_contents(config.output_dir)
     if is_checkpoint(config.tokenizer):
         tokenizer = finished_tokenizer(config)
@@ -83,6 +88,8 @@ def encode(config: EncodeConfig) -> Path:
                 EncodedViews(tokenizer, larger, info.views, config.batch_size),
                 **share,
             )
+    if state.is_main_process:
+        write_options(config.output_dir / SPLITS[0], config)
     return config.output_dir
 
 

@@ -6,7 +6,7 @@ smalti evaluate --model runs/demo/pipeline --data emoji --output_dir runs/demo/e
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ PIPELINE_FLAGS = {field.name for field in fields(Sampling)} | {
 class EvaluateConfig(DataOptions, Sampling):
     """Measure a saved tokenizer or pipeline on held-out images, and the samples of a pipeline."""
 
+    TRAINED: ClassVar[str] = "model"
+
     # Folder of a pipeline, a tokenizer or a checkpoint, or an id on the Hub.
     model: str = "runs/demo/pipeline"
     weights: Weights = "ema"  # of a checkpoint: the average of its run, or raw
@@ -76,6 +78,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
         The metrics by name.
     """
     folder = resolve_folder(config.model)
+    config.note_stored()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (folder / INDEX).is_file() or has_prior(folder):
         pipeline = Pipeline.from_pretrained(folder, device=device, weights=config.weights)

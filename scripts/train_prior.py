@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import first_difference
+from smalti.data.dataset import DataOptions, read_options, write_options
 from smalti.data.latent_cache.cache import TOKENIZER, LatentBatch, LatentCache, open_splits
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
@@ -187,11 +188,19 @@ def validate(
     return {"val_loss": total / len(chosen)}
 
 
-def save(folder: Path, run: Run, pipeline: Pipeline, options: Mapping[str, Any]) -> None:
-    """Save tokenizer and prior as `Pipeline.from_pretrained` reads them, with a grid of samples:
-    that of the last step, if it was just sampled."""
+def save(
+    folder: Path,
+    run: Run,
+    pipeline: Pipeline,
+    options: Mapping[str, Any],
+    pictures: DataOptions | None,
+) -> None:
+    """Save tokenizer and prior as `Pipeline.from_pretrained` reads them, with a grid of samples
+    (that of the last step, if it was just sampled) and the options of the pictures, if known."""
     samples = run.final_picture("samples") or class_grid(pipeline, **options)
     pipeline.save_pretrained(folder, samples=samples)
+    if pictures is not None:
+        write_options(folder / "tokenizer", pictures)
 
 
 def train(config: TrainPriorConfig) -> Path:
@@ -254,7 +263,9 @@ def train(config: TrainPriorConfig) -> Path:
             run.checkpoint(step)
 
     ema.gather()
-    return run.export(partial(save, run=run, pipeline=pipeline, options=config.preview.options))
+    pictures = read_options(config.latents / "train") or read_options(config.tokenizer)
+    finished = partial(save, run=run, pipeline=pipeline, options=config.preview.options)
+    return run.export(partial(finished, pictures=pictures))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

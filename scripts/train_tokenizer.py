@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
-from smalti.data.dataset import DataOptions, ImageBatch, ImageDataset
+from smalti.data.dataset import DataOptions, ImageBatch, ImageDataset, write_options
 from smalti.data.image_io import image_grid
 from smalti.data.latents import CodeSpec
 from smalti.data.loader import stream_batches
@@ -297,10 +297,18 @@ def measure(run: Run, tokenizer: Tokenizer, images: ImageDataset, step: int) -> 
     )
 
 
-def save(folder: Path, tokenizer: Tokenizer, images: ImageDataset, device: torch.device) -> None:
-    """Save the finished tokenizer, with the statistics of its latents on the training images."""
+def save(
+    folder: Path,
+    tokenizer: Tokenizer,
+    images: ImageDataset,
+    device: torch.device,
+    options: DataOptions,
+) -> None:
+    """Save the finished tokenizer, with the statistics of its latents on the training images, and
+    the options of the images for later stages."""
     tokenizer.calibrate(batch.images.to(device) for batch in images.batches(64))
     tokenizer.save_pretrained(folder)
+    write_options(folder, options)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -383,7 +391,8 @@ def train(config: TrainTokenizerConfig) -> Path:
                 measured(step)
             run.checkpoint(step)
 
-    return run.export(partial(save, tokenizer=ema.model, images=images, device=run.device))
+    finished = partial(save, tokenizer=ema.model, images=images, device=run.device, options=config)
+    return run.export(finished)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -24,8 +24,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from smalti.config import nearest
-from smalti.data.image_io import FolderOptions, Unusable, decode, without_pixel_warning
+from smalti.data.image_io import (
+    FolderOptions,
+    Unusable,
+    check_length,
+    decode,
+    without_pixel_warning,
+)
 from smalti.data.sources.listing import EXTENSIONS, printable
+from smalti.data.value_range import Extent, ValueRange, check_range, remedy, written
 from smalti.errors import ConfigurationError, DataError
 
 logger = logging.getLogger(__name__)
@@ -143,6 +150,12 @@ class SourceOptions:
     # Where streams, and shards behind a URL, are copied once, for exact order and resuming.
     stream_cache: Path | None = None
     shards: ShardOptions = field(default_factory=ShardOptions)
+    # Stored values that become black and white in pictures with more than 8 bits per channel, which
+    # are then converted. None: refused, or with unusual_images convert, the range of their type.
+    value_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self.value_range)
 
 
 # -- Verification: every picture is decoded once, before training ---------------------------------
@@ -161,15 +174,34 @@ class Finding:
     width: int = 0  # upright; 0 where nothing could be decoded
     height: int = 0
     mode: str = ""  # Pillow's name for the colour mode of the file
+    extent: Extent | None = None  # of the values of a deep picture
+    note: str | None = None  # why its metadata were ignored
 
 
-def verify(pictures: EncodedPictures, options: FolderOptions) -> list[Finding]:
-    """Decode all pictures of a set, in threads; a progress bar appears if it takes long."""
+def verify(
+    pictures: EncodedPictures, options: FolderOptions, value_range: ValueRange | None = None
+) -> list[Finding]:
+    """Decode all pictures of a set, in threads; a progress bar appears if it takes long.
+
+    The remedy for deep pictures that are refused is one for the whole set.
+    """
     if len(_FINDINGS) > MAX_FINDINGS:
         _FINDINGS.clear()
-    return in_threads(
-        lambda index: _examine(pictures, index, options), len(pictures), "check pictures"
+    findings = in_threads(
+        lambda index: _examine(pictures, index, options, value_range),
+        len(pictures),
+        "check pictures",
     )
+    deep = [found.extent for found in findings if found.extent]
+    if not any(found.extent and found.problem for found in findings):
+        return findings
+    for_all = remedy(deep)
+    return [
+        replace(found, problem=f"{found.problem}: {for_all}")
+        if found.extent and found.problem
+        else found
+        for found in findings
+    ]
 
 
 def in_threads(work: Callable[[int], T], count: int, title: str) -> list[T]:
@@ -183,32 +215,42 @@ def in_threads(work: Callable[[int], T], count: int, title: str) -> list[T]:
             pool.shutdown(cancel_futures=True)
 
 
-# (sha256, options) -> finding. The splits of a set are opened one after the other, and each stage
-# of a demo opens the set again.
-_FINDINGS: dict[tuple[str, FolderOptions], Finding] = {}
+# (sha256, options, value range) -> finding; the problem of a deep picture lacks its remedy, because
+# that depends on the set. The splits of a set are opened one after the other, and each stage of a
+# demo opens the set again.
+_FINDINGS: dict[tuple[str, FolderOptions, ValueRange | None], Finding] = {}
 
 
-def _examine(pictures: EncodedPictures, index: int, options: FolderOptions) -> Finding:
+def _examine(
+    pictures: EncodedPictures, index: int, options: FolderOptions, value_range: ValueRange | None
+) -> Finding:
+    placeholder = hashlib.sha256(pictures.name(index).encode(errors="surrogateescape")).hexdigest()
     try:
+        check_length(pictures.size(index), options)
         with contextlib.closing(pictures.open(index)) as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
-            known = _FINDINGS.get((sha256, options))
+            key = (sha256, options, value_range)
+            known = _FINDINGS.get(key)
             if known is None:
                 stream.seek(0)
-                known = _FINDINGS[sha256, options] = _decode(stream, sha256, options)
+                known = _FINDINGS[key] = _decode(stream, sha256, options, value_range)
             return known
+    except Unusable as problem:  # too long to be read
+        return Finding(placeholder, str(problem))
     except OSError as error:  # a dangling link, a file without read permission
-        placeholder = hashlib.sha256(pictures.name(index).encode(errors="surrogateescape"))
         reason = f"cannot be decoded ({error}): replace or remove it"
-        return Finding(placeholder.hexdigest(), reason, undecodable=True)
+        return Finding(placeholder, reason, undecodable=True)
 
 
-def _decode(stream: BinaryIO, sha256: str, options: FolderOptions) -> Finding:
+def _decode(
+    stream: BinaryIO, sha256: str, options: FolderOptions, value_range: ValueRange | None
+) -> Finding:
     try:
-        found = decode(stream, options)
+        found = decode(stream, options, value_range)
     except Unusable as problem:
-        return Finding(sha256, str(problem), problem.undecodable)
-    return Finding(sha256, None, False, found.image.width, found.image.height, found.mode)
+        return Finding(sha256, problem.reason, problem.undecodable, extent=problem.extent)
+    size = found.image.size
+    return Finding(sha256, None, False, *size, found.mode, found.extent, found.note)
 
 
 def refuse_one_class(
@@ -314,14 +356,20 @@ class EncodedSource(ImageSource):
             one.
     """
 
-    def __init__(self, pictures: EncodedPictures, options: FolderOptions) -> None:
-        self.pictures, self.options = pictures, options
+    def __init__(
+        self,
+        pictures: EncodedPictures,
+        options: FolderOptions,
+        value_range: ValueRange | None = None,
+    ) -> None:
+        self.pictures, self.options, self.value_range = pictures, options, value_range
         self.classes, self.remarks = pictures.classes, pictures.remarks
         refuse_one_class(pictures.title, pictures.classes, pictures.labels, options)
         self._findings: list[Finding] = []  # of the pictures that are used; empty for a large set
+        self._noted = False  # whether the log names a picture whose metadata were ignored
         self._rows = list(range(len(pictures)))  # indices in `pictures` of those that are used
         if len(pictures) <= options.verify_up_to:
-            self._apply_policy(verify(pictures, options))
+            self._apply_policy(verify(pictures, options, value_range))
         elif options.bad_images == "skip":
             raise DataError(
                 f"{pictures.title} has {len(pictures)} pictures, more than are decoded at the "
@@ -332,18 +380,25 @@ class EncodedSource(ImageSource):
         self.max_replaced = options.max_bad_images if options.bad_images == "replace" else 0
         self.fingerprint = fingerprint_of(
             [repr(self.classes).encode(), *map(self._identity, range(len(self)))]
+            + ([] if value_range is None else [written(value_range).encode()])
         )
 
     def read(self, index: int) -> Image.Image:
         place = self.pictures.place(self._rows[index])
         try:
             with contextlib.closing(self.pictures.open(self._rows[index])) as stream:
-                return decode(stream, self.options).image
+                found = decode(stream, self.options, self.value_range)
         except OSError as error:
             raise BadPicture(f"{place} cannot be read ({error}): restore or remove it") from error
         except Unusable as problem:
             kind = BadPicture if problem.undecodable else DataError
             raise kind(f"{place} {problem}") from problem
+        if found.note and not self._findings and not self._noted:  # else counted at the start
+            self._noted = True
+            logger.warning(
+                "%s: %s; perhaps of others too, which smalti check-data counts", place, found.note
+            )
+        return found.image
 
     def name(self, index: int) -> str:
         return self.pictures.name(self._rows[index])
@@ -381,6 +436,16 @@ class EncodedSource(ImageSource):
             raise DataError(
                 f"{title} has {len(damaged)} bad pictures or more, and --folder.max_bad_images "
                 f"allows {self.options.max_bad_images}: list them with smalti check-data"
+            )
+        noted = [row for row, found in enumerate(findings) if found.note]
+        if noted:
+            place, note = self.pictures.place(noted[0]), findings[noted[0]].note
+            logger.warning(
+                "ignored metadata of %d of %d pictures, the first %s: %s",
+                len(noted),
+                len(findings),
+                place,
+                note,
             )
         if len(damaged) == len(findings):
             raise DataError(f"{title} has no picture that can be used: check --data")
@@ -430,6 +495,7 @@ def open_source(
     hf: HuggingFaceOptions | None = None,
     stream_cache: Path | None = None,
     shards: ShardOptions | None = None,
+    value_range: ValueRange | None = None,
 ) -> ImageSource:
     """The picture set that `spec`, the value of `--data`, names: see `SOURCES`, or a folder.
 
@@ -442,9 +508,12 @@ def open_source(
         hf or HuggingFaceOptions(),
         stream_cache,
         shards or ShardOptions(),
+        value_range,
     )
     found = open_unverified(spec, reading)
-    return found if isinstance(found, ImageSource) else EncodedSource(found, reading.folder)
+    if isinstance(found, ImageSource):
+        return found
+    return EncodedSource(found, reading.folder, value_range)
 
 
 def open_unverified(spec: str, options: SourceOptions) -> ImageSource | EncodedPictures:

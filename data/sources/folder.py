@@ -21,6 +21,7 @@ from smalti.data.sources.listing import (
     kind_of,
     open_picture,
 )
+from smalti.data.value_range import ValueRange
 from smalti.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,9 @@ def open_folder(spec: str, options: SourceOptions) -> FolderPictures:
     return FolderPictures(Path(spec).expanduser())
 
 
-def read_picture(path: Path, options: FolderOptions) -> Image.Image:
+def read_picture(
+    path: Path, options: FolderOptions, value_range: ValueRange | None = None
+) -> Image.Image:
     """One picture file, RGB, under the same rules as those of a folder.
 
     Raises:
@@ -120,9 +123,12 @@ def read_picture(path: Path, options: FolderOptions) -> Image.Image:
         raise DataError(f"the picture {path} {wrong}: check the path")
     try:
         with without_pixel_warning():
-            return decode(path, options).image
+            found = decode(path, options, value_range)
     except Unusable as problem:
         raise DataError(f"{path} {problem}") from problem
+    if found.note:
+        logger.warning("%s: %s", path, found.note)
+    return found.image
 
 
 def is_picture(path: Path) -> bool:

@@ -129,7 +129,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     refused if the recipe gives values of the field, because those would override it. If a field
     accepts configurations of several kinds, `--field.kind NAME` starts from the defaults of that
     kind. `SAVED` maps a field to a function that reads its values from the saved model that
-    `initial` names.
+    `initial` names; `stored_defaults` reads those of any field from the model that a command uses.
     `--print-config` prints the result as a recipe and exits.
 
     Raises:
@@ -318,6 +318,9 @@ def _with_presets(
             )
         chosen[field] = presets[name]
     initial = _take(list(arguments), "--initial") or recipe.get("initial")
+    stored = getattr(config_class, "stored_defaults", None)  # of a command that reads pictures
+    if stored is not None:
+        chosen |= stored(lambda field: _take(list(arguments), f"--{field}") or recipe.get(field))
     readers: Mapping[str, Callable[[str], Any]] = getattr(config_class, "SAVED", {})
     for field in readers.keys() - chosen.keys():
         if isinstance(initial, str) and initial:

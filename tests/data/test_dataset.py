@@ -2,22 +2,27 @@
 
 import hashlib
 import pickle
+import resource
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from smalti.cli import parse_config, run_command
 from smalti.data import dataset as dataset_module
-from smalti.data.dataset import ImageDataset
-from smalti.data.image_io import image_grid, save_png, to_pil, to_uint8
+from smalti.data.dataset import DataOptions, ImageDataset, write_options
+from smalti.data.image_io import FolderOptions, image_grid, save_png, to_pil, to_uint8
 from smalti.data.latents import to_float
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
-from smalti.data.sources.base import heldout_mask, open_source
+from smalti.data.sources.base import HuggingFaceOptions, heldout_mask, open_source
 from smalti.data.transforms import center_crop, flips, to_tensor
 from smalti.errors import SmaltiError
+from smalti.scripts.encode import EncodeConfig
+from smalti.scripts.evaluate import EvaluateConfig
 
 
 def test_center_crop_keeps_the_middle() -> None:
@@ -184,3 +189,99 @@ def test_grids_and_atomic_files(tmp_path) -> None:
     assert labelled.height == 44 and labelled.width > 44
     save_png(tmp_path / "new" / "grid.png", grid)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["grid.png"]
+
+
+# -- options that are stored with a model --
+
+TRAINED = DataOptions(
+    data="hf:some/set",
+    folder=FolderOptions(single_class=True, unusual_images="convert"),
+    hf=HuggingFaceOptions(image_column="picture"),
+    value_range=(0, 4095),
+    split_seed=3,
+)
+
+
+@pytest.mark.parametrize("where", ["model", "model/tokenizer"])  # a tokenizer; a pipeline
+def test_options_of_the_pictures_are_those_of_the_models_training(
+    tmp_path: Path, where: str, caplog
+) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / where).mkdir(parents=True)
+    write_options(tmp_path / where, TRAINED)
+    model = str(tmp_path / "model")
+    encoding = parse_config(EncodeConfig, ["--tokenizer", model], prog="smalti encode")
+    evaluation = parse_config(EvaluateConfig, [f"--model={model}"], prog="smalti evaluate")
+    for config in (encoding, evaluation):
+        for name in ("data", "folder", "hf", "value_range", "split_seed", "heldout_fraction"):
+            assert getattr(config, name) == getattr(TRAINED, name)
+    encoding.note_stored()
+    assert f"pictures are read as for the training of {model}: folder.unusual_im" in caplog.text
+    assert "folder.single_class True" in caplog.text and "split_seed 3" in caplog.text
+    assert "was trained with" not in caplog.text
+
+
+def test_a_given_option_contradicts_the_models_with_a_note(tmp_path: Path, caplog) -> None:
+    write_options(tmp_path, TRAINED)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("folder: {unusual_images: refuse}")
+    flags = ["--tokenizer", str(tmp_path), "--split_seed", "4", "--config", str(recipe)]
+    config = parse_config(EncodeConfig, flags, prog="smalti encode")
+    assert config.folder == FolderOptions(single_class=True) and config.split_seed == 4
+    config.note_stored()
+    assert f"split_seed is 4; {tmp_path} was trained with 3" in caplog.text
+    assert f"folder.unusual_images is refuse; {tmp_path} was trained with convert" in caplog.text
+
+
+def test_options_of_other_pictures_are_not_taken_over(tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    write_options(tmp_path, TRAINED)
+    flags = ["--tokenizer", str(tmp_path), "--data", "emoji"]
+    config = parse_config(EncodeConfig, flags, prog="smalti encode")
+    assert config == EncodeConfig(tokenizer=tmp_path)
+    config.note_stored()
+    assert "was trained on hf:some/set, these are pictures of emoji" in caplog.text
+
+
+def test_the_same_folder_may_be_written_in_another_way(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_options(tmp_path, DataOptions(data="cats", split_seed=3))
+    for data in ("cats/", "./cats", str(tmp_path / "cats")):
+        flags = ["--tokenizer", str(tmp_path), "--data", data]
+        config = parse_config(EncodeConfig, flags, prog="smalti encode")
+        assert config.split_seed == 3 and config.data == data
+
+
+# -- writing --
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_images_that_are_not_finite_are_not_written(value: float) -> None:
+    images = torch.zeros(3, 3, 8, 8)
+    images[1, 2, 4, 4] = value
+    for write in (to_uint8, to_pil, lambda x: image_grid(x, 3)):
+        with pytest.raises(SmaltiError, match=r"1 of 3 images .* NaN, the first at position 1, an"):
+            write(images)
+        with pytest.raises(SmaltiError, match=r"1 of 3 images.*earlier checkpoint"):
+            write(images.half())
+
+
+def test_a_loop_of_links_and_a_limit_on_files_are_one_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8))
+    assert run_command(lambda _: save_png(tmp_path / "loop" / "a" / "b.png", noise), []) == 1
+    assert "loop" in (line := capsys.readouterr().err) and "a link leads back to itself" in line
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))
+        assert run_command(lambda _: save_png(tmp_path / "c.png", noise), []) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "ulimit -f" in (line := capsys.readouterr().err) and line.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+def test_a_loop_of_links_among_the_pictures_is_one_line(pictures: Path) -> None:
+    (pictures / "red" / "loop.png").symlink_to("loop.png")
+    with pytest.raises(SmaltiError, match=r"red/loop.png cannot be decoded \([^\n]+ links"):
+        open_source(str(pictures))

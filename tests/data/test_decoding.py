@@ -4,12 +4,13 @@ import ast
 import io
 import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, TiffImagePlugin
 
 import smalti.data
 from smalti.data.image_io import FORMATS, FolderOptions, Unusable, decode, format_of
@@ -143,12 +144,165 @@ def test_every_kind_of_file_that_a_folder_takes_is_opened() -> None:
 
 
 def test_a_photograph_with_a_second_one_in_it_is_opened() -> None:
+    """Phones and drones add previews, depth and gain maps: the first is the photograph."""
     other = Image.new("RGB", (20, 20))
     content = saved("MPO", save_all=True, append_images=[other])
-    with pytest.raises(Unusable, match="is animated"):
+    image = decode(io.BytesIO(content), FolderOptions()).image
+    assert np.array_equal(np.asarray(image), np.asarray(decode_plain(saved("JPEG"))))
+
+
+def decode_plain(content: bytes) -> Image.Image:
+    found = decode(io.BytesIO(content), FolderOptions())
+    assert found.note is None
+    return found.image
+
+
+# -- metadata never decide whether a picture can be used --
+
+
+def with_exif(kind: str, **tags: object) -> bytes:
+    """The picture, 30 x 20 after a quarter turn, with Orientation 6 and what else is given."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    Image.new("RGB", (20, 30), "red").save(stream, kind, exif=exif, **tags)
+    return stream.getvalue()
+
+
+def with_chunk(content: bytes, name: bytes, body: bytes, checksum: int | None = None) -> bytes:
+    """A PNG with one more chunk behind its header."""
+    checksum = zlib.crc32(name + body) if checksum is None else checksum
+    chunk = struct.pack(">I", len(body)) + name + body + struct.pack(">I", checksum)
+    return content[:33] + chunk + content[33:]
+
+
+def with_wrong_tag() -> bytes:
+    """A JPEG with Orientation 6 and an entry of the wrong type: a rational that is text."""
+    good = with_exif("JPEG")
+    at = good.index(b"Exif\0\0") + 6
+    entries = struct.pack(">HHI4s", 0x0112, 3, 1, b"\0\6\0\0")
+    entries += struct.pack(">HHI4s", 0x011A, 2, 4, b"abcd")  # XResolution
+    exif = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", 2) + entries + b"\0\0\0\0"
+    end = at - 10 + 2 + int.from_bytes(good[at - 8 : at - 6], "big")
+    return good[: at - 10] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + good[end:]
+
+
+HUGE = b"a" * 1_100_000
+UNREADABLE = {
+    "text.png": with_chunk(with_exif("PNG"), b"zTXt", b"key\0\0" + zlib.compress(HUGE)),
+    "profile.png": with_chunk(with_exif("PNG"), b"iCCP", b"key\0\0" + zlib.compress(HUGE)),
+    "checksum.png": with_chunk(with_exif("PNG"), b"tEXt", b"key\0text", checksum=1),
+    "tag.jpg": with_wrong_tag(),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unreadable_metadata_are_ignored_and_counted(pictures: Path, name: str, caplog) -> None:
+    (pictures / "red" / name).write_bytes(UNREADABLE[name])
+    for options in (FolderOptions(), FolderOptions(bad_images="skip")):
+        source = open_source(str(pictures), options=options)
+        (index,) = [i for i in range(len(source)) if source.name(i) == f"red/{name}"]
+        image = source.read(index)
+        assert image.size == (30, 20) and image.getpixel((3, 3))[0] > 250  # turned upright
+    assert f"ignored metadata of 1 of 25 pictures, the first {pictures}/red/{name}" in caplog.text
+
+
+def test_a_large_set_names_the_first_picture_whose_metadata_are_ignored(
+    pictures: Path, caplog
+) -> None:
+    for number in range(2):
+        (pictures / "red" / f"{number}.png").write_bytes(UNREADABLE["text.png"])
+    source = open_source(str(pictures), options=FolderOptions(verify_up_to=0))
+    assert [source.read(index).size for index in (16, 17)] == [(30, 20)] * 2
+    assert caplog.text.count("its metadata cannot be read (Decompressed data too large") == 1
+
+
+def test_a_damaged_orientation_is_ignored() -> None:
+    content = with_exif("JPEG").replace(b"Exif\0\0MM\0*", b"Exif\0\0MX\0*")
+    found = decode(io.BytesIO(content), FolderOptions())
+    assert found.image.size == (20, 30) and "EXIF" in str(found.note)
+    wrong = with_exif("JPEG").replace(b"\1\x12\0\3\0\0\0\1\0\6", b"\1\x12\0\3\0\0\0\1\0\x63")
+    found = decode(io.BytesIO(wrong), FolderOptions())
+    assert found.image.size == (20, 30) and "orientation is 99" in str(found.note)
+
+
+def test_damage_outside_of_metadata_is_still_damage() -> None:
+    damaged = UNREADABLE["text.png"].replace(b"IEND", b"IENX")
+    cut = bytearray(UNREADABLE["text.png"])
+    cut[cut.index(b"IDAT") + 6] ^= 0xFF
+    for content in (damaged[: damaged.index(b"IDAT") + 10], bytes(cut)):
+        with pytest.raises(Unusable, match="cannot be decoded") as problem:
+            decode(io.BytesIO(content), FolderOptions())
+        assert problem.value.undecodable
+
+
+# -- budgets, checked before memory is allocated --
+
+
+def test_more_pixels_than_pillow_allows_are_read_if_the_user_allows_them(monkeypatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses twice as many
+    content = saved("PNG")  # 400 pixels
+    with pytest.raises(Unusable, match=r"declares 400 pixels, more than 90: .*--folder.max_pixels"):
+        decode(io.BytesIO(content), FolderOptions(max_pixels=90))
+    with pytest.raises(Unusable, match=r"declares 20 x 20 pixels, more than 399: .*max_pixels"):
+        decode(io.BytesIO(content), FolderOptions(max_pixels=399))
+    assert decode(io.BytesIO(content), FolderOptions(max_pixels=400)).image.size == (20, 20)
+
+
+def tiff_of(pages: int) -> bytes:
+    """A TIFF whose pages share their pixels, and in which every header leads to the next."""
+    content = saved("TIFF")
+    (start,) = struct.unpack_from("<I", content, 4)
+    (count,) = struct.unpack_from("<H", content, start)
+    header = content[start : start + 2 + 12 * count]
+    size, first = len(header) + 4, len(content)
+    offsets = [first + page * size for page in range(1, pages)] + [0]
+    chain = b"".join(header + struct.pack("<I", offset) for offset in offsets)
+    return content[:4] + struct.pack("<I", first) + content[8:] + chain
+
+
+def test_the_pages_of_a_file_are_not_counted(monkeypatch) -> None:
+    """60,000 of them took minutes."""
+    content = tiff_of(60_000)
+    sought = []
+    seek = TiffImagePlugin.TiffImageFile._seek
+    monkeypatch.setattr(
+        TiffImagePlugin.TiffImageFile, "_seek", lambda *a: sought.append(a) or seek(*a)
+    )
+    with pytest.raises(Unusable, match=r"^has several pages: .*--folder.unusual_images convert"):
         decode(io.BytesIO(content), FolderOptions())
-    image = decode(io.BytesIO(content), FolderOptions(unusual_images="convert")).image
-    assert image.size == (20, 20) and np.asarray(image).any()
+    found = decode(io.BytesIO(content), FolderOptions(unusual_images="convert"))
+    assert np.array_equal(np.asarray(found.image), np.asarray(decode_plain(saved("TIFF"))))
+    assert len(sought) < 10
+
+
+def tags_bomb() -> bytes:
+    """A million bytes of tags that each name the same million bytes: 80 GB if all were copied."""
+    entries = b"".join(
+        struct.pack("<HHII", 40_000 + number % 20_000, 1, 10**6, 8) for number in range(80_000)
+    )[: 12 * 65_535]
+    return b"II*\0" + struct.pack("<IH", 8, 65_535) + entries + bytes(10**6 - len(entries))
+
+
+def test_tags_that_name_the_same_bytes_are_not_copied() -> None:
+    with pytest.raises(Unusable, match="has tags that are longer than its 1000010 bytes"):
+        decode(io.BytesIO(tags_bomb()), FolderOptions())
+    content = with_chunk(saved("PNG"), b"eXIf", tags_bomb())
+    found = decode(io.BytesIO(content), FolderOptions())
+    assert found.note == "the tags of its EXIF are longer than itself"
+    raw = f"\nexif\n{len(tags_bomb()[:400_000])}\n{tags_bomb()[:400_000].hex()}".encode()
+    content = with_chunk(saved("PNG"), b"tEXt", b"Raw profile type exif\0" + raw)
+    assert decode(io.BytesIO(content), FolderOptions()).note == found.note
+
+
+def test_a_file_longer_than_any_picture_is_not_read(tmp_path: Path, pictures: Path) -> None:
+    with (pictures / "red" / "sparse.png").open("wb") as stream:
+        stream.write(saved("PNG"))
+        stream.truncate(2**34)
+    with pytest.raises(SmaltiError, match=r"sparse.png is 17179869184 bytes long, more than the"):
+        open_source(str(pictures))
+    with pytest.raises(SmaltiError, match=r"sparse.png is 17179869184 bytes long.*remove it"):
+        read_picture(pictures / "red" / "sparse.png", FolderOptions())
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -128,7 +128,7 @@ def flat(mode: str, colour) -> Image.Image:
         (stored(Image.fromarray(np.full((16, 16), 0, np.uint16))), (0, 0, 0)),
         (stored(Image.fromarray(np.full((16, 16), 65535, np.uint16))), (255, 255, 255)),
         (stored(Image.fromarray(np.full((16, 16), 128 * 257, np.uint16))), (128, 128, 128)),
-        (stored(Image.fromarray(np.full((16, 16), 0.5, np.float32)), "TIFF"), (127, 127, 127)),
+        (stored(Image.fromarray(np.full((16, 16), 0.5, np.float32)), "TIFF"), (128, 128, 128)),
     ],
 )
 def test_every_colour_mode_becomes_rgb(stream: io.BytesIO, expected: tuple[int, ...]) -> None:

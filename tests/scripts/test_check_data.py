@@ -52,12 +52,12 @@ def test_every_bad_file_is_listed_with_its_reason(pictures: Path, check, capsys)
     cut = (pictures / "red" / "0.png").read_bytes()[:-60]
     (pictures / "red" / "cut.png").write_bytes(cut)
     (pictures / "green" / "empty.jpg").write_bytes(b"")
-    Image.new("CMYK", (20, 30)).save(pictures / "blue" / "print.jpg")
+    Image.new("I;16", (20, 30), 9).save(pictures / "blue" / "deep.png")
     Image.new("RGB", (4, 400)).save(pictures / "blue" / "thin.png")
     status, report, bad = check(str(pictures))
     assert status == 1 and report["pictures"] == 28 and len(bad) == 4
     reasons = dict(line.split("\t") for line in bad)
-    assert "CMYK" in reasons[str(pictures / "blue" / "print.jpg")]
+    assert "--value_range 0 255" in reasons[str(pictures / "blue" / "deep.png")]
     assert "less than 8 on a side" in reasons[str(pictures / "blue" / "thin.png")]
     assert "cannot be decoded" in reasons[str(pictures / "green" / "empty.jpg")]
     assert "cannot be decoded" in reasons[str(pictures / "red" / "cut.png")]
@@ -69,7 +69,7 @@ def test_every_bad_file_is_listed_with_its_reason(pictures: Path, check, capsys)
     for place, reason in reasons.items():
         assert f"bad: {place} {reason}\n" in out
     status, report, bad = check(str(pictures), "--folder.unusual_images", "convert")
-    assert status == 1 and len(bad) == 3 and report["modes"] == {"RGB": 24, "CMYK": 1}
+    assert status == 1 and len(bad) == 3 and report["modes"] == {"RGB": 24, "I;16": 1}
 
 
 def test_the_list_of_an_earlier_check_is_replaced(pictures: Path, check) -> None:

@@ -20,6 +20,7 @@ import smalti
 from smalti.cli import main as smalti_main
 from smalti.cli import parse_config
 from smalti.config import recipe_text
+from smalti.data.dataset import DataOptions, read_options
 from smalti.data.latent_cache.cache import LatentCache
 from smalti.errors import SmaltiError
 from smalti.prior.next_token.model import NextTokenConfig
@@ -527,3 +528,10 @@ def test_the_demo_runs_stops_and_goes_on(trained: Path, tmp_path: Path, capsys) 
     (folder / "demo.json").write_text("{")
     assert smalti_main(arguments) == 2
     assert "demo.json is damaged" in capsys.readouterr().err
+
+
+def test_every_stage_stores_the_options_of_the_pictures(trained: Path) -> None:
+    folders = ["tok/tokenizer", "lat/train", "prior/pipeline"]
+    folders += ["tok/checkpoint-000008", "prior/checkpoint-000008"]
+    stored = [read_options(trained / folder) for folder in folders]
+    assert stored == [DataOptions(data=str(trained / "pictures"))] * 5

@@ -1,0 +1,235 @@
+"""More than 8 bits per channel: what a range keeps, and the range that a message names."""
+
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smalti.cli import main
+from smalti.data.dataset import DataOptions
+from smalti.data.image_io import FolderOptions
+from smalti.data.sources.base import ImageSource, open_source
+from smalti.data.sources.folder import read_picture
+from smalti.data.value_range import Histogram, common_range, to_eight_bits, written
+from smalti.errors import SmaltiError
+from tests.data.test_decoding import with_chunk
+from tests.data.test_folder import handmade_png
+
+CONVERT = FolderOptions(unusual_images="convert")
+RAMP = np.linspace(0, 1, 40 * 36, dtype=np.float64).reshape(36, 40)
+DEEP = {  # name -> stored values, and the range that fits them
+    "12 bits.png": ((RAMP * 4095).astype(np.uint16), (0, 4095)),
+    "8 bits in 16.png": ((RAMP * 255).astype(np.uint16), (0, 255)),
+    "offset.png": ((30_000 + RAMP * 900).astype(np.uint16), (30_000, 30_900)),
+    "negative.tif": ((RAMP * 2 - 1).astype(np.float32), (-1, 1)),
+    "percent.tif": ((RAMP * 100 - 50).astype(np.float32), (-50, 50)),
+    "hounsfield.tif": ((RAMP * 4000 - 1000).astype(np.int32), (-1000, 3000)),
+}
+
+
+def written_to(root: Path, name: str, values: np.ndarray) -> Path:
+    """One more picture of the class red."""
+    path = root / "red" / name
+    if values.ndim == 3:
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+        path.write_bytes(handmade_png(values.shape[1], values.shape[0], rows, depth=16))
+    else:
+        Image.fromarray(values).save(path)
+    return path
+
+
+def pixels_of(source: ImageSource, name: str) -> np.ndarray:
+    (index,) = [i for i in range(len(source)) if source.name(i) == f"red/{name}"]
+    return np.asarray(source.read(index))
+
+
+@pytest.mark.parametrize("options", [CONVERT, FolderOptions()])
+@pytest.mark.parametrize("name", DEEP)
+def test_the_message_names_the_range_that_fits(
+    pictures: Path, name: str, options: FolderOptions
+) -> None:
+    values, limits = DEEP[name]
+    path = written_to(pictures, name, values)
+    for refused in (
+        lambda: open_source(str(pictures), options=options),
+        lambda: read_picture(path, options),
+    ):
+        with pytest.raises(SmaltiError, match=re.escape(name)) as error:
+            refused()
+        named = re.search(r"--value_range (\S+) (\S+), which fits", str(error.value))
+        assert named and tuple(map(float, named.groups())) == limits
+        if options is CONVERT:
+            assert re.search("grey levels of|of them lie outside the range", str(error.value))
+    # The remedy, followed:
+    source = open_source(str(pictures), options=options, value_range=limits)
+    expected = np.floor(RAMP * 255 + 0.5)
+    assert np.abs(pixels_of(source, name)[..., 0] - expected).max() <= 1
+
+
+def test_the_full_range_of_a_type_needs_no_range(pictures: Path) -> None:
+    written_to(pictures, "16 bits.png", (RAMP * 65535).astype(np.uint16))
+    written_to(pictures, "floats.tif", RAMP.astype(np.float32))
+    source = open_source(str(pictures), options=CONVERT)
+    for name in ("16 bits.png", "floats.tif"):
+        assert np.abs(pixels_of(source, name)[..., 1] - RAMP * 255).max() < 0.51
+
+
+def test_a_given_range_that_clips_or_merges_levels_is_refused(pictures: Path) -> None:
+    written_to(pictures, "deep.png", (RAMP * 4095).astype(np.uint16))
+    with pytest.raises(SmaltiError, match=r"75.5% of them lie outside the range 0 1000.*0 4095"):
+        open_source(str(pictures), value_range=(0, 1000))
+    with pytest.raises(SmaltiError, match=r"range 0 65535 would leave 17 grey levels of 1440"):
+        open_source(str(pictures), value_range=(0, 65535))
+    with pytest.raises(SmaltiError, match="value_range is 9 9; give the value that is black"):
+        open_source(str(pictures), value_range=(9, 9))
+    with pytest.raises(SmaltiError, match="value_range is 9 1"):
+        DataOptions(data=str(pictures), value_range=(9, 1))
+
+
+def test_the_range_is_one_for_the_whole_set(pictures: Path) -> None:
+    written_to(pictures, "a.png", (RAMP * 900).astype(np.uint16))
+    written_to(pictures, "b.png", (RAMP * 4095).astype(np.uint16))
+    with pytest.raises(
+        SmaltiError, match=r"a.png.*no range fits the values of all 2 deep pictures"
+    ):
+        open_source(str(pictures), options=CONVERT)
+    written_to(pictures, "a.png", (RAMP * 2000).astype(np.uint16))
+    with pytest.raises(SmaltiError, match=r"--value_range 0 4095, .* of all 2 deep pictures"):
+        open_source(str(pictures), options=CONVERT)
+    assert len(open_source(str(pictures), value_range=(0, 4095))) == 26
+
+
+def test_a_set_too_large_to_be_verified_refuses_what_it_reads(pictures: Path) -> None:
+    written_to(pictures, "deep.png", DEEP["12 bits.png"][0])
+    large = FolderOptions(unusual_images="convert", verify_up_to=0)
+    source = open_source(str(pictures), options=large)
+    with pytest.raises(SmaltiError, match=r"deep.png.*--value_range 0 4095"):
+        pixels_of(source, "deep.png")
+    source = open_source(str(pictures), options=large, value_range=(0, 4095))
+    assert pixels_of(source, "deep.png").max() == 255
+
+
+@pytest.mark.parametrize(
+    ("distinct", "step", "fits"),
+    [(1, 1, True), (2, 1, False), (2, 257, True), (50, 8, False), (50, 250, True), (65, 8, False)],
+)
+def test_pictures_with_few_values_keep_over_half_of_them(
+    distinct: int, step: int, fits: bool
+) -> None:
+    values = (np.arange(distinct) * step).astype(np.uint16)
+    assert (Histogram(values).problem((0, 65535)) is None) == fits
+
+
+def test_a_few_defective_pixels_do_not_decide_the_range() -> None:
+    values = (RAMP * 4095).astype(np.uint16).repeat(4, axis=0)
+    values[0, 0] = 65535
+    histogram = Histogram(values)
+    assert histogram.problem((0, 4095)) is None  # 1 of 5,760 is clipped
+    assert common_range([histogram.extent]) == (0, 4095)
+
+
+def test_all_bits_of_16_bit_colour_are_used(pictures: Path) -> None:
+    """Pillow reads the upper 8 bits alone."""
+    values = np.stack([RAMP * 4095, 4095 - RAMP * 4095, RAMP * 0], axis=-1).astype(np.uint16)
+    written_to(pictures, "colour.png", values)
+    with pytest.raises(SmaltiError, match=r"colour.png is 16-bit.*--value_range 0 4095"):
+        open_source(str(pictures), options=CONVERT)
+    source = open_source(str(pictures), value_range=(0, 4095))
+    assert np.array_equal(pixels_of(source, "colour.png"), to_eight_bits(values, (0, 4095)))
+    assert len(np.unique(pixels_of(source, "colour.png"))) == 256
+
+
+def test_alpha_of_16_bits_is_composited_on_white(tmp_path: Path) -> None:
+    rows = (b"\0" + struct.pack(">HHHH", 65535, 0, 0, 32768) * 20) * 20
+    png = bytearray(handmade_png(20, 20, rows, depth=16))
+    png[25] = 6  # colour with alpha
+    png[29:33] = struct.pack(">I", zlib.crc32(bytes(png[12:29])))
+    (tmp_path / "a.png").write_bytes(png)
+    assert read_picture(tmp_path / "a.png", CONVERT).getpixel((3, 3)) == (255, 127, 127)
+
+
+def test_a_transparent_colour_of_16_bits_is_white(tmp_path: Path) -> None:
+    colour = handmade_png(20, 20, (b"\0" + struct.pack(">HHH", 40000, 1, 2) * 20) * 20, depth=16)
+    grey = handmade_png(20, 20, (b"\0" + struct.pack(">H", 40000) * 20) * 20, depth=16, kind=0)
+    for content, key in ((colour, (40000, 1, 2)), (grey, (40000,))):
+        for shift, expected in ((0, 255), (1, 156)):
+            body = struct.pack(f">{len(key)}H", key[0] + shift, *key[1:])
+            (tmp_path / "a.png").write_bytes(with_chunk(content, b"tRNS", body))
+            assert read_picture(tmp_path / "a.png", CONVERT).getpixel((3, 3))[0] == expected
+
+
+def test_values_that_are_not_finite_are_damage(pictures: Path) -> None:
+    values = RAMP.astype(np.float32)
+    values[3, 3] = np.nan
+    written_to(pictures, "nan.tif", values)
+    with pytest.raises(SmaltiError, match=r"nan.tif has values that are not finite: replace"):
+        open_source(str(pictures), options=CONVERT)
+    skip = FolderOptions(unusual_images="convert", bad_images="skip")
+    assert len(open_source(str(pictures), options=skip)) == 24
+
+
+def test_colour_in_a_16_bit_tiff_is_refused_where_its_lower_bits_matter(tmp_path: Path) -> None:
+    values = np.stack([RAMP] * 3, axis=-1)
+    for high, accepted in ((65535, True), (4095, False)):
+        pixels = (values * high).astype("<u2").tobytes()
+        path = tmp_path / f"{high}.tif"
+        path.write_bytes(tiff_of_colour(40, 36, pixels))
+        with pytest.raises(SmaltiError, match=r"16-bit colour in TIFF.*save it as 8-bit"):
+            read_picture(path, FolderOptions())
+        if accepted:
+            image = np.asarray(read_picture(path, CONVERT))
+            assert np.abs(image[..., 0] - RAMP * 255).max() <= 1
+            assert np.array_equal(read_picture(path, FolderOptions(), (0, 65535)), image)
+        else:
+            with pytest.raises(SmaltiError, match=r"with 16 levels from 0 to 15: save it as 8-b"):
+                read_picture(path, CONVERT)
+
+
+def tiff_of_colour(width: int, height: int, pixels: bytes) -> bytes:
+    """An uncompressed RGB TIFF with 16 bits per channel."""
+    start = 8 + len(pixels)
+    entries = [
+        (256, 3, 1, width),
+        (257, 3, 1, height),
+        (258, 3, 3, start + 2 + 9 * 12 + 4),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 1, 8),
+        (277, 3, 1, 3),
+        (278, 3, 1, height),
+        (279, 4, 1, len(pixels)),
+    ]
+    fields = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    directory = struct.pack("<H", len(entries)) + fields + struct.pack("<I", 0)
+    return (
+        b"II*\0" + struct.pack("<I", start) + pixels + directory + struct.pack("<HHH", 16, 16, 16)
+    )
+
+
+def test_check_data_names_the_range_and_follows_it(pictures: Path, tmp_path: Path, capsys) -> None:
+    written_to(pictures, "deep.png", DEEP["12 bits.png"][0])
+    listed = tmp_path / "bad.txt"
+    flags = ["check-data", "--data", str(pictures), "--bad_files", str(listed)]
+    assert main([*flags, "--folder.unusual_images", "convert"]) == 1
+    assert "would leave 17 grey levels of 1440" in listed.read_text()
+    out = capsys.readouterr().out
+    assert (
+        "1 pictures with more than 8 bits per channel, values from 0 to 4095: --value_range 0 4095 "
+        "fits all" in out
+    )
+    assert main([*flags, "--value_range", "0", "4095"]) == 0
+    (pictures / "red" / "deep.png").unlink()
+    written_to(pictures, "negative.tif", DEEP["negative.tif"][0])
+    assert main([*flags, "--value_range", "-1", "1"]) == 0
+    assert main([*flags, "--value_range", "1", "-1"]) == 2
+    assert "value_range is 1 -1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limits", [(0, 1), (-1.5, 1e-5), (1e7, 2e9), (0.1, 0.30000001)])
+def test_a_range_is_written_as_a_command_line_takes_it(limits: tuple[float, float]) -> None:
+    text = written(limits)
+    assert "e" not in text and tuple(map(float, text.split())) == pytest.approx(limits, rel=1e-8)
