@@ -661,7 +661,7 @@ def fill_a_cache(target: Path) -> None:
 @pytest.mark.parametrize(
     ("work", "name", "over"),
     [
-        (save_a_pipeline, "pipeline", True),
+        pytest.param(save_a_pipeline, "pipeline", True, marks=pytest.mark.slow),
         (finish_a_run, "pipeline", True),
         (convert_weights, "model", False),
         (export_a_folder, "theirs", False),
@@ -808,7 +808,7 @@ def is_damaged(folder: Path) -> bool:
         return True
 
 
-@pytest.mark.parametrize("kind", ["settings", "index", "summary"])
+@pytest.mark.parametrize("kind", ["settings", "index", "summary", "manifest"])
 def test_f29_no_flipped_bit_of_a_record_is_silent(tmp_path: Path, kind: str) -> None:
     """F29 every bit of the JSON files beside results: `smalti info` finds it, or it changes
     nothing but white space or the form of a number."""
