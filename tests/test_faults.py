@@ -45,14 +45,16 @@ from smalti.data.latent_cache.export import export_cache
 from smalti.data.latents import CodeSpec
 from smalti.errors import EXIT_INTERRUPTED, SmaltiError
 from smalti.evaluation.metrics import Metric, write_summary
-from smalti.folders import LAPSE, LOCK, FolderLock
+from smalti.folders import LAPSE, LOCK, FolderLock, locked
 from smalti.pipelines.convert.convert import convert
 from smalti.pipelines.convert.convert import export as export_weights
 from smalti.pipelines.generation import generate_folder
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
+from smalti.scripts import demo
 from smalti.scripts import train_tokenizer as script
 from smalti.scripts.encode import EncodeConfig, encode
+from smalti.scripts.evaluate import EvaluateConfig, claim
 from smalti.scripts.info import info
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
@@ -638,6 +640,10 @@ def finish_a_run(target: Path) -> None:
 def prepare(root: Path) -> None:
     """What the exports read."""
     export_weights(small_pipeline(1).tokenizer, root / "published.pt", "llamagen-tokenizer")
+    fill_a_cache(root / "latents")
+
+
+def fill_a_cache(target: Path) -> None:
     codes = torch.zeros(3, 1, 4, dtype=torch.int64)
     info = CacheInfo(
         spec=CodeSpec(8, ((2, 2),)),
@@ -649,13 +655,13 @@ def prepare(root: Path) -> None:
         shard_size=2,
     )
     labels = torch.tensor([0, 1, 0])
-    write_cache(root / "latents", info, lambda a, b: EncodedRange(codes[a:b], labels[a:b]))
+    write_cache(target, info, lambda a, b: EncodedRange(codes[a:b], labels[a:b]))
 
 
 @pytest.mark.parametrize(
     ("work", "name", "over"),
     [
-        (save_a_pipeline, "pipeline", True),
+        pytest.param(save_a_pipeline, "pipeline", True, marks=pytest.mark.slow),
         (finish_a_run, "pipeline", True),
         (convert_weights, "model", False),
         (export_a_folder, "theirs", False),
@@ -749,6 +755,37 @@ def test_f28_a_signal_ends_every_command_with_its_status_and_leaves_nothing_unfi
         assert main(words) == 0
 
 
+def claim_a_demo(target: Path) -> None:
+    demo._claim(demo.DemoConfig(output_dir=target))
+
+
+def claim_an_evaluation(target: Path) -> None:
+    claim(EvaluateConfig(output_dir=target), "fingerprint")
+
+
+@pytest.mark.parametrize("work", [fill_a_cache, claim_a_demo, claim_an_evaluation])
+def test_f28_a_job_in_place_that_is_killed_anywhere_continues(
+    tmp_path: Path, work: Callable[[Path], None]
+) -> None:
+    """F28 kill -9 at every file operation of what is filled in place: the same command succeeds,
+    with the same files, and nothing else is left."""
+    work(tmp_path / "whole")
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+
+        def killed(number: int = number, folder: Path = folder) -> None:
+            kill_at(number, folder)
+            with locked(folder):
+                work(folder)
+
+        if in_a_fork(killed) == 0:
+            break
+        with locked(folder):
+            work(folder)
+        assert files_of(folder) == files_of(tmp_path / "whole")
+    assert number > 2
+
+
 # -- F29: flipped bits --------------------------------------------------------------------------
 
 
@@ -771,7 +808,7 @@ def is_damaged(folder: Path) -> bool:
         return True
 
 
-@pytest.mark.parametrize("kind", ["settings", "index", "summary"])
+@pytest.mark.parametrize("kind", ["settings", "index", "summary", "manifest"])
 def test_f29_no_flipped_bit_of_a_record_is_silent(tmp_path: Path, kind: str) -> None:
     """F29 every bit of the JSON files beside results: `smalti info` finds it, or it changes
     nothing but white space or the form of a number."""

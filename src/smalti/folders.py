@@ -61,6 +61,7 @@ def _remove(path: Path) -> None:
 
 LOCK = ".lock"
 HEARTBEAT = 10.0  # seconds between two touches of the lock by its holder
+BEGINNING = 10.0  # seconds after which a lock that names no holder was left by a killed process
 LAPSE = 120.0  # seconds without a touch after which a holder on another machine has lapsed
 
 
@@ -135,7 +136,9 @@ class FolderLock:
         except FileNotFoundError:
             return False
         owner = self._lease.owner
-        return age > LAPSE and (owner is None or owner.hostname != _this_machine())
+        if owner is None:  # being written, or its process was killed then
+            return age > BEGINNING
+        return age > LAPSE and owner.hostname != _this_machine()
 
 
 def _this_machine() -> str:

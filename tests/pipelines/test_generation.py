@@ -105,6 +105,7 @@ def test_a_folder_of_smalti_0_1_0_without_hashes_is_kept(pipe, tmp_path: Path) -
     assert len(read_json(tmp_path / "a" / "index.json")["pictures"]) == 5
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_anywhere_ends_with_the_same_files(pipe, tmp_path: Path) -> None:
     """F21: at every file operation."""
     labels = LABELS[:2]

@@ -377,13 +377,13 @@ def test_another_job_may_not_write_into_the_folder(pipe, tmp_path) -> None:
 def test_any_number_of_processes_may_begin_at_once(pipe, tmp_path, monkeypatch) -> None:
     """Rank 0 writes the settings while the others wait; here it is slow."""
     together = threading.Barrier(3)
-    written = generation.write_json
+    written = generation.write_hashed_json
 
     def slowly(*arguments) -> None:
         time.sleep(0.1)
         written(*arguments)
 
-    monkeypatch.setattr(generation, "write_json", slowly)
+    monkeypatch.setattr(generation, "write_hashed_json", slowly)
     with ThreadPoolExecutor(3) as pool:
         runs = [
             pool.submit(generate, pipe, tmp_path / "a", rank=r, world_size=3, barrier=together.wait)

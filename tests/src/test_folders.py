@@ -1,6 +1,7 @@
 """Folders of results: swapped in whole, held by a lock, cleared of what killed processes left."""
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from smalti import folders
 from smalti.errors import BusyError, SmaltiError
-from smalti.folders import FolderLock, claimed, locked, replacing_folder
+from smalti.folders import BEGINNING, FolderLock, claimed, locked, replacing_folder
 
 
 def write(target: Path, content: str = "new", **options) -> None:
@@ -171,3 +172,13 @@ def test_the_holder_may_take_the_lock_again_and_keeps_it(tmp_path: Path) -> None
         pool.submit(FolderLock(tmp_path).acquire).result()
     outer.release()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_without_a_holder_is_taken_over_soon(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    lock.path.touch()  # its process was killed before it wrote its name
+    with pytest.raises(BusyError, match="an unknown process"):
+        lock.acquire()
+    os.utime(lock.path, (time.time() - BEGINNING - 1,) * 2)
+    lock.acquire()
+    lock.release()
