@@ -5,6 +5,7 @@ flag, with its type, its default, and the help text of its docstring.
 """
 
 import inspect
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -14,7 +15,13 @@ from docstring_parser import parse
 from tyro.conf import arg
 
 from smalti.hub import named_options
+from smalti.prior.flow.solvers.base import SOLVERS
+from smalti.prior.flow.solvers.schedules import SCHEDULES
 from smalti.prior.registry import PRIORS
+
+# A docstring says how an object of a registry is given in Python.
+IN_PYTHON = re.compile(r"a name in `(\w+)`, \{.*?\}, or an? \w+")
+REGISTRIES = {"SOLVERS": SOLVERS, "SCHEDULES": SCHEDULES}
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,13 @@ def sample_options() -> Iterator[SampleOption]:
         for name, parameter in inspect.signature(function).parameters.items():
             kind = _flag_type(hints.get(name))
             if parameter.kind is parameter.KEYWORD_ONLY and kind is not None:
-                text = " ".join(texts.get(name, "").split())
+                text = IN_PYTHON.sub(_names, " ".join(texts.get(name, "").split()))
                 yield SampleOption(prior, name, kind, parameter.default, text)
+
+
+def _names(match: re.Match[str]) -> str:
+    """What a flag takes instead of an object: the registered names."""
+    return f"{', '.join(REGISTRIES[match[1]])}, or with options, as in name:option=value"
 
 
 def _flag_type(hint: Any) -> Any:

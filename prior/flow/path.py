@@ -191,7 +191,7 @@ class VPCosinePath(VariancePreservingPath):
     """The cosine schedule of improved DDPM (2102.09672, eq. 17) without its limit on beta:
     alpha = cos(A) / cos(B) with A = pi/2 (1 - t + s) / (1 + s), and B the value of A at t = 1."""
 
-    offset: float = 0.008  # s: keeps the noise of the first steps from vanishing
+    offset: float = 0.008  # s of the cosine schedule
     kind: Literal["vp-cosine"] = "vp-cosine"  # the kind of path from noise to data
 
     def __post_init__(self) -> None:
@@ -226,7 +226,7 @@ class DDPMPath(VariancePreservingPath):
     t = 1 - (k + 1) / T; the data, alpha = 1, have t = 1. Between these times log alpha is linear.
     """
 
-    num_train_timesteps: int = 1000  # T: number of steps of the chain
+    num_train_timesteps: int = 1000  # steps of the noise schedule, T
     # linear: DDPM and DiT; scaled-linear: Stable Diffusion, linear in sqrt(beta); cosine: improved
     # DDPM, which ignores beta_start and beta_end and limits beta to 0.999
     beta_schedule: Literal["linear", "scaled-linear", "cosine"] = "linear"

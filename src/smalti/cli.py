@@ -384,7 +384,7 @@ def _description(config_class: type, shown: object) -> str:
             lines += ["", f"--{field}.preset is one of these:"]
             width = max(map(len, presets))
             lines += [f"  {name:{width}}  {about(preset)}" for name, preset in presets.items()]
-            lines.append(PRESET_MEMORY)
+            lines += ["", PRESET_MEMORY]
     return "\n".join(lines)
 
 

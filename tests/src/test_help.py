@@ -72,10 +72,13 @@ def test_a_description_is_true_beside_every_preset() -> None:
         ("train-tokenizer", ["vq-f16", "256 px <-> 256 codes of 16,384 (16 x 16), 71.9 M"], []),
         (
             "train-prior",
-            ["gpt-nano", "--prior.depth INT", "in training, this share"],
+            ["gpt-nano", "--prior.depth INT", "flow: euler, midpoint, heun, rk4", "name:option="],
             [
-                *("--prior.condition", "--prior.text_length", "--prior.spec"),
-                *("--prior.num_classes", "fingerprint"),
+                "--prior.condition",
+                "text_length",
+                "--prior.spec",
+                "--prior.num_classes",
+                "fingerprint",
             ],
         ),
     ],
@@ -104,7 +107,7 @@ def test_presets_state_size_resolution_and_memory() -> None:
 def test_what_commands_cannot_work_with_is_refused_at_once(tmp_path) -> None:
     message = "prior.condition is text, but commands work with class only: leave it out"
     with pytest.raises(SmaltiError, match=f"command line: {message}"):
-        parse_config(TrainPriorConfig, ["--prior.condition", "text"], prog="test")
+        parse_config(TrainPriorConfig, ["--prior.condition", "SOLVERS", "text"], prog="test")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("prior: {condition: text, num_classes: 0}\n")
     with pytest.raises(SmaltiError, match=message):
