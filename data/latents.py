@@ -5,11 +5,18 @@ L codes of one image, V vocabulary (codebook) size, D width, T text tokens.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from smalti.errors import ConfigurationError
+
+
+def as_tensor(values: Any) -> Any:
+    """A numpy array as a tensor with a copy of its values; anything else as it is."""
+    return torch.tensor(values.copy()) if hasattr(values, "__array_interface__") else values
+
 
 # -- The range of image values: float in [-1, 1] within smalti, 0 to 255 in an 8-bit file ---------
 

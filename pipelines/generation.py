@@ -23,7 +23,9 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
+from smalti.config import plain
 from smalti.data.image_io import image_grid, save_png
+from smalti.data.latents import ContinuousSpec
 from smalti.errors import GenerationError, SmaltiError
 from smalti.files import first_difference, read_hashed_json, sha256_of, write_hashed_json
 from smalti.folders import contents
@@ -39,6 +41,12 @@ Layout = Literal["flat", "class"]
 SETTINGS = "generation.json"
 INDEX = "index.json"
 PART = ".index-{:05d}.jsonl"  # hashes of the pictures of one process, until the index is written
+
+# Pictures of a job are sampled in groups of a fixed size: group g holds the pictures g n to
+# (g + 1) n - 1, whichever of them are wanted. Matrix products round differently at another size,
+# and elementwise functions at another position, so each picture keeps its position in its group.
+POSITIONS_AT_ONCE = 512  # latent positions that a group has in one pass, at most ...
+LARGEST_GROUP = 16  # ... and pictures
 SHOWN_CLASSES = 20  # rows of a class grid, at most
 
 
@@ -59,6 +67,20 @@ def picture_generator(seed: int, index: int) -> torch.Generator:
     # index (an odd factor modulo 2^32), so no two images of a job share their random numbers.
     job = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
     return torch.Generator().manual_seed((index ^ job) * 0x9E3779B1 % 2**32)
+
+
+def group_size(pipeline: Pipeline) -> int:
+    """Pictures of a group: as many as make a pass through the prior efficient.
+
+    A next-token prior has one position of a picture in a pass, a next-scale prior one scale, a
+    flow prior all of them.
+    """
+    spec = pipeline.prior.spec
+    if isinstance(spec, ContinuousSpec):
+        positions = spec.height * spec.width
+    else:
+        positions = spec.length // len(spec.grids) if len(spec.grids) > 1 else 1
+    return max(1, min(POSITIONS_AT_ONCE // max(positions, 1), LARGEST_GROUP))
 
 
 def class_grid(
@@ -101,12 +123,16 @@ def generate_folder(
 ) -> list[Path]:
     """Write image i of class `labels[i]` to `folder/{i:06d}.png`; keep those already there.
 
-    The folder may hold fewer images of the same job: its labels are the first of `labels`.
+    In fp32 a file is the same to the byte whichever of the others are missing, at any `batch_size`
+    and on any number of processes of equal machines. The folder may hold fewer images of the same
+    job: its labels are the first of `labels`.
 
     Args:
+        batch_size: images sampled at once in half precision; in fp32 it is `group_size`, on which
+            the rounding of the images depends.
         layout: "class" puts each image into a folder with the name of its class.
         rank, world_size, barrier: the index of this process, the number of processes, and a
-            function that waits for all of them; each generates every `world_size`-th image.
+            function that waits for all of them; each generates every `world_size`-th group.
         progress: called with the number of images finished since the last call.
 
     Returns:
@@ -116,10 +142,12 @@ def generate_folder(
         GenerationError: the prior does not have an option; the folder contains other files, or
             images of a job with other settings.
     """
+    seed, guidance_scale = plain(seed), plain(guidance_scale)
+    options = {name: plain(value) for name, value in options.items()}
     check_options(pipeline.prior, {"guidance_scale": guidance_scale, **options})
     job = GenerationJob(
         model="/".join(map(_exact_name, (pipeline.tokenizer, pipeline.prior))),
-        labels=tuple(labels),
+        labels=tuple(map(plain, labels)),
         seed=seed,
         guidance_scale=guidance_scale,
         options=dict(sorted(options.items())),
@@ -131,20 +159,24 @@ def generate_folder(
         barrier()
     _claim(folder, job, layout)
     pictures = Pictures(folder, labels, pipeline.classes, layout, rank)
-    mine = range(rank, len(labels), world_size)
-    missing = [index for index in mine if not pictures.has(index)]
-    progress(len(mine) - len(missing))
-    for start in range(0, len(missing), batch_size):
-        part = missing[start : start + batch_size]
+    exact = pipeline.prior.in_full_precision
+    size = group_size(pipeline) if exact else min(batch_size, -(-len(labels) // world_size))
+    for start in range(rank * size, len(labels), world_size * size):
+        group = range(start, start + size)
+        wanted = [index for index in group if index < len(labels)]
+        missing = [index for index in wanted if not pictures.has(index)]
+        progress(len(wanted) - len(missing))
+        if not missing:
+            continue
         output = pipeline(
-            [labels[index] for index in part],
+            [labels[min(index, len(labels) - 1)] for index in group],
             guidance_scale=guidance_scale,
-            generator=[picture_generator(seed, index) for index in part],
+            generator=[picture_generator(seed, index) for index in group],
             **options,
         )
-        for index, image in zip(part, output.images, strict=True):
-            pictures.save(index, image)
-        progress(len(part))
+        for index in missing:
+            pictures.save(index, output.images[index - start])
+        progress(len(missing))
     barrier()  # all images are written
     if rank == 0:
         pictures.finish()

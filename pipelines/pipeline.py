@@ -10,7 +10,7 @@ A saved pipeline is a folder:
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
@@ -22,10 +22,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from smalti.checkpoints import Weights, is_checkpoint, state_of
-from smalti.config import config_from_dict, config_to_dict
+from smalti.config import config_from_dict, config_to_dict, plain
 from smalti.data.classes import check_class_names
 from smalti.data.image_io import save_png, to_pil
 from smalti.data.latent_cache.cache import read_manifest
+from smalti.data.latents import as_tensor
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
 from smalti.files import HASHES, check_hashes, read_config_file, write_hashed_json, write_text
 from smalti.folders import contents, replacing_folder
@@ -343,17 +344,20 @@ class Pipeline:
                 with the T and D that the prior was trained with, padded anywhere.
             prompt_attention_mask: (B, T), nonzero at tokens; None: nothing is padding.
             guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass.
-            generator: one generator, or a list with one per image; with a list, image i does not
-                depend on its neighbours or on `batch_size`.
+            generator: one generator, or a list with one per image. With a list, image i does not
+                depend on its neighbours or on `batch_size`, except that sampling rounds
+                differently in batches of another size; a generation job excludes that, too.
             output_type: "pil", "np", "pt" or "latent" (nothing is decoded).
             batch_size: images per batch; None is one batch of all images.
-            options: keyword options of the prior's `sample`: `temperature`, `solver`, ...
+            options: keyword options of the prior's `sample`: `temperature`, `solver`, ... An
+                option with a row for each image, such as `noise`, is divided like the images.
 
         Raises:
             GenerationError: an unknown class, output type or option, or a wrong number of
-                generators.
+                generators or of rows.
         """
         check_names(self.prior, options)
+        options = {k: plain(v) if getattr(v, "ndim", None) == 0 else v for k, v in options.items()}
         conditions = self._conditions(
             class_labels, prompt_embeds, prompt_attention_mask, num_images_per_prompt
         )
@@ -364,7 +368,8 @@ class Pipeline:
         if batch_size is not None and integer("batch_size", batch_size) < 1:
             raise GenerationError(f"batch_size is {batch_size}; it must be at least 1")
         check_generators(generator, len(conditions))
-        chunk = batch_size or len(conditions)
+        by_row = self._row_options(options, len(conditions))
+        chunk = int(batch_size or len(conditions))
         latents, images = [], []
         for start in tqdm(range(0, len(conditions), chunk), disable=not progress, unit="batch"):
             part = slice(start, start + chunk)
@@ -372,19 +377,50 @@ class Pipeline:
                 conditions.part(part, self.device),
                 guidance_scale=guidance_scale,
                 generator=generator[part] if isinstance(generator, Sequence) else generator,
-                **options,
+                **{**options, **{name: rows[part] for name, rows in by_row.items()}},
             )
             check_finite(sampled, "the prior", None, "conditions")
             latents.append(sampled)
             if output_type != "latent":
-                images.append(self.tokenizer.decode(sampled).float().clamp(-1, 1).cpu())
+                images.append(self._decode(sampled, singly=isinstance(generator, Sequence)))
         decoded = _as_output(torch.cat(images), output_type) if images else None
         return PipelineOutput(decoded, torch.cat(latents), conditions.labels)
+
+    def _row_options(self, options: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
+        """The options that have a row for each image, as tensors.
+
+        Raises:
+            GenerationError: one has another number of rows.
+        """
+        found = {}
+        for name in self.prior.row_options:
+            if options.get(name) is None:
+                continue
+            found[name] = torch.as_tensor(as_tensor(options[name]))
+            if found[name].ndim < 1 or len(found[name]) != rows:
+                raise GenerationError(
+                    f"{name} has shape {tuple(found[name].shape)} for {rows} images: give one "
+                    "row for each image"
+                )
+        return found
+
+    def _decode(self, latents: Tensor, *, singly: bool) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] on the CPU.
+
+        Args:
+            singly: whether images must not depend on the others of the batch. In fp32 they are
+                then decoded one by one, because convolutions round differently in batches of
+                another size. In half precision sampling rounds too coarsely for that to help.
+        """
+        exact = singly and self.tokenizer.last_layer.dtype in (torch.float32, torch.float64)
+        parts = latents.split(1) if exact else (latents,)
+        return torch.cat([self.tokenizer.decode(part).float().clamp(-1, 1).cpu() for part in parts])
 
     def _conditions(
         self, labels: ClassLabels | None, features: Tensor | None, mask: Tensor | None, each: int
     ) -> Conditions:
         """Class labels or captions, whichever the prior was trained with."""
+        features, mask = as_tensor(features), as_tensor(mask)
         if self.classes:
             if labels is None or features is not None or mask is not None:
                 raise GenerationError(

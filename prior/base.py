@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.data.latents import CodeSpec, LatentSpec
+from smalti.data.latents import CodeSpec, LatentSpec, as_tensor
 from smalti.errors import ConfigurationError, GenerationError
 from smalti.hub import Pretrained, Registry
 from smalti.prior.registry import PRIORS
@@ -72,6 +72,7 @@ class Prior(nn.Module, Pretrained, ABC):
     registry: ClassVar[Registry] = PRIORS
     PRESETS: ClassVar[Mapping[str, Any]] = {}  # configurations by name, for --prior.preset
     class_table: ClassVar[str] = ""  # name of the weight whose rows are the classes, the null last
+    row_options: ClassVar[tuple[str, ...]] = ()  # options of `sample` with a row for each sample
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # names of layers' weights without weight decay
     config: Any
 
@@ -119,6 +120,12 @@ class Prior(nn.Module, Pretrained, ABC):
         `generator` may be a list with one generator per sample: sample i then depends on its own
         generator only. guidance_scale s means uncond + s (cond - uncond); 1 is off.
         """
+
+    @property
+    def in_full_precision(self) -> bool:
+        """Whether the weights are fp32 or better. In half precision a sample also depends on the
+        other samples of its batch, by rounding."""
+        return all(p.dtype not in (torch.bfloat16, torch.float16) for p in self.parameters())
 
     def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random numbers for a training pass over `count` samples by name, a row for each sample:
@@ -273,6 +280,7 @@ class CodePrior(Prior):
     ) -> Tensor:
         """-log2 p(codes | condition) per code, (B,), exact: no generator is needed."""
         del generator
+        latents = as_tensor(latents)
         with self.evaluating():
             logits = self.logits(latents, condition).float()
         nats = F.cross_entropy(logits.transpose(1, 2), latents, reduction="none")  # (B, L)

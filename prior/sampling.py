@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from smalti.config import nearest
+from smalti.config import nearest, plain
 from smalti.errors import GenerationError
 from smalti.randomness import Generators, given_or_new
 
@@ -38,6 +38,8 @@ class SamplingOptions:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        for part in fields(self):
+            object.__setattr__(self, part.name, plain(getattr(self, part.name)))
         if not (is_number(self.guidance_scale) and math.isfinite(self.guidance_scale)):
             raise GenerationError(f"guidance_scale is {self.guidance_scale}; it must be finite")
         if not (is_number(self.temperature) and 0 <= self.temperature < math.inf):

@@ -32,7 +32,9 @@ class GenerateConfig(Sampling):
     num_images: int | None = None  # instead: pictures in all, of the classes in turn
     layout: Layout = "flat"  # class: a folder for each class
     seed: int = 0  # picture i depends on the seed and i alone
-    batch_size: int = 64  # pictures sampled at once; changes speed and memory, not the pictures
+    # Pictures sampled at once in half precision. In fp32 their number is fixed, because the last
+    # bits of a picture depend on it.
+    batch_size: int = 64
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "num_images_per_class", "batch_size")

@@ -87,6 +87,13 @@ def test_next_scale_speed_is_a_share_of_time() -> None:
 
 
 @pytest.mark.slow
+def test_exact_generation_is_a_ratio_to_batches_of_any_size() -> None:
+    rows = run("exact_generation.py", "--batch_size", "2", "--rounds", "1").splitlines()
+    assert len(rows) == 5
+    assert all(float(cell) > 0 for row in rows[2:] for cell in row.split("|")[3:6])
+
+
+@pytest.mark.slow
 def test_the_loader_is_compared_with_the_prior_that_it_feeds() -> None:
     line = json.loads(run("data_loading.py", "--rounds", "1", "--steps", "1"))
     assert line["loader_to_prior"] > 1 and line["promised"] == 10

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from smalti.data.latents import CodeSpec, LatentSpec
+from smalti.data.latents import CodeSpec, LatentSpec, as_tensor
 from smalti.errors import DataError, SmaltiError
 from smalti.hub import Pretrained, Registry
 from smalti.randomness import Generators, RandomInputs
@@ -104,6 +104,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         Raises:
             DataError: latents, or the images that the decoder makes of them, are infinite or NaN.
         """
+        latents = as_tensor(latents)
         images = self.decode_vectors(self.vectors(latents))
         check_finite(images, "the decoder", latents, "latents")
         return images

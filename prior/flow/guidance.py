@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smalti.config import plain
 from smalti.errors import GenerationError
 from smalti.prior.flow.path import GaussianPath, expand_like
 from smalti.prior.flow.prediction import Field, Prediction, derivative_by_score
@@ -36,6 +37,8 @@ class ClassifierFree:
     channels: int | None = None  # guides only the first ones; None: all
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", plain(self.scale))
+        object.__setattr__(self, "interval", plain(self.interval))
         if not (is_number(self.scale) and math.isfinite(self.scale)):
             raise GenerationError(f"guidance_scale is {self.scale}; it must be finite")
         if not is_interval(self.interval):

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from smalti.data.latents import ContinuousSpec, LatentSpec
+from smalti.config import plain
+from smalti.data.latents import ContinuousSpec, LatentSpec, as_tensor
 from smalti.errors import DataError, GenerationError
 from smalti.prior.base import Loss, Prior
 from smalti.prior.flow.config import PRESETS, FlowConfig
@@ -94,6 +95,7 @@ class FlowPrior(Prior):
     Config: ClassVar[type] = FlowConfig
     PRESETS: ClassVar[Mapping[str, FlowConfig]] = PRESETS
     class_table: ClassVar[str] = "network.y_embedder.embedding_table.weight"
+    row_options: ClassVar[tuple[str, ...]] = ("noise",)
     config: FlowConfig
 
     @classmethod
@@ -138,6 +140,7 @@ class FlowPrior(Prior):
                 key is sampled here, from torch's global generators. For reflow, "noise" is the
                 x_0 that belongs to each latent.
         """
+        latents, condition = as_tensor(latents), as_tensor(condition)
         self.check_labels(condition)
         self._check_latents(latents, "latents")
         latents, inputs = latents.float(), dict(random_inputs or {})
@@ -201,6 +204,7 @@ class FlowPrior(Prior):
         classifier: Classifier | None = None,
     ) -> Dynamics:
         """The dynamics of labels (B,) under guidance, for a solver."""
+        condition = as_tensor(condition)
         self.check_labels(condition)
         self.check_guidance(guidance_scale)
         config = self.config
@@ -231,6 +235,7 @@ class FlowPrior(Prior):
             SmaltiError: steps is not an integer from 1, or the schedule is unknown or does not
                 apply to this path.
         """
+        steps = plain(steps)
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise GenerationError(
                 f"num_inference_steps is {steps!r}; it must be a whole number from 1"
@@ -268,8 +273,9 @@ class FlowPrior(Prior):
                 depends on generator i alone. None is a new one with a random seed.
             num_inference_steps: intervals of the time grid; a solver of order n evaluates the
                 network n times in each. Adaptive solvers choose their own.
-            solver: a name in `SOLVERS`, {"kind": name, option: value}, or a solver.
-            schedule: a name in `SCHEDULES`, {"kind": name, option: value}, or a schedule. None is
+            solver: a name in `SOLVERS`, "name:option=value,...", {"kind": name, option: value}, or
+                a solver.
+            schedule: a name in `SCHEDULES`, in the same forms, or a schedule. None is
                 "ddpm" (ten steps of 1000 are the indices 900, 800, ..., 0) for a DDPM path and a
                 solver that is not an ODE solver, and otherwise "uniform".
             noise: standard normal x_0 (B, C, h, w); None samples it.
@@ -281,6 +287,7 @@ class FlowPrior(Prior):
             SmaltiError: a label or an option is out of its range; the network's output is not
                 finite.
         """
+        condition, noise = as_tensor(condition), as_tensor(noise)
         dynamics = self.dynamics(condition, guidance_scale, guidance_interval, classifier)
         solver = make_solver(solver)
         solver.check(self.config.predicts_variance)
@@ -339,6 +346,7 @@ class FlowPrior(Prior):
             SmaltiError: the latents have another shape, the solver is not an ODE solver, or
                 num_probes is less than 1.
         """
+        latents, num_probes = as_tensor(latents), plain(num_probes)
         self._check_latents(latents, "latents")
         solver = make_solver(solver)
         if not isinstance(solver, ODESolver):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from smalti.data.latents import CodeSpec, LatentSpec
+from smalti.data.latents import CodeSpec, LatentSpec, as_tensor
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
 from smalti.prior.adaln import (
     MODULATION_INIT,
@@ -427,6 +427,7 @@ class NextScalePrior(CodePrior):
 
     def logits(self, codes: Tensor, condition: Tensor) -> Tensor:
         """Teacher-forced logits (B, L, V) of codes (B, L) given labels (B,)."""
+        codes, condition = as_tensor(codes), as_tensor(condition)
         self._check(codes, condition)
         return self._logits(true_context(self.quantizer, codes).inputs, condition)
 
@@ -461,6 +462,7 @@ class NextScalePrior(CodePrior):
             random_inputs: unused; random numbers come from torch's global generator.
         """
         del random_inputs
+        latents, condition = as_tensor(latents), as_tensor(condition)
         self._check(latents, condition)
         labels = self.drop_labels(condition, self.config.label_dropout)
         noise = self.config.context_noise if self.training else 0.0
@@ -517,6 +519,7 @@ class NextScalePrior(CodePrior):
                 finite; no quantizer is bound.
         """
         self._check_bound()
+        condition = as_tensor(condition)
         self.check_labels(condition)
         self.check_guidance(guidance_scale)
         options = SamplingOptions(

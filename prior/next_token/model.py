@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from smalti.data.latents import CodeSpec, LatentSpec
+from smalti.data.latents import CodeSpec, LatentSpec, as_tensor
 from smalti.errors import ConfigurationError, GenerationError
 from smalti.prior.attention import KeyValueCache, attend, rotary_frequencies, rotate
 from smalti.prior.base import CodePrior, Loss, check_codes
@@ -261,8 +261,10 @@ class NextTokenPrior(CodePrior):
             SmaltiError: codes, condition or order do not fit; an order is given to a prior that was
                 made without `random_order`.
         """
+        codes, condition = as_tensor(codes), as_tensor(condition)
         self._check(codes, condition)
         if order is not None:
+            order = as_tensor(order)
             check_order(order, *codes.shape)
             if self.target_positions is None:
                 raise ConfigurationError(
@@ -352,6 +354,7 @@ class NextTokenPrior(CodePrior):
                 training step with random orders.
         """
         del random_inputs
+        latents, condition = as_tensor(latents), as_tensor(condition)
         self._check(latents, condition)
         inputs, order = latents, self._sample_orders(latents)
         if self.training and self.config.token_corruption:
@@ -410,6 +413,7 @@ class NextTokenPrior(CodePrior):
             SmaltiError: a condition or an option is out of its range; the model's logits are not
                 finite.
         """
+        condition = as_tensor(condition)
         self.check_condition(condition)
         self.check_guidance(guidance_scale)
         options = SamplingOptions(

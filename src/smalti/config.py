@@ -29,6 +29,16 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"known are {', '.join(known) or 'none'}"
 
 
+def plain(value: Any) -> Any:
+    """Numbers of numpy and torch, and arrays of them, as Python's numbers and lists; every other
+    value as it is."""
+    if hasattr(value, "tolist") and hasattr(value, "ndim"):
+        return value.tolist()
+    if type(value) in (list, tuple):
+        return type(value)(plain(part) for part in value)
+    return value
+
+
 def check_at_least(least: float, config: Any, *names: str) -> None:
     """Raise `ConfigurationError` unless each of the named fields is `least` or more."""
     for name in names:
@@ -405,6 +415,7 @@ def _read_word(word: Word, hint: Any) -> Any:
 
 
 def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
+    value = plain(value)
     if isinstance(value, Word):
         read = _read_word(value, hint)
         if hint is int and not isinstance(read, int):

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from chance import generators, randomised
@@ -185,6 +186,35 @@ def test_likelihood_is_optional_and_then_per_sample(prior, latents) -> None:
         pytest.skip("no likelihood")
     bits = prior.bits_per_dimension(latents, LABELS, generator=torch.Generator().manual_seed(0))
     assert bits.shape == (len(LABELS),) and bits.isfinite().all()
+
+
+@pytest.mark.parametrize("two", [np.float32(2), np.int64(2), np.array(2.0), torch.tensor(2.0)])
+def test_numbers_of_numpy_and_torch_are_options(prior, sample, name, two) -> None:
+    expected = sample(LABELS, 0, 1, 2, 3, guidance_scale=2.0, guidance_interval=(0.0, 0.75))
+    interval = np.array([0.0, 0.75], dtype=np.float32)
+    found = sample(LABELS, 0, 1, 2, 3, guidance_scale=two, guidance_interval=interval)
+    assert torch.equal(found, expected)
+    whole = {"num_inference_steps": 2} if name == "flow" else {"top_k": 2}
+    integers = {option: np.int64(value) for option, value in whole.items()}
+    results = [
+        prior.sample(LABELS, generator=generators(*range(4)), **o) for o in (whole, integers)
+    ]
+    assert torch.equal(*results)
+
+
+def test_arrays_of_numpy_are_labels_and_latents(prior, latents, sample) -> None:
+    assert torch.equal(sample(LABELS.numpy(), 0, 1, 2, 3), sample(LABELS, 0, 1, 2, 3))
+    bits = prior.bits_per_dimension(latents, LABELS, generator=torch.Generator())
+    array = prior.bits_per_dimension(latents.numpy(), LABELS.numpy(), generator=torch.Generator())
+    assert torch.equal(array, bits)
+    with torch.no_grad():
+        assert torch.equal(
+            prior(latents.numpy(), LABELS.numpy()).total, prior(latents, LABELS).total
+        )
+
+
+def test_options_with_rows_are_options_of_sample(prior) -> None:
+    assert {*prior.row_options} <= {*inspect.signature(prior.sample).parameters}
 
 
 def test_labels_out_of_range_are_refused(prior, latents) -> None:
