@@ -50,14 +50,22 @@ def saved_tokenizer(path_or_hub_id: str) -> TokenizerConfig:
     return Tokenizer.registry.resolve(saved.kind).settings_before_training(saved)
 
 
-def load_initial_weights(model: Model, path_or_hub_id: str, weights: Weights = "ema") -> None:
+def load_initial_weights(
+    model: Model,
+    path_or_hub_id: str,
+    weights: Weights = "ema",
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """Copy the weights of a saved model, in a pipeline or in a folder of its own, into a new one.
 
     If the number of classes differs, class embeddings are newly initialised, except that of the
-    null class, and this is logged.
+    null class, and this is logged. So is what becomes of the positions of a prior whose latents
+    have other grids, because its tokenizer had images of another size.
 
     Args:
         weights: of a checkpoint: the average over its run ("ema"), or those it trained ("raw").
+        tokenizer: that of the latents of a new prior.
 
     Raises:
         CheckpointError: there is no saved model; it is of another type, or its settings give its
@@ -73,7 +81,12 @@ def load_initial_weights(model: Model, path_or_hub_id: str, weights: Weights = "
     _check_settings(model, source, path_or_hub_id)
     tensors = source.state_dict()
     if isinstance(model, Prior) and isinstance(source, Prior):
-        _check_tokenizer(model, source, path_or_hub_id)
+        _check_tokenizer(model, source, tokenizer, path_or_hub_id)
+        if model.spec != source.spec:
+            done = model.adapt_positions(tensors, source)
+            logger.info(
+                "%s models %s, this run %s: %s", path_or_hub_id, source.spec, model.spec, done
+            )
         if model.num_classes != source.num_classes and model.class_table in tensors:
             tensors[model.class_table] = _new_classes(model, source)
             logger.info(
@@ -104,12 +117,17 @@ def _check_settings(model: Model, source: Model, where: str) -> None:
         )
 
 
-def _check_tokenizer(model: Prior, source: Prior, where: str) -> None:
+def _check_tokenizer(model: Prior, source: Prior, tokenizer: Tokenizer | None, where: str) -> None:
+    """Raise `ConfigurationError` if the prior was trained on latents of another tokenizer; the
+    same one may encode images of another size."""
     ours, theirs = model.tokenizer_fingerprint, source.tokenizer_fingerprint
-    if None not in (ours, theirs) and ours != theirs:
+    if ours is None or theirs is None or ours == theirs:
+        return
+    if tokenizer is None or tokenizer.for_latents(source.spec, theirs) is None:
         raise ConfigurationError(
             f"{where} was trained on the latents of another tokenizer: encode the images with the "
-            "tokenizer of the saved prior"
+            "tokenizer of the saved prior (for pictures of another size, smalti encode "
+            "--image_size)"
         )
 
 

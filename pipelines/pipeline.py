@@ -116,6 +116,14 @@ class Pipeline:
 
     def __init__(self, tokenizer: Tokenizer, prior: Prior, classes: Sequence[str]) -> None:
         if tokenizer.spec != prior.spec:
+            same = tokenizer.for_latents(prior.spec, prior.tokenizer_fingerprint or "")
+            if same is not None:
+                size = same.image_size
+                size = same.image_size
+                raise ConfigurationError(
+                    f"the prior models latents of images of {size} pixels, and the tokenizer is "
+                    f"for images of {tokenizer.image_size}: pass tokenizer.resized({size})"
+                )
             raise ConfigurationError(
                 f"the tokenizer makes {tokenizer.spec}, the prior models {prior.spec}: "
                 "they do not belong together"

@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 ROTARY_BASE = 10000.0
@@ -141,6 +141,17 @@ def sin_cos_table(grid: tuple[int, int], dim: int) -> Tensor:
 
 def _real_rotary_frequencies(grid: tuple[int, int], head_dim: int) -> Tensor:
     return torch.view_as_real(rotary_frequencies(grid, head_dim))
+
+
+def interpolated_positions(
+    table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Tensor:
+    """Learned positions (h * w, D) of a grid (h, w) -> (h' * w', D) of another, bicubic."""
+    if grid == new_grid:
+        return table
+    maps = rearrange(table.float(), "(h w) d -> 1 d h w", h=grid[0])
+    resized = F.interpolate(maps, new_grid, mode="bicubic", align_corners=False)
+    return rearrange(resized, "1 d h w -> (h w) d").to(table.dtype)
 
 
 class FixedTable(nn.Module):

@@ -144,6 +144,19 @@ class Prior(nn.Module, Pretrained, ABC):
         """
         del quantizer
 
+    def adapt_positions(self, weights: dict[str, Tensor], source: Self) -> str:
+        """Fit what depends on positions to the latents of this prior: called when fine-tuning
+        starts from the weights of `source`, a prior for latents of other grids.
+
+        Args:
+            weights: of `source`; entries are replaced in place.
+
+        Returns:
+            What happens to the positions, for the log.
+        """
+        del weights, source
+        return "its weights are taken as they are"
+
     def set_progress(self, progress: float) -> None:
         """Set the share of the training that is done: called before every training step.
 

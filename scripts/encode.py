@@ -41,6 +41,7 @@ class EncodeConfig(DataOptions):
     tokenizer: Path = Path("runs/tokenizer/tokenizer")
     weights: Weights = "ema"  # of a checkpoint: the average of its run, or raw
     output_dir: Path = Path("runs/latents")  # folder of the caches of both splits
+    image_size: int | None = None  # side of the pictures in pixels; default: the tokenizer's
     # Views of each training picture: itself (identity), itself and its mirror image (flip), or
     # LlamaGen's ten crops (ten-crop). A held-out picture is encoded as it is.
     views: ViewSet = "flip"
@@ -64,6 +65,8 @@ def encode(config: EncodeConfig) -> Path:
     else:
         tokenizer = Tokenizer.from_pretrained(str(config.tokenizer))
     tokenizer = tokenizer.to(state.device)
+    if config.image_size is not None:
+        tokenizer = tokenizer.resized(config.image_size)
     for split in SPLITS:
         views: ViewSet = config.views if split == "train" else "identity"
         side = decoded_size(views, tokenizer.image_size)

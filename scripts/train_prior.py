@@ -109,8 +109,9 @@ def build_models(
         SmaltiError: tokenizer, latents, prior, initial weights or sampling options do not fit
             together.
     """
-    tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(device)
-    if tokenizer.fingerprint != latents.info.tokenizer_fingerprint:
+    given = Tokenizer.from_pretrained(str(config.tokenizer)).to(device)
+    tokenizer = given.for_latents(latents.spec, latents.info.tokenizer_fingerprint)
+    if tokenizer is None:
         beside = config.latents / TOKENIZER
         remedy = f"give --tokenizer {beside}" if beside.is_dir() else "give the one that made them"
         raise CheckpointError(
@@ -119,7 +120,7 @@ def build_models(
         )
     prior = build_prior(config.prior, latents, tokenizer).to(device)
     if config.initial:
-        load_initial_weights(prior, config.initial, config.weights)
+        load_initial_weights(prior, config.initial, config.weights, tokenizer=tokenizer)
     if latents.info.pairs:
         check_straight(prior)
     check_options(prior, config.preview.options)

@@ -5,6 +5,7 @@ checkpoint, a latent cache and a pipeline; `fixtures/make_0_1_0.py` made it.
 """
 
 import json
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import smalti
 from smalti.cli import main, parse_config
 from smalti.data.latent_cache.cache import LatentCache
+from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
 from smalti.scripts.train_tokenizer import TrainTokenizerConfig
@@ -72,6 +74,39 @@ def test_an_old_cache_holds_what_its_tokenizer_encodes(old: Path, family: str) -
         stored = tokenizer.store(images)
     kept = cache.first_view(range(len(cache))).stored
     torch.testing.assert_close(stored.float(), kept.float(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_old_prior_is_tuned_on_pictures_of_twice_the_size(
+    old: Path, family: str, caplog
+) -> None:
+    """Its tokenizer stays the same one: only the size of the pictures is another."""
+    folder, run = old / family / "prior_run" / "pipeline", old / family / "tuned"
+    tokenizer = smalti.Tokenizer.from_pretrained(folder / "tokenizer")
+    size, recipe = (
+        2 * tokenizer.image_size,
+        parse_recipe(TrainTokenizerConfig, old / family / "tokenizer_run"),
+    )
+    encode(
+        EncodeConfig(
+            data=recipe.data,
+            tokenizer=folder / "tokenizer",
+            output_dir=old / family / "large",
+            image_size=size,
+        )
+    )
+    job = ["--latents", str(old / family / "large"), "--tokenizer", str(folder / "tokenizer")]
+    job += ["--initial", str(folder), "--output_dir", str(run), "--max_train_steps", "1"]
+    job += ["--train_batch_size", "4", "--preview.guidance_scale", "1"]
+    with caplog.at_level("INFO"):
+        tuned = smalti.Pipeline.from_pretrained(
+            train_prior(parse_config(TrainPriorConfig, job, prog="smalti train-prior"))
+        )
+    assert re.search(r"this run .*positions are (extended|interpolated) to", caplog.text)
+    assert tuned.tokenizer.image_size == size
+    assert tuned("round", output_type="pt").images.shape == (1, 3, size, size)
+    weights = tuned.tokenizer.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in tokenizer.state_dict().items())
 
 
 def parse_recipe(config_class: type, run: Path):

@@ -1,15 +1,16 @@
 """Stage one: the interface of every tokenizer."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from smalti.data.latents import CodeSpec, LatentSpec, as_tensor
-from smalti.errors import DataError, SmaltiError
+from smalti.errors import ConfigurationError, DataError, SmaltiError
 from smalti.hub import Pretrained, Registry
 from smalti.randomness import Generators, RandomInputs
 from smalti.tokenizer.registry import TOKENIZERS
@@ -156,6 +157,71 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         """`decode(encode(images))` clamped to [-1, 1], shape (B, 3, H, W)."""
         return self.decode(self.encode(images)).clamp(-1, 1)
 
+    # -- other sizes of images ----------------------------------------------------------------
+    #
+    # A tokenizer is identified by its weights and by what changes their meaning, not by the size
+    # of the images. The fingerprint, a hash of weights and config, contains that size. So a stored
+    # fingerprint is compared with that of this tokenizer at the size of the stored latents.
+
+    def config_at(self, image_size: int, grids: tuple[tuple[int, int], ...] | None = None) -> Any:
+        """The configuration of this tokenizer for images of another size, in pixels.
+
+        Args:
+            grids: of the codes, coarse to fine, where the image size does not determine them.
+
+        Raises:
+            ConfigurationError: it has no latents for images of this size.
+        """
+        del grids
+        return replace(self.config, image_size=image_size)
+
+    def resized(self, image_size: int, grids: tuple[tuple[int, int], ...] | None = None) -> Self:
+        """A tokenizer with a copy of these weights for images of another size, in pixels.
+
+        Args:
+            grids: of a multi-scale tokenizer, (h, w) coarse to fine; None: its own, stretched to
+                the new grid of the encoder.
+
+        Raises:
+            ConfigurationError: it has no latents for images of this size; its weights depend on the
+                size, or were rounded by `cast`.
+        """
+        if self.fingerprint != self.checksum:
+            raise ConfigurationError(
+                "this tokenizer is a copy in lower precision: resize the original, then cast it"
+            )
+        with torch.random.fork_rng(devices=[]):
+            model = type(self)(self.config_at(image_size, grids))
+        try:
+            model.load_state_dict(self.state_dict())
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"a {self.registry.name_of(type(self))} tokenizer cannot be resized, because its "
+                f"weights depend on the image size: train one for {image_size} pixels"
+            ) from error
+        weight = self.last_layer
+        return model.to(weight.device, weight.dtype).train(self.training)
+
+    def for_latents(self, spec: LatentSpec, fingerprint: str) -> Self | None:
+        """This tokenizer at the image size of latents that were stored with the fingerprint of
+        their tokenizer; None if they were made by another tokenizer."""
+        if spec == self.spec:
+            return self if fingerprint == self.fingerprint else None
+        if type(spec) is not type(self.spec):
+            return None
+        own, other = (_last_grid(s)[0] for s in (self.spec, spec))
+        grids = spec.grids if isinstance(spec, CodeSpec) else None
+        try:
+            size = self.image_size * other // own
+            same = copy.copy(self)
+            same.config = self.config_at(size, grids)
+        except SmaltiError:
+            return None
+        if fingerprint != same.checksum:
+            return None
+        resized = self.resized(size, grids)
+        return resized if resized.spec == spec else None
+
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Measure the statistics that the config stores; called once after training with batches of
         all training images, (B, 3, H, W) each. A discrete tokenizer has none."""
@@ -221,3 +287,8 @@ def check_finite(values: Tensor, part: str, given: Tensor | None, name: str) -> 
         f"{source} values that are infinite or NaN, in {int(wrong.sum())} of {len(wrong)} samples "
         f"(the first is sample {int(wrong.nonzero()[0])} of the batch): {advice}"
     )
+
+
+def _last_grid(spec: LatentSpec) -> tuple[int, int]:
+    """Rows and columns of latents; of codes, those of the finest grid."""
+    return spec.grids[-1] if isinstance(spec, CodeSpec) else (spec.height, spec.width)

@@ -7,8 +7,8 @@ low-dimensional codes it is LlamaGen's (2406.06525), with the multi-scale quanti
 Shapes: B batch, d numbers per feature, h w latent grid, L codes per image, H W pixels.
 """
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from smalti.randomness import Generators, RandomInputs
 from smalti.tokenizer.base import Reconstruction, Tokenizer, TokenizerConfig, check_finite
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
 from smalti.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
-from smalti.tokenizer.quantizers.base import Quantizer
-from smalti.tokenizer.quantizers.multi_scale import MultiScaleQuantizer
+from smalti.tokenizer.quantizers.base import Grids, Quantizer
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
 from smalti.tokenizer.quantizers.nearest import NearestConfig
 
 
@@ -76,6 +76,14 @@ class VQTokenizer(Tokenizer):
     @property
     def image_size(self) -> int:
         return self.config.image_size
+
+    def config_at(self, image_size: int, grids: Grids | None = None) -> Any:
+        """The configuration for another image size; scales are stretched to the new grid."""
+        config = super().config_at(image_size, grids)
+        if not isinstance(config.quantizer, MultiScaleConfig):
+            return config
+        scales = grids or config.quantizer.stretched(config.grid)
+        return replace(config, quantizer=replace(config.quantizer, scales=scales))
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -10,7 +10,7 @@ training objective, `FlowPrior.sample` integrates the dynamics from noise to dat
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -109,6 +109,16 @@ class FlowPrior(Prior):
         self.network = DiT(config.network)
         # The times at which the network is trained and evaluated
         self.time_range = time_range(config.path, config.prediction)
+
+    def adapt_positions(self, weights: dict[str, Tensor], source: Self) -> str:
+        """Positions are computed, not learned: there is nothing to change."""
+        del weights, source
+        kind = {"both": "sine-cosine and rotary"}.get(self.config.network.positions)
+        rows, columns = self.config.network.token_grid
+        return (
+            f"its {kind or self.config.network.positions} positions are extended to "
+            f"{rows} x {columns} tokens"
+        )
 
     # -- training -----------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from smalti.prior.adaln import (
     initialise_modulation,
     shared_modulation,
 )
-from smalti.prior.attention import KeyValueCache, attend
+from smalti.prior.attention import KeyValueCache, attend, interpolated_positions
 from smalti.prior.base import CodePrior, Loss, check_codes
 from smalti.prior.layers import DropPath, drop_path_rates
 from smalti.prior.next_scale.config import PRESETS, NextScaleConfig
@@ -383,6 +383,21 @@ class NextScalePrior(CodePrior):
             raise ConfigurationError(
                 "this next-scale prior has no quantizer yet: call bind(tokenizer.quantizer) first"
             )
+
+    def adapt_positions(self, weights: dict[str, Tensor], source: Self) -> str:
+        """Positions are interpolated within each scale, and embeddings of the scales along them
+        where their number changes."""
+        old, new = source.config.spec, self.config.spec
+        if len(old.grids) != len(new.grids):
+            return f"it has {len(old.grids)} scales, and this run {len(new.grids)}"
+        grids = list(zip(old.grids, new.grids, strict=True))
+        for name, pairs in (("pos_start", grids[:1]), ("pos_1LC", grids)):
+            parts = weights[name][0].split([h * w for (h, w), _ in pairs])
+            resized = (
+                interpolated_positions(part, *pair) for part, pair in zip(parts, pairs, strict=True)
+            )
+            weights[name] = torch.cat(list(resized))[None]
+        return f"its positions are interpolated to the {len(grids)} scales of this run"
 
     # -- the network ----------------------------------------------------------------------------
 

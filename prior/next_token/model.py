@@ -6,7 +6,7 @@ whose published weights load without renaming.
 """
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar, cast
+from typing import ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from smalti.data.latents import CodeSpec, LatentSpec, as_tensor
 from smalti.errors import ConfigurationError, GenerationError
-from smalti.prior.attention import KeyValueCache, attend, rotary_frequencies, rotate
+from smalti.prior.attention import (
+    KeyValueCache,
+    attend,
+    interpolated_positions,
+    rotary_frequencies,
+    rotate,
+)
 from smalti.prior.base import CodePrior, Loss, check_codes
 from smalti.prior.conditions.text import CaptionEmbedding, Condition, TextCondition
 from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates
@@ -202,6 +208,16 @@ class NextTokenPrior(CodePrior):
         if self.target_positions is not None:
             nn.init.normal_(self.target_positions, std=INIT_STD)
         nn.init.zeros_(self.output.weight)
+
+    def adapt_positions(self, weights: dict[str, Tensor], source: Self) -> str:
+        """Rotary positions are computed; those of random orders are learned."""
+        old, new = (prior.config.spec.grids[0] for prior in (source, self))
+        done = f"its rotary positions are extended to {new[0]} x {new[1]} codes"
+        if "target_positions" in weights:
+            table = weights["target_positions"]
+            weights["target_positions"] = interpolated_positions(table, old, new)
+            done += ", and its target positions are interpolated"
+        return done
 
     # -- the network ----------------------------------------------------------------------------
 

@@ -183,6 +183,13 @@ def test_a_prior_of_another_tokenizer_is_refused(tokenizer, prior) -> None:
         Pipeline(tokenizer, with_fingerprint("0" * 64), CLASSES)
 
 
+def test_a_tokenizer_at_another_size_is_resized_as_the_message_says(paired) -> None:
+    large = paired.tokenizer.resized(32)
+    with pytest.raises(SmaltiError, match=r"pass tokenizer.resized\(16\)"):
+        Pipeline(large, paired.prior, CLASSES)
+    Pipeline(large.resized(16), paired.prior, CLASSES)
+
+
 def test_parts_that_do_not_fit_are_refused(tokenizer, prior) -> None:
     other = NextTokenPrior(replace(prior.config, spec=CodeSpec(16, ((4, 4),))))
     with pytest.raises(SmaltiError, match="do not belong together"):

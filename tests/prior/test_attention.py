@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from smalti.prior.attention import attend, raster_positions, rotary_frequencies, rotate
+from smalti.prior.attention import (
+    attend,
+    interpolated_positions,
+    raster_positions,
+    rotary_frequencies,
+    rotate,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,3 +55,15 @@ def test_rotary_frequencies_are_llamagens() -> None:
     angles = torch.tensor([row * 1.0, row * 0.01, column * 1.0, column * 0.01])
     torch.testing.assert_close(rope_freqs[1 + row * 3 + column].angle(), angles)
     assert (rotary_frequencies((2, 3), 8, 10000.0, 1, False)[0] == 1).all()
+
+
+def test_learned_positions_are_interpolated_on_the_grid() -> None:
+    """Twice the side: positions lie at (i + 1/2) / 2 - 1/2 of the old grid; edges are flatter."""
+    rows, columns = raster_positions((6, 6))
+    table = torch.cat([rows, columns], 1).float()  # (36, 2): a linear function of the position
+    larger = interpolated_positions(table, (6, 6), (12, 12)).view(12, 12, 2)
+    expected = (torch.arange(12) + 0.5) / 2 - 0.5
+    inner = slice(4, 8)
+    torch.testing.assert_close(larger[inner, 0, 0], expected[inner])
+    torch.testing.assert_close(larger[0, inner, 1], expected[inner])
+    assert interpolated_positions(table, (6, 6), (6, 6)) is table

@@ -11,6 +11,7 @@ import smalti
 from smalti.cli import main as smalti_main
 from smalti.data.latents import CodeSpec
 from smalti.pipelines.finetune import load_initial_weights, saved_prior, saved_tokenizer
+from smalti.prior.attention import interpolated_positions
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.path import DDPMPath, LinearPath
 from smalti.prior.flow.prior import FlowConfig, FlowPrior
@@ -120,6 +121,29 @@ def test_a_flow_on_another_path_is_refused(tmp_path: Path, changes, message: str
     FlowPrior(replace(FLOW, tokenizer_fingerprint="1" * 64)).save_pretrained(tmp_path / "flow")
     with pytest.raises(smalti.SmaltiError, match=message):
         load_initial_weights(FlowPrior(replace(FLOW, **changes)), str(tmp_path / "flow"))
+
+
+def test_positions_of_another_grid_are_interpolated(tmp_path: Path, caplog) -> None:
+    """The target positions of random orders are learned; the other weights are the saved ones."""
+    tokenizer = VQTokenizer(VQ)
+    large = tokenizer.resized(32)
+    saved = NextTokenPrior(
+        replace(CODES, random_order=(0.1, 0.2), tokenizer_fingerprint=tokenizer.fingerprint)
+    )
+    saved.save_pretrained(tmp_path / "prior")
+    config = saved_prior(str(tmp_path / "prior"))
+    new = NextTokenPrior(config.fitted(large.spec, 3, large.fingerprint))
+    with caplog.at_level("INFO"):
+        load_initial_weights(new, str(tmp_path / "prior"), tokenizer=large)
+    assert "rotary positions are extended to 16 x 16 codes" in caplog.text
+    assert "target positions are interpolated" in caplog.text
+    expected = interpolated_positions(saved.target_positions, (8, 8), (16, 16))
+    assert torch.equal(new.target_positions, expected)
+    assert torch.equal(new.tok_embeddings.weight, saved.tok_embeddings.weight)
+    other = VQTokenizer(VQ).resized(32)  # other weights
+    stranger = NextTokenPrior(config.fitted(other.spec, 3, other.fingerprint))
+    with pytest.raises(smalti.SmaltiError, match=r"latents of another tokenizer.*--image_size"):
+        load_initial_weights(stranger, str(tmp_path / "prior"), tokenizer=other)
 
 
 def test_settings_of_training_may_differ(tmp_path: Path) -> None:

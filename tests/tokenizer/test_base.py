@@ -6,6 +6,7 @@ from conftest import TINY_CONV, TINY_VQ
 
 from smalti.errors import SmaltiError
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
 from smalti.tokenizer.vq import VQTokenizer
 
 
@@ -90,3 +91,19 @@ def test_latents_with_nan_are_named() -> None:
 def test_training_is_left_to_the_guard_of_its_steps() -> None:
     model = KINDS["vq"]().train()
     assert model(torch.full((1, 3, 16, 16), torch.nan)).images.isnan().all()
+
+
+def test_sizes_without_latents_and_rounded_copies_are_refused(tokenizer) -> None:
+    with pytest.raises(SmaltiError, match="image_size 33 is not a multiple"):
+        tokenizer.resized(33)
+    with pytest.raises(SmaltiError, match="resize the original, then cast it"):
+        tokenizer.cast(torch.bfloat16).resized(32)
+
+
+def test_the_scales_of_var_at_512_pixels_are_the_published_ones() -> None:
+    var = MultiScaleConfig()
+    sides = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+    assert var.stretched((32, 32)) == tuple((side, side) for side in sides)
+    assert var.stretched((16, 16)) == var.scales
+    tiny = MultiScaleConfig(scales=((1, 1), (2, 1), (4, 2)), convolutions=1)
+    assert tiny.stretched((8, 4)) == ((1, 1), (3, 1), (8, 4))  # 2^(3/2) = 2.8

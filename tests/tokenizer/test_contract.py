@@ -180,6 +180,24 @@ def test_half_precision_copies_decode(model, images) -> None:
     assert (decoded - expected).abs().mean() < 0.05 * expected.abs().mean() + 0.02
 
 
+@torch.no_grad()
+def test_another_size_of_images_is_the_same_tokenizer(model, images) -> None:
+    large = model.resized(32)
+    assert large.image_size == 32 and large.spec != model.spec
+    weights = large.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    pictures = torch.cat([images, images.flip(0)])[:4].repeat(1, 1, 2, 2)
+    assert large.decode(large.encode(pictures)).shape == (4, 3, 32, 32)
+    assert model.for_latents(model.spec, model.fingerprint) is model
+    again = model.for_latents(large.spec, large.fingerprint)
+    assert again is not None and again.config == large.config
+    back = large.for_latents(model.spec, model.fingerprint)
+    assert back is not None and back.config == model.config
+    assert model.for_latents(large.spec, "0" * 64) is None
+    model.last_layer.add_(1)
+    assert model.for_latents(large.spec, large.fingerprint) is None
+
+
 def test_wrong_images_are_refused(model) -> None:
     with pytest.raises(ValueError, match="resize and crop"):
         model.encode(torch.zeros(1, 3, 8, 8))

@@ -8,6 +8,7 @@ residual that the scales before it left, averaged over h_k x w_k cells,
 and all scales share one codebook e. phi_k is a convolution.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -24,6 +25,13 @@ from smalti.tokenizer.quantizers.codebook import CodebookConfig, CodebookQuantiz
 # 10 scales and 4 convolutions by a rule with ties, which depend on rounding errors, so the result
 # is stored here.
 PUBLISHED_SHARING = {(10, 4): (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)}
+
+
+# The last side of VAR's scales -> its scales at that side (256 and 512 px).
+PUBLISHED_SIDES = {
+    16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    32: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,20 @@ class MultiScaleConfig(QuantizerConfig):
                 "scale_dropout_keeps must be 1 or more, commitment_weight 0 or more"
             )
 
+    def stretched(self, last: tuple[int, int]) -> Grids:
+        """As many scales that end with another grid: VAR's where they are VAR's, otherwise sides
+        that grow by the same powers."""
+        published = {
+            side: tuple((s, s) for s in all_of) for side, all_of in PUBLISHED_SIDES.items()
+        }
+        if self.scales in published.values() and last[0] == last[1] and last[0] in published:
+            return published[last[0]]
+        stretched = (
+            tuple(_stretched([scale[axis] for scale in self.scales], last[axis]))
+            for axis in range(2)
+        )
+        return tuple(zip(*stretched, strict=True))
+
     @property
     def shared_out(self) -> tuple[int, ...]:
         """Index of the convolution of each scale."""
@@ -90,6 +112,14 @@ class MultiScaleConfig(QuantizerConfig):
         published = PUBLISHED_SHARING.get((count, available))
         even = tuple(k * available // count for k in range(count))
         return self.sharing or published or even
+
+
+def _stretched(sides: list[int], last: int) -> list[int]:
+    """Sides s^p, rounded, with the p that leads from their last one to `last`: 1 stays 1."""
+    if sides[-1] == 1:
+        return [last if side == sides[-1] else side for side in sides]
+    power = math.log(last) / math.log(sides[-1])
+    return [*(max(1, round(side**power)) for side in sides[:-1]), last]
 
 
 class ResidualConvolution(nn.Module):
