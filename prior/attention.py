@@ -150,7 +150,7 @@ def interpolated_positions(
     if grid == new_grid:
         return table
     maps = rearrange(table.float(), "(h w) d -> 1 d h w", h=grid[0])
-    resized = F.interpolate(maps, new_grid, mode="bicubic", align_corners=False)
+    resized = F.interpolate(maps, new_grid, mode="bicubic", antialias=True)
     return rearrange(resized, "1 d h w -> (h w) d").to(table.dtype)
 
 
