@@ -134,16 +134,18 @@ def numbered_classes(
             "class from 0 on"
         )
     check_class_names(names, place)
-    _warn_of_empty(names, set(present.tolist()), place)
+    warn_of_empty_classes(names, labels=array, place=place)
     return tuple(names), torch.from_numpy(array.astype(np.int64))
 
 
-def _warn_of_empty(names: Sequence[str], present: set[int], place: object) -> None:
+def warn_of_empty_classes(names: Sequence[str], labels: np.ndarray | Tensor, place: object) -> None:
+    """Warn if no label is the number of a class: a prior would have it, but could not learn it."""
+    present = set(labels.tolist())
     empty = [name for number, name in enumerate(names) if number not in present]
     if empty:
         more = ", ..." if len(empty) > SHOWN else ""
         logger.warning(
-            "%d of the %d named classes of %s have no picture, and a prior cannot learn them: %s%s",
+            "%d of the %d classes of %s have no picture, and a prior cannot learn them: %s%s",
             *(len(empty), len(names), place, ", ".join(map(shown, empty[:SHOWN])), more),
         )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smalti.config import nearest
-from smalti.data.classes import class_number
+from smalti.data.classes import class_number, shown
 from smalti.errors import GenerationError
 from smalti.prior.base import Prior
 from smalti.prior.conditions.text import Condition, TextCondition
@@ -64,7 +64,7 @@ def _label_id(label: int | str, classes: Sequence[str]) -> int:
         if not label.isdecimal() or any(name.isdecimal() for name in classes):
             near = difflib.get_close_matches(label, classes, n=3, cutoff=0.3) or classes[:10]
             raise GenerationError(
-                f'no class is named "{label}"; known are for example {", ".join(near)}'
+                f"no class is named {shown(label)}; known are for example {', '.join(near)}"
             )
         label = int(label)
     number = integer("class label", label)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import first_difference
+from smalti.data.classes import warn_of_empty_classes
 from smalti.data.dataset import DataOptions, read_options, write_options
 from smalti.data.latent_cache.cache import TOKENIZER, LatentBatch, LatentCache, open_splits
 from smalti.data.loader import stream_batches
@@ -213,6 +214,7 @@ def train(config: TrainPriorConfig) -> Path:
     optimizer, ema = adamw(prior, config), EMA(prior, config.ema_decay)
     run.track(model=prior, ema=ema, optimizer=OptimizerState(optimizer))
     model = shard(run.accelerator, prior, optimizer)  # DDP, or FSDP2 in place
+    warn_of_empty_classes(latents.classes, latents.labels, latents.folder)
     pairs = bool(latents.info.pairs)  # of latents and noise, for reflow
     loss_of = partial(prior_loss, tokenizer=tokenizer, device=run.device, pairs=pairs)
     pipeline = Pipeline(tokenizer, ema.model, latents.classes)

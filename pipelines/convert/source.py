@@ -288,7 +288,7 @@ class ClassCount:
     assumed: dict[str, object]  # empty where the file or --num_classes decides
 
     @property
-    def label_dropout(self) -> dict[str, float]:
+    def label_dropout(self) -> dict[str, Any]:
         """The field of the config of a prior that was trained without class dropout."""
         return {} if self.has_null else {"label_dropout": 0.0}
 

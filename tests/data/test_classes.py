@@ -111,7 +111,7 @@ def test_named_numbers_keep_all_names_and_empty_classes_are_named(caplog) -> Non
     names = [f"class {i}" for i in range(9)]
     classes, labels = numbered_classes([2, 1], names, "x")
     assert classes == tuple(names) and labels.tolist() == [2, 1]
-    assert "7 of the 9 named classes of x have no picture" in caplog.text
+    assert "7 of the 9 classes of x have no picture" in caplog.text
     assert '"class 0", "class 3", "class 4", "class 5", "class 6", ...' in caplog.text
     with pytest.raises(SmaltiError, match="x has 9 class names, but its labels go up to 9"):
         numbered_classes([9], names, "x")
