@@ -74,6 +74,7 @@ def test_a_description_is_true_beside_every_preset() -> None:
             "train-prior",
             ["gpt-nano", "--prior.depth INT", "flow: euler, midpoint, heun, rk4", "name:option="],
             [
+                "SOLVERS",
                 "--prior.condition",
                 "text_length",
                 "--prior.spec",
@@ -107,7 +108,7 @@ def test_presets_state_size_resolution_and_memory() -> None:
 def test_what_commands_cannot_work_with_is_refused_at_once(tmp_path) -> None:
     message = "prior.condition is text, but commands work with class only: leave it out"
     with pytest.raises(SmaltiError, match=f"command line: {message}"):
-        parse_config(TrainPriorConfig, ["--prior.condition", "SOLVERS", "text"], prog="test")
+        parse_config(TrainPriorConfig, ["--prior.condition", "text"], prog="test")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("prior: {condition: text, num_classes: 0}\n")
     with pytest.raises(SmaltiError, match=message):
