@@ -12,7 +12,14 @@ from statistics import median
 from torch import Tensor
 
 from smalti.data.image_io import FolderOptions
-from smalti.data.latent_cache.cache import MANIFEST, SPLITS, CacheInfo, read_manifest, shard_path
+from smalti.data.latent_cache.cache import (
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    CacheInfo,
+    read_manifest,
+    shard_path,
+)
 from smalti.data.sources.base import (
     EncodedPictures,
     Finding,
@@ -257,7 +264,9 @@ def of_cache(path: Path) -> Info:
         complete = complete and not bad
     both = _of_both_splits(path.parent if folders == [path] else path)
     if both is not None:
-        options = ("--latents", both, "--tokenizer", "THE_TOKENIZER")
+        saved = both / TOKENIZER  # of a checkpoint
+        tokenizer = saved if saved.is_dir() else "THE_TOKENIZER"
+        options = ("--latents", both, "--tokenizer", tokenizer)
         lines.append(("go on", command("train-prior", *options)))
     return Info(lines, complete)
 

@@ -151,15 +151,17 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     _refuse_python_only(base, recipe, arguments, where)
     _refuse_two_kinds(base, flags, kinds)
     default = config_from_dict(config_class, kinds, "command line", default)
+    shown = bool({"-h", "--help"} & {*arguments})
     # tyro shows the comment beside each field as its help text, and a field that is annotated
     # with a base class takes the class of its default.
-    with _errors_as_one_line(prog), _all_kinds_shown(default), _some_options_hidden(default):
+    hidden = _some_options_hidden(default) if shown else contextlib.nullcontext()
+    with _errors_as_one_line(prog), _all_kinds_shown(default), hidden:
         config = tyro.cli(
             config_class,
             default=default,
             args=arguments,
             prog=prog,
-            description=_description(config_class, {"-h", "--help"} & {*arguments}),
+            description=_description(config_class, shown),
             use_underscores=True,
             config=(tyro.conf.AvoidSubcommands,),  # a union keeps the type that its default has
         )
@@ -209,7 +211,8 @@ def _all_kinds_shown(config: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _some_options_hidden(config: Any) -> Iterator[None]:
     """Leave out of the help text what a class in `config` names in `PYTHON_ONLY`, and what it names
-    in `FROM_LATENTS`, which `fitted` sets."""
+    in `FROM_LATENTS`, which `fitted` sets. Without help, tyro must know them, so that whoever gives
+    them learns why they are refused."""
     import tyro
 
     original: list[tuple[type, str, Any]] = []
@@ -371,7 +374,7 @@ def _take(arguments: list[str], flag: str) -> str | None:
     return value
 
 
-def _description(config_class: type, shown: object) -> str:
+def _description(config_class: type, shown: bool) -> str:
     """What the help text begins with; sizes of presets, which take seconds, only if it is shown."""
     tables: Mapping[str, Mapping[str, Any]] = getattr(config_class, "PRESETS", {})
     lines = [(config_class.__doc__ or "").strip()]

@@ -13,6 +13,7 @@ from smalti.errors import SmaltiError
 from smalti.pipelines.finetune import load_initial_weights, saved_tokenizer
 from smalti.prior.next_token.model import NextTokenConfig
 from smalti.scripts.encode import EncodeConfig, encode
+from smalti.scripts.info import info
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
 from smalti.scripts.train_tokenizer import TrainTokenizerConfig
@@ -102,6 +103,8 @@ def test_a_prior_and_its_pipeline_are_read_from_a_checkpoint(
         prior=NextTokenConfig(depth=1, width=16, num_heads=2, hidden=32),
         **COMMON,
     )
+    advice = dict(info(latents).lines)["go on"]
+    assert advice.endswith(f"--tokenizer {latents / 'tokenizer'}")
     folder = train_prior(config)
     checkpoint = tmp_path / "prior" / "checkpoint-000003"
     finished, found = (smalti.Pipeline.from_pretrained(path) for path in (folder, checkpoint))
