@@ -2,6 +2,7 @@
 # make test   every test, slow ones too
 # make lint   style;   make types   type checks
 # make docs   the documentation site, in build/site; a dead link fails it
+# make fault-campaign   kills, full disks, flipped bits and edited recipes, for 20 minutes
 #
 # Each needs Python 3.11 or newer and nothing else: what it uses is installed into .venv, once.
 # make demo ARGS=--quick and make test ARGS="-k hub" pass options on.
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := data tokenizer prior pipelines training evaluation scripts
 
-.PHONY: demo test lint types docs layout clean
+.PHONY: demo test lint types docs fault-campaign layout clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/smalti demo $(ARGS)
@@ -29,6 +30,9 @@ types: $(VENV)/.installed-test layout
 
 docs: $(VENV)/.installed-test layout
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+fault-campaign: $(VENV)/.installed-demo
+	$(BIN)/python tools/fault_campaign.py $(ARGS)
 
 # The packages lie at the root but are imported as smalti.*: the type checker and the reference pages
 # see a copy laid out so.

@@ -79,7 +79,35 @@ def _dispatch(arguments: Sequence[str] | None) -> int | None:
     name, *rest = arguments
     if name not in COMMANDS:
         raise ConfigurationError(f'no command is called "{name}"; {nearest(name, COMMANDS)}')
+    # A program that has imported torch may have registered more kinds than the saved text lists.
+    if rest in (["-h"], ["--help"]) and "torch" not in sys.modules:
+        print(saved_help(name).read_text(encoding="utf-8"), end="")
+        return 0
     return importlib.import_module(COMMANDS[name][0]).main(rest)
+
+
+def saved_help(name: str) -> Path:
+    """The file with the help text of a command; `tools/write_help.py` writes it.
+
+    Without it, a help text would take the seconds in which torch and all models are imported.
+    """
+    return Path(__file__).parent / "help" / f"{name}.txt"
+
+
+def help_text(name: str) -> str:
+    """The help text of a command, in lines of 100 characters, from its configuration."""
+    text = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100"
+    try:
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            importlib.import_module(COMMANDS[name][0]).main(["--help"])
+    finally:
+        if columns is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = columns
+    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 
 def run_command(

@@ -12,7 +12,15 @@ import pytest
 import yaml
 from torch._utils import ExceptionWrapper
 
-from smalti.cli import COMMANDS, main, parse_config, recipe_text, run_command
+from smalti.cli import (
+    COMMANDS,
+    help_text,
+    main,
+    parse_config,
+    recipe_text,
+    run_command,
+    saved_help,
+)
 from smalti.errors import SmaltiError
 
 
@@ -336,10 +344,23 @@ def test_other_failures_keep_their_traceback() -> None:
 
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_command_explains_itself(name: str, capsys) -> None:
+    """The saved text, which is printed without importing torch, is that of the command's options;
+    `python tools/write_help.py` writes it."""
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0
     assert "--config FILE" in capsys.readouterr().out
+    assert help_text(name) == saved_help(name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_imports_no_torch(flag: str) -> None:
+    code = (
+        "import sys; from smalti.cli import main; "
+        f"assert main(['train-prior', '{flag}']) == 0 and 'torch' not in sys.modules"
+    )
+    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert end.returncode == 0 and "--max_train_steps" in end.stdout
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "scripts" / "configs").glob("*.yaml"))
