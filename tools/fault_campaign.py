@@ -22,6 +22,7 @@ are failures.
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import importlib
 import json
@@ -67,7 +68,14 @@ RUN = {
 }
 VQ = {"kind": "vq", "image_size": 32, "conv": {**CONV, "z_channels": 8}}
 KL = {"kind": "kl", "image_size": 32, "conv": {**CONV, "z_channels": 2}}
-NEXT_TOKEN = {"kind": "next-token", "depth": 1, "width": 16, "num_heads": 2, "hidden": 32}
+NEXT_TOKEN = {
+    "kind": "next-token",
+    "depth": 1,
+    "width": 16,
+    "num_heads": 2,
+    "hidden": 32,
+    "prefix_rotary": "zero",
+}
 FLOW = {
     "kind": "flow",
     "network": {"depth": 1, "width": 16, "num_heads": 2, "patch_size": 4, "frequency_size": 16},
@@ -103,9 +111,9 @@ def _training(name: str, command: str) -> Job:
     return Job(name, command, recipe)
 
 
-def _on_pictures(command: str, *options: str) -> Job:
-    arguments = ("--model", "gold/kl/tokenizer", "--data", "gold/pictures", "--indices", "0", "9")
-    return Job(command, command, (*arguments, "--output", "{out}/grid.png", *options))
+def _on_pictures(command: str, *options: str, indices: tuple[str, ...] = ("0",)) -> Job:
+    model = ("--model", "gold/kl/tokenizer", "--data", "gold/pictures", "--indices", *indices)
+    return Job(command, command, (*model, "--output", "{out}/grid.png", *options))
 
 
 PIPELINE = ("--model", "gold/prior/pipeline")
@@ -147,9 +155,9 @@ JOBS = (
     Job(
         "converted",
         "convert",
-        ("llamagen", "gold/published/model.safetensors", "{out}", "--heads", "2"),
+        ("llamagen-prior", "gold/published/model.safetensors", "{out}", "--heads", "2"),
     ),
-    _on_pictures("interpolate", "--steps", "2"),
+    _on_pictures("interpolate", "--steps", "2", indices=("0", "9")),
     _on_pictures("attribute", "--positive", "red", "--negative", "blue"),
     _on_pictures("traverse", "--channels", "0"),
     _on_pictures("invert", "--steps", "2", "--perceptual_weight", "0"),
@@ -221,7 +229,7 @@ class End:
         return "" if self.status in DOCUMENTED else f"status {self.status}"
 
 
-Fault = Callable[[], None]
+Fault = Callable[[str], None]  # called with the name of the audit event
 
 
 def run(folder: Path, argv: list[str], fault: Fault | None = None, at: int = -1) -> End:
@@ -255,7 +263,7 @@ def _in_child(
         if _changes_a_file(event, arguments, "trial"):
             operations[0] += 1
             if fault and operations[0] > at:
-                fault()
+                fault(event)
 
     sys.addaudithook(watch)
     try:
@@ -301,7 +309,7 @@ def once(number: int) -> Fault:
     """Send a signal to the process itself, the first time."""
     sent = []
 
-    def fault() -> None:
+    def fault(event: str) -> None:
         if not sent:
             sent.append(number)
             os.kill(os.getpid(), number)
@@ -309,9 +317,10 @@ def once(number: int) -> Fault:
     return fault
 
 
-def full_disk() -> None:
-    """Every operation from now on fails."""
-    raise OSError(28, os.strerror(28), "trial")
+def full_disk(event: str) -> None:
+    """Every file or folder that is created from now on fails; files can still be removed."""
+    if event in ("open", "os.mkdir", "os.link", "os.symlink"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "trial")
 
 
 FAULTS: dict[str, Callable[[], Fault]] = {
