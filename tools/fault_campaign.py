@@ -113,7 +113,7 @@ def _training(name: str, command: str) -> Job:
 
 def _on_pictures(command: str, *options: str, indices: tuple[str, ...] = ("0",)) -> Job:
     model = ("--model", "gold/kl/tokenizer", "--data", "gold/pictures", "--indices", *indices)
-    return Job(command, command, (*model, "--output", "{out}/grid.png", *options))
+    return Job(command, command, (*model, "--output", "{out}/grid.png", "--overwrite", *options))
 
 
 PIPELINE = ("--model", "gold/prior/pipeline")
