@@ -41,7 +41,7 @@ from smalti.data.transforms import (
     to_tensor,
 )
 from smalti.errors import ConfigurationError, DataError
-from smalti.files import read_json, write_json
+from smalti.files import read_hashed_json, write_hashed_json
 
 logger = logging.getLogger(__name__)
 
@@ -364,14 +364,14 @@ class DataOptions(PictureOptions):
 
 OPTIONS = "pictures.json"  # beside a tokenizer or a latent cache
 # All but `stream_cache`, which is a place on one machine.
-STORED = ("folder", "hf", "value_range", "heldout_fraction", "split_seed")
+STORED = ("folder", "hf", "shards", "value_range", "heldout_fraction", "split_seed")
 
 
 def write_options(folder: Path, options: DataOptions) -> None:
     """Store which pictures a tokenizer was trained on, or a cache encoded from, and how they were
     read and divided."""
     content = {name: config_to_dict(getattr(options, name)) for name in ("data", *STORED)}
-    write_json(folder / OPTIONS, content)
+    write_hashed_json(folder / OPTIONS, content)
 
 
 def read_options(model: Path) -> DataOptions | None:
@@ -379,11 +379,11 @@ def read_options(model: Path) -> DataOptions | None:
     pipeline, or those of the run that a checkpoint belongs to; None if there are none.
 
     Raises:
-        SmaltiError: the file is damaged.
+        SmaltiError: the file is damaged, or was edited.
     """
     for path in (model / OPTIONS, model / "tokenizer" / OPTIONS):
         if path.is_file():
-            return config_from_dict(DataOptions, read_json(path), str(path))
+            return config_from_dict(DataOptions, read_hashed_json(path), str(path))
     run = state_of(model).get("config") if is_checkpoint(model) else None
     if not isinstance(run, dict):
         return None

@@ -11,6 +11,7 @@ from statistics import median
 
 from torch import Tensor
 
+from smalti.data.dataset import read_options
 from smalti.data.image_io import FolderOptions
 from smalti.data.latent_cache.cache import (
     MANIFEST,
@@ -257,6 +258,7 @@ def of_cache(path: Path) -> Info:
         if (folder / MANIFEST).is_file():
             found = read_manifest(folder)
             bad = [f"{shard} differs from the manifest" for shard in _damaged_shards(folder, found)]
+            bad += _damaged_options(folder)
             lines += _cache_lines(name, found)
         else:
             bad = ["not finished: repeat the command that writes it"]
@@ -269,6 +271,15 @@ def of_cache(path: Path) -> Info:
         options = ("--latents", both, "--tokenizer", tokenizer)
         lines.append(("go on", command("train-prior", *options)))
     return Info(lines, complete)
+
+
+def _damaged_options(folder: Path) -> list[str]:
+    """What is wrong with the stored options of the pictures; empty if nothing."""
+    try:
+        read_options(folder)
+    except SmaltiError as error:
+        return [str(error)]
+    return []
 
 
 def _of_both_splits(path: Path) -> Path | None:

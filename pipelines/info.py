@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from smalti.data.dataset import read_options
 from smalti.errors import SmaltiError
 from smalti.files import Info, command, read_hashed_json, read_json, recorded_hashes
 from smalti.pipelines.generation import SETTINGS, picture_hashes, problems_in
@@ -60,6 +61,7 @@ def of_model(path: Path) -> Info:
     kind = f"{name} {'tokenizer' if is_tokenizer else 'prior'}"
     try:
         loaded = (Tokenizer if is_tokenizer else Prior).from_pretrained(path)
+        read_options(path)  # has a hash
     except SmaltiError as error:
         return Info([("kind", kind), ("verified", f"no: {error}")], whole=False)
     assert isinstance(loaded, Tokenizer | Prior)
@@ -78,6 +80,7 @@ def of_pipeline(path: Path) -> Info:
     """A saved pipeline."""
     try:
         pipe = Pipeline.from_pretrained(path)
+        read_options(path)  # has a hash
     except SmaltiError as error:
         return Info([("kind", "pipeline"), ("verified", f"no: {error}")], whole=False)
     some = ", ".join(pipe.classes[:5]) + (", ..." if len(pipe.classes) > 5 else "")

@@ -25,6 +25,7 @@ from smalti.data.sources.base import ImageSource
 from smalti.data.sources.folder import read_picture
 from smalti.data.transforms import center_crop, to_tensor
 from smalti.errors import ConfigurationError, DataError
+from smalti.folders import claimed
 from smalti.hub import resolve_folder
 from smalti.pipelines.pipeline import INDEX
 from smalti.tokenizer import manipulation
@@ -316,7 +317,8 @@ class LatentEditor:
             column_labels=column_labels,
             scale=max(1, SHOWN_SIDE // images.shape[-1]),
         )
-        save_png(output, grid)
+        with claimed(output, lambda: _check_output(output, self.options.overwrite)):
+            save_png(output, grid)
         return output
 
 

@@ -16,6 +16,7 @@ from smalti.data.sources.listing import printable
 from smalti.data.sources.webdataset import ShardPictures
 from smalti.errors import ConfigurationError
 from smalti.files import replacing, write_json
+from smalti.folders import claimed
 
 EXIT_BAD_FILES = 1
 SHOWN_BAD_FILES = 20  # on the screen; the list has all
@@ -57,8 +58,8 @@ def check_data(config: CheckDataConfig) -> Report:
     )
     write_list(config.bad_files, report.bad)
     if config.json is not None:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(config.json, config_to_dict(report))
+        with claimed(config.json, lambda: None):
+            write_json(config.json, config_to_dict(report))
     if config.write_manifest and isinstance(pictures, ShardPictures):
         written = pictures.write_manifests()
         print(f"manifest: {', '.join(map(str, written)) or 'there already, with these numbers'}")
@@ -77,8 +78,7 @@ def write_list(path: Path, bad: Sequence[BadFile]) -> None:
         f"{file.place}\t{file.reason}".replace("\n", " ").encode(errors="surrogateescape")
         for file in bad
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with claimed(path, lambda: None), replacing(path) as temporary:
         temporary.write_bytes(b"".join(line + b"\n" for line in lines))
 
 

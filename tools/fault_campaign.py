@@ -166,15 +166,24 @@ BY_NAME = {job.name: job for job in JOBS}
 
 # What reads a result: the first argument says where, the others are the command.
 READERS: dict[str, list[tuple[str, ...]]] = {
-    "tokenizer": [("encode", "--tokenizer", "{in}/tokenizer", *PICTURES, *OUTPUT)],
-    "kl": [("encode", "--tokenizer", "{in}/tokenizer", *PICTURES, *OUTPUT)],
+    "tokenizer": [
+        ("info", "{in}/tokenizer"),
+        ("encode", "--tokenizer", "{in}/tokenizer", *PICTURES, *OUTPUT),
+    ],
+    "kl": [
+        ("info", "{in}/tokenizer"),
+        ("encode", "--tokenizer", "{in}/tokenizer", *PICTURES, *OUTPUT),
+    ],
     "latents": [("train-prior", "--config", "gold/prior.yaml", "--latents", "{in}", *OUTPUT)],
     "kl-latents": [("train-prior", "--config", "gold/flow.yaml", "--latents", "{in}", *OUTPUT)],
-    "prior": [("generate", "--model", "{in}/pipeline", *OUTPUT)],
-    "flow": [("generate", "--model", "{in}/pipeline", *OUTPUT, *TWO_STEPS)],
-    "samples": [BY_NAME["samples"].argv("{in}")],
-    "evaluation": [],
-    "pairs": [],
+    "prior": [("info", "{in}/pipeline"), ("generate", "--model", "{in}/pipeline", *OUTPUT)],
+    "flow": [
+        ("info", "{in}/pipeline"),
+        ("generate", "--model", "{in}/pipeline", *OUTPUT, *TWO_STEPS),
+    ],
+    "samples": [tuple(BY_NAME["samples"].argv("{in}"))],
+    "evaluation": [tuple(BY_NAME["evaluation"].argv("{in}"))],
+    "pairs": [tuple(BY_NAME["pairs"].argv("{in}"))],
     "converted": [],
 }
 
