@@ -386,6 +386,7 @@ class EncodedSource(ImageSource):
     def read(self, index: int) -> Image.Image:
         place = self.pictures.place(self._rows[index])
         try:
+            check_length(self.pictures.size(self._rows[index]), self.options)
             with contextlib.closing(self.pictures.open(self._rows[index])) as stream:
                 found = decode(stream, self.options, self.value_range)
         except OSError as error:

@@ -19,7 +19,7 @@ from smalti.data.sources.listing import (
     PassedOver,
     files_below,
     kind_of,
-    open_picture,
+    open_file,
 )
 from smalti.data.value_range import ValueRange
 from smalti.errors import DataError
@@ -93,7 +93,7 @@ class FolderPictures(EncodedPictures):
         self.classes, self.labels = named_classes([picture.label for picture in found], root)
 
     def open(self, index: int) -> BinaryIO:
-        return open_picture(self.paths[index])
+        return open_file(self.paths[index])
 
     def size(self, index: int) -> int:
         return self.paths[index].stat().st_size

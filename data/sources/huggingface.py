@@ -207,15 +207,13 @@ class HuggingFacePictures(EncodedPictures):
             self.heldout = torch.arange(len(self._rows)) >= len(rows)
         values = [None] * len(self._rows) if columns.label is None else self._rows[columns.label]
         self.classes, self.labels = labels_of(title, list(values), columns)
-        self._sizes: list[int] | None = None
+        self._sizes = _guarded(title, lambda: _sizes_of(self._rows, self._column))
 
     def open(self, index: int) -> BinaryIO:
         value = self._rows[index][self._column]
         return io.BytesIO(_content(value, self.place(index), self._files))
 
     def size(self, index: int) -> int:
-        if self._sizes is None:
-            self._sizes = _sizes_of(self._rows, self._column)
         return self._sizes[index]
 
     def name(self, index: int) -> str:

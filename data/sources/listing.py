@@ -24,7 +24,6 @@ from smalti.errors import DataError
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_KINDS = 10  # that a message names
 MAX_SHOWN = 300  # letters of a name that a message shows
-MAX_PICTURE_BYTES = 2**30  # a larger file is no picture; it is refused before it is read
 SPECIAL = "pipe or device"  # kinds of files that are passed over, beside their suffixes
 HIDDEN = "hidden"
 UNNAMED = "without suffix"
@@ -74,25 +73,15 @@ def is_special(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def open_picture(path: Path) -> BinaryIO:
-    """A picture file.
+def open_file(path: Path) -> BinaryIO:
+    """A file.
 
     Raises:
-        OSError: there is no such file, or it is a pipe, a device, or far larger than any picture.
+        OSError: there is none, or it is a pipe or a device.
     """
     if is_special(path):
         raise OSError(errno.EINVAL, "a pipe or a device, not a file")
-    stream = path.open("rb")
-    size = os.fstat(stream.fileno()).st_size
-    if size > MAX_PICTURE_BYTES:
-        stream.close()
-        raise OSError(errno.EFBIG, too_large(size))
-    return stream
-
-
-def too_large(size: int) -> str:
-    """Why a picture of `size` bytes is not read."""
-    return f"{size} bytes, more than the {MAX_PICTURE_BYTES} that a picture may have"
+    return path.open("rb")
 
 
 def files_below(
@@ -118,6 +107,7 @@ def files_below(
 
 # -- Files that a row of a table names ------------------------------------------------------------
 
+MAX_ROW_BYTES = 2**31  # of a file that a row names
 MAX_PATH = 4096  # characters; a longer text in a column of pictures is something else
 
 
@@ -148,7 +138,10 @@ class RowFiles:
                 f"it has {reprlib.repr(name)} instead of the bytes of a picture, which is not a "
                 "file in the folder of the set: store the bytes"
             )
-        with open_picture(self._absolute(name)) as stream:
+        with open_file(self._absolute(name)) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > MAX_ROW_BYTES:
+                raise OSError(errno.EFBIG, f"{size} bytes, more than {MAX_ROW_BYTES}")
             return stream.read()
 
     def _absolute(self, name: str) -> Path:

@@ -9,7 +9,6 @@ a shard with fewer samples: its tar must end correctly, and if there is a manife
 must contain the number of samples in the manifest.
 """
 
-import errno
 import io
 import json
 import logging
@@ -33,7 +32,6 @@ from smalti.data.sources.download import local_copies
 from smalti.data.sources.listing import (
     EXTENSIONS,
     HIDDEN,
-    MAX_PICTURE_BYTES,
     SPECIAL,
     UNNAMED,
     PassedOver,
@@ -43,7 +41,6 @@ from smalti.data.sources.listing import (
     matching,
     printable,
     split_pattern,
-    too_large,
 )
 from smalti.errors import DataError, SmaltiError
 from smalti.files import read_json, write_json
@@ -471,8 +468,6 @@ class ShardPictures(EncodedPictures):
 
     def open(self, index: int) -> BinaryIO:
         member = self._members[index]
-        if member.size > MAX_PICTURE_BYTES:
-            raise OSError(errno.EFBIG, too_large(member.size))
         with self.shards[member.shard].open("rb") as stream:
             stream.seek(member.offset)
             return io.BytesIO(stream.read(member.size))

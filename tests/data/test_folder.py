@@ -446,7 +446,7 @@ def test_pipes_and_devices_are_named_and_never_read(pictures: Path, caplog, pref
 def test_a_file_far_larger_than_a_picture_is_not_read(pictures: Path) -> None:
     with (pictures / "red" / "0.png").open("wb") as stream:
         stream.truncate(2**31)  # sparse
-    with pytest.raises(SmaltiError, match=r"0.png cannot be decoded .*more than the 1073741824"):
+    with pytest.raises(SmaltiError, match=r"0.png is 2147483648 bytes long, more than"):
         open_source(str(pictures))
 
 

@@ -48,7 +48,7 @@ def test_a_member_far_larger_than_a_picture_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "000.tar").open("wb") as stream:
         stream.write(info.tobuf())
         stream.truncate(BLOCK + info.size + 2 * BLOCK)
-    with pytest.raises(SmaltiError, match=r"000.png cannot be decoded .*more than the 1073741824"):
+    with pytest.raises(SmaltiError, match=r"000.png is 2147483648 bytes long, more than"):
         open_source(str(tmp_path / "000.tar"), options=FolderOptions(single_class=True))
 
 
