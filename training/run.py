@@ -211,7 +211,7 @@ class Run:
         for lock in self._locks:
             lock.release()
 
-    def share_of_data(self) -> dict[str, int]:
+    def share_of_data(self) -> dict[str, Any]:
         """Which batches this process needs, as keyword arguments of `stream_batches`."""
         return {
             "start_step": self.start_step,
