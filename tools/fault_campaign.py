@@ -355,7 +355,9 @@ def interrupt(folder: Path, chance: random.Random) -> dict[str, str]:
     if not killed and ended.complaint:
         return {**what, "outcome": "failed", "why": ended.complaint}
     again = run(folder, job.argv("trial/out"))
-    if again.status != 0:
+    # Conversions and exports overwrite nothing, not even what they finished as they were stopped.
+    finished = "nothing is overwritten" in again.text
+    if again.status != 0 and not finished:
         return {**what, "outcome": "stuck", "why": again.text.strip()[-300:]}
     left = [str(p.relative_to(trial)) for p in trial.rglob(f"{TEMPORARY}*")]
     if left:

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from smalti.errors import CheckpointError, SmaltiError
-from smalti.files import Info, checked_lines, command, read_json, read_lines
+from smalti.files import Info, checked_lines, command, read_hashed_json, read_lines
 from smalti.folders import FolderLock
 from smalti.training.checkpoint import Checkpoint, checkpoints, verify
 from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, check_state
@@ -72,8 +72,8 @@ def _result(exported: Path) -> str:
     """The folder in which the finished model of a run was saved, if it is there."""
     if not exported.is_file():
         return "not made yet"
-    record = read_json(exported)
-    if not isinstance(record, dict) or "folder" not in record:
+    record = read_hashed_json(exported)
+    if "folder" not in record:
         raise CheckpointError(f"{exported} is damaged: it does not name a folder; remove it")
     folder = Path(str(record["folder"]))
     return str(folder) if folder.is_dir() else f"not made yet: {folder} does not exist"

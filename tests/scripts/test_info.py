@@ -219,7 +219,7 @@ def test_models_without_hashes_are_told_apart(tokenizer, prior, tmp_path: Path, 
         (["nowhere"], "folder not found: nowhere"),
         (["."], "is nothing that smalti writes"),
         (["odd"], "is nothing that smalti writes"),
-        (["run"], "exported.json is damaged: it does not name a folder"),
+        (["run"], "exported.json does not contain settings"),
     ],
 )
 def test_unknown_folders_are_one_line(
