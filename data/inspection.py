@@ -18,6 +18,7 @@ from smalti.data.latent_cache.cache import (
     SPLITS,
     TOKENIZER,
     CacheInfo,
+    identity_in,
     read_manifest,
     shard_path,
 )
@@ -308,10 +309,16 @@ def splits(path: Path) -> list[Path]:
 
 
 def _damaged_shards(folder: Path, found: CacheInfo) -> list[str]:
-    """Names of shards that are missing, or whose hash differs from the manifest."""
+    """Names of shards that are missing, or that differ from the manifest: in their hash, or in the
+    contents of the manifest that they were written for."""
+    identity = found.identity()
+
+    def is_as_written(file: Path, sha256: str) -> bool:
+        return file.is_file() and sha256_of(file) == sha256 and identity_in(file) == identity
+
     files = [shard_path(folder, number) for number in range(found.num_shards)]
     pairs = zip(files, found.shards, strict=True)
-    return [file.name for file, hash in pairs if not file.is_file() or sha256_of(file) != hash]
+    return [file.name for file, sha256 in pairs if not is_as_written(file, sha256)]
 
 
 def of_shards(path: Path) -> Info:
