@@ -19,7 +19,7 @@ from typing import Any
 
 from smalti.config import read_recipe, without_words
 from smalti.errors import CheckpointError, SmaltiError
-from smalti.files import read_json, sha256_of, write_json
+from smalti.files import read_hashed_json, sha256_of, write_hashed_json
 from smalti.folders import contents, replacing_folder, swappable
 from smalti.training.checkpoint import (
     STATE,
@@ -195,8 +195,8 @@ def refuse_target(folder: Path, target: Path) -> None:
         )
     if place.is_relative_to(run) or not (place.is_file() or contents(place)):
         return
-    record = read_json(folder / EXPORTED) if (folder / EXPORTED).is_file() else None
-    if isinstance(record, dict):
+    record = read_hashed_json(folder / EXPORTED) if (folder / EXPORTED).is_file() else None
+    if record is not None:
         weights = record.get("weights")
         if weights is None and record.get("folder") == str(place):
             return  # smalti 0.1.0 was killed while it saved here
@@ -220,7 +220,7 @@ def export(folder: Path, target: Path, save: Callable[[Path], Any]) -> None:
     with replacing_folder(target, check=lambda: refuse_target(folder, target)) as new:
         save(new)
         record = {"folder": str(target.resolve()), "weights": _weights(new)}
-        write_json(folder / EXPORTED, {**record, "replaces": _weights(target)})
+        write_hashed_json(folder / EXPORTED, {**record, "replaces": _weights(target)})
 
 
 def _weights(folder: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from smalti.errors import CheckpointError, SmaltiError
-from smalti.files import Info, checked_lines, command, read_json, read_lines
+from smalti.files import Info, checked_lines, command, read_hashed_json, read_json, read_lines
 from smalti.folders import FolderLock
 from smalti.training.checkpoint import Checkpoint, checkpoints, verify
 from smalti.training.folder import EXPORTED, METRICS, RECIPE, REPORT, TIMING, check_state
@@ -75,7 +75,7 @@ def _result(exported: Path) -> str:
     record = read_json(exported)
     if not isinstance(record, dict) or "folder" not in record:
         raise CheckpointError(f"{exported} is damaged: it does not name a folder; remove it")
-    folder = Path(str(record["folder"]))
+    folder = Path(str(read_hashed_json(exported)["folder"]))
     return str(folder) if folder.is_dir() else f"not made yet: {folder} does not exist"
 
 
