@@ -248,10 +248,10 @@ def replacing_folder(
             flush(new)
             _swap(new, target)
             flush(target.parent)
-            (target / UNREPORTED).unlink()
         finally:
             _being_written.discard(new)
             shutil.rmtree(new, ignore_errors=True)
+    (target / UNREPORTED).unlink(missing_ok=True)  # last, so that a kill before it is known
 
 
 @contextmanager
@@ -259,15 +259,14 @@ def replacing_file(
     target: Path, *, check: Callable[[], object] = lambda: None, retry: bool = False
 ) -> Iterator[Path]:
     """Like `replacing_folder`, for a single file that is named by the user."""
-    with claimed(target, check, retry=retry):
-        link = target.with_name(f"{UNFINISHED}{target.name}-{uuid.uuid4().hex[:8]}")
-        try:
-            with replacing(target) as new:
-                yield new
-                with suppress(OSError):  # a file system without links
-                    os.link(new, link)  # the same file as `target` until it is reported
-        finally:
-            link.unlink(missing_ok=True)
+    link = target.with_name(f"{UNFINISHED}{target.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with claimed(target, check, retry=retry), replacing(target) as new:
+            yield new
+            with suppress(OSError):  # a file system without links
+                os.link(new, link)  # the same file as `target` until it is reported
+    finally:
+        link.unlink(missing_ok=True)
 
 
 @contextmanager
