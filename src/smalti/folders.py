@@ -286,7 +286,7 @@ def claimed(
         BusyError: another process is writing `target`.
     """
     with FolderLock(Path(os.path.abspath(target)), beside=True):
-        unreported = retry and _is_unreported(target)
+        unreported = retry and is_unreported(target)
         _clear_attempts(target)
         if not unreported:
             check()
@@ -323,7 +323,7 @@ def _clear_attempts(target: Path) -> None:
             _remove(path)
 
 
-def _is_unreported(target: Path) -> bool:
+def is_unreported(target: Path) -> bool:
     """Whether a process was killed between the swap and the end of its work on `target`."""
     if target.is_dir():
         return (target / UNREPORTED).exists()
