@@ -37,6 +37,9 @@ class Metric:
     protocol: dict[str, Any] = field(default_factory=dict)
 
 
+SETTINGS = "evaluation.json"  # beside a summary
+
+
 def write_summary(path: Path, metrics: dict[str, Metric], **context: Any) -> None:
     """Write {"metrics": {name: {"value", "protocol"}}, "versions", ...context} as JSON, with its
     hash."""
@@ -46,13 +49,22 @@ def write_summary(path: Path, metrics: dict[str, Metric], **context: Any) -> Non
 
 
 def of_summary(path: Path) -> Info:
-    """What `smalti info` prints of a summary: every value, and whether the file has its hash."""
+    """What `smalti info` prints of a summary: every value, and whether it and the settings of its
+    evaluation have their hashes."""
     try:
+        if path.with_name(SETTINGS).is_file():
+            read_hashed_json(path.with_name(SETTINGS))
         metrics = read_hashed_json(path)["metrics"]
         values = [(name, f"{metric['value']:.6g}") for name, metric in metrics.items()]
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # also SmaltiError
         return Info([("kind", "evaluation"), ("verified", f"no: {error}")], whole=False)
-    return Info([("kind", "evaluation"), *values, ("verified", "yes: it has its hash")])
+    return Info(
+        [
+            ("kind", "evaluation"),
+            *values,
+            ("verified", "yes: summary and settings have their hashes"),
+        ]
+    )
 
 
 # -------------------------------------------------------------------------------------------------

@@ -236,14 +236,15 @@ def _stored_count(folder: Path, settings: dict[str, Any]) -> int:
     Raises:
         GenerationError: they are those of another job, or of more images of this one.
     """
+    stored = read_hashed_json(folder / SETTINGS)
     same = {name: value for name, value in settings.items() if name not in ("labels", "layout")}
     different = first_difference(folder / SETTINGS, same)
-    stored = read_hashed_json(folder / SETTINGS)
+    labels, wanted = stored.get("labels"), list(settings["labels"])
     if different is None and stored.get("layout", "flat") != settings["layout"]:
         different = ("layout", stored.get("layout"))
-    labels, wanted = stored.get("labels"), list(settings["labels"])
-    if different is None and not isinstance(labels, list):
-        different = ("labels", labels)
+    if not isinstance(labels, list):
+        labels = []
+        different = different or ("labels", None)
     if different is None and labels[: len(wanted)] != wanted[: len(labels)]:
         different = ("labels", labels)
     if different:

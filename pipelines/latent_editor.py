@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 
 from smalti.config import check_at_least
 from smalti.data.dataset import PictureOptions
-from smalti.data.image_io import image_grid, save_png
+from smalti.data.image_io import image_grid
 from smalti.data.latents import CodeSpec, to_float
 from smalti.data.sources.base import ImageSource
 from smalti.data.sources.folder import read_picture
 from smalti.data.transforms import center_crop, to_tensor
 from smalti.errors import ConfigurationError, DataError
-from smalti.folders import claimed
+from smalti.folders import is_unreported, replacing_file
 from smalti.hub import resolve_folder
 from smalti.pipelines.pipeline import INDEX
 from smalti.tokenizer import manipulation
@@ -317,8 +317,9 @@ class LatentEditor:
             column_labels=column_labels,
             scale=max(1, SHOWN_SIDE // images.shape[-1]),
         )
-        with claimed(output, lambda: _check_output(output, self.options.overwrite)):
-            save_png(output, grid)
+        check = partial(_check_output, output, self.options.overwrite)
+        with replacing_file(output, check=check, retry=True) as new:
+            grid.save(new, "PNG")
         return output
 
 
@@ -356,5 +357,5 @@ def _check_output(path: Path, overwrite: bool) -> None:
             )
     if path.is_dir():
         raise ConfigurationError(f"{path} is a folder: name a file in --output")
-    if path.exists() and not overwrite:
+    if path.exists() and not (overwrite or is_unreported(path)):
         raise ConfigurationError(f"{path} exists: choose another --output, or pass --overwrite")

@@ -19,7 +19,7 @@ from smalti.data.image_io import save_png
 from smalti.errors import ConfigurationError, DataError
 from smalti.evaluation.evaluator import SampleEvaluator, TokenizerEvaluator
 from smalti.evaluation.features import FeatureName, feature_extractors
-from smalti.evaluation.metrics import Metric, write_summary
+from smalti.evaluation.metrics import SETTINGS, Metric, write_summary
 from smalti.files import first_difference, write_hashed_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.conditions import check_options
@@ -29,7 +29,6 @@ from smalti.scripts.options import Sampling
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import fills_folder, resolve_precision
 
-SETTINGS = "evaluation.json"
 PRODUCTS = ("samples.png", "reconstructions.png", "neighbours.png", "summary.json")
 
 PIPELINE_FLAGS = {field.name for field in fields(Sampling)} | {

@@ -196,7 +196,7 @@ def refuse_target(folder: Path, target: Path) -> None:
     if place.is_relative_to(run) or not (place.is_file() or contents(place)):
         return
     record = read_hashed_json(folder / EXPORTED) if (folder / EXPORTED).is_file() else None
-    if isinstance(record, dict):
+    if record is not None:
         weights = record.get("weights")
         if weights is None and record.get("folder") == str(place):
             return  # smalti 0.1.0 was killed while it saved here

@@ -33,7 +33,14 @@ from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
 from smalti.data.order import even_subset
 from smalti.data.sources.base import fingerprint_of, in_threads
 from smalti.errors import DataError
-from smalti.files import read_json, replacing, sha256_of, write_json
+from smalti.files import (
+    HASHES,
+    read_hashed_json,
+    read_json,
+    replacing,
+    sha256_of,
+    write_hashed_json,
+)
 
 # -- The manifest ---------------------------------------------------------------------------------
 
@@ -154,7 +161,10 @@ def read_manifest(folder: Path) -> CacheInfo:
     if not path.is_file():
         why = "is not finished: run encode again" if folder.is_dir() else "does not exist"
         raise DataError(f"the latent cache {folder} {why}")
-    info: CacheInfo = config_from_dict(CacheInfo, read_json(path), str(path))
+    content = read_json(path)
+    if isinstance(content, dict):
+        content.pop(HASHES, None)  # compared below
+    info: CacheInfo = config_from_dict(CacheInfo, content, str(path))
     if info.format_version != FORMAT_VERSION:
         raise DataError(
             f"{path} has format {info.format_version}; this smalti reads {FORMAT_VERSION}"
@@ -164,6 +174,7 @@ def read_manifest(folder: Path) -> CacheInfo:
             f"{path} is damaged: it names {len(info.shards)} shards, and {info.num_samples} "
             f"samples in shards of {info.shard_size} make {info.num_shards}: encode again"
         )
+    read_hashed_json(path, "remove it, and encode again")
     return info
 
 
@@ -304,7 +315,7 @@ def write_cache(
         hashes = in_threads(
             lambda n: sha256_of(shard_path(folder, n)), info.num_shards, "hash latents"
         )
-        write_json(folder / MANIFEST, {**config_to_dict(info), "shards": hashes})
+        write_hashed_json(folder / MANIFEST, {**config_to_dict(info), "shards": hashes})
     barrier()
 
 

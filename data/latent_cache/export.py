@@ -53,7 +53,7 @@ def export_cache(folder: Path, out: Path, layout: Format) -> list[Path]:
             package is missing.
     """
     write = WRITERS[layout]()
-    with replacing_folder(out, check=lambda: _refuse_existing(out)) as new:
+    with replacing_folder(out, check=lambda: _refuse_existing(out), retry=True) as new:
         caches = {cache.folder.relative_to(folder): cache for cache in _open_caches(folder)}
         for name, cache in caches.items():
             _export(cache, new / name, layout, write)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smalti.errors import ConversionError, SmaltiError
 from smalti.files import read_json, replacing, write_json
-from smalti.folders import claimed, replacing_folder
+from smalti.folders import replacing_file, replacing_folder
 from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.layout import Imported, export_tensors, import_tensors, matches
 from smalti.pipelines.convert.reader import (
@@ -72,16 +72,15 @@ def _check_out(out: Path) -> None:
         raise ConversionError(f"{out} exists: choose another path, nothing is overwritten")
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], wrapper: str = "") -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor], suffix: str, wrapper: str = "") -> None:
     """Write a safetensors file, or a pickle under the key that the original code looks for."""
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        if path.suffix == SAFETENSORS:
-            save_file(contiguous, temporary, metadata={"format": "pt"})
-        else:
-            torch.save({wrapper: contiguous} if wrapper else contiguous, temporary)
+    if suffix == SAFETENSORS:
+        save_file(contiguous, path, metadata={"format": "pt"})
+    else:
+        torch.save({wrapper: contiguous} if wrapper else contiguous, path)
 
 
 # -- import ---------------------------------------------------------------------------------------
@@ -224,7 +223,7 @@ def convert(source: str, checkpoint: Path, out: Path, options: Options | None = 
         SmaltiError: see `read_published`; or `out` exists and is not an empty folder, or another
             process is writing it. Nothing is written then.
     """
-    with replacing_folder(out, check=lambda: _check_out(out)) as new:
+    with replacing_folder(out, check=lambda: _check_out(out), retry=True) as new:
         model, lines = read_published(source, checkpoint, options)
         model.save_pretrained(new)
     return lines
@@ -350,12 +349,13 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
     if config is not None and is_file:
         raise ConversionError(f"{name} is written as a folder: name one instead of {out.name}")
     if is_file:
-        with claimed(out, lambda: _check_out(out)):
-            _write_tensors(out, tensors, writer.export_wrapper)
+        with replacing_file(out, check=lambda: _check_out(out), retry=True) as new:
+            _write_tensors(new, tensors, out.suffix, writer.export_wrapper)
     else:
         file = "model" if config is None else "diffusion_pytorch_model"
-        with replacing_folder(out, check=lambda: _check_out(out)) as new:
-            _write_tensors(new / f"{file}{SAFETENSORS}", tensors)
+        with replacing_folder(out, check=lambda: _check_out(out), retry=True) as new:
+            with replacing(new / f"{file}{SAFETENSORS}") as weights:
+                _write_tensors(weights, tensors, SAFETENSORS)
             if config is not None:
                 write_json(new / "config.json", config)
     flags = "".join(f" --{key} {value}" for key, value in writer.flags(model.config).items())

@@ -144,8 +144,13 @@ def check_hashes(path: Path, files: Iterable[str] = ()) -> None:
             raise changed(path.parent / name)
 
 
-def read_hashed_json(path: Path) -> dict[str, Any]:
+def read_hashed_json(
+    path: Path, remedy: str = "restore a copy of it, or choose another output folder"
+) -> dict[str, Any]:
     """The content of a file of `write_hashed_json`, which has its hash, or of smalti 0.1.0.
+
+    Args:
+        remedy: what to do if it has another hash.
 
     Raises:
         SmaltiError: it is damaged, was edited, or contains no settings.
@@ -159,8 +164,8 @@ def read_hashed_json(path: Path) -> dict[str, Any]:
         hashes = hashes.get(path.name, "")
     if renamed or hashes not in (None, _hash_of(content)):
         raise SmaltiError(
-            f"{path} is damaged, or was edited: it does not have the {HASHES} that it records. "
-            "Restore a copy of it, or choose another output folder"
+            f"{path} is damaged or was edited, because it does not have the {HASHES} that it "
+            f"records: {remedy}"
         )
     return content
 

@@ -1,7 +1,7 @@
 """Folders of results: one process writes at a time, and a result is complete or not there.
 
     replacing_folder(target)    a result that is made in one go (a model, a conversion, an export):
-                                written beside its place and swapped in whole
+    replacing_file(target)      written beside its place and swapped in whole
     FolderLock(folder)          a job that fills its folder over hours (a run, a cache, pictures)
                                 works in place; it continues where it stopped
 
@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smalti.errors import BusyError, ConfigurationError
-from smalti.files import flush
+from smalti.files import flush, replacing
 
 if TYPE_CHECKING:
     from filelock import OwnerRecord
 
 UNFINISHED = ".tmp-"  # what is being written, or was when its process ended
+UNREPORTED = ".tmp-unreported"  # in a folder that was swapped in by a process that did not end yet
 SET_ASIDE = ".old-"  # what is being replaced, on systems that cannot exchange two folders at once
 
 
@@ -204,6 +205,7 @@ def replacing_folder(
     *,
     products: Collection[str] = (),
     check: Callable[[], object] = lambda: None,
+    retry: bool = False,
 ) -> Iterator[Path]:
     """Yield a new folder beside `target`, which takes the place of `target` at the end, whole.
 
@@ -215,6 +217,8 @@ def replacing_folder(
             What stands there under other names, such as notes or .git, is kept.
         check: called before the block and again before the swap, under the lock; raises if
             `target` must not be replaced.
+        retry: do not check a result that a killed process swapped in and could not report: the
+            same command, repeated, replaces it.
 
     Raises:
         BusyError: another process is writing `target`.
@@ -226,7 +230,7 @@ def replacing_folder(
         target.mkdir(exist_ok=True)
         yield target
         return
-    with claimed(target, check):
+    with claimed(target, check, retry=retry) as unreported:
         if target.exists() and not target.is_dir():
             raise ConfigurationError(f"{target} is a file: choose a folder")
         new = target.with_name(f"{UNFINISHED}{target.name}-{uuid.uuid4().hex[:8]}")
@@ -234,33 +238,59 @@ def replacing_folder(
             new.mkdir()
             _being_written.add(new)
             yield new
-            check()
+            if not unreported:
+                check()
             _flush_tree(new)
             if target.is_dir():
                 shutil.copymode(target, new)
                 _keep_others(target, new, products)
+            (new / UNREPORTED).touch()
             flush(new)
             _swap(new, target)
             flush(target.parent)
         finally:
             _being_written.discard(new)
             shutil.rmtree(new, ignore_errors=True)
+    (target / UNREPORTED).unlink(missing_ok=True)  # last, so that a kill before it is known
 
 
 @contextmanager
-def claimed(target: Path, check: Callable[[], object]) -> Iterator[None]:
+def replacing_file(
+    target: Path, *, check: Callable[[], object] = lambda: None, retry: bool = False
+) -> Iterator[Path]:
+    """Like `replacing_folder`, for a single file that is named by the user."""
+    link = target.with_name(f"{UNFINISHED}{target.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with claimed(target, check, retry=retry), replacing(target) as new:
+            yield new
+            with suppress(OSError):  # a file system without links
+                os.link(new, link)  # the same file as `target` until it is reported
+    finally:
+        link.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(
+    target: Path, check: Callable[[], object] = lambda: None, *, retry: bool = False
+) -> Iterator[bool]:
     """Hold the lock beside a new file or folder, and clear what killed processes left of it.
 
     Args:
         check: called under the lock; raises if `target` must not be written.
+        retry: see `replacing_folder`.
+
+    Yields:
+        Whether `target` is a result that was not reported, and so was not checked.
 
     Raises:
         BusyError: another process is writing `target`.
     """
     with FolderLock(Path(os.path.abspath(target)), beside=True):
+        unreported = retry and is_unreported(target)
         _clear_attempts(target)
-        check()
-        yield
+        if not unreported:
+            check()
+        yield unreported
 
 
 def swappable(target: Path) -> Path:
@@ -278,18 +308,27 @@ def swappable(target: Path) -> Path:
     return place
 
 
-def _clear_attempts(target: Path) -> None:
-    """Remove what processes left that were killed while they replaced `target`.
+def _attempts(target: Path) -> list[Path]:
+    """What processes left beside `target` that were killed while they replaced it."""
+    name = re.compile(rf"({UNFINISHED}|{SET_ASIDE}){re.escape(target.name)}-[0-9a-f]+")
+    return sorted(path for path in target.parent.iterdir() if name.fullmatch(path.name))
 
-    A folder that was set aside is put back if nothing has taken its place.
-    """
-    attempt = re.compile(rf"({UNFINISHED}|{SET_ASIDE}){re.escape(target.name)}-[0-9a-f]+")
-    for path in sorted(target.parent.iterdir()):
-        match = attempt.fullmatch(path.name)
-        if match and match[1] == SET_ASIDE and not target.exists():
+
+def _clear_attempts(target: Path) -> None:
+    """Remove the attempts; a folder that was set aside is put back if nothing took its place."""
+    for path in _attempts(target):
+        if path.name.startswith(SET_ASIDE) and not target.exists():
             os.rename(path, target)
-        elif match:
+        else:
             _remove(path)
+
+
+def is_unreported(target: Path) -> bool:
+    """Whether a process was killed between the swap and the end of its work on `target`."""
+    if target.is_dir():
+        return (target / UNREPORTED).exists()
+    links = [path for path in _attempts(target) if path.is_file()]
+    return target.is_file() and any(path.samefile(target) for path in links)
 
 
 def _keep_others(old: Path, new: Path, products: Collection[str]) -> None:

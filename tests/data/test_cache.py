@@ -300,6 +300,7 @@ def test_a_manifest_that_does_not_describe_its_shards_is_an_error(tmp_path: Path
     write_cache(tmp_path / "c", INFO, encode)
     manifest = tmp_path / "c" / "manifest.json"
     content = json.loads(manifest.read_text())
+    del content["sha256"]  # as in a manifest of smalti 0.1.0
     for change, message in (
         ({"shards": content["shards"][:2]}, "names 2 shards"),
         ({"num_samples": 13}, "names 3 shards"),
@@ -350,9 +351,12 @@ def test_values_that_no_latent_has_are_refused_when_a_cache_is_read(
 def test_a_manifest_that_changed_after_the_shards_is_refused(tmp_path: Path, change: dict) -> None:
     write_cache(tmp_path / "c", INFO, encode)
     manifest = tmp_path / "c" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
-    with pytest.raises(SmaltiError, match=r"manifest\.json is damaged or was edited"):
-        LatentCache(tmp_path / "c")
+    content = {**json.loads(manifest.read_text()), **change}
+    for _ in range(2):  # with the hash, and without one as in a manifest of smalti 0.1.0
+        manifest.write_text(json.dumps(content))
+        with pytest.raises(SmaltiError, match=r"manifest\.json is damaged or was edited"):
+            LatentCache(tmp_path / "c")
+        content.pop("sha256", None)
 
 
 @pytest.mark.parametrize(
@@ -391,6 +395,7 @@ def test_a_shard_with_a_huge_header_is_refused_before_it_is_read(tmp_path: Path)
     manifest = tmp_path / "c" / "manifest.json"
     content = json.loads(manifest.read_text())
     content["shards"][1] = sha256_of(shard)
+    del content["sha256"]  # as in a manifest of smalti 0.1.0
     manifest.write_text(json.dumps(content))
     with pytest.raises(SmaltiError, match=r"shard-00001\S+ is not .*header has 1048587 bytes"):
         LatentCache(tmp_path / "c")

@@ -10,7 +10,15 @@ import pytest
 
 from smalti import folders
 from smalti.errors import BusyError, SmaltiError
-from smalti.folders import BEGINNING, FolderLock, claimed, locked, replacing_folder
+from smalti.folders import (
+    BEGINNING,
+    UNREPORTED,
+    FolderLock,
+    claimed,
+    locked,
+    replacing_file,
+    replacing_folder,
+)
 
 
 def write(target: Path, content: str = "new", **options) -> None:
@@ -109,6 +117,46 @@ def test_what_cannot_be_swapped_is_refused(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SmaltiError, match="is a file: choose a folder"):
         write(tmp_path / "file")
+
+
+def refuse_what_exists(target: Path) -> None:
+    if target.exists():
+        raise SmaltiError("it exists")
+
+
+def test_a_result_that_was_swapped_in_but_not_reported_is_replaced(tmp_path: Path) -> None:
+    target, check = tmp_path / "model", lambda: refuse_what_exists(tmp_path / "model")
+    write(target, "old", check=check, retry=True)
+    assert not (target / UNREPORTED).exists()
+    with pytest.raises(SmaltiError, match="it exists"):
+        write(target, check=check, retry=True)
+    (target / UNREPORTED).touch()  # its process was killed just after the swap
+    with pytest.raises(SmaltiError, match="it exists"):
+        write(target, check=check)
+    write(target, check=check, retry=True)
+    assert tree(target) == NEW
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_file_that_was_swapped_in_but_not_reported_is_replaced(
+    tmp_path: Path, same: bool
+) -> None:
+    target = tmp_path / "a.pt"
+
+    def write_file(content: str) -> None:
+        check = lambda: refuse_what_exists(target)  # noqa: E731
+        with replacing_file(target, check=check, retry=True) as new:
+            new.write_text(content)
+
+    write_file("old")
+    left = tmp_path / ".tmp-a.pt-0123abcd"
+    left.hardlink_to(target) if same else left.write_text("old")
+    if same:
+        write_file("new")
+    else:
+        with pytest.raises(SmaltiError, match="it exists"):
+            write_file("new")
+    assert target.read_text() == ("new" if same else "old") and os.listdir(tmp_path) == ["a.pt"]
 
 
 def test_only_the_attempts_at_this_target_are_cleared(tmp_path: Path) -> None:
