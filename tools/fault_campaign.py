@@ -427,7 +427,7 @@ def flip(folder: Path, chance: random.Random) -> dict[str, str]:
         end = run(folder, words)
         if end.complaint:
             return {**what, "outcome": "failed", "why": end.complaint}
-        if end.status != 0 or "damaged" in end.text:
+        if end.status != 0 or "damaged" in end.text or "differs" in end.text:
             return {**what, "outcome": "held", "why": end.text.strip()[-200:]}
     same = digest(damaged) == digest(path)  # a reader has mended the file
     return {

@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from smalti.config import read_recipe, without_words
 from smalti.errors import CheckpointError, SmaltiError
 from smalti.files import Info, checked_lines, command, read_hashed_json, read_lines
 from smalti.folders import FolderLock
@@ -51,6 +52,8 @@ def of_run(path: Path) -> Info:
         if (path / name).is_file():
             damaged += [("damaged", problem) for problem in checked_lines(path / name)[1]]
     lines += [("last logged", _last(path / METRICS)), ("speed", _last(path / TIMING))]
+    if newest is not None and (different := _edited_settings(path / RECIPE, newest)):
+        lines.append(("recipe", f"{RECIPE} differs from the checkpoint in {different}"))
     report, exported = path / REPORT, path / EXPORTED
     lines += [("report", str(report))] if report.is_file() else []
     lines.append(("result", _result(exported)))
@@ -60,6 +63,14 @@ def of_run(path: Path) -> Info:
     elif newest is not None:
         lines.append(("go on", _resume(path, newest, "latest")))
     return Info([*[line for line in lines if line[1]], *damaged], whole=not damaged)
+
+
+def _edited_settings(recipe: Path, checkpoint: Checkpoint) -> str:
+    """The settings of a run whose values in its recipe are not those that its newest checkpoint was
+    trained with; empty if there are none."""
+    stored = checkpoint.state["config"]
+    found = without_words(read_recipe(recipe)) if recipe.is_file() else stored
+    return ", ".join(sorted(key for key in stored | found if found.get(key) != stored.get(key)))
 
 
 def _active(path: Path) -> str:

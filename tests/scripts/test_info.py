@@ -47,6 +47,17 @@ def damage(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+def test_a_recipe_that_was_edited_is_reported(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    train_toy(toy_config(folder))
+    assert "recipe" not in told(capsys, folder)
+    recipe = folder / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("max_train_steps: 6", "max_train_steps: 7"))
+    assert told(capsys, folder)["recipe"] == (
+        "config.yaml differs from the checkpoint in max_train_steps"
+    )
+
+
 def test_a_run_reports_its_step_and_how_to_continue(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "run"
     train_toy(toy_config(folder))
