@@ -259,7 +259,8 @@ def refuse_one_class(
     """Raise `DataError` if all labels (N,) are equal, unless the options allow it."""
     present = labels.unique().tolist()
     if len(present) < 2 and not options.single_class:
-        name = f' ("{printable(classes[present[0]])}")' if classes[present[0]] else ""
+        only = classes[int(present[0])]
+        name = f' ("{printable(only)}")' if only else ""
         raise DataError(
             f"{title} has one class only{name}: give each picture one of several classes (in a "
             "folder: a sub-folder for each), or pass --folder.single_class"
