@@ -278,6 +278,21 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An open picture as 8-bit RGB: upright, alpha on white.
+
+    Raises:
+        DataError: it has more than 8 bits per channel, so that a range of values is needed.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise DataError(
+            f'the picture has the mode "{image.mode}", more than 8 bits per channel: convert it to '
+            "RGB first, with the range of values that is black to white"
+        )
+    method, rgb = UPRIGHT.get(orientation_of(image)[0]), _on_white(image)
+    return rgb if method is None else rgb.transpose(method)
+
+
 # Pillow's names for 16-bit colour in the arguments of a decoder; the mode is "RGB" nonetheless.
 _DEEP_COLOUR = re.compile(r"\b(LA?|RGB[AX]?|CMYK);16")
 TIFF_BITS, TIFF_SIGNED, SIGNED = 258, 339, 2  # tags, and the value of the second

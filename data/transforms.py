@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from smalti.errors import ConfigurationError
+from smalti.data.image_io import to_rgb
+from smalti.data.latents import to_float
+from smalti.errors import ConfigurationError, DataError
 
 # -- Centre crop ----------------------------------------------------------------------------------
 
@@ -66,6 +68,21 @@ def _crop(image: Image.Image, top: int, left: int, height: int, width: int) -> I
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> uint8 (3, H, W)."""
     return torch.from_numpy(np.asarray(image, dtype=np.uint8).copy()).permute(2, 0, 1)
+
+
+def images_of(pictures: Any, size: int) -> Tensor:
+    """One or several pictures of Pillow, of any size, as images (B, 3, size, size) in [-1, 1].
+
+    Raises:
+        DataError: there are none, or one is no picture of 8 bits per channel.
+    """
+    given = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
+    wrong = next((picture for picture in given if not isinstance(picture, Image.Image)), None)
+    if wrong is not None or not given:
+        found = "an empty list" if wrong is None else f"a {type(wrong).__name__}"
+        raise DataError(f"images are {found}: give a tensor (B, 3, {size}, {size}), or pictures")
+    squares = [center_crop(to_rgb(picture), size) for picture in given]
+    return to_float(torch.stack([to_tensor(square) for square in squares]))
 
 
 # -- Augmentation: each random choice is a pure function of (seed, epoch, index) ------------------

@@ -3,21 +3,14 @@
     python examples/train_on_a_folder.py --data my_pictures --output_dir runs/mine
 
 The folder has one sub-folder per class. This is `smalti demo --data my_pictures` in Python: each
-stage is one function and takes one dataclass, whose fields are the flags of the command.
+stage is one function, which takes the flags of its command and returns what was trained.
 """
 
 import argparse
 from pathlib import Path
 
-from smalti import Pipeline
+import smalti
 from smalti.pipelines.generation import class_grid
-from smalti.prior.presets import PRESETS as PRIORS
-from smalti.scripts.encode import EncodeConfig, encode
-from smalti.scripts.train_prior import TrainPriorConfig
-from smalti.scripts.train_prior import train as train_prior
-from smalti.scripts.train_tokenizer import TrainTokenizerConfig
-from smalti.scripts.train_tokenizer import train as train_tokenizer
-from smalti.tokenizer.presets import PRESETS as TOKENIZERS
 
 
 def main() -> None:
@@ -39,37 +32,29 @@ def main() -> None:
     }
 
     # Stage one: pictures of 32 x 32 pixels <-> 8 x 8 codes.
-    tokenizer = train_tokenizer(
-        TrainTokenizerConfig(
-            data=options.data,
-            output_dir=options.output_dir / "tokenizer",
-            tokenizer=TOKENIZERS["vq-32-tiny"],
-            **schedule,
-        )
+    out = options.output_dir
+    tokenizer = smalti.train_tokenizer(
+        data=options.data, output_dir=out / "tokenizer", tokenizer="vq-32-tiny", **schedule
     )
+    print(f"{tokenizer.spec.length} codes of {tokenizer.spec.vocab_size} for each picture")
 
     # Every picture and its mirror image are encoded once.
-    latents = encode(
-        EncodeConfig(
-            data=options.data, tokenizer=tokenizer, output_dir=options.output_dir / "latents"
-        )
+    latents = smalti.encode_pictures(
+        data=options.data, tokenizer=out / "tokenizer" / "tokenizer", output_dir=out / "latents"
     )
 
     # Stage two: p(codes | class). The result is a pipeline: tokenizer, prior and class names.
-    folder = train_prior(
-        TrainPriorConfig(
-            latents=latents,
-            tokenizer=tokenizer,
-            output_dir=options.output_dir / "prior",
-            prior=PRIORS["gpt-nano"],
-            **schedule,
-        )
+    pipeline = smalti.train_prior(
+        latents=latents,
+        tokenizer=out / "tokenizer" / "tokenizer",
+        output_dir=out / "prior",
+        prior="gpt-nano",
+        **schedule,
     )
-
-    pipeline = Pipeline.from_pretrained(folder)
-    grid = class_grid(pipeline, per_class=4, guidance_scale=2.0)  # a row per class
-    grid.save(options.output_dir / "samples.png")
-    print(f"pipeline: {folder}\nsamples: {options.output_dir / 'samples.png'}")
+    print(pipeline)
+    grid = class_grid(pipeline, per_class=4)  # a row per class
+    grid.save(out / "samples.png")
+    print(f"pipeline: {out / 'prior' / 'pipeline'}\nsamples: {out / 'samples.png'}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ BODY = """
 import smalti
 
 pipe = smalti.Pipeline.from_pretrained("PATH OR HUB ID")
-images = pipe({example}, num_images_per_prompt=4, guidance_scale=2.0).images
+images = pipe({example}, num_images_per_prompt=4).images
 ```
 
 | part | type | parameters | latents |

@@ -112,7 +112,7 @@ def generate_folder(
     labels: Sequence[int],
     *,
     seed: int,
-    guidance_scale: float,
+    guidance_scale: float | None = None,
     batch_size: int,
     layout: Layout = "flat",
     rank: int = 0,
@@ -142,12 +142,14 @@ def generate_folder(
         GenerationError: the prior does not have an option; the folder contains other files, or
             images of a job with other settings.
     """
-    seed, guidance_scale = plain(seed), plain(guidance_scale)
+    given = pipeline.guidance_scale if guidance_scale is None else guidance_scale
+    seed, guidance_scale = plain(seed), plain(given)
+    labels = [plain(label) for label in labels]
     options = {name: plain(value) for name, value in options.items()}
     check_options(pipeline.prior, {"guidance_scale": guidance_scale, **options})
     job = GenerationJob(
         model="/".join(map(_exact_name, (pipeline.tokenizer, pipeline.prior))),
-        labels=tuple(map(plain, labels)),
+        labels=tuple(labels),
         seed=seed,
         guidance_scale=guidance_scale,
         options=dict(sorted(options.items())),

@@ -27,7 +27,7 @@ from smalti.data.transforms import center_crop, to_tensor
 from smalti.errors import ConfigurationError, DataError
 from smalti.folders import is_unreported, replacing_file
 from smalti.hub import resolve_folder
-from smalti.pipelines.pipeline import INDEX
+from smalti.pipelines.pipeline import INDEX, check_model
 from smalti.tokenizer import manipulation
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.losses.perceptual import LPIPS, MIN_SIDE
@@ -329,6 +329,7 @@ def load_tokenizer(model: str) -> Tokenizer:
     Raises:
         SmaltiError: there is no such model, or it is neither.
     """
+    check_model(model)
     folder = resolve_folder(model)
     return Tokenizer.from_pretrained(folder / "tokenizer" if (folder / INDEX).is_file() else folder)
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 from smalti.checkpoints import Weights, is_checkpoint, state_of
 from smalti.config import config_from_dict, config_to_dict, plain
 from smalti.data.classes import check_class_names
-from smalti.data.image_io import save_png, to_pil
+from smalti.data.image_io import save_png
 from smalti.data.latent_cache.cache import read_manifest
 from smalti.data.latents import as_tensor
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
@@ -38,18 +37,19 @@ from smalti.pipelines.conditions import (
     integer,
     label_ids,
 )
+from smalti.pipelines.output import OutputType, PipelineOutput, as_output
 from smalti.prior.base import Prior
 from smalti.randomness import Generators, check_generators
 from smalti.repository import check_options, resolve_folder, upload
 from smalti.tokenizer.base import Tokenizer, check_finite
 from smalti.weights import chosen_dtype, unwrapped
 
-OutputType = Literal["pil", "np", "pt", "latent"]
-
 # -- model_index.json -----------------------------------------------------------------------------
 
 FORMAT_VERSION = 1
 INDEX = "model_index.json"
+DEMO = "runs/demo/pipeline"  # what `smalti demo` writes, and other commands read by default
+DEFAULT_GUIDANCE = 2.0  # guidance_scale of a pipeline that does not say otherwise
 CONFIGS = ("tokenizer/config.json", "prior/config.json")  # whose hashes the index records
 
 
@@ -69,6 +69,7 @@ class PipelineIndex:
     classes: tuple[str, ...]
     notes: str = ""  # Markdown for the model card
     training_pictures: str = ""  # fingerprint of the prior's training data; empty if unknown
+    guidance_scale: float | None = None  # of a call that gives none; None: the default
     _class_name: Literal["Pipeline"] = "Pipeline"
     format_version: int = FORMAT_VERSION
 
@@ -94,15 +95,6 @@ def read_index(folder: Path) -> PipelineIndex:
 
 
 # -- the pipeline ---------------------------------------------------------------------------------
-
-
-@dataclass
-class PipelineOutput:
-    """The result of calling a pipeline."""
-
-    images: Any  # "pil": list; "np": (B, H, W, 3) in [0, 1]; "pt": (B, 3, H, W) in [0, 1]; or None
-    latents: Tensor  # what the prior sampled
-    labels: list[int]  # class label of each image; empty where captions were given
 
 
 class Pipeline:
@@ -139,6 +131,8 @@ class Pipeline:
         self.classes = tuple(classes)
         self.notes = ""  # Markdown for the model card
         self.training_pictures = ""  # fingerprint of the prior's training data, if known
+        # Of calls that give none. A prior without a null class cannot be guided.
+        self.guidance_scale = DEFAULT_GUIDANCE if prior.has_null_class else 1.0
         self._samples: Path | None = None  # file of the grid that the model card shows
 
     # -- loading and saving -------------------------------------------------------------------
@@ -209,6 +203,8 @@ class Pipeline:
             check_hashes(folder / INDEX, CONFIGS)
         pipeline.notes = index.notes
         pipeline.training_pictures = index.training_pictures
+        if index.guidance_scale is not None:
+            pipeline.guidance_scale = index.guidance_scale
         pipeline._samples = folder / SAMPLES
         return pipeline.to(device)
 
@@ -220,7 +216,8 @@ class Pipeline:
         prior = Prior.from_pretrained(folder, dtype=precision, weights=weights)
         run = state_of(folder)["config"]
         info = read_manifest(Path(run["latents"]) / "train")
-        tokenizer = Tokenizer.from_pretrained(Path(run["tokenizer"]), dtype=precision)
+        given = Tokenizer.from_pretrained(Path(run["tokenizer"]), dtype=precision)
+        tokenizer = given.for_latents(info.spec, info.tokenizer_fingerprint) or given
         pipeline = cls(tokenizer, prior, info.classes)
         pipeline.training_pictures = info.dataset_fingerprint
         return pipeline
@@ -277,6 +274,7 @@ class Pipeline:
             classes=self.classes,
             notes=notes,
             training_pictures=self.training_pictures,
+            guidance_scale=self.guidance_scale,
         )
         write_hashed_json(folder / INDEX, config_to_dict(index), CONFIGS)
 
@@ -322,6 +320,24 @@ class Pipeline:
             model.to(device=device)
         return self
 
+    def __repr__(self) -> str:
+        def size(model: torch.nn.Module) -> str:
+            count = sum(parameter.numel() for parameter in model.parameters())
+            return f"{type(model).__name__}, {count / 1e6:.1f} M parameters"
+
+        tokenizer, side = self.tokenizer, self.tokenizer.image_size
+        some = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
+        conditions = f"{len(self.classes)} classes: {some}" if self.classes else "captions"
+        dtype = str(next(self.prior.parameters()).dtype).removeprefix("torch.")
+        return (
+            "Pipeline(\n"
+            f"  tokenizer: {size(tokenizer)}, {side} x {side} pixels <-> "
+            f"{tokenizer.spec.in_words}\n"
+            f"  prior: {size(self.prior)}, {conditions}\n"
+            f"  guidance_scale {self.guidance_scale}, {dtype} on {self.device}\n"
+            ")"
+        )
+
     @property
     def device(self) -> torch.device:
         return next(self.prior.parameters()).device
@@ -336,7 +352,7 @@ class Pipeline:
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
         num_images_per_prompt: int = 1,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         generator: Generators = None,
         output_type: OutputType = "pil",
         batch_size: int | None = None,
@@ -351,7 +367,8 @@ class Pipeline:
             prompt_embeds: instead of classes, the output of a text encoder for captions, (B, T, D)
                 with the T and D that the prior was trained with, padded anywhere.
             prompt_attention_mask: (B, T), nonzero at tokens; None: nothing is padding.
-            guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass.
+            guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass; None
+                is `self.guidance_scale`, which is saved with the pipeline.
             generator: one generator, or a list with one per image. With a list, image i does not
                 depend on its neighbours or on `batch_size`, except that sampling rounds
                 differently in batches of another size; a generation job excludes that, too.
@@ -383,7 +400,7 @@ class Pipeline:
             part = slice(start, start + chunk)
             sampled = self.prior.sample(
                 conditions.part(part, self.device),
-                guidance_scale=guidance_scale,
+                guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
                 generator=generator[part] if isinstance(generator, Sequence) else generator,
                 **{**options, **{name: rows[part] for name, rows in by_row.items()}},
             )
@@ -391,8 +408,9 @@ class Pipeline:
             latents.append(sampled)
             if output_type != "latent":
                 images.append(self._decode(sampled, singly=isinstance(generator, Sequence)))
-        decoded = _as_output(torch.cat(images), output_type) if images else None
-        return PipelineOutput(decoded, torch.cat(latents), conditions.labels)
+        decoded = as_output(torch.cat(images), output_type) if images else None
+        names = [self.classes[label] for label in conditions.labels]
+        return PipelineOutput(decoded, torch.cat(latents), conditions.labels, names)
 
     def _row_options(self, options: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
         """The options that have a row for each image, as tensors.
@@ -450,6 +468,15 @@ class Pipeline:
         return label_ids(class_labels, self.classes)
 
 
+def check_model(model: str) -> None:
+    """Raise `CheckpointError` if a command was given no model, and `smalti demo` has made none."""
+    if model == DEMO and not Path(model).is_dir():
+        raise CheckpointError(
+            f"there is no model in {DEMO}, where a command looks that is given no --model: train "
+            "one with smalti demo, or give --model with a folder or an id on the Hub"
+        )
+
+
 def _check_target(folder: Path) -> None:
     """Raise `CheckpointError` if a folder contains anything but a pipeline."""
     if folder.exists() and not folder.is_dir():
@@ -474,11 +501,3 @@ def _components(tokenizer: Tokenizer, prior: Prior) -> Components:
         tokenizer=Tokenizer.registry.name_of(type(tokenizer)),
         prior=Prior.registry.name_of(type(prior)),
     )
-
-
-def _as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> the requested output type."""
-    if output_type == "pil":
-        return to_pil(images)
-    unit = (images + 1) / 2
-    return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).numpy()

@@ -8,12 +8,12 @@ After an interruption, the same command continues where it stopped.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from smalti.checkpoints import Weights, is_checkpoint
-from smalti.cli import parse_config, run_command
+from smalti.cli import in_python, parse_config, run_command
 from smalti.config import check_at_least
 from smalti.data.dataset import DataOptions, ImageDataset, write_options
 from smalti.data.latent_cache.cache import (
@@ -143,6 +143,19 @@ class EncodedViews:
             stored.append(torch.stack(encoded, dim=1))  # (b, views, ...)
             labels.append(batch.labels)
         return EncodedRange(torch.cat(stored), torch.cat(labels))
+
+
+def encode_pictures(config: EncodeConfig | None = None, **settings: Any) -> Path:
+    """Encode pictures, and return the folder of the latents: `smalti encode` in Python.
+
+    Args:
+        config: all settings; or give `settings`.
+        settings: fields of `EncodeConfig`.
+
+    Raises:
+        SmaltiError: as the command.
+    """
+    return in_python(encode, EncodeConfig, config, settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

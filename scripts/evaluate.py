@@ -24,7 +24,7 @@ from smalti.files import first_difference, write_hashed_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import class_grid, picture_generator
-from smalti.pipelines.pipeline import INDEX, Pipeline
+from smalti.pipelines.pipeline import INDEX, Pipeline, check_model
 from smalti.scripts.options import Sampling
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import fills_folder, resolve_precision
@@ -76,6 +76,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
     Returns:
         The metrics by name.
     """
+    check_model(config.model)
     folder = resolve_folder(config.model)
     config.note_stored()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,6 +100,7 @@ def evaluate_tokenizer(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str
 
 def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> dict[str, Metric]:
     """Metrics of reconstructions, of the prior's likelihood, and of samples."""
+    config = config.guided_like(pipeline)
     evaluator = sample_evaluator(config, pipeline)
     tokenizer = evaluator.tokenizer
     extractors = feature_extractors(config.features, tokenizer.lpips, config.feature_weights)

@@ -14,7 +14,7 @@ from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
 from smalti.errors import ConfigurationError, GenerationError
 from smalti.pipelines.generation import Layout, continued_labels, generate_folder
-from smalti.pipelines.pipeline import Pipeline
+from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.scripts.options import Sampling
 from smalti.training.processes import fills_folder, join_job, say, shared_work
 
@@ -24,7 +24,7 @@ class GenerateConfig(Sampling):
     """Sample pictures with a saved pipeline."""
 
     # A pipeline: a folder, a repository on the Hub, or a checkpoint of a train-prior run.
-    model: str = "runs/demo/pipeline"
+    model: str = DEMO
     weights: Weights = "ema"  # of a checkpoint: the average of its run, or raw
     output_dir: Path = Path("samples")  # folder of the PNG files
     class_labels: tuple[str, ...] = ()  # class names or numbers; empty = all classes
@@ -61,6 +61,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         GenerationError: the pipeline is text-conditional, or no class has such a name or number.
     """
     state = join_job()
+    check_model(config.model)
     pipeline = Pipeline.from_pretrained(config.model, device=state.device, weights=config.weights)
     if not pipeline.classes:
         raise GenerationError(

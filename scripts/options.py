@@ -8,19 +8,20 @@ import inspect
 import re
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, make_dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from docstring_parser import parse
 from tyro.conf import arg
 
 from smalti.hub import named_options
+from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.flow.solvers.base import SOLVERS
 from smalti.prior.flow.solvers.schedules import SCHEDULES
 from smalti.prior.registry import PRIORS
 
 # A docstring says how an object of a registry is given in Python.
-IN_PYTHON = re.compile(r"a name in `(\w+)`, \{.*?\}, or an? \w+")
+IN_PYTHON = re.compile(r'a name in `(\w+)`, "[^"]*", \{.*?\}, or an? \w+')
 REGISTRIES = {"SOLVERS": SOLVERS, "SCHEDULES": SCHEDULES}
 
 
@@ -30,7 +31,16 @@ class SamplingBase:
     the prior does not have is an error."""
 
     # The classes made from this one have no source, in which a comment would be found.
-    guidance_scale: Annotated[float, arg(help="s in uncond + s (cond - uncond); 1 is off")] = 2.0
+    guidance_scale: Annotated[
+        float | None,
+        arg(help="s in uncond + s (cond - uncond); 1 is off. Default: that of the pipeline, or 2."),
+    ] = None
+
+    def guided_like(self, pipeline: Pipeline) -> Self:
+        """With the guidance of the pipeline, if none was given."""
+        if self.guidance_scale is not None:
+            return self
+        return replace(self, guidance_scale=pipeline.guidance_scale)
 
     @property
     def options(self) -> dict[str, Any]:

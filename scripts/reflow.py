@@ -26,7 +26,7 @@ from smalti.data.latent_cache.cache import (
 )
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import picture_generator
-from smalti.pipelines.pipeline import Pipeline
+from smalti.pipelines.pipeline import Pipeline, check_model
 from smalti.prior.flow.prior import FlowPrior
 from smalti.prior.flow.rectified import check_straight, generate_pairs, straightness
 from smalti.prior.flow.solvers.base import ODESolver, make_solver
@@ -88,6 +88,7 @@ def load(config: ReflowConfig) -> tuple[Pipeline, FlowPrior]:
         SmaltiError: the prior is no flow on the linear path, or pairs cannot be generated with
             these options.
     """
+    check_model(config.model)
     pipeline = Pipeline.from_pretrained(config.model, device=join_job().device)
     prior = pipeline.prior
     check_straight(prior)

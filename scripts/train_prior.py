@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.checkpoints import Weights
-from smalti.cli import parse_config, run_command
+from smalti.cli import in_python, parse_config, run_command
 from smalti.config import first_difference
 from smalti.data.classes import warn_of_empty_classes
 from smalti.data.dataset import DataOptions, read_options, write_options
@@ -219,6 +219,8 @@ def train(config: TrainPriorConfig) -> Path:
     loss_of = partial(prior_loss, tokenizer=tokenizer, device=run.device, pairs=pairs)
     pipeline = Pipeline(tokenizer, ema.model, latents.classes)
     pipeline.training_pictures = latents.info.dataset_fingerprint
+    if config.preview.guidance_scale is not None:
+        pipeline.guidance_scale = config.preview.guidance_scale
     run.resume(latents.fingerprint)
     order = DataOrder(len(latents), config.train_batch_size, config.seed)
     batches = run.reading(stream_batches(latents, order, **run.share_of_data()))
@@ -269,6 +271,20 @@ def train(config: TrainPriorConfig) -> Path:
     pictures = read_options(config.latents / "train") or read_options(config.tokenizer)
     finished = partial(save, run=run, pipeline=pipeline, options=config.preview.options)
     return run.export(partial(finished, pictures=pictures))
+
+
+def train_prior(config: TrainPriorConfig | None = None, **settings: Any) -> Pipeline:
+    """Train a prior, and return the finished pipeline: `smalti train-prior` in Python.
+
+    Args:
+        config: all settings; or give `settings`.
+        settings: fields of `TrainPriorConfig`, as in a recipe: `prior="gpt-nano"` is a preset.
+
+    Raises:
+        SmaltiError: as the command.
+        KeyboardInterrupt: the run was stopped; `resume_from_checkpoint="latest"` continues it.
+    """
+    return Pipeline.from_pretrained(in_python(train, TrainPriorConfig, config, settings))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

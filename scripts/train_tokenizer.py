@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from smalti.checkpoints import Weights
-from smalti.cli import parse_config, run_command
+from smalti.cli import in_python, parse_config, run_command
 from smalti.data.dataset import DataOptions, ImageBatch, ImageDataset, write_options
 from smalti.data.image_io import image_grid
 from smalti.data.latents import CodeSpec
@@ -393,6 +393,21 @@ def train(config: TrainTokenizerConfig) -> Path:
 
     finished = partial(save, tokenizer=ema.model, images=images, device=run.device, options=config)
     return run.export(finished)
+
+
+def train_tokenizer(config: TrainTokenizerConfig | None = None, **settings: Any) -> Tokenizer:
+    """Train a tokenizer, and return it: `smalti train-tokenizer` in Python.
+
+    Args:
+        config: all settings; or give `settings`.
+        settings: fields of `TrainTokenizerConfig`, as in a recipe: `tokenizer="vq-32-tiny"` is a
+            preset.
+
+    Raises:
+        SmaltiError: as the command.
+        KeyboardInterrupt: the run was stopped; `resume_from_checkpoint="latest"` continues it.
+    """
+    return Tokenizer.from_pretrained(in_python(train, TrainTokenizerConfig, config, settings))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,7 +31,8 @@ FOLDERS = ("data", "tokenizer", "prior", "pipelines", "training", "evaluation", 
 # folder -> what of smalti it may import, as prefixes of module names; itself is always allowed
 ALLOWED: dict[str, set[str]] = {
     "data": BASE,
-    "tokenizer": BASE | {"smalti.data.latents"},
+    # Transforms turn pictures into images for `encode`, which imports them at its first picture.
+    "tokenizer": BASE | {"smalti.data.latents", "smalti.data.transforms"},
     # Of stage one only the pure quantizers, none of which knows an encoder or a decoder: a
     # next-scale prior owns a frozen copy of the tokenizer's multi-scale quantizer.
     "prior": BASE | {"smalti.data.latents", "smalti.tokenizer.quantizers"},

@@ -142,18 +142,34 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         del generator, noise
         return stored
 
-    def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
+    def encode(self, images: Any, *, generator: Generators = None) -> Tensor:
         """`latents(store(images))`: images (B, 3, H, W) in [-1, 1] -> latents.
+
+        Args:
+            images: a tensor or an array; or one or several pictures of Pillow, whose centre is
+                resized to `image_size`, as in training.
 
         Raises:
             DataError: images, or what the encoder makes of them, are infinite or NaN.
         """
+        images = self._as_images(images)
         stored = self.store(images)
         check_finite(stored, "the encoder", images, "images")
         return self.latents(stored, generator=generator)
 
+    def _as_images(self, images: Any) -> Tensor:
+        """A tensor as it is; an array or pictures as a tensor on the device of the weights."""
+        weight = self.last_layer
+        if isinstance(images, Tensor):
+            return images
+        if hasattr(images, "__array_interface__") and not hasattr(images, "convert"):
+            return as_tensor(images).to(weight.device)
+        from smalti.data.transforms import images_of  # needs Pillow, which models do not
+
+        return images_of(images, self.image_size).to(weight.device, weight.dtype)
+
     @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
+    def reconstruct(self, images: Any) -> Tensor:
         """`decode(encode(images))` clamped to [-1, 1], shape (B, 3, H, W)."""
         return self.decode(self.encode(images)).clamp(-1, 1)
 

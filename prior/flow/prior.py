@@ -285,9 +285,9 @@ class FlowPrior(Prior):
                 network n times in each. Adaptive solvers choose their own.
             solver: a name in `SOLVERS`, "name:option=value,...", {"kind": name, option: value}, or
                 a solver.
-            schedule: a name in `SCHEDULES`, in the same forms, or a schedule. None is
-                "ddpm" (ten steps of 1000 are the indices 900, 800, ..., 0) for a DDPM path and a
-                solver that is not an ODE solver, and otherwise "uniform".
+            schedule: a name in `SCHEDULES`, "name:option=value,...", {"kind": name, option: value},
+                or a schedule. None is "ddpm" (ten steps of 1000 are the indices 900, 800, ..., 0)
+                for a DDPM path and a solver that is not an ODE solver, and otherwise "uniform".
             noise: standard normal x_0 (B, C, h, w); None samples it.
             guidance_interval: the times, from 0, noise, to 1, data, between which s applies.
             classifier: adds classifier guidance.

@@ -1,6 +1,7 @@
 """smalti: train your own image generator in two stages, on your own pictures.
 
-`Pipeline`, `Prior` and `Tokenizer` are imported when first used, so that `import smalti` is quick.
+Models and the functions that train them are imported when first used, so that `import smalti` is
+quick.
 """
 
 import importlib
@@ -19,6 +20,9 @@ from smalti.errors import (
 if TYPE_CHECKING:
     from smalti.pipelines.pipeline import Pipeline
     from smalti.prior.base import Prior
+    from smalti.scripts.encode import encode_pictures
+    from smalti.scripts.train_prior import train_prior
+    from smalti.scripts.train_tokenizer import train_tokenizer
     from smalti.tokenizer.base import Tokenizer
 
 __all__ = [
@@ -32,6 +36,9 @@ __all__ = [
     "SmaltiError",
     "Tokenizer",
     "__version__",
+    "encode_pictures",
+    "train_prior",
+    "train_tokenizer",
 ]
 
 __version__ = version("smalti")
@@ -40,6 +47,9 @@ _MODULES = {
     "Pipeline": "smalti.pipelines.pipeline",
     "Prior": "smalti.prior.base",
     "Tokenizer": "smalti.tokenizer.base",
+    "encode_pictures": "smalti.scripts.encode",
+    "train_prior": "smalti.scripts.train_prior",
+    "train_tokenizer": "smalti.scripts.train_tokenizer",
 }
 
 

@@ -19,6 +19,7 @@ from smalti.config import (
     config_from_dict,
     config_to_dict,
     nearest,
+    plain,
     read_recipe,
     recipe_text,
     registry_of,
@@ -28,6 +29,7 @@ from smalti.machine import failure_of
 from smalti.signals import ending_the_command
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("smalti.scripts.demo", "from a set of pictures to new pictures, in one command"),
@@ -199,6 +201,38 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
         print(recipe_text(config), end="")
         raise SystemExit(0)
     return config
+
+
+def in_python(
+    command: Callable[[T], R], config_class: type[T], config: T | None, settings: Mapping[str, Any]
+) -> R:
+    """Run a command that is called from Python, with a configuration or with some of its fields.
+
+    Args:
+        settings: values as in a recipe, or dataclasses; the name of a preset selects it.
+
+    Raises:
+        ConfigurationError: both or wrong settings were given.
+        KeyboardInterrupt: the command was interrupted.
+    """
+    if config is None:
+        recipe: dict[str, Any] = {}
+        for name, value in settings.items():
+            preset = isinstance(value, str) and name in getattr(config_class, "PRESETS", {})
+            recipe[name] = {"preset": value} if preset else config_to_dict(plain(value))
+        base = _with_presets(config_class, recipe, [], "settings")
+        config = config_from_dict(config_class, recipe, "settings", base)
+    elif settings:
+        raise ConfigurationError(
+            f"a {config_class.__name__} and {', '.join(settings)} were given: put all settings "
+            "into one of them"
+        )
+    try:
+        return command(config)
+    except SystemExit as stop:  # a command ends its process; in a notebook that is an interruption
+        if stop.code != EXIT_INTERRUPTED:
+            raise
+        raise KeyboardInterrupt("stopped; what was reached is saved") from None
 
 
 # Fields of configurations that name what a command writes.

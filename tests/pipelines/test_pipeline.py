@@ -1,6 +1,9 @@
 """A pipeline accepts models that belong together; image i depends on its own seed alone."""
 
+import base64
+import io
 import json
+import re
 import shutil
 import threading
 import time
@@ -10,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from chance import generators
 from PIL import Image
 
 import smalti
@@ -336,6 +340,62 @@ def test_pictures_that_are_not_finite_are_refused(pipe) -> None:
         pipe([0, 1])
     with pytest.raises(SmaltiError, match=r"1 of 1 images have values.*infinite or NaN"):
         to_uint8(torch.full((1, 3, 4, 4), torch.nan))
+
+
+def test_the_guidance_of_a_call_is_stored_with_the_pipeline(pipe, tmp_path, monkeypatch) -> None:
+    assert pipe.guidance_scale == 2.0
+
+    def images(pipe: Pipeline, **options) -> torch.Tensor:
+        return pipe([0, 1], generator=generators(0, 1), output_type="pt", **options).images
+
+    assert torch.equal(images(pipe), images(pipe, guidance_scale=2.0))
+    assert not torch.equal(images(pipe), images(pipe, guidance_scale=1.0))
+    pipe.guidance_scale = 3.5
+    folder = pipe.save_pretrained(tmp_path / "p")
+    loaded = Pipeline.from_pretrained(folder)
+    assert loaded.guidance_scale == 3.5
+    assert torch.equal(images(loaded), images(pipe, guidance_scale=3.5))
+    job = {"seed": 0, "batch_size": 2}
+    generate_folder(loaded, tmp_path / "a", [0, 1], **job)
+    generate_folder(loaded, tmp_path / "b", [0, 1], guidance_scale=3.5, **job)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_prior_without_a_null_class_is_not_guided(tokenizer, prior) -> None:
+    plain = NextTokenPrior(replace(prior.config, label_dropout=0.0))
+    torch.nn.init.zeros_(plain.cls_embedding.weight[-1])
+    pipe = Pipeline(tokenizer, plain, CLASSES)
+    assert pipe.guidance_scale == 1.0
+    assert len(pipe("cat").images) == 1
+
+
+def test_a_pipeline_says_what_it_is(pipe) -> None:
+    text = repr(pipe)
+    for part in ("VQTokenizer", "16 x 16 pixels", "NextTokenPrior", "3 classes: cat, dog, emu"):
+        assert part in text
+    assert "guidance_scale 2.0, float32 on cpu" in text
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_a_notebook_shows_the_pictures_of_a_result(tokenizer, prior, output_type: str) -> None:
+    pipe = Pipeline(tokenizer, prior, ("<cat>", "dog", "emu"))
+    out = pipe([0, 2], generator=generators(0, 1), output_type=output_type)
+    page = out._repr_html_()
+    assert page.count("<img ") == 2 and "&lt;cat&gt;" in page and "emu" in page
+    encoded = re.findall(r"base64,([^\"]+)", page)
+    expected = pipe([0, 2], generator=generators(0, 1)).images
+    for text, picture in zip(encoded, expected, strict=True):
+        shown = Image.open(io.BytesIO(base64.b64decode(text)))
+        assert np.array_equal(np.asarray(shown), np.asarray(picture))
+    grid = Image.open(io.BytesIO(out._repr_png_()))
+    assert grid.size == (2 * 16 + 6, 16 + 4)  # with a margin of 2 pixels
+    assert repr(out) == "PipelineOutput(2 images of <cat>, emu)"
+
+
+def test_a_result_of_latents_shows_nothing(pipe) -> None:
+    out = pipe([0, 0], output_type="latent")
+    assert out._repr_html_() is None and out._repr_png_() is None
+    assert repr(out) == "PipelineOutput(2 latents of cat)"
 
 
 # -- batch generation -------------------------------------------------------------------------

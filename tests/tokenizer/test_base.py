@@ -1,9 +1,13 @@
 """Images that every tokenizer refuses, with the reason."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_CONV, TINY_VQ
+from PIL import Image
 
+from smalti.data.latents import to_float
+from smalti.data.transforms import center_crop, to_tensor
 from smalti.errors import SmaltiError
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
@@ -107,3 +111,23 @@ def test_the_scales_of_var_at_512_pixels_are_the_published_ones() -> None:
     assert var.stretched((16, 16)) == var.scales
     tiny = MultiScaleConfig(scales=((1, 1), (2, 1), (4, 2)), convolutions=1)
     assert tiny.stretched((8, 4)) == ((1, 1), (3, 1), (8, 4))  # 2^(3/2) = 2.8
+
+
+def test_pictures_are_encoded_as_in_training(tokenizer) -> None:
+    random = np.random.default_rng(0)
+    picture = Image.fromarray(random.integers(0, 255, (40, 36, 3), dtype=np.uint8))
+    images = to_float(to_tensor(center_crop(picture, 16)))[None]
+    codes = tokenizer.encode(images)
+    assert torch.equal(tokenizer.encode(picture), codes)
+    assert torch.equal(tokenizer.encode([picture, picture]), codes.repeat(2, 1))
+    assert torch.equal(tokenizer.encode(images.numpy()), codes)
+    assert torch.equal(tokenizer.reconstruct(picture), tokenizer.reconstruct(images))
+    transparent = Image.new("RGBA", (20, 20), (0, 0, 0, 0))  # on white
+    assert torch.equal(tokenizer.encode(transparent), tokenizer.encode(torch.ones(1, 3, 16, 16)))
+    for wrong, message in (
+        ("cat.png", "images are a str: give a tensor"),
+        ([], "images are an empty list"),
+        (Image.new("I;16", (20, 20)), "more than 8 bits per channel"),
+    ):
+        with pytest.raises(SmaltiError, match=message):
+            tokenizer.encode(wrong)
