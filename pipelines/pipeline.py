@@ -51,6 +51,7 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 FORMAT_VERSION = 1
 INDEX = "model_index.json"
 CONFIGS = ("tokenizer/config.json", "prior/config.json")  # whose hashes the index records
+WEIGHTS = ("tokenizer/model.safetensors", "prior/model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Pipeline:
             token=token,
             local_files_only=local_files_only,
             cache_dir=cache_dir,
-            needs=(INDEX, *CONFIGS),
+            needs=(INDEX, *CONFIGS, *WEIGHTS),
         )
         if is_checkpoint(folder):
             return cls._of_checkpoint(folder, weights, precision).to(device)
