@@ -51,6 +51,7 @@ INDEX = "model_index.json"
 DEMO = "runs/demo/pipeline"  # what `smalti demo` writes, and other commands read by default
 DEFAULT_GUIDANCE = 2.0  # guidance_scale of a pipeline that does not say otherwise
 CONFIGS = ("tokenizer/config.json", "prior/config.json")  # whose hashes the index records
+WEIGHTS = ("tokenizer/model.safetensors", "prior/model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class Pipeline:
             token=token,
             local_files_only=local_files_only,
             cache_dir=cache_dir,
-            needs=(INDEX, *CONFIGS),
+            needs=(INDEX, *CONFIGS, *WEIGHTS),
         )
         if is_checkpoint(folder):
             return cls._of_checkpoint(folder, weights, precision).to(device)

@@ -54,7 +54,7 @@ class FrozenBackbone(nn.Module):
         self.register_buffer("std", std, persistent=False)
         self.mean: Tensor
         self.std: Tensor
-        self.digest = int(hash_weights(model.state_dict())[:16], 16) >> 1  # 63 bits
+        self.digest = int(hash_weights(sorted(model.state_dict().items()))[:16], 16) >> 1  # 63 bits
         self.requires_grad_(False)
         super().train(False)
 

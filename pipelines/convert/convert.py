@@ -34,6 +34,7 @@ from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.registry import TOKENIZERS
+from smalti.weights import state_to_save
 
 Converted = Tokenizer | Prior | Pipeline
 
@@ -336,6 +337,7 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
 
     Raises:
         ConversionError: `out` exists; no layout fits, or the one that was named does not.
+        CheckpointError: a weight is infinite or NaN; the model has other tensors than its config.
     """
     is_file = out.suffix in (SAFETENSORS, *PICKLES)
     name = layout or _fitting_layout(model, is_file)
@@ -343,7 +345,8 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
     if not writer.fits(model.config):
         parts = [*map(str, _obstacles(writer, model.config)), "choose another layout, or none"]
         raise ConversionError(f"this model is no {writer.title}: {', '.join(parts)}")
-    ours = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state = state_to_save(model, lambda: type(model)(model.config))  # type: ignore[call-arg]
+    ours = {name: tensor.cpu() for name, tensor in state.items()}
     tensors = export_tensors(writer.layout(model.config), ours)
     config = writer.export_config(model.config)
     if config is not None and is_file:

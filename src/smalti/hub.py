@@ -12,7 +12,7 @@ folder never uses the network.
 
 import json
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,9 +27,9 @@ from smalti.folders import contents, replacing_folder
 from smalti.repository import check_options, first_line, resolve_folder, upload
 from smalti.weights import (
     AS_SAVED,
+    WeightsFile,
     chosen_dtype,
     hash_weights,
-    load_weights,
     plain_state,
     save_weights,
     saved_dtype,
@@ -38,7 +38,7 @@ from smalti.weights import (
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 
 FORMAT_VERSION = 1
@@ -232,8 +232,10 @@ class Copy:
 class Pretrained:
     """A mixin that saves and loads an `nn.Module`.
 
-    A subclass sets `Config`, keeps its config in `self.config`, and is built by `cls(config)`. Its
-    base class sets `registry`; `from_pretrained` on the base class finds the class by "type".
+    A subclass sets `Config`, keeps its config in `self.config`, and is built by `cls(config)`,
+    which initialises parameters with functions such as those of torch.nn.init: while a model is
+    loaded, they have no values until the file is read. Its base class sets `registry`;
+    `from_pretrained` on the base class finds the class by "type".
     """
 
     registry: ClassVar[Registry]
@@ -329,22 +331,23 @@ class Pretrained:
             needs=(CONFIG, WEIGHTS),
         )
         target, config, copy = cls._saved(folder)
-        file, beside, hashes = folder / WEIGHTS, (), {}
+        path, beside, hashes = folder / WEIGHTS, (), {}
         if is_checkpoint(folder):
-            file, beside = checkpoints.weight_file(folder, weights), (checkpoints.UPDATES,)
+            path, beside = checkpoints.weight_file(folder, weights), (checkpoints.UPDATES,)
         elif verify:
             hashes = recorded_hashes(folder / CONFIG)
         expected = hashes.get(WEIGHTS, "not recorded") if hashes else None
-        model: Any = load_weights(lambda: _build(target, config, folder), file, expected, beside)
+        file = WeightsFile(path, lambda: _build(target, config, folder), beside)
+        if precision == AS_SAVED:
+            precision = saved_dtype(path)
+        model: Any = file.load(expected, precision)
         if verify and not is_checkpoint(folder):
             # last: what is wrong in a config is an error with a better name
             check_hashes(folder / CONFIG)
-        if copy is not None:
-            model._copy_of = _read_copy(copy, model, folder)
-        if precision == AS_SAVED:
-            precision = saved_dtype(file)
-        if precision is not None:
-            model.cast(precision)
+        if copy is not None or precision is not None:
+            checksum = model._checksum_of(file.values())  # of the model before `precision`
+            original = _read_copy(copy, checksum, folder).fingerprint if copy else checksum
+            model._keep_fingerprint(original)
         return model.to(device=device).eval()
 
     @classmethod
@@ -377,12 +380,15 @@ class Pretrained:
 
         After `model.to(dtype)` the rounded weights count as another model.
         """
-        model: Any = self
         fingerprint = self.fingerprint
-        model.to(dtype)
+        cast("nn.Module", self).to(dtype)
+        self._keep_fingerprint(fingerprint)
+        return self
+
+    def _keep_fingerprint(self, fingerprint: str) -> None:
+        """Record that the weights are those of the model `fingerprint`, rounded."""
         checksum = self.checksum
         self._copy_of = Copy(fingerprint, checksum) if checksum != fingerprint else None
-        return self
 
     def push_to_hub(
         self,
@@ -415,8 +421,12 @@ class Pretrained:
     @property
     def checksum(self) -> str:
         """sha256 over config and weights as they are, equal on any device."""
+        return self._checksum_of(sorted(plain_state(cast("nn.Module", self)).items()))
+
+    def _checksum_of(self, weights: "Iterable[tuple[str, Tensor]]") -> str:
+        """The checksum that a model of this config has with the given weights, sorted by name."""
         config = json.dumps(config_to_dict(self.config), sort_keys=True).encode()
-        return hash_weights(plain_state(cast("nn.Module", self)), config)
+        return hash_weights(weights, config)
 
     @property
     def fingerprint(self) -> str:
@@ -478,10 +488,10 @@ def _read_config(folder: Path, registry: Registry) -> dict[str, Any]:
     return content
 
 
-def _read_copy(content: Any, model: Pretrained, folder: Path) -> Copy:
+def _read_copy(content: Any, checksum: str, folder: Path) -> Copy:
     """The `copy_of` entry of config.json, if the weights are those that were saved."""
     copy = config_from_dict(Copy, content, f"{folder / CONFIG}: {COPY}")
-    if copy.checksum != model.checksum:
+    if copy.checksum != checksum:
         raise CheckpointError(
             f"{folder / WEIGHTS} is not the copy of {copy.fingerprint[:12]} that {CONFIG} "
             f'records: save it again, or remove "{COPY}" from {CONFIG} if it is another model now'

@@ -3,7 +3,7 @@
     chosen_dtype    the precision that a user asks for
     plain_state     a state dict without what torch.compile, DataParallel and others put into names
     state_to_save   the tensors of a model, if loading would accept them
-    save_weights, load_weights, hash_weights
+    save_weights, WeightsFile, hash_weights
 
 Names and shapes are compared, and the size of the model with that of the file, before memory is
 allocated. Pickle is never read.
@@ -15,6 +15,7 @@ hash would take a second pass. The library verifies the header.
 
 import hashlib
 import json
+import math
 from collections.abc import (
     Callable,
     Collection,
@@ -22,7 +23,6 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
-    Sequence,
 )
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -197,6 +197,18 @@ class _Header:
     kind: str  # "float", "integer", "bool" or "complex"
     code: str = ""  # of the type in a safetensors file
     start: int = 0  # of the values in that file, in bytes
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The type in the file."""
+        import torch
+
+        return getattr(torch, TYPES[self.code])
+
+    @property
+    def size(self) -> int:
+        """The bytes of the values in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def _header(tensor: "Tensor") -> _Header:
@@ -383,8 +395,8 @@ def save_weights(path: Path, state: "Mapping[str, Tensor]") -> None:
         save_file(contiguous, temporary, metadata={"format": "pt"})
 
 
-def hash_weights(state: "Mapping[str, Tensor]", prefix: bytes = b"") -> str:
-    """sha256 over `prefix` and the names, shapes and values of tensors, on any device.
+def hash_weights(weights: "Iterable[tuple[str, Tensor]]", prefix: bytes = b"") -> str:
+    """sha256 over `prefix` and the names, shapes and values of tensors, on any device, by name.
 
     Half-precision values are hashed as the equal 32-bit values, so that a model has the same hash
     in memory, on disk, and after loading.
@@ -392,12 +404,12 @@ def hash_weights(state: "Mapping[str, Tensor]", prefix: bytes = b"") -> str:
     import torch
 
     digest = hashlib.sha256(prefix)
-    for name, tensor in sorted(state.items()):
+    for name, tensor in weights:
         values = tensor.detach().cpu()
         if values.dtype in (torch.bfloat16, torch.float16):
             values = values.float()
         digest.update(f"{name}/{values.dtype}/{tuple(values.shape)}".encode())
-        digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(_bytes_of(values.contiguous()))
     return digest.hexdigest()
 
 
@@ -405,52 +417,110 @@ def hash_weights(state: "Mapping[str, Tensor]", prefix: bytes = b"") -> str:
 # Loading
 
 
-def load_weights(
-    build: "Callable[[], nn.Module]",
-    path: Path,
-    sha256: str | None = None,
-    beside: Sequence[str] = (),
-) -> "nn.Module":
-    """The model that `build` returns, with every parameter and buffer read from `path`.
-
-    Floating-point tensors are converted to the precision of the model. The memory in use never
-    exceeds that of the model by more than its largest tensor, twice if the precision of the file
-    differs. The global random state stays as it was.
+class WeightsFile:
+    """A safetensors file that has every parameter and buffer of a model, and nothing else.
 
     Args:
         build: makes the model. It is called with parameters on the meta device, so it initialises
             them with functions such as those of torch.nn.init, and does not read their values.
-        sha256: the hash that the file must have; None: any.
         beside: names of tensors that the file may have and that are not of the model.
 
     Raises:
         CheckpointError: the file is missing or damaged; a tensor is missing, unknown, or has
-            the wrong shape or kind; the file has another hash.
+            the wrong shape or kind.
     """
-    import torch
 
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} has no {path.name}{_pickle_hint(path.parent)}")
-    headers = _read_headers(path)
-    with torch.device("meta"), _registering_at_most(4 * len(headers) + 64, path):
-        outline = build()
-    wanted = outline.state_dict()
-    names = plain_names([name for name in headers if name not in beside], wanted)
-    found = {names[name]: header for name, header in headers.items() if name in names}
-    _compare({name: _header(value) for name, value in wanted.items()}, found, str(path))
-    _check_tables(outline, path)
-    with torch.random.fork_rng(devices=[]), _parameters_on_meta():
-        model = build()
-    digest = hashlib.sha256() if sha256 is not None else None
-    state = {
-        names[name]: tensor.to(wanted[names[name]].dtype)
-        for name, tensor in _read_tensors(path, headers, digest)
-        if name in names
-    }
-    if digest is not None and digest.hexdigest() != sha256:
-        raise changed(path)
-    model.load_state_dict(state, assign=True)
-    return model
+    def __init__(
+        self, path: Path, build: "Callable[[], nn.Module]", beside: Collection[str] = ()
+    ) -> None:
+        import torch
+
+        if not path.is_file():
+            raise CheckpointError(f"{path.parent} has no {path.name}{_pickle_hint(path.parent)}")
+        self.path, self._build = path, build
+        headers = _read_headers(path)
+        with torch.device("meta"), _registering_at_most(4 * len(headers) + 64, path):
+            self._outline = build()
+        expected = self._outline.state_dict()
+        names = plain_names([name for name in headers if name not in beside], expected)
+        found = {names[name]: header for name, header in headers.items() if name in names}
+        _compare({name: _header(value) for name, value in expected.items()}, found, str(path))
+        _check_tables(self._outline, path)
+        self._headers = found  # in the order of the values
+        self._types = {name: value.dtype for name, value in expected.items()}
+
+    def load(self, sha256: str | None = None, dtype: "torch.dtype | None" = None) -> "nn.Module":
+        """The model, with all values read from the file.
+
+        The memory in use never exceeds that of the model by more than two of its tensors. The
+        global random state stays as it was.
+
+        Args:
+            sha256: the hash that the file must have; None: any.
+            dtype: as of `model.to(dtype)`; None: the precision that the model is built in.
+
+        Raises:
+            CheckpointError: the file has another hash.
+        """
+        import torch
+
+        with torch.random.fork_rng(devices=[]), _parameters_on_meta():
+            model = self._build()
+        types = self._types
+        if dtype is not None:
+            model.to(dtype)
+            types = {k: v.dtype for k, v in self._outline.to(dtype).state_dict().items()}
+        digest = hashlib.sha256() if sha256 is not None else None
+        state = dict(self._read(types, digest))
+        if digest is not None and digest.hexdigest() != sha256:
+            raise changed(self.path)
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def values(self) -> "Iterator[tuple[str, Tensor]]":
+        """Names and tensors, by name, in the precision that the model is built in."""
+        import torch
+
+        with self.path.open("rb") as stream:
+            for name in sorted(self._headers):
+                header = self._headers[name]
+                tensor = torch.empty(header.shape, dtype=header.dtype)
+                stream.seek(header.start)
+                _fill(tensor, stream)
+                yield name, tensor.to(self._types[name])
+
+    def _read(
+        self, types: "Mapping[str, torch.dtype]", digest: Any
+    ) -> "Iterator[tuple[str, Tensor]]":
+        """Names and tensors of the given types, in the order of the file; `digest`, if given, takes
+        all its bytes.
+
+        Tensors of another type are read into one piece of memory and converted from there: a new
+        piece for each would leave holes among the converted ones, as large as they are.
+        """
+        import torch
+
+        largest = max((header.size for header in self._headers.values()), default=0)
+        position, scratch = 0, torch.empty(largest, dtype=torch.uint8)
+        with self.path.open("rb") as stream:
+            for name, header in self._headers.items():
+                if digest is not None:  # the header, and counters, which are no tensors of a model
+                    digest.update(stream.read(header.start - position))
+                stream.seek(header.start)
+                built, wanted = self._types[name], types[name]
+                if header.dtype == wanted and wanted.itemsize <= built.itemsize:
+                    stored = tensor = torch.empty(header.shape, dtype=wanted)
+                    _fill(tensor, stream)
+                else:
+                    stored = scratch[: header.size].view(header.dtype).view(header.shape)
+                    _fill(stored, stream)
+                    tensor = stored.to(built).to(wanted)  # never `stored` itself
+                if digest is not None:
+                    digest.update(_bytes_of(stored))
+                position = stream.tell()
+                yield name, tensor
+            if digest is not None:
+                digest.update(stream.read())
 
 
 def _pickle_hint(folder: Path) -> str:
@@ -458,29 +528,15 @@ def _pickle_hint(folder: Path) -> str:
     return f" ({names[0]} is a pickle, which can run code and is not read)" if names else ""
 
 
-def _read_tensors(
-    path: Path, headers: Mapping[str, _Header], digest: Any
-) -> "Iterator[tuple[str, Tensor]]":
-    """Read the tensors of a file one after the other; `digest`, if given, takes all its bytes."""
-    import torch
-
-    with path.open("rb") as stream:
-        start = next(iter(headers.values())).start if headers else path.stat().st_size
-        beginning = stream.read(start)
-        if digest is not None:
-            digest.update(beginning)
-        for name, header in headers.items():
-            tensor = torch.empty(header.shape, dtype=getattr(torch, TYPES[header.code]))
-            if tensor.numel():
-                _fill(tensor, stream, digest)
-            yield name, tensor
-
-
-def _fill(tensor: "Tensor", stream: BinaryIO, digest: Any) -> None:
-    import torch
-
-    values = memoryview(tensor.flatten().view(torch.uint8).numpy())
+def _fill(tensor: "Tensor", stream: BinaryIO) -> None:
+    """Read the values of a contiguous tensor."""
+    values = _bytes_of(tensor)
     if stream.readinto(values) != len(values):  # type: ignore[attr-defined]
         raise CheckpointError(f"{stream.name} became shorter while it was read: load it again")
-    if digest is not None:
-        digest.update(values)
+
+
+def _bytes_of(tensor: "Tensor") -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    import torch
+
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())

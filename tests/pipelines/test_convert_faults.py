@@ -368,6 +368,20 @@ def test_state_dicts_are_found_inside_wrappers(wrap, state, tmp_path: Path) -> N
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
+def test_a_wrapped_model_is_exported_as_it_is_inside(tmp_path: Path) -> None:
+    model = model_of("llamagen-tokenizer")
+    export(model, tmp_path / "plain.pt")
+    model.decoder = torch.nn.DataParallel(model.decoder)
+    export(model, tmp_path / "wrapped.pt")
+    plain, wrapped = (read_checkpoint(tmp_path / f"{n}.pt").tensors for n in ("plain", "wrapped"))
+    assert plain.keys() == wrapped.keys()
+    assert all(torch.equal(wrapped[name], tensor) for name, tensor in plain.items())
+    model.quant_conv.bias.data[0] = torch.nan
+    with pytest.raises(SmaltiError, match="has 1 values that are infinite or NaN"):
+        export(model, tmp_path / "other.pt")
+    assert not (tmp_path / "other.pt").exists()
+
+
 def test_half_precision_weights_are_widened(state, tmp_path: Path) -> None:
     half = {n: t.half() if n.startswith(("enc", "dec", "quant_")) else t for n, t in state.items()}
     torch.save(half, tmp_path / "half.pt")

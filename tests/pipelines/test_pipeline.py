@@ -303,6 +303,18 @@ def test_every_flipped_bit_of_a_pipeline_is_found(pipe, tmp_path, name) -> None:
             Pipeline.from_pretrained(tmp_path / "p")
 
 
+@pytest.mark.parametrize("lost", ["prior/model.safetensors", "tokenizer/config.json"])
+def test_a_half_downloaded_pipeline_is_named(pipe, tmp_path, monkeypatch, lost) -> None:
+    import huggingface_hub
+
+    folder = pipe.save_pretrained(tmp_path / "p")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    assert Pipeline.from_pretrained("someone/pipeline", local_files_only=True)
+    (folder / lost).unlink()
+    with pytest.raises(SmaltiError, match=f"has no {lost}: its download was not finished"):
+        Pipeline.from_pretrained("someone/pipeline", local_files_only=True)
+
+
 def test_names_of_classes_that_were_edited_are_found(pipe, tmp_path) -> None:
     index = pipe.save_pretrained(tmp_path / "p") / "model_index.json"
     index.write_text(index.read_text().replace("cat", "cow"))
