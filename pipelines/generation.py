@@ -142,16 +142,16 @@ def generate_folder(
         GenerationError: the prior does not have an option; the folder contains other files, or
             images of a job with other settings.
     """
-    given = pipeline.guidance_scale if guidance_scale is None else guidance_scale
-    seed, guidance_scale = plain(seed), plain(given)
+    seed = plain(seed)
+    scale: float = plain(pipeline.guidance_scale if guidance_scale is None else guidance_scale)
     labels = [plain(label) for label in labels]
     options = {name: plain(value) for name, value in options.items()}
-    check_options(pipeline.prior, {"guidance_scale": guidance_scale, **options})
+    check_options(pipeline.prior, {"guidance_scale": scale, **options})
     job = GenerationJob(
         model="/".join(map(_exact_name, (pipeline.tokenizer, pipeline.prior))),
         labels=tuple(labels),
         seed=seed,
-        guidance_scale=guidance_scale,
+        guidance_scale=scale,
         options=dict(sorted(options.items())),
     )
     try:
@@ -172,7 +172,7 @@ def generate_folder(
             continue
         output = pipeline(
             [labels[min(index, len(labels) - 1)] for index in group],
-            guidance_scale=guidance_scale,
+            guidance_scale=scale,
             generator=[picture_generator(seed, index) for index in group],
             **options,
         )

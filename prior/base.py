@@ -144,7 +144,7 @@ class Prior(nn.Module, Pretrained, ABC):
         """
         del quantizer
 
-    def adapt_positions(self, weights: dict[str, Tensor], source: Self) -> str:
+    def adapt_positions(self, weights: dict[str, Tensor], source: Any) -> str:
         """Fit what depends on positions to the latents of this prior: called when fine-tuning
         starts from the weights of `source`, a prior for latents of other grids.
 

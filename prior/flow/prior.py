@@ -10,7 +10,7 @@ training objective, `FlowPrior.sample` integrates the dynamics from noise to dat
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ class FlowPrior(Prior):
         # The times at which the network is trained and evaluated
         self.time_range = time_range(config.path, config.prediction)
 
-    def adapt_positions(self, weights: dict[str, Tensor], source: Self) -> str:
+    def adapt_positions(self, weights: dict[str, Tensor], source: Any) -> str:
         """Positions are computed, not learned: there is nothing to change."""
         del weights, source
         kind = {"both": "sine-cosine and rotary"}.get(self.config.network.positions)

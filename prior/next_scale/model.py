@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -384,7 +384,7 @@ class NextScalePrior(CodePrior):
                 "this next-scale prior has no quantizer yet: call bind(tokenizer.quantizer) first"
             )
 
-    def adapt_positions(self, weights: dict[str, Tensor], source: Self) -> str:
+    def adapt_positions(self, weights: dict[str, Tensor], source: Any) -> str:
         """Positions are interpolated within each scale, and embeddings of the scales along them
         where their number changes."""
         old, new = source.config.spec, self.config.spec

@@ -6,7 +6,7 @@ whose published weights load without renaming.
 """
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -209,7 +209,7 @@ class NextTokenPrior(CodePrior):
             nn.init.normal_(self.target_positions, std=INIT_STD)
         nn.init.zeros_(self.output.weight)
 
-    def adapt_positions(self, weights: dict[str, Tensor], source: Self) -> str:
+    def adapt_positions(self, weights: dict[str, Tensor], source: Any) -> str:
         """Rotary positions are computed; those of random orders are learned."""
         old, new = (prior.config.spec.grids[0] for prior in (source, self))
         done = f"its rotary positions are extended to {new[0]} x {new[1]} codes"
@@ -280,7 +280,7 @@ class NextTokenPrior(CodePrior):
         codes, condition = as_tensor(codes), as_tensor(condition)
         self._check(codes, condition)
         if order is not None:
-            order = as_tensor(order)
+            order = cast(Tensor, as_tensor(order))
             check_order(order, *codes.shape)
             if self.target_positions is None:
                 raise ConfigurationError(
