@@ -183,8 +183,19 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _check_shared_memory() -> None:
+    """Raise `RuntimeError` where no lock for workers can be made. DataLoader would raise, too, but
+    leave a half-made iterator, which prints a traceback when it is removed."""
+    try:
+        multiprocessing.get_context().Lock()
+    except OSError as error:
+        raise RuntimeError(f"shared memory: {error.strerror}") from error
+
+
 def _steps(loader: DataLoader, micro_batches: int) -> Iterator[list[Any]]:
     others = {process.pid for process in multiprocessing.active_children()}
+    if loader.num_workers:
+        _check_shared_memory()
     batches: Any = iter(loader)
     workers = [p for p in multiprocessing.active_children() if p.pid not in others]
     # DataLoader ends its workers by an event that they share. A killed worker may hold the lock

@@ -76,6 +76,7 @@ class DiTConfig:
                 f"a grid of {self.grid[0]} x {self.grid[1]} cannot be cut into patches of side "
                 f"{self.patch_size}: choose a patch_size that divides both"
             )
+        ContinuousSpec(self.in_channels, *self.grid)  # raises on sizes that no latents have
         if self.width % self.num_heads or self.width % 4:
             raise ConfigurationError(
                 f"width {self.width} with {self.num_heads} heads: the width must be a multiple of"

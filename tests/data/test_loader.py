@@ -1,6 +1,8 @@
 """Worker processes: how many by default, what they need, and how their failures are noticed."""
 
+import errno
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import time
@@ -18,6 +20,7 @@ from smalti.data.latents import CodeSpec
 from smalti.data.loader import default_workers, stream_batches
 from smalti.data.order import DataOrder
 from smalti.data.transforms import RandomCrop
+from smalti.machine import failure_of
 
 GB = 10**9
 Memory = namedtuple("Memory", "available")
@@ -168,3 +171,14 @@ def test_a_cache_of_many_shards_keeps_few_files_open(tmp_path: Path, monkeypatch
 
 def number_of_open_files() -> int:
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def test_shared_memory_that_cannot_be_written_is_named(monkeypatch) -> None:
+    def no_lock(self) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Lock", no_lock)
+    order = DataOrder(16, 8, 0)
+    with pytest.raises(RuntimeError, match="shared memory: Read-only") as error:
+        next(stream_batches(Decoded(), order, num_workers=1))
+    assert "--dataloader_num_workers 0" in str(failure_of(error.value))

@@ -544,3 +544,8 @@ def test_wrong_inputs_are_one_clear_line(inputs: tuple[Tensor, ...], message: st
 def test_no_latents_at_all() -> None:
     empty = torch.zeros(0, dtype=torch.int64)
     assert DiT(TINY)(latents()[:0], TIMES[:0], empty).shape == (0, 5, 4, 6)
+
+
+def test_a_grid_that_no_latents_have_is_refused_before_its_table_is_made() -> None:
+    with pytest.raises(SmaltiError, match="use at most"):
+        replace(TINY, grid=(10_000_000, 2))
