@@ -5,10 +5,12 @@
 # make fault-campaign   kills, full disks, flipped bits and edited recipes, for 20 minutes
 #
 # Each needs Python 3.11 or newer and nothing else: what it uses is installed into .venv, once.
-# make demo ARGS=--quick and make test ARGS="-k hub" pass options on.
+# make demo ARGS=--quick and make test ARGS="-k hub" pass options on; make test WORKERS=8 runs eight
+# test files at once, each on one core.
 
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := data tokenizer prior pipelines training evaluation scripts
@@ -19,7 +21,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/smalti demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
