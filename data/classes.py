@@ -22,7 +22,7 @@ from smalti.files import read_json
 
 logger = logging.getLogger(__name__)
 
-MAX_NAME = 1000  # letters; names stand in messages, tables and grids of pictures
+MAX_NAME = 1000  # letters; names are printed in messages, tables and grids of pictures
 SHOWN = 5  # classes that a warning names
 # Unicode categories that no name has: control characters such as newlines and the escapes of
 # terminals, lone surrogates, and separators of lines and paragraphs.

@@ -301,7 +301,7 @@ class PictureOptions(SourceOptions):
         )
         same = [f"{k} {v}" for k, v in theirs.items() if ours.get(k) == v != usual.get(k)]
         if same:
-            logger.info("pictures are read as for the training of %s: %s", model, ", ".join(same))
+            logger.info("pictures are read as in the training of %s: %s", model, ", ".join(same))
         for name in sorted(theirs.keys() & ours.keys()):
             if ours[name] != theirs[name] and (name in vars(self) or "." in name):
                 logger.warning(
@@ -329,7 +329,7 @@ class DataOptions(PictureOptions):
     """Which pictures to read, and how to divide them into training and held-out pictures."""
 
     heldout_fraction: float = 0.1  # of the pictures; ignored where a set has its own split
-    split_seed: int = 0  # which pictures are held out depends on it
+    split_seed: int = 0  # decides which pictures are held out
 
     def __post_init__(self) -> None:
         super().__post_init__()

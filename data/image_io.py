@@ -37,8 +37,9 @@ from smalti.data.value_range import (
 from smalti.errors import ConfigurationError, DataError
 from smalti.files import replacing
 
-decode_png: Any = None  # keeps all 16 bits of colours, where Pillow drops 8; torchvision's, unless
-with suppress(ImportError):  # it is a version without, as is announced
+# Keeps all 16 bits of colours, of which Pillow drops 8. torchvision has announced its removal.
+decode_png: Any = None
+with suppress(ImportError):
     from torchvision.io import decode_png  # type: ignore[no-redef]
 
 # -- Decoding: an image file -> 8-bit RGB ---------------------------------------------------------
@@ -63,7 +64,7 @@ class FolderOptions:
     bad_images: Literal["refuse", "skip", "replace"] = "refuse"
     max_bad_images: int = 100  # how many may be replaced; more stop the run
     single_class: bool = False  # accept a set with one class, or a folder with no sub-folders
-    min_side: int = 8  # pixels
+    min_side: int = 8  # pixels of the shorter side; smaller pictures are refused
     max_pixels: int = 50_000_000  # larger pictures are refused before they are decoded
     # A set of at most this many pictures is decoded once at the start, to check it. In a larger set
     # each picture is checked when it is read; `smalti check-data` finds the bad ones beforehand.
@@ -200,7 +201,7 @@ def check_length(length: int, options: FolderOptions) -> None:
 
 
 def _check_tags(stream: BinaryIO, length: int) -> None:
-    """Raise `Unusable` for a TIFF of whose bytes Pillow would make many copies."""
+    """Raise `Unusable` for a TIFF whose tags make Pillow copy the same bytes many times."""
     stream.seek(0)
     if tags_exceed(stream, length):
         raise Unusable(
@@ -293,7 +294,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return rgb if method is None else rgb.transpose(method)
 
 
-# Pillow's names for 16-bit colour in the arguments of a decoder; the mode is "RGB" nonetheless.
+# Pillow's names for 16-bit colour in the arguments of a decoder; the mode of a picture is "RGB".
 _DEEP_COLOUR = re.compile(r"\b(LA?|RGB[AX]?|CMYK);16")
 TIFF_BITS, TIFF_SIGNED, SIGNED = 258, 339, 2  # tags, and the value of the second
 
@@ -308,7 +309,7 @@ def _is_deep_colour(image: Image.Image) -> bool:
 
 
 def _full_range(image: Image.Image) -> ValueRange:
-    """The range of the type in which values are stored; of floats, by custom, 0 to 1."""
+    """The range of the type in which values are stored; for floats, 0 to 1."""
     if image.mode == "F":
         return 0, 1
     tags: Any = getattr(image, "tag_v2", {})
@@ -400,7 +401,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def _check_finite(images: Tensor) -> None:
-    """Raise `DataError` if any of the images (B, 3, H, W) would be black or white by accident."""
+    """Raise `DataError` if any of the images (B, 3, H, W) has values that are infinite or NaN."""
     bad = (~images.isfinite()).flatten(1).any(1)
     if bad.any():
         raise DataError(

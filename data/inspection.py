@@ -270,7 +270,7 @@ def of_cache(path: Path) -> Info:
         saved = both / TOKENIZER  # of a checkpoint
         tokenizer = saved if saved.is_dir() else "THE_TOKENIZER"
         options = ("--latents", both, "--tokenizer", tokenizer)
-        lines.append(("go on", command("train-prior", *options)))
+        lines.append(("next", command("train-prior", *options)))
     return Info(lines, complete)
 
 
@@ -333,7 +333,7 @@ def of_shards(path: Path) -> Info:
         ("pictures", f"{len(found)}, not decoded here"),
         ("classes", f"{len(found.classes)}"),
         ("verified", "yes: each shard has the number of samples in the manifest"),
-        ("go on", command("check-data", "--data", path)),
+        ("next", command("check-data", "--data", path)),
     ]
     return Info(lines)
 

@@ -33,14 +33,14 @@ def of_generated(path: Path) -> Info:
         return Info([("kind", "generated pictures"), ("verified", f"no: {error}")], whole=False)
     problems = problems_in(path)
     wanted = len(settings["labels"])
-    go_on = [] if wanted == len(hashes) else [("go on", "repeat the command that made them")]
+    next_step = [] if wanted == len(hashes) else [("next", "repeat the command that made them")]
     return Info(
         [
             ("kind", "generated pictures"),
             ("pictures", f"{len(hashes)} of {wanted}, seed {settings['seed']}"),
             ("verified", f"no: {problems[0]}" if problems else "yes: each picture has its hash"),
             *(("damaged", problem) for problem in problems[1:]),
-            *go_on,
+            *next_step,
         ],
         whole=not problems,
     )
@@ -71,7 +71,7 @@ def of_model(path: Path) -> Info:
             ("kind", kind),
             *_model_lines(loaded),
             ("verified", _verified(path / CONFIG, "every tensor is there, and no other")),
-            *([("go on", next_command)] if is_tokenizer else []),
+            *([("next", next_command)] if is_tokenizer else []),
         ]
     )
 
@@ -91,7 +91,7 @@ def of_pipeline(path: Path) -> Info:
             *((f"prior {k}", v) for k, v in _model_lines(pipe.prior)),
             ("classes", f"{len(pipe.classes)}: {some}"),
             ("verified", _verified(path / INDEX, "tokenizer and prior belong together")),
-            ("go on", command("generate", "--model", path)),
+            ("next", command("generate", "--model", path)),
         ]
     )
 

@@ -36,8 +36,8 @@ class ConvertConfig:
     heads: int | None = None  # attention heads of a prior
     scales: str | None = None  # sides of the code grids: 1,2,3,4 or one number for a single grid
     image_size: int | None = None  # pixels per side of a tokenizer
-    # Classes of a prior, without the null class, where the file does not tell: a model that was
-    # trained without class dropout has no null class.
+    # Number of classes of a prior, without the null class. Needed if the model was trained without
+    # class dropout: its class table then has no row for the null class.
     num_classes: int | None = None
     scaling_factor: float | None = None  # by which the latents of a KL autoencoder are multiplied
 

@@ -39,7 +39,7 @@ class EncodeConfig(DataOptions):
 
     # Folder of a saved tokenizer, or a checkpoint of a run that trains one.
     tokenizer: Path = Path("runs/tokenizer/tokenizer")
-    weights: Weights = "ema"  # of a checkpoint: the average of its run, or raw
+    weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     output_dir: Path = Path("runs/latents")  # folder of the caches of both splits
     image_size: int | None = None  # side of the pictures in pixels; default: the tokenizer's
     # Views of each training picture: itself (identity), itself and its mirror image (flip), or

@@ -49,7 +49,7 @@ class EvaluateConfig(DataOptions, Sampling):
 
     # Folder of a pipeline, a tokenizer or a checkpoint, or an id on the Hub.
     model: str = "runs/demo/pipeline"
-    weights: Weights = "ema"  # of a checkpoint: the average of its run, or raw
+    weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     output_dir: Path = Path("runs/evaluation")  # for summary.json and the image grids
     # Allow data that the pipeline was not trained on; then all of its images are held out.
     other_data: bool = False

@@ -35,7 +35,7 @@ class ExportConfig:
     out: Positional[Annotated[Path, arg(metavar="OUT")]] = Path()
     # the layout; by default Diffusers' for a KL autoencoder or DiT in a folder, else the authors'
     format: str | None = None
-    weights: Weights = "ema"  # of a checkpoint: the average of its run, or raw
+    weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
 
 
 def load_model(name: str, weights: Weights = "ema") -> Tokenizer | Prior:

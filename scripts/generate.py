@@ -25,12 +25,12 @@ class GenerateConfig(Sampling):
 
     # A pipeline: a folder, a repository on the Hub, or a checkpoint of a train-prior run.
     model: str = DEMO
-    weights: Weights = "ema"  # of a checkpoint: the average of its run, or raw
+    weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     output_dir: Path = Path("samples")  # folder of the PNG files
     class_labels: tuple[str, ...] = ()  # class names or numbers; empty = all classes
     num_images_per_class: int = 8  # pictures of each class
-    num_images: int | None = None  # instead: pictures in all, of the classes in turn
-    layout: Layout = "flat"  # class: a folder for each class
+    num_images: int | None = None  # total, classes in turn; instead of --num_images_per_class
+    layout: Layout = "flat"  # flat: one folder; class: one for each class
     seed: int = 0  # picture i depends on the seed and i alone
     # Pictures sampled at once in half precision. In fp32 their number is fixed, because the last
     # bits of a picture depend on it.

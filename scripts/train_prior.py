@@ -65,7 +65,7 @@ class TrainPriorConfig(RunConfig):
     prior: PriorConfig = field(default_factory=lambda: PRESETS["gpt-nano"])
     # A pipeline, prior or checkpoint whose settings and weights the run starts from.
     initial: str = ""
-    weights: Weights = "ema"  # of a checkpoint in --initial: the average of its run, or raw
+    weights: Weights = "ema"  # of a checkpoint in --initial: averaged over its run (ema), or raw
     preview: Sampling = field(default_factory=Sampling)  # sampling options of the preview grids
 
     def __post_init__(self) -> None:

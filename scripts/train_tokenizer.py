@@ -77,7 +77,7 @@ class TrainTokenizerConfig(RunConfig, DataOptions):
     tokenizer: TokenizerConfig = field(default_factory=lambda: PRESETS["vq-32-tiny"])
     # A tokenizer, pipeline or checkpoint whose settings and weights the run starts from.
     initial: str = ""
-    weights: Weights = "ema"  # of a checkpoint in --initial: the average of its run, or raw
+    weights: Weights = "ema"  # of a checkpoint in --initial: averaged over its run (ema), or raw
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # losses and weights
     # Aligns a KL tokenizer's latents with the features of a vision model; in recipes only.
     alignment: AlignmentConfig | None = None

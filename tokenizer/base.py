@@ -255,7 +255,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
 
     def check_images(self, images: Tensor) -> None:
         """Raise `SmaltiError` unless images are (B, 3, image_size, image_size), of the type of the
-        weights or under autocast, and finite (in training the guard of the steps sees to that)."""
+        weights or under autocast, and finite (in training, `StepGuard` checks that)."""
         expected = (3, self.image_size, self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise SmaltiError(

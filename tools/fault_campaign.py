@@ -429,7 +429,7 @@ def flip(folder: Path, chance: random.Random) -> dict[str, str]:
             return {**what, "outcome": "failed", "why": end.complaint}
         if end.status != 0 or "damaged" in end.text or "differs" in end.text:
             return {**what, "outcome": "held", "why": end.text.strip()[-200:]}
-    same = digest(damaged) == digest(path)  # a reader has mended the file
+    same = digest(damaged) == digest(path)  # a reader has repaired the file
     return {
         **what,
         "outcome": "held" if same or means_the_same(path, damaged) else "silent",

@@ -10,9 +10,9 @@ from smalti.config import check_at_least
 from smalti.errors import ConfigurationError
 
 Precision = Literal["auto", "no", "bf16"]
-# How a run goes on: settings that do not change what it has learned so far, and may be the remedy
-# if it diverges.
-HOW_IT_GOES_ON = {
+# How the next steps are made: these do not change what the run has learned so far, and changing
+# them may be the remedy if it diverges.
+STEP_SETTINGS = {
     "learning_rate",
     "lr_warmup_steps",
     "lr_final_ratio",
@@ -25,7 +25,7 @@ HOW_IT_GOES_ON = {
 }
 # May differ between a checkpoint and the run that resumes it, and the change is logged; everything
 # else must be equal.
-FREE_TO_CHANGE = HOW_IT_GOES_ON | {
+FREE_TO_CHANGE = STEP_SETTINGS | {
     "weights",
     "pipeline_dir",
     "output_dir",
@@ -87,23 +87,23 @@ class RunConfig:
     ema_decay: float = 0.999  # decay of the averaged weights, per step
     mixed_precision: Precision = "auto"  # auto is bf16 where the device is faster with it
     checkpointing_steps: int = 1000  # steps between checkpoints
-    checkpointing_minutes: float = 10.0  # minutes after which one is due, too; 0 = by steps only
-    # Number of newest checkpoints that are kept; if the loss has risen far since, the best is too.
-    # 0 keeps all.
+    checkpointing_minutes: float = 10.0  # most minutes between checkpoints; 0 = by steps only
+    # Number of newest checkpoints to keep; 0 keeps all. The best one is kept, too, if the loss has
+    # risen far above its own.
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str | None = None  # "latest", or the path of a checkpoint folder
-    validation_steps: int = 1000  # steps between previews and held-out losses
-    # Seconds that they may take, beyond a first minute, for each second of training; those that
-    # would take longer are skipped, except after the last step.
+    validation_steps: int = 1000  # steps between validations, each with a preview
+    # Seconds of validation and previews per second of training, beyond a first minute. Those that
+    # would take more are skipped, but neither the first nor those after the last step.
     validation_budget: float = 0.1
     logging_steps: int = 20  # steps between lines of metrics.jsonl
-    # Steps in a row with a loss or gradient that is not finite; then the run ends.
+    # The run ends after this many steps in a row with a loss or gradient that is not finite.
     max_skipped_steps: int = 20
-    # Share of steps with a loss or gradient that is not finite, above which the run ends.
+    # The run ends if a larger share of its steps has a loss or gradient that is not finite.
     max_skipped_share: float = 0.05
     process_timeout: int = 1800  # seconds that a process waits for the others before the job ends
     report_to: str = "none"  # none, tensorboard, wandb or trackio
-    # Processes per training process that load data; None chooses by cores, memory and data.
+    # Processes that load data, for each training process; None: by cores, memory and data.
     dataloader_num_workers: int | None = None
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 diverged.
 
 The level is the running mean of the losses and of their absolute deviations from it. Both are
-functions of the steps alone, and stand in every checkpoint, so that a resumed run continues them.
+functions of the steps alone, and saved in every checkpoint, so that a resumed run continues them.
 """
 
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 DECAY = 0.98  # of the running means, per step
-SETTLED = 50  # steps after which the level says something
-SPIKE = 10.0  # deviations above the mean
-RUINED = 5.0  # deviations of the better level above its mean
-SMALLEST = 0.1  # of the mean: deviations below it are not told apart
+SETTLED = 50  # steps after which the level is used
+SPIKE = 10.0  # a loss this many deviations above the mean is a spike
+RUINED = 5.0  # a mean this many deviations above that of a better level is ruined
+SMALLEST = 0.1  # the least difference from the mean that counts as ruined, as a share of the mean
 
 
 @dataclass
@@ -37,7 +37,7 @@ class LossLevel:
         return self.steps >= SETTLED and loss > self.mean + SPIKE * self._unit
 
     def update(self, loss: float) -> None:
-        """Include the finite loss of one step; of a spike only as much as can be told apart."""
+        """Include the finite loss of one step; a spike is included as the least spike."""
         if self.is_spike(loss):
             loss = self.mean + SPIKE * self._unit
         keep = min(DECAY, self.steps / (self.steps + 1))

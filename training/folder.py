@@ -214,7 +214,7 @@ def export(folder: Path, target: Path, save: Callable[[Path], Any]) -> None:
     wherever it is killed.
 
     Raises:
-        CheckpointError: what stands in `target` was not saved by this run.
+        CheckpointError: `target` holds something that this run did not save.
         BusyError: another process is writing `target`.
     """
     with replacing_folder(target, check=lambda: refuse_target(folder, target)) as new:

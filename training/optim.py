@@ -225,7 +225,7 @@ class StepGuard:
         """Continue from what `state` returned.
 
         Args:
-            new_row: whether the steps are counted anew, because the settings changed.
+            new_row: whether the counts start at 0 again, because settings were changed.
         """
         counters = dict(state.get("in_a_row", {}))
         if "critic" in counters:  # the name of the discriminator in checkpoints of smalti 0.1

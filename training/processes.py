@@ -136,7 +136,7 @@ def fills_folder(
     field: str = "output_dir", *, deep: bool = False
 ) -> Callable[[Callable[[Any], T]], Callable[[Any], T]]:
     """A decorator for what a command does with its configuration: the job holds the lock of the
-    folder `config.field` meanwhile, see `job_in`."""
+    folder `config.field` all the time, see `job_in`."""
 
     def decorate(work: Callable[[Any], T]) -> Callable[[Any], T]:
         @wraps(work)

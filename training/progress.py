@@ -1,4 +1,4 @@
-"""What a person sees of work in progress: bars on a terminal and in a notebook, lines elsewhere.
+"""Progress of long work: bars on a terminal and in a notebook, lines in a log.
 
 A log in a file gets whole lines: one whenever values of a training run are logged, and one for long
 work every `INTERVAL` seconds.

@@ -53,7 +53,7 @@ from smalti.training.checkpoint import (
     refuse_not_finite,
     save_checkpoint,
 )
-from smalti.training.config import HOW_IT_GOES_ON, Precision, RunConfig
+from smalti.training.config import STEP_SETTINGS, Precision, RunConfig
 from smalti.training.folder import (
     changes,
     export,
@@ -130,14 +130,14 @@ class Run:
         self._checkpoint = found
         self._data_fingerprint = ""
         self._tracked: dict[str, Stateful] = {}
-        # Of the folder, and of the place of the result, which no other process may write meanwhile.
+        # Of the folder, and of the place of the result: no other process may write there.
         self._locks = [FolderLock(self.folder), FolderLock(swappable(result), beside=True)]
         self._interrupt = InterruptGuard()
         self._budget = Budget(config.validation_budget)
         self._unmeasured = False  # whether the last validation was abandoned
         self._pictures: dict[str, tuple[int, Image.Image]] = {}  # name -> step, the last one shown
         self._saved_at = time.monotonic()
-        self._step = 0  # that is being done
+        self._step = 0  # the step in progress
         self.accelerator.wait_for_everyone()  # all have read the folder before it changes
 
     # -- before the loop ----------------------------------------------------------------------
@@ -173,7 +173,7 @@ class Run:
         checkpoint.restore(self._tracked)
         self.start_step = checkpoint.step
         self._unmeasured = checkpoint.state.get("unmeasured", False)
-        changed = [name for name in HOW_IT_GOES_ON if self._differs(checkpoint, name)]
+        changed = [name for name in STEP_SETTINGS if self._differs(checkpoint, name)]
         self.guard.restore(checkpoint.state.get("skipped", {}), new_row=bool(changed))
         logger.info("resumed from %s", checkpoint.path)
         if self.precision != checkpoint.state["precision"]:
@@ -313,7 +313,7 @@ class Run:
     ) -> None:
         """Log held-out values and show pictures after a step, on the main process.
 
-        A request to stop abandons them; the resumed run makes up for them, see `catch_up`. They
+        A request to stop abandons them; the resumed run repeats them, see `catch_up`. They
         are skipped if they would take more than their share of time, except after the last step.
 
         Args:

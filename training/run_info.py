@@ -31,8 +31,8 @@ def of_checkpoint(path: Path) -> Info:
         return Info([("kind", "checkpoint"), ("verified", f"no: {error}")], whole=False)
     how = [("kind", f"checkpoint of a {found.state['kind']} run"), *_state_lines(found)]
     active = _active(path.parent)
-    go_on = ("active", active) if active else ("go on", _resume(path.parent, found, str(path)))
-    return Info([*how, go_on])
+    next_step = ("active", active) if active else ("next", _resume(path.parent, found, str(path)))
+    return Info([*how, next_step])
 
 
 def of_run(path: Path) -> Info:
@@ -61,7 +61,7 @@ def of_run(path: Path) -> Info:
     if active:
         lines.append(("active", active))
     elif newest is not None:
-        lines.append(("go on", _resume(path, newest, "latest")))
+        lines.append(("next", _resume(path, newest, "latest")))
     return Info([*[line for line in lines if line[1]], *damaged], whole=not damaged)
 
 

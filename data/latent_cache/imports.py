@@ -435,7 +435,7 @@ class Division:
     """How imported samples are divided and written."""
 
     heldout_fraction: float = 0.1  # of the samples, for validation
-    split_seed: int = 0  # which samples are held out depends on it
+    split_seed: int = 0  # decides which samples are held out
     shard_size: int = 8192  # samples per file
     num_samples: int = 0  # expected number; 0 = unknown
 

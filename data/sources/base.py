@@ -149,9 +149,10 @@ class SourceOptions:
     hf: HuggingFaceOptions = field(default_factory=HuggingFaceOptions)
     # Where streams, and shards behind a URL, are copied once, for exact order and resuming.
     stream_cache: Path | None = None
-    shards: ShardOptions = field(default_factory=ShardOptions)
-    # Stored values that become black and white in pictures with more than 8 bits per channel, which
-    # are then converted. None: refused, or with unusual_images convert, the range of their type.
+    shards: ShardOptions = field(default_factory=ShardOptions)  # how WebDataset shards are read
+    # The stored values that are black and white in pictures with more than 8 bits per channel.
+    # None: such pictures are refused, or with --folder.unusual_images convert, the range of their
+    # type is used.
     value_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:

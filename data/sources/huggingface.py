@@ -83,7 +83,7 @@ def find_columns(title: str, features: Any, options: HuggingFaceOptions) -> Colu
         if column not in features:
             raise DataError(f'{title} has no column "{column}"; {nearest(column, features)}')
     if label == image:
-        raise DataError(f'{title}: "{image}" is the column of pictures: name another of labels')
+        raise DataError(f'{title}: "{image}" is the column of pictures: name that of labels')
     if label is None:
         others = ", ".join(name for name in features if name != image) or "no other"
         logger.warning(

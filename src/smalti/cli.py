@@ -55,8 +55,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 PRESET_MEMORY = (
-    "Memory is that of the weights in training, with gradients, the optimizer's moments and the "
-    "average of the weights, 20 bytes each; activations come on top."
+    "GB are the memory of training without activations: 20 bytes per parameter for its weight, "
+    "gradient, two moments of AdamW and averaged weight."
 )
 
 BOX_FRAME = " ╭╮╰╯│─"  # characters of the frame around tyro's messages
@@ -240,8 +240,8 @@ OUTPUTS = ("out", "output", "output_dir", "pipeline_dir", "stream_cache")
 
 
 def _refuse_outputs_that_are_not_text(config: Any) -> None:
-    """Raise `ConfigurationError` if a path to write to is not UTF-8: it stands in reports, logs and
-    messages."""
+    """Raise `ConfigurationError` if a path to write to is not UTF-8: reports, logs and messages
+    contain it."""
     for name in OUTPUTS:
         path = str(getattr(config, name, ""))
         try:
@@ -273,8 +273,8 @@ def _all_kinds_shown(config: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _some_options_hidden(config: Any) -> Iterator[None]:
     """Leave out of the help text what a class in `config` names in `PYTHON_ONLY`, and what it names
-    in `FROM_LATENTS`, which `fitted` sets. Without help, tyro must know them, so that whoever gives
-    them learns why they are refused."""
+    in `FROM_LATENTS`, which `fitted` sets. Outside the help text tyro must know them, so that
+    giving one of them is an error that says why it is refused."""
     import tyro
 
     original: list[tuple[type, str, Any]] = []

@@ -63,7 +63,7 @@ def _remove(path: Path) -> None:
 LOCK = ".lock"
 HEARTBEAT = 10.0  # seconds between two touches of the lock by its holder
 BEGINNING = 10.0  # seconds after which a lock that names no holder was left by a killed process
-LAPSE = 120.0  # seconds without a touch after which a holder on another machine has lapsed
+LAPSE = 120.0  # seconds without a touch after which a holder elsewhere is taken to have ended
 
 
 class FolderLock:
@@ -75,7 +75,7 @@ class FolderLock:
     may take it again.
 
     Args:
-        beside: the lock stands beside the folder, not in it, because the folder will be swapped.
+        beside: the lock is beside the folder, not in it, because the folder will be swapped.
     """
 
     def __init__(self, folder: Path, *, beside: bool = False) -> None:
@@ -207,14 +207,14 @@ def replacing_folder(
     check: Callable[[], object] = lambda: None,
     retry: bool = False,
 ) -> Iterator[Path]:
-    """Yield a new folder beside `target`, which takes the place of `target` at the end, whole.
+    """Yield a new folder beside `target`, which replaces `target` at the end in one operation.
 
     A process that ends at any moment leaves `target` as it was or as it will be. If the block
-    raises, `target` stays as it was. A lock beside `target` is held meanwhile.
+    raises, `target` stays as it was. A lock beside `target` is held all the time.
 
     Args:
         products: names in `target` that are replaced, or removed if the new folder lacks them.
-            What stands there under other names, such as notes or .git, is kept.
+            Everything with another name, such as notes or .git, is kept.
         check: called before the block and again before the swap, under the lock; raises if
             `target` must not be replaced.
         retry: do not check a result that a killed process swapped in and could not report: the
@@ -332,7 +332,7 @@ def is_unreported(target: Path) -> bool:
 
 
 def _keep_others(old: Path, new: Path, products: Collection[str]) -> None:
-    """Link, or copy, into `new` what `old` contains beside the products and the names of `new`."""
+    """Link, or copy, into `new` what `old` has besides the products and what `new` has itself."""
     for path in old.iterdir():
         place = new / path.name
         if path.name in products or path.name.startswith((UNFINISHED, SET_ASIDE)):
@@ -357,7 +357,7 @@ def _flush_tree(folder: Path) -> None:
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target`; afterwards nothing stands at `new`, or what was replaced.
+    """Put `new` in the place of `target`; what was replaced is then at `new`, or removed.
 
     Where the system cannot exchange two names at once, `target` is set aside for a moment;
     `_clear_attempts` puts it back if the process ends then.

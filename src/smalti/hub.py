@@ -308,11 +308,11 @@ class Pretrained:
             dtype: precision of the weights, a type or its name, such as "bfloat16"; "auto": that
                 of the saved weights; None: fp32.
             torch_dtype: another name of `dtype`.
-            verify: compare config and weights with the hashes that were saved with them, which
-                takes about a second for 1 to 2 GB. Models of smalti 0.1.0 have none.
+            verify: compare config and weights with the hashes that were saved with them; the
+                weights are hashed while they are read. Models of smalti 0.1.0 have no hashes.
             variant: refused, because a folder holds one set of weights: give `dtype`.
-            low_cpu_mem_usage: always the case, False is refused: a model is loaded in little more
-                memory than its own.
+            low_cpu_mem_usage: always True, and False is refused: loading takes little more memory
+                than the model.
 
         Raises:
             CheckpointError: there is no model, or one of another kind; a config key or a tensor is
@@ -342,7 +342,7 @@ class Pretrained:
             precision = saved_dtype(path)
         model: Any = file.load(expected, precision)
         if verify and not is_checkpoint(folder):
-            # last: what is wrong in a config is an error with a better name
+            # last: errors in a config that have a more precise message come first
             check_hashes(folder / CONFIG)
         if copy is not None or precision is not None:
             checksum = model._checksum_of(file.values())  # of the model before `precision`

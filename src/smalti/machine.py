@@ -1,4 +1,4 @@
-"""Failures of the machine, not of the input: each is told in one line, with what to do.
+"""Failures of the machine, not of the input: each is reported in one line, with what to do.
 
 Any other error keeps its traceback, because it is a defect of smalti.
 """
@@ -37,7 +37,7 @@ REMEDIES = {
         ("ENFILE", "close other programs, or lower --dataloader_num_workers"),
         ("ENOMEM", MEMORY),
         ("EIO", "check the disk, or choose another one"),
-        ("ESTALE", "the network drive was mounted anew: start the command again"),
+        ("ESTALE", "the network drive was remounted: start the command again"),
     )
     if hasattr(errno, name)  # EDQUOT is unknown on Windows
 }

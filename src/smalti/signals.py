@@ -67,7 +67,7 @@ def _is_pipe(descriptor: int) -> bool:
 
 def _leave_terminal(shown: list[int]) -> None:
     """Discard what is printed from now on, where printing would fail: to a terminal that is gone,
-    and to a pipe, whose reader (such as `tee`) was told to end as well."""
+    and to a pipe, whose reader (such as `tee`) was asked to end as well."""
     for descriptor in OUTPUTS:
         if _is_pipe(descriptor) or (descriptor in shown and not _is_terminal(descriptor)):
             null = os.open(os.devnull, os.O_RDWR)

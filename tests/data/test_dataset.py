@@ -216,7 +216,7 @@ def test_options_of_the_pictures_are_those_of_the_models_training(
         for name in ("data", "folder", "hf", "value_range", "split_seed", "heldout_fraction"):
             assert getattr(config, name) == getattr(TRAINED, name)
     encoding.note_stored()
-    assert f"pictures are read as for the training of {model}: folder.unusual_im" in caplog.text
+    assert f"pictures are read as in the training of {model}: folder.unusual_im" in caplog.text
     assert "folder.single_class True" in caplog.text and "split_seed 3" in caplog.text
     assert "was trained with" not in caplog.text
 

@@ -315,7 +315,7 @@ def test_a_column_of_base64_is_not_printed_whole(tmp_path: Path) -> None:
         ({"image": PICTURES[:4], "label": [text] * 4}, {}),
     ):
         write_table(pyarrow.table(columns), tmp_path / "a.parquet")
-        with pytest.raises(SmaltiError, match=r"row 0 |another of labels|10536 letters") as error:
+        with pytest.raises(SmaltiError, match=r"row 0 |name that of labels|10536 letters") as error:
             open_source(
                 str(tmp_path / "a.parquet"),
                 stream_cache=tmp_path / "cache",

@@ -232,7 +232,7 @@ def test_parts_that_do_not_fit_are_refused(tokenizer, prior) -> None:
         ),
     ],
 )
-def test_mistakes_are_explained_before_any_work(pipe, monkeypatch, arguments, message) -> None:
+def test_errors_are_explained_before_any_work(pipe, monkeypatch, arguments, message) -> None:
     monkeypatch.setattr(pipe.prior, "sample", lambda *a, **k: pytest.fail("it sampled"))
     with pytest.raises(SmaltiError, match=message):
         pipe(**arguments)

@@ -144,7 +144,7 @@ def test_beta_is_exact_for_gaussian_data_and_beta_tilde_for_a_point(mixtures) ->
         assert sampled.std().item() == pytest.approx(b, rel=0.01)
 
 
-def test_mistakes_are_explained(mixtures) -> None:
+def test_errors_are_explained(mixtures) -> None:
     dynamics, x = mixtures.two().dynamics(PATH), torch.randn(3, 2, dtype=DOUBLE)
     times = torch.tensor([0.1, 0.5], dtype=DOUBLE)
     with pytest.raises(SmaltiError, match="this network predicts no variance"):

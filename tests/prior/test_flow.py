@@ -1,4 +1,4 @@
-"""The flow prior: objective, sampling with every solver, likelihood, saving, mistakes."""
+"""The flow prior: objective, sampling with every solver, likelihood, saving, errors."""
 
 import math
 from dataclasses import replace
@@ -377,6 +377,6 @@ def test_impossible_configs_are_refused(changes, message: str) -> None:
         (lambda p: p.bits_per_dimension(LATENTS, LABELS, num_probes=0), "num_probes is 0"),
     ],
 )
-def test_mistakes_are_explained(call, message: str) -> None:
+def test_errors_are_explained(call, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
         call(FlowPrior(TINY))

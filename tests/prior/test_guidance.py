@@ -149,6 +149,6 @@ def test_the_gradient_of_a_classifier_is_scaled() -> None:
         (lambda: ClassifierFree(2.0, (0.5, 1.2)), "give two times"),
     ],
 )
-def test_mistakes_are_explained(make, message: str) -> None:
+def test_errors_are_explained(make, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
         make()

@@ -282,7 +282,7 @@ def test_fitting_a_preset_to_latents() -> None:
         (lambda p: p.logits(CODES + 10, LABELS), "prior are 0 to 15"),
     ],
 )
-def test_mistakes_are_explained(prior, call, message: str) -> None:
+def test_errors_are_explained(prior, call, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
         call(prior)
 

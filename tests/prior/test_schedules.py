@@ -121,7 +121,7 @@ def test_a_uniform_grid_is_the_trailing_spacing() -> None:
         (lambda: DDPMSpaced().times(1001, DDPMPath(), WHOLE), "1001 steps of a chain of 1000"),
     ],
 )
-def test_mistakes_are_explained(make, message: str) -> None:
+def test_errors_are_explained(make, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
         make()
     assert make_schedule({"kind": "shifted", "shift": 2.0}) == Shifted(2.0)

@@ -187,7 +187,7 @@ def test_every_solver_reaches_gaussian_data(mixtures, name) -> None:
     assert sampled.std().item() == pytest.approx(0.5, abs=0.035)
 
 
-def test_solvers_by_name_with_options_and_mistakes() -> None:
+def test_solvers_by_name_with_options_and_errors() -> None:
     for name in SOLVERS:
         assert isinstance(make_solver(name), Solver)
     assert make_solver({"kind": "ddim", "eta": 0.5}) == DDIM(0.5)

@@ -103,7 +103,7 @@ def test_a_prior_and_its_pipeline_are_read_from_a_checkpoint(
         prior=NextTokenConfig(depth=1, width=16, num_heads=2, hidden=32),
         **COMMON,
     )
-    advice = dict(info(latents).lines)["go on"]
+    advice = dict(info(latents).lines)["next"]
     assert advice.endswith(f"--tokenizer {latents / 'tokenizer'}")
     folder = train_prior(config)
     checkpoint = tmp_path / "prior" / "checkpoint-000003"

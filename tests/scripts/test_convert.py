@@ -99,7 +99,7 @@ def test_options_may_stand_first_or_in_a_recipe(var: Path, tmp_path: Path) -> No
         (("var-tokenizer", "VAR", "VAR", "--scales", "1,3,8"), "nothing is overwritten"),
     ],
 )
-def test_mistakes_are_one_line_and_write_nothing(arguments, message, var, tmp_path, capsys) -> None:
+def test_errors_are_one_line_and_write_nothing(arguments, message, var, tmp_path, capsys) -> None:
     places = {"VAR": var, "OUT": tmp_path / "out"}
     assert run("convert", *(places.get(a, a) for a in arguments)) == 2
     told = capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_export_writes_what_convert_reads(kl: Path, tmp_path: Path, capsys) -> N
         (("PRIOR", "OUT", "--format", "ldm-kl"), "this model is no latent-diffusion KL"),
     ],
 )
-def test_mistakes_in_export_are_one_line(
+def test_errors_in_export_are_one_line(
     arguments, message, kl, prior: NextTokenPrior, tmp_path, capsys
 ) -> None:
     prior.save_pretrained(tmp_path / "prior")

@@ -67,7 +67,7 @@ def test_a_run_reports_its_step_and_how_to_continue(tmp_path: Path, capsys) -> N
     assert lines["files"] == "ema, model, optimizer"
     assert lines["verified"].startswith("yes") and "images_per_second" in lines["speed"]
     assert lines["result"] == str(folder / "model")
-    assert lines["go on"] == (
+    assert lines["next"] == (
         f"smalti toy --config {folder}/config.yaml --output_dir {folder} "
         "--resume_from_checkpoint latest"
     )
@@ -100,7 +100,7 @@ def test_an_active_run_reports_its_process(tmp_path: Path, capsys) -> None:
             lines = told(capsys, path)
             assert lines["active"] == f"yes: process {other.pid} on {socket.gethostname()}"
             assert lines["verified"].startswith("yes")
-            assert "go on" not in lines  # the lock would refuse it
+            assert "next" not in lines  # the lock would refuse it
         assert (folder / LOCK).read_bytes() == before
         other.kill()
     for path in (folder, checkpoints(folder)[-1]):  # the lock of a dead process
@@ -121,7 +121,7 @@ def test_a_run_before_its_first_step_is_recognised(tmp_path: Path, capsys) -> No
 def test_a_checkpoint_reports_whether_it_is_complete(tmp_path: Path, capsys) -> None:
     train_toy(toy_config(tmp_path / "run"))
     path = checkpoints(tmp_path / "run")[-1]
-    assert told(capsys, path)["go on"].endswith(f"--resume_from_checkpoint {path}")
+    assert told(capsys, path)["next"].endswith(f"--resume_from_checkpoint {path}")
     damage(path / "optimizer.safetensors")
     assert "optimizer.safetensors is damaged" in told(capsys, path, status=1)["verified"]
 
@@ -137,8 +137,8 @@ def test_latents_report_their_tokenizer(tokenizer, pictures, tmp_path: Path, cap
     assert lines["latents"].endswith("64 codes of 16 (8 x 8)")
     one = told(capsys, tmp_path / "latents" / "train")
     assert one["verified"] == "yes: all shards"
-    assert one["go on"] == lines["go on"]  # a prior takes the folder of both splits
-    assert f"--latents {tmp_path / 'latents'} " in one["go on"]
+    assert one["next"] == lines["next"]  # a prior takes the folder of both splits
+    assert f"--latents {tmp_path / 'latents'} " in one["next"]
     damage(tmp_path / "latents" / "train" / "shard-00000.safetensors")
     assert told(capsys, tmp_path / "latents" / "train", status=1)["verified"].startswith(
         "no: shard"
@@ -152,7 +152,7 @@ def test_unfinished_latents_are_reported(pictures, tmp_path: Path, capsys) -> No
         shard_path(latents / split, 0).write_bytes(b"cut")
     lines = told(capsys, latents, status=1)
     assert lines["kind"] == "latent cache" and lines["verified"].startswith("train: no: not fin")
-    assert f"--latents '{latents}'" in lines["go on"]  # as a shell takes it
+    assert f"--latents '{latents}'" in lines["next"]  # as a shell takes it
     assert told(capsys, latents / "train", status=1)["verified"].startswith("no: not finished")
 
 
@@ -164,7 +164,7 @@ def test_a_cache_without_its_other_split_is_not_recommended(
     encode(EncodeConfig(data=str(pictures), tokenizer=tmp_path / "tok", output_dir=latents))
     shutil.rmtree(latents / "heldout")
     for path in (latents, latents / "train"):
-        assert "go on" not in told(capsys, path)
+        assert "next" not in told(capsys, path)
 
 
 def test_shards_with_a_manifest_are_recognised(tmp_path: Path, capsys) -> None:
@@ -185,7 +185,7 @@ def test_shards_with_a_manifest_are_recognised(tmp_path: Path, capsys) -> None:
     assert lines["kind"] == "WebDataset shards" and lines["shards"] == "2"
     assert lines["pictures"].startswith("6") and lines["classes"] == "3"
     assert lines["verified"].startswith("yes")
-    assert lines["go on"] == f"smalti check-data --data '{shards}'"
+    assert lines["next"] == f"smalti check-data --data '{shards}'"
     assert told(capsys, shards.parent)["my shards"] == "WebDataset shards"
     (shards / "1.tar").unlink()
     assert "1.tar is missing" in told(capsys, shards, status=1)["verified"]
@@ -205,7 +205,7 @@ def test_models_and_pipelines_report_their_size(tokenizer, prior, tmp_path: Path
     smalti.Pipeline(tokenizer, own, ("a", "b", "c")).save_pretrained(tmp_path / "pipe")
     lines = told(capsys, tmp_path / "pipe")
     assert lines["kind"] == "pipeline" and lines["classes"] == "3: a, b, c"
-    assert lines["go on"] == f"smalti generate --model {tmp_path / 'pipe'}"
+    assert lines["next"] == f"smalti generate --model {tmp_path / 'pipe'}"
     (tmp_path / "pipe" / "prior" / "model.safetensors").write_bytes(b"x")
     assert told(capsys, tmp_path / "pipe", status=1)["verified"].startswith("no: ")
 

@@ -193,7 +193,7 @@ def test_an_existing_file_is_replaced_only_on_request(
         (["invert", "--indices", "0", "--max_pictures", "9"], "add --start mean"),
     ],
 )
-def test_mistakes_end_in_one_line_and_write_nothing(
+def test_errors_end_in_one_line_and_write_nothing(
     model: Path, prior, pictures: Path, tmp_path: Path, capsys, monkeypatch, arguments, message
 ) -> None:
     monkeypatch.chdir(tmp_path)

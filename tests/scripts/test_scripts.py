@@ -319,7 +319,7 @@ def test_a_tokenizer_is_measured_alone(trained: Path, tmp_path: Path) -> None:
         (["evaluate", "--data", "fashion", "--model", "PIPE"], "give --data as in training"),
     ],
 )
-def test_mistakes_end_in_one_line_and_write_nothing(
+def test_errors_end_in_one_line_and_write_nothing(
     trained: Path, tmp_path: Path, capsys, monkeypatch, arguments, message
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -387,7 +387,7 @@ def test_a_pipeline_of_another_run_is_refused_before_training(
     assert not (tmp_path / "second").exists()
 
 
-def test_a_prior_does_not_go_on_with_other_latents(trained: Path, tmp_path: Path) -> None:
+def test_a_prior_does_not_continue_with_other_latents(trained: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(trained, root)
     train_prior(prior_config(root, root / "run"))
@@ -508,7 +508,7 @@ def test_two_processes_encode_the_same_files(trained: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_demo_runs_stops_and_goes_on(trained: Path, tmp_path: Path, capsys) -> None:
+def test_the_demo_runs_stops_and_continues(trained: Path, tmp_path: Path, capsys) -> None:
     arguments = [
         "demo", "--data", str(trained / "pictures"), "--output_dir", str(tmp_path / "demo"),
         "--quick", "--tokenizer_steps", "2", "--prior_steps", "2",

@@ -1,4 +1,4 @@
-"""The command line: configuration in layers, and mistakes in one line."""
+"""The command line: configuration in layers, and errors in one line."""
 
 import os
 import subprocess
@@ -143,7 +143,7 @@ def test_print_config_is_a_recipe(tmp_path: Path, capsys) -> None:
         ("model: {preset: [a]}\n", "no preset is called \"['a']\"; known are big"),
     ],
 )
-def test_mistakes_in_a_recipe_are_named(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_in_a_recipe_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(SmaltiError) as error:
         parse("--config", recipe(tmp_path, text))
     assert message in str(error.value)
@@ -256,7 +256,7 @@ def test_a_missing_recipe_is_named() -> None:
         (("--steps", "-1"), r"^steps is -1"),
     ],
 )
-def test_a_mistake_in_a_flag_is_one_line(flags: tuple[str, ...], message: str, capsys) -> None:
+def test_an_error_in_a_flag_is_one_line(flags: tuple[str, ...], message: str, capsys) -> None:
     with pytest.raises(SmaltiError, match=message) as error:
         parse(*flags)
     assert "\n" not in str(error.value) and "─" not in str(error.value)
@@ -275,7 +275,7 @@ def test_version_and_help(capsys) -> None:
     assert all(name in out for name in COMMANDS)
 
 
-def test_a_mistake_is_one_line_and_status_2(capsys) -> None:
+def test_an_error_is_one_line_and_status_2(capsys) -> None:
     def command(argv):
         raise SmaltiError("the thing is\nwrong")
 
@@ -283,7 +283,7 @@ def test_a_mistake_is_one_line_and_status_2(capsys) -> None:
     assert capsys.readouterr().err == "error: the thing is wrong\n"
 
 
-def test_a_mistake_found_by_a_loader_worker_is_one_line(capsys) -> None:
+def test_an_error_found_by_a_loader_worker_is_one_line(capsys) -> None:
     def command(argv):
         try:  # what a worker does, and then the process that reads from it
             raise SmaltiError("cat/3.png: is cut short")

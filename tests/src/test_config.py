@@ -76,7 +76,7 @@ def test_round_trip_rebuilds_nested_dataclasses_tuples_paths_and_unions() -> Non
         ([1], "expected keys and values"),
     ],
 )
-def test_mistakes_are_named(data, message: str) -> None:
+def test_errors_are_named(data, message: str) -> None:
     with pytest.raises(SmaltiError) as error:
         config_from_dict(Outer, data, "file")
     assert message in str(error.value)

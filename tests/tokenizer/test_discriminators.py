@@ -123,7 +123,7 @@ def test_every_config_goes_through_a_recipe(config) -> None:
         ({"kind": "stylegan", "num_layers": 2}, 'unknown key "num_layers"'),
     ],
 )
-def test_mistakes_in_a_recipe_are_named(data, message: str) -> None:
+def test_errors_in_a_recipe_are_named(data, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
         config_from_dict(ObjectiveConfig, {"discriminator": data}, "recipe", ObjectiveConfig())
 
