@@ -55,8 +55,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 PRESET_MEMORY = (
-    "GB are the memory of training without activations: 20 bytes per parameter for its weight, "
-    "gradient, two moments of AdamW and averaged weight."
+    "GB: the memory that training needs, without activations. It is 20 bytes per parameter, for the "
+    "weight, its gradient, two moments of AdamW, and the averaged weight."
 )
 
 BOX_FRAME = " ╭╮╰╯│─"  # characters of the frame around tyro's messages
