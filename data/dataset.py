@@ -288,8 +288,8 @@ class PictureOptions(SourceOptions):
             return
         if not _same_place(self.data, stored.data):
             logger.info(
-                "%s was trained on %s, these are pictures of %s: options of the data are not taken "
-                "over",
+                "%s was trained on %s, and these are pictures of %s: its options of the data are "
+                "not used",
                 model,
                 stored.data,
                 self.data,

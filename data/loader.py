@@ -29,7 +29,7 @@ from smalti.signals import TERMINATING
 
 logger = logging.getLogger(__name__)
 
-POLL = 5  # seconds between two looks at the workers while a batch is missing
+POLL = 5  # seconds between two checks of the workers while a batch is missing
 STOPPED_AFTER = 60  # seconds after which a stopped worker ends the run
 SLOW_AFTER = 60  # seconds without a batch between two warnings
 LOST_AFTER = 1800  # seconds without a batch after which any run ends
@@ -236,8 +236,8 @@ def _steps(loader: DataLoader, micro_batches: int) -> Iterator[list[Any]]:
 
 
 def _next(batches: Any, workers: Sequence[BaseProcess]) -> Any:
-    """The next batch. Looks at the workers are counted, not seconds: while the run itself was
-    suspended, no time passes."""
+    """The next batch. Polls are counted instead of seconds, so time in which the run itself
+    was suspended does not count."""
     for look in range(1, LOST_AFTER // POLL + 1):
         try:
             return next(batches)
@@ -260,7 +260,7 @@ class _StoppedWorkers(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        """Look at the workers every `POLL` seconds, as long as the run is not suspended itself."""
+        """Check the workers every `POLL` seconds, unless the run itself is suspended."""
         looks = dict.fromkeys((worker.pid for worker in self.workers), 0)
         while not self.over.wait(POLL):
             for worker in self.workers:

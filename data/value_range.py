@@ -18,7 +18,7 @@ ValueRange = tuple[float, float]  # the stored values that become black (0) and 
 MIN_LEVELS = 64
 MAX_CLIPPED = 0.001  # of the values of a picture may lie outside the range
 
-# Ranges in use, the narrowest first: floats, signed floats, and 8, 10, 12, 14 and 16 bits.
+# Common ranges, the narrowest first: floats, signed floats, and 8, 10, 12, 14 and 16 bits.
 CUSTOMARY: tuple[ValueRange, ...] = (
     (0, 1),
     (-1, 1),

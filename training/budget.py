@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-FREE_SECONDS = 60.0  # that they may take in any case
+FREE_SECONDS = 60.0  # they may take this much time in any case
 
 
 class Budget:
@@ -30,12 +30,12 @@ class Budget:
         return time.monotonic() - self._start - self.spent
 
     def allows(self) -> bool:
-        """Whether they may be made once more, if they take as long as the last time."""
+        """Whether the next ones are within the budget, if they take as long as the last ones."""
         return self.spent + self.last <= FREE_SECONDS + self.share * self.training
 
     @contextmanager
     def spending(self) -> Iterator[None]:
-        """Around validation and previews."""
+        """Context of validation and previews: measures their time."""
         start = time.monotonic()
         try:
             yield

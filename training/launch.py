@@ -41,7 +41,7 @@ class LaunchSettings:
 
     @classmethod
     def current(cls) -> Self:
-        """Those of the launch that started this process, if one did."""
+        """The settings of the launch that started this process, if there was one."""
         return cls.of_command(launcher_arguments(os.getppid())) or cls.of_environment(os.environ)
 
     @classmethod
@@ -180,7 +180,7 @@ def refuse_fewer_processes(joined: int, launch: LaunchSettings) -> None:
 
 
 def said_of_precision(launch: LaunchSettings) -> str:
-    """What a command that does not train says of the precision of its launch; empty for none."""
+    """The remark of a command that does not train on the precision of its launch, or ""."""
     asked = launch.mixed_precision
     if asked in (None, "no"):
         return ""

@@ -249,14 +249,14 @@ class Run:
 
     def reading(self, batches: Iterator[Batches]) -> Iterator[Batches]:
         """The batches of each step. If this process is alone, a request to stop ends the wait for
-        them; with others it must take its part in their step."""
+        them; otherwise the step must be finished together with the other processes."""
         while True:
             with self._interrupt.abandonable() if self.world_size == 1 else nullcontext():
                 batch = next(batches)
             yield batch
 
     def bar(self, title: str, total: int, unit: str) -> AbstractContextManager[Any]:
-        """Around work between two steps: a bar, whose `update` is called with what is done."""
+        """Context of work between two steps: a bar; its `update` takes the number of items done."""
         return progress_bar(total, title, unit=unit, shown=self.is_main, part=True)
 
     def due(self, step: int, every: int) -> bool:

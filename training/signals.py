@@ -59,7 +59,7 @@ class InterruptGuard:
 
     @contextmanager
     def abandonable(self) -> Iterator[None]:
-        """Around work that a request to stop ends at once.
+        """Context of work that a request to stop ends at once.
 
         Raises:
             Abandoned: a stop is, or was, requested.

@@ -167,7 +167,7 @@ def _no_pictures(root: Path, passed: PassedOver) -> str:
 
 
 def _remarks_on(root: Path, passed: PassedOver) -> tuple[str, ...]:
-    """What is said about the files that are not read."""
+    """The remark on the files that are not read."""
     if not passed.total:
         return ()
     unread = ", ".join(sorted(IGNORED & passed.counts.keys()))
@@ -249,7 +249,7 @@ def _splits_of(root: Path, files: list[Path]) -> dict[str, _Split]:
 def _choose_splits(
     root: Path, splits: Mapping[str, _Split], split: str, heldout_split: str
 ) -> tuple[list[_Picture], list[_Picture], str]:
-    """The pictures to train on, those to hold out, and what is said about it."""
+    """The pictures to train on, those to hold out, and a remark that says which they are."""
     named = [split_called(name) or name for name in (split, heldout_split)]
     for name in filter(None, named):
         if name not in splits:

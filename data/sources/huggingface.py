@@ -467,7 +467,7 @@ def _choose_split(spec: str, loaded: Any, split: str) -> Any:
 
 
 def _say_splits(spec: str, loaded: Any, rows: Any, heldout: Any = None) -> tuple[str, ...]:
-    """Log which splits are read, if there are several or it is not "train"; return what is said."""
+    """Log which splits are read, if there are several or it is not "train"; return the remark."""
     if not isinstance(loaded, dict) or list(loaded) == ["train"]:
         return ()
     uses = {id(rows): "read", id(heldout): "held out"}

@@ -273,7 +273,7 @@ class _Sample:
 
 
 class _Headers(io.BufferedReader):
-    """A shard of which only headers and labels are read, so never much at once."""
+    """A shard of which only headers and labels are read, at most `MAX_HEADER_BYTES` at a time."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MAX_HEADER_BYTES:
@@ -522,7 +522,7 @@ def open_shards(spec: str, options: SourceOptions) -> ShardPictures:
 
 
 def _remarks_on(title: str, listing: Listing, members: list[Member]) -> tuple[str, ...]:
-    """What is said about all that is passed over."""
+    """The remarks on what is not read."""
     remarks = []
     if listing.samples.total:
         remarks.append(

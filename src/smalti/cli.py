@@ -55,8 +55,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 PRESET_MEMORY = (
-    "GB: the memory that training needs, without activations. It is 20 bytes per parameter, for the "
-    "weight, its gradient, two moments of AdamW, and the averaged weight."
+    "GB: the memory that training needs, without activations. It is 20 bytes per parameter: for "
+    "its weight, its gradient, two moments of AdamW, and its averaged weight."
 )
 
 BOX_FRAME = " ╭╮╰╯│─"  # characters of the frame around tyro's messages
@@ -437,7 +437,7 @@ def _take(arguments: list[str], flag: str) -> str | None:
 
 
 def _description(config_class: type, shown: bool) -> str:
-    """What the help text begins with; sizes of presets, which take seconds, only if it is shown."""
+    """The beginning of the help text, with the sizes of presets, which take seconds, if it is shown."""
     tables: Mapping[str, Mapping[str, Any]] = getattr(config_class, "PRESETS", {})
     lines = [(config_class.__doc__ or "").strip()]
     lines += ["", "--config FILE reads a YAML recipe; --print-config prints the resolved one."]

@@ -209,7 +209,7 @@ def replacing_folder(
 ) -> Iterator[Path]:
     """Yield a new folder beside `target`, which replaces `target` at the end in one operation.
 
-    A process that ends at any moment leaves `target` as it was or as it will be. If the block
+    A process that ends at any moment leaves the old `target` or the new one. If the block
     raises, `target` stays as it was. A lock beside `target` is held all the time.
 
     Args:

@@ -262,7 +262,7 @@ class Pretrained:
         return folder
 
     def _content_of_config(self) -> dict[str, Any]:
-        """What config.json says, which loading understands as the same config."""
+        """The content of config.json, which loading turns into an equal config."""
         fields = config_to_dict(self.config)
         if config_from_dict(type(self.config), fields, "the config") != self.config:
             raise CheckpointError(

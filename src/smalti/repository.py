@@ -16,7 +16,7 @@ PATTERNS = ("*.json", "*.safetensors", "*.md", "samples.png")
 
 
 def check_options(*, variant: str | None, low_cpu_mem_usage: bool | None) -> None:
-    """Refuse what Diffusers and transformers offer and smalti cannot do.
+    """Refuse options of Diffusers and transformers that smalti does not have.
 
     Raises:
         ConfigurationError: there is such an option.
