@@ -2,7 +2,7 @@
 # make test   every test, slow ones too
 # make lint   style;   make types   type checks
 # make docs   the documentation site, in build/site; a dead link fails it
-# make fault-campaign   kills, full disks, flipped bits and edited recipes, for 20 minutes
+# make fault-campaign   kills, full disks, flipped bits and edited recipes, 20 minutes at most
 #
 # Each needs Python 3.11 or newer and nothing else: what it uses is installed into .venv, once.
 # make demo ARGS=--quick and make test ARGS="-k hub" pass options on; make test WORKERS=8 runs eight

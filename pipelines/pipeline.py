@@ -473,8 +473,8 @@ def check_model(model: str) -> None:
     """Raise `CheckpointError` if a command was given no model, and `smalti demo` has made none."""
     if model == DEMO and not Path(model).is_dir():
         raise CheckpointError(
-            f"there is no model in {DEMO}, where a command looks that is given no --model: train "
-            "one with smalti demo, or give --model with a folder or an id on the Hub"
+            f"there is no model in {DEMO}, which is the default of --model: train one with smalti "
+            "demo, or give --model with a folder or an id on the Hub"
         )
 
 

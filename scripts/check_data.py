@@ -30,7 +30,7 @@ class CheckDataConfig(DataOptions):
     status is 1 if there is any.
     """
 
-    # Receives a file and the reason on each line; there is no such file if none is bad.
+    # A list of the bad files, each with the reason; it is written only if there are any.
     bad_files: Path = Path("bad_files.txt")
     json: Path | None = None  # receives the complete report
     write_manifest: bool = False  # write the number of samples of each shard beside the shards

@@ -20,7 +20,7 @@ from smalti.prior.flow.solvers.base import SOLVERS
 from smalti.prior.flow.solvers.schedules import SCHEDULES
 from smalti.prior.registry import PRIORS
 
-# A docstring says how an object of a registry is given in Python.
+# The part of a docstring that says how an object of a registry is given in Python.
 IN_PYTHON = re.compile(r"a name in `(\w+)`,.*? or an? \w+")
 REGISTRIES = {"SOLVERS": SOLVERS, "SCHEDULES": SCHEDULES}
 

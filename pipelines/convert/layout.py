@@ -64,7 +64,7 @@ def pointwise(ours: str, theirs: str) -> Link:
 
 
 def class_table(ours: str, theirs: str, num_classes: int, *, null_is_optional: bool) -> Link:
-    """Embeddings of the classes, and in the last row of the null class.
+    """Embeddings of the classes, and of the null class in the last row.
 
     Args:
         null_is_optional: without class dropout, theirs has no row for the null class. Ours is zero

@@ -437,7 +437,7 @@ def _take(arguments: list[str], flag: str) -> str | None:
 
 
 def _description(config_class: type, shown: bool) -> str:
-    """The beginning of the help text, with the sizes of presets, which take seconds, if it is shown."""
+    """The beginning of the help text; sizes of presets, which take seconds, only if it is shown."""
     tables: Mapping[str, Mapping[str, Any]] = getattr(config_class, "PRESETS", {})
     lines = [(config_class.__doc__ or "").strip()]
     lines += ["", "--config FILE reads a YAML recipe; --print-config prints the resolved one."]
