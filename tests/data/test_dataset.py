@@ -233,14 +233,14 @@ def test_a_given_option_contradicts_the_models_with_a_note(tmp_path: Path, caplo
     assert f"folder.unusual_images is refuse; {tmp_path} was trained with convert" in caplog.text
 
 
-def test_options_of_other_pictures_are_not_taken_over(tmp_path: Path, caplog) -> None:
+def test_options_of_other_pictures_are_not_used(tmp_path: Path, caplog) -> None:
     caplog.set_level("INFO")
     write_options(tmp_path, TRAINED)
     flags = ["--tokenizer", str(tmp_path), "--data", "emoji"]
     config = parse_config(EncodeConfig, flags, prog="smalti encode")
     assert config == EncodeConfig(tokenizer=tmp_path)
     config.note_stored()
-    assert "was trained on hf:some/set, these are pictures of emoji" in caplog.text
+    assert "was trained on hf:some/set, and these are pictures of emoji" in caplog.text
 
 
 def test_the_same_folder_may_be_written_in_another_way(tmp_path: Path, monkeypatch) -> None:
