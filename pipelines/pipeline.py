@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from smalti.checkpoints import Weights, is_checkpoint, state_of
+from smalti.checkpoints import Weights, check_weights, is_checkpoint, state_of
 from smalti.config import config_from_dict, config_to_dict, plain
 from smalti.data.classes import check_class_names
 from smalti.data.image_io import save_png
@@ -42,7 +42,7 @@ from smalti.prior.base import Prior
 from smalti.randomness import Generators, check_generators
 from smalti.repository import check_options, resolve_folder, upload
 from smalti.tokenizer.base import Tokenizer, check_finite
-from smalti.weights import chosen_dtype, unwrapped
+from smalti.weights import AS_SAVED, chosen_dtype, unwrapped
 
 # -- model_index.json -----------------------------------------------------------------------------
 
@@ -111,11 +111,12 @@ class Pipeline:
         if tokenizer.spec != prior.spec:
             same = tokenizer.for_latents(prior.spec, prior.tokenizer_fingerprint or "")
             if same is not None:
-                size = same.image_size
-                size = same.image_size
+                size, grids = same.image_size, getattr(prior.spec, "grids", ())
+                scales = f", {grids}" if len(grids) > 1 else ""
                 raise ConfigurationError(
                     f"the prior models latents of images of {size} pixels, and the tokenizer is "
-                    f"for images of {tokenizer.image_size}: pass tokenizer.resized({size})"
+                    f"for images of {tokenizer.image_size}: pass "
+                    f"tokenizer.resized({size}{scales})"
                 )
             raise ConfigurationError(
                 f"the tokenizer makes {tokenizer.spec}, the prior models {prior.spec}: "
@@ -189,6 +190,7 @@ class Pipeline:
             cache_dir=cache_dir,
             needs=(INDEX, *CONFIGS, *WEIGHTS),
         )
+        check_weights(folder, weights)
         if is_checkpoint(folder):
             return cls._of_checkpoint(folder, weights, precision).to(device)
         index = read_index(folder)
@@ -217,10 +219,16 @@ class Pipeline:
         prior = Prior.from_pretrained(folder, dtype=precision, weights=weights)
         run = state_of(folder)["config"]
         info = read_manifest(Path(run["latents"]) / "train")
-        given = Tokenizer.from_pretrained(Path(run["tokenizer"]), dtype=precision)
+        as_saved = precision if precision == AS_SAVED else None
+        given = Tokenizer.from_pretrained(Path(run["tokenizer"]), dtype=as_saved)
         tokenizer = given.for_latents(info.spec, info.tokenizer_fingerprint) or given
+        if isinstance(precision, torch.dtype):  # last: a rounded copy cannot be resized
+            tokenizer.cast(precision)
         pipeline = cls(tokenizer, prior, info.classes)
         pipeline.training_pictures = info.dataset_fingerprint
+        guidance_scale = run.get("preview", {}).get("guidance_scale")
+        if guidance_scale is not None:  # as in the pipeline of the finished run
+            pipeline.guidance_scale = guidance_scale
         return pipeline
 
     def save_pretrained(
