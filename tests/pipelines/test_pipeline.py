@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -336,6 +337,21 @@ def test_a_half_downloaded_pipeline_is_named(pipe, tmp_path, monkeypatch, lost) 
     (folder / lost).unlink()
     with pytest.raises(SmaltiError, match=f"has no {lost}: its download was not finished"):
         Pipeline.from_pretrained("someone/pipeline", local_files_only=True)
+
+
+def test_the_grid_of_the_card_outlives_the_folders_it_was_saved_in(
+    pipe, tmp_path, monkeypatch
+) -> None:
+    """An upload saves into a temporary folder."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", MagicMock())
+    folder = pipe.save_pretrained(tmp_path / "p", samples=Image.new("RGB", (3, 3), "red"))
+    grid = (folder / "samples.png").read_bytes()
+    pipe.push_to_hub("someone/pipeline")
+    pipe.save_pretrained(folder)
+    assert (folder / "samples.png").read_bytes() == grid
+    assert "samples.png" in (folder / "README.md").read_text()
 
 
 def test_names_of_classes_that_were_edited_are_found(pipe, tmp_path) -> None:
