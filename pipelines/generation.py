@@ -40,6 +40,7 @@ Layout = Literal["flat", "class"]
 
 SETTINGS = "generation.json"
 INDEX = "index.json"
+PICTURE = re.compile(r"(.+/)?\d{6,}\.png")  # file of a picture, in any layout
 PART = ".index-{:05d}.jsonl"  # hashes of the pictures of one process, until the index is written
 
 # Pictures of a job are sampled in groups of a fixed size: group g holds the pictures g n to
@@ -367,7 +368,11 @@ def picture_hashes(folder: Path) -> dict[str, str]:
 
 
 def problems_in(folder: Path) -> list[str]:
-    """What is wrong with the images of a job: each that is missing or changed, and other files."""
+    """What is wrong with the images of a job: each that is missing or changed, and other files.
+
+    While pictures are missing, one without a hash is no other file: a process that was killed may
+    have written it, and smalti 0.1.0 recorded no hashes. The job judges it when it goes on.
+    """
     if (folder / INDEX).is_file():
         try:
             read_hashed_json(folder / INDEX)
@@ -381,6 +386,8 @@ def problems_in(folder: Path) -> list[str]:
         elif sha256_of(path) != known:
             problems.append(f"{path} is not the picture that this job wrote")
     others = foreign_files(folder, list(hashes))
+    if len(hashes) < len(read_hashed_json(folder / SETTINGS)["labels"]):
+        others = [name for name in others if not PICTURE.fullmatch(name)]
     return problems + [f"{folder / name} was not written by this job" for name in others]
 
 

@@ -32,13 +32,14 @@ def of_generated(path: Path) -> Info:
     except SmaltiError as error:
         return Info([("kind", "generated pictures"), ("verified", f"no: {error}")], whole=False)
     problems = problems_in(path)
-    wanted = len(settings["labels"])
+    wanted, there = len(settings["labels"]), len(hashes) or len(list(path.glob("*.png")))
+    good = "yes: each picture has its hash" if hashes else "no hash: smalti 0.1.0 recorded none"
     next_step = [] if wanted == len(hashes) else [("next", "repeat the command that made them")]
     return Info(
         [
             ("kind", "generated pictures"),
-            ("pictures", f"{len(hashes)} of {wanted}, seed {settings['seed']}"),
-            ("verified", f"no: {problems[0]}" if problems else "yes: each picture has its hash"),
+            ("pictures", f"{there} of {wanted}, seed {settings['seed']}"),
+            ("verified", f"no: {problems[0]}" if problems else good),
             *(("damaged", problem) for problem in problems[1:]),
             *next_step,
         ],

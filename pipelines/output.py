@@ -62,7 +62,7 @@ class PipelineOutput:
         if not pictures:
             return None
         images = to_float(torch.stack([to_tensor(picture) for picture in pictures]))
-        return _png(image_grid(images, min(COLUMNS, len(images))))
+        return png_of(image_grid(images, min(COLUMNS, len(images))))
 
 
 def as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:
@@ -75,7 +75,7 @@ def as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | np
 
 def _figure(picture: Image.Image, name: str) -> str:
     """An HTML figure: the picture, and the name of its class below it."""
-    data = base64.b64encode(_png(picture)).decode()
+    data = base64.b64encode(png_of(picture)).decode()
     width = max(picture.width, LEAST_SIDE)
     caption = html.escape(name)
     return (
@@ -86,7 +86,8 @@ def _figure(picture: Image.Image, name: str) -> str:
     )
 
 
-def _png(picture: Image.Image) -> bytes:
+def png_of(picture: Image.Image) -> bytes:
+    """The content of a PNG file."""
     stream = io.BytesIO()
     picture.save(stream, "PNG")
     return stream.getvalue()

@@ -9,7 +9,6 @@ A saved pipeline is a folder:
     samples.png          the grid that the card shows, if there is one
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from smalti.checkpoints import Weights, is_checkpoint, state_of
+from smalti.checkpoints import Weights, check_weights, is_checkpoint, state_of
 from smalti.config import config_from_dict, config_to_dict, plain
 from smalti.data.classes import check_class_names
-from smalti.data.image_io import save_png
 from smalti.data.latent_cache.cache import read_manifest
 from smalti.data.latents import as_tensor
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
@@ -37,12 +35,12 @@ from smalti.pipelines.conditions import (
     integer,
     label_ids,
 )
-from smalti.pipelines.output import OutputType, PipelineOutput, as_output
+from smalti.pipelines.output import OutputType, PipelineOutput, as_output, png_of
 from smalti.prior.base import Prior
 from smalti.randomness import Generators, check_generators
 from smalti.repository import check_options, resolve_folder, upload
 from smalti.tokenizer.base import Tokenizer, check_finite
-from smalti.weights import chosen_dtype, unwrapped
+from smalti.weights import AS_SAVED, chosen_dtype, unwrapped
 
 # -- model_index.json -----------------------------------------------------------------------------
 
@@ -111,11 +109,12 @@ class Pipeline:
         if tokenizer.spec != prior.spec:
             same = tokenizer.for_latents(prior.spec, prior.tokenizer_fingerprint or "")
             if same is not None:
-                size = same.image_size
-                size = same.image_size
+                size, grids = same.image_size, getattr(prior.spec, "grids", ())
+                scales = f", {grids}" if len(grids) > 1 else ""
                 raise ConfigurationError(
                     f"the prior models latents of images of {size} pixels, and the tokenizer is "
-                    f"for images of {tokenizer.image_size}: pass tokenizer.resized({size})"
+                    f"for images of {tokenizer.image_size}: pass "
+                    f"tokenizer.resized({size}{scales})"
                 )
             raise ConfigurationError(
                 f"the tokenizer makes {tokenizer.spec}, the prior models {prior.spec}: "
@@ -134,7 +133,7 @@ class Pipeline:
         self.training_pictures = ""  # fingerprint of the prior's training data, if known
         # Of calls that give none. A prior without a null class cannot be guided.
         self.guidance_scale = DEFAULT_GUIDANCE if prior.has_null_class else 1.0
-        self._samples: Path | None = None  # file of the grid that the model card shows
+        self._samples: bytes | None = None  # PNG of the grid that the model card shows
 
     # -- loading and saving -------------------------------------------------------------------
 
@@ -189,6 +188,7 @@ class Pipeline:
             cache_dir=cache_dir,
             needs=(INDEX, *CONFIGS, *WEIGHTS),
         )
+        check_weights(folder, weights)
         if is_checkpoint(folder):
             return cls._of_checkpoint(folder, weights, precision).to(device)
         index = read_index(folder)
@@ -206,7 +206,8 @@ class Pipeline:
         pipeline.training_pictures = index.training_pictures
         if index.guidance_scale is not None:
             pipeline.guidance_scale = index.guidance_scale
-        pipeline._samples = folder / SAMPLES
+        grid = folder / SAMPLES
+        pipeline._samples = grid.read_bytes() if grid.is_file() else None
         return pipeline.to(device)
 
     @classmethod
@@ -217,10 +218,16 @@ class Pipeline:
         prior = Prior.from_pretrained(folder, dtype=precision, weights=weights)
         run = state_of(folder)["config"]
         info = read_manifest(Path(run["latents"]) / "train")
-        given = Tokenizer.from_pretrained(Path(run["tokenizer"]), dtype=precision)
+        as_saved = precision if precision == AS_SAVED else None
+        given = Tokenizer.from_pretrained(Path(run["tokenizer"]), dtype=as_saved)
         tokenizer = given.for_latents(info.spec, info.tokenizer_fingerprint) or given
+        if isinstance(precision, torch.dtype):  # last: a rounded copy cannot be resized
+            tokenizer.cast(precision)
         pipeline = cls(tokenizer, prior, info.classes)
         pipeline.training_pictures = info.dataset_fingerprint
+        guidance_scale = run.get("preview", {}).get("guidance_scale")
+        if guidance_scale is not None:  # as in the pipeline of the finished run
+            pipeline.guidance_scale = guidance_scale
         return pipeline
 
     def save_pretrained(
@@ -245,11 +252,12 @@ class Pipeline:
         prior = cast(Prior, unwrapped(self.prior))
         _check_pair(tokenizer, prior)
         notes = self.notes if notes is None else notes
+        grid = self._samples if samples is None else png_of(samples)
         with replacing_folder(
             folder, products=(SAMPLES,), check=lambda: _check_target(folder)
         ) as new:
-            self._write(new, tokenizer, prior, samples, notes)
-        self.notes, self._samples = notes, folder / SAMPLES
+            self._write(new, tokenizer, prior, grid, notes)
+        self.notes, self._samples = notes, grid
         return folder
 
     def _write(
@@ -257,18 +265,15 @@ class Pipeline:
         folder: Path,
         tokenizer: Tokenizer,
         prior: Prior,
-        samples: Image.Image | None,
+        grid: bytes | None,
         notes: str,
     ) -> None:
         """Write the files of the pipeline into a new folder."""
         tokenizer.save_pretrained(folder / "tokenizer")
         prior.save_pretrained(folder / "prior")
-        if samples is not None:
-            save_png(folder / SAMPLES, samples)
-        elif self._samples is not None and self._samples.is_file():
-            shutil.copyfile(self._samples, folder / SAMPLES)
-        has_grid = (folder / SAMPLES).is_file()
-        card = model_card(tokenizer, prior, self.classes, has_grid, notes)
+        if grid is not None:
+            (folder / SAMPLES).write_bytes(grid)
+        card = model_card(tokenizer, prior, self.classes, grid is not None, notes)
         write_text(folder / "README.md", card)
         index = PipelineIndex(
             components=_components(tokenizer, prior),

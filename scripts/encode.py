@@ -63,7 +63,7 @@ def encode(config: EncodeConfig) -> Path:
     if is_checkpoint(config.tokenizer):
         tokenizer = finished_tokenizer(config)
     else:
-        tokenizer = Tokenizer.from_pretrained(str(config.tokenizer))
+        tokenizer = Tokenizer.from_pretrained(str(config.tokenizer), weights=config.weights)
     tokenizer = tokenizer.to(state.device)
     if config.image_size is not None:
         tokenizer = tokenizer.resized(config.image_size)

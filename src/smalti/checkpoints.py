@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from smalti.errors import CheckpointError, SmaltiError
+from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.files import read_json, sha256_of
 
 MANIFEST = "MANIFEST.json"
@@ -23,6 +23,18 @@ UPDATES = "ema.updates"  # in ema.safetensors: the number of updates, which is n
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint of a training run, complete or not."""
     return (folder / STATE).is_file() and (folder / MANIFEST).is_file()
+
+
+def check_weights(folder: Path, weights: str) -> None:
+    """Raise `ConfigurationError` unless a folder has this set of weights. Of a saved model, "ema"
+    is the only one."""
+    if weights not in FILES:
+        raise ConfigurationError(f"weights is {weights!r}; choose one of {', '.join(FILES)}")
+    if weights != "ema" and not is_checkpoint(folder):
+        raise ConfigurationError(
+            f'weights is "{weights}", but {folder} is no checkpoint and holds one set of weights: '
+            "leave it out, or give a checkpoint of the run"
+        )
 
 
 def has_prior(folder: Path) -> bool:

@@ -317,7 +317,8 @@ class Pretrained:
         Raises:
             CheckpointError: there is no model, or one of another kind; a config key or a tensor is
                 missing, unknown or of the wrong type or shape; a file is damaged.
-            ConfigurationError: no such precision; an option that cannot be met.
+            ConfigurationError: no such precision; an option that cannot be met, such as raw
+                weights of a saved model, which has one set.
         """
         check_options(variant=variant, low_cpu_mem_usage=low_cpu_mem_usage)
         precision = chosen_dtype(dtype, torch_dtype)
@@ -330,6 +331,7 @@ class Pretrained:
             cache_dir=cache_dir,
             needs=(CONFIG, WEIGHTS),
         )
+        checkpoints.check_weights(folder, weights)
         target, config, copy = cls._saved(folder)
         path, beside, hashes = folder / WEIGHTS, (), {}
         if is_checkpoint(folder):

@@ -86,12 +86,33 @@ def test_swapped_edited_and_foreign_files_are_found(pipe, tmp_path: Path, caplog
     assert files_of(folder) == before
 
 
-def test_a_folder_of_smalti_0_1_0_without_hashes_is_kept(pipe, tmp_path: Path) -> None:
+def test_an_interrupted_job_is_not_damaged(pipe, tmp_path: Path, capsys) -> None:
+    """A process that was killed had written a picture, and not yet noted its hash."""
+    folder = tmp_path / "a"
+    generate(pipe, folder, LABELS[:3])
+    generate(pipe, tmp_path / "b")
+    for name in ("generation.json", "000003.png"):
+        shutil.copy(tmp_path / "b" / name, folder / name)
+    assert problems_in(folder) == []
+    assert main(["info", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "3 of 5, seed 1" in shown and "repeat the command" in shown
+    (folder / "holiday.png").touch()
+    assert problems_in(folder) == [f"{folder / 'holiday.png'} was not written by this job"]
+    (folder / "holiday.png").unlink()
+    generate(pipe, folder)
+    assert files_of(folder) == files_of(tmp_path / "b")
+
+
+def test_a_folder_of_smalti_0_1_0_without_hashes_is_kept(pipe, tmp_path: Path, capsys) -> None:
     paths = generate(pipe, tmp_path / "a")
     (tmp_path / "a" / "index.json").unlink()
     settings = read_json(tmp_path / "a" / "generation.json")
     settings = {name: settings[name] for name in settings if name not in ("layout", "sha256")}
     (tmp_path / "a" / "generation.json").write_text(json.dumps(settings))
+    assert main(["info", str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr().out
+    assert "5 of 5, seed 1" in shown and "no hash: smalti 0.1.0 recorded none" in shown
     paths[2].write_bytes(b"cut")
     times = [path.stat().st_mtime_ns for path in paths]
     generate(pipe, tmp_path / "a")

@@ -9,11 +9,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from chance import generators
+from conftest import TINY_VQ
 from PIL import Image
 
 import smalti
@@ -23,7 +25,12 @@ from smalti.errors import SmaltiError
 from smalti.pipelines import generation
 from smalti.pipelines.generation import generate_folder, picture_generator
 from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.next_scale.config import NextScaleConfig
+from smalti.prior.next_scale.model import NextScalePrior
 from smalti.prior.next_token.model import NextTokenPrior
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
+from smalti.tokenizer.vq import VQTokenizer
 
 CLASSES = ("cat", "dog", "emu")
 
@@ -194,6 +201,23 @@ def test_a_tokenizer_at_another_size_is_resized_as_the_message_says(paired) -> N
     Pipeline(large.resized(16), paired.prior, CLASSES)
 
 
+def test_the_message_names_scales_that_the_size_does_not_determine() -> None:
+    scales = ((1, 1), (2, 2), (4, 4), (8, 8))
+    codebook = CodebookConfig(16, 4, l2_normalise=False)
+    quantizer = MultiScaleConfig(codebook=codebook, scales=scales, convolutions=1)
+    tokenizer = VQTokenizer(replace(TINY_VQ, quantizer=quantizer))
+    grids = ((1, 1), (3, 3), (7, 7), (16, 16))
+    large = tokenizer.resized(32, grids)
+    sizes = NextScaleConfig(depth=1, width=32, num_heads=2)
+    config = sizes.fitted(large.spec, len(CLASSES), large.fingerprint, large.quantizer.config)
+    prior = NextScalePrior(config)
+    prior.bind(large.quantizer)
+    with pytest.raises(SmaltiError) as error:
+        Pipeline(tokenizer, prior, CLASSES)
+    assert str(error.value).endswith(f"pass tokenizer.resized(32, {grids})")
+    Pipeline(tokenizer.resized(32, grids), prior, CLASSES)
+
+
 def test_parts_that_do_not_fit_are_refused(tokenizer, prior) -> None:
     other = NextTokenPrior(replace(prior.config, spec=CodeSpec(16, ((4, 4),))))
     with pytest.raises(SmaltiError, match="do not belong together"):
@@ -313,6 +337,21 @@ def test_a_half_downloaded_pipeline_is_named(pipe, tmp_path, monkeypatch, lost) 
     (folder / lost).unlink()
     with pytest.raises(SmaltiError, match=f"has no {lost}: its download was not finished"):
         Pipeline.from_pretrained("someone/pipeline", local_files_only=True)
+
+
+def test_the_grid_of_the_card_outlives_the_folders_it_was_saved_in(
+    pipe, tmp_path, monkeypatch
+) -> None:
+    """An upload saves into a temporary folder."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", MagicMock())
+    folder = pipe.save_pretrained(tmp_path / "p", samples=Image.new("RGB", (3, 3), "red"))
+    grid = (folder / "samples.png").read_bytes()
+    pipe.push_to_hub("someone/pipeline")
+    pipe.save_pretrained(folder)
+    assert (folder / "samples.png").read_bytes() == grid
+    assert "samples.png" in (folder / "README.md").read_text()
 
 
 def test_names_of_classes_that_were_edited_are_found(pipe, tmp_path) -> None:

@@ -116,6 +116,10 @@ def test_a_prior_and_its_pipeline_are_read_from_a_checkpoint(
     )
     raw = smalti.Prior.from_pretrained(checkpoint, weights="raw")
     assert_weights(raw, checkpoint / "model.safetensors")
+    for path in (folder, latents / "tokenizer"):
+        kind = smalti.Pipeline if path == folder else smalti.Tokenizer
+        with pytest.raises(SmaltiError, match=r'weights is "raw", but .* is no checkpoint'):
+            kind.from_pretrained(path, weights="raw")
     job = ["generate", "--model", str(checkpoint), "--num_images_per_class", "1"]
     assert smalti_main([*job, "--output_dir", str(tmp_path / "samples")]) == 0
     job = ["train-prior", "--initial", str(checkpoint), "--latents", str(latents)]
@@ -126,6 +130,28 @@ def test_a_prior_and_its_pipeline_are_read_from_a_checkpoint(
         smalti.Tokenizer.from_pretrained(checkpoint)
     with pytest.raises(SmaltiError, match="a checkpoint of a train-tokenizer run: it has no prior"):
         smalti.Pipeline.from_pretrained(stage_one)
+
+
+def test_a_checkpoint_for_pictures_of_another_size_is_read_in_half_precision(
+    tmp_path: Path, pictures: Path
+) -> None:
+    tokenizer = smalti.Tokenizer.registry.build(VQ).save_pretrained(tmp_path / "tok")
+    job = EncodeConfig(data=str(pictures), tokenizer=tokenizer, output_dir=tmp_path / "latents")
+    config = TrainPriorConfig(
+        output_dir=tmp_path / "prior",
+        latents=encode(replace(job, image_size=VQ.image_size // 2)),
+        tokenizer=tokenizer,
+        prior=NextTokenConfig(depth=1, width=16, num_heads=2, hidden=32),
+        preview=replace(TrainPriorConfig().preview, guidance_scale=3.0),
+        **COMMON,
+    )
+    checkpoint = tmp_path / "prior" / "checkpoint-000003"
+    finished = smalti.Pipeline.from_pretrained(train_prior(config))
+    half = smalti.Pipeline.from_pretrained(checkpoint, dtype="bfloat16")
+    assert half.tokenizer.last_layer.dtype == half.prior.output.weight.dtype == torch.bfloat16
+    assert half.tokenizer.image_size == VQ.image_size // 2
+    assert half.tokenizer.fingerprint == finished.tokenizer.fingerprint
+    assert half.guidance_scale == finished.guidance_scale == 3.0
 
 
 def test_a_damaged_checkpoint_is_no_model(tmp_path: Path, pictures: Path) -> None:

@@ -371,6 +371,10 @@ def test_an_option_does_something_or_is_refused(saved: Path) -> None:
         Tokenizer.from_pretrained(saved, variant="fp16")
     with pytest.raises(SmaltiError, match=r"low_cpu_mem_usage is False.*leave it out"):
         Tokenizer.from_pretrained(saved, low_cpu_mem_usage=False)
+    with pytest.raises(SmaltiError, match=r'weights is "raw", but .* is no checkpoint'):
+        Tokenizer.from_pretrained(saved, weights="raw")
+    with pytest.raises(SmaltiError, match="weights is 'mean'; choose one of ema, raw"):
+        Tokenizer.from_pretrained(saved, weights="mean")
 
 
 def test_saving_refuses_a_folder_of_something_else(tokenizer, tmp_path: Path) -> None:
