@@ -168,6 +168,7 @@ class StepGuard:
         bad = (~values.isfinite()).sum().float()
         summed = self._sum(torch.stack([bad, parts.mean(), torch.ones_like(bad)])).tolist()
         accepted = summed[0] == 0
+        self.levels.setdefault(model, LossLevel())  # in the order of the models in a step
         self.in_a_row[model] = 0 if accepted else self.in_a_row.get(model, 0) + 1
         self.refused[model] = self.refused.get(model, 0) + (not accepted)
         self.total += not accepted
@@ -199,7 +200,7 @@ class StepGuard:
 
     def _follow(self, model: str, step: int, loss: float) -> None:
         """Include the mean loss of an accepted step in its level; warn if it is a spike."""
-        level = self.levels.setdefault(model, LossLevel())
+        level = self.levels[model]
         if level.is_spike(loss) and step - self._warned >= QUIET_STEPS:
             self._warned = step
             logger.warning(
