@@ -354,7 +354,9 @@ def train(config: TrainTokenizerConfig) -> Path:
                     pairs.append((output.targets, output.images.detach(), uniforms))
                     codes += [] if output.codes is None else [output.codes]
                 norm = clip_gradients(model.module, config.max_grad_norm)
-                if accepted := run.guard.accepts("tokenizer", step, losses, norm):
+                # The adversarial loss starts late, and rises as the discriminator learns.
+                followed = [part["loss"] - part.get("adversarial", 0.0) for part in parts]
+                if accepted := run.guard.accepts("tokenizer", step, losses, norm, followed):
                     set_learning_rate(model.optimizer, rate)
                     model.optimizer.step()
                     tokenizer.after_step(generator(config.seed, "after_step", step))

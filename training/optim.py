@@ -150,7 +150,12 @@ class StepGuard:
         self._warned = -QUIET_STEPS  # the step of the last warning of a spike
 
     def accepts(
-        self, model: str, step: int, losses: Sequence[Tensor], gradient_norm: Tensor
+        self,
+        model: str,
+        step: int,
+        losses: Sequence[Tensor],
+        gradient_norm: Tensor,
+        followed: Sequence[Tensor] | None = None,
     ) -> bool:
         """Whether to take the step; every process must call this and gets the same result.
 
@@ -159,6 +164,7 @@ class StepGuard:
             step: counted from 0, for messages.
             losses: the scalar losses of this process's micro-batches.
             gradient_norm: before clipping, a scalar.
+            followed: the part of each loss that can be compared over the whole run; None: all.
 
         Raises:
             SmaltiError: too many steps of this model were refused, in a row or in all.
@@ -166,8 +172,10 @@ class StepGuard:
         parts = torch.stack([loss.detach().float() for loss in losses])
         values = torch.cat([parts, gradient_norm.float().reshape(1)])
         bad = (~values.isfinite()).sum().float()
-        summed = self._sum(torch.stack([bad, parts.mean(), torch.ones_like(bad)])).tolist()
+        level = torch.stack([loss.detach().float() for loss in followed or losses]).mean()
+        summed = self._sum(torch.stack([bad, level, torch.ones_like(bad)])).tolist()
         accepted = summed[0] == 0
+        self.levels.setdefault(model, LossLevel())  # in the order of the models in a step
         self.in_a_row[model] = 0 if accepted else self.in_a_row.get(model, 0) + 1
         self.refused[model] = self.refused.get(model, 0) + (not accepted)
         self.total += not accepted
@@ -199,7 +207,7 @@ class StepGuard:
 
     def _follow(self, model: str, step: int, loss: float) -> None:
         """Include the mean loss of an accepted step in its level; warn if it is a spike."""
-        level = self.levels.setdefault(model, LossLevel())
+        level = self.levels[model]
         if level.is_spike(loss) and step - self._warned >= QUIET_STEPS:
             self._warned = step
             logger.warning(

@@ -137,6 +137,7 @@ class Run:
         self._unmeasured = False  # whether the last validation was abandoned
         self._pictures: dict[str, tuple[int, Image.Image]] = {}  # name -> step, the last one shown
         self._saved_at = time.monotonic()
+        self._saved_steps = 0  # that the newest checkpoint contains
         self._step = 0  # the step in progress
         self.accelerator.wait_for_everyone()  # all have read the folder before it changes
 
@@ -171,7 +172,7 @@ class Run:
                 "or choose another --output_dir"
             )
         checkpoint.restore(self._tracked)
-        self.start_step = checkpoint.step
+        self.start_step = self._saved_steps = checkpoint.step
         self._unmeasured = checkpoint.state.get("unmeasured", False)
         changed = [name for name in STEP_SETTINGS if self._differs(checkpoint, name)]
         self.guard.restore(checkpoint.state.get("skipped", {}), new_row=bool(changed))
@@ -192,10 +193,10 @@ class Run:
         return checkpoint.state["config"].get(name) != getattr(self.config, name)
 
     def _take_folder(self) -> None:
-        atexit.register(self._unlock)
         try:
             for lock in self._locks:
                 lock.acquire()
+                atexit.register(lock.release)  # not `_unlock`, which would keep the models alive
         except BusyError:
             self._unlock()
             raise
@@ -234,7 +235,7 @@ class Run:
                 try:
                     yield
                 except Abandoned:  # while it waited for the batch of a step
-                    if self._step > self.start_step:
+                    if self._step > self._saved_steps:
                         self.save(self._step - 1)
                     self.stop(self._step - 1)
         except BaseException:
@@ -392,7 +393,7 @@ class Run:
                 self._to_replace = []
             except (OSError, CheckpointError) as error:
                 failure = error
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_steps = time.monotonic(), step + 1
         if processes.any_process(self.accelerator, failure is not None) == [True]:
             raise failure or SystemExit(EXIT_FAILURE)
 
@@ -413,8 +414,8 @@ class Run:
 
     def stop(self, step: int) -> NoReturn:
         """End the program after a step that was saved, with the exit status `EXIT_INTERRUPTED`."""
-        if step < 0:
-            self.accelerator.print("\nstopped before the first step")
+        if step < self.start_step:  # then "latest" need not be the checkpoint of this run's start
+            self.accelerator.print("\nstopped before a step was done. Repeat the same command")
             raise SystemExit(EXIT_INTERRUPTED)
         self._log.write_report()
         flag = "--resume_from_checkpoint latest"

@@ -1,6 +1,7 @@
 """The discriminator in a real run: left out at weight 0, resumed bit-exactly, and independent of
 how a batch is divided among micro-batches and processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -217,3 +218,16 @@ def test_two_processes_train_a_discriminator_as_one_does(pictures: Path, tmp_pat
     for key in first:
         if key.endswith(("exp_avg", "anchors", ".u", ".v", "updates")):
             torch.testing.assert_close(first[key], second[key], rtol=2e-2, atol=2e-4, msg=key)
+
+
+def test_the_adversarial_loss_does_not_count_as_divergence(pictures: Path, tmp_path: Path) -> None:
+    """It starts late and then rises; the level of the loss is that of the other losses."""
+    run = config(pictures, tmp_path / "run")
+    train(run)
+    lines = [line for line in losses(tmp_path / "run") if "loss" in line]
+    parts = [(line["loss"], line.get("adversarial", 0.0)) for line in lines]
+    assert len(parts) == 4 and parts[0][1] == 0 and parts[-1][1] != 0
+    state = json.loads((tmp_path / "run" / "checkpoint-000004" / "state.json").read_text())
+    level = state["skipped"]["levels"]["tokenizer"]["mean"]
+    assert level == pytest.approx(sum(loss - part for loss, part in parts) / 4, rel=1e-4)
+    assert level != pytest.approx(sum(loss for loss, _ in parts) / 4, rel=1e-4)

@@ -58,6 +58,14 @@ def test_the_level_of_a_resumed_run_is_that_of_the_whole() -> None:
     assert cut.state() == whole.state()
 
 
+def test_the_model_comes_first_in_a_checkpoint_though_its_first_step_is_skipped() -> None:
+    """Its level, not the discriminator's, says whether the run has diverged."""
+    own, norm = guard(), torch.tensor(1.0)
+    assert not own.accepts("tokenizer", 0, [torch.tensor(float("nan"))], norm)
+    assert own.accepts("discriminator", 0, [torch.tensor(1.0)], norm)
+    assert list(own.state()["levels"]) == ["tokenizer", "discriminator"]
+
+
 def test_skipped_steps_are_limited_in_all(tmp_path: Path) -> None:
     """27 of 30 steps were skipped, never 20 in a row, and the run exported a model."""
 

@@ -1,8 +1,10 @@
 """A run in a folder starts, resumes or refuses; it never overwrites what is not its own."""
 
+import gc
 import json
 import os
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -302,6 +304,13 @@ def test_two_runs_with_one_result_are_refused_at_the_start_and_at_the_end(
     with pytest.raises(SmaltiError, match="was not saved by this run"):
         first.export(lambda folder: save_model(folder, "weights"))
     assert (target / "model.safetensors").read_text() == "of somebody else"
+
+
+def test_a_run_that_is_over_does_not_keep_its_models_in_memory(latest: RunConfig) -> None:
+    """`smalti demo` trains one model after the other in one process."""
+    over = weakref.ref(train(latest))
+    gc.collect()
+    assert over() is None
 
 
 @pytest.mark.parametrize("name", ["run", "."])

@@ -16,7 +16,8 @@ from toy_run import Numbers, toy_config, train
 
 from smalti.cli import run_command
 from smalti.signals import ending_the_command
-from smalti.training.checkpoint import newest_valid
+from smalti.training import run as module
+from smalti.training.checkpoint import newest_valid, save_checkpoint
 from smalti.training.signals import Abandoned, InterruptGuard
 
 TOY = Path(__file__).parents[1] / "toy_run.py"
@@ -121,20 +122,25 @@ def test_what_is_made_up_for_can_be_abandoned_again(tmp_path: Path) -> None:
     assert found is not None and found.step == 2 and found.state["unmeasured"]
 
 
-@pytest.mark.parametrize("at", [0, 3])  # before anything was done, and later
-def test_a_run_that_waits_for_data_is_saved_at_once(tmp_path: Path, monkeypatch, at: int) -> None:
-    rarely = {"checkpointing_steps": 100, "validation_steps": 100}
-    config = toy_config(tmp_path / "cut", resume_from_checkpoint="latest", **rarely)
+def stuck_at(number: int, patch: pytest.MonkeyPatch) -> None:
+    """Ask the run to stop while it waits for its batch of that number, counted from 0."""
     original, calls = Numbers.__getitems__, []
 
     def stuck(self, keys):
         calls.append(keys)
-        if len(calls) == at + 1:
+        if len(calls) == number + 1:
             send(signal.SIGTERM)
             time.sleep(20)
         return original(self, keys)
 
-    monkeypatch.setattr(Numbers, "__getitems__", stuck)
+    patch.setattr(Numbers, "__getitems__", stuck)
+
+
+@pytest.mark.parametrize("at", [0, 3])  # before anything was done, and later
+def test_a_run_that_waits_for_data_is_saved_at_once(tmp_path: Path, monkeypatch, at: int) -> None:
+    rarely = {"checkpointing_steps": 100, "validation_steps": 100}
+    config = toy_config(tmp_path / "cut", resume_from_checkpoint="latest", **rarely)
+    stuck_at(at, monkeypatch)
     started = time.monotonic()
     with pytest.raises(SystemExit) as stop:
         train(config)
@@ -144,6 +150,36 @@ def test_a_run_that_waits_for_data_is_saved_at_once(tmp_path: Path, monkeypatch,
     train(config)
     train(toy_config(tmp_path / "whole", **rarely))
     assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_checkpoint_that_was_just_written_is_not_replaced(tmp_path: Path, monkeypatch) -> None:
+    """Replacing it would remove it first: a kill in between would lose it."""
+    saved = []
+
+    def note(folder, step, *args, **options):
+        saved.append(step)
+        return save_checkpoint(folder, step, *args, **options)
+
+    monkeypatch.setattr(module, "save_checkpoint", note)
+    stuck_at(4, monkeypatch)
+    with pytest.raises(SystemExit):
+        train(toy_config(tmp_path / "run"))
+    assert saved == [2, 4]
+
+
+def test_a_run_that_is_stopped_before_a_step_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """ "latest" would be another checkpoint than the one that it was told to go back to."""
+    train(toy_config(tmp_path / "run", checkpoints_total_limit=0))
+    capsys.readouterr()
+    stuck_at(0, monkeypatch)
+    with pytest.raises(SystemExit) as stop:
+        train(toy_config(tmp_path / "run", resume_from_checkpoint="checkpoint-000002"))
+    assert stop.value.code == 130
+    shown = capsys.readouterr().out
+    assert "Repeat the same command" in shown and "latest" not in shown
+    assert newest_valid(tmp_path / "run")[0].step == 6  # nothing was replaced
 
 
 @pytest.mark.slow
