@@ -256,7 +256,7 @@ def _without_metadata(
     for keep_exif in (True, False):
         stripped = without_metadata(content, keep_exif=keep_exif)
         if stripped == content:
-            return None
+            continue
         try:
             return _decode(io.BytesIO(stripped), options, value_range)
         except (Unusable, MemoryError):

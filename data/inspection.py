@@ -30,6 +30,7 @@ from smalti.data.sources.base import (
     in_threads,
     verify,
 )
+from smalti.data.sources.listing import printable
 from smalti.data.sources.webdataset import ShardPictures
 from smalti.data.value_range import ValueRange, common_range, written
 from smalti.errors import SmaltiError
@@ -241,7 +242,7 @@ def _remarks_on_files(
     if noted:
         remarks.append(
             f"{len(noted)} pictures whose metadata are ignored, the first "
-            f"{_place(pictures, noted[0])}: {findings[noted[0]].note}"
+            f"{printable(_place(pictures, noted[0]))}: {findings[noted[0]].note}"
         )
     return remarks
 

@@ -134,7 +134,7 @@ def tags_exceed(stream: BinaryIO, length: int) -> bool:
     for _ in range(1 + len(DIRECTORIES)):
         if not offsets:
             break
-        entries = _entries(stream, offsets.pop(0), number, entry)
+        entries = _entries(stream, length, offsets.pop(0), number, entry)
         types = np.minimum(entries["type"], len(TYPE_BYTES) - 1)
         sizes = TYPE_BYTES[types] * entries["size"].astype(np.float64)
         in_file = (length - entries["at"].astype(np.float64)).clip(0)
@@ -143,12 +143,14 @@ def tags_exceed(stream: BinaryIO, length: int) -> bool:
     return total > 2 * length + 2**20
 
 
-def _entries(stream: BinaryIO, offset: int, number: np.dtype, entry: np.dtype) -> np.ndarray:
-    """The entries of a directory, as far as they are in the file."""
+def _entries(
+    stream: BinaryIO, length: int, offset: int, number: np.dtype, entry: np.dtype
+) -> np.ndarray:
+    """The entries of a directory, as far as they are in the file of `length` bytes."""
     try:
         stream.seek(offset)
         count = int(np.frombuffer(stream.read(number.itemsize), number)[0])
-        content = stream.read(count * entry.itemsize)
+        content = stream.read(min(count * entry.itemsize, length))
     except (ValueError, IndexError, OverflowError, OSError):
         return np.zeros(0, entry)
     return np.frombuffer(content[: len(content) // entry.itemsize * entry.itemsize], entry)

@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 
 from smalti.config import config_from_dict, config_to_dict
 from smalti.data.classes import check_class_names, normal_form
+from smalti.data.dataset import OPTIONS
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
 from smalti.data.order import even_subset
 from smalti.data.sources.base import fingerprint_of, in_threads
@@ -166,13 +167,11 @@ def read_manifest(folder: Path) -> CacheInfo:
         content.pop(HASHES, None)  # compared below
     info: CacheInfo = config_from_dict(CacheInfo, content, str(path))
     if info.format_version != FORMAT_VERSION:
-        raise DataError(
-            f"{path} has format {info.format_version}; this smalti reads {FORMAT_VERSION}"
-        )
+        raise DataError(f"{path} has format {info.format_version}; smalti reads {FORMAT_VERSION}")
     if len(info.shards) != info.num_shards:
         raise DataError(
-            f"{path} is damaged: it names {len(info.shards)} shards, and {info.num_samples} "
-            f"samples in shards of {info.shard_size} make {info.num_shards}: encode again"
+            f"{path} is damaged: it names {len(info.shards)} of {info.num_shards} shards: remove "
+            "it, and encode again"
         )
     read_hashed_json(path, "remove it, and encode again")
     return info
@@ -372,7 +371,8 @@ def refuse_other_cache(folder: Path, info: CacheInfo) -> None:
                 "choose another output folder"
             )
         return
-    others = [p.name for p in folder.iterdir() if not p.name.startswith(("shard-", "."))]
+    ours = ("shard-", ".", OPTIONS)
+    others = [path.name for path in folder.iterdir() if not path.name.startswith(ours)]
     if others:
         raise DataError(f"{folder} is not a latent cache (it holds {others[0]}): choose another")
     for shard in folder.glob("shard-*.safetensors"):
@@ -500,10 +500,10 @@ class LatentCache(Dataset):
     def _batch(self, indices: np.ndarray, views: np.ndarray) -> LatentBatch:
         shards, rows = np.divmod(indices, self.info.shard_size)
         rows = rows * len(self.info.views) + views
-        maps = self._stored
-        chosen = [maps(n)[row] for n, row in zip(shards.tolist(), rows.tolist(), strict=True)]
-        joined = np.concatenate(chosen).astype(MEMORY_TYPE[self.spec.kind])
-        stored = torch.from_numpy(joined).view(-1, *self.info.shape)
+        maps, kind = self._stored, MEMORY_TYPE[self.spec.kind]
+        places = zip(shards.tolist(), rows.tolist(), strict=True)
+        chosen = [maps(n)[row].astype(kind) for n, row in places]  # copies: views keep files open
+        stored = torch.from_numpy(np.concatenate(chosen)).view(-1, *self.info.shape)
         return LatentBatch(stored, self.labels[indices], torch.from_numpy(indices))
 
     @cached_property
@@ -570,8 +570,8 @@ class LatentCache(Dataset):
             path = shard_path(self.folder, number)
             if identity_in(path) != identity:
                 raise DataError(
-                    f"{self.folder / MANIFEST} is damaged or was edited: {path.name} was written "
-                    "with another: encode again"
+                    f"{self.folder / MANIFEST} is damaged or was edited ({path.name} was written "
+                    "with another): remove it, and encode again"
                 )
 
 

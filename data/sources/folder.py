@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from smalti.config import nearest
-from smalti.data.classes import named_classes
+from smalti.data.classes import named_classes, normal_form
 from smalti.data.image_io import FolderOptions, Unusable, decode, without_pixel_warning
 from smalti.data.sources.base import EncodedPictures, SourceOptions
 from smalti.data.sources.listing import (
@@ -279,9 +279,9 @@ def _choose_splits(
 
 def _refuse_unseen_classes(kept: list[_Picture], rest: list[_Picture]) -> None:
     """Raise if all pictures of a class are held out: a prior would have an untrained class."""
-    classes = {picture.label for picture in kept}
+    classes = {normal_form(picture.label) for picture in kept}
     for picture in rest:
-        if picture.label not in classes:
+        if normal_form(picture.label) not in classes:
             raise DataError(
                 f'{picture.path} is held out, and no other picture of the class "{picture.label}" '
                 "is for training: add some, or move the class away"

@@ -109,6 +109,10 @@ def files_below(
 
 MAX_ROW_BYTES = 2**31  # of a file that a row names
 MAX_PATH = 4096  # characters; a longer text in a column of pictures is something else
+# A file of a repository, or one in a zip file there. A longer chain, file:///etc/x::hf://..., could
+# lead anywhere.
+PART = "(?:(?!::).)*"
+ON_HUB = f"(?:zip://{PART}::)?hf://datasets/{{}}[@/]{PART}"
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,8 @@ class RowFiles:
         Raises:
             OSError: it is not a file of the set, or cannot be read.
         """
-        remote = name.rpartition("::")[2]
-        if re.match(rf"hf://datasets/{re.escape(self.repository)}[@/]", remote) and self.repository:
-            import fsspec
-
-            with fsspec.open(name, "rb") as stream:
-                return stream.read()  # type: ignore[union-attr]
+        if self.repository and re.fullmatch(ON_HUB.format(re.escape(self.repository)), name):
+            return _read_remote(name)
         if len(name) > MAX_PATH or "\0" in name or not self._contain(name):
             raise OSError(
                 f"it has {reprlib.repr(name)} instead of the bytes of a picture, which is not a "
@@ -150,6 +150,19 @@ class RowFiles:
     def _contain(self, name: str) -> bool:
         path = self._absolute(name)
         return any(path.is_relative_to(os.path.abspath(folder)) for folder in self.folders)
+
+
+def _read_remote(name: str) -> bytes:
+    """The content of a file on the Hub."""
+    import fsspec
+
+    try:
+        with fsspec.open(name, "rb") as stream:
+            return stream.read()  # type: ignore[union-attr]
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged zip file, for example
+        raise OSError(f"{reprlib.repr(name)}: {error}") from error
 
 
 # -- Patterns: {000..009}, {a,b}, *, ? and [...] --------------------------------------------------

@@ -515,7 +515,10 @@ def open_shards(spec: str, options: SourceOptions) -> ShardPictures:
     """
     urls, place = expand_shards(spec), LabelPlace.named(options.shards.label)
     if "://" in spec:
-        copies = local_copies(urls, options.stream_cache, MANIFESTS, list_members)
+        copies = local_copies(
+            *(urls, options.stream_cache, MANIFESTS),
+            check=lambda path: list_members(path, listing=Listing(place)),
+        )
         return ShardPictures(spec, copies, expect_all=False, place=place)
     expect_all = Path(spec).expanduser().is_dir() or _is_glob(spec)
     return ShardPictures(spec, [Path(url) for url in urls], expect_all=expect_all, place=place)

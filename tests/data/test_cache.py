@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from smalti.data.dataset import DataOptions, write_options
 from smalti.data.latent_cache import cache as cache_module
 from smalti.data.latent_cache.cache import (
     CacheInfo,
@@ -204,6 +205,21 @@ def test_a_folder_with_anything_else_is_refused(tmp_path: Path) -> None:
         write_cache(tmp_path / "s", INFO, encode)
 
 
+def test_a_cache_whose_manifest_is_damaged_is_encoded_again_without_it(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c", INFO, encode)
+    write_options(tmp_path / "c", DataOptions())  # as `smalti encode` does at its end
+    before = files(tmp_path / "c")
+    manifest = tmp_path / "c" / "manifest.json"
+    content = json.loads(before["manifest.json"])
+    for change in ({"num_samples": 9}, {"num_samples": 99}):
+        manifest.write_text(json.dumps({**content, **change}))
+        with pytest.raises(SmaltiError, match="remove it, and encode again"):
+            write_cache(tmp_path / "c", INFO, encode)
+        manifest.unlink()
+        write_cache(tmp_path / "c", INFO, encode)
+        assert files(tmp_path / "c") == before
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     write_cache(tmp_path / "c", INFO, encode)
     shard = tmp_path / "c" / "shard-00001.safetensors"
@@ -302,8 +318,8 @@ def test_a_manifest_that_does_not_describe_its_shards_is_an_error(tmp_path: Path
     content = json.loads(manifest.read_text())
     del content["sha256"]  # as in a manifest of smalti 0.1.0
     for change, message in (
-        ({"shards": content["shards"][:2]}, "names 2 shards"),
-        ({"num_samples": 13}, "names 3 shards"),
+        ({"shards": content["shards"][:2]}, "names 2 of 3 shards"),
+        ({"num_samples": 13}, "names 3 of 4 shards"),
         ({"num_samples": 11}, r"shard-00002\.safetensors holds int32 \(2, 2, 6\)"),
         ({"spec": {**content["spec"], "vocab_size": 9}}, "the manifest requires uint16"),
         ({"shard_size": 0}, "0 samples per file; each number"),

@@ -4,6 +4,7 @@ import ast
 import io
 import struct
 import tarfile
+import warnings
 import zlib
 from pathlib import Path
 
@@ -196,6 +197,14 @@ UNREADABLE = {
 }
 
 
+def test_a_damaged_exif_chunk_alone_is_ignored() -> None:
+    content = bytearray(with_exif("PNG"))
+    at = content.index(b"eXIf")
+    content[at + 4 + int.from_bytes(content[at - 4 : at], "big")] ^= 0xFF  # its checksum
+    found = decode(io.BytesIO(content), FolderOptions())
+    assert found.image.size == (20, 30) and "metadata cannot be read" in str(found.note)
+
+
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_unreadable_metadata_are_ignored_and_counted(pictures: Path, name: str, caplog) -> None:
     (pictures / "red" / name).write_bytes(UNREADABLE[name])
@@ -293,6 +302,14 @@ def test_tags_that_name_the_same_bytes_are_not_copied() -> None:
     raw = f"\nexif\n{len(tags_bomb()[:400_000])}\n{tags_bomb()[:400_000].hex()}".encode()
     content = with_chunk(saved("PNG"), b"tEXt", b"Raw profile type exif\0" + raw)
     assert decode(io.BytesIO(content), FolderOptions()).note == found.note
+
+
+@pytest.mark.parametrize("count", [2**33, 2**40, 2**63])
+def test_tags_that_are_not_in_the_file_take_no_memory(tmp_path: Path, count: int) -> None:
+    (tmp_path / "a.tif").write_bytes(b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, count) + bytes(99))
+    with warnings.catch_warnings(), pytest.raises(Unusable, match="cannot be decoded"):
+        warnings.simplefilter("ignore")  # Pillow's
+        decode(tmp_path / "a.tif", FolderOptions())
 
 
 def test_a_file_longer_than_any_picture_is_not_read(tmp_path: Path, pictures: Path) -> None:

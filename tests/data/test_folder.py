@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -425,6 +426,18 @@ def test_split_folders_that_cannot_be_used_are_named(pictures: Path) -> None:
     (pictures / "val" / "blue").rename(pictures / "validation" / "blue")
     with pytest.raises(SmaltiError, match="are both validation: merge them"):
         open_source(str(pictures))
+
+
+def test_a_class_has_one_name_in_all_splits_whatever_the_form_of_its_letters(
+    pictures: Path,
+) -> None:
+    for split, form in (("train", "NFD"), ("val", "NFC")):
+        shutil.copytree(pictures / "red", pictures / split / unicodedata.normalize(form, "\xe9"))
+        shutil.copytree(pictures / "blue", pictures / split / "blue")
+    for name in ("red", "green", "blue"):
+        shutil.rmtree(pictures / name)
+    source = open_source(str(pictures))
+    assert source.heldout is not None and source.heldout.sum() == 16 and len(source.classes) == 2
 
 
 def test_classes_of_which_one_is_called_test_are_classes(pictures: Path) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,7 @@ from smalti.data.image_io import FolderOptions
 from smalti.data.sources import streams as stream_module
 from smalti.data.sources.base import HuggingFaceOptions, open_source
 from smalti.data.sources.huggingface import find_columns
+from smalti.data.sources.listing import RowFiles
 from smalti.data.sources.streams import Sample, copy_stream
 from smalti.errors import SmaltiError
 
@@ -305,6 +307,32 @@ def test_a_row_names_only_files_of_its_set(tmp_path: Path) -> None:
         else:
             source = open_source(f"{folder}/a.parquet", stream_cache=cache)
             assert source.read(1).getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_a_row_of_the_hub_names_only_files_of_its_repository(tmp_path: Path, monkeypatch) -> None:
+    local = tmp_path / "0.png"
+    local.write_bytes(png(1))
+    files, opened = RowFiles((tmp_path / "cache",), "a/b"), []
+    monkeypatch.setattr("fsspec.open", lambda *args: opened.append(args) or local.open("rb"))
+    for name in (
+        "hf://datasets/a/c/0.png",
+        "hf://datasets/a/bc/0.png",
+        f"file://{local}::hf://datasets/a/b/0.png",
+        f"hf://datasets/a/b/0.png::file://{local}",
+        f"zip://0.png::file://{local}::hf://datasets/a/b/0.zip",
+    ):
+        with pytest.raises(OSError):
+            files.read(name)
+    assert opened == []
+    for name in ("hf://datasets/a/b@1/0.png", "zip://0.png::hf://datasets/a/b/0.zip"):
+        assert files.read(name) == png(1)
+
+    def damaged(name: str, mode: str) -> None:
+        raise zipfile.BadZipFile("no directory")
+
+    monkeypatch.setattr("fsspec.open", damaged)
+    with pytest.raises(OSError, match="no directory"):
+        files.read("zip://0.png::hf://datasets/a/b/0.zip")
 
 
 def test_a_column_of_base64_is_not_printed_whole(tmp_path: Path) -> None:

@@ -517,6 +517,18 @@ def test_the_manifest_behind_a_url_is_checked(served: str, shards: Path, tmp_pat
         open_source(served, stream_cache=tmp_path / "cache")
 
 
+def test_the_place_of_labels_is_known_before_shards_are_copied(
+    served: str, shards: Path, tmp_path: Path
+) -> None:
+    for name in ("000.tar", "001.tar"):
+        described = {"0.json": b'{"label": ["not", "one"], "kind": "x"}'}
+        write_tar(shards / name, {"0.png": png(0), **described})
+    flags = {"stream_cache": tmp_path / "cache", "options": FolderOptions(single_class=True)}
+    with pytest.raises(SmaltiError, match=r"0.json .* holds no label .*--shards.label"):
+        open_source(served, **flags)
+    assert open_source(served, **flags, shards=ShardOptions("kind")).classes == ("x",)
+
+
 def test_an_incomplete_copy_is_not_kept(served: str, tmp_path: Path) -> None:
     Handler.cut["/001.tar"] = 3 * BLOCK
     with pytest.raises(SmaltiError, match=r"001.tar cannot be fetched: 1536 of \d+ bytes arrived"):

@@ -10,6 +10,7 @@ from PIL import Image
 from smalti.cli import main
 from smalti.data.dataset import ImageDataset
 from smalti.data.sources.base import open_source
+from tests.data.test_decoding import UNREADABLE
 
 
 @pytest.fixture
@@ -109,6 +110,17 @@ def test_what_is_passed_over_and_what_is_recognised_is_noted(pictures: Path, che
     assert status == 0 and (report["train"], report["heldout"]) == (10, 6)
     assert any("are splits: 10 pictures of train are read" in note for note in report["remarks"])
     assert any("1 .txt (notes.txt)" in note for note in report["remarks"])
+
+
+def test_a_name_in_a_note_is_printable(pictures: Path, check, capsys) -> None:
+    try:
+        (pictures / "red" / "\udcff\x1b.png").write_bytes(UNREADABLE["text.png"])
+    except OSError:
+        pytest.skip("this file system has Unicode names only")
+    status, report, _ = check(str(pictures))
+    out = capsys.readouterr().out
+    assert status == 0 and "metadata are ignored" in out and out.encode() and "\x1b" not in out
+    assert any("metadata are ignored" in remark for remark in report["remarks"])
 
 
 def test_copies_are_found_within_and_across_classes(pictures: Path, check) -> None:
