@@ -21,7 +21,7 @@ from smalti.cli import parse_config, run_command
 from smalti.config import config_to_dict, nearest
 from smalti.data.dataset import DataOptions
 from smalti.errors import ConfigurationError
-from smalti.files import first_difference, write_hashed_json
+from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.folders import contents
 from smalti.prior.base import Prior
 from smalti.prior.presets import PRESETS as PRIORS
@@ -286,7 +286,10 @@ def _refuse_another_demo(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     if not path.is_file():
         raise ConfigurationError(f"{folder} is not empty: choose another --output_dir")
-    different = first_difference(path, settings)
+    stored, defaults = read_hashed_json(path), config_to_dict(DemoConfig())
+    # A demo of an earlier version lacks the options that were added since.
+    known = {k: v for k, v in settings.items() if k in stored or v != defaults.get(k)}
+    different = first_difference(path, known)
     if different:
         name, value = different
         raise ConfigurationError(

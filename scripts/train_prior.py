@@ -221,6 +221,8 @@ def train(config: TrainPriorConfig) -> Path:
     pipeline.training_pictures = latents.info.dataset_fingerprint
     if config.preview.guidance_scale is not None:
         pipeline.guidance_scale = config.preview.guidance_scale
+    elif getattr(config.prior, "label_dropout", None) == 0 and not config.initial:
+        pipeline.guidance_scale = 1.0  # the null label, against which to guide, is never trained
     run.resume(latents.fingerprint)
     order = DataOrder(len(latents), config.train_batch_size, config.seed)
     batches = run.reading(stream_batches(latents, order, **run.share_of_data()))

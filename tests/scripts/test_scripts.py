@@ -535,3 +535,11 @@ def test_every_stage_stores_the_options_of_the_pictures(trained: Path) -> None:
     folders += ["tok/checkpoint-000008", "prior/checkpoint-000008"]
     stored = [read_options(trained / folder) for folder in folders]
     assert stored == [DataOptions(data=str(trained / "pictures"))] * 5
+
+
+def test_a_prior_without_label_dropout_is_not_guided_by_default(
+    trained: Path, tmp_path: Path
+) -> None:
+    config = prior_config(trained, tmp_path / "prior", max_train_steps=1)
+    undropped = replace(config, prior=replace(config.prior, label_dropout=0.0))
+    assert smalti.Pipeline.from_pretrained(train_prior(undropped)).guidance_scale == 1.0
