@@ -370,6 +370,8 @@ STORED = ("folder", "hf", "shards", "value_range", "heldout_fraction", "split_se
 def write_options(folder: Path, options: DataOptions) -> None:
     """Store which pictures a tokenizer was trained on, or a cache encoded from, and how they were
     read and divided."""
+    if "://" in options.data and ("@" in options.data or "?" in options.data):
+        return  # a URL with a password or a key, which a shared model must not tell
     content = {name: config_to_dict(getattr(options, name)) for name in ("data", *STORED)}
     write_hashed_json(folder / OPTIONS, content)
 

@@ -50,7 +50,7 @@ from PIL import Image
 from smalti.cli import COMMANDS, main
 from smalti.errors import EXIT_INTERRUPTED
 
-SECONDS = 90  # that a command of a trial may take
+SECONDS = 300  # that a command of a trial may take; a few on a quiet machine
 MEMORY = 16 * 2**30  # bytes of address space that a command may take beyond that of the parent
 DOCUMENTED = (0, 1, 2, EXIT_INTERRUPTED)  # exit statuses
 TEMPORARY = ".tmp-"

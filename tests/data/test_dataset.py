@@ -285,3 +285,11 @@ def test_a_loop_of_links_among_the_pictures_is_one_line(pictures: Path) -> None:
     (pictures / "red" / "loop.png").symlink_to("loop.png")
     with pytest.raises(SmaltiError, match=r"red/loop.png cannot be decoded \([^\n]+ links"):
         open_source(str(pictures))
+
+
+@pytest.mark.parametrize("data", ["https://me:secret@host/a.tar", "https://host/a.tar?key=secret"])
+def test_a_url_with_a_secret_is_not_stored(tmp_path: Path, data: str) -> None:
+    write_options(tmp_path, DataOptions(data=data))
+    assert list(tmp_path.iterdir()) == []
+    write_options(tmp_path, DataOptions(data="https://host/a.tar"))
+    assert len(list(tmp_path.iterdir())) == 1
