@@ -657,11 +657,14 @@ def test_loading_takes_little_more_memory_than_the_model(
     assert float(done.stdout) < most
 
 
-def test_tables_for_a_grid_of_ten_million_positions_are_not_built(tmp_path: Path) -> None:
-    network = DiTConfig(grid=(4, 4), width=32, depth=1, num_heads=2, num_classes=3)
+def test_tables_for_a_grid_of_a_million_positions_are_not_built(tmp_path: Path) -> None:
+    network = DiTConfig(grid=(4, 4), width=128, depth=1, num_heads=2, num_classes=3)
     folder = FlowPrior(FlowConfig(network=network)).save_pretrained(tmp_path / "p")
+    edit_config(folder, network__grid=[1000, 1000])
+    with pytest.raises(SmaltiError, match=r"tables of the model.*128 MB.*far more than its wei"):
+        Prior.from_pretrained(folder)
     edit_config(folder, network__grid=[4000, 2500])
-    with pytest.raises(SmaltiError, match=r"tables of the model.*320 MB.*far more than its wei"):
+    with pytest.raises(SmaltiError, match="10000000 positions; use at most"):
         Prior.from_pretrained(folder)
 
 
