@@ -265,6 +265,9 @@ def _in_child(
     with log.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    # pytest has put objects of its own in their place
+    sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115 (until the process ends)
+    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
     os.chdir(folder)
     operations = [0]
 
@@ -358,7 +361,11 @@ def interrupt(folder: Path, chance: random.Random) -> dict[str, str]:
     # Conversions and exports overwrite nothing, not even what they finished as they were stopped.
     finished = "nothing is overwritten" in again.text
     if again.status != 0 and not finished:
-        return {**what, "outcome": "stuck", "why": again.text.strip()[-300:]}
+        return {
+            **what,
+            "outcome": "stuck",
+            "why": f"status {again.status}: {again.text.strip()[-300:]}",
+        }
     left = [str(p.relative_to(trial)) for p in trial.rglob(f"{TEMPORARY}*")]
     if left:
         return {**what, "outcome": "leftover", "why": ", ".join(left)}
