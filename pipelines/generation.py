@@ -241,7 +241,7 @@ def _stored_count(folder: Path, settings: dict[str, Any]) -> int:
     """
     stored = read_hashed_json(folder / SETTINGS)
     same = {name: value for name, value in settings.items() if name not in ("labels", "layout")}
-    different = first_difference(folder / SETTINGS, same)
+    different = first_difference(stored, same)
     labels, wanted = stored.get("labels"), list(settings["labels"])
     if different is None and stored.get("layout", "flat") != settings["layout"]:
         different = ("layout", stored.get("layout"))

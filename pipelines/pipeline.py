@@ -12,7 +12,7 @@ A saved pipeline is a folder:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from PIL import Image
@@ -38,7 +38,7 @@ from smalti.pipelines.conditions import (
 from smalti.pipelines.output import OutputType, PipelineOutput, as_output, png_of
 from smalti.prior.base import Prior
 from smalti.randomness import Generators, check_generators
-from smalti.repository import check_options, resolve_folder, upload
+from smalti.repository import Uploadable, check_options, resolve_folder
 from smalti.tokenizer.base import Tokenizer, check_finite
 from smalti.weights import AS_SAVED, chosen_dtype, unwrapped
 
@@ -96,7 +96,7 @@ def read_index(folder: Path) -> PipelineIndex:
 # -- the pipeline ---------------------------------------------------------------------------------
 
 
-class Pipeline:
+class Pipeline(Uploadable):
     """A tokenizer and a prior that was trained on its latents, with the names of the classes.
 
     Raises:
@@ -104,6 +104,8 @@ class Pipeline:
             tokenizer; there are more or fewer names than classes.
         DataError: two names are the same, or one cannot be printed.
     """
+
+    uploaded_as: ClassVar[str] = "pipeline"
 
     def __init__(self, tokenizer: Tokenizer, prior: Prior, classes: Sequence[str]) -> None:
         if tokenizer.spec != prior.spec:
@@ -283,34 +285,6 @@ class Pipeline:
             guidance_scale=self.guidance_scale,
         )
         write_hashed_json(folder / INDEX, config_to_dict(index), CONFIGS)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Upload smalti pipeline",
-        create_pr: bool = False,
-        revision: str | None = None,
-    ) -> str:
-        """Upload the folder that `save_pretrained` writes, in one commit; return its address.
-
-        Args:
-            revision: the branch, which is made if there is none; None: the main one.
-
-        Raises:
-            CheckpointError: the Hub cannot be reached, or refuses.
-        """
-        return upload(
-            self.save_pretrained,
-            repo_id,
-            private=private,
-            token=token,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            revision=revision,
-        )
 
     def to(
         self,

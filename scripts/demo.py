@@ -286,10 +286,8 @@ def _refuse_another_demo(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     if not path.is_file():
         raise ConfigurationError(f"{folder} is not empty: choose another --output_dir")
-    stored, defaults = read_hashed_json(path), config_to_dict(DemoConfig())
-    # A demo of an earlier version lacks the options that were added since.
-    known = {k: v for k, v in settings.items() if k in stored or v != defaults.get(k)}
-    different = first_difference(path, known)
+    defaults = config_to_dict(DemoConfig())
+    different = first_difference(read_hashed_json(path), settings, defaults)
     if different:
         name, value = different
         raise ConfigurationError(

@@ -20,7 +20,7 @@ from smalti.errors import ConfigurationError, DataError
 from smalti.evaluation.evaluator import SampleEvaluator, TokenizerEvaluator
 from smalti.evaluation.features import FeatureName, feature_extractors
 from smalti.evaluation.metrics import SETTINGS, Metric, write_summary
-from smalti.files import first_difference, write_hashed_json
+from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import class_grid, picture_generator
@@ -251,7 +251,8 @@ def claim(config: EvaluateConfig, *fingerprints: str) -> None:
     settings = {**config_to_dict(config), "models": list(fingerprints)}
     del settings["output_dir"], settings["weights"]  # the fingerprints tell the weights apart
     if path.is_file():
-        different = first_difference(path, settings)
+        defaults = config_to_dict(EvaluateConfig())
+        different = first_difference(read_hashed_json(path), settings, defaults)
         if different:
             raise ConfigurationError(
                 f"{config.output_dir} holds another evaluation (its {different[0]} differs): "

@@ -19,7 +19,6 @@ import errno
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from smalti.checkpoints import MANIFEST, STATE
 from smalti.errors import CheckpointError, SmaltiError
-from smalti.files import flush, read_json, sha256_of, write_errors, write_json
+from smalti.files import flush, read_json, sha256_of, unfinished, write_errors, write_json
 from smalti.folders import remove_leftovers
 from smalti.training.divergence import LossLevel
 
@@ -328,7 +327,7 @@ def save_checkpoint(
         OSError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
     target = folder / f"{PREFIX}{step:06d}"
-    temporary = folder / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
+    temporary = unfinished(target)
     try:
         temporary.mkdir(parents=True)
         size = sum(tensor.nbytes for tensors in states.values() for tensor in tensors.values())

@@ -40,7 +40,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from smalti.config import config_to_dict
-from smalti.errors import EXIT_INTERRUPTED, BusyError, CheckpointError
+from smalti.errors import EXIT_FAILURE, EXIT_INTERRUPTED, BusyError, CheckpointError
 from smalti.folders import FolderLock, remove_leftovers, swappable
 from smalti.randomness import derive_seed
 from smalti.training import processes
@@ -67,7 +67,6 @@ from smalti.training.logging import RunLog
 from smalti.training.optim import StepGuard
 from smalti.training.progress import progress_bar
 from smalti.training.signals import (
-    EXIT_FAILURE,
     Abandoned,
     InterruptGuard,
     LauncherWatch,

@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, TracebackType
 
+from smalti.errors import EXIT_FAILURE
 from smalti.signals import HANGUP, TERMINATING, handling
 
 # Set by torchrun and by `accelerate launch` for the processes that they start. Without one of them
 # the parent is a shell, which may end before the run does.
 LAUNCHED_BY = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")
-EXIT_FAILURE = 1  # a machine error, the same status as for a full disk
 INTERVAL = 1.0  # seconds between two checks of the launcher
 SAID = b"\nstopping after this step, then saving; a second signal stops at once\n"
 GRACE = 60.0  # seconds from the launcher's end to the process's

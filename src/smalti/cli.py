@@ -24,8 +24,14 @@ from smalti.config import (
     recipe_text,
     registry_of,
 )
-from smalti.errors import EXIT_INTERRUPTED, ConfigurationError, SmaltiError
-from smalti.machine import failure_of
+from smalti.errors import (
+    EXIT_FAILURE,
+    EXIT_INPUT_ERROR,
+    EXIT_INTERRUPTED,
+    ConfigurationError,
+    SmaltiError,
+)
+from smalti.machine import failure_of, first_cause
 from smalti.signals import ending_the_command
 
 T = TypeVar("T")
@@ -60,9 +66,6 @@ PRESET_MEMORY = (
 )
 
 BOX_FRAME = " ╭╮╰╯│─"  # characters of the frame around tyro's messages
-
-EXIT_INPUT_ERROR = 2  # the input is wrong, and the message names the remedy
-EXIT_FAILURE = 1  # a machine error: disk full, no permission
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -252,42 +255,45 @@ def _refuse_outputs_that_are_not_text(config: Any) -> None:
             ) from None
 
 
-@contextlib.contextmanager
-def _all_kinds_shown(config: Any) -> Iterator[None]:
+def _all_kinds_shown(config: Any) -> contextlib.AbstractContextManager[None]:
     """Make the help text list every registered kind of each part of the configuration.
 
     A class declares only its own kind, `kind: Literal["linear"]`, and tyro takes the choices from
-    this annotation. While tyro reads the classes in `config`, the annotations list all kinds of
-    their registries. tyro never receives the flag itself, see `_take_kinds`.
+    this annotation. tyro never receives the flag itself, see `_take_kinds`.
     """
-    original = {cls: cls.__annotations__["kind"] for cls in _classes_with_kinds(config)}
-    try:
-        for cls, registry in _classes_with_kinds(config).items():
-            cls.__annotations__["kind"] = Literal[tuple(registry)]  # type: ignore[valid-type]
-        yield
-    finally:
-        for cls, own in original.items():
-            cls.__annotations__["kind"] = own
+    shown: dict[tuple[type, str], Any] = {}
+    for part, _ in _parts(config):
+        cls = type(part)
+        registry = next((r for r in map(registry_of, cls.__mro__) if r is not None), None)
+        if registry is not None and "kind" in cls.__annotations__:
+            shown[cls, "kind"] = Literal[tuple(registry)]  # type: ignore[valid-type]
+    return _annotated_as(shown)
 
 
-@contextlib.contextmanager
-def _some_options_hidden(config: Any) -> Iterator[None]:
+def _some_options_hidden(config: Any) -> contextlib.AbstractContextManager[None]:
     """Leave out of the help text what a class in `config` names in `PYTHON_ONLY`, and what it names
     in `FROM_LATENTS`, which `fitted` sets. Outside the help text tyro must know them, so that
     giving one of them is an error that says why it is refused."""
     import tyro
 
-    original: list[tuple[type, str, Any]] = []
+    hidden: dict[tuple[type, str], Any] = {}
     for cls in {type(part) for part, _ in _parts(config)}:
         for name in (*getattr(cls, "PYTHON_ONLY", ()), *getattr(cls, "FROM_LATENTS", ())):
             if name in cls.__annotations__:
-                original.append((cls, name, cls.__annotations__[name]))
+                hidden[cls, name] = Annotated[cls.__annotations__[name], tyro.conf.Suppress]
+    return _annotated_as(hidden)
+
+
+@contextlib.contextmanager
+def _annotated_as(annotations: Mapping[tuple[type, str], Any]) -> Iterator[None]:
+    """While tyro reads classes, their fields have these annotations, by (class, field)."""
+    original = {(cls, name): cls.__annotations__[name] for cls, name in annotations}
     try:
-        for cls, name, annotation in original:
-            cls.__annotations__[name] = Annotated[annotation, tyro.conf.Suppress]
+        for (cls, name), annotation in annotations.items():
+            cls.__annotations__[name] = annotation
         yield
     finally:
-        for cls, name, annotation in original:
+        for (cls, name), annotation in original.items():
             cls.__annotations__[name] = annotation
 
 
@@ -319,19 +325,6 @@ def _refuse_python_only(
                     f"{source}: {prefix}{name} is {given}, but commands work with {default} only: "
                     "leave it out, or train in Python"
                 )
-
-
-def _classes_with_kinds(config: Any) -> dict[type, Any]:
-    """The class of each part of a configuration that has several kinds -> its registry."""
-    found: dict[type, Any] = {}
-    for part in dataclasses.fields(config):
-        value = getattr(config, part.name)
-        if dataclasses.is_dataclass(value):
-            found |= _classes_with_kinds(value)
-    registry = next((r for r in map(registry_of, type(config).__mro__) if r is not None), None)
-    if registry is not None and "kind" in type(config).__annotations__:
-        found[type(config)] = registry
-    return found
 
 
 @contextlib.contextmanager
@@ -456,9 +449,7 @@ def _description(config_class: type, shown: bool) -> str:
 def _complain(message: str, status: int = EXIT_INPUT_ERROR) -> int:
     """Print one line on stderr; return the status. An input error is the same on every process of a
     job, so only the first process prints it; a machine error is printed by its own process."""
-    if message.startswith("Caught "):  # torch adds the traceback of a loader worker
-        message = message.rstrip().splitlines()[-1].partition(": ")[2]
-    line = " ".join(message.split())
+    line = " ".join(first_cause(message).split())
     shown = "".join(letter if letter.isprintable() else "?" for letter in line)
     if status == EXIT_FAILURE or os.environ.get("RANK", "0") == "0":
         print(f"error: {shown}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Errors that the user can correct, and the exit status of an interrupted command.
+"""Errors that the user can correct, and the exit status of commands.
 
 SmaltiError                 the root: catch this one to catch all
   ConfigurationError        a recipe, a flag or an option of a model
@@ -9,6 +9,8 @@ SmaltiError                 the root: catch this one to catch all
   BusyError                 a folder into which another process is writing
 """
 
+EXIT_FAILURE = 1  # a machine error: disk full, no permission
+EXIT_INPUT_ERROR = 2  # the input is wrong, and the message names the remedy
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, also used for SIGTERM: saved, and ready to resume
 
 

@@ -21,6 +21,13 @@ from safetensors import SafetensorError
 
 from smalti.errors import CheckpointError, SmaltiError
 
+UNFINISHED = ".tmp-"  # begins the name of what is being written, or was when its process ended
+
+
+def unfinished(path: Path) -> Path:
+    """A new name beside `path` for what will take its place when it is complete."""
+    return path.with_name(f"{UNFINISHED}{path.name}-{uuid.uuid4().hex[:8]}")
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -28,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     If writing fails, the temporary file is removed and `path` stays as it was.
     """
-    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+    temporary = unfinished(path)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -120,11 +127,18 @@ def recorded_hashes(path: Path) -> dict[str, str]:
     Raises:
         SmaltiError: the file is damaged.
     """
+    return _with_hashes(path)[1]
+
+
+def _with_hashes(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The content of a file of `write_hashed_json`, and the hashes that it records."""
     content = read_config_file(path)
-    hashes = content.get(HASHES, {}) if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}, {}
+    hashes = content.pop(HASHES, {})
     if not isinstance(hashes, dict) or (hashes and path.name not in hashes):
         raise CheckpointError(f'{path} is damaged: "{HASHES}" does not hold the hash of the file')
-    return hashes
+    return content, hashes
 
 
 def check_hashes(path: Path, files: Iterable[str] = ()) -> None:
@@ -133,10 +147,9 @@ def check_hashes(path: Path, files: Iterable[str] = ()) -> None:
     Raises:
         CheckpointError: one of them is damaged or was changed.
     """
-    hashes = recorded_hashes(path)
+    content, hashes = _with_hashes(path)
     if not hashes:
         return
-    content = {key: value for key, value in read_json(path).items() if key != HASHES}
     found = {path.name: _hash_of(content)}
     found |= {name: sha256_of(path.parent / name) for name in files}
     for name, value in found.items():
@@ -170,16 +183,20 @@ def read_hashed_json(
     return content
 
 
-def first_difference(path: Path, settings: dict[str, Any]) -> tuple[str, Any] | None:
-    """Name and stored value of the first of `settings` that differs in a file of
-    `write_hashed_json`, or None.
+def first_difference(
+    stored: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> tuple[str, Any] | None:
+    """Name and stored value of the first of `settings` that differs from the stored ones, or None.
 
-    Raises:
-        SmaltiError: the file is damaged, or contains no settings.
+    Args:
+        stored: the content of a JSON file.
+        defaults: of settings that an earlier version did not have, and so did not store.
     """
-    stored = read_hashed_json(path)
     wanted = json.loads(json.dumps(settings))  # tuples become lists
-    return next(((k, stored.get(k)) for k in wanted if stored.get(k) != wanted[k]), None)
+    before = {**json.loads(json.dumps(defaults or {})), **stored}
+    return next(((k, stored.get(k)) for k in wanted if before.get(k) != wanted[k]), None)
 
 
 def changed(path: Path) -> CheckpointError:

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smalti.errors import BusyError, ConfigurationError
-from smalti.files import flush, replacing
+from smalti.files import UNFINISHED, flush, replacing, unfinished
 
 if TYPE_CHECKING:
     from filelock import OwnerRecord
 
-UNFINISHED = ".tmp-"  # what is being written, or was when its process ended
 UNREPORTED = ".tmp-unreported"  # in a folder that was swapped in by a process that did not end yet
 SET_ASIDE = ".old-"  # what is being replaced, on systems that cannot exchange two folders at once
 
@@ -233,7 +232,7 @@ def replacing_folder(
     with claimed(target, check, retry=retry) as unreported:
         if target.exists() and not target.is_dir():
             raise ConfigurationError(f"{target} is a file: choose a folder")
-        new = target.with_name(f"{UNFINISHED}{target.name}-{uuid.uuid4().hex[:8]}")
+        new = unfinished(target)
         try:
             new.mkdir()
             _being_written.add(new)
@@ -259,7 +258,7 @@ def replacing_file(
     target: Path, *, check: Callable[[], object] = lambda: None, retry: bool = False
 ) -> Iterator[Path]:
     """Like `replacing_folder`, for a single file that is named by the user."""
-    link = target.with_name(f"{UNFINISHED}{target.name}-{uuid.uuid4().hex[:8]}")
+    link = unfinished(target)
     try:
         with claimed(target, check, retry=retry), replacing(target) as new:
             yield new

@@ -24,7 +24,7 @@ from smalti.config import config_from_dict, config_to_dict, nearest, read_value
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.files import HASHES, check_hashes, read_config_file, recorded_hashes, write_hashed_json
 from smalti.folders import contents, replacing_folder
-from smalti.repository import check_options, first_line, resolve_folder, upload
+from smalti.repository import Uploadable, check_options, first_line, resolve_folder
 from smalti.weights import (
     AS_SAVED,
     WeightsFile,
@@ -229,7 +229,7 @@ class Copy:
     checksum: str
 
 
-class Pretrained:
+class Pretrained(Uploadable):
     """A mixin that saves and loads an `nn.Module`.
 
     A subclass sets `Config`, keeps its config in `self.config`, and is built by `cls(config)`,
@@ -238,6 +238,7 @@ class Pretrained:
     `from_pretrained` on the base class finds the class by "type".
     """
 
+    uploaded_as: ClassVar[str] = "model"
     registry: ClassVar[Registry]
     Config: ClassVar[type]
     config: Any
@@ -391,34 +392,6 @@ class Pretrained:
         """Record that the weights are those of the model `fingerprint`, rounded."""
         checksum = self.checksum
         self._copy_of = Copy(fingerprint, checksum) if checksum != fingerprint else None
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Upload smalti model",
-        create_pr: bool = False,
-        revision: str | None = None,
-    ) -> str:
-        """Upload what `save_pretrained` writes, in one commit; return the URL of the commit.
-
-        Args:
-            revision: the branch, which is made if there is none; None: the main one.
-
-        Raises:
-            CheckpointError: the Hub cannot be reached, or refuses.
-        """
-        return upload(
-            self.save_pretrained,
-            repo_id,
-            private=private,
-            token=token,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            revision=revision,
-        )
 
     @property
     def checksum(self) -> str:

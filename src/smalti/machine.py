@@ -55,11 +55,16 @@ OF_TORCH = (
 )  # fmt: skip
 
 
+def first_cause(text: str) -> str:
+    """The message of an error; torch puts the traceback of a loader worker before it."""
+    if text.startswith("Caught "):
+        return text.rstrip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
 def failure_of(error: Exception) -> str | None:
     """What has failed and what to do, if an error is a failure of the machine; else None."""
-    text = str(error)
-    if text.startswith("Caught "):  # torch adds the traceback of a loader worker
-        text = text.rstrip().splitlines()[-1].partition(": ")[2]
+    text = first_cause(str(error))
     if isinstance(error, OSError):
         number = error.errno or _number_in(text)
         if number not in REMEDIES:

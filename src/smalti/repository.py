@@ -3,9 +3,10 @@
 import logging
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from smalti.errors import CheckpointError, ConfigurationError
 
@@ -86,6 +87,45 @@ def resolve_folder(
     return folder
 
 
+class Uploadable(ABC):
+    """What can be saved can be pushed to the Hub."""
+
+    uploaded_as: ClassVar[str]  # what the commit message calls it
+
+    @abstractmethod
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Write a folder."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes, in one commit; return the URL of the commit.
+
+        Args:
+            commit_message: by default "Upload smalti model" or "Upload smalti pipeline".
+            revision: the branch, which is made if there is none; None: the main one.
+
+        Raises:
+            CheckpointError: the Hub cannot be reached, or refuses.
+        """
+        return upload(
+            self.save_pretrained,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message or f"Upload smalti {self.uploaded_as}",
+            create_pr=create_pr,
+            revision=revision,
+        )
+
+
 def upload(
     save: Callable[[Path], Any],
     repo_id: str,
@@ -94,12 +134,9 @@ def upload(
     token: str | None,
     commit_message: str,
     create_pr: bool,
-    revision: str | None = None,
+    revision: str | None,
 ) -> str:
     """Save into a temporary folder and upload it to the Hub in one commit.
-
-    Args:
-        revision: the branch, which is made if there is none; None: the main one.
 
     Raises:
         CheckpointError: the Hub cannot be reached, or refuses.

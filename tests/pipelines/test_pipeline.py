@@ -128,7 +128,7 @@ def test_the_grid_and_the_notes_are_carried_along(pipe, tmp_path, monkeypatch) -
         pushed.update({p.name: p.read_bytes() for p in save(tmp_path / "c").glob("*.*")})
         return "address"
 
-    monkeypatch.setattr("smalti.pipelines.pipeline.upload", upload)
+    monkeypatch.setattr("smalti.repository.upload", upload)
     for source in (pipe, Pipeline.from_pretrained(second)):
         source.push_to_hub("me/model")
         assert pushed["samples.png"] == (first / "samples.png").read_bytes()

@@ -20,14 +20,17 @@ from smalti.evaluation.evaluator import (
     first_of_each,
     reference_images,
 )
+from smalti.files import read_hashed_json, write_hashed_json
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Loss
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
-from smalti.scripts import train_prior, train_tokenizer
+from smalti.scripts import demo, train_prior, train_tokenizer
+from smalti.scripts.demo import DemoConfig
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.evaluate import (
     EvaluateConfig,
     check_training_images,
+    claim,
     evaluate,
     sample_evaluator,
 )
@@ -253,3 +256,25 @@ def test_a_prior_without_a_likelihood_is_evaluated(config, monkeypatch) -> None:
     monkeypatch.setattr(NextTokenPrior, "has_likelihood", False)
     metrics = evaluate(config)
     assert "heldout_bits_per_dimension" not in metrics and "fd_alexnet" in metrics
+
+
+@pytest.mark.parametrize("option", ["shards", "split_seed"])
+@pytest.mark.parametrize(
+    ("mark", "name"),
+    [
+        (lambda folder: claim(EvaluateConfig(output_dir=folder)), "evaluation.json"),
+        (lambda folder: demo._claim(DemoConfig(output_dir=folder)), "demo.json"),
+    ],
+)
+def test_options_that_an_earlier_version_did_not_store_had_their_defaults(
+    tmp_path: Path, mark, name: str, option: str
+) -> None:
+    mark(tmp_path)
+    (tmp_path / "tokenizer").mkdir()  # of a demo that has begun
+    stored = read_hashed_json(tmp_path / name)
+    del stored[option]
+    write_hashed_json(tmp_path / name, stored)
+    mark(tmp_path)
+    write_hashed_json(tmp_path / name, {**stored, option: "another"})
+    with pytest.raises(ConfigurationError, match=rf"{option}.*choose another --output_dir"):
+        mark(tmp_path)
