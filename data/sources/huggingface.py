@@ -26,11 +26,12 @@ from smalti.config import nearest
 from smalti.data.classes import named_classes, numbered_classes
 from smalti.data.sources.base import EncodedPictures, HuggingFaceOptions, SourceOptions
 from smalti.data.sources.download import folder_name
-from smalti.data.sources.folder import FolderPictures, is_picture, split_called
+from smalti.data.sources.folder import FolderPictures, split_called
 from smalti.data.sources.listing import (
     PassedOver,
     RowFiles,
     files_below,
+    is_picture,
     is_special,
     kind_of,
     matching,
