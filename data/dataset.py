@@ -30,7 +30,7 @@ from smalti.data.sources.base import (
     fingerprint_of,
     heldout_mask,
     in_threads,
-    open_source,
+    open_verified,
 )
 from smalti.data.transforms import (
     RandomCrop,
@@ -314,14 +314,7 @@ class PictureOptions(SourceOptions):
         Raises:
             DataError: no source opens `data`, or its pictures cannot be used.
         """
-        return open_source(
-            self.data,
-            options=self.folder,
-            hf=self.hf,
-            stream_cache=self.stream_cache,
-            shards=self.shards,
-            value_range=self.value_range,
-        )
+        return open_verified(self.data, self)
 
 
 @dataclass(frozen=True)

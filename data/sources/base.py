@@ -513,10 +513,15 @@ def open_source(
         shards or ShardOptions(),
         value_range,
     )
-    found = open_unverified(spec, reading)
+    return open_verified(spec, reading)
+
+
+def open_verified(spec: str, options: SourceOptions) -> ImageSource:
+    """Like `open_source`, with all options in one."""
+    found = open_unverified(spec, options)
     if isinstance(found, ImageSource):
         return found
-    return EncodedSource(found, reading.folder, value_range)
+    return EncodedSource(found, options.folder, options.value_range)
 
 
 def open_unverified(spec: str, options: SourceOptions) -> ImageSource | EncodedPictures:
