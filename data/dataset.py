@@ -30,7 +30,7 @@ from smalti.data.sources.base import (
     fingerprint_of,
     heldout_mask,
     in_threads,
-    open_source,
+    open_verified,
 )
 from smalti.data.transforms import (
     RandomCrop,
@@ -296,14 +296,14 @@ class PictureOptions(SourceOptions):
             )
             return
         ours, theirs, usual = (
-            _leaves({name: getattr(options, name, None) for name in STORED})
+            _leaves({name: getattr(options, name) for name in STORED if hasattr(options, name)})
             for options in (self, stored, DataOptions())
         )
         same = [f"{k} {v}" for k, v in theirs.items() if ours.get(k) == v != usual.get(k)]
         if same:
             logger.info("pictures are read as in the training of %s: %s", model, ", ".join(same))
         for name in sorted(theirs.keys() & ours.keys()):
-            if ours[name] != theirs[name] and (name in vars(self) or "." in name):
+            if ours[name] != theirs[name]:
                 logger.warning(
                     "%s is %s; %s was trained with %s", name, ours[name], model, theirs[name]
                 )
@@ -314,14 +314,7 @@ class PictureOptions(SourceOptions):
         Raises:
             DataError: no source opens `data`, or its pictures cannot be used.
         """
-        return open_source(
-            self.data,
-            options=self.folder,
-            hf=self.hf,
-            stream_cache=self.stream_cache,
-            shards=self.shards,
-            value_range=self.value_range,
-        )
+        return open_verified(self.data, self)
 
 
 @dataclass(frozen=True)

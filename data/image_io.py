@@ -24,7 +24,7 @@ from torchvision.utils import make_grid
 
 from smalti.config import check_at_least
 from smalti.data.latents import to_levels
-from smalti.data.metadata import UPRIGHT, orientation_of, reason, tags_exceed, without_metadata
+from smalti.data.metadata import orientation_of, reason, tags_exceed, upright, without_metadata
 from smalti.data.value_range import (
     MIN_LEVELS,
     Extent,
@@ -155,8 +155,7 @@ def _decode(stream: BinaryIO, options: FolderOptions, value_range: ValueRange | 
             image.load()
             rgb = _on_white(image)
         orientation, note = orientation_of(image)
-        method = UPRIGHT.get(orientation)
-        return Decoded(rgb if method is None else rgb.transpose(method), mode, extent, note)
+        return Decoded(upright(rgb, orientation), mode, extent, note)
 
 
 def format_of(content: bytes) -> str | None:
@@ -290,8 +289,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
             f'the picture has the mode "{image.mode}", more than 8 bits per channel: convert it to '
             "RGB first, with the range of values that is black to white"
         )
-    method, rgb = UPRIGHT.get(orientation_of(image)[0]), _on_white(image)
-    return rgb if method is None else rgb.transpose(method)
+    orientation, _ = orientation_of(image)
+    return upright(_on_white(image), orientation)
 
 
 # Pillow's names for 16-bit colour in the arguments of a decoder; the mode of a picture is "RGB".

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 
 EMPTY_EXIF = 14  # bytes of EXIF without a tag: its header and an empty list of tags
 # EXIF orientation -> what turns the stored picture upright.
-UPRIGHT = {
+_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -49,6 +49,12 @@ def orientation_of(image: Image.Image) -> tuple[int, str | None]:
     except Exception as error:
         return orientation, f"a tag of its EXIF cannot be read ({reason(error)})"
     return orientation, None
+
+
+def upright(picture: Image.Image, orientation: int) -> Image.Image:
+    """A picture turned as its EXIF orientation, 1 to 8, says."""
+    method = _TURNS.get(orientation)
+    return picture if method is None else picture.transpose(method)
 
 
 def _exif_of(image: Image.Image) -> bytes:

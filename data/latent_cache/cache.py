@@ -439,10 +439,8 @@ class LatentCache(Dataset):
         for number in range(self.info.num_shards):
             if not shard_path(self.folder, number).is_file():
                 raise DataError(f"{shard_path(self.folder, number)} is missing: encode again")
-        in_threads(self._verify, self.info.num_shards, "verify latents")
+        labels = in_threads(self._verified_labels, self.info.num_shards, "verify latents")
         self._verify_manifest()
-        # Copies: a view of a memory map would keep the file of its shard open.
-        labels = [self._map(number)["labels"].copy() for number in range(self.info.num_shards)]
         self.labels = torch.from_numpy(np.concatenate(labels))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -533,8 +531,9 @@ class LatentCache(Dataset):
             )
         return shard
 
-    def _verify(self, number: int) -> None:
-        """Raise `DataError` if a shard is damaged, or holds a value that no latent has."""
+    def _verified_labels(self, number: int) -> np.ndarray:
+        """The labels of a shard; raise `DataError` if it is damaged, or holds a value that no
+        latent has."""
         path = shard_path(self.folder, number)
         if sha256_of(path) != self.info.shards[number]:
             raise DataError(
@@ -549,6 +548,7 @@ class LatentCache(Dataset):
             )
         for start in range(0, len(values), VERIFIED_AT_ONCE):
             self._verify_values(path, values[start : start + VERIFIED_AT_ONCE])
+        return labels.copy()  # a view of a memory map would keep the file open
 
     def _verify_values(self, path: Path, values: np.ndarray) -> None:
         if isinstance(self.spec, ContinuousSpec):

@@ -181,11 +181,12 @@ def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
 def _member(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
     """An array of an archive, memory-mapped, or of at most `MAX_UNPACKED` bytes in memory."""
     try:
-        held = _checked_size(path, f"{name}.npy")
-        offset = _offset_of(path, f"{name}.npy")
+        member = archive.zip.getinfo(f"{name}.npy")
+        _check_size(archive.zip, member)
+        offset = _offset_of(path, member)
         if offset is not None:
             return map_npy(path, offset)
-        if held <= MAX_UNPACKED:
+        if member.file_size <= MAX_UNPACKED:
             return archive[name]
     except SmaltiError:
         raise
@@ -194,36 +195,29 @@ def _member(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
             f"{name} in {path} is damaged, or not an array of plain numbers: {error}"
         ) from error
     raise DataError(
-        f"{name} in {path} has {held} bytes, and at most {MAX_UNPACKED} are unpacked: write it "
-        "with numpy.savez, which does not compress, or as a .npy file"
+        f"{name} in {path} has {member.file_size} bytes, and at most {MAX_UNPACKED} are unpacked: "
+        "write it with numpy.savez, which does not compress, or as a .npy file"
     )
 
 
-def _checked_size(path: Path, member: str) -> int:
-    """The bytes of an array in an archive.
-
-    Raises:
-        ValueError: its header declares another number.
-    """
-    with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+def _check_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Raise `ValueError` if the header of an array declares another size than the array has."""
+    with archive.open(member) as stream:
         start = io.BytesIO(stream.read(MAX_HEADER))
-        shape, _, dtype = _header(start)
-        declared = start.tell() + math.prod(shape) * dtype.itemsize
-        held = archive.getinfo(member).file_size
-    if declared != held:
-        raise ValueError(f"its header declares {declared} bytes, and there are {held}")
-    return held
+    shape, _, dtype = _header(start)
+    declared = start.tell() + math.prod(shape) * dtype.itemsize
+    if declared != member.file_size:
+        raise ValueError(f"its header declares {declared} bytes, and there are {member.file_size}")
 
 
-def _offset_of(path: Path, member: str) -> int | None:
+def _offset_of(path: Path, member: zipfile.ZipInfo) -> int | None:
     """The offset of a member's bytes in a zip file; None if they are compressed."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
-        info = archive.getinfo(member)
-        if info.compress_type != zipfile.ZIP_STORED:
-            return None
-        stream.seek(info.header_offset)
+    if member.compress_type != zipfile.ZIP_STORED:
+        return None
+    with path.open("rb") as stream:
+        stream.seek(member.header_offset)
         name_length, extra_length = LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))
-        return info.header_offset + LOCAL_HEADER.size + name_length + extra_length
+    return member.header_offset + LOCAL_HEADER.size + name_length + extra_length
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -31,7 +31,7 @@ from smalti.data.image_io import (
     decode,
     without_pixel_warning,
 )
-from smalti.data.sources.listing import EXTENSIONS, printable
+from smalti.data.sources.listing import is_picture, printable
 from smalti.data.value_range import Extent, ValueRange, check_range, remedy, written
 from smalti.errors import ConfigurationError, DataError
 
@@ -513,10 +513,15 @@ def open_source(
         shards or ShardOptions(),
         value_range,
     )
-    found = open_unverified(spec, reading)
+    return open_verified(spec, reading)
+
+
+def open_verified(spec: str, options: SourceOptions) -> ImageSource:
+    """Like `open_source`, with all options in one."""
+    found = open_unverified(spec, options)
     if isinstance(found, ImageSource):
         return found
-    return EncodedSource(found, reading.folder, value_range)
+    return EncodedSource(found, options.folder, options.value_range)
 
 
 def open_unverified(spec: str, options: SourceOptions) -> ImageSource | EncodedPictures:
@@ -574,7 +579,7 @@ def _entry_of_folder(path: Path) -> str:
                 return entry
             if first is not None and flat:
                 found.setdefault(entry, first)
-    pictures = [file for file in files if file.suffix.lower() in EXTENSIONS]
+    pictures = [file for file in files if is_picture(file)]
     if found and len(found) + bool(pictures) > 1:
         first = next(iter(found.values()))
         named = ", ".join(file.name for file in (*found.values(), *pictures[:1]))

@@ -18,6 +18,7 @@ from smalti.data.sources.listing import (
     EXTENSIONS,
     PassedOver,
     files_below,
+    is_picture,
     kind_of,
     open_file,
 )
@@ -129,11 +130,6 @@ def read_picture(
     if found.note:
         logger.warning("%s: %s", path, found.note)
     return found.image
-
-
-def is_picture(path: Path) -> bool:
-    """Whether a file has the suffix of a picture that is read."""
-    return path.suffix.lower() in EXTENSIONS
 
 
 # -- Files, and the classes that their folders are ------------------------------------------------

@@ -26,11 +26,12 @@ from smalti.config import nearest
 from smalti.data.classes import named_classes, numbered_classes
 from smalti.data.sources.base import EncodedPictures, HuggingFaceOptions, SourceOptions
 from smalti.data.sources.download import folder_name
-from smalti.data.sources.folder import FolderPictures, is_picture, split_called
+from smalti.data.sources.folder import FolderPictures, split_called
 from smalti.data.sources.listing import (
     PassedOver,
     RowFiles,
     files_below,
+    is_picture,
     is_special,
     kind_of,
     matching,
@@ -310,7 +311,7 @@ def _open_folder(spec: str, options: SourceOptions, folder: Path) -> EncodedPict
             passed.add(kind_of(file.name), file.relative_to(folder).as_posix())
     if passed.total:
         logger.warning("ignored %d files in %s: %s", passed.total, folder, passed)
-    return _open_parquet(spec, options, folder, tables)
+    return _open_parquet(spec, options, folder, tables, row_files)
 
 
 def _are_pictures(files: Sequence[Path]) -> bool:
@@ -336,7 +337,7 @@ def _everything(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _open_parquet(
-    spec: str, options: SourceOptions, folder: Path, files: list[Path]
+    spec: str, options: SourceOptions, folder: Path, files: list[Path], row_files: RowFiles
 ) -> EncodedPictures:
     """Parquet files whose names, or those of their folders, tell the splits; one split if any of
     them does not."""
@@ -353,7 +354,6 @@ def _open_parquet(
     splits = {"train": [], **splits}
     splits["train"] += splits.pop("", [])
     named = {split: files for split, files in splits.items() if files}
-    row_files = RowFiles((folder, *_unpacked(options.stream_cache)))
     return _open(spec, options, "parquet", row_files, data_files=named)
 
 
@@ -380,9 +380,9 @@ def open_files(spec: str, options: SourceOptions) -> EncodedPictures:
                 f"{path} holds parquet and arrow files: name those to read, for example "
                 f"--data '{path}/*.parquet'"
             )
-        files = kinds[".parquet"] or kinds[".arrow"]
         if kinds[".parquet"]:
             return _open_folder(spec, options, path)
+        files = kinds[".arrow"]
     else:
         files = [file for file in matching(path) if not is_special(file)]
     if not files:

@@ -64,6 +64,11 @@ def kind_of(name: str) -> str:
     return HIDDEN if name.startswith(".") else Path(name).suffix.lower() or UNNAMED
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file has the suffix of a picture that is read."""
+    return path.suffix.lower() in EXTENSIONS
+
+
 def is_special(path: Path) -> bool:
     """Whether it is a pipe, a device or a socket."""
     try:

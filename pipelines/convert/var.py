@@ -46,17 +46,12 @@ from smalti.prior.next_scale.model import (
 )
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.conv import ConvConfig
-from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
+from smalti.tokenizer.quantizers.multi_scale import PUBLISHED_SIDES, MultiScaleConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
 # -------------------------------------------------------------------------------------------------
 # Tokenizer.
 
-# Sides of the code grids, by the side of the last one: for images of 256 px and of 512 px.
-PUBLISHED_SCALES = {
-    16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-    32: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-}
 # (scales, V): how often training used each code. The original code cannot load a file without it.
 HITS = "quantize.ema_vocab_hit_SV"
 
@@ -104,12 +99,12 @@ def _sides(options: Options, conv: ConvConfig) -> tuple[tuple[int, ...], str]:
     if options.scales is not None:
         return options.scales, f"{listed(options.scales)}, as given"
     last = image_size(options)[0] // conv.downsampling
-    if last not in PUBLISHED_SCALES:
+    if last not in PUBLISHED_SIDES:
         raise ConversionError(
             f"no scales were published for grids of {last} x {last} codes: give them with "
             "--scales, coarse to fine"
         )
-    sides = PUBLISHED_SCALES[last]
+    sides = PUBLISHED_SIDES[last]
     return sides, f"{listed(sides)}, the default of --scales"
 
 
@@ -178,7 +173,7 @@ class VARTokenizer(ConvSource):
     def flags(self, config: VQConfig) -> dict[str, object]:
         assert isinstance(config.quantizer, MultiScaleConfig)
         sides = tuple(height for height, _ in config.quantizer.scales)
-        if PUBLISHED_SCALES.get(sides[-1]) == sides:
+        if PUBLISHED_SIDES.get(sides[-1]) == sides:
             return super().flags(config)
         return {"scales": listed(sides, ",")}
 

@@ -385,8 +385,7 @@ class NextScalePrior(CodePrior):
             )
 
     def adapt_positions(self, weights: dict[str, Tensor], source: Any) -> str:
-        """Positions are interpolated within each scale, and embeddings of the scales along them
-        where their number changes."""
+        """Positions are interpolated within each scale, if both priors have as many scales."""
         old, new = source.config.spec, self.config.spec
         if len(old.grids) != len(new.grids):
             return f"it has {len(old.grids)} scales, and this run {len(new.grids)}"

@@ -70,12 +70,14 @@ def test_arrays_that_are_not_a_picture_set_are_refused(
 # -- Bombs: what a header declares is checked before memory is allocated --
 
 
-def declaring(shape: str, dtype: str = "|u1", version: int = 1) -> bytes:
-    """An .npy file of 60 zeros with any header."""
+def declaring(
+    shape: str, dtype: str = "|u1", version: int = 1, content: bytes = bytes(60)
+) -> bytes:
+    """An .npy file with any header, whatever its content is."""
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
     text += b" " * (-(len(text) + 11) % 64) + b"\n"
     length = struct.pack("<H" if version == 1 else "<I", len(text))
-    return b"\x93NUMPY" + bytes((version, 0)) + length + text + b"\0" * 60
+    return b"\x93NUMPY" + bytes((version, 0)) + length + text + content
 
 
 BOMBS = {

@@ -12,6 +12,7 @@ from smalti.data.image_io import FolderOptions
 from smalti.data.sources.base import open_source
 from smalti.data.sources.webdataset import BLOCK
 from smalti.errors import SmaltiError
+from tests.data.test_arrays import declaring
 
 # -- tar --------------------------------------------------------------------------------------
 
@@ -55,13 +56,6 @@ def test_a_member_far_larger_than_a_picture_is_not_read(tmp_path: Path) -> None:
 # -- npz and npy ------------------------------------------------------------------------------
 
 
-def npy(shape: str, dtype: str = "|u1", content: bytes = b"") -> bytes:
-    """An .npy file whose header declares a shape, whatever its content is."""
-    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
-    text += b" " * (-(len(text) + 11) % 64) + b"\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + content
-
-
 def archive(path: Path, compression: int, **members: bytes) -> Path:
     with zipfile.ZipFile(path, "w", compression) as file:
         for name, content in members.items():
@@ -69,8 +63,8 @@ def archive(path: Path, compression: int, **members: bytes) -> Path:
     return path
 
 
-LABELS = npy("(4,)", "<i8", np.arange(4).tobytes())
-PICTURES = npy("(4, 8, 8, 3)", content=bytes(4 * 8 * 8 * 3))
+LABELS = declaring("(4,)", "<i8", content=np.arange(4).tobytes())
+PICTURES = declaring("(4, 8, 8, 3)", content=bytes(4 * 8 * 8 * 3))
 HUGE = "(1000000000, 1024, 1024, 3)"
 
 
@@ -79,13 +73,13 @@ HUGE = "(1000000000, 1024, 1024, 3)"
 def test_a_header_that_declares_more_than_the_file_has_is_refused(
     tmp_path: Path, compression: int, shape: str
 ) -> None:
-    path = archive(tmp_path / "a.npz", compression, images=npy(shape), labels=LABELS)
+    path = archive(tmp_path / "a.npz", compression, images=declaring(shape), labels=LABELS)
     with pytest.raises(SmaltiError, match=r"images in .*a.npz is damaged.*declares"):
         open_source(str(path))
-    path = archive(tmp_path / "a.npz", compression, images=PICTURES, labels=npy(shape, "<i8"))
+    path = archive(tmp_path / "a.npz", compression, images=PICTURES, labels=declaring(shape, "<i8"))
     with pytest.raises(SmaltiError, match=r"labels in .*a.npz is damaged.*declares"):
         open_source(str(path))
-    (tmp_path / "images.npy").write_bytes(npy(shape))
+    (tmp_path / "images.npy").write_bytes(declaring(shape))
     with pytest.raises(SmaltiError, match=r"images.npy is damaged"):
         open_source(str(tmp_path / "images.npy"))
 

@@ -26,7 +26,6 @@ from smalti.tokenizer.quantizers.codebook import CodebookConfig, CodebookQuantiz
 # is stored here.
 PUBLISHED_SHARING = {(10, 4): (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)}
 
-
 # The last side of VAR's scales -> its scales at that side (256 and 512 px).
 PUBLISHED_SIDES = {
     16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
@@ -51,7 +50,7 @@ class MultiScaleConfig(QuantizerConfig):
         default_factory=lambda: CodebookConfig(4096, 32, l2_normalise=False)
     )
     # (h, w) of every scale, coarse to fine; the last one is the grid of the encoder.
-    scales: tuple[tuple[int, int], ...] = tuple((s, s) for s in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+    scales: tuple[tuple[int, int], ...] = tuple((s, s) for s in PUBLISHED_SIDES[16])
     convolutions: int = 4  # shared by the scales: 1 = one for all, as many as scales = one each
     # Index of the convolution of each scale; empty = evenly. Some of the convolutions may stay
     # unused, as by VAR's rule for few scales.
