@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smalti.config import Difference, differences
 from smalti.errors import ConversionError, SmaltiError
-from smalti.files import read_json, replacing, write_json
+from smalti.files import read_json, write_json
 from smalti.folders import replacing_file, replacing_folder
 from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.layout import Imported, export_tensors, import_tensors, matches
@@ -35,7 +35,7 @@ from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.registry import TOKENIZERS
-from smalti.weights import state_to_save
+from smalti.weights import save_weights, state_to_save
 
 Converted = Tokenizer | Prior | Pipeline
 
@@ -74,8 +74,12 @@ def _check_out(out: Path) -> None:
         raise ConversionError(f"{out} exists: choose another path, nothing is overwritten")
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], suffix: str, wrapper: str = "") -> None:
-    """Write a safetensors file, or a pickle under the key that the original code looks for."""
+def _write_tensors(path: Path, tensors: dict[str, Tensor], suffix: str, wrapper: str) -> None:
+    """Write a safetensors file, or a pickle under the key that the original code looks for.
+
+    Args:
+        suffix: of the name that the file will have.
+    """
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -339,8 +343,7 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
     else:
         file = "model" if config is None else "diffusion_pytorch_model"
         with replacing_folder(out, check=lambda: _check_out(out), retry=True) as new:
-            with replacing(new / f"{file}{SAFETENSORS}") as weights:
-                _write_tensors(weights, tensors, SAFETENSORS)
+            save_weights(new / f"{file}{SAFETENSORS}", tensors)
             if config is not None:
                 write_json(new / "config.json", config)
     flags = "".join(f" --{key} {value}" for key, value in writer.flags(model.config).items())
