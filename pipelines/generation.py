@@ -405,8 +405,6 @@ def _parts(folder: Path) -> list[Path]:
 
 def _is_complete(path: Path) -> bool:
     """Whether a file is a complete PNG: one that was truncated later is generated again."""
-    if not path.is_file():
-        return False
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.verify()

@@ -27,7 +27,7 @@ from smalti.data.transforms import center_crop, to_tensor
 from smalti.errors import ConfigurationError, DataError
 from smalti.folders import is_unreported, replacing_file
 from smalti.hub import resolve_folder
-from smalti.pipelines.pipeline import INDEX, check_model
+from smalti.pipelines.pipeline import DEMO, INDEX, check_model
 from smalti.tokenizer import manipulation
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.losses.perceptual import LPIPS, MIN_SIDE
@@ -43,7 +43,7 @@ class LatentGridOptions(PictureOptions):
 
     TRAINED: ClassVar[str] = "model"
 
-    model: str = "runs/demo/pipeline"  # a tokenizer, or a pipeline whose tokenizer is used
+    model: str = DEMO  # a tokenizer, or a pipeline whose tokenizer is used
     images: tuple[Path, ...] = ()  # image files; or give --indices
     indices: tuple[int, ...] = ()  # positions in the data set, from 0
     output: Path = Path("strip.png")  # PNG file of the latent grid

@@ -227,9 +227,7 @@ class Pipeline(Uploadable):
             tokenizer.cast(precision)
         pipeline = cls(tokenizer, prior, info.classes)
         pipeline.training_pictures = info.dataset_fingerprint
-        guidance_scale = run.get("preview", {}).get("guidance_scale")
-        if guidance_scale is not None:  # as in the pipeline of the finished run
-            pipeline.guidance_scale = guidance_scale
+        pipeline.guidance_scale = guidance_of_run(run, pipeline.guidance_scale)
         return pipeline
 
     def save_pretrained(
@@ -446,6 +444,21 @@ class Pipeline(Uploadable):
             GenerationError: there is no such class; the message lists similar names.
         """
         return label_ids(class_labels, self.classes)
+
+
+def guidance_of_run(run: Mapping[str, Any], default: float) -> float:
+    """The `guidance_scale` of the pipeline that a train-prior run makes.
+
+    Args:
+        run: its configuration, as plain values.
+        default: that of a pipeline of which no run is known.
+    """
+    given = run.get("preview", {}).get("guidance_scale")
+    if given is not None:
+        return given
+    if run["prior"].get("label_dropout") == 0 and not run.get("initial"):
+        return 1.0  # the null label, against which to guide, is never trained
+    return default
 
 
 def check_model(model: str) -> None:

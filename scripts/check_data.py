@@ -58,7 +58,7 @@ def check_data(config: CheckDataConfig) -> Report:
     )
     write_list(config.bad_files, report.bad)
     if config.json is not None:
-        with claimed(config.json, lambda: None):
+        with claimed(config.json):
             write_json(config.json, config_to_dict(report))
     if config.write_manifest and isinstance(pictures, ShardPictures):
         written = pictures.write_manifests()
@@ -78,7 +78,7 @@ def write_list(path: Path, bad: Sequence[BadFile]) -> None:
         f"{file.place}\t{file.reason}".replace("\n", " ").encode(errors="surrogateescape")
         for file in bad
     ]
-    with claimed(path, lambda: None), replacing(path) as temporary:
+    with claimed(path), replacing(path) as temporary:
         temporary.write_bytes(b"".join(line + b"\n" for line in lines))
 
 

@@ -105,23 +105,22 @@ def finished_tokenizer(config: EncodeConfig) -> Tokenizer:
     """
     state, folder = join_job(), config.output_dir / TOKENIZER
     tokenizer = Tokenizer.from_pretrained(config.tokenizer, weights=config.weights)
-    if folder.exists():
-        saved, ours = Tokenizer.from_pretrained(folder), tokenizer.state_dict()
-        theirs = saved.state_dict()
-        same = ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
-        if not same:
-            raise CheckpointError(
-                f"{config.output_dir} has the latents of other weights than {config.tokenizer}: "
-                "choose another --output_dir"
-            )
-    elif state.is_main_process:
+    ours = tokenizer.state_dict()
+    if state.is_main_process and not folder.exists():
         images = config.dataset("train", tokenizer.image_size)
         tokenizer.to(state.device)
         tokenizer.calibrate(batch.images.to(state.device) for batch in images.batches(64))
         tokenizer.save_pretrained(folder)
     state.wait_for_everyone()
+    saved = Tokenizer.from_pretrained(folder)
+    theirs = saved.state_dict()
+    if ours.keys() != theirs.keys() or not all(ours[k].equal(theirs[k]) for k in ours):
+        raise CheckpointError(
+            f"{config.output_dir} has the latents of other weights than {config.tokenizer}: "
+            "choose another --output_dir"
+        )
     say(f"the tokenizer of the checkpoint: {folder}; give it to train-prior as --tokenizer")
-    return Tokenizer.from_pretrained(folder)
+    return saved
 
 
 @dataclass

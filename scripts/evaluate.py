@@ -24,7 +24,7 @@ from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import class_grid, picture_generator
-from smalti.pipelines.pipeline import INDEX, Pipeline, check_model
+from smalti.pipelines.pipeline import DEMO, INDEX, Pipeline, check_model
 from smalti.scripts.options import Sampling
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import fills_folder, resolve_precision
@@ -48,7 +48,7 @@ class EvaluateConfig(DataOptions, Sampling):
     TRAINED: ClassVar[str] = "model"
 
     # Folder of a pipeline, a tokenizer or a checkpoint, or an id on the Hub.
-    model: str = "runs/demo/pipeline"
+    model: str = DEMO
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     output_dir: Path = Path("runs/evaluation")  # for summary.json and the image grids
     # Allow data that the pipeline was not trained on; then all of its images are held out.

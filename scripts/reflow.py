@@ -26,7 +26,7 @@ from smalti.data.latent_cache.cache import (
 )
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import picture_generator
-from smalti.pipelines.pipeline import Pipeline, check_model
+from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.prior.flow.prior import FlowPrior
 from smalti.prior.flow.rectified import check_straight, generate_pairs, straightness
 from smalti.prior.flow.solvers.base import ODESolver, make_solver
@@ -41,7 +41,7 @@ MEASURED_PAIRS = 64  # over which the straightness is averaged
 class ReflowConfig(Sampling):
     """Generate pairs with a trained flow, and measure how straight it is."""
 
-    model: str = "runs/demo/pipeline"  # a pipeline with a flow prior on the linear path
+    model: str = DEMO  # a pipeline with a flow prior on the linear path
     output_dir: Path = Path("runs/pairs")  # folder of the pairs, train/ and heldout/
     num_pairs: int = 20_000  # pairs for training, of all classes in turn
     num_heldout: int = 512  # further pairs, for validation

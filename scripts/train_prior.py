@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smalti.checkpoints import Weights
 from smalti.cli import in_python, parse_config, run_command
-from smalti.config import first_difference
+from smalti.config import config_to_dict, first_difference
 from smalti.data.classes import warn_of_empty_classes
 from smalti.data.dataset import DataOptions, read_options, write_options
 from smalti.data.latent_cache.cache import TOKENIZER, LatentBatch, LatentCache, open_splits
@@ -26,7 +26,7 @@ from smalti.errors import CheckpointError, ConfigurationError
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.finetune import fitted_as, load_initial_weights, saved_prior
 from smalti.pipelines.generation import class_grid
-from smalti.pipelines.pipeline import Pipeline
+from smalti.pipelines.pipeline import Pipeline, guidance_of_run
 from smalti.prior.base import Loss, Prior
 from smalti.prior.flow.rectified import check_straight
 from smalti.prior.presets import PRESETS, PriorConfig
@@ -219,10 +219,7 @@ def train(config: TrainPriorConfig) -> Path:
     loss_of = partial(prior_loss, tokenizer=tokenizer, device=run.device, pairs=pairs)
     pipeline = Pipeline(tokenizer, ema.model, latents.classes)
     pipeline.training_pictures = latents.info.dataset_fingerprint
-    if config.preview.guidance_scale is not None:
-        pipeline.guidance_scale = config.preview.guidance_scale
-    elif getattr(config.prior, "label_dropout", None) == 0 and not config.initial:
-        pipeline.guidance_scale = 1.0  # the null label, against which to guide, is never trained
+    pipeline.guidance_scale = guidance_of_run(config_to_dict(config), pipeline.guidance_scale)
     run.resume(latents.fingerprint)
     order = DataOrder(len(latents), config.train_batch_size, config.seed)
     batches = run.reading(stream_batches(latents, order, **run.share_of_data()))

@@ -96,6 +96,12 @@ def mean_of(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
 
+def _continue_log(path: Path, resume_step: int) -> None:
+    """Drop the lines of a log after a step, so that each step occurs once, and damaged ones."""
+    for damage in drop_lines_after(path, resume_step):
+        logger.warning("%s: it is left out", damage)
+
+
 class MetricsLog:
     """One JSON object per line; the trackers get the same values. Only the main process writes.
 
@@ -106,8 +112,7 @@ class MetricsLog:
         self.path = path
         self.accelerator = accelerator
         if accelerator.is_main_process:
-            for damage in drop_lines_after(path, resume_step):
-                logger.warning("%s: it is left out", damage)
+            _continue_log(path, resume_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line; also send the values to the trackers."""
@@ -223,8 +228,7 @@ class Throughput:
         if not self._seconds:
             return {}
         if not self._begun:
-            for damage in drop_lines_after(self.path, self._resume_step):
-                logger.warning("%s: it is left out", damage)
+            _continue_log(self.path, self._resume_step)
             self._begun = True
         seconds = statistics.median(self._seconds)
         self._seconds = []

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from smalti.checkpoints import UPDATES
 from smalti.errors import SmaltiError
 from smalti.training.checkpoint import full_tensor, is_sharded, sharded_like
 from smalti.training.config import RunConfig
@@ -298,10 +299,10 @@ class EMA(Generic[Model]):
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged model as a flat dict; every process of a sharded run must call this."""
         self.gather()
-        return {**self.model.state_dict(), "ema.updates": torch.tensor(self.updates)}
+        return {**self.model.state_dict(), UPDATES: torch.tensor(self.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned; before the first update."""
         state = dict(state)
-        self.updates = int(state.pop("ema.updates"))
+        self.updates = int(state.pop(UPDATES))
         self.model.load_state_dict(state)

@@ -173,8 +173,9 @@ class Run:
         checkpoint.restore(self._tracked)
         self.start_step = self._saved_steps = checkpoint.step
         self._unmeasured = checkpoint.state.get("unmeasured", False)
-        changed = [name for name in STEP_SETTINGS if self._differs(checkpoint, name)]
-        self.guard.restore(checkpoint.state.get("skipped", {}), new_row=bool(changed))
+        theirs = checkpoint.state["config"]
+        changed = any(theirs.get(name) != getattr(self.config, name) for name in STEP_SETTINGS)
+        self.guard.restore(checkpoint.state.get("skipped", {}), new_row=changed)
         logger.info("resumed from %s", checkpoint.path)
         if self.precision != checkpoint.state["precision"]:
             before = checkpoint.state["precision"]
@@ -187,9 +188,6 @@ class Run:
                 self.world_size,
                 before,
             )
-
-    def _differs(self, checkpoint: Checkpoint, name: str) -> bool:
-        return checkpoint.state["config"].get(name) != getattr(self.config, name)
 
     def _take_folder(self) -> None:
         try:

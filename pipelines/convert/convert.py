@@ -7,8 +7,8 @@ Nothing is written before everything is verified, and a folder appears complete 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smalti.config import Difference, differences
 from smalti.errors import ConversionError, SmaltiError
-from smalti.files import read_json, replacing, write_json
+from smalti.files import read_json, write_json
 from smalti.folders import replacing_file, replacing_folder
 from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.layout import Imported, export_tensors, import_tensors, matches
@@ -34,7 +35,7 @@ from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.registry import TOKENIZERS
-from smalti.weights import state_to_save
+from smalti.weights import save_weights, state_to_save
 
 Converted = Tokenizer | Prior | Pipeline
 
@@ -73,8 +74,12 @@ def _check_out(out: Path) -> None:
         raise ConversionError(f"{out} exists: choose another path, nothing is overwritten")
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], suffix: str, wrapper: str = "") -> None:
-    """Write a safetensors file, or a pickle under the key that the original code looks for."""
+def _write_tensors(path: Path, tensors: dict[str, Tensor], suffix: str, wrapper: str) -> None:
+    """Write a safetensors file, or a pickle under the key that the original code looks for.
+
+    Args:
+        suffix: of the name that the file will have.
+    """
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -249,22 +254,9 @@ def _fitting_layout(model: Tokenizer | Prior, is_file: bool) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """A setting of a model that differs from that of a published one."""
-
-    path: tuple[str, ...]
-    value: Any
-    published: Any
-
-    def __str__(self) -> str:
-        value, published = (getattr(v, "kind", v) for v in (self.value, self.published))
-        return f"{'.'.join(self.path)} is {value} instead of {published}"
-
-
 def _unpublished(model: Tokenizer | Prior) -> str:
     """The settings of a model that the nearest published layout does not have, in words."""
-    found: list[tuple[str, list[_Setting]]] = []
+    found: list[tuple[str, list[Difference]]] = []
     for name in PUBLISHED_SOURCES:
         source: Source = PUBLISHED_SOURCES.resolve(name)()
         if source.registry is model.registry and (settings := _obstacles(source, model.config)):
@@ -272,23 +264,27 @@ def _unpublished(model: Tokenizer | Prior) -> str:
     if not found:
         return "no original code has such a model"
     title, settings = min(found, key=lambda entry: len(entry[1]))
-    return f"for a {title}, {', '.join(map(str, settings))}"
+    return f"for a {title}, {', '.join(map(_in_words, settings))}"
 
 
-def _obstacles(source: Source, config: Any) -> list[_Setting]:
+def _in_words(setting: Difference) -> str:
+    return f"{setting.name} is {setting.value} instead of {setting.other}"
+
+
+def _obstacles(source: Source, config: Any) -> list[Difference]:
     """The fewest settings that keep a config out of a layout; none if the layout is for models of
     another type."""
     example = source.example(type(config))
     if type(example) is not type(config) or not source.fits(example):
         return []
 
-    def fits_without(settings: Sequence[_Setting]) -> bool:
+    def fits_without(settings: Iterable[Difference]) -> bool:
         try:
-            return source.fits(_as_published(config, settings))
+            return source.fits(_as_published(config, example, [one.name for one in settings]))
         except SmaltiError:  # these settings do not go together
             return False
 
-    different = list(_differences(config, example))
+    different = list(differences(config, example))
     for count in range(1, 4):
         for some in combinations(different, count):
             if fits_without(some):
@@ -300,27 +296,16 @@ def _obstacles(source: Source, config: Any) -> list[_Setting]:
     return needed
 
 
-def _differences(config: Any, example: Any, path: tuple[str, ...] = ()) -> Iterator[_Setting]:
-    for part in fields(config):
-        value, published = getattr(config, part.name), getattr(example, part.name)
-        place = (*path, part.name)
-        if is_dataclass(value) and type(value) is type(published):
-            yield from _differences(value, published, place)
-        elif value != published:
-            yield _Setting(place, value, published)
-
-
-def _as_published(config: Any, settings: Sequence[_Setting]) -> Any:
-    """A config with the published values of some settings."""
+def _as_published(config: Any, example: Any, names: Iterable[str]) -> Any:
+    """A config with the values of a published one for some settings, by their dotted names."""
+    inside: dict[str, list[str]] = {}
+    for name in names:
+        field, _, rest = name.partition(".")
+        inside.setdefault(field, []).extend([rest] if rest else [])
     changes: dict[str, Any] = {}
-    inner: dict[str, list[_Setting]] = {}
-    for one in settings:
-        name, *rest = one.path
-        if rest:
-            inner.setdefault(name, []).append(replace(one, path=tuple(rest)))
-        else:
-            changes[name] = one.published
-    changes |= {name: _as_published(getattr(config, name), some) for name, some in inner.items()}
+    for field, parts in inside.items():
+        value = getattr(example, field)
+        changes[field] = _as_published(getattr(config, field), value, parts) if parts else value
     return replace(config, **changes)
 
 
@@ -343,7 +328,8 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
     name = layout or _fitting_layout(model, is_file)
     writer: Source = PUBLISHED_SOURCES.resolve(name)()
     if not writer.fits(model.config):
-        parts = [*map(str, _obstacles(writer, model.config)), "choose another layout, or none"]
+        settings = map(_in_words, _obstacles(writer, model.config))
+        parts = [*settings, "choose another layout, or none"]
         raise ConversionError(f"this model is no {writer.title}: {', '.join(parts)}")
     state = state_to_save(model, lambda: type(model)(model.config))  # type: ignore[call-arg]
     ours = {name: tensor.cpu() for name, tensor in state.items()}
@@ -357,8 +343,7 @@ def export(model: Tokenizer | Prior, out: Path, layout: str | None = None) -> li
     else:
         file = "model" if config is None else "diffusion_pytorch_model"
         with replacing_folder(out, check=lambda: _check_out(out), retry=True) as new:
-            with replacing(new / f"{file}{SAFETENSORS}") as weights:
-                _write_tensors(weights, tensors, SAFETENSORS)
+            save_weights(new / f"{file}{SAFETENSORS}", tensors)
             if config is not None:
                 write_json(new / "config.json", config)
     flags = "".join(f" --{key} {value}" for key, value in writer.flags(model.config).items())

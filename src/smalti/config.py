@@ -13,7 +13,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -56,25 +56,30 @@ class Difference:
     other: Any
 
 
-def first_difference(config: Any, other: Any, name: str, free: str = "") -> Difference | None:
-    """The first field in which a configuration differs from another, None if they are equal.
+def differences(config: Any, other: Any, name: str = "", free: str = "") -> Iterator[Difference]:
+    """The fields in which a configuration differs from another, and the parts nested in it.
 
     Args:
-        name: the name of `config` in the result.
+        name: the name of `config` in the results.
         free: name of a class attribute that lists fields which may differ.
     """
     if type(config) is not type(other):
-        return Difference(name, *(getattr(c, "kind", c) for c in (config, other)))
+        yield Difference(name, *(getattr(c, "kind", c) for c in (config, other)))
+        return
     for part in dataclasses.fields(config):
         mine, others = getattr(config, part.name), getattr(other, part.name)
         if mine == others or part.name in getattr(config, free, ()):
             continue
-        inner = f"{name}.{part.name}"
-        if not dataclasses.is_dataclass(mine):
-            return Difference(inner, mine, others)
-        if found := first_difference(mine, others, inner, free):
-            return found
-    return None
+        inner = f"{name}.{part.name}" if name else part.name
+        if dataclasses.is_dataclass(mine):
+            yield from differences(mine, others, inner, free)
+        else:
+            yield Difference(inner, mine, others)
+
+
+def first_difference(config: Any, other: Any, name: str, free: str = "") -> Difference | None:
+    """The first of the `differences`, None if there are none."""
+    return next(differences(config, other, name, free), None)
 
 
 def config_to_dict(config: Any) -> Any:

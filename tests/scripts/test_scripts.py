@@ -543,3 +543,5 @@ def test_a_prior_without_label_dropout_is_not_guided_by_default(
     config = prior_config(trained, tmp_path / "prior", max_train_steps=1)
     undropped = replace(config, prior=replace(config.prior, label_dropout=0.0))
     assert smalti.Pipeline.from_pretrained(train_prior(undropped)).guidance_scale == 1.0
+    checkpoint = smalti.Pipeline.from_pretrained(tmp_path / "prior" / "checkpoint-000001")
+    assert checkpoint.guidance_scale == 1.0
