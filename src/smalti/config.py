@@ -96,6 +96,33 @@ def config_to_dict(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
+ADDED = "added"  # key of the metadata of a field
+
+
+def added(default: Any) -> Any:
+    """A field that a version after 0.1.0 added to the config of a saved model.
+
+    With its default it is not part of `saved_fields`: so the models of earlier versions keep their
+    hashes, and earlier versions read new models that do not use it.
+    """
+    return dataclasses.field(default=default, metadata={ADDED: True})
+
+
+def saved_fields(config: Any) -> Any:
+    """Like `config_to_dict`, without the fields that are `added` and have their defaults."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {
+            field.name: saved_fields(getattr(config, field.name))
+            for field in dataclasses.fields(config)
+            if not (field.metadata.get(ADDED) and getattr(config, field.name) == field.default)
+        }
+    if isinstance(config, Mapping):
+        return {str(key): saved_fields(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [saved_fields(value) for value in config]
+    return config_to_dict(config)
+
+
 def recipe_text(config: Any) -> str:
     """A configuration as YAML that `--config` reads back."""
     import yaml

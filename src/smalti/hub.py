@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from smalti import checkpoints
 from smalti.checkpoints import is_checkpoint
-from smalti.config import config_from_dict, config_to_dict, nearest, read_value
+from smalti.config import config_from_dict, config_to_dict, nearest, read_value, saved_fields
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.files import HASHES, check_hashes, read_config_file, recorded_hashes, write_hashed_json
 from smalti.folders import contents, replacing_folder
@@ -264,7 +264,7 @@ class Pretrained(Uploadable):
 
     def _content_of_config(self) -> dict[str, Any]:
         """The content of config.json, which loading turns into an equal config."""
-        fields = config_to_dict(self.config)
+        fields = saved_fields(self.config)
         if config_from_dict(type(self.config), fields, "the config") != self.config:
             raise CheckpointError(
                 f"the config {self.config} is not the same after it was saved and loaded: use "
@@ -400,7 +400,7 @@ class Pretrained(Uploadable):
 
     def _checksum_of(self, weights: "Iterable[tuple[str, Tensor]]") -> str:
         """The checksum that a model of this config has with the given weights, sorted by name."""
-        config = json.dumps(config_to_dict(self.config), sort_keys=True).encode()
+        config = json.dumps(saved_fields(self.config), sort_keys=True).encode()
         return hash_weights(weights, config)
 
     @property

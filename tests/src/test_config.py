@@ -6,7 +6,14 @@ from typing import Literal
 
 import pytest
 
-from smalti.config import check_at_least, config_from_dict, config_to_dict, nearest
+from smalti.config import (
+    added,
+    check_at_least,
+    config_from_dict,
+    config_to_dict,
+    nearest,
+    saved_fields,
+)
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
 from smalti.errors import SmaltiError
 
@@ -110,3 +117,21 @@ def test_a_field_below_its_least_value_is_named() -> None:
         check_at_least(4, Inner(), "size")
     with pytest.raises(SmaltiError, match="rate is nan; it must be at least 0"):
         check_at_least(0, Outer(required=1, rate=float("nan")), "required", "rate")
+
+
+def test_a_field_added_later_is_saved_only_where_it_is_used():
+    @dataclass(frozen=True)
+    class Inner:
+        size: int = 1
+        channels: int = added(3)
+
+    @dataclass(frozen=True)
+    class Outer:
+        inner: Inner = Inner()
+        parts: tuple[Inner, ...] = ()
+
+    usual, other = Outer(parts=(Inner(),)), Outer(Inner(channels=1), (Inner(2, 4),))
+    assert saved_fields(usual) == {"inner": {"size": 1}, "parts": [{"size": 1}]}
+    assert config_from_dict(Outer, saved_fields(usual), "here") == usual
+    assert saved_fields(other)["inner"] == {"size": 1, "channels": 1}
+    assert config_from_dict(Outer, saved_fields(other), "here") == other
