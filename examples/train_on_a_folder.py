@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import smalti
-from smalti.pipelines.generation import class_grid
+from smalti.pipelines.generation import sample_grid
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         **schedule,
     )
     print(pipeline)
-    grid = class_grid(pipeline, per_class=4)  # a row per class
+    grid = sample_grid(pipeline, per_row=4)  # a row per class
     grid.save(out / "samples.png")
     print(f"pipeline: {out / 'prior' / 'pipeline'}\nsamples: {out / 'samples.png'}")
 

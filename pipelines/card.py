@@ -16,7 +16,7 @@ BODY = """
 import smalti
 
 pipe = smalti.Pipeline.from_pretrained("PATH OR HUB ID")
-images = pipe({example}, num_images_per_prompt=4).images
+images = pipe({example}).images
 ```
 
 | part | type | parameters | latents |
@@ -40,30 +40,51 @@ def model_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    kinds = prior.condition_kinds
     metadata = ModelCardData(
         library_name="smalti",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag="text-to-image" if "text" in kinds else "unconditional-image-generation",
         tags=["smalti", "image-generation"],
     )
     body = BODY.format(
         grid=f"\n![samples]({SAMPLES})\n" if has_grid else "",
-        example=f"class_labels=[{classes[0]!r}]" if classes else "prompt_embeds=features",
+        example=_example(prior, classes),
         tokenizer=Tokenizer.registry.name_of(type(tokenizer)),
         tokenizer_size=f"{_millions(tokenizer)} M",
         prior=Prior.registry.name_of(type(prior)),
         prior_size=f"{_millions(prior)} M",
         spec=_plain(str(tokenizer.spec)),
         size=tokenizer.image_size,
-        conditions=_conditions(classes),
+        conditions=_conditions(prior, classes),
         notes=notes,
     )
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{body}"))
 
 
-def _conditions(classes: Sequence[str]) -> str:
-    if not classes:
-        return "They are generated from the features of captions."
-    return f"Classes: {', '.join(_plain(name) for name in classes)}."
+def _example(prior: Prior, classes: Sequence[str]) -> str:
+    """The arguments of a call that makes four images."""
+    given = []
+    if classes:
+        given.append(f"class_labels=[{classes[0]!r}]")
+    text = prior.config.text
+    if text is not None:
+        given.append('prompt=["a red apple"]' if text.encoder else "prompt_embeds=features")
+    return ", ".join([*given, "num_images_per_prompt=4"]) if given else "num_images=4"
+
+
+def _conditions(prior: Prior, classes: Sequence[str]) -> str:
+    sentences = []
+    if classes:
+        sentences.append(f"Classes: {', '.join(_plain(name) for name in classes)}.")
+    text = prior.config.text
+    if text is not None:
+        encoder = {"": "an unknown text encoder", "bytes": "a byte-level encoder in the prior"}
+        encoded_by = encoder.get(text.encoder, f"the text encoder {_plain(text.encoder)}")
+        sentences.append(
+            f"Prompts have at most {text.length} tokens of {encoded_by}"
+            + (f" (sha256 {text.encoder_fingerprint[:12]})." if text.encoder_fingerprint else ".")
+        )
+    return " ".join(sentences) or "They are generated without a condition."
 
 
 def _millions(module: nn.Module) -> str:

@@ -1,7 +1,9 @@
 """The inputs of a pipeline: the condition of every image, and the options of the prior.
 
 label_ids        classes by name or number -> class labels
-Conditions       the condition of each image of a call: class labels or captions
+Inputs           what a caller gives: classes, prompts, or a number of images
+Conditions       the same as a prior takes it, a row for each image
+BatchConditions  the conditions of training batches
 check_options    whether a prior's `sample` takes these options, before any work is done
 """
 
@@ -10,16 +12,20 @@ import inspect
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smalti.config import nearest
 from smalti.data.classes import class_number, shown
-from smalti.errors import GenerationError
-from smalti.prior.base import Prior
-from smalti.prior.conditions.text import Condition, TextCondition
+from smalti.data.latent_cache.cache import LatentBatch, LatentCache
+from smalti.data.latents import as_tensor
+from smalti.errors import DataError, GenerationError
+from smalti.prior.base import Prior, PriorConfig
+from smalti.prior.conditions.base import Combination, Condition, count, repeated
+from smalti.prior.conditions.text import TextCondition
+from smalti.prior.conditions.text_encoder import TextEncoder
 
 # -- class labels ---------------------------------------------------------------------------------
 
@@ -78,64 +84,228 @@ def _label_id(label: int | str, classes: Sequence[str]) -> int:
 
 # -- conditions -----------------------------------------------------------------------------------
 
+Prompts = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the caller of a pipeline gives, as its arguments; None: not given."""
+
+    class_labels: ClassLabels | None = None
+    prompt: Prompts | None = None
+    negative_prompt: Prompts | None = None
+    prompt_embeds: Tensor | None = None  # (B, T, D), of a text encoder, padded anywhere
+    prompt_attention_mask: Tensor | None = None  # (B, T), nonzero at tokens
+    num_images: int | None = None
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether there are texts to encode."""
+        return self.prompt is not None or self.negative_prompt is not None
+
+    def check(self, kinds: Iterable[str], num_images_per_prompt: int) -> None:
+        """Raise `GenerationError` unless these are the arguments of a prior with these kinds of
+        condition."""
+        kinds = set(kinds)
+        wanted = " and ".join(ARGUMENTS[kind] for kind in sorted(kinds))
+        given = {
+            "class": self.class_labels is not None,
+            "text": any(
+                value is not None
+                for value in (self.prompt, self.prompt_embeds, self.prompt_attention_mask)
+            ),
+            "none": self.num_images is not None,
+        }
+        for kind, is_given in given.items():
+            needed = kind in kinds and kind != "none"  # the number of images is 1 if not given
+            if (is_given and kind not in kinds) or (needed and not is_given):
+                others = [ARGUMENTS[kind] for kind in given if kind not in kinds]
+                raise GenerationError(
+                    f"this pipeline is {KINDS.get('+'.join(sorted(kinds)), 'conditional')}: pass "
+                    f"{wanted}, and no {' or '.join(others)}"
+                )
+        if self.negative_prompt is not None and "text" not in kinds:
+            raise GenerationError("negative_prompt is for a pipeline of captions: leave it out")
+        if (self.prompt is None) == (self.prompt_embeds is None) and "text" in kinds:
+            raise GenerationError("pass prompt or prompt_embeds, one of them")
+        if kinds == {"none"} and num_images_per_prompt != 1:
+            raise GenerationError(
+                "num_images_per_prompt is for prompts and classes, and this pipeline is "
+                "unconditional: pass num_images"
+            )
+
+
+# How a caller gives a condition of each kind, and what a pipeline of it is called.
+ARGUMENTS = {"class": "class_labels", "text": "prompt", "none": "num_images"}
+KINDS = {
+    "class": "class-conditional",
+    "text": "text-conditional",
+    "class+text": "conditional on class and text",
+    "none": "unconditional",
+}
+
 
 @dataclass(frozen=True)
 class Conditions:
     """The condition of each image of a call."""
 
-    labels: list[int] = field(default_factory=list)  # empty where captions are given
-    captions: TextCondition | None = None
+    value: Condition
+    negative: Condition | None = None  # what guidance leads away from; None: the null condition
+    labels: list[int] = field(default_factory=list)  # of the images; empty without classes
+    prompts: list[str] = field(default_factory=list)  # of the images; empty without prompts
 
     def __len__(self) -> int:
-        return len(self.labels) if self.captions is None else len(self.captions)
+        return count(self.value)
 
-    def part(self, rows: slice, device: torch.device) -> Condition:
-        """The conditions of some images, in the form that a prior takes."""
-        if self.captions is None:
-            return torch.tensor(self.labels[rows], dtype=torch.int64, device=device)
-        return self.captions[rows].to(device)
 
-    @classmethod
-    def of_classes(cls, labels: ClassLabels, classes: Sequence[str], each: int) -> Self:
-        """`each` images of every class, in the order of `labels`.
+def as_texts(name: str, value: Prompts) -> list[str]:
+    """One or several texts.
 
-        Raises:
-            GenerationError: there is no such class; `each` is not an integer; or there are no
-                images to generate.
-        """
-        each = integer("num_images_per_prompt", each)
-        found = [label for label in label_ids(labels, classes) for _ in range(each)]
-        if not found:
+    Raises:
+        GenerationError: one of them is no text.
+    """
+    texts = [value] if isinstance(value, str) else list(value)
+    for text in texts:
+        if not isinstance(text, str):
+            raise GenerationError(f"{name} has {text!r}, a {type(text).__name__}: give texts")
+    return texts
+
+
+def conditions_of(
+    prior: Prior, inputs: Inputs, each: int, classes: Sequence[str], encoder: TextEncoder | None
+) -> Conditions:
+    """`each` images of every condition, in order.
+
+    A single class or prompt is used with each of several prompts or classes.
+
+    Raises:
+        GenerationError: the inputs are not those of the prior, or do not fit together; there is no
+            such class; a number is not an integer; there are no images to generate.
+        SmaltiError: captions do not fit, see `TextCondition`.
+    """
+    kinds = prior.condition_kinds
+    each = integer("num_images_per_prompt", each)
+    inputs.check(kinds, each)
+    if list(kinds) == ["none"]:
+        wanted = 1 if inputs.num_images is None else integer("num_images", inputs.num_images)
+        _refuse_none(wanted, "num_images >= 1")
+        return Conditions(torch.zeros(wanted, dtype=torch.int64))
+    values: dict[str, Condition] = {}
+    labels: list[int] = []
+    if "class" in kinds:
+        assert inputs.class_labels is not None
+        labels = label_ids(inputs.class_labels, classes)
+        values["class"] = torch.tensor(labels, dtype=torch.int64)
+    prompts: list[str] = []
+    if "text" in kinds:
+        prompts = [] if inputs.prompt is None else as_texts("prompt", inputs.prompt)
+        values["text"] = _captions(prior, inputs, prompts, encoder)
+    rows = max(count(value) for value in values.values())
+    _refuse_none(min(rows, each), "at least one class or prompt, num_images_per_prompt >= 1")
+    for name, value in values.items():
+        if count(value) not in (1, rows):
             raise GenerationError(
-                "no images were requested: pass at least one class, num_images_per_prompt >= 1"
+                f"{count(value)} of {ARGUMENTS[name]} were given for {rows} images: give one, or "
+                "one for each"
             )
-        return cls(found)
+        values[name] = repeated(value, rows * each // count(value))
+    whole = Combination(values) if len(values) > 1 else next(iter(values.values()))
+    return Conditions(
+        whole,
+        _negative(prior, inputs.negative_prompt, values, each, encoder),
+        [label for label in labels for _ in range(rows * each // len(labels))],
+        [prompt for prompt in prompts for _ in range(rows * each // len(prompts))],
+    )
 
-    @classmethod
-    def of_captions(cls, features: Tensor, mask: Tensor | None, each: int) -> Self:
-        """`each` images of every caption, in order.
 
-        Args:
-            features: (B, T, D), padded anywhere.
-            mask: (B, T), nonzero at tokens; None where nothing is padding.
+def _refuse_none(images: int, what: str) -> None:
+    if images < 1:
+        raise GenerationError(f"no images were requested: pass {what}")
 
-        Raises:
-            GenerationError: `each` is not an integer, or there are no images to generate.
-            SmaltiError: shapes or types are wrong, see `TextCondition`.
-        """
-        each = integer("num_images_per_prompt", each)
-        if each < 1 or not len(features):
-            raise GenerationError(
-                "no images were requested: pass at least one caption, num_images_per_prompt >= 1"
-            )
+
+def _captions(
+    prior: Prior, inputs: Inputs, prompts: list[str], encoder: TextEncoder | None
+) -> TextCondition:
+    """The captions of the inputs: (B, T, D)."""
+    if inputs.prompt_embeds is not None:
+        features, mask = as_tensor(inputs.prompt_embeds), as_tensor(inputs.prompt_attention_mask)
         if mask is None:
             mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-        return cls(captions=TextCondition.left_padded(features, mask.bool()).repeat(each))
+        return TextCondition.left_padded(features, mask.bool())
+    return _encoded(prior, prompts, encoder)
+
+
+def _encoded(prior: Prior, prompts: Sequence[str], encoder: TextEncoder | None) -> TextCondition:
+    if encoder is None:
+        raise GenerationError(
+            "this prior was trained on features of an unknown text encoder: pass prompt_embeds, "
+            "and no prompt"
+        )
+    return encoder.encode(prompts, prior.config.text.length)
+
+
+def _negative(
+    prior: Prior, prompt: Prompts | None, values: Mapping[str, Condition], each: int, encoder: Any
+) -> Condition | None:
+    """What guidance leads away from: the negative prompts, and no class. An empty prompt is the
+    null condition."""
+    if prompt is None:
+        return None
+    prompts, rows = as_texts("negative_prompt", prompt), count(values["text"])
+    if len(prompts) not in (1, rows // each):
+        raise GenerationError(
+            f"{len(prompts)} of negative_prompt were given for {rows // each} conditions: give "
+            "one, or one for each"
+        )
+    texts = _encoded(prior, prompts, encoder)
+    is_null = torch.tensor([not text for text in prompts], device=texts.mask.device)
+    negative: Condition = TextCondition(texts.features, texts.mask, is_null)
+    negative = repeated(negative, rows // len(prompts))
+    if len(values) == 1:
+        return negative
+    nulls = {name: prior.condition_kinds[name].null(value) for name, value in values.items()}
+    return Combination({**nulls, "text": negative})
+
+
+# -- conditions of training ------------------------------------------------------------------------
+
+
+class BatchConditions:
+    """The conditions of batches of latents, from what the data set has beside them.
+
+    Raises:
+        DataError: the prior takes captions, and the data set has none.
+    """
+
+    def __init__(
+        self, config: PriorConfig, encoder: TextEncoder | None, latents: LatentCache
+    ) -> None:
+        self.kinds, self.text, self.encoder = config.conditions, config.text, encoder
+        if self.text is not None and latents.first_view([0]).captions is None:
+            raise DataError(
+                f"condition is {config.condition}, but the latents in {latents.folder} have no "
+                "captions: encode pictures that have captions, see smalti check-data"
+            )
+
+    def __call__(self, batch: LatentBatch) -> Condition:
+        """The condition of each sample; on the CPU, or where the text encoder is."""
+        values: dict[str, Condition] = {}
+        if "class" in self.kinds:
+            values["class"] = batch.labels
+        if self.text is not None:
+            values["text"] = self._captions(batch)
+        if not values:
+            return torch.zeros_like(batch.labels)
+        return Combination(values) if len(values) > 1 else next(iter(values.values()))
+
+    def _captions(self, batch: LatentBatch) -> TextCondition:
+        assert self.encoder is not None and self.text is not None and batch.texts is not None
+        return self.encoder.encode(batch.texts, self.text.length, batch_size=len(batch.texts))
 
 
 # -- options of a prior's `sample` ----------------------------------------------------------------
 
-FILLED_BY_PIPELINE = {"condition", "generator"}
+FILLED_BY_PIPELINE = {"condition", "negative_condition", "generator"}
 
 
 class UnknownOption(GenerationError, TypeError):

@@ -1,10 +1,10 @@
 """Batch generation that can be killed and restarted: image i depends only on the model, the
-settings, the seed, i and its class label.
+settings, the seed, i, and its class or prompt.
 
     out/
         generation.json             the settings of the job; another job is refused
         000000.png  000001.png ...  or in a folder for each class
-        index.json                  file, class and sha256 of each picture; written last
+        index.json                  file, class or prompt, and sha256 of each picture; written last
 
 More pictures of the same job may be added. A picture that was swapped, edited or put there by
 someone else does not have its hash, and is generated again.
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -29,7 +29,7 @@ from smalti.data.latents import ContinuousSpec
 from smalti.errors import GenerationError, SmaltiError
 from smalti.files import first_difference, read_hashed_json, sha256_of, write_hashed_json
 from smalti.folders import contents
-from smalti.pipelines.conditions import check_options
+from smalti.pipelines.conditions import Inputs, check_options, conditions_of
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
@@ -48,7 +48,8 @@ PART = ".index-{:05d}.jsonl"  # hashes of the pictures of one process, until the
 # and elementwise functions at another position, so each picture keeps its position in its group.
 POSITIONS_AT_ONCE = 512  # latent positions that a group has in one pass, at most ...
 LARGEST_GROUP = 16  # ... and pictures
-SHOWN_CLASSES = 20  # rows of a class grid, at most
+SHOWN_ROWS = 20  # of a grid of samples, at most
+UNNAMED_ROWS = 4  # of a grid of unconditional samples
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,35 @@ class GenerationJob:
     """Everything that the images of a job depend on."""
 
     model: str  # checksums of tokenizer and prior, and their precision
-    labels: tuple[int, ...]  # class label of each image
+    labels: tuple[int, ...]  # class label of each image; zeros without classes
     seed: int
     guidance_scale: float
     options: dict[str, Any]  # temperature, solver, ...
+    prompts: tuple[str, ...] = ()  # prompt of each image; () without prompts
+    negative_prompt: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is stored of the job. Without prompts it is what earlier versions stored."""
+        content = asdict(self)
+        return {
+            name: value
+            for name, value in content.items()
+            if value or name not in ("prompts", "negative_prompt")
+        }
+
+    def inputs(self, indices: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
+        """The arguments of a pipeline for some images; a number past the last is the last one."""
+        rows = [min(index, len(self.labels) - 1) for index in indices]
+        if not classes and not self.prompts:
+            return {"num_images": len(rows)}
+        given: dict[str, Any] = {}
+        if classes:
+            given["class_labels"] = [self.labels[row] for row in rows]
+        if self.prompts:
+            given["prompt"] = [self.prompts[row] for row in rows]
+            given["negative_prompt"] = self.negative_prompt
+        return given
 
 
 def picture_generator(seed: int, index: int) -> torch.Generator:
@@ -84,27 +110,43 @@ def group_size(pipeline: Pipeline) -> int:
     return max(1, min(POSITIONS_AT_ONCE // max(positions, 1), LARGEST_GROUP))
 
 
-def class_grid(
-    pipeline: Pipeline, *, per_class: int = 10, seed: int = 0, scale: int = 2, **options: Any
+def sample_grid(
+    pipeline: Pipeline,
+    *,
+    prompts: Sequence[str] = (),
+    per_row: int = 10,
+    seed: int = 0,
+    scale: int = 2,
+    **options: Any,
 ) -> Image.Image:
-    """Newly generated images in one grid, a row for each of the first classes.
+    """Newly generated images in one grid: a row for each of the first classes, or of the prompts;
+    rows without a name if the pipeline is unconditional.
 
     Args:
+        prompts: for a pipeline of captions, which has no grid without them.
         scale: an integer by which images are enlarged.
         options: of the pipeline: `guidance_scale`, `temperature`, `solver`, ...
     """
-    shown = range(min(len(pipeline.classes), SHOWN_CLASSES))
-    generators = [picture_generator(seed, i) for i in range(len(shown) * per_class)]
+    names = list(prompts or pipeline.classes or [""] * UNNAMED_ROWS)[:SHOWN_ROWS]
+    labels = [row % max(len(pipeline.classes), 1) for row in range(len(names))]
+    job = GenerationJob(
+        model="",
+        labels=tuple(label for label in labels for _ in range(per_row)),
+        seed=seed,
+        guidance_scale=1.0,
+        options={},
+        prompts=tuple(name for name in names for _ in range(per_row)) if prompts else (),
+    )
+    images = range(len(job.labels))
     output = pipeline(
-        list(shown),
-        num_images_per_prompt=per_class,
-        generator=generators,
+        **job.inputs(images, pipeline.classes),
+        generator=[picture_generator(seed, i) for i in images],
         output_type="pt",
         batch_size=128,
         **options,
     )
-    names = [pipeline.classes[i] for i in shown]
-    return image_grid(output.images * 2 - 1, per_class, row_labels=names, scale=scale)
+    shown = names if any(names) else ()
+    return image_grid(output.images * 2 - 1, per_row, row_labels=shown, scale=scale)
 
 
 def generate_folder(
@@ -115,6 +157,8 @@ def generate_folder(
     seed: int,
     guidance_scale: float | None = None,
     batch_size: int,
+    prompts: Sequence[str] = (),
+    negative_prompt: str = "",
     layout: Layout = "flat",
     rank: int = 0,
     world_size: int = 1,
@@ -124,6 +168,8 @@ def generate_folder(
 ) -> list[Path]:
     """Write image i of class `labels[i]` to `folder/{i:06d}.png`; keep those already there.
 
+    Without classes, labels are zeros, as many as images are wanted.
+
     In fp32 a file is the same to the byte whichever of the others are missing, at any `batch_size`
     and on any number of processes of equal machines. The folder may hold fewer images of the same
     job: its labels are the first of `labels`.
@@ -131,6 +177,8 @@ def generate_folder(
     Args:
         batch_size: images sampled at once in half precision; in fp32 it is `group_size`, on which
             the rounding of the images depends.
+        prompts: of each image, for a pipeline of captions.
+        negative_prompt: what guidance leads away from, for all images; "" is no text.
         layout: "class" puts each image into a folder with the name of its class.
         rank, world_size, barrier: the index of this process, the number of processes, and a
             function that waits for all of them; each generates every `world_size`-th group.
@@ -154,14 +202,17 @@ def generate_folder(
         seed=seed,
         guidance_scale=scale,
         options=dict(sorted(options.items())),
+        prompts=tuple(prompts),
+        negative_prompt=negative_prompt,
     )
+    check_conditions(pipeline, job, layout)
     try:
         if rank == 0:
             _claim(folder, job, layout)
     finally:
         barrier()
     _claim(folder, job, layout)
-    pictures = Pictures(folder, labels, pipeline.classes, layout, rank)
+    pictures = Pictures(folder, job, pipeline.classes, layout, rank)
     exact = pipeline.prior.in_full_precision
     size = group_size(pipeline) if exact else min(batch_size, -(-len(labels) // world_size))
     for start in range(rank * size, len(labels), world_size * size):
@@ -172,7 +223,7 @@ def generate_folder(
         if not missing:
             continue
         output = pipeline(
-            [labels[min(index, len(labels) - 1)] for index in group],
+            **job.inputs(group, pipeline.classes),
             guidance_scale=scale,
             generator=[picture_generator(seed, index) for index in group],
             **options,
@@ -187,28 +238,60 @@ def generate_folder(
     return pictures.paths
 
 
+def check_conditions(pipeline: Pipeline, job: GenerationJob, layout: Layout) -> None:
+    """Raise `GenerationError` unless a pipeline takes the conditions of a job."""
+    if not job.labels:
+        raise GenerationError("no images were requested: give at least one label")
+    if job.prompts and len(job.prompts) != len(job.labels):
+        raise GenerationError(
+            f"{len(job.prompts)} prompts were given for {len(job.labels)} images: give one each"
+        )
+    if layout == "class" and not pipeline.classes:
+        raise GenerationError("layout class needs classes, and this pipeline has none: use flat")
+    first = job.inputs([0], pipeline.classes)
+    conditions_of(pipeline.prior, Inputs(**first), 1, pipeline.classes, pipeline.text_encoder)
+    text, encoder = pipeline.prior.config.text, pipeline.text_encoder
+    if job.prompts and text is not None and encoder is not None:
+        texts = dict.fromkeys((*job.prompts, job.negative_prompt))
+        encoder.checked_tokens(list(texts), text.length)  # all, before any work is done
+
+
 def _exact_name(model: Tokenizer | Prior) -> str:
     """Checksum and precision: a copy of a model in another precision is another model."""
     return f"{model.checksum}/{next(model.parameters()).dtype}"
 
 
-def continued_labels(folder: Path, wanted: Sequence[int]) -> list[int]:
-    """The wanted labels in an order that begins with those of the job in `folder`, if there is one.
+Row = TypeVar("Row")
 
-    So the images that are there stay, and the missing ones of each class are added. If it has
-    more images of a class than are wanted, the order stays as it is.
+
+def _continued(there: Sequence[Row], wanted: Sequence[Row]) -> list[Row]:
+    """The wanted labels, or prompts, in an order that begins with those of a job that is `there`.
+
+    So the images that are there stay, and the missing ones of each class or prompt are added. If
+    the job has more of one than are wanted, the order stays as it is.
     """
-    settings = read_hashed_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    stored = settings.get("labels")
-    if not isinstance(stored, list) or Counter(stored) - Counter(wanted):
+    if Counter(there) - Counter(wanted):
         return list(wanted)
-    there, added = Counter(stored), []
-    for label in wanted:
-        if there[label]:
-            there[label] -= 1
+    left, added = Counter(there), []
+    for row in wanted:
+        if left[row]:
+            left[row] -= 1
         else:
-            added.append(label)
-    return stored + added
+            added.append(row)
+    return [*there, *added]
+
+
+def continued_labels(
+    folder: Path, labels: Sequence[int], prompts: Sequence[str] = ()
+) -> tuple[list[int], list[str]]:
+    """Labels and prompts, a row for each image, in an order that continues the job in `folder`."""
+    stored = read_hashed_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    theirs = [stored.get("labels"), stored.get("prompts") or [""] * len(stored.get("labels") or [])]
+    if not all(isinstance(values, list) for values in theirs) or len({*map(len, theirs)}) > 1:
+        return list(labels), list(prompts)
+    wanted = list(zip(labels, prompts or [""] * len(labels), strict=True))
+    rows = _continued(list(zip(*theirs, strict=True)), wanted)
+    return [label for label, _ in rows], [prompt for _, prompt in rows] if prompts else []
 
 
 def _claim(folder: Path, job: GenerationJob, layout: Layout) -> None:
@@ -222,7 +305,7 @@ def _claim(folder: Path, job: GenerationJob, layout: Layout) -> None:
         raise GenerationError(f"{folder} is a file: choose a folder")
     folder.mkdir(parents=True, exist_ok=True)
     foreign, path = contents(folder), folder / SETTINGS
-    settings = {"layout": layout, **asdict(job)}
+    settings = {"layout": layout, **job.settings}
     if not path.is_file():
         if foreign:
             raise GenerationError(
@@ -240,7 +323,8 @@ def _stored_count(folder: Path, settings: dict[str, Any]) -> int:
         GenerationError: they are those of another job, or of more images of this one.
     """
     stored = read_hashed_json(folder / SETTINGS)
-    same = {name: value for name, value in settings.items() if name not in ("labels", "layout")}
+    rows = ("labels", "prompts")  # a job may grow
+    same = {name: value for name, value in settings.items() if name not in (*rows, "layout")}
     different = first_difference(stored, same)
     labels, wanted = stored.get("labels"), list(settings["labels"])
     if different is None and stored.get("layout", "flat") != settings["layout"]:
@@ -248,8 +332,10 @@ def _stored_count(folder: Path, settings: dict[str, Any]) -> int:
     if not isinstance(labels, list):
         labels = []
         different = different or ("labels", None)
-    if different is None and labels[: len(wanted)] != wanted[: len(labels)]:
-        different = ("labels", labels)
+    for name in rows:
+        theirs, ours = stored.get(name, []), list(settings.get(name, []))
+        if different is None and theirs[: len(wanted)] != ours[: len(labels)]:
+            different = (name, theirs)
     if different:
         raise GenerationError(
             f"{folder} holds images of another job (its {different[0]} differs): "
@@ -276,13 +362,13 @@ class Pictures:
     """
 
     def __init__(
-        self, folder: Path, labels: Sequence[int], classes: Sequence[str], layout: Layout, rank: int
+        self, folder: Path, job: GenerationJob, classes: Sequence[str], layout: Layout, rank: int
     ) -> None:
-        self.folder, self.labels, self.classes = folder, labels, classes
-        self.names = [f"{index:06d}.png" for index in range(len(labels))]
+        self.folder, self.job, self.classes = folder, job, classes
+        self.names = [f"{index:06d}.png" for index in range(len(job.labels))]
         if layout == "class":
             inside = class_folders(classes)
-            self.names = [f"{inside[label]}/{self.names[i]}" for i, label in enumerate(labels)]
+            self.names = [f"{inside[label]}/{self.names[i]}" for i, label in enumerate(job.labels)]
         self._part = folder / PART.format(rank)
         self._hashes = picture_hashes(folder)
         self._has_hashes = (folder / INDEX).is_file() or bool(self._hashes)
@@ -311,17 +397,25 @@ class Pictures:
         with self._part.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"file": self.names[index], "sha256": sha256_of(path)}) + "\n")
 
+    def _condition(self, index: int) -> dict[str, Any]:
+        """The class and the prompt of an image, as far as it has them."""
+        label, found = self.job.labels[index], dict[str, Any]()
+        if self.classes:
+            found |= {"class": self.classes[label], "label": label}
+        if self.job.prompts:
+            found["prompt"] = self.job.prompts[index]
+        return found
+
     def finish(self) -> None:
         """Write the index of all images, and name the files that are none of them."""
         hashes = picture_hashes(self.folder)
         entries = [
             {
                 "file": name,
-                "class": self.classes[label],
-                "label": label,
+                **self._condition(index),
                 "sha256": hashes.get(name) or sha256_of(self.folder / name),
             }
-            for name, label in zip(self.names, self.labels, strict=True)
+            for index, name in enumerate(self.names)
             if (self.folder / name).is_file()
         ]
         write_hashed_json(self.folder / INDEX, {"pictures": entries})

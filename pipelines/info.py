@@ -85,14 +85,16 @@ def of_pipeline(path: Path) -> Info:
     except SmaltiError as error:
         return Info([("kind", "pipeline"), ("verified", f"no: {error}")], whole=False)
     some = ", ".join(pipe.classes[:5]) + (", ..." if len(pipe.classes) > 5 else "")
+    prompts = ["--prompts", "FILE"] if "text" in pipe.prior.condition_kinds else []
     return Info(
         [
             ("kind", "pipeline"),
             *((f"tokenizer {k}", v) for k, v in _model_lines(pipe.tokenizer)),
             *((f"prior {k}", v) for k, v in _model_lines(pipe.prior)),
-            ("classes", f"{len(pipe.classes)}: {some}"),
+            ("condition", " and ".join(pipe.prior.condition_kinds)),
+            *([("classes", f"{len(pipe.classes)}: {some}")] if pipe.classes else []),
             ("verified", _verified(path / INDEX, "tokenizer and prior belong together")),
-            ("next", command("generate", "--model", path)),
+            ("next", command("generate", "--model", path, *prompts)),
         ]
     )
 

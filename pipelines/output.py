@@ -27,12 +27,15 @@ class PipelineOutput:
 
     images: Any  # "pil": list; "np": (B, H, W, 3) in [0, 1]; "pt": (B, 3, H, W) in [0, 1]; or None
     latents: Tensor  # what the prior sampled
-    labels: list[int]  # class label of each image; empty where captions were given
+    labels: list[int]  # class label of each image; empty without classes
     names: list[str] = field(default_factory=list)  # class name of each image, likewise
+    prompts: list[str] = field(default_factory=list)  # of each image; empty without prompts
 
     def __repr__(self) -> str:
-        shown = ", ".join(dict.fromkeys(self.names))
-        of = f" of {shown if len(shown) <= 60 else f'{len({*self.names})} classes'}" * bool(shown)
+        texts = self.prompts or self.names
+        shown = ", ".join(dict.fromkeys(texts))
+        number = f"{len({*texts})} {'prompts' if self.prompts else 'classes'}"
+        of = f" of {shown if len(shown) <= 60 else number}" * bool(shown)
         what = "latents" if self.images is None else "images"
         return f"PipelineOutput({len(self.latents)} {what}{of})"
 
@@ -45,11 +48,11 @@ class PipelineOutput:
         return to_pil(self.images * 2 - 1) if isinstance(self.images, Tensor) else self.images
 
     def _repr_html_(self) -> str | None:
-        """The pictures with their classes, for a notebook."""
+        """The pictures with their prompts or classes, for a notebook."""
         pictures = self.pictures()
         if not pictures:
             return None
-        names = self.names or [""] * len(pictures)
+        names = self.prompts or self.names or [""] * len(pictures)
         shown = zip(pictures[:MOST_SHOWN], names, strict=False)
         figures = "".join(_figure(picture, name) for picture, name in shown)
         more = len(pictures) - MOST_SHOWN

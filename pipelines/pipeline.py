@@ -1,4 +1,4 @@
-"""Tokenizer and prior as one object: class labels or captions in, images out.
+"""Tokenizer and prior as one object: classes, prompts or nothing in, images out.
 
 A saved pipeline is a folder:
 
@@ -30,13 +30,17 @@ from smalti.folders import contents, replacing_folder
 from smalti.pipelines.card import SAMPLES, model_card
 from smalti.pipelines.conditions import (
     ClassLabels,
-    Conditions,
+    Inputs,
+    Prompts,
     check_names,
+    conditions_of,
     integer,
     label_ids,
 )
 from smalti.pipelines.output import OutputType, PipelineOutput, as_output, png_of
 from smalti.prior.base import Prior
+from smalti.prior.conditions.base import moved, rows
+from smalti.prior.conditions.text_encoder import TextEncoder, text_encoder_of
 from smalti.randomness import Generators, check_generators
 from smalti.repository import Uploadable, check_options, resolve_folder
 from smalti.tokenizer.base import Tokenizer, check_finite
@@ -133,7 +137,8 @@ class Pipeline(Uploadable):
         self.classes = tuple(classes)
         self.notes = ""  # Markdown for the model card
         self.training_pictures = ""  # fingerprint of the prior's training data, if known
-        # Of calls that give none. A prior without a null class cannot be guided.
+        self._text_encoder: TextEncoder | None = None  # loaded when it is first needed
+        # Of calls that give none. A prior without a null condition cannot be guided.
         self.guidance_scale = DEFAULT_GUIDANCE if prior.has_null_class else 1.0
         self._samples: bytes | None = None  # PNG of the grid that the model card shows
 
@@ -305,7 +310,9 @@ class Pipeline(Uploadable):
 
         tokenizer, side = self.tokenizer, self.tokenizer.image_size
         some = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
-        conditions = f"{len(self.classes)} classes: {some}" if self.classes else "captions"
+        conditions = f"{len(self.classes)} classes: {some}" if self.classes else "no classes"
+        if "text" in self.prior.condition_kinds:
+            conditions += ", prompts"
         dtype = str(next(self.prior.parameters()).dtype).removeprefix("torch.")
         return (
             "Pipeline(\n"
@@ -322,13 +329,38 @@ class Pipeline(Uploadable):
 
     # -- sampling -----------------------------------------------------------------------------
 
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """What encodes prompts; None if the prior takes none, or features of an unknown encoder.
+
+        May be set to the same encoder in another place: its weights are compared.
+
+        Raises:
+            SmaltiError: it cannot be loaded, or is not the one that the prior was trained with.
+        """
+        text = self.prior.config.text
+        if self._text_encoder is None and text is not None and text.encoder:
+            self.text_encoder = text_encoder_of(text.encoder)
+        return self._text_encoder
+
+    @text_encoder.setter
+    def text_encoder(self, encoder: TextEncoder) -> None:
+        text = self.prior.config.text
+        if text is None:
+            raise ConfigurationError("the prior of this pipeline takes no captions")
+        encoder.check_fingerprint(text.encoder_fingerprint)
+        self._text_encoder = encoder.to(self.device)
+
     @torch.no_grad()
     def __call__(
         self,
         class_labels: ClassLabels | None = None,
         *,
+        prompt: Prompts | None = None,
+        negative_prompt: Prompts | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
+        num_images: int | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         generator: Generators = None,
@@ -337,14 +369,19 @@ class Pipeline(Uploadable):
         progress: bool = False,
         **options: Any,
     ) -> PipelineOutput:
-        """Generate images of classes, or of captions if the prior is text-conditional.
+        """Generate images of classes, of prompts or of both, as the prior was trained; without
+        either if it is unconditional.
 
         Args:
             class_labels: a class, or several, by number or name; `num_images_per_prompt` images
                 are generated of each, in order.
-            prompt_embeds: instead of classes, the output of a text encoder for captions, (B, T, D)
+            prompt: a text, or several, likewise.
+            negative_prompt: what guidance leads away from, one text or one for each prompt; an
+                empty text, like None, is "no text".
+            prompt_embeds: instead of prompts, the output of a text encoder for them, (B, T, D)
                 with the T and D that the prior was trained with, padded anywhere.
             prompt_attention_mask: (B, T), nonzero at tokens; None: nothing is padding.
+            num_images: of an unconditional prior; 1 if it is not given.
             guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass; None
                 is `self.guidance_scale`, which is saved with the pipeline.
             generator: one generator, or a list with one per image. With a list, image i does not
@@ -356,14 +393,16 @@ class Pipeline(Uploadable):
                 option with a row for each image, such as `noise`, is divided like the images.
 
         Raises:
-            GenerationError: an unknown class, output type or option, or a wrong number of
-                generators or of rows.
+            GenerationError: an input that the prior does not take, an unknown class, output type or
+                option, or a wrong number of generators or of rows.
         """
         check_names(self.prior, options)
         options = {k: plain(v) if getattr(v, "ndim", None) == 0 else v for k, v in options.items()}
-        conditions = self._conditions(
-            class_labels, prompt_embeds, prompt_attention_mask, num_images_per_prompt
+        inputs = Inputs(
+            class_labels, prompt, negative_prompt, prompt_embeds, prompt_attention_mask, num_images
         )
+        encoder = self.text_encoder if inputs.needs_encoder else None
+        conditions = conditions_of(self.prior, inputs, num_images_per_prompt, self.classes, encoder)
         if output_type not in get_args(OutputType):
             raise GenerationError(
                 f'output_type is "{output_type}"; choose one of {", ".join(get_args(OutputType))}'
@@ -372,15 +411,17 @@ class Pipeline(Uploadable):
             raise GenerationError(f"batch_size is {batch_size}; it must be at least 1")
         check_generators(generator, len(conditions))
         by_row = self._row_options(options, len(conditions))
+        if conditions.negative is not None:
+            by_row["negative_condition"] = conditions.negative
         chunk = int(batch_size or len(conditions))
         latents, images = [], []
         for start in tqdm(range(0, len(conditions), chunk), disable=not progress, unit="batch"):
             part = slice(start, start + chunk)
             sampled = self.prior.sample(
-                conditions.part(part, self.device),
+                moved(rows(conditions.value, part), self.device),
                 guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
                 generator=generator[part] if isinstance(generator, Sequence) else generator,
-                **{**options, **{name: rows[part] for name, rows in by_row.items()}},
+                **{**options, **{name: rows(value, part) for name, value in by_row.items()}},
             )
             check_finite(sampled, "the prior", None, "conditions")
             latents.append(sampled)
@@ -388,9 +429,11 @@ class Pipeline(Uploadable):
                 images.append(self._decode(sampled, singly=isinstance(generator, Sequence)))
         decoded = as_output(torch.cat(images), output_type) if images else None
         names = [self.classes[label] for label in conditions.labels]
-        return PipelineOutput(decoded, torch.cat(latents), conditions.labels, names)
+        return PipelineOutput(
+            decoded, torch.cat(latents), conditions.labels, names, conditions.prompts
+        )
 
-    def _row_options(self, options: Mapping[str, Any], rows: int) -> dict[str, Tensor]:
+    def _row_options(self, options: Mapping[str, Any], images: int) -> dict[str, Any]:
         """The options that have a row for each image, as tensors.
 
         Raises:
@@ -401,9 +444,9 @@ class Pipeline(Uploadable):
             if options.get(name) is None:
                 continue
             found[name] = torch.as_tensor(as_tensor(options[name]))
-            if found[name].ndim < 1 or len(found[name]) != rows:
+            if found[name].ndim < 1 or len(found[name]) != images:
                 raise GenerationError(
-                    f"{name} has shape {tuple(found[name].shape)} for {rows} images: give one "
+                    f"{name} has shape {tuple(found[name].shape)} for {images} images: give one "
                     "row for each image"
                 )
         return found
@@ -419,23 +462,6 @@ class Pipeline(Uploadable):
         exact = singly and self.tokenizer.last_layer.dtype in (torch.float32, torch.float64)
         parts = latents.split(1) if exact else (latents,)
         return torch.cat([self.tokenizer.decode(part).float().clamp(-1, 1).cpu() for part in parts])
-
-    def _conditions(
-        self, labels: ClassLabels | None, features: Tensor | None, mask: Tensor | None, each: int
-    ) -> Conditions:
-        """Class labels or captions, whichever the prior was trained with."""
-        features, mask = as_tensor(features), as_tensor(mask)
-        if self.classes:
-            if labels is None or features is not None or mask is not None:
-                raise GenerationError(
-                    "this pipeline is class-conditional: pass class_labels, and no prompt_embeds"
-                )
-            return Conditions.of_classes(labels, self.classes, each)
-        if features is None or labels is not None:
-            raise GenerationError(
-                "this pipeline is text-conditional: pass prompt_embeds, and no class_labels"
-            )
-        return Conditions.of_captions(features, mask, each)
 
     def label_ids(self, class_labels: ClassLabels) -> list[int]:
         """The labels of classes that are given by number or name.

@@ -2,18 +2,23 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.config import added, check_at_least
 from smalti.data.latents import CodeSpec, LatentSpec, as_tensor
 from smalti.errors import ConfigurationError, GenerationError
 from smalti.hub import Pretrained, Registry
+from smalti.prior.conditions.base import Combination, Condition, ConditionKind, count, part_of
+from smalti.prior.conditions.classes import ClassCondition
+from smalti.prior.conditions.none import NoCondition
+from smalti.prior.conditions.text import TextConfig
 from smalti.prior.registry import PRIORS
 from smalti.randomness import Generators, RandomInputs
 
@@ -36,10 +41,76 @@ class PriorConfig:
     registry: ClassVar[Registry] = PRIORS
     # Fields that may change without changing what saved weights compute.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ()
-    # Fields that `fitted` takes from the latents: help texts do not offer them.
-    FROM_LATENTS: ClassVar[tuple[str, ...]] = ("spec", "num_classes", "tokenizer_fingerprint")
-    # Fields that no command can work with, unless they have their defaults.
-    PYTHON_ONLY: ClassVar[tuple[str, ...]] = ()
+    # Fields that `fitted` and `conditioned` set: help texts do not offer them.
+    FROM_LATENTS: ClassVar[tuple[str, ...]] = (
+        "spec",
+        "num_classes",
+        "tokenizer_fingerprint",
+        "condition",
+        "text_length",
+        "text_dim",
+        "text_encoder",
+        "text_encoder_fingerprint",
+    )
+    # Kinds of condition that priors of this class take, beside none.
+    CONDITIONS: ClassVar[tuple[str, ...]] = ("class",)
+
+    condition: str = added("class")  # kinds joined by "+", such as class+text; or none
+    text_length: int = added(64)  # tokens of a caption, padded
+    text_dim: int = added(256)  # channels of the features of a caption token
+    text_encoder: str = added("")  # see `TextConfig`
+    text_encoder_fingerprint: str = added("")
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The kinds of condition; () for an unconditional prior."""
+        return () if self.condition == "none" else tuple(self.condition.split("+"))
+
+    @property
+    def text(self) -> TextConfig | None:
+        """The captions that the prior takes, if it takes any."""
+        if "text" not in self.conditions:
+            return None
+        return TextConfig(
+            self.text_length, self.text_dim, self.text_encoder, self.text_encoder_fingerprint
+        )
+
+    def check_conditions(self, num_classes: int) -> None:
+        """Raise `ConfigurationError` if conditions are unknown, or the number of classes or the
+        size of captions does not fit them."""
+        for name in self.conditions:
+            if name not in self.CONDITIONS or self.conditions.count(name) > 1:
+                raise ConfigurationError(
+                    f'condition is "{self.condition}"; a {getattr(self, "kind", "")} prior takes '
+                    f"none, {', '.join(self.CONDITIONS)}, or several of them joined by +"
+                )
+        if ("class" in self.conditions) != (num_classes > 0):
+            with_classes = num_classes if "class" in self.conditions else "no"
+            raise ConfigurationError(
+                f"num_classes is {num_classes}, but a prior with condition {self.condition} has "
+                f"{'classes' if with_classes == 0 else f'{with_classes} classes: set it to 0'}"
+            )
+        check_at_least(1, self, "text_length", "text_dim")
+
+    def classes_of(self, num_classes: int) -> int:
+        """The number of classes of a prior of latents with `num_classes` classes."""
+        return num_classes if "class" in self.conditions else 0
+
+    def conditioned(self, condition: str, text: TextConfig | None = None) -> Self:
+        """This configuration with other conditions. `fitted` then sets the number of classes.
+
+        Args:
+            text: the captions, if text is among the conditions; None keeps what is set.
+        """
+        changes: dict[str, Any] = {"condition": condition}
+        if text is not None:
+            changes |= {
+                "text_length": text.length,
+                "text_dim": text.dim,
+                "text_encoder": text.encoder,
+                "text_encoder_fingerprint": text.encoder_fingerprint,
+            }
+        return replace(self, **changes)
 
     def fitted(
         self,
@@ -51,6 +122,7 @@ class PriorConfig:
         """This configuration, with the same size of network, for other latents.
 
         Args:
+            num_classes: of the latents; a prior without class condition has none.
             quantizer: the configuration of the tokenizer's quantizer, if it has one.
 
         Raises:
@@ -62,16 +134,16 @@ class PriorConfig:
 class Prior(nn.Module, Pretrained, ABC):
     """A distribution over the latents described by `spec`, given a condition.
 
-    A condition is class labels (B,) int64 in [0, num_classes]; `num_classes` itself is the null
-    label: no condition. (A next-token prior may take a `TextCondition` instead, and has no classes
-    then.) `forward` is the training objective, so that DDP, FSDP and compile wrap the object
-    itself. The keyword options of `sample`, with their types, defaults and the help texts of its
-    docstring, are the flags of the commands that sample.
+    A condition is class labels (B,) int64 in [0, num_classes], where `num_classes` itself is the
+    null label; or another value of prior/conditions/, as `config.condition` says. Without classes
+    labels are zeros. `forward` is the training objective, so that DDP, FSDP and compile wrap the
+    object itself. The keyword options of `sample`, with their types, defaults and the help texts of
+    its docstring, are the flags of the commands that sample.
     """
 
     registry: ClassVar[Registry] = PRIORS
     PRESETS: ClassVar[Mapping[str, Any]] = {}  # configurations by name, for --prior.preset
-    class_table: ClassVar[str] = ""  # name of the weight whose rows are the classes, the null last
+    class_table: str = ""  # name of the weight whose rows are the classes, the null last
     row_options: ClassVar[tuple[str, ...]] = ()  # options of `sample` with a row for each sample
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # names of layers' weights without weight decay
     config: Any
@@ -133,10 +205,6 @@ class Prior(nn.Module, Pretrained, ABC):
         del count, generator
         return {}
 
-    def no_conditions(self) -> Any:
-        """An empty batch of conditions: labels (0,)."""
-        return torch.empty(0, dtype=torch.int64, device=next(self.parameters()).device)
-
     def bind(self, quantizer: nn.Module | None) -> None:
         """Copy the weights of the tokenizer's quantizer that the prior uses; most priors use none.
 
@@ -195,29 +263,23 @@ class Prior(nn.Module, Pretrained, ABC):
         """Whether this prior implements `bits_per_dimension`."""
         return type(self).bits_per_dimension is not Prior.bits_per_dimension
 
-    def check_labels(self, labels: Tensor) -> None:
-        """Raise `GenerationError` unless labels are (B,) integers in [0, num_classes]."""
-        if not isinstance(labels, Tensor):
-            raise GenerationError(f"labels are a {type(labels).__name__}; give a tensor (B,) int64")
-        if labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32):
-            raise GenerationError(
-                f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; give (B,) int64"
-            )
-        if torch.compiler.is_compiling():  # a branch on values would break the graph
-            return
-        if not labels.numel():
-            return
-        lowest, highest = int(labels.min()), int(labels.max())
-        null = self.num_classes
-        if lowest < 0 or highest > null or (highest == null and not self.has_null_class):
-            wrong = lowest if lowest < 0 else highest
-            no_class = f", or {null} for no class" if self.has_null_class else ""
-            raise GenerationError(
-                f"class label {wrong} is out of range: use 0 to {null - 1}{no_class}"
-            )
+    # -- the condition --------------------------------------------------------------------------
 
     @property
-    def has_null_class(self) -> bool:
+    def condition_kinds(self) -> dict[str, ConditionKind]:
+        """What this prior knows about each kind of its condition, by name."""
+        names = self.config.conditions
+        if not names:
+            return {"none": NoCondition()}
+        return {name: self._condition_kind(name) for name in names}
+
+    def _condition_kind(self, name: str) -> ConditionKind:
+        """One kind of condition. A prior that takes more than classes overrides this."""
+        assert name == "class", name
+        return ClassCondition(self.num_classes, self._class_table_has_null)
+
+    @property
+    def _class_table_has_null(self) -> bool:
         """Whether the null label has an embedding.
 
         Published weights that were trained without class dropout have none. A converted prior has
@@ -228,13 +290,101 @@ class Prior(nn.Module, Pretrained, ABC):
         table = dict(self.named_parameters()).get(self.class_table)
         return table is None or bool(table[-1].any())
 
-    def check_guidance(self, guidance_scale: float) -> None:
-        """Raise `GenerationError` if guidance is on and this prior has no null class."""
-        if guidance_scale != 1 and not self.has_null_class:
+    def check_condition(self, condition: Condition, samples: int | None = None) -> None:
+        """Raise `GenerationError` unless a condition has the kinds and sizes of the config.
+
+        Args:
+            samples: the number of conditions that is needed; None: any.
+        """
+        kinds = self.condition_kinds
+        given = set(condition.parts) if isinstance(condition, Combination) else set()
+        if (len(kinds) > 1 or given) and given != set(kinds):
             raise GenerationError(
-                f"guidance_scale is {guidance_scale}, but this prior was trained without class "
-                "dropout and has no null class to guide against: set guidance_scale to 1"
+                f"this prior is conditional on {' and '.join(kinds)}: give a Combination of these "
+                f"for every sample, not {' and '.join(sorted(given)) or type(condition).__name__}"
             )
+        for name, kind in kinds.items():
+            kind.check(part_of(condition, name))
+        if samples is not None and count(condition) != samples:
+            raise GenerationError(
+                f"{count(condition)} conditions were given for {samples} samples: give one each"
+            )
+
+    def check_labels(self, labels: Tensor) -> None:
+        """`check_condition` of class labels (B,)."""
+        self.check_condition(labels)
+
+    def null(self, condition: Condition) -> Condition:
+        """The null condition for as many samples; captions keep their padding, and an image stays:
+        it has no null."""
+        return self._changed(condition, lambda kind, part: kind.null(part))
+
+    def unconditional(self, condition: Condition, negative: Condition | None) -> Condition:
+        """What guidance leads away from: the negative condition, or the null condition.
+
+        Raises:
+            GenerationError: the negative condition does not fit the prior, or is not one for each
+                sample.
+        """
+        if negative is None:
+            return self.null(condition)
+        self.check_condition(negative, count(condition))
+        return negative
+
+    def drop(
+        self, condition: Condition, probability: float, uniforms: Tensor | None = None
+    ) -> Condition:
+        """In training, replace each condition by the null condition with a probability
+        (classifier-free guidance, Ho and Salimans, 2207.12598).
+
+        Args:
+            uniforms: random numbers in [0, 1), one per sample: a condition is dropped, of all kinds
+                at once, if its number is below the probability. None samples them from torch's
+                global generator.
+        """
+        if not (self.training and probability):
+            return condition
+        if uniforms is None:
+            device = next(self.parameters()).device
+            uniforms = torch.rand(count(condition), device=device)
+        which = uniforms < probability
+        return self._changed(condition, lambda kind, part: kind.dropped(part, which))
+
+    def drop_labels(
+        self, labels: Tensor, probability: float, uniforms: Tensor | None = None
+    ) -> Tensor:
+        """`drop` of class labels (B,)."""
+        return self.drop(labels, probability, uniforms)
+
+    def _changed(
+        self, condition: Condition, change: Callable[[ConditionKind, Condition], Condition]
+    ) -> Condition:
+        kinds = self.condition_kinds
+        if isinstance(condition, Combination):
+            return Combination({n: change(kinds[n], p) for n, p in condition.parts.items()})
+        return change(next(iter(kinds.values())), condition)
+
+    def no_conditions(self) -> Condition:
+        """An empty batch of conditions: for example labels (0,)."""
+        device = next(self.parameters()).device
+        parts = {name: kind.empty(device) for name, kind in self.condition_kinds.items()}
+        return Combination(parts) if len(parts) > 1 else next(iter(parts.values()))
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether there is a null condition, against which to guide."""
+        return any(kind.has_null for kind in self.condition_kinds.values())
+
+    def check_guidance(self, guidance_scale: float) -> None:
+        """Raise `GenerationError` if guidance is on and there is nothing to guide."""
+        if guidance_scale == 1 or self.has_null_class:
+            return
+        why = "was trained without class dropout and has no null class to guide against"
+        if "class" not in self.condition_kinds:
+            why = f"has condition {self.config.condition}: there is nothing to guide"
+        raise GenerationError(
+            f"guidance_scale is {guidance_scale}, but this prior {why}: set guidance_scale to 1"
+        )
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -246,22 +396,6 @@ class Prior(nn.Module, Pretrained, ABC):
         finally:
             for module in training:
                 module.training = True
-
-    def drop_labels(
-        self, labels: Tensor, probability: float, uniforms: Tensor | None = None
-    ) -> Tensor:
-        """In training, replace each label by the null label with a probability
-        (classifier-free guidance, Ho and Salimans, 2207.12598).
-
-        Args:
-            uniforms: random numbers in [0, 1), one per label: a label is dropped if its number is
-                below the probability. None samples them from torch's global generator.
-        """
-        if not (self.training and probability):
-            return labels
-        if uniforms is None:
-            uniforms = torch.rand(labels.shape, device=labels.device)
-        return torch.where(uniforms < probability, self.num_classes, labels)
 
 
 def check_codes(codes: Tensor, spec: CodeSpec) -> None:

@@ -23,7 +23,7 @@ from smalti.evaluation.metrics import SETTINGS, Metric, write_summary
 from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.conditions import check_options
-from smalti.pipelines.generation import class_grid, picture_generator
+from smalti.pipelines.generation import picture_generator, sample_grid
 from smalti.pipelines.pipeline import DEMO, INDEX, Pipeline, check_model
 from smalti.scripts.options import Sampling
 from smalti.tokenizer.base import Tokenizer
@@ -112,7 +112,7 @@ def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> dict[str, M
     claim(config, *fingerprints.values())
     out = config.output_dir
 
-    save_png(out / "samples.png", class_grid(pipeline, seed=config.seed, **config.options))
+    save_png(out / "samples.png", sample_grid(pipeline, seed=config.seed, **config.options))
     metrics = tokenizer.reconstruction(out / "reconstructions.png")
     if pipeline.prior.has_likelihood:
         metrics |= evaluator.likelihood(pipeline.prior.bits_per_dimension)

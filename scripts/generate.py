@@ -1,6 +1,7 @@
 """Batch generation: a pipeline and a seed -> a folder of numbered PNG files.
 
     smalti generate --model runs/demo/pipeline --output_dir samples --num_images_per_class 8
+    smalti generate --model runs/text/pipeline --prompts prompts.txt     a pipeline of captions
 
 After an interruption the same command continues. With a larger number it adds pictures.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
-from smalti.errors import ConfigurationError, GenerationError
+from smalti.errors import ConfigurationError, DataError, GenerationError
 from smalti.pipelines.generation import Layout, continued_labels, generate_folder
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.scripts.options import Sampling
@@ -28,8 +29,13 @@ class GenerateConfig(Sampling):
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     output_dir: Path = Path("samples")  # folder of the PNG files
     class_labels: tuple[str, ...] = ()  # class names or numbers; empty = all classes
+    prompts: Path | None = None  # text file with a prompt in each line, for a prior of captions
+    prompt: tuple[str, ...] = ()  # prompts, instead of a file
+    negative_prompt: str = ""  # what guidance leads away from; empty = no text
     num_images_per_class: int = 8  # pictures of each class
-    num_images: int | None = None  # total, classes in turn; instead of --num_images_per_class
+    num_images_per_prompt: int = 1  # pictures of each prompt
+    # In all, classes or prompts in turn, instead of a number for each. Default without either: 8.
+    num_images: int | None = None
     layout: Layout = "flat"  # flat: one folder; class: one for each class
     seed: int = 0  # picture i depends on the seed and i alone
     # Pictures sampled at once in half precision. In fp32 their number is fixed, because the last
@@ -37,20 +43,73 @@ class GenerateConfig(Sampling):
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "num_images_per_class", "batch_size")
+        check_at_least(1, self, "num_images_per_class", "num_images_per_prompt", "batch_size")
         if self.num_images is not None:
             check_at_least(1, self, "num_images")
-            if self.num_images_per_class != GenerateConfig.num_images_per_class:
-                raise ConfigurationError(
-                    f"num_images is {self.num_images} and num_images_per_class is "
-                    f"{self.num_images_per_class}: give one of them"
-                )
+            for name in ("num_images_per_class", "num_images_per_prompt"):
+                if getattr(self, name) != getattr(GenerateConfig, name):
+                    raise ConfigurationError(
+                        f"num_images is {self.num_images} and {name} is {getattr(self, name)}: "
+                        "give one of them"
+                    )
+        if self.prompt and self.prompts is not None:
+            raise ConfigurationError("give --prompts or --prompt, one of them")
 
-    def labels(self, ids: Sequence[int]) -> list[int]:
-        """The label of each picture, for the labels of the classes."""
-        if self.num_images is None:
-            return [label for label in ids for _ in range(self.num_images_per_class)]
-        return [ids[i % len(ids)] for i in range(self.num_images)]
+    def texts(self) -> list[str]:
+        """The prompts, as given.
+
+        Raises:
+            DataError: the file cannot be read, or has no prompt.
+        """
+        return list(self.prompt) if self.prompts is None else read_prompts(self.prompts)
+
+    def rows(self, pipeline: Pipeline) -> tuple[list[int], list[str]]:
+        """The class label, and the prompt if there are prompts, of each picture.
+
+        Raises:
+            GenerationError: a class or prompts are given to a prior that takes none, or the prompts
+                are missing; there is no such class.
+        """
+        kinds, texts = pipeline.prior.condition_kinds, self.texts()
+        for given, kind, flag in (
+            (self.class_labels, "class", "--class_labels"),
+            (texts or self.negative_prompt, "text", "--prompts"),
+        ):
+            if given and kind not in kinds:
+                raise GenerationError(
+                    f"{flag} is given, but {self.model} is {' and '.join(kinds)}: leave it out"
+                )
+        if "text" in kinds and not texts:
+            raise GenerationError(
+                f"{self.model} makes pictures of prompts: give --prompts FILE, a prompt in each "
+                'line, or --prompt "a red apple"'
+            )
+        ids = [0]
+        if pipeline.classes:
+            ids = pipeline.label_ids(self.class_labels or range(len(pipeline.classes)))
+        wanted = [(label, text) for text in texts or [""] for label in ids]
+        each = self.num_images_per_prompt if texts else self.num_images_per_class
+        total = len(wanted) * each if self.num_images is None else self.num_images
+        chosen = [
+            wanted[i // each if self.num_images is None else i % len(wanted)] for i in range(total)
+        ]
+        return [label for label, _ in chosen], [text for _, text in chosen if texts]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a text file, one in each line; empty lines are left out.
+
+    Raises:
+        DataError: it cannot be read, is no UTF-8, or has no prompt.
+    """
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}): give a text file in UTF-8") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{path} has no prompt: write one in each line")
+    return prompts
 
 
 @fills_folder(deep=True)
@@ -58,17 +117,12 @@ def generate(config: GenerateConfig) -> list[Path]:
     """Write the pictures, and return their paths.
 
     Raises:
-        GenerationError: the pipeline is text-conditional, or no class has such a name or number.
+        SmaltiError: the classes or prompts are not those of the pipeline.
     """
     state = join_job()
     check_model(config.model)
     pipeline = Pipeline.from_pretrained(config.model, device=state.device, weights=config.weights)
-    if not pipeline.classes:
-        raise GenerationError(
-            f"{config.model} is text-conditional: call it in Python with prompt_embeds"
-        )
-    ids = pipeline.label_ids(config.class_labels or range(len(pipeline.classes)))
-    labels = continued_labels(config.output_dir, config.labels(ids))
+    labels, prompts = continued_labels(config.output_dir, *config.rows(pipeline))
     with shared_work(len(labels), "generate") as share:
         paths = generate_folder(
             pipeline,
@@ -76,6 +130,8 @@ def generate(config: GenerateConfig) -> list[Path]:
             labels,
             seed=config.seed,
             batch_size=config.batch_size,
+            prompts=prompts,
+            negative_prompt=config.negative_prompt,
             layout=config.layout,
             **share,
             **config.options,

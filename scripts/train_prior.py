@@ -5,13 +5,14 @@
 The loop is the same for all priors: a prior's `forward` is its training objective.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from smalti.checkpoints import Weights
@@ -23,11 +24,15 @@ from smalti.data.latent_cache.cache import TOKENIZER, LatentBatch, LatentCache, 
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import CheckpointError, ConfigurationError
-from smalti.pipelines.conditions import check_options
+from smalti.pipelines.conditions import BatchConditions, check_options
 from smalti.pipelines.finetune import fitted_as, load_initial_weights, saved_prior
-from smalti.pipelines.generation import class_grid
+from smalti.pipelines.generation import sample_grid
 from smalti.pipelines.pipeline import Pipeline, guidance_of_run
 from smalti.prior.base import Loss, Prior
+from smalti.prior.conditions.base import Condition, moved
+from smalti.prior.conditions.byte_encoder import BYTES
+from smalti.prior.conditions.text import TextConfig
+from smalti.prior.conditions.text_encoder import text_encoder_of
 from smalti.prior.flow.rectified import check_straight
 from smalti.prior.presets import PRESETS, PriorConfig
 from smalti.randomness import RandomInputs, generator
@@ -48,11 +53,23 @@ from smalti.training.processes import say, shard
 from smalti.training.run import Run, random_inputs_of_step, seed_everything
 
 VALIDATION_SAMPLES = 1024
+SHOWN_PROMPTS = 8  # rows of the preview of a prior of captions
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Captions as a condition."""
+
+    # bytes: a byte-level encoder that is trained with the prior; or a folder or Hub id of a T5 or
+    # CLIP model of transformers
+    encoder: str = BYTES
+    length: int = 64  # tokens of a caption at most; a longer one is refused
+    dim: int = 256  # channels of the features of the byte-level encoder
 
 
 @dataclass(frozen=True)
 class TrainPriorConfig(RunConfig):
-    """Train a prior, a distribution over latents given a class; save a pipeline."""
+    """Train a prior, a distribution over latents given a condition; save a pipeline."""
 
     PRESETS: ClassVar[dict[str, Any]] = {"prior": PRESETS}
     SAVED: ClassVar[dict[str, Any]] = {"prior": saved_prior}
@@ -63,6 +80,10 @@ class TrainPriorConfig(RunConfig):
     pipeline_dir: Path | None = None  # folder of the result; default: output_dir/pipeline
     # Its fields about latents, classes and the tokenizer are taken from the cache.
     prior: PriorConfig = field(default_factory=lambda: PRESETS["gpt-nano"])
+    # What the prior is given: class, text (captions), class+text, or none. Default: that of
+    # --initial, or else the classes of the latents, or none if they have none.
+    condition: str = ""
+    text: TextOptions = field(default_factory=TextOptions)
     # A pipeline, prior or checkpoint whose settings and weights the run starts from.
     initial: str = ""
     weights: Weights = "ema"  # of a checkpoint in --initial: averaged over its run (ema), or raw
@@ -81,6 +102,34 @@ class TrainPriorConfig(RunConfig):
 
 # -------------------------------------------------------------------------------------------------
 # The models.
+
+
+def conditioned(config: TrainPriorConfig, latents: LatentCache) -> PriorConfig:
+    """The settings of the prior, with the condition of the run.
+
+    Raises:
+        SmaltiError: the latents do not have what the condition needs; there is no such condition;
+            the text encoder cannot be loaded.
+    """
+    condition = config.condition or config.prior.condition
+    if not config.condition and not config.initial and not latents.classes:
+        condition = "none"
+    prior = config.prior.conditioned(condition)
+    if "class" in prior.conditions and not latents.classes:
+        raise ConfigurationError(
+            f"condition is {condition}, but the latents in {config.latents} have no classes: give "
+            "--condition none"
+        )
+    if "text" not in prior.conditions or (config.initial and not config.condition):
+        return prior
+    encoder = text_encoder_of(config.text.encoder)
+    text = TextConfig(
+        config.text.length,
+        encoder.dim or config.text.dim,
+        config.text.encoder,
+        encoder.fingerprint,
+    )
+    return prior.conditioned(condition, text)
 
 
 def build_prior(config: PriorConfig, latents: LatentCache, tokenizer: Tokenizer) -> Prior:
@@ -119,7 +168,7 @@ def build_models(
             f"the latents in {config.latents} were made by another tokenizer than "
             f"{config.tokenizer}: {remedy}, or encode again with this one"
         )
-    prior = build_prior(config.prior, latents, tokenizer).to(device)
+    prior = build_prior(conditioned(config, latents), latents, tokenizer).to(device)
     if config.initial:
         load_initial_weights(prior, config.initial, config.weights, tokenizer=tokenizer)
     if latents.info.pairs:
@@ -147,6 +196,7 @@ def prior_loss(
     tokenizer: Tokenizer,
     device: torch.device,
     pairs: bool,
+    condition_of: Callable[[LatentBatch], Condition],
     noise: Tensor | None = None,
     random_inputs: RandomInputs | None = None,
 ) -> Loss:
@@ -155,14 +205,15 @@ def prior_loss(
     Args:
         pairs: whether the cache holds pairs of latents and the noise they were generated from
             (reflow), stacked along the channels.
+        condition_of: the conditions of a batch.
         noise: samples continuous latents from their posterior; None takes its mean.
         random_inputs: of the prior; None samples them from torch's global generators.
     """
-    stored, labels = batch.stored.to(device), batch.labels.to(device)
+    stored, condition = batch.stored.to(device), moved(condition_of(batch), device)
     if pairs:  # reflow: the flow's noise is stored beside each latent
         latents, start = stored.chunk(2, dim=1)
-        return prior(latents, labels, {**(random_inputs or {}), "noise": start})
-    return prior(tokenizer.latents(stored, noise=noise), labels, random_inputs)
+        return prior(latents, condition, {**(random_inputs or {}), "noise": start})
+    return prior(tokenizer.latents(stored, noise=noise), condition, random_inputs)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -190,16 +241,24 @@ def validate(
     return {"val_loss": total / len(chosen)}
 
 
+def shown_prompts(prior: Prior, heldout: LatentCache) -> list[str]:
+    """Captions of held-out pictures, the prompts of the preview; [] without captions."""
+    if "text" not in prior.condition_kinds:
+        return []
+    captions = heldout.first_view(heldout.even_subset(SHOWN_PROMPTS, 0)).captions or []
+    return list(dict.fromkeys(texts[0] for texts in captions))
+
+
 def save(
     folder: Path,
     run: Run,
     pipeline: Pipeline,
-    options: Mapping[str, Any],
+    grid: Callable[[], Image.Image],
     pictures: DataOptions | None,
 ) -> None:
     """Save tokenizer and prior as `Pipeline.from_pretrained` reads them, with a grid of samples
     (that of the last step, if it was just sampled) and the options of the pictures, if known."""
-    samples = run.final_picture("samples") or class_grid(pipeline, **options)
+    samples = run.final_picture("samples") or grid()
     pipeline.save_pretrained(folder, samples=samples)
     if pictures is not None:
         write_options(folder / "tokenizer", pictures)
@@ -216,8 +275,16 @@ def train(config: TrainPriorConfig) -> Path:
     model = shard(run.accelerator, prior, optimizer)  # DDP, or FSDP2 in place
     warn_of_empty_classes(latents.classes, latents.labels, latents.folder)
     pairs = bool(latents.info.pairs)  # of latents and noise, for reflow
-    loss_of = partial(prior_loss, tokenizer=tokenizer, device=run.device, pairs=pairs)
-    pipeline = Pipeline(tokenizer, ema.model, latents.classes)
+    classes = latents.classes if "class" in prior.condition_kinds else ()
+    pipeline = Pipeline(tokenizer, ema.model, classes)
+    loss_of = partial(
+        prior_loss,
+        tokenizer=tokenizer,
+        device=run.device,
+        pairs=pairs,
+        condition_of=BatchConditions(prior.config, pipeline.text_encoder, latents),
+    )
+    shown = partial(sample_grid, pipeline, prompts=shown_prompts(prior, heldout))
     pipeline.training_pictures = latents.info.dataset_fingerprint
     pipeline.guidance_scale = guidance_of_run(config_to_dict(config), pipeline.guidance_scale)
     run.resume(latents.fingerprint)
@@ -230,7 +297,7 @@ def train(config: TrainPriorConfig) -> Path:
             step,
             partial(validate, ema.model, heldout, loss_of, run),
             min(len(heldout), VALIDATION_SAMPLES),
-            samples=partial(class_grid, pipeline, **config.preview.options),
+            samples=partial(shown, **config.preview.options),
         )
 
     with run.interruptible():
@@ -268,7 +335,8 @@ def train(config: TrainPriorConfig) -> Path:
 
     ema.gather()
     pictures = read_options(config.latents / "train") or read_options(config.tokenizer)
-    finished = partial(save, run=run, pipeline=pipeline, options=config.preview.options)
+    grid = partial(shown, **config.preview.options)
+    finished = partial(save, run=run, pipeline=pipeline, grid=grid)
     return run.export(partial(finished, pictures=pictures))
 
 

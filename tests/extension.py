@@ -163,7 +163,7 @@ class HistogramPrior(Prior):
 
     Config: ClassVar[type] = HistogramConfig
     PRESETS: ClassVar[Mapping[str, HistogramConfig]] = {"histogram": HistogramConfig()}
-    class_table: ClassVar[str] = "table.weight"
+    class_table: str = "table.weight"
     config: HistogramConfig
 
     def __init__(self, config: HistogramConfig) -> None:

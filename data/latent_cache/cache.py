@@ -419,6 +419,15 @@ class LatentBatch:
     stored: Tensor  # (B, L) int64; or float32, for example (B, 2C, h, w): mean | std, data | noise
     labels: Tensor  # (B,) int64
     indices: Tensor  # (B,) int64, positions in the cache
+    captions: list[tuple[str, ...]] | None = None  # the texts of each sample
+    shown: Tensor | None = None  # (B,) int64, which of its captions each sample has in this epoch
+
+    @property
+    def texts(self) -> list[str] | None:
+        """The caption that each sample has in this epoch; None if there are no captions."""
+        if self.captions is None or self.shown is None:
+            return None
+        return [texts[n] for texts, n in zip(self.captions, self.shown.tolist(), strict=True)]
 
 
 class LatentCache(Dataset):

@@ -94,7 +94,7 @@ class FlowPrior(Prior):
 
     Config: ClassVar[type] = FlowConfig
     PRESETS: ClassVar[Mapping[str, FlowConfig]] = PRESETS
-    class_table: ClassVar[str] = "network.y_embedder.embedding_table.weight"
+    class_table: str = "network.y_embedder.embedding_table.weight"
     row_options: ClassVar[tuple[str, ...]] = ("noise",)
     config: FlowConfig
 

@@ -29,12 +29,14 @@ class NextScaleConfig(PriorConfig):
 
     FROM_LATENTS: ClassVar[tuple[str, ...]] = (*PriorConfig.FROM_LATENTS, "quantizer")
 
+    CONDITIONS: ClassVar[tuple[str, ...]] = ("class", "text")
+
     kind: Literal["next-scale"] = "next-scale"  # the kind of prior
     # Vocabulary size, and the code grids from coarse to fine; `fitted` sets them.
     spec: CodeSpec = field(default_factory=lambda: _spec_of(MultiScaleConfig()))
     # Config of the tokenizer's quantizer, of which the prior has a frozen copy.
     quantizer: MultiScaleConfig = field(default_factory=MultiScaleConfig)
-    num_classes: int = 1000  # without the null label
+    num_classes: int = 1000  # without the null label; 0 without condition class
     depth: int = 16  # number of blocks
     width: int = 1024  # channels of a token
     num_heads: int = 16  # attention heads
@@ -60,7 +62,8 @@ class NextScaleConfig(PriorConfig):
                 f"the latents are {self.spec}, but the quantizer makes {_spec_of(self.quantizer)}:"
                 " give the quantizer of the tokenizer that made the latents"
             )
-        check_at_least(1, self, "num_classes", "depth", "width", "num_heads")
+        self.check_conditions(self.num_classes)
+        check_at_least(1, self, "depth", "width", "num_heads")
         if self.width % self.num_heads:
             raise ConfigurationError(
                 f"width {self.width} does not divide into {self.num_heads} heads: use a multiple"
@@ -106,7 +109,7 @@ class NextScaleConfig(PriorConfig):
             self,
             spec=spec,
             quantizer=quantizer,
-            num_classes=num_classes,
+            num_classes=self.classes_of(num_classes),
             tokenizer_fingerprint=tokenizer_fingerprint,
         )
 

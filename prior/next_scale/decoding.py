@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from smalti.prior.adaln import Modulations
 from smalti.prior.attention import KeyValueCache
+from smalti.prior.conditions.base import Condition, count, joined
+from smalti.prior.conditions.text import Embedded
 from smalti.prior.next_scale.config import NextScaleConfig
 from smalti.prior.sampling import SamplingOptions, filtered, guide, sample_codes, sample_uniforms
 from smalti.randomness import Generators
@@ -22,11 +24,11 @@ class ScaleModel(Protocol):
     """The parts of the model that decoding uses. B samples; n tokens of a scale, L of all."""
 
     config: NextScaleConfig
-    class_emb: nn.Embedding
     head: nn.Linear
 
     @property
     def quantizer(self) -> MultiScaleQuantizer: ...
+    def embedded(self, condition: Condition) -> Embedded: ...
     def modulation(self, embedded: Tensor) -> Modulations: ...  # of (B, width)
     def positions(self) -> Tensor: ...  # (1, L, width)
     def first_tokens(self, embedded: Tensor) -> Tensor: ...  # (B, width) -> (B, n, width)
@@ -37,6 +39,7 @@ class ScaleModel(Protocol):
         modulation: Modulations,
         mask: Tensor | None,
         cache: KeyValueCache | None,
+        embedded: Embedded | None = None,
     ) -> Tensor: ...  # (B, n, width) -> (B, n, width)
     def read(self, hidden: Tensor, modulation: Modulations) -> Tensor: ...  # -> (B, n, V)
 
@@ -45,33 +48,41 @@ class ScaleDecoder:
     """The state of one call of `sample`.
 
     Until the last guided scale every pass has twice the rows: the samples, then the same samples
-    without class. adaLN modulations depend on the class alone, so they are computed once for all
-    scales.
+    with the condition that guidance leads away from. adaLN modulations depend on the condition
+    alone, so they are computed once for all scales.
     """
 
-    def __init__(self, model: ScaleModel, labels: Tensor, options: SamplingOptions) -> None:
+    def __init__(
+        self,
+        model: ScaleModel,
+        condition: Condition,
+        unconditional: Condition,
+        options: SamplingOptions,
+    ) -> None:
         self.model, self.options = model, options
         config = model.config
         self.scales = options.guidance_scales(len(config.spec.grids))
         self.guided = options.guided_steps(len(config.spec.grids))
-        self.batch = len(labels)
-        if self.guided:
-            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
-        embedded = model.class_emb(labels)  # (rows, width)
-        self.modulation = model.modulation(embedded)
+        self.batch = count(condition)
+        rows = joined(condition, unconditional) if self.guided else condition
+        self.embedded = model.embedded(rows)
+        self.modulation = model.modulation(self.embedded.vector)
+        device = self.embedded.vector.device
         self.lengths = config.spec.lengths
         self.positions = model.positions().split(self.lengths, 1)
-        self.tokens = model.first_tokens(embedded)  # input of the next scale, (rows, n, width)
+        self.tokens = model.first_tokens(
+            self.embedded.vector
+        )  # input of the next scale, (rows, n, width)
         height, width = config.spec.grids[-1]
         shape = (self.batch, model.quantizer.dim, height, width)
-        self.total = torch.zeros(shape, device=labels.device)  # the sum over scales so far, fp32
+        self.total = torch.zeros(shape, device=device)  # the sum over scales so far, fp32
         self.cache = KeyValueCache(
             config.depth,
-            len(labels),
+            count(rows),
             config.num_heads,
             config.spec.length,
             config.width // config.num_heads,
-            like=torch.empty(0, dtype=_matmul_dtype(model, labels.device), device=labels.device),
+            like=torch.empty(0, dtype=_matmul_dtype(model, device), device=device),
         )
 
     # -- all scales -----------------------------------------------------------------------------
@@ -108,7 +119,7 @@ class ScaleDecoder:
         """Output of the last block for the tokens of a scale, (rows, n, width); their keys and
         values stay in the cache."""
         tokens = self.tokens + self.positions[scale]
-        return self.model.transform(tokens, self.modulation, None, self.cache)
+        return self.model.transform(tokens, self.modulation, None, self.cache, self.embedded)
 
     def logits(self, hidden: Tensor, scale: int) -> Tensor:
         """Guided logits (B, n, V) fp32 of tokens (rows, n, width) of a scale."""
@@ -124,9 +135,10 @@ class ScaleDecoder:
         self.total = self.total + added
         if scale + 1 < len(self.lengths):
             tokens = self.model.embed(self.model.quantizer.scale_input(self.total, scale + 1))
-            if scale + 1 == self.guided.stop:  # no row without class from here on
+            if scale + 1 == self.guided.stop:  # no unconditional row from here on
                 self.cache = self.cache.part(slice(self.batch))
                 self.modulation = self.modulation.first(self.batch)
+                self.embedded = self.embedded.first(self.batch)
             self.tokens = torch.cat([tokens, tokens]) if scale + 1 < self.guided.stop else tokens
 
     def _sample(self, hidden: Tensor, uniforms: Tensor, scale: int) -> Tensor:

@@ -1,8 +1,11 @@
 """Next-scale prior: a transformer over grids of codes from coarse to fine (VAR, 2404.02905).
 
-All codes of a scale are predicted at once, from the class and from the scales before: their sum of
-features, downsampled to the grid of this scale. The sum is the tokenizer's, so the prior owns a
-frozen copy of the tokenizer's quantizer.
+All codes of a scale are predicted at once, from the condition and from the scales before: their
+sum of features, downsampled to the grid of this scale. The sum is the tokenizer's, so the prior
+owns a frozen copy of the tokenizer's quantizer.
+
+A class modulates every block and is the first token. A caption does both with the mean of its
+tokens, and every block attends to all of them (as in Infinity, 2412.04431, section 3.1).
 
 Module names are those of VAR's published weights, which fit without renaming. Three of VAR's
 buffers are computed and not saved (`lvl_1L`, `attn_bias_for_masking`, `blocks.*.attn.zero_k_bias`).
@@ -35,6 +38,8 @@ from smalti.prior.adaln import (
 )
 from smalti.prior.attention import KeyValueCache, attend, interpolated_positions
 from smalti.prior.base import CodePrior, Loss, check_codes
+from smalti.prior.conditions.base import Condition, ConditionKind, count, moved, part_of
+from smalti.prior.conditions.text import CaptionEmbedding, Embedded, TextAttention
 from smalti.prior.layers import DropPath, drop_path_rates
 from smalti.prior.next_scale.config import PRESETS, NextScaleConfig
 from smalti.prior.next_scale.decoding import ScaleDecoder
@@ -104,7 +109,8 @@ class ScaleMLP(nn.Module):
 
 
 class ScaleBlock(nn.Module):
-    """x + gate1 attention(norm1(x)), then x + gate2 feed_forward(norm2(x)), with adaptive norms."""
+    """x + gate1 attention(norm1(x)), then x + gate2 feed_forward(norm2(x)), with adaptive norms.
+    Between the two, with captions, x + text_attention(x)."""
 
     def __init__(self, config: NextScaleConfig, drop_path: float) -> None:
         super().__init__()
@@ -113,6 +119,7 @@ class ScaleBlock(nn.Module):
         self.attn = ScaleAttention(config)
         self.ffn = ScaleMLP(config)
         self.drop_path = DropPath(drop_path)
+        self.text_attn = None if config.text is None else TextAttention(width, config.num_heads)
         # The block's own projection is a third of the parameters; `shared_adaln` replaces it by
         # offsets to a projection of the whole model.
         if config.shared_adaln:
@@ -137,10 +144,13 @@ class ScaleBlock(nn.Module):
         mask: Tensor | None,
         layer: int,
         cache: KeyValueCache | None,
+        embedded: Embedded | None = None,
     ) -> Tensor:  # (B, T, width)
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation  # VAR's order
         attended = self.attn(adaptive_norm(x, scale1, shift1, self.eps), mask, layer, cache)
         x = x + self.drop_path(attended * gate1)
+        if self.text_attn is not None and embedded is not None:
+            x = x + self.text_attn(x, embedded)
         return x + self.drop_path(self.ffn(adaptive_norm(x, scale2, shift2, self.eps)) * gate2)
 
 
@@ -305,13 +315,16 @@ def noisy_context(quantizer: FrozenQuantizer, codes: Tensor, most: float) -> Con
 
 
 class NextScalePrior(CodePrior):
-    """p(codes | class) = prod_k p(codes of scale k | class, codes of the scales before k), with the
-    codes of one scale independent of each other given those before."""
+    """p(codes | condition) = prod_k p(codes of scale k | condition, codes of the scales before k),
+    with the codes of one scale independent of each other given those before.
+
+    The condition is class labels (B,), a `TextCondition`, or both.
+    """
 
     Config: ClassVar[type] = NextScaleConfig
     PRESETS: ClassVar[Mapping[str, NextScaleConfig]] = PRESETS
     no_weight_decay: ClassVar[tuple[str, ...]] = ("lvl_embed.weight",)  # like positions
-    class_table: ClassVar[str] = "class_emb.weight"
+    class_table: str = "class_emb.weight"
     config: NextScaleConfig
 
     @classmethod
@@ -325,6 +338,7 @@ class NextScalePrior(CodePrior):
         width, grids = config.width, config.spec.grids
         self.quantizer = FrozenQuantizer(config.quantizer)
         self.class_emb = nn.Embedding(config.num_classes + 1, width)  # last row: null
+        self.captions = None if config.text is None else CaptionEmbedding(config.text, width)
         self.pos_start = nn.Parameter(torch.empty(1, config.spec.lengths[0], width))
         self.pos_1LC = nn.Parameter(torch.empty(1, config.spec.length, width))
         self.lvl_embed = nn.Embedding(len(grids), width)
@@ -356,6 +370,8 @@ class NextScalePrior(CodePrior):
                     parameter /= math.sqrt(2 * config.depth)
                 elif name.endswith(".ada_gss"):
                     initialise_modulation(parameter[0, 0], config.gate_init)
+                elif name.endswith("text_attn.proj.weight"):
+                    nn.init.zeros_(parameter)  # at first a block ignores the caption
                 elif name == "head_nm.ada_lin.1.weight":
                     parameter *= MODULATION_INIT
                 elif name.endswith("ada_lin.1.weight"):
@@ -400,6 +416,23 @@ class NextScalePrior(CodePrior):
 
     # -- the network ----------------------------------------------------------------------------
 
+    def _condition_kind(self, name: str) -> ConditionKind:
+        if name == "text":
+            assert self.captions is not None
+            return self.captions
+        return super()._condition_kind(name)
+
+    def embedded(self, condition: Condition) -> Embedded:
+        """The embedded condition; without classes, the single row of the class table."""
+        if self.captions is None:
+            return Embedded(self.class_emb(condition))
+        caption = self.captions.embedded(part_of(condition, "text"))
+        if self.config.condition == "text":
+            row = self.class_emb.weight[0]
+        else:
+            row = self.class_emb(part_of(condition, "class"))
+        return Embedded(row + caption.vector, caption.tokens, caption.mask)
+
     def first_tokens(self, embedded: Tensor) -> Tensor:
         """The input of the first scale, (B, h_0 w_0, width), from class embeddings (B, width)."""
         return embedded[:, None] + self.pos_start
@@ -425,11 +458,12 @@ class NextScalePrior(CodePrior):
         modulation: Modulations,
         mask: Tensor | None,
         cache: KeyValueCache | None,
+        embedded: Embedded | None = None,
     ) -> Tensor:
-        """All blocks, (B, T, width) to (B, T, width)."""
+        """All blocks, (B, T, width) to (B, T, width); `embedded` is needed for captions."""
         x = tokens
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulation.blocks[layer], mask, layer, cache)
+            x = block(x, modulation.blocks[layer], mask, layer, cache, embedded)
         if cache is not None:
             cache.length += tokens.shape[1]
         return x
@@ -439,35 +473,32 @@ class NextScalePrior(CodePrior):
         normed = self.head_nm(hidden, modulation.head)
         return self.head(normed.to(self.head.weight.dtype))
 
-    def logits(self, codes: Tensor, condition: Tensor) -> Tensor:
-        """Teacher-forced logits (B, L, V) of codes (B, L) given labels (B,)."""
+    def logits(self, codes: Tensor, condition: Condition) -> Tensor:
+        """Teacher-forced logits (B, L, V) of codes (B, L) given their conditions."""
         codes, condition = as_tensor(codes), as_tensor(condition)
         self._check(codes, condition)
         return self._logits(true_context(self.quantizer, codes).inputs, condition)
 
-    def _logits(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        embedded = self.class_emb(labels)  # (B, width)
-        tokens = torch.cat([self.first_tokens(embedded), self.embed(inputs)], 1)  # (B, L, width)
+    def _logits(self, inputs: Tensor, condition: Condition) -> Tensor:
+        embedded = self.embedded(condition)
+        first = self.first_tokens(embedded.vector)
+        tokens = torch.cat([first, self.embed(inputs)], 1)  # (B, L, width)
         mask = block_causal_mask(self.config.spec.grids, tokens.device)
-        modulation = self.modulation(embedded)
-        hidden = self.transform(tokens + self.positions(), modulation, mask, None)
+        modulation = self.modulation(embedded.vector)
+        hidden = self.transform(tokens + self.positions(), modulation, mask, None, embedded)
         return self.read(hidden, modulation)
 
-    def _check(self, codes: Tensor, labels: Tensor) -> None:
+    def _check(self, codes: Tensor, condition: Condition) -> None:
         self._check_bound()
-        self.check_labels(labels)
+        self.check_condition(condition, len(codes))
         check_codes(codes, self.config.spec)
-        if len(codes) != len(labels):
-            raise GenerationError(
-                f"{len(labels)} conditions were given for {len(codes)} samples: give one each"
-            )
 
     # -- training -------------------------------------------------------------------------------
 
     def forward(
-        self, latents: Tensor, condition: Tensor, random_inputs: RandomInputs | None = None
+        self, latents: Tensor, condition: Condition, random_inputs: RandomInputs | None = None
     ) -> Loss:
-        """Cross-entropy of codes (B, L) given labels (B,), in nats per code.
+        """Cross-entropy of codes (B, L) given their conditions, in nats per code.
 
         In training with `context_noise`, some input codes are random and the targets correct the
         error.
@@ -478,14 +509,14 @@ class NextScalePrior(CodePrior):
         del random_inputs
         latents, condition = as_tensor(latents), as_tensor(condition)
         self._check(latents, condition)
-        labels = self.drop_labels(condition, self.config.label_dropout)
+        condition = self.drop(condition, self.config.label_dropout)
         noise = self.config.context_noise if self.training else 0.0
         context = (
             noisy_context(self.quantizer, latents, noise)
             if noise
             else true_context(self.quantizer, latents)
         )
-        logits = self._logits(context.inputs, labels).float()  # (B, L, V)
+        logits = self._logits(context.inputs, condition).float()  # (B, L, V)
         loss = F.cross_entropy(logits.flatten(0, 1), context.targets.flatten())
         correct = (logits.detach().argmax(-1) == context.targets).float().mean()
         return Loss(loss, {"accuracy": correct})
@@ -495,10 +526,11 @@ class NextScalePrior(CodePrior):
     @torch.no_grad()
     def sample(
         self,
-        condition: Tensor,
+        condition: Condition,
         *,
         guidance_scale: float = 1.0,
         generator: Generators = None,
+        negative_condition: Condition | None = None,
         guidance_schedule: str = "linear",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         temperature: float = 1.0,
@@ -507,7 +539,7 @@ class NextScalePrior(CodePrior):
         smooth: bool = False,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Sample codes (B, L) for labels (B,).
+        """Sample codes (B, L) for labels (B,), captions or both.
 
         Args:
             guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass.
@@ -515,6 +547,8 @@ class NextScalePrior(CodePrior):
                 on any device. None is a new one with a random seed. (Matrix products round
                 differently at other batch sizes, which can change a code in bf16 and rarely does in
                 fp32.)
+            negative_condition: what guidance leads away from, a condition for each sample; None is
+                the null condition.
             guidance_schedule: how s_i grows over the scales: constant, linear (VAR's), cosine,
                 power-cosine.
             guidance_interval: shares of the sampling, from 0, the first scale, to 1, the last,
@@ -533,21 +567,23 @@ class NextScalePrior(CodePrior):
                 finite; no quantizer is bound.
         """
         self._check_bound()
-        condition = as_tensor(condition)
-        self.check_labels(condition)
+        condition, negative = as_tensor(condition), as_tensor(negative_condition)
+        self.check_condition(condition)
         self.check_guidance(guidance_scale)
         options = SamplingOptions(
             temperature, top_k, top_p, guidance_scale, guidance_schedule, guidance_interval
         )
         if smooth and temperature == 0:
             raise GenerationError("smooth sampling needs a temperature above 0; it is 0, greedy")
-        labels = condition.to(self.head.weight.device)
+        samples, device = count(condition), self.head.weight.device
+        negative = self.unconditional(condition, negative)
         length = self.config.spec.length
-        if not len(labels):
-            return torch.empty(0, length, dtype=torch.int64, device=labels.device)
+        if not samples:
+            return torch.empty(0, length, dtype=torch.int64, device=device)
         with self.evaluating():
-            decoder = ScaleDecoder(self, labels, options)
+            both = moved(condition, device), moved(negative, device)
+            decoder = ScaleDecoder(self, *both, options)
             if smooth:
                 return decoder.smooth_codes(generator, on_step)
-            uniforms = sample_uniforms(len(labels), length, generator).to(labels.device)
+            uniforms = sample_uniforms(samples, length, generator).to(device)
             return decoder.codes(uniforms, on_step)

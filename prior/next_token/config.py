@@ -24,13 +24,14 @@ class NextTokenConfig(PriorConfig):
         "random_order",
     )
 
-    PYTHON_ONLY: ClassVar[tuple[str, ...]] = ("condition", "text_length", "text_dim")
+    CONDITIONS: ClassVar[tuple[str, ...]] = ("class", "text")
 
     kind: Literal["next-token"] = "next-token"  # the kind of prior
     # Vocabulary size, and the code grid; `fitted` sets both.
     spec: CodeSpec = field(default_factory=lambda: CodeSpec(16384, ((16, 16),)))
-    num_classes: int = 1000  # without the null label; 0 for text
-    condition: Literal["class", "text"] = "class"  # class labels, or features of captions
+    num_classes: int = 1000  # without the null label; 0 without condition class
+    # Saved since 0.1.0; the sizes of captions are LlamaGen's.
+    condition: str = "class"  # none, class, text, or class+text
     text_length: int = 120  # tokens of a caption, padded
     text_dim: int = 2048  # channels of the features of a caption token
     depth: int = 12  # number of blocks
@@ -76,18 +77,8 @@ class NextTokenConfig(PriorConfig):
                 f"{self.rotary_base}; hidden and norm_eps must be 0 or more, and rotary_base more"
                 " than 1"
             )
-        self._check_condition()
+        self.check_conditions(self.num_classes)
         self._check_training()
-
-    def _check_condition(self) -> None:
-        if self.condition == "text" and self.num_classes:
-            raise ConfigurationError(
-                "a prior with condition text has no classes, but num_classes is "
-                f"{self.num_classes}: set it to 0"
-            )
-        if self.condition == "class":
-            check_at_least(1, self, "num_classes")
-        check_at_least(1, self, "text_length", "text_dim")
 
     def _check_training(self) -> None:
         for name in ("dropout", "token_dropout", "attention_dropout", "drop_path", "label_dropout"):
@@ -123,8 +114,10 @@ class NextTokenConfig(PriorConfig):
 
     @property
     def prefix_length(self) -> int:
-        """Number of condition tokens P before the codes: one for a class, or a caption's."""
-        return self.text_length if self.condition == "text" else 1
+        """Number of condition tokens P before the codes: one for a class, or for no condition, and
+        those of a caption."""
+        captions = self.text_length if "text" in self.conditions else 0
+        return captions + (self.condition != "text")
 
     def fitted(
         self,
@@ -133,7 +126,7 @@ class NextTokenConfig(PriorConfig):
         tokenizer_fingerprint: str | None,
         quantizer: object = None,
     ) -> Self:
-        """This config for other latents. With condition text, num_classes stays 0.
+        """This config for other latents.
 
         Args:
             quantizer: the config of the tokenizer's quantizer, which this prior does not need.
@@ -149,7 +142,7 @@ class NextTokenConfig(PriorConfig):
         return replace(
             self,
             spec=spec,
-            num_classes=0 if self.condition == "text" else num_classes,
+            num_classes=self.classes_of(num_classes),
             tokenizer_fingerprint=tokenizer_fingerprint,
         )
 

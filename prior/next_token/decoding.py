@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from einops import repeat
 from torch import Tensor, nn
 
 from smalti.prior.attention import KeyValueCache
-from smalti.prior.conditions.text import Condition, TextCondition
+from smalti.prior.conditions.base import Condition, count
 from smalti.prior.next_token.config import NextTokenConfig
 from smalti.prior.sampling import SamplingOptions, guide, sample_codes
 
@@ -21,7 +20,8 @@ class TokenModel(Protocol):
 
     def tokens(self, condition: Condition, codes: Tensor) -> Tensor: ...  # (B, P + n, width)
     def next_token(self, codes: Tensor, position: int) -> Tensor: ...  # (B, 1, width)
-    def null(self, condition: Condition) -> Condition: ...  # the unconditional condition
+    # (B, 1, stop - start, stop) bool, or None
+    def mask(self, condition: Condition, start: int, stop: int) -> Tensor | None: ...
     def rope_freqs(self, device: torch.device) -> Tensor: ...  # (P + L - 1, head_dim / 2)
     def transform(
         self, tokens: Tensor, rope_freqs: Tensor, mask: Tensor | None, cache: KeyValueCache | None
@@ -31,14 +31,22 @@ class TokenModel(Protocol):
 class TokenDecoder:
     """The state of one call of `sample`.
 
-    A step with guidance processes twice the rows: the samples, then the same samples without
-    condition. The second half starts at the first guided step, where it processes all tokens so far
-    at once, and ends with the last one: a step without guidance is one pass over the samples.
+    A step with guidance processes twice the rows: the samples, then the same samples with the
+    condition that guidance leads away from. The second half starts at the first guided step, where
+    it processes all tokens so far at once, and ends with the last one: a step without guidance is
+    one pass over the samples.
     """
 
-    def __init__(self, model: TokenModel, condition: Condition, options: SamplingOptions) -> None:
-        self.model, self.condition, self.options = model, condition, options
-        config, self.batch = model.config, len(condition)
+    def __init__(
+        self,
+        model: TokenModel,
+        condition: Condition,
+        unconditional: Condition,
+        options: SamplingOptions,
+    ) -> None:
+        self.model, self.options = model, options
+        self.condition, self.unconditional = condition, unconditional
+        config, self.batch = model.config, count(condition)
         self.scales = options.guidance_scales(config.spec.length)
         self.guided = options.guided_steps(config.spec.length)
         device = model.output.weight.device
@@ -69,13 +77,14 @@ class TokenDecoder:
         """Logits (B, V) fp32 of the next code, with guidance if the step is guided. To be called
         for each step in order, with `append` between two calls."""
         if step not in self.guided:
-            return self._read(self.next_input, self.cache)
+            return self._read(self.next_input, self.cache, self.condition)
         if step == self.guided.start:
-            conditional = self._read(self.next_input, self.cache)
+            conditional = self._read(self.next_input, self.cache, self.condition)
             unconditional = self._start_guidance(step)
         else:
             tokens = torch.cat([self.next_input, self.next_input])  # (2B, 1, width)
-            conditional, unconditional = self._read(tokens, self.cache).chunk(2)
+            both = self._read(tokens, self.cache, self.condition, self.unconditional)
+            conditional, unconditional = both.chunk(2)
         if step + 1 == self.guided.stop:
             self.cache = self.full_cache.part(slice(self.batch))
         return guide(conditional, unconditional, self.scales[step])
@@ -88,19 +97,17 @@ class TokenDecoder:
 
     def _start_guidance(self, step: int) -> Tensor:
         """Fill the cache rows without condition; return their logits (B, V) of this step."""
-        tokens = self.model.tokens(self.model.null(self.condition), self.codes[:, :step])
-        unconditional = self.full_cache.part(slice(self.batch, None))
-        logits = self._read(tokens, unconditional)
-        self.full_cache.length = unconditional.length
+        tokens = self.model.tokens(self.unconditional, self.codes[:, :step])
+        cache = self.full_cache.part(slice(self.batch, None))
+        logits = self._read(tokens, cache, self.unconditional)
+        self.full_cache.length = cache.length
         self.cache = self.full_cache
         return logits
 
-    def _read(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits (rows, V) fp32 after new tokens (rows, n, width)."""
+    def _read(self, tokens: Tensor, cache: KeyValueCache, *conditions: Condition) -> Tensor:
+        """Logits (rows, V) fp32 after new tokens (rows, n, width) of these conditions."""
         start, stop = cache.length, cache.length + tokens.shape[1]
-        mask = None
-        if isinstance(self.condition, TextCondition):
-            mask = self.condition.attention_mask(start, stop)  # "no text" has the same padding
-            mask = repeat(mask, "b 1 q k -> (n b) 1 q k", n=len(tokens) // self.batch)
+        masks = [self.model.mask(condition, start, stop) for condition in conditions]
+        mask = None if masks[0] is None else torch.cat(masks)  # type: ignore[arg-type]
         hidden = self.model.transform(tokens, self.rope_freqs[start:stop], mask, cache)
         return self.model.output(hidden[:, -1]).float()

@@ -1,6 +1,7 @@
 """Next-token prior: a Llama-style transformer over codes in raster order (LlamaGen, 2406.06525).
 
-A class is one prefix token, a caption several. The last prefix token predicts the first code; every
+A class is one prefix token, a caption several; an unconditional prior has one that is always the
+same. The last prefix token predicts the first code; every
 later code is predicted from the condition and the codes before it. Module names are LlamaGen's,
 whose published weights load without renaming.
 """
@@ -23,7 +24,8 @@ from smalti.prior.attention import (
     rotate,
 )
 from smalti.prior.base import CodePrior, Loss, check_codes
-from smalti.prior.conditions.text import CaptionEmbedding, Condition, TextCondition
+from smalti.prior.conditions.base import Condition, ConditionKind, count, moved, part_of
+from smalti.prior.conditions.text import CaptionEmbedding, causal_mask
 from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates
 from smalti.prior.next_token.config import PRESETS, NextTokenConfig
 from smalti.prior.next_token.decoding import TokenDecoder
@@ -161,12 +163,12 @@ def corrupted(codes: Tensor, vocab_size: int, probability: float) -> Tensor:
 class NextTokenPrior(CodePrior):
     """p(codes | condition) = prod_j p(code_j | condition, codes before j).
 
-    The condition is class labels (B,) or, with condition "text" in the config, a `TextCondition`.
+    The condition is class labels (B,), a `TextCondition`, or both.
     """
 
     Config: ClassVar[type] = NextTokenConfig
     PRESETS: ClassVar[Mapping[str, NextTokenConfig]] = PRESETS
-    class_table: ClassVar[str] = "cls_embedding.weight"
+    class_table: str = "cls_embedding.weight"
     config: NextTokenConfig
     order_probability: Tensor | None  # () fp32, of a random order in the next training steps
 
@@ -179,11 +181,12 @@ class NextTokenPrior(CodePrior):
         super().__init__()
         self.config = config
         width, spec = config.width, config.spec
-        self.cls_embedding = (
-            CaptionEmbedding(config.text_length, config.text_dim, width)
-            if config.condition == "text"
-            else nn.Embedding(config.num_classes + 1, width)  # last row: null
-        )
+        # LlamaGen's names. Captions take that of the classes, which move where there are both.
+        table = None if config.condition == "text" else nn.Embedding(config.num_classes + 1, width)
+        self.cls_embedding = table if config.text is None else CaptionEmbedding(config.text, width)
+        if config.text is not None and table is not None:
+            self.label_embedding = table  # last row: null
+            self.class_table = "label_embedding.weight"
         self.tok_embeddings = nn.Embedding(spec.vocab_size, width)
         self.register_parameter("target_positions", None)
         if config.random_order is not None:  # added to a token: the position that it predicts
@@ -224,17 +227,34 @@ class NextTokenPrior(CodePrior):
     def tokens(self, condition: Condition, codes: Tensor, order: Tensor | None = None) -> Tensor:
         """Inputs (B, P + n, width): the condition, then the first n codes (B, n) of an order
         (B, L), or of raster order."""
-        prefix = self.cls_embedding(condition)
-        if isinstance(condition, Tensor):
-            prefix = prefix[:, None]  # (B, 1, width)
-        tokens = torch.cat([prefix, self.tok_embeddings(codes)], 1)
+        tokens = torch.cat([*self._prefix(condition), self.tok_embeddings(codes)], 1)
         if self.target_positions is None:
             return tokens
-        count = codes.shape[1] + 1  # the last prefix token also predicts a code
-        targets = self.target_positions[:count]  # (n + 1, width)
+        length = codes.shape[1] + 1  # the last prefix token also predicts a code
+        targets = self.target_positions[:length]  # (n + 1, width)
         if order is not None:
-            targets = F.embedding(order[:, :count], self.target_positions)  # (B, n + 1, width)
+            targets = F.embedding(order[:, :length], self.target_positions)  # (B, n + 1, width)
         return tokens + F.pad(targets, (0, 0, self.config.prefix_length - 1, 0))
+
+    def _prefix(self, condition: Condition) -> list[Tensor]:
+        """The prefix tokens of the class, (B, 1, width), and of the caption, (B, T, width)."""
+        prefix = []
+        if self.config.condition != "text":
+            labels = part_of(condition, "class")
+            prefix.append(self._class_table(labels)[:, None])
+        if self.config.text is not None:
+            prefix.append(self._captions(part_of(condition, "text")))
+        return prefix
+
+    def mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
+        """Where the tokens start to stop may attend to all tokens until stop, (B, 1, stop - start,
+        stop) bool; None where each attends to itself and to all earlier ones."""
+        if self.config.text is None:
+            return None
+        captions = part_of(condition, "text").mask
+        if self.config.condition != "text":  # the class token is never padding
+            captions = F.pad(captions, (1, 0), value=True)
+        return causal_mask(captions, start, stop)
 
     def next_token(self, codes: Tensor, position: int) -> Tensor:
         """The input (B, 1, width) from codes (B,) that predicts `position` in raster order."""
@@ -292,9 +312,7 @@ class NextTokenPrior(CodePrior):
         if order is not None:
             codes = codes.gather(1, order)
         tokens = self.tokens(condition, codes[:, :-1], order)  # (B, P + L - 1, width)
-        mask = None
-        if isinstance(condition, TextCondition):
-            mask = condition.attention_mask(0, tokens.shape[1])
+        mask = self.mask(condition, 0, tokens.shape[1])
         hidden = self.transform(tokens, self.rope_freqs(tokens.device, order), mask, None)
         return self.output(hidden[:, self.config.prefix_length - 1 :])
 
@@ -305,44 +323,18 @@ class NextTokenPrior(CodePrior):
         """The embedding of captions; only with condition text."""
         return cast(CaptionEmbedding, self.cls_embedding)
 
-    def check_condition(self, condition: Condition) -> None:
-        """Raise `SmaltiError` unless a condition has the kind and size of the config."""
-        if self.config.condition == "text":
-            self._captions.check(condition)
-        else:
-            self.check_labels(cast(Tensor, condition))
+    @property
+    def _class_table(self) -> nn.Embedding:
+        """The embedding of classes, or the single row of an unconditional prior."""
+        table = self.cls_embedding if self.config.text is None else self.label_embedding
+        return cast(nn.Embedding, table)
 
-    def null(self, condition: Condition) -> Condition:
-        """The null condition for as many samples; captions keep their padding."""
-        if isinstance(condition, TextCondition):
-            return self._captions.null(condition)
-        return torch.full_like(condition, self.num_classes)
-
-    def _drop(self, condition: Condition) -> Condition:
-        """In training, replace each condition by the null one with a probability (2207.12598)."""
-        if isinstance(condition, Tensor):
-            return self.drop_labels(condition, self.config.label_dropout)
-        if not self.training:
-            return condition
-        return self._captions.drop(condition, self.config.label_dropout)
-
-    def no_conditions(self) -> Condition:
-        """An empty batch of conditions: labels (0,), or captions (0, T, D)."""
-        empty_labels, config = super().no_conditions(), self.config
-        if config.condition == "class":
-            return empty_labels
-        features = empty_labels.new_empty(
-            0, config.text_length, config.text_dim, dtype=torch.float32
-        )
-        return TextCondition(features, features[..., 0].bool())
+    def _condition_kind(self, name: str) -> ConditionKind:
+        return self._captions if name == "text" else super()._condition_kind(name)
 
     def _check(self, codes: Tensor, condition: Condition) -> None:
-        self.check_condition(condition)
+        self.check_condition(condition, len(codes))
         check_codes(codes, self.config.spec)
-        if len(codes) != len(condition):
-            raise GenerationError(
-                f"{len(condition)} conditions were given for {len(codes)} samples: give one each"
-            )
 
     # -- training -------------------------------------------------------------------------------
 
@@ -375,7 +367,9 @@ class NextTokenPrior(CodePrior):
         inputs, order = latents, self._sample_orders(latents)
         if self.training and self.config.token_corruption:
             inputs = corrupted(latents, self.config.spec.vocab_size, self.config.token_corruption)
-        logits = self._logits(inputs, self._drop(condition), order).float()  # (B, L, V)
+        logits = self._logits(
+            inputs, self.drop(condition, self.config.label_dropout), order
+        ).float()  # (B, L, V)
         targets = latents if order is None else latents.gather(1, order)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         correct = (logits.detach().argmax(-1) == targets).float().mean()
@@ -402,6 +396,7 @@ class NextTokenPrior(CodePrior):
         *,
         guidance_scale: float = 1.0,
         generator: Generators = None,
+        negative_condition: Condition | None = None,
         guidance_schedule: str = "constant",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         temperature: float = 1.0,
@@ -409,7 +404,7 @@ class NextTokenPrior(CodePrior):
         top_p: float = 1.0,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Sample codes (B, L) for labels (B,) or captions, in raster order.
+        """Sample codes (B, L) for labels (B,), captions or both, in raster order.
 
         Args:
             guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass.
@@ -417,6 +412,8 @@ class NextTokenPrior(CodePrior):
                 on any device. None is a new one with a random seed. (Matrix products round
                 differently at other batch sizes, which can change a code in bf16 and rarely does in
                 fp32.)
+            negative_condition: what guidance leads away from, a condition for each sample; None is
+                the null condition.
             guidance_schedule: how s_i grows over the codes: constant, linear, cosine, power-cosine.
             guidance_interval: shares of the sampling, from 0, the first code, to 1, the last,
                 between which s_i applies; elsewhere there is no guidance and no second pass.
@@ -429,15 +426,18 @@ class NextTokenPrior(CodePrior):
             SmaltiError: a condition or an option is out of its range; the model's logits are not
                 finite.
         """
-        condition = as_tensor(condition)
+        condition, negative = as_tensor(condition), as_tensor(negative_condition)
         self.check_condition(condition)
         self.check_guidance(guidance_scale)
         options = SamplingOptions(
             temperature, top_k, top_p, guidance_scale, guidance_schedule, guidance_interval
         )
+        samples = count(condition)
+        negative = self.unconditional(condition, negative)
         device, length = self.output.weight.device, self.config.spec.length
-        uniforms = sample_uniforms(len(condition), length, generator)
-        if not len(condition):
+        uniforms = sample_uniforms(samples, length, generator)
+        if not samples:
             return torch.empty(0, length, dtype=torch.int64, device=device)
         with self.evaluating():
-            return TokenDecoder(self, condition.to(device), options).sample(uniforms, on_step)
+            both = moved(condition, device), moved(negative, device)
+            return TokenDecoder(self, *both, options).sample(uniforms, on_step)

@@ -279,8 +279,9 @@ def _some_options_hidden(config: Any) -> contextlib.AbstractContextManager[None]
     hidden: dict[tuple[type, str], Any] = {}
     for cls in {type(part) for part, _ in _parts(config)}:
         for name in (*getattr(cls, "PYTHON_ONLY", ()), *getattr(cls, "FROM_LATENTS", ())):
-            if name in cls.__annotations__:
-                hidden[cls, name] = Annotated[cls.__annotations__[name], tyro.conf.Suppress]
+            for owner in cls.__mro__:
+                if name in vars(owner).get("__annotations__", {}):
+                    hidden[owner, name] = Annotated[owner.__annotations__[name], tyro.conf.Suppress]
     return _annotated_as(hidden)
 
 

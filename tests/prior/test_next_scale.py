@@ -308,7 +308,7 @@ def test_a_bf16_model_keeps_its_quantizer_in_fp32(model) -> None:
 def test_cached_and_teacher_forced_logits_agree_at_every_scale(model) -> None:
     with torch.no_grad():
         expected = model.logits(CODES, LABELS)
-        decoder = ScaleDecoder(model, LABELS, SamplingOptions())
+        decoder = ScaleDecoder(model, LABELS, model.null(LABELS), SamplingOptions())
         for k, part in enumerate(CODES.split(LENGTHS, 1)):
             logits = decoder.logits(decoder.hidden(k), k)
             forced = expected[:, STARTS[k] : STARTS[k] + LENGTHS[k]]
@@ -390,7 +390,7 @@ def test_sampling_leaves_the_mode_alone_and_reports_progress(model) -> None:
 def test_a_mixture_of_codes_is_its_formula(model) -> None:
     options = SamplingOptions(temperature=0.8, top_k=6, guidance_scale=2.0)
     with torch.no_grad():
-        decoder = ScaleDecoder(model, LABELS, options)
+        decoder = ScaleDecoder(model, LABELS, model.null(LABELS), options)
         hidden = decoder.hidden(0)
         uniforms = torch.rand(4, 1, 16, dtype=torch.float64)
         for k, progress in ((0, 0.0), (2, 2 / 3)):

@@ -114,7 +114,7 @@ def test_cached_and_teacher_forced_logits_agree(rotary) -> None:
     codes = CODES[:, :15]
     with torch.no_grad():
         expected = model.logits(codes, LABELS)
-        decoder = TokenDecoder(model, LABELS, SamplingOptions())
+        decoder = TokenDecoder(model, LABELS, model.null(LABELS), SamplingOptions())
         for j in range(15):
             torch.testing.assert_close(decoder.logits(j), expected[:, j], rtol=1e-4, atol=1e-5)
             decoder.append(codes[:, j], j)

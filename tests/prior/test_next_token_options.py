@@ -51,7 +51,9 @@ def test_cached_and_teacher_forced_logits_agree(changes, scale: float) -> None:
         conditional = model.logits(CODES, LABELS)
         unconditional = model.logits(CODES, torch.full_like(LABELS, 3))
         expected = unconditional + scale * (conditional - unconditional)
-        decoder = TokenDecoder(model, LABELS, SamplingOptions(guidance_scale=scale))
+        decoder = TokenDecoder(
+            model, LABELS, model.null(LABELS), SamplingOptions(guidance_scale=scale)
+        )
         for j in range(15):
             torch.testing.assert_close(decoder.logits(j), expected[:, j], rtol=1e-4, atol=1e-5)
             decoder.append(CODES[:, j], j)
@@ -60,7 +62,7 @@ def test_cached_and_teacher_forced_logits_agree(changes, scale: float) -> None:
 @pytest.mark.parametrize(("kv_heads", "scale", "rows"), [(0, 1.0, 4), (2, 1.0, 4), (1, 2.0, 8)])
 def test_the_cache_holds_key_and_value_heads_alone(kv_heads, scale, rows) -> None:
     model = NextTokenPrior(replace(TINY, num_kv_heads=kv_heads)).eval()
-    decoder = TokenDecoder(model, LABELS, SamplingOptions(guidance_scale=scale))
+    decoder = TokenDecoder(model, LABELS, model.null(LABELS), SamplingOptions(guidance_scale=scale))
     assert decoder.full_cache.keys.shape == decoder.full_cache.values.shape
     assert decoder.full_cache.keys.shape == (2, rows, kv_heads or 4, 15, 8)
 

@@ -104,7 +104,7 @@ def test_every_step_of_decoding_is_guided_as_teacher_forcing(
     )
     with torch.no_grad():
         expected = guided(next_token, CODES, torch.tensor(options.guidance_scales(15)))
-        decoder = TokenDecoder(next_token, LABELS, options)
+        decoder = TokenDecoder(next_token, LABELS, next_token.null(LABELS), options)
         for j in range(15):
             torch.testing.assert_close(decoder.logits(j), expected[:, j], rtol=1e-4, atol=1e-5)
             decoder.append(CODES[:, j], j)
@@ -153,7 +153,7 @@ def test_every_scale_is_guided_as_teacher_forcing(next_scale, interval, stop) ->
     assert (scales != 1).any() and (scales == 1).any()
     with torch.no_grad():
         expected = guided(next_scale, codes, scales).split(LENGTHS, 1)
-        decoder = ScaleDecoder(next_scale, LABELS, options)
+        decoder = ScaleDecoder(next_scale, LABELS, next_scale.null(LABELS), options)
         for k, part in enumerate(codes.split(LENGTHS, 1)):
             hidden = decoder.hidden(k)
             assert len(hidden) == (6 if k < stop else 3)  # after the last: a single pass

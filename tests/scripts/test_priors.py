@@ -147,8 +147,8 @@ def test_the_grid_of_the_last_step_is_not_sampled_twice(
     root: Path, tmp_path: Path, monkeypatch
 ) -> None:
     calls = []
-    original = script.class_grid
-    monkeypatch.setattr(script, "class_grid", lambda *a, **o: calls.append(1) or original(*a, **o))
+    original = script.sample_grid
+    monkeypatch.setattr(script, "sample_grid", lambda *a, **o: calls.append(1) or original(*a, **o))
     folder = train(replace(config_of(root, "next-token"), output_dir=tmp_path / "run"))
     assert len(calls) == 2  # after steps 3 and 6
     last = tmp_path / "run" / "samples" / "step_000006.png"

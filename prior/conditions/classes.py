@@ -1,0 +1,48 @@
+"""Class labels as a condition: one learned row for each class, and one for the null label."""
+
+import torch
+from torch import Tensor
+
+from smalti.errors import GenerationError
+from smalti.prior.conditions.base import ConditionKind
+
+
+class ClassCondition(ConditionKind):
+    """Labels (B,) int64 in [0, num_classes); `num_classes` itself is the null label.
+
+    Args:
+        has_null: whether the null label has an embedding, see `Prior.has_null_class`.
+    """
+
+    def __init__(self, num_classes: int, has_null: bool) -> None:
+        self.num_classes, self._has_null = num_classes, has_null
+
+    def check(self, value: Tensor) -> None:
+        """Raise `GenerationError` unless labels are (B,) integers in [0, num_classes]."""
+        if not isinstance(value, Tensor):
+            raise GenerationError(f"labels are a {type(value).__name__}; give a tensor (B,) int64")
+        if value.ndim != 1 or value.dtype not in (torch.int64, torch.int32):
+            raise GenerationError(
+                f"labels have shape {tuple(value.shape)} and type {value.dtype}; give (B,) int64"
+            )
+        if torch.compiler.is_compiling():  # a branch on values would break the graph
+            return
+        if not value.numel():
+            return
+        lowest, highest, null = int(value.min()), int(value.max()), self.num_classes
+        if lowest < 0 or highest > null or (highest == null and not self.has_null):
+            wrong = lowest if lowest < 0 else highest
+            no_class = f", or {null} for no class" if self.has_null else ""
+            raise GenerationError(
+                f"class label {wrong} is out of range: use 0 to {null - 1}{no_class}"
+            )
+
+    def empty(self, device: torch.device) -> Tensor:
+        return torch.empty(0, dtype=torch.int64, device=device)
+
+    def null(self, value: Tensor) -> Tensor:
+        return torch.full_like(value, self.num_classes)
+
+    @property
+    def has_null(self) -> bool:
+        return self._has_null
