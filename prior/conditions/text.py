@@ -11,10 +11,11 @@ from smalti.errors import GenerationError
 
 
 def _check_shapes(features: Tensor, mask: Tensor) -> None:
-    if features.ndim != 3 or not features.dtype.is_floating_point:
+    is_ids = features.ndim == 2 and features.dtype == torch.int64
+    if not is_ids and (features.ndim != 3 or not features.dtype.is_floating_point):
         raise GenerationError(
             f"text features have shape {tuple(features.shape)} and type {features.dtype}; "
-            "give (B, T, D) of a floating-point type"
+            "give (B, T, D) of a floating-point type, or ids of bytes (B, T) int64"
         )
     if mask.shape != features.shape[:2] or mask.dtype != torch.bool:
         raise GenerationError(
@@ -32,7 +33,8 @@ class TextCondition:
             padding is not on the left.
     """
 
-    features: Tensor  # (B, T, D) floating point; values at padding have no influence
+    # (B, T, D) floating point, or ids of bytes (B, T) int64; values at padding have no influence
+    features: Tensor
     mask: Tensor  # (B, T) bool, True at tokens
 
     def __post_init__(self) -> None:
@@ -51,15 +53,16 @@ class TextCondition:
 
     @classmethod
     def left_padded(cls, features: Tensor, mask: Tensor) -> Self:
-        """From features (B, T, D) and a mask (B, T) bool with padding anywhere; the order of the
-        tokens stays.
+        """From features (B, T, D) or ids (B, T), and a mask (B, T) bool with padding anywhere; the
+        order of the tokens stays.
 
         Raises:
             GenerationError: the shapes or types differ from those above; a caption has no token.
         """
         _check_shapes(features, mask)
         order = mask.int().argsort(dim=1, stable=True)  # padding first
-        return cls(features.take_along_dim(order[..., None], 1), mask.gather(1, order))
+        index = order if features.ndim == 2 else order[..., None]
+        return cls(features.take_along_dim(index, 1), mask.gather(1, order))
 
     def __len__(self) -> int:
         return len(self.features)
