@@ -1,4 +1,5 @@
-"""Tiny frozen backbones with random weights, in the files that a user would give."""
+"""Tiny frozen backbones and text encoders with random weights, in the files that a user would
+give."""
 
 from pathlib import Path
 
@@ -7,11 +8,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoModel,
+    ByT5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
     SiglipVisionConfig,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 SIZES = {
     "hidden_size": 16,
@@ -77,3 +86,48 @@ def write_file(
     weights |= changes
     save_file({k: v for k, v in weights.items() if v is not None}, path)
     return path
+
+
+# -------------------------------------------------------------------------------------------------
+# Text encoders
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
+    letters = [(letter, -4.0) for letter in "\u2581abcdefghijklmnopqrstuvwxyz"]
+    words = [(f"\u2581{word}", -3.0) for word in ("red", "apple", "a", "the")]
+    return T5Tokenizer(vocab=[*special, *letters, *words], extra_ids=0)
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+
+
+def write_text_encoder(folder: Path, kind: str, seed: int = 7) -> Path:
+    """A folder of the package transformers: a "t5", "byt5" or "clip" text encoder of width 16 with
+    its tokenizer. That of "clip" takes at most 12 tokens."""
+    makers = {"t5": _t5_tokenizer, "byt5": ByT5Tokenizer, "clip": _clip_tokenizer}
+    tokenizer = makers[kind]()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if kind == "clip":
+            sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+            config = CLIPTextConfig(
+                **sizes,
+                num_attention_heads=2,
+                vocab_size=len(tokenizer),
+                max_position_embeddings=12,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            model = CLIPTextModel(config)
+        else:
+            sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+            model = T5EncoderModel(T5Config(**sizes, vocab_size=len(tokenizer)))
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

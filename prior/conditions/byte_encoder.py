@@ -51,9 +51,10 @@ class ByteEncoder(nn.Module):
     def __init__(self, dim: int, depth: int = 2) -> None:
         super().__init__()
         self.head_dim, rest = divmod(dim, max(1, dim // 64))
-        if rest or self.head_dim % 4:
+        if rest or self.head_dim % 4 or dim < 4:
             raise ConfigurationError(
-                f"text_dim is {dim}; the byte encoder takes multiples of 64, or of 4 below 64"
+                f"text_dim is {dim}, which the byte encoder cannot divide into heads of about 64 "
+                "channels, each a multiple of 4: set it to a multiple of 64"
             )
         self.embedding = nn.Embedding(VOCAB_SIZE, dim)
         self.blocks = nn.ModuleList(ByteBlock(dim) for _ in range(depth))

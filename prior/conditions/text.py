@@ -36,7 +36,7 @@ def _check_shapes(features: Tensor, mask: Tensor) -> None:
     if not ids and (features.ndim != 3 or not features.dtype.is_floating_point):
         raise GenerationError(
             f"text features have shape {tuple(features.shape)} and type {features.dtype}; "
-            "give (B, T, D) of a floating-point type"
+            "give (B, T, D) of a floating-point type, or ids of bytes (B, T) int64"
         )
     if mask.shape != features.shape[:2] or mask.dtype != torch.bool:
         raise GenerationError(

@@ -42,12 +42,14 @@ def resolve_folder(
     local_files_only: bool = False,
     cache_dir: str | Path | None = None,
     needs: Sequence[str] = (),
+    patterns: Sequence[str] = PATTERNS,
 ) -> Path:
     """A local folder, or the local copy of a Hub repository (JSON, safetensors and model card).
 
     Args:
         subfolder: a folder in it, which is returned; nothing else is downloaded.
         needs: files without which the copy of a repository is not complete.
+        patterns: of the files that are downloaded.
 
     Raises:
         CheckpointError: no such folder, and no such repository that can be downloaded.
@@ -69,7 +71,7 @@ def resolve_folder(
             token=token,
             local_files_only=local_files_only,
             cache_dir=cache_dir,
-            allow_patterns=[f"{subfolder}/{p}" if subfolder else p for p in PATTERNS],
+            allow_patterns=[f"{subfolder}/{p}" if subfolder else p for p in patterns],
         )
     except Exception as error:  # the Hub client raises many types; all mean "not available"
         raise CheckpointError(
