@@ -97,7 +97,7 @@ class PriorConfig:
         return num_classes if "class" in self.conditions else 0
 
     def conditioned(self, condition: str, text: TextConfig | None = None) -> Self:
-        """This configuration with other conditions. `fitted` then sets the number of classes.
+        """This configuration with other conditions. `fitted` sets the number of classes.
 
         Args:
             text: the captions, if text is among the conditions; None keeps what is set.
@@ -110,7 +110,12 @@ class PriorConfig:
                 "text_encoder": text.encoder,
                 "text_encoder_fingerprint": text.encoder_fingerprint,
             }
-        return replace(self, **changes)
+        classes = max(1, self.num_classes) if "class" in condition.split("+") else 0
+        return replace(self, **changes, **self._with_classes(classes))
+
+    def _with_classes(self, num_classes: int) -> dict[str, Any]:
+        """The fields that hold the number of classes, with this number."""
+        return {"num_classes": num_classes}
 
     def fitted(
         self,

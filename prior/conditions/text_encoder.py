@@ -127,12 +127,17 @@ def _check_texts(captions: Sequence[str]) -> None:
 # -------------------------------------------------------------------------------------------------
 # Bytes
 
+
 class ByteTokenizer(TextEncoder):
     """A caption's UTF-8 bytes and an end token, with the numbers of ByT5 (2105.13626)."""
 
     name = BYTES
     dim = 0
-    fingerprint = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """ "": the prior trains all that decides the features."""
+        return ""
 
     def tokens(self, captions: Sequence[str]) -> list[list[int]]:
         """The ids of the bytes of every caption, and the end token."""

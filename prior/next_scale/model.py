@@ -370,12 +370,13 @@ class NextScalePrior(CodePrior):
                     parameter /= math.sqrt(2 * config.depth)
                 elif name.endswith(".ada_gss"):
                     initialise_modulation(parameter[0, 0], config.gate_init)
-                elif name.endswith("text_attn.proj.weight"):
-                    nn.init.zeros_(parameter)  # at first a block ignores the caption
                 elif name == "head_nm.ada_lin.1.weight":
                     parameter *= MODULATION_INIT
                 elif name.endswith("ada_lin.1.weight"):
                     initialise_modulation(parameter.view(PARTS, config.width, -1), config.gate_init)
+        for module in self.modules():
+            if isinstance(module, TextAttention):
+                module.reset_output()
 
     def bind(self, quantizer: nn.Module | None) -> None:
         """Copy the quantizer of the tokenizer whose codes are modelled: once, before training.

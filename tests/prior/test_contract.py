@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,6 +14,19 @@ from torch import Tensor
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
 from smalti.errors import SmaltiError
 from smalti.prior.base import Prior, PriorConfig
+from smalti.prior.conditions.base import (
+    Combination,
+    Condition,
+    count,
+    joined,
+    moved,
+    part_of,
+    repeated,
+    rows,
+)
+from smalti.prior.conditions.byte_encoder import BYTES
+from smalti.prior.conditions.text import TextCondition, TextConfig
+from smalti.prior.conditions.text_encoder import tokenize_bytes
 from smalti.prior.flow.config import FlowConfig
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.next_scale.config import NextScaleConfig
@@ -235,3 +249,235 @@ def test_every_sampling_flag_is_described(name: str) -> None:
     flags = [option for option in sample_options() if option.prior == name]
     assert "guidance_scale" in {option.name for option in flags}
     assert [option.name for option in flags if len(option.help) < 10] == []
+
+
+# -- conditions ---------------------------------------------------------------------------------
+
+T, D = 6, 8
+TEXTS = ["ab", "", "apple", "ab"]
+KINDS = {
+    "none": torch.zeros(4, dtype=torch.int64),
+    "class": torch.tensor([0, 2, 1, 0]),
+    "text": TextCondition.left_padded(
+        torch.randn(4, T, D, generator=torch.Generator().manual_seed(3)),
+        torch.arange(T) < torch.tensor([[6], [2], [1], [4]]),
+    ),
+    "bytes": tokenize_bytes(TEXTS, T),
+}
+KINDS["class+text"] = Combination({"class": KINDS["class"], "text": KINDS["text"]})
+TESTED = [
+    (name, kind)
+    for name, kind in product(CASES, KINDS)
+    if kind == "none"
+    or set(kind.replace("bytes", "text").split("+")) <= set(CASES[name].config.CONDITIONS)
+]
+
+
+@pytest.fixture(params=TESTED, ids="-".join)
+def case(request) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def family(case) -> str:
+    return case[0]
+
+
+@pytest.fixture
+def kind(case) -> str:
+    return case[1]
+
+
+@pytest.fixture
+def condition(kind) -> Condition:
+    return KINDS[kind]
+
+
+def make(name: str, kind: str) -> Prior:
+    text = TextConfig(T, D, BYTES if kind == "bytes" else "")
+    config = CASES[name].config.conditioned(kind.replace("bytes", "text"), text)
+    config = config.fitted(config.spec, 3, None, SCALES)
+    torch.manual_seed(0)
+    model = PRIORS.resolve(name)(config)
+    if name == "next-scale":
+        model.bind(MultiScaleQuantizer(SCALES))
+    return model
+
+
+@pytest.fixture
+def conditional(case) -> Prior:
+    return randomised(make(*case))
+
+
+@pytest.fixture
+def some_latents(conditional) -> Tensor:
+    generator, spec = torch.Generator().manual_seed(0), conditional.spec
+    if isinstance(spec, CodeSpec):
+        return torch.randint(spec.vocab_size, (4, spec.length), generator=generator)
+    return torch.randn(4, spec.channels, spec.height, spec.width, generator=generator)
+
+
+@pytest.fixture
+def loss_of(conditional, some_latents) -> Callable[[Condition], Tensor]:
+    """The loss of each sample, with equal random numbers."""
+
+    def losses(condition: Condition) -> Tensor:
+        parts = []
+        for row in range(count(condition)):
+            one = slice(row, row + 1)
+            parts.append(conditional(some_latents[one], rows(condition, one)).total)
+        return torch.stack(parts)
+
+    return losses
+
+
+def test_values_have_rows(condition) -> None:
+    assert count(condition) == 4
+    twice = repeated(condition, 2)
+    assert count(twice) == 8 and count(joined(condition, twice)) == 12
+    again = rows(moved(twice, "cpu"), slice(0, None, 2))
+    for theirs, ours in zip(tensors(again), tensors(condition), strict=True):
+        assert torch.equal(theirs, ours)
+
+
+def tensors(value: Condition) -> list[Tensor]:
+    if isinstance(value, Combination):
+        return [tensor for part in value.parts.values() for tensor in tensors(part)]
+    return [value] if isinstance(value, Tensor) else [value.features, value.mask, value.is_null]
+
+
+def test_the_loss_reaches_every_weight(conditional, some_latents, condition) -> None:
+    """The null caption too, where captions are dropped."""
+    conditional.train()
+    torch.manual_seed(0)
+    given = joined(condition, conditional.null(condition))
+    conditional(torch.cat([some_latents, some_latents]), given).total.backward()
+    trained = {n: p for n, p in conditional.named_parameters() if p.requires_grad}
+    assert [n for n, p in trained.items() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_samples_are_latents(conditional, family, some_latents, condition) -> None:
+    quick = CASES[family].quick
+    samples = conditional.sample(condition, generator=generators(0, 1, 2, 3), **quick)
+    assert samples.shape == some_latents.shape and samples.dtype == some_latents.dtype
+    assert conditional.sample(conditional.no_conditions(), **quick).shape == (
+        0,
+        *some_latents.shape[1:],
+    )
+
+
+def test_a_sample_depends_on_its_own_condition(conditional, family, condition) -> None:
+    quick = CASES[family].quick
+    if conditional.has_null_class:
+        quick = {**quick, "guidance_scale": 2.0}
+    together = conditional.sample(condition, generator=generators(0, 1, 2, 3), **quick)
+    alone = conditional.sample(rows(condition, slice(2, 3)), generator=generators(2), **quick)
+    torch.testing.assert_close(together[2:3], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_condition_matters(conditional, kind, condition, loss_of) -> None:
+    conditional.eval()
+    losses = loss_of(condition)
+    if kind == "none":
+        assert torch.equal(losses, loss_of(conditional.null(condition)))
+        return
+    swapped = loss_of(joined(rows(condition, slice(2, None)), rows(condition, slice(0, 2))))
+    changed = losses != swapped
+    assert changed[1:3].all()  # others of the same label or text do not change
+    assert (losses != loss_of(conditional.null(condition))).all()
+
+
+def test_dropped_conditions_are_the_null_condition(conditional, kind, condition, loss_of) -> None:
+    """In training only, in the rows whose number is below the probability, of all kinds at once."""
+    uniforms = torch.tensor([0.1, 0.6, 0.4, 0.9])
+    assert conditional.eval().drop(condition, 0.5, uniforms) is condition
+    dropped = conditional.train().drop(condition, 0.5, uniforms)
+    conditional.eval()
+    null, given, found = loss_of(conditional.null(condition)), loss_of(condition), loss_of(dropped)
+    expected = torch.where(uniforms < 0.5, null, given)
+    assert torch.equal(found, expected)
+    assert torch.equal(given, null) == (kind == "none")
+
+
+def test_guidance_leads_away_from_the_negative_condition(
+    conditional, family, kind, condition
+) -> None:
+    if kind == "none":
+        with pytest.raises(SmaltiError, match="there is nothing to guide: set guidance_scale to 1"):
+            conditional.sample(condition, guidance_scale=2.0)
+        return
+    options = {**CASES[family].quick, "guidance_scale": 25.0}
+    draw = {"generator": generators(0, 1, 2, 3)}
+    plain = conditional.sample(condition, **draw, **options)
+    null = conditional.sample(
+        condition,
+        negative_condition=conditional.null(condition),
+        generator=generators(0, 1, 2, 3),
+        **options,
+    )
+    assert torch.equal(plain, null)
+    same = conditional.sample(
+        condition, negative_condition=condition, generator=generators(0, 1, 2, 3), **options
+    )
+    unguided = conditional.sample(
+        condition, generator=generators(0, 1, 2, 3), **CASES[family].quick
+    )
+    torch.testing.assert_close(same, unguided, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(plain, unguided)
+    with pytest.raises(SmaltiError, match="1 conditions were given for 4 samples"):
+        conditional.sample(condition, negative_condition=rows(condition, slice(0, 1)), **options)
+
+
+def test_a_condition_of_another_kind_is_refused(conditional, kind, condition) -> None:
+    for other, value in KINDS.items():
+        if other != kind and not (kind == "class" and other == "none"):
+            with pytest.raises(SmaltiError):
+                conditional.sample(value)
+
+
+def test_save_and_load_with_conditions(conditional, family, condition, tmp_path) -> None:
+    conditional.save_pretrained(tmp_path)
+    again = Prior.from_pretrained(tmp_path)
+    assert again.config == conditional.config and again.fingerprint == conditional.fingerprint
+    samples = [
+        model.sample(condition, generator=generators(0, 1, 2, 3), **CASES[family].quick)
+        for model in (conditional, again)
+    ]
+    assert torch.equal(*samples)
+
+
+def test_padding_has_no_influence(conditional, kind, condition, loss_of) -> None:
+    if "text" not in conditional.condition_kinds:
+        pytest.skip("no captions")
+    text = part_of(condition, "text")
+    junk = text.features.clone()
+    junk[~text.mask] = 7
+    other = TextCondition(junk, text.mask)
+    if isinstance(condition, Combination):
+        other = Combination({"class": part_of(condition, "class"), "text": other})
+    conditional.eval()
+    assert torch.equal(loss_of(condition), loss_of(other))
+
+
+@pytest.mark.parametrize("name", [n for n, k in TESTED if k == "text" and n != "next-token"])
+def test_a_new_prior_ignores_the_caption_but_for_its_mean(name) -> None:
+    """The output layer of cross-attention starts at zero."""
+    model = make(name, "text")
+    layers = [p for n, p in model.named_parameters() if n.endswith("text_attn.proj.weight")]
+    assert len(layers) == 1 and not layers[0].any()
+
+
+def test_a_configuration_that_no_prior_can_have_is_refused() -> None:
+    config = CASES["next-token"].config
+    with pytest.raises(
+        SmaltiError, match='condition is "image"; a next-token conditional takes none'
+    ):
+        config.conditioned("image")
+    with pytest.raises(SmaltiError, match='condition is "class\\+class"'):
+        config.conditioned("class+class")
+    with pytest.raises(SmaltiError, match="condition text has no classes: set it to 0"):
+        config.conditioned("text")
+    with pytest.raises(
+        SmaltiError, match="num_classes is 0, but a conditional with condition class"
+    ):
+        config.fitted(config.spec, 0, None)
