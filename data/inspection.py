@@ -13,15 +13,14 @@ from torch import Tensor
 
 from smalti.data.dataset import read_options
 from smalti.data.image_io import FolderOptions
-from smalti.data.latent_cache.cache import (
+from smalti.data.latent_cache.manifest import (
     MANIFEST,
     SPLITS,
     TOKENIZER,
     CacheInfo,
-    identity_in,
     read_manifest,
-    shard_path,
 )
+from smalti.data.latent_cache.shard import identity_in, shard_path
 from smalti.data.sources.base import (
     EncodedPictures,
     Finding,
@@ -293,7 +292,9 @@ def _cache_lines(name: str, found: CacheInfo) -> list[tuple[str, str]]:
     views = ", ".join(found.views)
     return [
         ("latents", f"{name}{found.num_samples:,} x {views}, {found.spec.in_words}"),
-        ("classes", f"{name}{len(found.classes)}"),
+        ("classes", f"{name}{len(found.classes) or 'none'}"),
+        *([("captions", f"{name}yes")] if found.captions else []),
+        *[("condition", f"{name}{condition.in_words}") for condition in found.conditions],
         ("tokenizer", found.tokenizer_fingerprint[:12]),
     ]
 

@@ -172,8 +172,9 @@ def _sendable(batch: Any) -> Any:
     else:
         parts = list(batch) if isinstance(batch, list | tuple) else [batch]
     for part in parts:
-        if isinstance(part, torch.Tensor):
-            part.share_memory_()
+        for value in part.values() if isinstance(part, dict) else [part]:
+            if isinstance(value, torch.Tensor):
+                value.share_memory_()
     return batch
 
 

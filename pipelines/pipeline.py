@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from smalti.checkpoints import Weights, check_weights, is_checkpoint, state_of
 from smalti.config import config_from_dict, config_to_dict, plain
 from smalti.data.classes import check_class_names
-from smalti.data.latent_cache.cache import read_manifest
+from smalti.data.latent_cache.manifest import read_manifest
 from smalti.data.latents import as_tensor
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
 from smalti.files import HASHES, check_hashes, read_config_file, write_hashed_json, write_text

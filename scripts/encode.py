@@ -5,25 +5,25 @@ smalti encode --tokenizer runs/tokenizer/tokenizer --data emoji --output_dir run
 After an interruption, the same command continues where it stopped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Tensor
 
 from smalti.checkpoints import Weights, is_checkpoint
 from smalti.cli import in_python, parse_config, run_command
 from smalti.config import check_at_least
-from smalti.data.dataset import DataOptions, ImageDataset, write_options
-from smalti.data.latent_cache.cache import (
+from smalti.data.dataset import DataOptions, ImageBatch, ImageDataset, Split, write_options
+from smalti.data.latent_cache.cache import EncodedRange, refuse_other_contents, write_cache
+from smalti.data.latent_cache.manifest import (
     SPLITS,
     TOKENIZER,
     CacheInfo,
-    EncodedRange,
+    StoredCondition,
     group_numbers,
-    refuse_other_contents,
-    write_cache,
 )
 from smalti.data.transforms import VIEW_SETS, ViewSet, decoded_size, views_of
 from smalti.errors import CheckpointError
@@ -68,32 +68,61 @@ def encode(config: EncodeConfig) -> Path:
     if config.image_size is not None:
         tokenizer = tokenizer.resized(config.image_size)
     for split in SPLITS:
-        views: ViewSet = config.views if split == "train" else "identity"
-        side = decoded_size(views, tokenizer.image_size)
-        images = config.dataset(split, tokenizer.image_size)
-        larger = images if side == tokenizer.image_size else config.dataset(split, side)
-        info = CacheInfo(
-            spec=tokenizer.spec,
-            classes=images.classes,
-            num_samples=len(images),
-            views=VIEW_SETS[views],
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            dataset_fingerprint=images.fingerprint,
-            shard_size=config.shard_size,
-            stored_shape=tokenizer.stored_shape,
-            stored_statistics=tokenizer.stored_statistics,
-            groups=group_numbers(images.groups) if split == "heldout" else (),
-        )
-        with shared_work(len(images), f"encode {split}") as share:
-            write_cache(
-                config.output_dir / split,
-                info,
-                EncodedViews(tokenizer, larger, info.views, config.batch_size),
-                **share,
-            )
+        encode_split(config, split, tokenizer)
     if state.is_main_process:
         write_options(config.output_dir / SPLITS[0], config)
     return config.output_dir
+
+
+class ConditionEncoder(Protocol):
+    """What a cache holds beside latents, labels and captions: for example text features."""
+
+    @property
+    def stored(self) -> Sequence[StoredCondition]:
+        """What it makes."""
+        ...
+
+    def __call__(self, batch: ImageBatch, views: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """By name, the rows of some samples, as `EncodedRange.conditions` takes them.
+
+        Args:
+            views: of the images, (B, 3, S, S) each, on the device of the tokenizer.
+        """
+        ...
+
+
+def encode_split(
+    config: EncodeConfig,
+    split: Split,
+    tokenizer: Tokenizer,
+    encoders: Sequence[ConditionEncoder] = (),
+) -> None:
+    """Write the cache of one split; `encoders` make the conditions in it."""
+    views: ViewSet = config.views if split == "train" else "identity"
+    side = decoded_size(views, tokenizer.image_size)
+    images = config.dataset(split, tokenizer.image_size)
+    larger = images if side == tokenizer.image_size else config.dataset(split, side)
+    info = CacheInfo(
+        spec=tokenizer.spec,
+        classes=images.classes,
+        num_samples=len(images),
+        views=VIEW_SETS[views],
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        dataset_fingerprint=images.fingerprint,
+        shard_size=config.shard_size,
+        stored_shape=tokenizer.stored_shape,
+        stored_statistics=tokenizer.stored_statistics,
+        groups=group_numbers(images.groups) if split == "heldout" else (),
+        captions=getattr(images.source, "has_captions", False),
+        conditions=tuple(condition for encoder in encoders for condition in encoder.stored),
+    )
+    with shared_work(len(images), f"encode {split}") as share:
+        write_cache(
+            config.output_dir / split,
+            info,
+            EncodedViews(tokenizer, larger, info.views, config.batch_size, encoders),
+            **share,
+        )
 
 
 def finished_tokenizer(config: EncodeConfig) -> Tokenizer:
@@ -131,17 +160,28 @@ class EncodedViews:
     images: ImageDataset  # with sides of `decoded_size`
     views: tuple[str, ...]
     batch_size: int
+    encoders: Sequence[ConditionEncoder] = ()
 
     @torch.no_grad()
     def __call__(self, start: int, stop: int) -> EncodedRange:
-        stored, labels = [], []
+        stored, labels, captions = [], [], []
+        conditions: dict[str, list[Tensor]] = {}
         size, device = self.tokenizer.image_size, next(self.tokenizer.parameters()).device
         for batch in self.images.batches(self.batch_size, start=start, stop=stop):
-            views = views_of(batch.images.to(device), self.views, size)
+            views = list(views_of(batch.images.to(device), self.views, size))
             encoded = [self.tokenizer.store(view).cpu() for view in views]
             stored.append(torch.stack(encoded, dim=1))  # (b, views, ...)
             labels.append(batch.labels)
-        return EncodedRange(torch.cat(stored), torch.cat(labels))
+            captions += getattr(batch, "captions", None) or []
+            for encoder in self.encoders:
+                for name, rows in encoder(batch, views).items():
+                    conditions.setdefault(name, []).append(rows.cpu())
+        return EncodedRange(
+            torch.cat(stored),
+            torch.cat(labels),
+            captions or None,
+            {name: torch.cat(rows) for name, rows in conditions.items()},
+        )
 
 
 def encode_pictures(config: EncodeConfig | None = None, **settings: Any) -> Path:

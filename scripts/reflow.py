@@ -18,12 +18,8 @@ import torch
 
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
-from smalti.data.latent_cache.cache import (
-    CacheInfo,
-    EncodedRange,
-    refuse_other_contents,
-    write_cache,
-)
+from smalti.data.latent_cache.cache import EncodedRange, refuse_other_contents, write_cache
+from smalti.data.latent_cache.manifest import CacheInfo
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model

@@ -20,7 +20,8 @@ from smalti.cli import in_python, parse_config, run_command
 from smalti.config import config_to_dict, first_difference
 from smalti.data.classes import warn_of_empty_classes
 from smalti.data.dataset import DataOptions, read_options, write_options
-from smalti.data.latent_cache.cache import TOKENIZER, LatentBatch, LatentCache, open_splits
+from smalti.data.latent_cache.cache import LatentBatch, LatentCache, open_splits
+from smalti.data.latent_cache.manifest import TOKENIZER
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import CheckpointError, ConfigurationError

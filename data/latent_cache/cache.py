@@ -1,7 +1,7 @@
 """The latent cache between the stages: encoded once, read many times.
 
     cache/
-        shard-00000.safetensors   stored (n, views, ...), labels (n,)
+        shard-00000.safetensors   latents, labels, captions and conditions of the first samples
         manifest.json             contents, tokenizer, sha256 of every shard
 
 Shards are cut by sample index, so any number of processes writes the same files. Every shard is
@@ -11,261 +11,45 @@ of its content.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from smalti.config import config_from_dict, config_to_dict
-from smalti.data.classes import check_class_names, normal_form
+from smalti.config import saved_fields
+from smalti.data.classes import normal_form
 from smalti.data.dataset import OPTIONS
-from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
-from smalti.data.order import even_subset
-from smalti.data.sources.base import fingerprint_of, in_threads
-from smalti.errors import DataError
-from smalti.files import (
-    HASHES,
-    read_hashed_json,
-    read_json,
-    replacing,
-    sha256_of,
-    write_hashed_json,
+from smalti.data.latent_cache.manifest import (
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    CacheInfo,
+    StoredCondition,
+    read_manifest,
 )
-
-# -- The manifest ---------------------------------------------------------------------------------
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")  # a cache for each
-TOKENIZER = "tokenizer"  # beside them: the tokenizer that encoded them, if it was in a checkpoint
-
-
-@dataclass(frozen=True)
-class CacheInfo:
-    """The manifest: the contents of a cache, and everything that determines its shards.
-
-    `stored_shape` and `stored_statistics` are those of the tokenizer, see `Tokenizer.store`. If
-    they are (), as in the manifests of smalti 0.1.0, `shape` is that of codes (L,), of the mean and
-    std (2C, h, w) of continuous latents, or of pairs of data and noise (2C, h, w).
-    """
-
-    spec: LatentSpec
-    classes: tuple[str, ...]
-    num_samples: int
-    views: tuple[str, ...]  # stored versions of each image, see `transforms.VIEW_SETS`
-    tokenizer_fingerprint: str
-    dataset_fingerprint: str  # of the pictures; "" = unknown
-    shard_size: int  # samples per shard
-    # Hash of the recipe of the stored pairs, data | noise, for rectified flow; "" = latents.
-    pairs: str = ""
-    imported: str = ""  # hash of imported latents, whose tokenizer was named by the user
-    shards: tuple[str, ...] = ()  # sha256 of each shard file, in order
-    format_version: int = FORMAT_VERSION
-    # Not in the repr, because `LatentCache.fingerprint` is the hash of the repr: runs that were
-    # saved without these fields can be resumed. The hashes of the shards do depend on them.
-    stored_shape: tuple[int, ...] = field(default=(), repr=False)
-    stored_statistics: tuple[str, ...] = field(default=(), repr=False)
-    # The number of the group of each sample, of held-out samples only; () = unknown, or no two
-    # samples are related. It follows from the pictures, so no hash depends on it.
-    groups: tuple[int, ...] = field(default=(), repr=False)
-
-    def __post_init__(self) -> None:
-        counts = (self.num_samples, self.shard_size, len(self.views), len(self.classes))
-        if min(*counts, *self.shape) < 1:
-            raise DataError(
-                f"a cache has {self.num_samples} samples, {len(self.views)} views of shape "
-                f"{self.shape}, {len(self.classes)} classes and {self.shard_size} samples per "
-                "file; each number must be at least 1"
-            )
-        check_class_names(self.classes, "the latent cache")
-        if len(self.groups) not in (0, self.num_samples):
-            raise DataError(
-                f"a cache has {self.num_samples} samples and groups of {len(self.groups)}; give "
-                "the group of each, or of none"
-            )
-        if self.shape[0] % max(len(self.statistics), 1):
-            raise DataError(
-                f"the stored shape is {self.shape}; its first side must be a multiple of the "
-                f"{len(self.statistics)} stored statistics"
-            )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one stored view: (L,) codes, or for example (2C, h, w)."""
-        return self.stored_shape or self._stored_by_0_1_0()[0]
-
-    @property
-    def statistics(self) -> tuple[str, ...]:
-        """Names of the statistics that are stacked along the first axis of a stored view."""
-        return self.stored_statistics if self.stored_shape else self._stored_by_0_1_0()[1]
-
-    def _stored_by_0_1_0(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Shape and statistics where the manifest does not record them."""
-        match self.spec:
-            case CodeSpec():
-                return (self.spec.length,), ()
-            case ContinuousSpec(channels, height, width):
-                return (2 * channels, height, width), () if self.pairs else ("mean", "std")
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.num_samples // self.shard_size)
-
-    def shard_range(self, number: int) -> tuple[int, int]:
-        """The samples [start, stop) of a shard."""
-        start = number * self.shard_size
-        return start, min(start + self.shard_size, self.num_samples)
-
-    @property
-    def disk_type(self) -> type[np.generic]:
-        """The type in which latents are stored."""
-        match self.spec:
-            case CodeSpec():
-                return np.uint16 if self.spec.vocab_size <= 2**16 else np.int32
-            case ContinuousSpec():
-                return np.float16
-
-    def identity(self) -> str:
-        """Hash of everything that determines a shard's content; recorded in every shard."""
-        content = {**asdict(self), "shards": ()}
-        del content["groups"]
-        if (self.shape, self.statistics) == self._stored_by_0_1_0():
-            del content["stored_shape"], content["stored_statistics"]  # 0.1.0 did not hash them
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def group_numbers(groups: Sequence[str]) -> tuple[int, ...]:
-    """`CacheInfo.groups` of samples in these groups."""
-    numbers: dict[str, int] = {}
-    found = tuple(numbers.setdefault(group, len(numbers)) for group in groups)
-    return found if len(numbers) < len(found) else ()
-
-
-def read_manifest(folder: Path) -> CacheInfo:
-    """The manifest of a finished cache.
-
-    Raises:
-        DataError: no such folder, encoding was not finished, or the manifest is damaged.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        why = "is not finished: run encode again" if folder.is_dir() else "does not exist"
-        raise DataError(f"the latent cache {folder} {why}")
-    content = read_json(path)
-    if isinstance(content, dict):
-        content.pop(HASHES, None)  # compared below
-    info: CacheInfo = config_from_dict(CacheInfo, content, str(path))
-    if info.format_version != FORMAT_VERSION:
-        raise DataError(f"{path} has format {info.format_version}; smalti reads {FORMAT_VERSION}")
-    if len(info.shards) != info.num_shards:
-        raise DataError(
-            f"{path} is damaged: it names {len(info.shards)} of {info.num_shards} shards: remove "
-            "it, and encode again"
-        )
-    read_hashed_json(path, "remove it, and encode again")
-    return info
-
-
-# -- One shard: `stored` (n, views, ...) and `labels` (n,) as safetensors -------------------------
-
-NAMES = ("stored", "labels")
-SHARD = "shard"  # key of the metadata, whose value is "identity of the cache/hash of the content"
-DAMAGED = "damaged"
-MAX_HEADER = 2**16  # bytes of the header of a shard, which names two tensors
-TYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64, "F16": np.float16}
-
-
-def shard_path(folder: Path, number: int) -> Path:
-    """The file of a shard of a cache."""
-    return folder / f"shard-{number:05d}.safetensors"
-
-
-def write_shard(path: Path, tensors: Mapping[str, np.ndarray], identity: str) -> None:
-    """Write `stored` and `labels` atomically."""
-    # safetensors ignores the strides of an array and writes its memory as it is.
-    flat = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(flat, temporary, metadata=_metadata(flat, identity))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A shard; safetensors checks that the sizes in its header fit the file.
-
-    Raises:
-        SafetensorError: it is damaged.
-    """
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-    if length > MAX_HEADER:
-        raise SafetensorError(f"its header has {length} bytes, and that of a shard {MAX_HEADER}")
-    with safe_open(path, framework="np") as shard:
-        yield shard
-
-
-def is_whole(path: Path, identity: str) -> bool:
-    """Whether a shard exists, belongs to the cache, and is not damaged."""
-    try:
-        with _opened(path) as shard:
-            found = shard.metadata() or {}
-            tensors = {name: shard.get_tensor(name) for name in NAMES}
-    except (FileNotFoundError, SafetensorError):
-        return False
-    return found == _metadata(tensors, identity)
-
-
-def identity_in(path: Path) -> str:
-    """The identity of the cache that a shard belongs to: "" if it has none, or `DAMAGED`."""
-    try:
-        with _opened(path) as shard:
-            return (shard.metadata() or {}).get(SHARD, "").partition("/")[0]
-    except SafetensorError:
-        return DAMAGED
-
-
-def map_shard(path: Path) -> dict[str, np.ndarray]:
-    """`stored` and `labels`, memory-mapped: only the rows that are used are read.
-
-    Raises:
-        DataError: the file is not a shard of latents.
-    """
-    try:
-        with _opened(path), path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        return {name: _map(path, header[name], 8 + length) for name in NAMES}
-    except (SafetensorError, KeyError) as error:
-        raise DataError(f"{path} is not a shard of latents ({error}): encode again") from error
-
-
-def _map(path: Path, entry: Mapping[str, Any], data: int) -> np.ndarray:
-    """The tensor of an entry of the header; `data` is the offset at which the tensors begin."""
-    start, _ = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    array = np.memmap(path, TYPES[entry["dtype"]], "r", data + start, shape)
-    return array.view(np.ndarray)  # indexing a plain array is faster
-
-
-def _metadata(tensors: Mapping[str, np.ndarray], identity: str) -> dict[str, str]:
-    parts = [
-        part
-        for name, array in sorted(tensors.items())
-        for part in (f"{name}/{array.dtype}/{array.shape}".encode(), array.tobytes())
-    ]
-    # A single key, because safetensors writes several in no fixed order.
-    return {SHARD: f"{identity}/{fingerprint_of(parts)}"}
-
+from smalti.data.latent_cache.shard import (
+    CAPTIONS,
+    DAMAGED,
+    PackedCaptions,
+    identity_in,
+    is_whole,
+    map_shard,
+    pack_captions,
+    shard_path,
+    write_shard,
+)
+from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
+from smalti.data.order import Key, even_subset
+from smalti.data.sources.base import in_threads
+from smalti.errors import DataError
+from smalti.files import sha256_of, write_hashed_json
 
 # -- Writing a cache ------------------------------------------------------------------------------
 
@@ -278,6 +62,10 @@ class EncodedRange:
 
     stored: Tensor  # (n, views, ...)
     labels: Tensor  # (n,)
+    captions: Sequence[tuple[str, ...]] | None = None  # one or several texts of each sample
+    # By name; the rows are those that `StoredCondition.rows` says: (n, views, ...), (n, ...), or a
+    # row for each text of the samples, in their order.
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def write_cache(
@@ -314,7 +102,7 @@ def write_cache(
         hashes = in_threads(
             lambda n: sha256_of(shard_path(folder, n)), info.num_shards, "hash latents"
         )
-        write_hashed_json(folder / MANIFEST, {**config_to_dict(info), "shards": hashes})
+        write_hashed_json(folder / MANIFEST, {**saved_fields(info), "shards": hashes})
     barrier()
 
 
@@ -331,7 +119,7 @@ def on_disk(info: CacheInfo, start: int, stop: int, part: EncodedRange) -> dict[
             f"the latents of the samples {start} to {stop - 1} have shape {tuple(stored.shape)} "
             f"and labels {tuple(labels.shape)}; the cache takes {expected} and {expected[:1]}"
         )
-    _refuse_outside(labels, start, len(info.classes), "label", "classes")
+    _refuse_outside(labels, start, info.num_labels, "label", "classes")
     match info.spec:
         case CodeSpec():
             _refuse_outside(stored, start, info.spec.vocab_size, "code", "codes of the tokenizer")
@@ -344,10 +132,62 @@ def on_disk(info: CacheInfo, start: int, stop: int, part: EncodedRange) -> dict[
                     f"cache stores half-precision numbers up to {LARGEST:g}: check the tokenizer, "
                     "whose latents should be near 1"
                 )
-    return {
+    arrays = {
         "stored": stored.numpy().astype(info.disk_type),
         "labels": labels.numpy().astype(np.int64),
     }
+    if info.captions:
+        arrays |= pack_captions(_checked_captions(part.captions, start, stop))
+    count = len(arrays[CAPTIONS[1]]) if info.captions else 0
+    for condition in info.conditions:
+        shape = condition.shape_of(stop - start, len(info.views), count)
+        values = part.conditions.get(condition.name)
+        arrays[condition.array] = _condition_on_disk(condition, values, shape, start)
+    return arrays
+
+
+def _checked_captions(
+    captions: Sequence[tuple[str, ...]] | None, start: int, stop: int
+) -> Sequence[tuple[str, ...]]:
+    """The captions; raise `DataError` if a sample has none, or one that cannot be stored."""
+    if captions is None or len(captions) != stop - start:
+        found = "no" if captions is None else str(len(captions))
+        raise DataError(
+            f"the samples {start} to {stop - 1} have {found} captions; the cache takes one or "
+            "several texts of each"
+        )
+    for sample, texts in enumerate(captions, start):
+        if not texts or not all(texts):
+            raise DataError(f"sample {sample} has no caption, or an empty one: give each a text")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"a caption of sample {sample} is not Unicode ({error})") from error
+    return captions
+
+
+def _condition_on_disk(
+    condition: StoredCondition, values: Tensor | None, shape: tuple[int, ...], start: int
+) -> np.ndarray:
+    """The rows of a condition; raise `DataError` if they have another shape, or values that its
+    type does not have."""
+    if values is None or tuple(values.shape) != shape:
+        found = "missing" if values is None else f"of shape {tuple(values.shape)}"
+        raise DataError(
+            f"the condition {condition.name} of the samples from {start} on is {found}; the cache "
+            f"takes {shape}"
+        )
+    array = values.cpu().float() if values.is_floating_point() else values.cpu()
+    given = array.numpy()
+    with np.errstate(over="ignore"):
+        stored = given.astype(condition.disk_type)
+    same = np.isfinite(stored).all() if stored.dtype.kind == "f" else (stored == given).all()
+    if not same:
+        raise DataError(
+            f"the condition {condition.name} of the samples from {start} on has values that "
+            f"{condition.dtype} does not hold"
+        )
+    return stored
 
 
 def _refuse_outside(values: Tensor, start: int, count: int, name: str, of: str) -> None:
@@ -412,15 +252,21 @@ VERIFIED_AT_ONCE = 2**20  # values
 MEMORY_TYPE = {"codes": np.int64, "continuous": np.float32}
 
 
+Choose = Callable[[int, int], int]  # (place in the batch, number of variants) -> a variant
+
+
 @dataclass
 class LatentBatch:
     """Cached latents as `Tokenizer.latents` takes them, or pairs of rectified flow."""
 
     stored: Tensor  # (B, L) int64; or float32, for example (B, 2C, h, w): mean | std, data | noise
-    labels: Tensor  # (B,) int64
+    labels: Tensor  # (B,) int64; all 0 where the pictures have no classes
     indices: Tensor  # (B,) int64, positions in the cache
     captions: list[tuple[str, ...]] | None = None  # the texts of each sample
     shown: Tensor | None = None  # (B,) int64, which of its captions each sample has in this epoch
+    # By name, (B, ...): of the view and of the caption that each sample has in this epoch; float32,
+    # int64 or bool.
+    conditions: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def texts(self) -> list[str] | None:
@@ -430,11 +276,29 @@ class LatentBatch:
         return [texts[n] for texts, n in zip(self.captions, self.shown.tolist(), strict=True)]
 
 
+def choice(purpose: str, seed: int, key: Key, count: int) -> int:
+    """One of `count` variants of a sample, a pure function of (seed, epoch, index)."""
+    if count == 1:
+        return 0
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{key[0]}/{key[1]}".encode(), digest_size=4)
+    return int.from_bytes(digest.digest(), "big") % count
+
+
+@dataclass
+class _MappedShard:
+    """The arrays of a shard, memory-mapped."""
+
+    stored: np.ndarray  # (n * views, values of one view)
+    labels: np.ndarray  # (n,)
+    captions: PackedCaptions | None
+    conditions: dict[str, np.ndarray]  # (rows, ...) each
+
+
 class LatentCache(Dataset):
     """A finished cache, verified once, then memory-mapped: it may be larger than memory.
 
-    Index with keys (epoch, index). The view (for example flipped or not) of a sample is a pure
-    function of (seed, epoch, index).
+    Index with keys (epoch, index). The view (for example flipped or not) and the caption of a
+    sample are pure functions of (seed, epoch, index).
 
     Raises:
         DataError: a shard is missing or damaged, or holds a value that no latent has; the message
@@ -454,7 +318,7 @@ class LatentCache(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the memory maps, which pickle would copy; a worker maps the files again."""
-        return {name: value for name, value in self.__dict__.items() if name != "_stored"}
+        return {name: value for name, value in self.__dict__.items() if name != "_shard"}
 
     @property
     def spec(self) -> LatentSpec:
@@ -469,6 +333,10 @@ class LatentCache(Dataset):
         return len(self.info.classes)
 
     @property
+    def has_captions(self) -> bool:
+        return self.info.captions
+
+    @property
     def fingerprint(self) -> str:
         """Hash of the manifest, which contains the hashes of all shards."""
         return hashlib.sha256(repr(self.info).encode()).hexdigest()
@@ -476,15 +344,17 @@ class LatentCache(Dataset):
     def __len__(self) -> int:
         return self.info.num_samples
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> LatentBatch:
-        indices = np.array([index for _, index in keys])
-        views = np.array([self._view(epoch, index) for epoch, index in keys])
-        return self._batch(indices, views)
+    def __getitems__(self, keys: Sequence[Key]) -> LatentBatch:
+        return self._batch(
+            np.array([index for _, index in keys]),
+            lambda place, count: choice("view", self.seed, keys[place], count),
+            lambda place, count: choice("caption", self.seed, keys[place], count),
+        )
 
     def first_view(self, indices: Sequence[int]) -> LatentBatch:
-        """The first view of some samples, for evaluation: the image itself, or its centre."""
-        array = np.asarray(indices)
-        return self._batch(array, np.zeros_like(array))
+        """The first view of some samples, for evaluation: the image itself, or its centre; and
+        their first captions."""
+        return self._batch(np.asarray(indices), _first, _first)
 
     def even_subset(self, count: int, seed: int) -> list[int]:
         """At most `count` samples, evenly over classes and groups, to measure."""
@@ -494,51 +364,83 @@ class LatentCache(Dataset):
         """All views of some samples in the type of the files, (n, views, *info.shape)."""
         shards, rows = np.divmod(np.asarray(indices), self.info.shard_size)
         views = len(self.info.views)
-        maps = [self._stored(shard) for shard in shards]
+        maps = [self._shard(shard).stored for shard in shards]
         parts = [m[row * views : row * views + views] for m, row in zip(maps, rows, strict=True)]
         return np.stack(parts).reshape(-1, views, *self.info.shape)
 
-    def _view(self, epoch: int, index: int) -> int:
-        if len(self.info.views) == 1:
-            return 0
-        digest = hashlib.blake2b(f"{self.seed}/view/{epoch}/{index}".encode(), digest_size=4)
-        return int.from_bytes(digest.digest(), "big") % len(self.info.views)
+    def all_captions(self, indices: Sequence[int] | np.ndarray) -> list[tuple[str, ...]] | None:
+        """The texts of some samples; None if the cache has none."""
+        if not self.info.captions:
+            return None
+        shards, samples = np.divmod(np.asarray(indices), self.info.shard_size)
+        places = zip(shards.tolist(), samples.tolist(), strict=True)
+        return [self._captions(shard).of(sample) for shard, sample in places]
 
-    def _batch(self, indices: np.ndarray, views: np.ndarray) -> LatentBatch:
-        shards, rows = np.divmod(indices, self.info.shard_size)
-        rows = rows * len(self.info.views) + views
-        maps, kind = self._stored, MEMORY_TYPE[self.spec.kind]
-        places = zip(shards.tolist(), rows.tolist(), strict=True)
-        chosen = [maps(n)[row].astype(kind) for n, row in places]  # copies: views keep files open
-        stored = torch.from_numpy(np.concatenate(chosen)).view(-1, *self.info.shape)
-        return LatentBatch(stored, self.labels[indices], torch.from_numpy(indices))
+    def _batch(self, indices: np.ndarray, view: Choose, caption: Choose) -> LatentBatch:
+        """The samples, each with the view and the caption that are chosen for its place."""
+        shards, samples = (part.tolist() for part in np.divmod(indices, self.info.shard_size))
+        numbers = range(len(indices))
+        views = [view(place, len(self.info.views)) for place in numbers]
+        rows = [s * len(self.info.views) + v for s, v in zip(samples, views, strict=True)]
+        kind = MEMORY_TYPE[self.spec.kind]
+        # Copies: views of a map would keep its file open.
+        latents = [self._shard(n).stored for n in shards]
+        chosen = [m[row].astype(kind) for m, row in zip(latents, rows, strict=True)]
+        batch = LatentBatch(
+            torch.from_numpy(np.concatenate(chosen)).view(-1, *self.info.shape),
+            self.labels[indices],
+            torch.from_numpy(indices),
+        )
+        places = {"sample": samples, "view": rows}
+        if self.info.captions:
+            texts = [self._captions(n).rows(s) for n, s in zip(shards, samples, strict=True)]
+            shown = [caption(place, len(texts[place])) for place in numbers]
+            batch.captions, batch.shown = self.all_captions(indices), torch.tensor(shown)
+            places["caption"] = [texts[place][shown[place]] for place in numbers]
+        for condition in self.info.conditions:
+            maps = [self._shard(n).conditions[condition.name] for n in shards]
+            found = [m[row] for m, row in zip(maps, places[condition.rows], strict=True)]
+            batch.conditions[condition.name] = in_memory(np.stack(found))
+        return batch
 
     @cached_property
-    def _stored(self) -> Callable[[int], np.ndarray]:
-        """The number of a shard -> all views of its samples as rows: (n * views, values of one
-        view). The least recently used maps are closed: each keeps a file open."""
-        width = math.prod(self.info.shape)
+    def _shard(self) -> Callable[[int], _MappedShard]:
+        """The number of a shard -> its arrays. The least recently used maps are closed: each keeps
+        a file open."""
+        return lru_cache(most_mapped())(self._map)
 
-        def rows(number: int) -> np.ndarray:
-            return self._map(number)["stored"].reshape(-1, width)
+    def _captions(self, number: int) -> PackedCaptions:
+        captions = self._shard(number).captions
+        assert captions is not None, "the cache has captions"
+        return captions
 
-        return lru_cache(most_mapped())(rows)
-
-    def _map(self, number: int) -> dict[str, np.ndarray]:
-        """A shard of the cache; raise `DataError` if its shapes contradict the manifest."""
-        path = shard_path(self.folder, number)
-        shard = map_shard(path)
-        start, stop = self.info.shard_range(number)
-        shape = (stop - start, len(self.info.views), *self.info.shape)
-        found = shard["stored"]
-        if (found.shape, found.dtype) != (shape, self.info.disk_type) or (
-            shard["labels"].shape != shape[:1]
-        ):
+    def _map(self, number: int) -> _MappedShard:
+        """A shard of the cache; raise `DataError` if its arrays contradict the manifest."""
+        path, info = shard_path(self.folder, number), self.info
+        arrays = map_shard(path)
+        start, stop = info.shard_range(number)
+        captions = PackedCaptions(arrays) if set(CAPTIONS) <= arrays.keys() else None
+        count = captions.count if captions else 0
+        expected = info.arrays_of(stop - start, count)
+        for name in (*expected, *sorted(arrays.keys() - expected.keys() - set(CAPTIONS))):
+            found = (arrays[name].dtype, arrays[name].shape) if name in arrays else ("no", name)
+            wanted = expected.get(name, ("no", name))
+            if found != wanted:
+                raise DataError(
+                    f"{path} holds {found[0]} {found[1]}; the manifest requires {wanted[0]} "
+                    f"{wanted[1]}: encode again"
+                )
+        if (captions is not None) != info.captions:
             raise DataError(
-                f"{path} holds {found.dtype} {found.shape}; the manifest requires "
-                f"{np.dtype(self.info.disk_type)} {shape}: encode again"
+                f"{path} holds {'' if captions else 'no '}captions, and the manifest requires "
+                f"{'some' if info.captions else 'none'}: encode again"
             )
-        return shard
+        return _MappedShard(
+            arrays["stored"].reshape(-1, math.prod(info.shape)),
+            arrays["labels"],
+            captions,
+            {c.name: arrays[c.array].reshape(-1, *c.shape) for c in info.conditions},
+        )
 
     def _verified_labels(self, number: int) -> np.ndarray:
         """The labels of a shard; raise `DataError` if it is damaged, or holds a value that no
@@ -549,14 +451,22 @@ class LatentCache(Dataset):
                 f"{path} is damaged (its sha256 differs from the manifest): encode again"
             )
         shard = self._map(number)
-        labels, values = shard["labels"], shard["stored"].reshape(-1)
-        if labels.min() < 0 or labels.max() >= len(self.classes):
+        labels = shard.labels
+        if labels.min() < 0 or labels.max() >= self.info.num_labels:
             raise DataError(
                 f"{path} holds labels from {labels.min()} to {labels.max()}, but the manifest has "
                 f"{len(self.classes)} classes: encode again"
             )
-        for start in range(0, len(values), VERIFIED_AT_ONCE):
-            self._verify_values(path, values[start : start + VERIFIED_AT_ONCE])
+        for values in _pieces(shard.stored):
+            self._verify_values(path, values)
+        if shard.captions and (problem := shard.captions.problem(len(labels))):
+            raise DataError(f"the captions in {path} {problem}: encode again")
+        for name, array in shard.conditions.items():
+            if array.dtype.kind == "f" and not all(np.isfinite(p).all() for p in _pieces(array)):
+                raise DataError(
+                    f"the condition {name} in {path} holds numbers that are NaN or infinite: "
+                    "encode again"
+                )
         return labels.copy()  # a view of a memory map would keep the file open
 
     def _verify_values(self, path: Path, values: np.ndarray) -> None:
@@ -584,6 +494,23 @@ class LatentCache(Dataset):
                 )
 
 
+def _first(place: int, count: int) -> int:
+    return 0
+
+
+def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The values of an array, some at a time."""
+    values = array.reshape(-1)
+    for start in range(0, len(values), VERIFIED_AT_ONCE):
+        yield values[start : start + VERIFIED_AT_ONCE]
+
+
+def in_memory(array: np.ndarray) -> Tensor:
+    """The values of a condition in the type that models take: float32, int64 or bool."""
+    kinds: dict[str, type] = {"f": np.float32, "b": np.bool_}
+    return torch.from_numpy(array.astype(kinds.get(array.dtype.kind, np.int64)))
+
+
 def open_splits(folder: Path, *, seed: int = 0) -> tuple[LatentCache, LatentCache]:
     """The training and the held-out latents of a folder.
 
@@ -599,6 +526,7 @@ def open_splits(folder: Path, *, seed: int = 0) -> tuple[LatentCache, LatentCach
         ("specification of latents", train.spec, heldout.spec),
         ("shape of latents", train.info.shape, heldout.info.shape),
         ("kind of latents", bool(train.info.pairs), bool(heldout.info.pairs)),
+        ("condition", train.info.conditions, heldout.info.conditions),
         ("table of classes", *(list(map(normal_form, c.classes)) for c in (train, heldout))),
     ):
         if one != other:

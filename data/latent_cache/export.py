@@ -1,40 +1,41 @@
 """Export of a latent cache for other code: parquet files, or WebDataset shards.
 
     out/
-        shard-00000.parquet   columns index, label, and codes, or mean and std, or latents:
-                              (views, values)
+        shard-00000.parquet   columns index, label, captions (a list of texts), and codes, or mean
+                              and std, or latents: (views, values)
         shard-00000.tar       00000000.codes.npy (views, L), or .mean.npy and .std.npy (views, C,
-                              h, w) each, or .latents.npy; 00000000.cls
+                              h, w) each, or .latents.npy; 00000000.cls; 00000000.captions.json
         _latents.json         the manifest of the cache, samples and sha256 of every file
         README.md             the splits, for `datasets.load_dataset(out)`
 
 The caches of several splits, train/ and heldout/, become folders of such files. Values keep the
-type that the cache has; the columns of pairs (rectified flow) are data and noise.
+type that the cache has; the columns of pairs (rectified flow) are data and noise. Pictures without
+classes have no label, and those without captions no texts.
 """
 
 import io
+import json
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from smalti.config import config_to_dict
-from smalti.data.latent_cache.cache import (
-    MANIFEST,
-    SPLITS,
-    CacheInfo,
-    LatentCache,
-    open_splits,
-)
+from smalti.config import saved_fields
+from smalti.data.latent_cache.cache import LatentCache, open_splits
+from smalti.data.latent_cache.manifest import MANIFEST, SPLITS, CacheInfo
 from smalti.data.latents import ContinuousSpec
 from smalti.data.sources.webdataset import tar_writer, write_sample
 from smalti.errors import DataError
 from smalti.files import replacing, sha256_of, write_hashed_json, write_text
 from smalti.folders import replacing_folder
+
+logger = logging.getLogger(__name__)
 
 Format = Literal["parquet", "webdataset"]
 Columns = Mapping[str, np.ndarray]  # name -> (n, views, ...)
@@ -92,20 +93,38 @@ def _open_caches(folder: Path) -> list[LatentCache]:
     return sorted(open_splits(folder), key=lambda cache: cache.folder)
 
 
-Writer = Callable[[Path, np.ndarray, np.ndarray, Columns], None]  # path, indices, labels, columns
+@dataclass(frozen=True)
+class _Samples:
+    """The samples of one file."""
+
+    indices: np.ndarray  # (n,)
+    labels: list[int] | None
+    captions: list[tuple[str, ...]] | None
+    columns: Columns
+
+
+Writer = Callable[[Path, _Samples], None]
 
 
 def _export(cache: LatentCache, out: Path, layout: Format, write: Writer) -> None:
     out.mkdir(parents=True, exist_ok=True)
     shards = []
+    if cache.info.conditions:
+        names = ", ".join(condition.name for condition in cache.info.conditions)
+        logger.warning("%s: the conditions are not exported: %s", cache.folder, names)
     for number in tqdm(range(cache.info.num_shards), desc=f"export {cache.folder.name}"):
         indices = np.arange(*cache.info.shard_range(number))
         path = out / f"shard-{number:05d}{SUFFIXES[layout]}"
-        columns = columns_of(cache.info, cache.all_views(indices))
+        samples = _Samples(
+            indices,
+            cache.labels[indices].tolist() if cache.classes else None,
+            cache.all_captions(indices),
+            columns_of(cache.info, cache.all_views(indices)),
+        )
         with replacing(path) as temporary:
-            write(temporary, indices, cache.labels[indices].numpy(), columns)
+            write(temporary, samples)
         shards.append({"url": path.name, "nsamples": len(indices), "sha256": sha256_of(path)})
-    manifest = {"format": layout, "cache": config_to_dict(cache.info), "shardlist": shards}
+    manifest = {"format": layout, "cache": saved_fields(cache.info), "shardlist": shards}
     write_hashed_json(out / INDEX, manifest)
 
 
@@ -128,11 +147,15 @@ def _webdataset_writer() -> Writer:
     return _write_tar
 
 
-def _write_tar(path: Path, indices: np.ndarray, labels: np.ndarray, columns: Columns) -> None:
+def _write_tar(path: Path, samples: _Samples) -> None:
     with path.open("wb") as file, tar_writer(file) as archive:
-        for row, (index, label) in enumerate(zip(indices, labels, strict=True)):
-            members = {f"{name}.npy": _npy(values[row]) for name, values in columns.items()}
-            write_sample(archive, f"{index:08d}", {**members, "cls": str(label).encode()})
+        for row, index in enumerate(samples.indices):
+            members = {f"{name}.npy": _npy(values[row]) for name, values in samples.columns.items()}
+            if samples.labels is not None:
+                members["cls"] = str(samples.labels[row]).encode()
+            if samples.captions is not None:
+                members["captions.json"] = json.dumps(samples.captions[row]).encode()
+            write_sample(archive, f"{index:08d}", members)
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -152,9 +175,11 @@ def _parquet_writer() -> Writer:
     except ImportError as error:
         raise DataError("parquet files need another package: pip install 'smalti[data]'") from error
 
-    def write(path: Path, indices: np.ndarray, labels: np.ndarray, columns: Columns) -> None:
-        arrays = {name: _nested(pyarrow, values) for name, values in columns.items()}
-        table = pyarrow.table({"index": indices, "label": labels, **arrays})
+    def write(path: Path, samples: _Samples) -> None:
+        known = {"label": samples.labels, "captions": samples.captions}
+        given = {name: values for name, values in known.items() if values is not None}
+        arrays = {name: _nested(pyarrow, values) for name, values in samples.columns.items()}
+        table = pyarrow.table({"index": samples.indices, **given, **arrays})
         pyarrow.parquet.write_table(table, path, row_group_size=GROUP)
 
     return write

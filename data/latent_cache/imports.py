@@ -38,13 +38,8 @@ from torch import Tensor
 
 from smalti.config import check_at_least
 from smalti.data.classes import names_beside, numbered_classes
-from smalti.data.latent_cache.cache import (
-    SPLITS,
-    CacheInfo,
-    EncodedRange,
-    refuse_other_contents,
-    write_cache,
-)
+from smalti.data.latent_cache.cache import EncodedRange, refuse_other_contents, write_cache
+from smalti.data.latent_cache.manifest import SPLITS, CacheInfo
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
 from smalti.data.sources.arrays import map_npy
 from smalti.data.sources.base import divide, fingerprint_of, in_threads

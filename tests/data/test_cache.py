@@ -15,13 +15,12 @@ import torch
 from smalti.data.dataset import DataOptions, write_options
 from smalti.data.latent_cache import cache as cache_module
 from smalti.data.latent_cache.cache import (
-    CacheInfo,
     EncodedRange,
     LatentCache,
     open_splits,
-    read_manifest,
     write_cache,
 )
+from smalti.data.latent_cache.manifest import CacheInfo, StoredCondition, read_manifest
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.data.transforms import VIEW_SETS
 from smalti.errors import SmaltiError
@@ -486,3 +485,200 @@ def test_a_manifest_records_what_the_tokenizer_states(tmp_path: Path) -> None:
     assert cache.all_views([1]).shape == (1, 1, 2, 3, 3)
     with pytest.raises(SmaltiError, match="must be a multiple of the 2 stored statistics"):
         replace(info, stored_shape=(3, 3, 3), stored_statistics=("mean", "std"))
+
+
+# -- Captions, further conditions, and pictures without classes -----------------------------------
+
+TEXTS = [("a red apple",), ("ein Ball", "a ball", "un ballon \U0001f3c8")] * 5
+CAPTIONED = replace(INFO, captions=True)
+
+
+def captioned(start: int, stop: int) -> EncodedRange:
+    return replace(encode(start, stop), captions=TEXTS[start:stop])
+
+
+def test_captions_come_back_whichever_shard_holds_them(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c", CAPTIONED, captioned)
+    cache = LatentCache(tmp_path / "c")
+    assert cache.has_captions and cache.all_captions(range(10)) == TEXTS
+    batch = cache.first_view([9, 0, 4, 5])
+    assert batch.captions == [TEXTS[i] for i in (9, 0, 4, 5)]
+    assert batch.texts == ["ein Ball", "a red apple", "a red apple", "ein Ball"]
+    again = pickle.loads(pickle.dumps(cache))
+    assert again.first_view([9]).captions == [TEXTS[9]]
+    plain = tmp_path / "plain"
+    write_cache(plain, INFO, encode)
+    assert LatentCache(plain).first_view([0]).captions is None
+    assert LatentCache(plain).first_view([0]).texts is None
+
+
+def test_the_caption_of_an_epoch_is_a_pure_function_of_seed_epoch_and_index(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c", CAPTIONED, captioned)
+    keys = [(epoch, index) for epoch in range(60) for index in range(10)]
+    once, again, other = (
+        LatentCache(tmp_path / "c", seed=seed).__getitems__(keys) for seed in (0, 0, 1)
+    )
+    assert once.texts == again.texts != other.texts
+    assert once.shown is not None and once.shown[::2].unique().tolist() == [0]  # of one caption
+    counts = once.shown[1::2].bincount(minlength=3)
+    assert counts.sum() == 300 and counts.min() > 70  # 100 each on average
+
+
+def test_conditions_follow_the_view_and_the_caption_of_their_sample(tmp_path: Path) -> None:
+    """Row (i, v) of "low" is 10 i + v, row i of "depth" is i, and that of text t of sample i is
+    100 i + t."""
+    info = replace(
+        CAPTIONED,
+        conditions=(
+            StoredCondition("low", (2,), "float16", "view", "r"),
+            StoredCondition("depth", (), "int32", "sample", "r"),
+            StoredCondition("features", (3, 1), "float32", "caption", "r"),
+            StoredCondition("mask", (3,), "bool", "caption", "r"),
+        ),
+    )
+
+    def conditioned(start: int, stop: int) -> EncodedRange:
+        samples = torch.arange(start, stop)
+        low = 10 * samples[:, None, None] + torch.arange(2)[:, None] + torch.zeros(2)
+        texts = [100 * i + t for i in range(start, stop) for t in range(len(TEXTS[i]))]
+        rows = torch.tensor(texts, dtype=torch.float32)
+        features, mask = rows[:, None, None].repeat(1, 3, 1), rows[:, None].repeat(1, 3) % 2 == 1
+        parts = {"low": low, "depth": samples, "features": features, "mask": mask}
+        return replace(captioned(start, stop), conditions=parts)
+
+    write_cache(tmp_path / "c", info, conditioned)
+    cache = LatentCache(tmp_path / "c")
+    batch = cache.__getitems__([(epoch, index) for epoch in range(9) for index in (7, 2, 9, 3)])
+    view = batch.stored[:, 0] % 1000 // 100
+    assert view.unique().tolist() == [0, 1]
+    assert torch.equal(batch.conditions["low"], (10 * batch.indices + view)[:, None].expand(-1, 2))
+    assert torch.equal(batch.conditions["depth"], batch.indices)
+    row = 100 * batch.indices + batch.shown
+    assert torch.equal(batch.conditions["features"][:, 2, 0], row)
+    assert torch.equal(batch.conditions["mask"][:, 1], row % 2 == 1)
+    types = {name: values.dtype for name, values in batch.conditions.items()}
+    assert list(types.values()) == [torch.float32, torch.int64, torch.float32, torch.bool]
+    assert cache.first_view([7]).conditions["features"].flatten().tolist() == [700] * 3
+
+    def without(start: int, stop: int) -> EncodedRange:
+        part = conditioned(start, stop)
+        return replace(part, conditions={**part.conditions, "mask": part.conditions["mask"][1:]})
+
+    with pytest.raises(SmaltiError, match=r"the condition mask .* is of shape \(7, 3\)"):
+        write_cache(tmp_path / "d", info, without)
+    with pytest.raises(SmaltiError, match="the condition low of the samples from 0 on is missing"):
+        write_cache(tmp_path / "e", info, captioned)
+    too_large = replace(info, conditions=(replace(info.conditions[1], dtype="uint8"),))
+    with pytest.raises(SmaltiError, match=r"depth .* has values that uint8 does not hold"):
+        write_cache(
+            tmp_path / "f",
+            too_large,
+            lambda a, b: replace(conditioned(a, b), conditions={"depth": torch.arange(a, b) * 100}),
+        )
+    other = tuple(replace(c, recipe="s") for c in info.conditions)
+    with pytest.raises(SmaltiError, match="another tokenizer, data set or layout"):
+        write_cache(tmp_path / "c", replace(info, conditions=other), conditioned)
+
+
+def test_a_cache_with_captions_continues_and_is_the_same_at_any_world_size(tmp_path: Path) -> None:
+    write_cache(tmp_path / "one", CAPTIONED, captioned)
+    for rank in (1, 0):
+        write_cache(tmp_path / "two", CAPTIONED, captioned, rank=rank, world_size=2)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    shard = tmp_path / "one" / "shard-00002.safetensors"
+    again = []
+    for position in range(0, shard.stat().st_size, 37):  # any damage is found, and repaired
+        content = bytearray(files(tmp_path / "two")[shard.name])
+        content[position] ^= 1
+        shard.write_bytes(bytes(content))
+        with pytest.raises(SmaltiError):
+            LatentCache(tmp_path / "one")
+        again.clear()
+        write_cache(tmp_path / "one", CAPTIONED, lambda a, b: again.append(a) or captioned(a, b))
+        assert again == [8] and files(tmp_path / "one") == files(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (None, "have no captions"),
+        ([("a",)], "have 1 captions"),
+        ([("a",), ("a", ""), ("a",), ("a",)], "sample 1 has no caption, or an empty one"),
+        ([("a",), ("a",), ("a",), ()], "sample 3 has no caption"),
+        ([("\ud800",)] * 4, "a caption of sample 0 is not Unicode"),
+    ],
+)
+def test_captions_that_no_cache_stores(tmp_path: Path, texts, message: str) -> None:
+    with pytest.raises(SmaltiError, match=message):
+        write_cache(tmp_path / "c", CAPTIONED, lambda a, b: replace(encode(a, b), captions=texts))
+    assert not list((tmp_path / "c").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("captions", lambda a: a * 0 + 0xFF, "are not UTF-8"),
+        ("caption_ends", lambda a: a * 0, "do not have one or more texts"),
+        ("captions_until", lambda a: a[::-1], "do not have one or more texts"),
+        ("captions_until", lambda a: a[:1], "are uint8, int64, int64 of 1 samples"),
+        ("caption_ends", lambda a: a + (np.arange(len(a)) == 1), "are not divided into texts"),
+    ],
+)
+def test_captions_of_other_code_are_verified(
+    tmp_path: Path, monkeypatch, name: str, change, message: str
+) -> None:
+    real = cache_module.on_disk
+    monkeypatch.setattr(
+        cache_module,
+        "on_disk",
+        lambda *parts: {k: change(v) if k == name else v for k, v in real(*parts).items()},
+    )
+    texts = [("a", "\u00e9t\u00e9", "\u00e9", "\u00e9")] * 10
+    write_cache(tmp_path / "c", CAPTIONED, lambda a, b: replace(encode(a, b), captions=texts[a:b]))
+    with pytest.raises(SmaltiError, match=f"the captions in .*shard-0000\\d.* {message}"):
+        LatentCache(tmp_path / "c")
+
+
+def test_a_shard_has_what_the_manifest_says(tmp_path: Path) -> None:
+    """With all hashes right, as other code could write them."""
+    write_cache(tmp_path / "c", CAPTIONED, captioned)
+    content = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    assert content["captions"] is True and "conditions" not in content
+    del content["sha256"], content["captions"]
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(SmaltiError, match="holds captions, and the manifest requires none"):
+        LatentCache(tmp_path / "c")
+    condition = {"name": "x", "shape": [], "dtype": "bool", "rows": "sample", "recipe": ""}
+    content |= {"captions": True, "conditions": [condition]}
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(SmaltiError, match=r"the manifest requires bool \(4,\): encode again"):
+        LatentCache(tmp_path / "c")
+
+
+def test_a_cache_without_captions_has_the_manifest_of_earlier_versions(tmp_path: Path) -> None:
+    write_cache(tmp_path / "c", INFO, encode)
+    content = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    assert not {"captions", "conditions"} & content.keys()
+    assert repr(CAPTIONED) == repr(INFO) and CAPTIONED.identity() != INFO.identity()
+
+
+def test_pictures_without_classes(tmp_path: Path) -> None:
+    info = replace(INFO, classes=())
+    zeros = lambda a, b: replace(encode(a, b), labels=torch.zeros(b - a, dtype=torch.int64))  # noqa: E731
+    write_cache(tmp_path / "c", info, zeros)
+    cache = LatentCache(tmp_path / "c")
+    assert cache.classes == () and cache.num_classes == 0
+    assert cache.first_view([1, 9]).labels.tolist() == [0, 0]
+    assert len(cache.even_subset(4, 0)) == 4
+    with pytest.raises(SmaltiError, match="has the label 1, which is none of the 1"):
+        write_cache(tmp_path / "d", info, encode)
+
+
+@pytest.mark.parametrize("name", ["", "Text", "a b", "a" * 65, "a.b"])
+def test_names_of_conditions(name: str) -> None:
+    with pytest.raises(SmaltiError, match="use lower-case letters"):
+        StoredCondition(name, (), "bool", "sample", "")
+    with pytest.raises(SmaltiError, match="2 conditions have the same name"):
+        replace(INFO, conditions=(StoredCondition("a", (), "bool", "sample", ""),) * 2)
+    with pytest.raises(SmaltiError, match="a row for each caption, and there are no captions"):
+        replace(INFO, conditions=(StoredCondition("a", (), "bool", "caption", ""),))

@@ -17,6 +17,7 @@ from smalti.config import config_from_dict
 from smalti.data.latent_cache import export as cache_export
 from smalti.data.latent_cache.cache import CacheInfo, EncodedRange, LatentCache, write_cache
 from smalti.data.latent_cache.export import export_cache
+from smalti.data.latent_cache.manifest import StoredCondition
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.errors import SmaltiError
 from smalti.files import sha256_of
@@ -157,9 +158,9 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     made = make_cache(tmp_path / "cache", CODES)
 
-    def full_disk(path: Path, indices, labels, columns) -> None:
+    def full_disk(path: Path, samples) -> None:
         path.write_bytes(b"half")
-        if 4 in indices:
+        if 4 in samples.indices:
             raise OSError(28, "No space left on device")
 
     monkeypatch.setitem(cache_export.WRITERS, "webdataset", lambda: full_disk)
@@ -188,3 +189,30 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path: Path, monkeypat
         export_cache(made.folder, tmp_path / "out", "parquet")
     assert not (tmp_path / "out").exists()
     export_cache(made.folder, tmp_path / "out", "webdataset")
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_captions_are_exported_and_conditions_named(tmp_path: Path, layout, caplog) -> None:
+    """From pictures without classes, which therefore have no label."""
+    conditions = (StoredCondition("features", (2,), "float32", "caption", "r"),)
+    info = replace(CODES, classes=(), captions=True, conditions=conditions)
+    texts = [(f"picture {i}", "\u00e9t\u00e9") for i in range(10)]
+
+    def encode(start: int, stop: int) -> EncodedRange:
+        zeros = torch.zeros(stop - start, 2, 6, dtype=torch.int64)
+        features = {"features": torch.zeros(2 * (stop - start), 2)}
+        return EncodedRange(zeros, zeros[:, 0, 0], texts[start:stop], features)
+
+    write_cache(tmp_path / "cache", info, encode)
+    export_cache(tmp_path / "cache", tmp_path / "out", layout)
+    assert "the conditions are not exported: features" in caplog.text
+    if layout == "parquet":
+        files = sorted((tmp_path / "out").glob("*.parquet"))
+        table = pyarrow.concat_tables(map(pyarrow.parquet.read_table, files))
+        assert table.column_names == ["index", "captions", "codes"]
+        assert list(map(tuple, table["captions"].to_pylist())) == texts
+    else:
+        urls = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
+        samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+        assert [tuple(sample["captions.json"]) for sample in samples] == texts
+        assert not any("cls" in sample for sample in samples)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from smalti.data.latent_cache.cache import LatentCache, group_numbers
+from smalti.data.latent_cache.cache import LatentCache
+from smalti.data.latent_cache.manifest import group_numbers
 from smalti.data.latents import CodeSpec
 from smalti.errors import ConfigurationError, DataError, SmaltiError
 from smalti.evaluation import evaluator as evaluator_module

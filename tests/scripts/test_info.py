@@ -16,7 +16,7 @@ from toy_run import train as train_toy
 
 import smalti
 from smalti.cli import main
-from smalti.data.latent_cache.cache import shard_path
+from smalti.data.latent_cache.shard import shard_path
 from smalti.folders import LOCK, FolderLock
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.info import info

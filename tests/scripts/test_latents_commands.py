@@ -1,7 +1,7 @@
 """The commands that encode, export and import latents, and a prior trained on the result."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -17,14 +17,16 @@ from torchvision.transforms import TenCrop
 import smalti
 from smalti.cli import main as smalti_main
 from smalti.data.dataset import ImageDataset
-from smalti.data.latent_cache.cache import LatentCache
+from smalti.data.latent_cache.cache import EncodedRange, LatentCache, write_cache
 from smalti.data.latent_cache.imports import TEN_CROPS
+from smalti.data.latent_cache.manifest import StoredCondition, read_manifest
 from smalti.data.latents import ContinuousSpec
 from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.next_token.model import NextTokenConfig
+from smalti.scripts.encode import EncodeConfig, encode_split
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
 from smalti.tokenizer.base import Reconstruction, Tokenizer
@@ -116,6 +118,11 @@ def pictures(root: Path, size: int) -> torch.Tensor:
     return ImageDataset(source, size, split="train").all_images()
 
 
+def pictures_centre(root: Path) -> torch.Tensor:
+    """The centre crops, of the size of the tokenizer, of enlarged pictures."""
+    return TenCrop(16)(pictures(root, int(16 * 1.1)))[4]
+
+
 def test_ten_crops_are_encoded_as_llamagen_does(root: Path, tmp_path: Path) -> None:
     out = encode(root, tmp_path / "lat", "--views", "ten-crop")
     train, heldout = LatentCache(out / "train"), LatentCache(out / "heldout")
@@ -135,6 +142,55 @@ def test_the_pictures_do_not_depend_on_the_views(root: Path, tmp_path: Path) -> 
     assert [len(cache.info.views) for cache in caches] == [1, 2, 10]
     assert len({cache.info.dataset_fingerprint for cache in caches}) == 1
     assert np.array_equal(caches[0].all_views([3, 5])[:, 0], caches[1].all_views([3, 5])[:, 0])
+
+
+class Brightness:
+    """A condition of each view: the mean of its pixels."""
+
+    stored = (StoredCondition("brightness", (), "float32", "view", "mean"),)
+
+    def __call__(self, batch, views) -> dict[str, torch.Tensor]:
+        return {"brightness": torch.stack([view.mean((1, 2, 3)) for view in views], dim=1)}
+
+
+def test_encoders_of_conditions_see_the_views_that_are_encoded(root: Path, tmp_path: Path) -> None:
+    config = EncodeConfig(
+        data=str(root / "pictures"), output_dir=tmp_path, views="ten-crop", batch_size=7
+    )
+    encode_split(config, "train", smalti.Tokenizer.from_pretrained(root / "vq"), [Brightness()])
+    cache = LatentCache(tmp_path / "train", seed=5)
+    crops = torch.stack(TenCrop(16)(pictures(root, int(16 * 1.1)))).mean((2, 3, 4))
+    expected = crops[list(TEN_CROPS)]  # (views, N)
+    tokenizer = smalti.Tokenizer.from_pretrained(root / "vq")
+    first = cache.first_view(range(len(cache)))
+    torch.testing.assert_close(first.conditions["brightness"], expected[0])
+    assert torch.equal(first.stored, tokenizer.encode(pictures_centre(root)))
+    shown = cache.__getitems__([(epoch, 3) for epoch in range(40)]).conditions["brightness"]
+    assert {round(v, 4) for v in shown.tolist()} == {round(v, 4) for v in expected[:, 3].tolist()}
+
+
+def test_info_says_what_a_cache_holds(root: Path, tmp_path: Path, capsys) -> None:
+    out = encode(root, tmp_path / "lat")
+    info = replace(
+        read_manifest(out / "train"),
+        classes=(),
+        captions=True,
+        conditions=(StoredCondition("features", (2, 8), "float16", "caption", "r"),),
+    )
+    cache = LatentCache(out / "train")
+
+    def encoded(start: int, stop: int) -> EncodedRange:
+        stored = torch.from_numpy(cache.all_views(range(start, stop)).astype(np.int64))
+        features = torch.zeros(stop - start, 2, 8)
+        labels = torch.zeros(stop - start, dtype=torch.int64)
+        return EncodedRange(stored, labels, [("text",)] * len(labels), {"features": features})
+
+    write_cache(tmp_path / "captioned", info, encoded)
+    capsys.readouterr()
+    assert smalti_main(["info", str(tmp_path / "captioned")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "classes    none" in lines and "captions   yes" in lines
+    assert "condition  features, float16 (2, 8) for each caption" in lines
 
 
 @pytest.mark.parametrize("layout", ["parquet", "webdataset"])
