@@ -224,15 +224,14 @@ class Edit:
     strength: float | None  # of the noise; None where the prior has no such option
 
     @classmethod
-    def of(
-        cls, tokenizer: Tokenizer, prior: Prior, image: Any, mask_image: Any, strength: Any
-    ) -> Self:
+    def of(cls, tokenizer: Tokenizer, prior: Prior, inputs: Inputs) -> Self:
         """What a pipeline is given as `image`, `mask_image` and `strength`.
 
         Raises:
             SmaltiError: the prior cannot edit, or not so; see `known_latents` and `regions`.
         """
-        strength = _strength(prior, image, mask_image, strength)
+        image, mask_image = inputs.image, inputs.mask_image
+        strength = _strength(prior, image, mask_image, inputs.strength)
         kept = None
         if mask_image is not None:
             kept = kept_positions(regions(mask_image, _size(tokenizer)), prior.spec)
@@ -261,10 +260,10 @@ class Edit:
             each: results of every class or prompt.
             conditions: so many of each of the inputs.
         """
-        kinds, given = list(prior.condition_kinds), vars(inputs).values()
+        kinds = list(prior.condition_kinds)
         if kinds == ["none"]:
             each = len(conditions(each))
-        elif kinds != ["class"] or any(v is not None for v in given) or not prior.has_null_class:
+        elif kinds != ["class"] or inputs.has_condition or not prior.has_null_class:
             found = conditions(each)
             return (conditions(each * self.count) if len(found) == each else found), each
         each = integer("num_images_per_prompt", each)

@@ -9,7 +9,7 @@ A saved pipeline is a folder:
     samples.png          the grid that the card shows, if there is one
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast, get_args
@@ -408,12 +408,9 @@ class Pipeline(Uploadable):
         """
         check_names(self.prior, options)
         options = {k: plain(v) if getattr(v, "ndim", None) == 0 else v for k, v in options.items()}
-        inputs = Inputs(
-            class_labels, prompt, negative_prompt, prompt_embeds, prompt_attention_mask, num_images
-        )
-        conditions, edit = self._conditions(
-            inputs, num_images_per_prompt, image, mask_image, strength
-        )
+        texts = (prompt, negative_prompt, prompt_embeds, prompt_attention_mask)
+        inputs = Inputs(class_labels, *texts, num_images, image, mask_image, strength)
+        conditions, edit = self._conditions(inputs, num_images_per_prompt)
         options |= edit
         if output_type not in get_args(OutputType):
             raise GenerationError(
@@ -422,20 +419,12 @@ class Pipeline(Uploadable):
         if batch_size is not None and integer("batch_size", batch_size) < 1:
             raise GenerationError(f"batch_size is {batch_size}; it must be at least 1")
         check_generators(generator, len(conditions))
-        by_row = self._row_options(options, len(conditions))
-        if conditions.negative is not None:
-            by_row["negative_condition"] = conditions.negative
-        chunk = int(batch_size or len(conditions))
+        options["guidance_scale"] = (
+            self.guidance_scale if guidance_scale is None else guidance_scale
+        )
         latents, images = [], []
-        for start in tqdm(range(0, len(conditions), chunk), disable=not progress, unit="batch"):
-            part = slice(start, start + chunk)
-            sampled = self.prior.sample(
-                moved(rows(conditions.value, part), self.device),
-                guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
-                generator=generator[part] if isinstance(generator, Sequence) else generator,
-                **{**options, **{name: rows(value, part) for name, value in by_row.items()}},
-            )
-            check_finite(sampled, "the prior", None, "conditions")
+        size = int(batch_size or len(conditions))
+        for sampled in self._batches(conditions, options, generator, size, progress):
             latents.append(sampled)
             if output_type != "latent":
                 images.append(self._decode(sampled, singly=isinstance(generator, Sequence)))
@@ -445,18 +434,38 @@ class Pipeline(Uploadable):
             decoded, torch.cat(latents), conditions.labels, names, conditions.prompts
         )
 
-    def _conditions(
-        self, inputs: Inputs, each: int, image: Any, mask_image: Any, strength: Any
-    ) -> tuple[Conditions, dict[str, Any]]:
+    def _batches(
+        self,
+        conditions: Conditions,
+        options: Mapping[str, Any],
+        generator: Generators,
+        size: int,
+        progress: bool,
+    ) -> Iterator[Tensor]:
+        """The sampled latents, `size` at a time."""
+        by_row = self._row_options(options, len(conditions))
+        if conditions.negative is not None:
+            by_row["negative_condition"] = conditions.negative
+        for start in tqdm(range(0, len(conditions), size), disable=not progress, unit="batch"):
+            part = slice(start, start + size)
+            sampled = self.prior.sample(
+                moved(rows(conditions.value, part), self.device),
+                generator=generator[part] if isinstance(generator, Sequence) else generator,
+                **{**options, **{name: rows(value, part) for name, value in by_row.items()}},
+            )
+            check_finite(sampled, "the prior", None, "conditions")
+            yield sampled
+
+    def _conditions(self, inputs: Inputs, each: int) -> tuple[Conditions, dict[str, Any]]:
         """The conditions of the images, and the options of `sample` that edit given ones."""
         encoder = self.text_encoder if inputs.needs_encoder else None
 
         def conditions(each: int) -> Conditions:
             return conditions_of(self.prior, inputs, each, self.classes, encoder)
 
-        if image is None and mask_image is None and strength is None:
+        if not inputs.edits:
             return conditions(each), {}
-        edit = Edit.of(self.tokenizer, self.prior, image, mask_image, strength)
+        edit = Edit.of(self.tokenizer, self.prior, inputs)
         found, each = edit.conditions(self.prior, inputs, each, conditions)
         return found, edit.options(len(found), each)
 

@@ -1,11 +1,13 @@
 """Pictures and masks given to a pipeline: what is kept, what is generated, what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from chance import generators, randomised
-from conftest import TINY_CONV
+from conftest import TINY_CONV, TINY_PRIOR
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.flow.config import FlowConfig
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.prior import FlowPrior
+from smalti.prior.next_token.model import NextTokenPrior
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
 
 CLASSES = ("cat", "dog", "emu")
@@ -30,7 +33,7 @@ def pipe(tokenizer, prior) -> Pipeline:
 
 @pytest.fixture
 def flow_pipe() -> Pipeline:
-    tokenizer = KLTokenizer(KLConfig(image_size=16, conv=TINY_CONV, z_channels=2)).eval()
+    tokenizer = KLTokenizer(KLConfig(image_size=16, conv=replace(TINY_CONV, z_channels=2))).eval()
     network = DiTConfig(
         in_channels=2,
         out_channels=2,
@@ -88,9 +91,11 @@ def test_codes_of_patches_outside_the_mask_are_those_of_the_picture(pipe, pictur
 def test_known_pixels_are_those_of_the_reconstruction(pipe, flow_pipe, images, monkeypatch) -> None:
     """Exactly, with a decoder that decodes each patch by itself."""
     outside = kept_grid().repeat_interleave(2, 0).repeat_interleave(2, 1)
+
+    def decode(vectors: Tensor) -> Tensor:
+        return F.interpolate(vectors[:, [0, 1, 0]].float(), scale_factor=2.0)
+
     for each in (pipe, flow_pipe):
-        weight = torch.randn(3, 4 if each is pipe else 2, 1, 1)
-        decode = lambda v, w=weight: F.interpolate(F.conv2d(v.float(), w), scale_factor=2.0)  # noqa: E731
         monkeypatch.setattr(each.tokenizer, "decode_vectors", decode)
         out = each("cat", image=images, mask_image=MASK, output_type="pt", num_images_per_prompt=2)
         wanted = (each.tokenizer.reconstruct(images * 2 - 1) + 1) / 2
@@ -159,6 +164,37 @@ def test_pictures_and_classes(pipe, images, labels, count, each, expected) -> No
         assert torch.equal(out.latents[row, kept], codes[picture, kept])
         alone = pipe(label, image=images[picture], mask_image=MASK, generator=generators(row))
         assert torch.equal(out.latents[row], alone.latents[0])
+
+
+def test_without_a_class_the_null_class_is_used(pipe, images) -> None:
+    out = pipe(
+        image=images, mask_image=MASK, generator=generators(0, 1, 2, 3), num_images_per_prompt=2
+    )
+    codes, kept = pipe.tokenizer.encode(images * 2 - 1), kept_grid().flatten()
+    wanted = pipe.prior.sample(
+        torch.full((4,), 3),
+        generator=generators(0, 1, 2, 3),
+        known=codes.repeat_interleave(2, 0),
+        known_mask=kept.expand(4, -1),
+    )
+    assert torch.equal(out.latents, wanted) and out.names == []
+
+
+def test_an_unconditional_pipeline_edits(tokenizer, images) -> None:
+    prior = NextTokenPrior(replace(TINY_PRIOR, condition="none", num_classes=0)).eval()
+    pipe = Pipeline(tokenizer, prior, ())
+    codes, kept = tokenizer.encode(images * 2 - 1), kept_grid().flatten()
+    out = pipe(image=images, mask_image=MASK, num_images=2)
+    assert torch.equal(out.latents[:, kept], codes.repeat_interleave(2, 0)[:, kept])
+    assert len(pipe(image=images[0], mask_image=MASK).images) == 1
+    with pytest.raises(SmaltiError, match="this pipeline is unconditional"):
+        pipe("cat", image=images, mask_image=MASK)
+
+
+def test_a_text_pipeline_needs_a_prompt(tokenizer, images) -> None:
+    prior = NextTokenPrior(replace(TINY_PRIOR, condition="text", num_classes=0)).eval()
+    with pytest.raises(SmaltiError, match="this pipeline is text-conditional: pass prompt"):
+        Pipeline(tokenizer, prior, ())(image=images, mask_image=MASK)
 
 
 def test_one_picture_with_several_masks(pipe, pictures) -> None:

@@ -29,7 +29,6 @@ from smalti.prior.conditions.byte_encoder import ByteEncoder
 from smalti.prior.conditions.text import TextCondition
 from smalti.prior.conditions.text_encoder import (
     TEXT_ENCODERS,
-
     ByteTokenizer,
     text_encoder_of,
     tokenize_bytes,
