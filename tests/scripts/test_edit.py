@@ -98,7 +98,7 @@ def test_pictures_of_another_size_are_cropped_when_asked(
     assert edit(model, [large], *box) == 2
     assert "the image has 64 x 32 pixels; this model takes 16 x 16" in capsys.readouterr().err
     assert not (tmp_path / "edited").exists()
-    assert edit(model, [large], *box, "--resize", "True") == 0
+    assert edit(model, [large], *box, "--resize") == 0
     assert (pixels(tmp_path / "edited" / "strip.png")[::6, ::6][2 + 4, 20 + 4] == 128).all()
 
 
