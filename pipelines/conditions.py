@@ -97,6 +97,20 @@ class Inputs:
     prompt_embeds: Tensor | None = None  # (B, T, D), of a text encoder, padded anywhere
     prompt_attention_mask: Tensor | None = None  # (B, T), nonzero at tokens
     num_images: int | None = None
+    image: Any = None  # to edit, see editing.py
+    mask_image: Any = None
+    strength: float | None = None
+
+    @property
+    def edits(self) -> bool:
+        """Whether there is an image to edit, or an option of one."""
+        return any(value is not None for value in (self.image, self.mask_image, self.strength))
+
+    @property
+    def has_condition(self) -> bool:
+        """Whether there is a class, a text or a number of images."""
+        texts = (self.prompt, self.negative_prompt, self.prompt_embeds, self.prompt_attention_mask)
+        return any(value is not None for value in (self.class_labels, *texts, self.num_images))
 
     @property
     def needs_encoder(self) -> bool:

@@ -9,7 +9,7 @@ A saved pipeline is a folder:
     samples.png          the grid that the card shows, if there is one
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast, get_args
@@ -30,6 +30,7 @@ from smalti.folders import contents, replacing_folder
 from smalti.pipelines.card import SAMPLES, model_card
 from smalti.pipelines.conditions import (
     ClassLabels,
+    Conditions,
     Inputs,
     Prompts,
     check_names,
@@ -37,6 +38,7 @@ from smalti.pipelines.conditions import (
     integer,
     label_ids,
 )
+from smalti.pipelines.editing import Edit
 from smalti.pipelines.output import OutputType, PipelineOutput, as_output, png_of
 from smalti.prior.base import Prior
 from smalti.prior.conditions.base import moved, rows
@@ -361,6 +363,9 @@ class Pipeline(Uploadable):
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
         num_images: int | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         generator: Generators = None,
@@ -381,7 +386,12 @@ class Pipeline(Uploadable):
             prompt_embeds: instead of prompts, the output of a text encoder for them, (B, T, D)
                 with the T and D that the prior was trained with, padded anywhere.
             prompt_attention_mask: (B, T), nonzero at tokens; None: nothing is padding.
-            num_images: of an unconditional prior; 1 if it is not given.
+            num_images: of an unconditional prior, or of each image that it edits; None is 1.
+            image: pictures to edit, of the size of the images: one for all classes or prompts, or
+                one for each; of Pillow, or values in [0, 1].
+            mask_image: masks of that size: white is generated, black is kept.
+            strength: in (0, 1]: how far a flow prior goes from the image; None is 1 inside a mask,
+                and 0.8 without one.
             guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass; None
                 is `self.guidance_scale`, which is saved with the pipeline.
             generator: one generator, or a list with one per image. With a list, image i does not
@@ -398,11 +408,10 @@ class Pipeline(Uploadable):
         """
         check_names(self.prior, options)
         options = {k: plain(v) if getattr(v, "ndim", None) == 0 else v for k, v in options.items()}
-        inputs = Inputs(
-            class_labels, prompt, negative_prompt, prompt_embeds, prompt_attention_mask, num_images
-        )
-        encoder = self.text_encoder if inputs.needs_encoder else None
-        conditions = conditions_of(self.prior, inputs, num_images_per_prompt, self.classes, encoder)
+        texts = (prompt, negative_prompt, prompt_embeds, prompt_attention_mask)
+        inputs = Inputs(class_labels, *texts, num_images, image, mask_image, strength)
+        conditions, edit = self._conditions(inputs, num_images_per_prompt)
+        options |= edit
         if output_type not in get_args(OutputType):
             raise GenerationError(
                 f'output_type is "{output_type}"; choose one of {", ".join(get_args(OutputType))}'
@@ -410,20 +419,12 @@ class Pipeline(Uploadable):
         if batch_size is not None and integer("batch_size", batch_size) < 1:
             raise GenerationError(f"batch_size is {batch_size}; it must be at least 1")
         check_generators(generator, len(conditions))
-        by_row = self._row_options(options, len(conditions))
-        if conditions.negative is not None:
-            by_row["negative_condition"] = conditions.negative
-        chunk = int(batch_size or len(conditions))
+        options["guidance_scale"] = (
+            self.guidance_scale if guidance_scale is None else guidance_scale
+        )
         latents, images = [], []
-        for start in tqdm(range(0, len(conditions), chunk), disable=not progress, unit="batch"):
-            part = slice(start, start + chunk)
-            sampled = self.prior.sample(
-                moved(rows(conditions.value, part), self.device),
-                guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
-                generator=generator[part] if isinstance(generator, Sequence) else generator,
-                **{**options, **{name: rows(value, part) for name, value in by_row.items()}},
-            )
-            check_finite(sampled, "the prior", None, "conditions")
+        size = int(batch_size or len(conditions))
+        for sampled in self._batches(conditions, options, generator, size, progress):
             latents.append(sampled)
             if output_type != "latent":
                 images.append(self._decode(sampled, singly=isinstance(generator, Sequence)))
@@ -432,6 +433,41 @@ class Pipeline(Uploadable):
         return PipelineOutput(
             decoded, torch.cat(latents), conditions.labels, names, conditions.prompts
         )
+
+    def _batches(
+        self,
+        conditions: Conditions,
+        options: Mapping[str, Any],
+        generator: Generators,
+        size: int,
+        progress: bool,
+    ) -> Iterator[Tensor]:
+        """The sampled latents, `size` at a time."""
+        by_row = self._row_options(options, len(conditions))
+        if conditions.negative is not None:
+            by_row["negative_condition"] = conditions.negative
+        for start in tqdm(range(0, len(conditions), size), disable=not progress, unit="batch"):
+            part = slice(start, start + size)
+            sampled = self.prior.sample(
+                moved(rows(conditions.value, part), self.device),
+                generator=generator[part] if isinstance(generator, Sequence) else generator,
+                **{**options, **{name: rows(value, part) for name, value in by_row.items()}},
+            )
+            check_finite(sampled, "the prior", None, "conditions")
+            yield sampled
+
+    def _conditions(self, inputs: Inputs, each: int) -> tuple[Conditions, dict[str, Any]]:
+        """The conditions of the images, and the options of `sample` that edit given ones."""
+        encoder = self.text_encoder if inputs.needs_encoder else None
+
+        def conditions(each: int) -> Conditions:
+            return conditions_of(self.prior, inputs, each, self.classes, encoder)
+
+        if not inputs.edits:
+            return conditions(each), {}
+        edit = Edit.of(self.tokenizer, self.prior, inputs)
+        found, each = edit.conditions(self.prior, inputs, each, conditions)
+        return found, edit.options(len(found), each)
 
     def _row_options(self, options: Mapping[str, Any], images: int) -> dict[str, Any]:
         """The options that have a row for each image, as tensors.
