@@ -30,6 +30,7 @@ from smalti.folders import contents, replacing_folder
 from smalti.pipelines.card import SAMPLES, model_card
 from smalti.pipelines.conditions import (
     ClassLabels,
+    Conditions,
     Inputs,
     Prompts,
     check_names,
@@ -37,6 +38,7 @@ from smalti.pipelines.conditions import (
     integer,
     label_ids,
 )
+from smalti.pipelines.editing import Edit
 from smalti.pipelines.output import OutputType, PipelineOutput, as_output, png_of
 from smalti.prior.base import Prior
 from smalti.prior.conditions.base import moved, rows
@@ -361,6 +363,9 @@ class Pipeline(Uploadable):
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
         num_images: int | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         generator: Generators = None,
@@ -381,7 +386,12 @@ class Pipeline(Uploadable):
             prompt_embeds: instead of prompts, the output of a text encoder for them, (B, T, D)
                 with the T and D that the prior was trained with, padded anywhere.
             prompt_attention_mask: (B, T), nonzero at tokens; None: nothing is padding.
-            num_images: of an unconditional prior; 1 if it is not given.
+            num_images: of an unconditional prior, or of each image that it edits; None is 1.
+            image: pictures to edit, of the size of the images: one for all classes or prompts, or
+                one for each; of Pillow, or values in [0, 1].
+            mask_image: masks of that size: white is generated, black is kept.
+            strength: in (0, 1]: how far a flow prior goes from the image; None is 1 inside a mask,
+                and 0.8 without one.
             guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass; None
                 is `self.guidance_scale`, which is saved with the pipeline.
             generator: one generator, or a list with one per image. With a list, image i does not
@@ -401,8 +411,10 @@ class Pipeline(Uploadable):
         inputs = Inputs(
             class_labels, prompt, negative_prompt, prompt_embeds, prompt_attention_mask, num_images
         )
-        encoder = self.text_encoder if inputs.needs_encoder else None
-        conditions = conditions_of(self.prior, inputs, num_images_per_prompt, self.classes, encoder)
+        conditions, edit = self._conditions(
+            inputs, num_images_per_prompt, image, mask_image, strength
+        )
+        options |= edit
         if output_type not in get_args(OutputType):
             raise GenerationError(
                 f'output_type is "{output_type}"; choose one of {", ".join(get_args(OutputType))}'
@@ -432,6 +444,21 @@ class Pipeline(Uploadable):
         return PipelineOutput(
             decoded, torch.cat(latents), conditions.labels, names, conditions.prompts
         )
+
+    def _conditions(
+        self, inputs: Inputs, each: int, image: Any, mask_image: Any, strength: Any
+    ) -> tuple[Conditions, dict[str, Any]]:
+        """The conditions of the images, and the options of `sample` that edit given ones."""
+        encoder = self.text_encoder if inputs.needs_encoder else None
+
+        def conditions(each: int) -> Conditions:
+            return conditions_of(self.prior, inputs, each, self.classes, encoder)
+
+        if image is None and mask_image is None and strength is None:
+            return conditions(each), {}
+        edit = Edit.of(self.tokenizer, self.prior, image, mask_image, strength)
+        found, each = edit.conditions(self.prior, inputs, each, conditions)
+        return found, edit.options(len(found), each)
 
     def _row_options(self, options: Mapping[str, Any], images: int) -> dict[str, Any]:
         """The options that have a row for each image, as tensors.

@@ -145,6 +145,8 @@ class Prior(nn.Module, Pretrained, ABC):
     PRESETS: ClassVar[Mapping[str, Any]] = {}  # configurations by name, for --prior.preset
     class_table: str = ""  # name of the weight whose rows are the classes, the null last
     row_options: ClassVar[tuple[str, ...]] = ()  # options of `sample` with a row for each sample
+    # Options of `sample` that belong to given latents: `smalti edit` has them, other commands not.
+    editing_options: ClassVar[tuple[str, ...]] = ("known", "known_mask", "strength")
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # names of layers' weights without weight decay
     config: Any
 
@@ -412,6 +414,45 @@ def check_codes(codes: Tensor, spec: CodeSpec) -> None:
             f"codes lie in [{codes.min().item()}, {codes.max().item()}]; "
             f"the codes of this prior are 0 to {spec.vocab_size - 1}"
         )
+
+
+@dataclass(frozen=True)
+class KnownCodes:
+    """Codes of given images, some of which sampling keeps: zero-shot in-painting."""
+
+    codes: Tensor  # (B, L) int64
+    mask: Tensor  # (B, L) bool, True where a code is kept
+
+    @classmethod
+    def checked(
+        cls,
+        codes: Tensor | None,
+        mask: Tensor | None,
+        rows: int,
+        spec: CodeSpec,
+        device: torch.device,
+    ) -> Self | None:
+        """The options `known` and `known_mask` of a call of `sample` for `rows` samples, on the
+        device of the model; None if neither is given.
+
+        Raises:
+            GenerationError: one is missing, or has the wrong shape, type or values.
+        """
+        codes, mask = as_tensor(codes), as_tensor(mask)
+        if codes is None and mask is None:
+            return None
+        if codes is None or mask is None:
+            given, missing = ("known", "known_mask") if mask is None else ("known_mask", "known")
+            raise GenerationError(
+                f"{given} was given without {missing}: give the codes, and which of them to keep"
+            )
+        check_codes(codes, spec)
+        if mask.dtype != torch.bool or mask.shape != codes.shape or len(codes) != rows:
+            raise GenerationError(
+                f"known has shape {tuple(codes.shape)}, known_mask {tuple(mask.shape)} and type "
+                f"{mask.dtype}; for {rows} samples give ({rows}, {spec.length}) int64 and bool"
+            )
+        return cls(codes.to(device), mask.to(device))
 
 
 class CodePrior(Prior):

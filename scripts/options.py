@@ -68,11 +68,12 @@ def sample_options() -> Iterator[SampleOption]:
     """Every option of every registered prior that can be a flag."""
     for prior in PRIORS:
         function = PRIORS.resolve(prior).sample
+        elsewhere = PRIORS.resolve(prior).editing_options
         hints = typing.get_type_hints(function)
         texts = {p.arg_name: p.description or "" for p in parse(function.__doc__ or "").params}
         for name, parameter in inspect.signature(function).parameters.items():
             kind = _flag_type(hints.get(name))
-            if parameter.kind is parameter.KEYWORD_ONLY and kind is not None:
+            if parameter.kind is parameter.KEYWORD_ONLY and kind and name not in elsewhere:
                 text = IN_PYTHON.sub(_names, " ".join(texts.get(name, "").split()))
                 yield SampleOption(prior, name, kind, parameter.default, text)
 

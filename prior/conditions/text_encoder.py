@@ -127,6 +127,7 @@ def _check_texts(captions: Sequence[str]) -> None:
 # -------------------------------------------------------------------------------------------------
 # Bytes
 
+
 class ByteTokenizer(TextEncoder):
     """A caption's UTF-8 bytes and an end token, with the numbers of ByT5 (2105.13626)."""
 

@@ -10,6 +10,7 @@ training objective, `FlowPrior.sample` integrates the dynamics from noise to dat
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from smalti.errors import DataError, GenerationError
 from smalti.prior.base import Loss, Prior
 from smalti.prior.flow.config import PRESETS, FlowConfig
 from smalti.prior.flow.dit import DiT
+from smalti.prior.flow.editing import KnownLatents
 from smalti.prior.flow.guidance import Classifier, ClassifierFree, classifier_free, with_classifier
 from smalti.prior.flow.likelihood import (
     bits_per_dimension,
@@ -95,7 +97,7 @@ class FlowPrior(Prior):
     Config: ClassVar[type] = FlowConfig
     PRESETS: ClassVar[Mapping[str, FlowConfig]] = PRESETS
     class_table: str = "network.y_embedder.embedding_table.weight"
-    row_options: ClassVar[tuple[str, ...]] = ("noise",)
+    row_options: ClassVar[tuple[str, ...]] = ("noise", "known", "known_mask")
     config: FlowConfig
 
     @classmethod
@@ -273,6 +275,9 @@ class FlowPrior(Prior):
         noise: Tensor | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         classifier: Classifier | None = None,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
+        strength: float = 1.0,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Samples of the latents, (B, C, h, w) fp32, for labels (B,).
@@ -291,6 +296,10 @@ class FlowPrior(Prior):
             noise: standard normal x_0 (B, C, h, w); None samples it.
             guidance_interval: the times, from 0, noise, to 1, data, between which s applies.
             classifier: adds classifier guidance.
+            known: latents (B, C, h, w) of given images, which are edited.
+            known_mask: (B, 1, h, w) bool, True where the latents of `known` are kept.
+            strength: of the noise that `known` gets where it is not kept: sampling starts at time
+                1 - strength, and takes the later times of the grid; 1 starts from noise alone.
             on_step: called with (intervals done, intervals) after every interval.
 
         Raises:
@@ -302,6 +311,10 @@ class FlowPrior(Prior):
         solver = make_solver(solver)
         solver.check(self.config.predicts_variance)
         times = self.time_grid(num_inference_steps, solver, schedule)
+        known = as_tensor(known)
+        if known is not None:
+            self._check_latents(known, "known", len(condition))
+        kept = KnownLatents.checked(known, known_mask, strength, solver)
         normal = NormalSource(generator, len(condition))
         if noise is None:
             noise = self.initial_noise(len(condition), normal)
@@ -310,13 +323,19 @@ class FlowPrior(Prior):
         x = dynamics.path.marginal_std(times[0]).item() * noise  # x_t at the first time
         if not len(x):
             return x
+        states = solver.states
+        if kept is not None:
+            kept, times = kept.to(x.device), kept.times(times)
+            x = kept.start(dynamics.path, x, times[0].item(), noise)
+            states = partial(kept.states, solver, noise=noise)
         with self.evaluating():
-            for done, state in enumerate(solver.states(dynamics, x, times, normal), start=1):
+            for done, state in enumerate(states(dynamics, x, times, normal), start=1):
                 x = state
                 if on_step is not None:
                     on_step(done, len(times) - 1)
             if times[-1] < 1:  # from the end of the time range to the expected data
                 x = dynamics.estimate(x, times_of(times[-1].item(), x)).data
+        x = x if kept is None else kept.finished(x)
         if not x.isfinite().all():
             raise GenerationError(
                 "the model gives NaN or infinity: its weights are damaged or overflow their type, "

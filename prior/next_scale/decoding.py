@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from smalti.prior.adaln import Modulations
 from smalti.prior.attention import KeyValueCache
+from smalti.prior.base import KnownCodes
 from smalti.prior.conditions.base import Condition, count, joined
 from smalti.prior.conditions.text import Embedded
 from smalti.prior.next_scale.config import NextScaleConfig
@@ -42,6 +43,36 @@ class ScaleModel(Protocol):
         embedded: Embedded | None = None,
     ) -> Tensor: ...  # (B, n, width) -> (B, n, width)
     def read(self, hidden: Tensor, modulation: Modulations) -> Tensor: ...  # -> (B, n, V)
+
+
+class KnownScales:
+    """Known codes, scale by scale, while others are sampled (VAR, 2404.02905, zero-shot editing).
+
+    A code stands for the residual that the scales before it left. Sampled codes of coarse scales
+    change the sum in the known region too, by up-sampling and convolution, and then the known
+    residuals no longer fit. So a known code is quantized again, as in `noisy_context`: it is the
+    code nearest to its vector plus the difference of the two sums. Without a difference that is the
+    known code. VAR's demonstration keeps the codes themselves, which leaves up to three times the
+    error.
+    """
+
+    def __init__(self, quantizer: MultiScaleQuantizer, known: KnownCodes) -> None:
+        self.quantizer, lengths = quantizer, quantizer.lengths
+        self.codes, self.masks = known.codes.split(lengths, 1), known.mask.split(lengths, 1)
+        self.total = quantizer.lookup_first(known.codes, 0)  # of the known codes so far, from 0
+
+    def held(self, sampled: Tensor, total: Tensor, scale: int) -> Tensor:
+        """Sampled codes (B, n) of a scale, or known ones where they are kept. To be called for
+        each scale in order.
+
+        Args:
+            total: the sum over the scales before, (B, d, H, W).
+        """
+        quantizer, codes = self.quantizer, self.codes[scale]
+        error = quantizer.scale_input(self.total - total, scale)  # (B, n, d)
+        corrected = quantizer.nearest(quantizer.codebook.lookup(codes) + error)
+        self.total = self.total + quantizer.contribution(codes, scale)
+        return torch.where(self.masks[scale], corrected, sampled)
 
 
 class ScaleDecoder:
@@ -87,12 +118,15 @@ class ScaleDecoder:
 
     # -- all scales -----------------------------------------------------------------------------
 
-    def codes(self, uniforms: Tensor, on_step: Progress) -> Tensor:
-        """Codes (B, L), each sampled with one of the uniforms (B, L) in [0, 1)."""
+    def codes(self, uniforms: Tensor, on_step: Progress, known: KnownCodes | None = None) -> Tensor:
+        """Codes (B, L), each sampled with one of the uniforms (B, L) in [0, 1), or known."""
         codes = []
+        kept = None if known is None else KnownScales(self.model.quantizer, known)
         for scale, scale_uniforms in enumerate(uniforms.split(self.lengths, 1)):
             hidden = self.hidden(scale)
             codes.append(self._sample(hidden, scale_uniforms, scale))
+            if kept is not None:
+                codes[-1] = kept.held(codes[-1], self.total, scale)
             if scale + 1 < len(self.lengths):
                 self.append(self.model.quantizer.contribution(codes[-1], scale), scale)
             self._report(scale, on_step)

@@ -37,7 +37,7 @@ from smalti.prior.adaln import (
     shared_modulation,
 )
 from smalti.prior.attention import KeyValueCache, attend, interpolated_positions
-from smalti.prior.base import CodePrior, Loss, check_codes
+from smalti.prior.base import CodePrior, KnownCodes, Loss, check_codes
 from smalti.prior.conditions.base import Condition, ConditionKind, count, moved, part_of
 from smalti.prior.conditions.text import CaptionEmbedding, Embedded, TextAttention
 from smalti.prior.layers import DropPath, drop_path_rates
@@ -237,12 +237,6 @@ class FrozenQuantizer(MultiScaleQuantizer):
             )
         self.load_state_dict({**state, "bound": torch.tensor(True)})
 
-    def nearest(self, vectors: Tensor) -> Tensor:
-        """Codes (B, n) of the codebook vectors nearest to (B, n, d)."""
-        with torch.autocast(vectors.device.type, enabled=False):
-            rows = self.codebook.normalise(vectors.flatten(0, 1))
-            return self.codebook.search(rows).view(vectors.shape[:2])
-
 
 def _same_codebook(owned: dict[str, Tensor], given: dict[str, Tensor]) -> bool:
     """Whether both map codes to the same features; devices and training statistics may differ."""
@@ -325,6 +319,7 @@ class NextScalePrior(CodePrior):
     PRESETS: ClassVar[Mapping[str, NextScaleConfig]] = PRESETS
     no_weight_decay: ClassVar[tuple[str, ...]] = ("lvl_embed.weight",)  # like positions
     class_table: str = "class_emb.weight"
+    row_options: ClassVar[tuple[str, ...]] = ("known", "known_mask")
     config: NextScaleConfig
 
     @classmethod
@@ -537,6 +532,8 @@ class NextScalePrior(CodePrior):
         top_k: int = 0,
         top_p: float = 1.0,
         smooth: bool = False,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Sample codes (B, L) for labels (B,), captions or both.
@@ -560,6 +557,9 @@ class NextScalePrior(CodePrior):
                 codes; a mixture is sharper at a later scale (VAR's "more smooth"). The result is
                 the codes nearest to the final features. Images look smoother, the Frechet distance
                 is worse.
+            known: codes (B, L) of given images, of which those in `known_mask` are kept, each
+                corrected for what the scales before it differ from those of `known`.
+            known_mask: (B, L) bool, True where the code of `known` is kept.
             on_step: called with (codes sampled, L) after every scale.
 
         Raises:
@@ -578,6 +578,9 @@ class NextScalePrior(CodePrior):
         samples, device = count(condition), self.head.weight.device
         negative = self.unconditional(condition, negative)
         length = self.config.spec.length
+        kept = KnownCodes.checked(known, known_mask, samples, self.config.spec, device)
+        if smooth and kept is not None:
+            raise GenerationError("smooth sampling mixes codes, and keeps none: leave out smooth")
         if not samples:
             return torch.empty(0, length, dtype=torch.int64, device=device)
         with self.evaluating():
@@ -586,4 +589,4 @@ class NextScalePrior(CodePrior):
             if smooth:
                 return decoder.smooth_codes(generator, on_step)
             uniforms = sample_uniforms(samples, length, generator).to(device)
-            return decoder.codes(uniforms, on_step)
+            return decoder.codes(uniforms, on_step, kept)

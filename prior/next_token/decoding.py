@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.prior.attention import KeyValueCache
+from smalti.prior.base import KnownCodes
 from smalti.prior.conditions.base import Condition, count
 from smalti.prior.next_token.config import NextTokenConfig
 from smalti.prior.sampling import SamplingOptions, guide, sample_codes
@@ -64,11 +65,19 @@ class TokenDecoder:
         )
         self.cache = self.full_cache.part(slice(self.batch))  # the rows of the next step
 
-    def sample(self, uniforms: Tensor, on_step: Callable[[int, int], None] | None) -> Tensor:
-        """Codes (B, L), each sampled with one of the uniforms (B, L) in [0, 1)."""
+    def sample(
+        self,
+        uniforms: Tensor,
+        on_step: Callable[[int, int], None] | None,
+        known: KnownCodes | None = None,
+    ) -> Tensor:
+        """Codes (B, L), each sampled with one of the uniforms (B, L) in [0, 1), or known."""
         uniforms = uniforms.to(self.codes.device)
         for step in range(len(self.scales)):
-            self.append(sample_codes(self.logits(step), uniforms[:, step], self.options), step)
+            codes = sample_codes(self.logits(step), uniforms[:, step], self.options)
+            if known is not None:
+                codes = torch.where(known.mask[:, step], known.codes[:, step], codes)
+            self.append(codes, step)
             if on_step is not None:
                 on_step(step + 1, len(self.scales))
         return self.codes

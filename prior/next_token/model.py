@@ -23,7 +23,7 @@ from smalti.prior.attention import (
     rotary_frequencies,
     rotate,
 )
-from smalti.prior.base import CodePrior, Loss, check_codes
+from smalti.prior.base import CodePrior, KnownCodes, Loss, check_codes
 from smalti.prior.conditions.base import Condition, ConditionKind, count, moved, part_of
 from smalti.prior.conditions.text import CaptionEmbedding, causal_mask
 from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates
@@ -169,6 +169,7 @@ class NextTokenPrior(CodePrior):
     Config: ClassVar[type] = NextTokenConfig
     PRESETS: ClassVar[Mapping[str, NextTokenConfig]] = PRESETS
     class_table: str = "cls_embedding.weight"
+    row_options: ClassVar[tuple[str, ...]] = ("known", "known_mask")
     config: NextTokenConfig
     order_probability: Tensor | None  # () fp32, of a random order in the next training steps
 
@@ -402,6 +403,8 @@ class NextTokenPrior(CodePrior):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Sample codes (B, L) for labels (B,), captions or both, in raster order.
@@ -420,6 +423,9 @@ class NextTokenPrior(CodePrior):
             temperature: logits are divided by it; 0 is greedy.
             top_k: keep the k likeliest codes; 0 keeps all.
             top_p: keep the likeliest codes with this total probability.
+            known: codes (B, L) of given images, of which those in `known_mask` are kept. A sampled
+                code depends on the kept and sampled codes before it, not on kept ones after it.
+            known_mask: (B, L) bool, True where the code of `known` is kept.
             on_step: called with (codes sampled, L) after every code.
 
         Raises:
@@ -435,9 +441,10 @@ class NextTokenPrior(CodePrior):
         samples = count(condition)
         negative = self.unconditional(condition, negative)
         device, length = self.output.weight.device, self.config.spec.length
+        kept = KnownCodes.checked(known, known_mask, samples, self.config.spec, device)
         uniforms = sample_uniforms(samples, length, generator)
         if not samples:
             return torch.empty(0, length, dtype=torch.int64, device=device)
         with self.evaluating():
             both = moved(condition, device), moved(negative, device)
-            return TokenDecoder(self, *both, options).sample(uniforms, on_step)
+            return TokenDecoder(self, *both, options).sample(uniforms, on_step, kept)

@@ -47,6 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train-prior": ("smalti.scripts.train_prior", "stage two: a distribution over latents"),
     "reflow": ("smalti.scripts.reflow", "generate pairs with a trained flow, to straighten it"),
     "generate": ("smalti.scripts.generate", "sample pictures with a saved pipeline"),
+    "edit": ("smalti.scripts.edit", "fill regions of pictures, or change them, with a pipeline"),
     "evaluate": ("smalti.scripts.evaluate", "measure a saved tokenizer or pipeline"),
     "convert": ("smalti.scripts.convert", "published weights -> a smalti model folder"),
     "export": ("smalti.scripts.export", "a model -> a file for other code"),

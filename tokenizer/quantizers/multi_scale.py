@@ -287,6 +287,12 @@ class MultiScaleQuantizer(CodebookQuantizer):
         with torch.autocast(vectors.device.type, enabled=False):
             return self._place(vectors.flatten(0, 1), len(vectors), scale)
 
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Codes (B, n) of the codebook vectors nearest to (B, n, d)."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            rows = self.codebook.normalise(vectors.flatten(0, 1))
+            return self.codebook.search(rows).view(vectors.shape[:2])
+
     def scale_input(self, total: Tensor, scale: int) -> Tensor:
         """Input of a prior that predicts a scale: the sum of the scales before it, on its grid.
 

@@ -44,6 +44,8 @@ class Solver(ABC):
     # Whether the last step may end where the velocity is infinite: such a solver does not evaluate
     # the network there, and returns the expected data where sigma is 0.
     lands_on_data: ClassVar[bool]
+    # Whether a step depends on the samples at its start alone, which a caller may then change.
+    memoryless: ClassVar[bool] = False
 
     @abstractmethod
     def states(
@@ -90,6 +92,7 @@ class StepSolver(Solver):
     """A solver whose step depends on the samples at the start of the step alone."""
 
     lands_on_data = True
+    memoryless = True
 
     @abstractmethod
     def step(

@@ -55,6 +55,7 @@ def runge_kutta_step(
 class RungeKutta(ODESolver):
     """A fixed-step method, defined by its tableau."""
 
+    memoryless: ClassVar[bool] = True
     tableau: ClassVar[Tableau]
 
     def integrate(self, field: Field, x: Tensor, times: Tensor) -> Iterator[Tensor]:

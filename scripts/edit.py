@@ -1,0 +1,147 @@
+"""Zero-shot editing: pictures and masks in, edited pictures and a strip out.
+
+    smalti edit --model runs/demo/pipeline --image cat.png --box 8,8,24,24 --class_labels fish
+
+The strip has a row for each picture and class: the original, the condition, the results.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from smalti.checkpoints import Weights
+from smalti.cli import parse_config, run_command
+from smalti.config import check_at_least
+from smalti.data.image_io import FolderOptions, save_png
+from smalti.data.sources.folder import read_picture
+from smalti.errors import ConfigurationError
+from smalti.folders import contents, replacing_folder
+from smalti.pipelines.editing import box_mask, fitted, masked, pasted, strip
+from smalti.pipelines.generation import picture_generator
+from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
+from smalti.scripts.options import Sampling
+
+STRIP = "strip.png"
+Masked = tuple[Image.Image, Image.Image | None]  # a picture and its mask
+
+
+@dataclass(frozen=True)
+class EditConfig(Sampling):
+    """Generate a region of pictures anew, or change pictures as a whole, with a saved pipeline."""
+
+    # A pipeline: a folder, a repository on the Hub, or a checkpoint of a train-prior run.
+    model: str = DEMO
+    weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
+    image: tuple[Path, ...] = ()  # picture files to edit
+    # Pictures of the same size, white where to generate, black where to keep: one for all, or one
+    # for each.
+    mask: tuple[Path, ...] = ()
+    box: str = ""  # x0,y0,x1,y1: a white box, in pixels of each picture, instead of --mask
+    class_labels: tuple[str, ...] = ()  # names or numbers; each picture is edited with each of them
+    # Flow priors: how far to go from the picture, in (0, 1]; 1 inside a mask, and 0.8 without one.
+    strength: float | None = None
+    resize: bool = False  # crop the centre of pictures and masks, and resize it to the model's size
+    paste: bool = False  # outside the mask, the pixels of the picture instead of decoded ones
+    num_images: int = 4  # results for each picture and class
+    seed: int = 0  # result i depends on the seed and i alone
+    batch_size: int = 64  # pictures sampled at once
+    output_dir: Path = Path("edited")  # new folder of the results and the strip
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "num_images", "batch_size")
+        if not self.image:
+            raise ConfigurationError("no picture was given: pass --image FILE")
+        if self.mask and self.box:
+            raise ConfigurationError("both a mask and a box were given: pass one of them")
+        if len(self.mask) not in (0, 1, len(self.image)):
+            raise ConfigurationError(
+                f"{len(self.image)} pictures and {len(self.mask)} masks were given: pass one mask "
+                "for all pictures, or one for each"
+            )
+        if self.paste and not (self.mask or self.box):
+            raise ConfigurationError(
+                "--paste keeps the pixels outside a mask: pass --mask or --box"
+            )
+
+    def read(self) -> list[Masked]:
+        """Each picture with its mask.
+
+        Raises:
+            DataError: a file cannot be used; the box is not inside a picture.
+        """
+        pictures = [read_picture(path, FolderOptions()) for path in self.image]
+        if self.box:
+            return [(each, box_mask(self.box, (each.height, each.width))) for each in pictures]
+        if not self.mask:
+            return [(each, None) for each in pictures]
+        masks = [read_picture(path, FolderOptions()) for path in self.mask]
+        return list(zip(pictures, masks * (len(pictures) // len(masks)), strict=True))
+
+
+def edit(config: EditConfig) -> list[Path]:
+    """Write the results and the strip; return the paths of the results.
+
+    Raises:
+        ConfigurationError: the output folder is not empty.
+        SmaltiError: a picture, a mask or an option does not fit the model.
+    """
+    check_model(config.model)
+    _check_output(config.output_dir)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = Pipeline.from_pretrained(config.model, device=device, weights=config.weights)
+    edits = config.read()
+    if config.resize:
+        edits = [fitted(*each, pipeline.tokenizer.image_size) for each in edits]
+    labels, count = config.class_labels, config.num_images
+    rows = [each for each in edits for _ in labels or [""]]  # each picture with each class
+    output = pipeline(
+        class_labels=list(labels) * len(edits) or None,
+        image=[picture for picture, _ in rows],
+        mask_image=None if rows[0][1] is None else [mask for _, mask in rows],
+        strength=config.strength,
+        num_images_per_prompt=count,
+        generator=[picture_generator(config.seed, i) for i in range(len(rows) * count)],
+        batch_size=config.batch_size,
+        progress=True,
+        **config.options,
+    )
+    results = [output.images[i * count : (i + 1) * count] for i in range(len(rows))]
+    return _write(config, rows, results, list(labels) * len(edits))
+
+
+def _write(
+    config: EditConfig, rows: list[Masked], results: list[list[Image.Image]], labels: list[str]
+) -> list[Path]:
+    """Write the results of each picture with its mask, and the strip."""
+    names, shown = [], []
+    with replacing_folder(config.output_dir, check=lambda: _check_output(config.output_dir)) as new:
+        for (picture, mask), images in zip(rows, results, strict=True):
+            condition = [picture, *([] if mask is None else [masked(picture, mask)])]
+            if config.paste and mask is not None:
+                images = [pasted(image, picture, mask) for image in images]
+            for image in images:
+                names.append(f"{len(names):06d}.png")
+                save_png(new / names[-1], image)
+            shown.append([*condition, *images])
+        save_png(new / STRIP, strip(shown, labels))
+    return [config.output_dir / name for name in names]
+
+
+def _check_output(folder: Path) -> None:
+    """Raise `ConfigurationError` if the output folder contains anything."""
+    if folder.is_dir() and contents(folder):
+        raise ConfigurationError(f"{folder} is not empty: choose another --output_dir")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `smalti edit`."""
+    config = parse_config(EditConfig, argv, prog="smalti edit")
+    print(f"{len(edit(config))} pictures, and {STRIP}: {config.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
