@@ -11,12 +11,19 @@ Module names are those of the published weights, which load without renaming: `x
 constant here, `sin_cos_table` of the grid, to be compared and dropped when weights are converted;
 and the options add `attn.q_norm`, `attn.k_norm` and `mlp.{w1,w2,w3}`.
 
-Shapes: B batch, C channels, (h, w) latent grid, p patch size, N = h w / p^2 tokens.
+Captions and pictures are further conditions. The tokens attend to a caption in every block, after
+they attend to each other (PixArt-alpha, 2310.00426, section 2.3: `blocks.{i}.cross_attn`), and a
+projection of the mean of its tokens is added to the embedding of time and class. The latents of a
+picture are further channels of the noisy latents (latent diffusion, 2112.10752, section 4.3.2;
+InstructPix2Pix, 2211.09800, section 3.2). The output layers of the one and the input weights of the
+other start at zero: a class-conditional network that is continued with them is unchanged at first.
+
+Shapes: B batch, C channels, (h, w) latent grid, p patch size, N = h w / p^2 tokens, T text tokens.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, Self, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +35,15 @@ from smalti.data.latents import ContinuousSpec
 from smalti.errors import ConfigurationError, DataError
 from smalti.prior.adaln import Modulation, modulate
 from smalti.prior.attention import FixedTable, attend, rotate
+from smalti.prior.conditions.base import Combination, Condition
+from smalti.prior.conditions.image import ImageCondition, ImageKind
+from smalti.prior.conditions.text import (
+    CaptionEmbedding,
+    Embedded,
+    TextAttention,
+    TextCondition,
+    TextConfig,
+)
 from smalti.prior.layers import RMSNorm, SwiGLU
 
 NORM_EPS = 1e-6
@@ -52,7 +68,7 @@ class DiTConfig:
     depth: int = 12  # number of blocks
     num_heads: int = 12  # attention heads
     mlp_ratio: float = 4.0  # hidden / width of the feed-forward; SwiGLU uses 2/3 of it, same cost
-    num_classes: int = 1000  # the label table has one more row, for the null label
+    num_classes: int = 1000  # the label table has one more row, for the null label; 0: that only
     positions: Positions = "sin-cos"  # sin-cos: added to tokens; rotary: rotates queries and keys
     feed_forward: FeedForward = "gelu"  # activation: gelu, or the gated swiglu
     norm: Norm = "layer"  # layer norm, or RMS norm
@@ -68,9 +84,8 @@ class DiTConfig:
             if getattr(self, name) not in get_args(known):
                 wrong, right = getattr(self, name), ", ".join(get_args(known))
                 raise ConfigurationError(f'{name} is "{wrong}"; choose one of {right}')
-        check_at_least(
-            1, self, "in_channels", "out_channels", "width", "depth", "num_heads", "num_classes"
-        )
+        check_at_least(1, self, "in_channels", "out_channels", "width", "depth", "num_heads")
+        check_at_least(0, self, "num_classes")
         if self.patch_size < 1 or min(self.grid) < 1 or any(s % self.patch_size for s in self.grid):
             raise ConfigurationError(
                 f"a grid of {self.grid[0]} x {self.grid[1]} cannot be cut into patches of side "
@@ -239,7 +254,8 @@ def unpatchify(patches: Tensor, token_grid: tuple[int, int], patch_size: int) ->
 
 
 class PatchEmbedder(nn.Module):
-    """A linear map of each patch. The weight has the shape of a convolution, as published."""
+    """A linear map of each patch. The weight has the shape of a convolution, as published; its last
+    input channels are those of an image condition."""
 
     def __init__(self, in_channels: int, patch_size: int, width: int) -> None:
         super().__init__()
@@ -301,12 +317,17 @@ def _norm(config: DiTConfig, eps: float = NORM_EPS) -> nn.Module:
 
 class DiTBlock(nn.Module):
     """x + gate attention(modulate(norm x)), then the same with the feed-forward (figure 3). With
-    gates of zero, as at the start of training, the block is the identity."""
+    gates of zero, as at the start of training, the block is the identity.
 
-    def __init__(self, config: DiTConfig) -> None:
+    In a network with captions the tokens attend to them between the two, without norm and gate, as
+    in PixArt-alpha.
+    """
+
+    def __init__(self, config: DiTConfig, has_text: bool = False) -> None:
         super().__init__()
         self.norm1 = _norm(config)
         self.attn = DiTAttention(config)
+        self.cross_attn = TextAttention(config.width, config.num_heads) if has_text else None
         self.norm2 = _norm(config, config.mlp_norm_eps)
         self.mlp = (
             DiTMLP(config.width, config.hidden)
@@ -315,11 +336,15 @@ class DiTBlock(nn.Module):
         )
         self.adaLN_modulation = Modulation(config.width, 6)
 
-    def forward(self, x: Tensor, c: Tensor, rope_freqs: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, c: Tensor, rope_freqs: Tensor | None, caption: Embedded | None = None
+    ) -> Tensor:
         """Tokens x (B, N, width) and conditioning c (B, width) -> (B, N, width)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)  # (B, 1, width)
         attended = self.attn(modulate(self.norm1(x), shift1, scale1), rope_freqs)
         x = torch.addcmul(x, gate1, attended)  # x + gate1 attended, in one kernel
+        if self.cross_attn is not None and caption is not None:
+            x = x + self.cross_attn(x, caption)
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
@@ -342,18 +367,25 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Latents (B, C, h, w), times (B,) and labels (B,) -> (B, C_out, h, w).
+    """Latents (B, C, h, w), times (B,) and conditions (B,) -> (B, C_out, h, w).
 
     Times are in the network's own units, and labels lie in [0, num_classes], the last being the
-    null label: the prior scales times, drops labels, and defines what the output means (velocity,
-    noise, ...). Computed in the precision of the weights or of autocast, returned in that of the
-    latents.
+    null label: the prior scales times, drops conditions, and defines what the output means
+    (velocity, noise, ...). Computed in the precision of the weights or of autocast, returned in
+    that of the latents.
+
+    Args:
+        text: the captions that are part of the conditions; None: there are none.
+        image_channels: channels of the pictures that are part of the conditions; 0: there are none.
     """
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(
+        self, config: DiTConfig, text: TextConfig | None = None, image_channels: int = 0
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.x_embedder = PatchEmbedder(config.in_channels, config.patch_size, config.width)
+        self.config, self.image_channels = config, image_channels
+        channels = config.in_channels + image_channels
+        self.x_embedder = PatchEmbedder(channels, config.patch_size, config.width)
         self.t_embedder = TimestepEmbedder(
             config.frequency_size, config.width, config.frequency_shift
         )
@@ -361,13 +393,18 @@ class DiT(nn.Module):
         grid, use = config.token_grid, config.positions
         self.pos_embed = FixedTable.sin_cos(grid, config.width) if use != "rotary" else None
         self.rope_freqs = FixedTable.rotary(grid, config.head_dim) if use != "sin-cos" else None
-        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(config, has_text=text is not None) for _ in range(config.depth)
+        )
         self.final_layer = FinalLayer(config)
+        self.caption_embedder = None if text is None else CaptionEmbedding(text, config.width)
+        self.caption_mean = None if text is None else nn.Linear(config.width, config.width)
         self._initialise()
 
     def _initialise(self) -> None:
         """As published: linear layers Xavier, embeddings N(0, 0.02^2), biases zero; modulations and
-        the last layer zero, so that every block is the identity and the first output is 0."""
+        the last layer zero, so that every block is the identity and the first output is 0. What
+        captions and pictures add to a class-conditional network is zero, too."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # a view; patches as vectors
@@ -378,27 +415,54 @@ class DiT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
         for layer in self.zero_layers():
             nn.init.zeros_(layer.weight)
+        if self.image_channels:
+            nn.init.zeros_(self.x_embedder.proj.weight[:, self.config.in_channels :])
 
     def zero_layers(self) -> list[nn.Linear]:
         """The linear layers that start at zero."""
         modulations = [m for m in self.modules() if isinstance(m, Modulation)]
-        return [self.final_layer.linear, *(m[1] for m in modulations)]  # type: ignore[list-item]
+        captions = [m.proj for m in self.modules() if isinstance(m, TextAttention)]
+        if self.caption_mean is not None:
+            captions.append(self.caption_mean)
+        return [self.final_layer.linear, *(m[1] for m in modulations), *captions]  # type: ignore[list-item]
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Latents (B, C, h, w), times (B,) and labels (B,) -> (B, C_out, h, w)."""
-        self._check(x, t, labels)
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Latents (B, C, h, w), times (B,) and conditions (B,) -> (B, C_out, h, w).
+
+        Args:
+            condition: labels (B,), a `TextCondition`, an `ImageCondition`, or a `Combination`.
+        """
+        labels, text, image = (
+            _part(condition, kind) for kind in (Tensor, TextCondition, ImageCondition)
+        )
+        self._check(x, t, labels, text, image)
+        if image is not None:
+            x = torch.cat([x, image.latents.to(x.dtype)], 1)
         tokens = self.x_embedder(x)  # (B, N, width)
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed.table.to(tokens.dtype)
         # (N, head_dim / 2) complex, stored as pairs of real numbers
         freqs = None if self.rope_freqs is None else torch.view_as_complex(self.rope_freqs.table)
+        if labels is None:
+            labels = torch.full_like(t, self.config.num_classes, dtype=torch.int64)
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, width)
+        caption = None
+        if text is not None:
+            caption = self.caption_embedder.embedded(text)  # type: ignore[union-attr]
+            c = c + self.caption_mean(caption.vector)  # type: ignore[misc]
         for block in self.blocks:
-            tokens = block(tokens, c, freqs)
+            tokens = block(tokens, c, freqs, caption)
         patches = self.final_layer(tokens, c).to(x.dtype)  # (B, N, p p C_out)
         return unpatchify(patches, self.config.token_grid, self.config.patch_size)
 
-    def _check(self, x: Tensor, t: Tensor, labels: Tensor) -> None:
+    def _check(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        text: TextCondition | None,
+        image: ImageCondition | None,
+    ) -> None:
         expected = (self.config.in_channels, *self.config.grid)
         if tuple(x.shape[1:]) != expected:
             raise DataError(
@@ -406,8 +470,27 @@ class DiT(nn.Module):
                 f"{', '.join(map(str, expected))})"
             )
         for name, value in (("times", t), ("labels", labels)):
-            if value.shape != x.shape[:1]:
+            if value is not None and value.shape != x.shape[:1]:
                 raise DataError(
                     f"{name} have shape {tuple(value.shape)}; give one for each of the "
                     f"{len(x)} latents"
                 )
+        for name, takes, part in (
+            ("captions", self.caption_embedder is not None, text),
+            ("pictures", bool(self.image_channels), image),
+        ):
+            if takes != (part is not None) or (part is not None and len(part) != len(x)):
+                found = "none were" if part is None else f"{len(part)} were"
+                wanted = f"{len(x)}, one for each of the latents" if takes else "none"
+                raise DataError(f"{found} given of {name}; this network takes {wanted}")
+        if image is not None:
+            ImageKind(self.image_channels, self.config.grid).check(image)
+
+
+T = TypeVar("T")
+
+
+def _part(condition: Condition, kind: type[T]) -> T | None:
+    """The part of a condition of this type, None if it has none."""
+    parts = condition.parts.values() if isinstance(condition, Combination) else (condition,)
+    return next((part for part in parts if isinstance(part, kind)), None)

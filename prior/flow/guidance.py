@@ -15,12 +15,13 @@ from torch import Tensor
 
 from smalti.config import plain
 from smalti.errors import GenerationError
+from smalti.prior.conditions.base import Condition, joined
 from smalti.prior.flow.path import GaussianPath, expand_like
 from smalti.prior.flow.prediction import Field, Prediction, derivative_by_score
 from smalti.prior.sampling import is_interval, is_number
 
-# x (B, C, h, w), times (B,), labels (B,) -> (B, C_out, h, w)
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+# x (B, C, h, w), times (B,), conditions (B,) -> (B, C_out, h, w)
+Network = Callable[[Tensor, Tensor, Condition], Tensor]
 # x (B, C, h, w), times (B,), labels (B,) -> log p(label | x_t) (B,), differentiable in x
 LogProbability = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -53,20 +54,22 @@ class ClassifierFree:
         return torch.where(inside, torch.full_like(t, self.scale), 1.0)
 
 
-def classifier_free(network: Network, labels: Tensor, null: int, options: ClassifierFree) -> Field:
-    """A network conditioned on labels (B,) and guided against the null label.
+def classifier_free(
+    network: Network, condition: Condition, negative: Condition, options: ClassifierFree
+) -> Field:
+    """A network given conditions (B,) and guided away from others (B,), usually the null condition.
 
     If no sample is guided at its time, the network runs on B samples; otherwise once on 2 B, the
     conditional ones first.
     """
+    both = condition if options.scale == 1 else joined(condition, negative)  # (2 B,)
 
     def field(x: Tensor, t: Tensor) -> Tensor:
         if options.scale == 1:
-            return network(x, t, labels)
+            return network(x, t, condition)
         scales = options.scales(t)
         if not (scales != 1).any():
-            return network(x, t, labels)
-        both = torch.cat([labels, torch.full_like(labels, null)])  # (2 B,)
+            return network(x, t, condition)
         conditional, unconditional = network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         # The remaining channels, variances among them, stay conditional.
         count = x.shape[1] if options.channels is None else options.channels

@@ -20,6 +20,8 @@ from smalti.config import plain
 from smalti.data.latents import ContinuousSpec, LatentSpec, as_tensor
 from smalti.errors import DataError, GenerationError
 from smalti.prior.base import Loss, Prior
+from smalti.prior.conditions.base import Condition, ConditionKind, count, moved, part_of
+from smalti.prior.conditions.image import ImageKind
 from smalti.prior.flow.config import PRESETS, FlowConfig
 from smalti.prior.flow.dit import DiT
 from smalti.prior.flow.editing import KnownLatents
@@ -92,7 +94,7 @@ def variance_bound(path: DDPMPath, estimate: Estimate, data: Tensor, noise: Tens
 
 
 class FlowPrior(Prior):
-    """p(latents | class): the distribution at t = 1 of a flow that starts from Gaussian noise."""
+    """p(latents | condition): the distribution at t = 1 of a flow from Gaussian noise."""
 
     Config: ClassVar[type] = FlowConfig
     PRESETS: ClassVar[Mapping[str, FlowConfig]] = PRESETS
@@ -108,7 +110,7 @@ class FlowPrior(Prior):
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
         self.config = config
-        self.network = DiT(config.network)
+        self.network = DiT(config.network, config.text, config.image_channels)
         # The times at which the network is trained and evaluated
         self.time_range = time_range(config.path, config.prediction)
 
@@ -121,6 +123,16 @@ class FlowPrior(Prior):
             f"its {kind or self.config.network.positions} positions are extended to "
             f"{rows} x {columns} tokens"
         )
+
+    def _condition_kind(self, name: str) -> ConditionKind:
+        spec = self.config.spec
+        match name:
+            case "text":
+                assert self.network.caption_embedder is not None
+                return self.network.caption_embedder
+            case "image":
+                return ImageKind(self.config.image_channels, (spec.height, spec.width))
+        return super()._condition_kind(name)
 
     # -- training -----------------------------------------------------------------------------
 
@@ -136,7 +148,7 @@ class FlowPrior(Prior):
         return random_inputs
 
     def forward(
-        self, latents: Tensor, condition: Tensor, random_inputs: RandomInputs | None = None
+        self, latents: Tensor, condition: Condition, random_inputs: RandomInputs | None = None
     ) -> Loss:
         """The weighted squared error of the prediction (conditional flow matching, 2210.02747,
         eq. 9; DDPM, 2006.11239, eq. 14), averaged over times and elements. On a DDPM path the bound
@@ -147,16 +159,16 @@ class FlowPrior(Prior):
 
         Args:
             latents: x_1, (B, C, h, w).
-            condition: labels (B,).
+            condition: one for each latent; classes and captions are dropped at random in training.
             random_inputs: rows of what `sample_random_inputs` returns, one per latent. A missing
                 key is sampled here, from torch's global generators. For reflow, "noise" is the
                 x_0 that belongs to each latent.
         """
         latents, condition = as_tensor(latents), as_tensor(condition)
-        self.check_labels(condition)
         self._check_latents(latents, "latents")
+        self.check_condition(condition, len(latents))
         latents, inputs = latents.float(), dict(random_inputs or {})
-        labels = self.drop_labels(condition, self.config.label_dropout, inputs.get("label_dropout"))
+        kept = self.drop(condition, self.config.label_dropout, inputs.get("label_dropout"))
         if "times" not in inputs or "noise" not in inputs:
             inputs = {**self._times_and_noise(latents), **inputs}
         self._check_latents(inputs["noise"], "noise", len(latents))
@@ -165,7 +177,7 @@ class FlowPrior(Prior):
         # Uniforms (B,) become times (B,) of the configured distribution.
         t = within.start + (within.end - within.start) * self.config.times.quantile(inputs["times"])
         x = path.mix(latents, noise, t)
-        estimate = Estimate(path, prediction, x, t, self._network_at(x, t, labels))
+        estimate = Estimate(path, prediction, x, t, self._network_at(x, t, kept))
         target = prediction_target(prediction, path, latents, noise, t)
         error = (estimate.value - target).square().flatten(1).mean(1)  # (B,)
         weight = loss_weight(self.config.loss_weight, path, prediction, t)
@@ -187,12 +199,12 @@ class FlowPrior(Prior):
         noise = torch.randn(latents.shape, generator=generator)
         return {"times": ((order + 0.5) / len(latents)).to(latents), "noise": noise.to(latents)}
 
-    def _network_at(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def _network_at(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network at x_t (B, C, h, w) and times t (B,) in [0, 1]: (B, C_out, h, w)."""
         t = exact_times(t)
         network_times = self.config.time_shift + self.config.time_scale * t
         scaled = expand_like(self.config.path.input_scale(t), x) * x
-        return self.network(scaled, network_times.float(), labels)
+        return self.network(scaled, network_times.float(), condition)
 
     def _check_latents(self, latents: Tensor, name: str, rows: int | None = None) -> None:
         """Raise `DataError` unless latents are floats (B, C, h, w); B = rows where given."""
@@ -210,28 +222,44 @@ class FlowPrior(Prior):
 
     def dynamics(
         self,
-        condition: Tensor,
+        condition: Condition,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         classifier: Classifier | None = None,
+        negative_condition: Condition | None = None,
     ) -> Dynamics:
-        """The dynamics of labels (B,) under guidance, for a solver."""
-        condition = as_tensor(condition)
-        self.check_labels(condition)
+        """The dynamics of conditions (B,) under guidance, for a solver."""
+        condition, negative = as_tensor(condition), as_tensor(negative_condition)
+        self.check_condition(condition)
         self.check_guidance(guidance_scale)
-        config = self.config
-        labels = condition.to(next(self.parameters()).device)
+        config, device = self.config, next(self.parameters()).device
+        negative = moved(self.unconditional(condition, negative), device)
+        condition = moved(condition, device)
         options = ClassifierFree(guidance_scale, guidance_interval, config.guided_channels)
-        output = classifier_free(self._network_at, labels, self.num_classes, options)
+        output = classifier_free(self._network_at, condition, negative, options)
         if classifier is not None:
+            labels = self._labels(condition)
             output = with_classifier(output, labels, classifier, config.path, config.prediction)
         return Dynamics(config.path, config.prediction, output)
 
-    def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    def _labels(self, condition: Condition) -> Tensor:
+        """The class labels (B,) of a condition.
+
+        Raises:
+            GenerationError: it has none.
+        """
+        if "class" not in self.condition_kinds:
+            raise GenerationError(
+                "a classifier guides towards classes, and this prior has the condition "
+                f"{self.config.condition}: leave the classifier out"
+            )
+        return part_of(condition, "class")
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """dx/dt at x (B, C, h, w) and times t (B,), like x."""
         return self.dynamics(condition).estimate(x, t).velocity
 
-    def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    def score(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The gradient of log p_t at x (B, C, h, w) and times t (B,), like x."""
         return self.dynamics(condition).estimate(x, t).score
 
@@ -265,7 +293,7 @@ class FlowPrior(Prior):
     @torch.no_grad()
     def sample(
         self,
-        condition: Tensor,
+        condition: Condition,
         *,
         guidance_scale: float = 1.0,
         generator: Generators = None,
@@ -274,13 +302,14 @@ class FlowPrior(Prior):
         schedule: str | Mapping[str, Any] | Schedule | None = None,
         noise: Tensor | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        negative_condition: Condition | None = None,
         classifier: Classifier | None = None,
         known: Tensor | None = None,
         known_mask: Tensor | None = None,
         strength: float = 1.0,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Samples of the latents, (B, C, h, w) fp32, for labels (B,).
+        """Samples of the latents, (B, C, h, w) fp32, for conditions (B,).
 
         Args:
             guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass.
@@ -295,6 +324,8 @@ class FlowPrior(Prior):
                 for a DDPM path and a solver that is not an ODE solver, and otherwise "uniform".
             noise: standard normal x_0 (B, C, h, w); None samples it.
             guidance_interval: the times, from 0, noise, to 1, data, between which s applies.
+            negative_condition: what guidance leads away from, one for each sample; None: the null
+                condition.
             classifier: adds classifier guidance.
             known: latents (B, C, h, w) of given images, which are edited.
             known_mask: (B, 1, h, w) bool, True where the latents of `known` are kept.
@@ -307,18 +338,20 @@ class FlowPrior(Prior):
                 finite.
         """
         condition, noise = as_tensor(condition), as_tensor(noise)
-        dynamics = self.dynamics(condition, guidance_scale, guidance_interval, classifier)
+        dynamics = self.dynamics(
+            condition, guidance_scale, guidance_interval, classifier, negative_condition
+        )
         solver = make_solver(solver)
         solver.check(self.config.predicts_variance)
         times = self.time_grid(num_inference_steps, solver, schedule)
         known = as_tensor(known)
         if known is not None:
-            self._check_latents(known, "known", len(condition))
+            self._check_latents(known, "known", count(condition))
         kept = KnownLatents.checked(known, known_mask, strength, solver)
-        normal = NormalSource(generator, len(condition))
+        normal = NormalSource(generator, count(condition))
         if noise is None:
-            noise = self.initial_noise(len(condition), normal)
-        self._check_latents(noise, "noise", len(condition))
+            noise = self.initial_noise(count(condition), normal)
+        self._check_latents(noise, "noise", count(condition))
         noise = noise.to(next(self.parameters()).device, torch.float32)
         x = dynamics.path.marginal_std(times[0]).item() * noise  # x_t at the first time
         if not len(x):
@@ -354,18 +387,18 @@ class FlowPrior(Prior):
     def bits_per_dimension(
         self,
         latents: Tensor,
-        condition: Tensor,
+        condition: Condition,
         *,
         num_inference_steps: int = 20,
         solver: str | Mapping[str, Any] | Solver = "heun",
         num_probes: int | None = 1,
         generator: Generators = None,
     ) -> Tensor:
-        """-log2 p(latents | labels) per element of the latents (not per pixel): (B,).
+        """-log2 p(latents | condition) per element of the latents (not per pixel): (B,).
 
         Args:
             latents: (B, C, h, w).
-            condition: labels (B,).
+            condition: one for each of the latents.
             solver: an ODE solver, as for `sample`.
             num_probes: number of random probes of Hutchinson's unbiased trace estimate; None
                 computes the exact trace, with one backward pass for each element of a latent.

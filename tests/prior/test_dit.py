@@ -509,7 +509,7 @@ def test_swiglu_costs_about_what_gelu_does() -> None:
         ({"feed_forward": "relu"}, 'feed_forward is "relu"; choose one of gelu, swiglu'),
         ({"norm": "batch"}, 'norm is "batch"; choose one of layer, rms'),
         ({"depth": 0}, "depth is 0; it must be at least 1"),
-        ({"num_classes": 0}, "num_classes is 0"),
+        ({"num_classes": -1}, "num_classes is -1"),
         ({"patch_size": 3}, "a grid of 4 x 6 cannot be cut into patches of side 3"),
         ({"patch_size": 0}, "patches of side 0"),
         ({"grid": (0, 6)}, "a grid of 0 x 6"),

@@ -11,7 +11,7 @@ from smalti.prior.flow.path import LinearPath, VPLinearPath
 from smalti.prior.flow.prediction import PREDICTIONS, Dynamics
 
 LABELS = torch.tensor([0, 1, 2])
-NULL = 3
+NULL = torch.full_like(LABELS, 3)
 
 
 class Network:
@@ -34,7 +34,7 @@ def run(options: ClassifierFree, time: float = 0.5) -> tuple[torch.Tensor, list[
 
 def test_guidance_is_its_formula() -> None:
     network, x, t = Network(), torch.ones(3, 4, 2, 2), torch.full((3,), 0.5)
-    cond, uncond = network(x, t, LABELS), network(x, t, torch.full_like(LABELS, NULL))
+    cond, uncond = network(x, t, LABELS), network(x, t, NULL)
     for scale in (-1.0, 0.0, 2.5):
         guided, rows = run(ClassifierFree(scale))
         torch.testing.assert_close(guided, uncond + scale * (cond - uncond))
@@ -61,7 +61,7 @@ def test_samples_at_different_times_are_guided_independently() -> None:
     t = torch.tensor([0.1, 0.3, 0.7])
     output = classifier_free(Network(), LABELS, NULL, options)(x, t)
     for i in range(3):
-        field = classifier_free(Network(), LABELS[i : i + 1], NULL, options)
+        field = classifier_free(Network(), LABELS[i : i + 1], NULL[i : i + 1], options)
         torch.testing.assert_close(output[i : i + 1], field(x[i : i + 1], t[i : i + 1]))
 
 
@@ -92,7 +92,7 @@ def test_guided_predictions_convert_into_each_other(mixtures, path, prediction) 
         def network(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             parts = (conditional.predict(prediction, path, x, t), unconditional)
             other = parts[1].predict(prediction, path, x, t)
-            return torch.where((labels == NULL)[:, None], other, parts[0])
+            return torch.where((labels == 3)[:, None], other, parts[0])
 
         return classifier_free(network, LABELS, NULL, ClassifierFree(3.0))
 

@@ -1,0 +1,193 @@
+"""Tasks of image-conditional flow priors: what picture is given, and how it becomes a condition.
+
+    super-resolution   a picture of 1/factor of the size, resized to the full size
+                       (latent diffusion, 2112.10752, section 4.5)
+    inpainting         a picture without a region, and the mask of the region (section 4.6)
+
+The tokenizer of the prior encodes the picture; its latents, and a mask beside them, are the
+channels of an `ImageCondition`. In training a task makes the given picture of a whole one
+(`degraded`), in a call of the pipeline the user gives it. A task is a small configuration that a
+prior stores as text: "super-resolution:factor=4".
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from smalti.config import check_at_least
+from smalti.data.latents import ContinuousSpec, rounded
+from smalti.errors import ConfigurationError
+from smalti.hub import Registry
+from smalti.prior.conditions.image import ImageCondition
+from smalti.tokenizer.base import Tokenizer
+
+IMAGE_TASKS = Registry(
+    "image task",
+    {
+        "super-resolution": "smalti.pipelines.image_tasks:SuperResolution",
+        "inpainting": "smalti.pipelines.image_tasks:Inpainting",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a task is given for each sample."""
+
+    images: Tensor  # (B, 3, H', W') in [-1, 1]
+    mask: Tensor | None = None  # (B, 1, H, W) of 0 and 1; 1 where the picture is to be painted
+
+
+class ImageTask(ABC):
+    """What picture is given to a prior, and how it is encoded."""
+
+    # How many degraded versions of each view of a training picture a latent cache holds.
+    versions: ClassVar[int] = 1
+    takes_mask: ClassVar[bool] = False
+
+    @property
+    def text(self) -> str:
+        """The task as `make_task` reads it, with all options."""
+        options = [(f.name, getattr(self, f.name)) for f in fields(self) if f.name != "kind"]  # type: ignore[arg-type]
+        listed = ",".join(f"{name}={value}" for name, value in options)
+        return IMAGE_TASKS.name_of(type(self)) + (f":{listed}" if listed else "")
+
+    def channels(self, spec: ContinuousSpec) -> int:
+        """Channels of the condition: those of the latents, and one for a mask."""
+        return spec.channels + self.takes_mask
+
+    @abstractmethod
+    def degraded(self, images: Tensor, keys: Sequence[tuple[int, int]]) -> Given:
+        """What a user would give, made of whole pictures (B, 3, H, W) in [-1, 1].
+
+        Args:
+            keys: (epoch, index) of each sample, of which random choices are a pure function.
+        """
+
+    @abstractmethod
+    def condition(self, tokenizer: Tokenizer, given: Given) -> ImageCondition:
+        """The condition of a prior, on the device of the tokenizer."""
+
+
+def make_task(task: "str | Mapping[str, Any] | ImageTask") -> ImageTask:
+    """A task by name, with options, "super-resolution:factor=2"; a task is returned as it is.
+
+    Raises:
+        SmaltiError: unknown task or option, or a wrong value.
+    """
+    return task if isinstance(task, ImageTask) else IMAGE_TASKS.configured(task)
+
+
+def encoded(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+    """The latents of images (B, 3, H, W) in [-1, 1], the mean of their posterior."""
+    weight = tokenizer.last_layer
+    return tokenizer.encode(images.to(weight.device, weight.dtype)).float()
+
+
+# -- super-resolution -----------------------------------------------------------------------------
+
+
+def resized(images: Tensor, height: int, width: int) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] at another size: bicubic, antialiased, rounded to 8 bits."""
+    size = (height, width)
+    return rounded(F.interpolate(images.float(), size, mode="bicubic", antialias=True))
+
+
+@dataclass(frozen=True)
+class SuperResolution(ImageTask):
+    """From 1/factor of the height and width to all of it."""
+
+    kind: Literal["super-resolution"] = "super-resolution"
+    factor: int = 4
+
+    def __post_init__(self) -> None:
+        check_at_least(2, self, "factor")
+
+    def small_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the given pictures of a prior for pictures of this size.
+
+        Raises:
+            ConfigurationError: a side is not divisible by the factor.
+        """
+        if height % self.factor or width % self.factor:
+            raise ConfigurationError(
+                f"pictures of {height} x {width} pixels cannot be reduced by {self.factor}: choose "
+                "a factor that divides both sides, --image_task super-resolution:factor=2"
+            )
+        return height // self.factor, width // self.factor
+
+    def degraded(self, images: Tensor, keys: Sequence[tuple[int, int]]) -> Given:
+        del keys
+        return Given(resized(images, *self.small_size(*images.shape[2:])))
+
+    def condition(self, tokenizer: Tokenizer, given: Given) -> ImageCondition:
+        size = tokenizer.image_size
+        return ImageCondition(encoded(tokenizer, resized(given.images, size, size)))
+
+
+# -- inpainting -----------------------------------------------------------------------------------
+
+GREY = 0.0  # value of pixels to be painted in the picture that is encoded
+
+
+@dataclass(frozen=True)
+class Inpainting(ImageTask):
+    """From the pixels outside a mask to all of them."""
+
+    kind: Literal["inpainting"] = "inpainting"
+
+    # A mask is drawn once for each of them: a training set of N pictures with `flip` has 8 N masks.
+    versions: ClassVar[int] = 4
+    takes_mask: ClassVar[bool] = True
+
+    def degraded(self, images: Tensor, keys: Sequence[tuple[int, int]]) -> Given:
+        height, width = images.shape[2:]
+        masks = [random_mask(0, epoch, index, height, width) for epoch, index in keys]
+        return Given(images, torch.stack(masks).to(images))
+
+    def condition(self, tokenizer: Tokenizer, given: Given) -> ImageCondition:
+        assert given.mask is not None
+        latents = encoded(tokenizer, torch.where(given.mask > 0.5, GREY, given.images))
+        mask = mask_of_latents(given.mask, latents).to(latents)
+        return ImageCondition(torch.cat([latents, mask], 1))
+
+
+def mask_of_latents(mask: Tensor, latents: Tensor) -> Tensor:
+    """A mask (B, 1, H, W) of pixels at the positions of latents, (B, 1, h, w): 1 where a pixel of
+    the position is to be painted."""
+    return F.adaptive_max_pool2d(mask.float(), tuple(latents.shape[2:]))
+
+
+def random_mask(seed: int, epoch: int, index: int, height: int, width: int) -> Tensor:
+    """A random region of boxes or brush strokes, (1, height, width), 1 inside and 0 outside: a pure
+    function of the arguments.
+
+    The mixture of LaMa (2109.07161, section 2.3): rectangles of any aspect ratio, or wide strokes
+    along polygonal chains.
+    """
+    key = f"{seed}/mask/{epoch}/{index}".encode()
+    digest = hashlib.blake2b(key, digest_size=16).digest()
+    random = np.random.default_rng(int.from_bytes(digest, "big"))
+    canvas = Image.new("L", (width, height))
+    draw, sides = ImageDraw.Draw(canvas), np.array([width, height])
+    if random.random() < 0.5:
+        for _ in range(random.integers(1, 3)):
+            extent = np.ceil(random.uniform(0.2, 0.6, 2) * sides)
+            start = np.floor(random.uniform(0, 1, 2) * (sides - extent + 1))
+            draw.rectangle([*start, *(start + extent - 1)], fill=255)
+    else:
+        for _ in range(random.integers(1, 4)):
+            points = [tuple(random.uniform(0, 1, 2) * sides) for _ in range(random.integers(2, 5))]
+            radius = random.uniform(0.04, 0.12) * min(height, width)
+            draw.line(points, fill=255, width=max(1, round(2 * radius)))
+            for x, y in points:
+                draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=255)
+    return torch.from_numpy(np.array(canvas)[None] > 127).float()
