@@ -14,7 +14,7 @@ import torch
 
 from smalti.checkpoints import Weights, is_checkpoint
 from smalti.cli import in_python, parse_config, run_command
-from smalti.config import check_at_least
+from smalti.config import ImageSize, check_at_least
 from smalti.data.dataset import DataOptions, ImageDataset, write_options
 from smalti.data.latent_cache.cache import (
     SPLITS,
@@ -41,7 +41,8 @@ class EncodeConfig(DataOptions):
     tokenizer: Path = Path("runs/tokenizer/tokenizer")
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     output_dir: Path = Path("runs/latents")  # folder of the caches of both splits
-    image_size: int | None = None  # side of the pictures in pixels; default: the tokenizer's
+    # Pixels: the side of a square, or height x width as in 48x64; default: the tokenizer's.
+    image_size: ImageSize | None = None
     # Views of each training picture: itself (identity), itself and its mirror image (flip), or
     # LlamaGen's ten crops (ten-crop). A held-out picture is encoded as it is.
     views: ViewSet = "flip"
@@ -70,8 +71,10 @@ def encode(config: EncodeConfig) -> Path:
     for split in SPLITS:
         views: ViewSet = config.views if split == "train" else "identity"
         side = decoded_size(views, tokenizer.image_size)
-        images = config.dataset(split, tokenizer.image_size)
-        larger = images if side == tokenizer.image_size else config.dataset(split, side)
+        channels = tokenizer.image_channels
+        images = config.dataset(split, tokenizer.image_size, channels=channels)
+        same = side == tokenizer.image_size
+        larger = images if same else config.dataset(split, side, channels=channels)
         info = CacheInfo(
             spec=tokenizer.spec,
             classes=images.classes,
@@ -107,7 +110,8 @@ def finished_tokenizer(config: EncodeConfig) -> Tokenizer:
     tokenizer = Tokenizer.from_pretrained(config.tokenizer, weights=config.weights)
     ours = tokenizer.state_dict()
     if state.is_main_process and not folder.exists():
-        images = config.dataset("train", tokenizer.image_size)
+        channels = tokenizer.image_channels
+        images = config.dataset("train", tokenizer.image_size, channels=channels)
         tokenizer.to(state.device)
         tokenizer.calibrate(batch.images.to(state.device) for batch in images.batches(64))
         tokenizer.save_pretrained(folder)
@@ -128,7 +132,7 @@ class EncodedViews:
     """(start, stop) -> the encoded samples of that range, all views."""
 
     tokenizer: Tokenizer
-    images: ImageDataset  # with sides of `decoded_size`
+    images: ImageDataset  # of `decoded_size`
     views: tuple[str, ...]
     batch_size: int
 

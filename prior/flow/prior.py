@@ -120,6 +120,11 @@ class FlowPrior(Prior):
             f"{rows} x {columns} tokens"
         )
 
+    @property
+    def positions_are_computed(self) -> bool:
+        """Sine-cosine and rotary positions are."""
+        return True
+
     # -- training -----------------------------------------------------------------------------
 
     def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
