@@ -6,12 +6,13 @@ same keys give the same batch in any process, whatever was read before.
 
 import dataclasses
 import logging
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from PIL import Image
@@ -19,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from smalti.checkpoints import is_checkpoint, state_of
-from smalti.config import config_from_dict, config_to_dict
+from smalti.config import ImageSize, config_from_dict, config_to_dict
 from smalti.data.classes import class_number
-from smalti.data.latents import to_float
+from smalti.data.image_io import TRANSPARENT, WHITE, to_channels
+from smalti.data.latents import height_and_width, resolution, to_float
 from smalti.data.order import Key, even_subset
 from smalti.data.sources.base import (
     BadPicture,
@@ -54,19 +56,21 @@ Split = Literal["train", "heldout", "all"]
 class ImageBatch:
     """Images as a tokenizer takes them."""
 
-    images: Tensor  # (B, 3, S, S) float in [-1, 1]
+    images: Tensor  # (B, C, H, W) float in [-1, 1]
     labels: Tensor  # (B,) int64
     indices: Tensor  # (B,) int64, positions in the data set
 
 
 class ImageDataset(Dataset):
-    """One split of a source as squares of `image_size` pixels. Index with keys (epoch, index).
+    """One split of a source as images of one size. Index with keys (epoch, index).
 
     A set whose decoded pixels fit into `MEMORY_LIMIT` is decoded once, unless it is cropped at
     random. If the source allows it, a damaged picture is replaced by the next one of its class in
     the split, so that every batch has its full size.
 
     Args:
+        image_size: pixels: the side of squares, or (height, width).
+        channels: 3 for RGB, 1 for grey, 4 for RGB and alpha; the source must keep alpha for that.
         flip: mirror half of the samples, chosen by (seed, epoch, index).
         crop: show a part of each sample, chosen by (seed, epoch, index); None = its centre.
 
@@ -77,8 +81,9 @@ class ImageDataset(Dataset):
     def __init__(
         self,
         source: ImageSource,
-        image_size: int,
+        image_size: ImageSize,
         *,
+        channels: int = 3,
         split: Split = "all",
         heldout_fraction: float = 0.1,
         split_seed: int = 0,
@@ -86,9 +91,12 @@ class ImageDataset(Dataset):
         crop: RandomCrop | None = None,
         seed: int = 0,
     ) -> None:
-        if image_size < 8:
-            raise ConfigurationError(f"image_size is {image_size}; it must be at least 8 pixels")
+        height, width = height_and_width(image_size)
+        if min(height, width) < 8:
+            what = image_size if height == width else resolution(image_size)
+            raise ConfigurationError(f"image_size is {what}; it must be at least 8 pixels")
         self.source, self.image_size = source, image_size
+        self.shape = (channels, height, width)  # of an image
         self.flip, self.crop, self.seed = flip, crop, seed
         keep = torch.ones(len(source), dtype=torch.bool)
         if split != "all":
@@ -98,13 +106,15 @@ class ImageDataset(Dataset):
         self.classes = source.classes
         self.labels = source.labels[keep]
         which = ",".join(map(str, self.positions))
+        form = str(height) if height == width else f"{height}x{width}"
+        form += "" if channels == 3 else f"/{channels}"
         self.fingerprint = fingerprint_of(
-            [source.fingerprint.encode(), str(image_size).encode(), which.encode()]
+            [source.fingerprint.encode(), form.encode(), which.encode()]
         )
         # Which samples were found to be damaged; shared with the worker processes of a loader. The
         # memory is anonymous: torch's shared tensors need /dev/shm even if there are no workers.
         self._bad = torch.frombuffer(mmap.mmap(-1, max(1, len(self))), dtype=torch.bool)
-        fits = len(self) * 3 * image_size**2 <= MEMORY_LIMIT
+        fits = len(self) * math.prod(self.shape) <= MEMORY_LIMIT
         self._pixels = self._decode_all(split) if fits and crop is None else None
 
     @property
@@ -127,7 +137,7 @@ class ImageDataset(Dataset):
     @property
     def decoded_bytes(self) -> int:
         """Bytes of a sample in a batch, if pictures are decoded for it; 0 if all are decoded."""
-        return 0 if self._pixels is not None else 3 * self.image_size**2 * 4
+        return 0 if self._pixels is not None else math.prod(self.shape) * 4
 
     def name(self, index: int) -> str:
         """The name of a sample in messages."""
@@ -170,7 +180,7 @@ class ImageDataset(Dataset):
         return even_subset(self.labels, self.groups, count, seed)
 
     def all_images(self) -> Tensor:
-        """Every sample in order, not augmented: (N, 3, S, S) float in [-1, 1]."""
+        """Every sample in order, not augmented: (N, C, H, W) float in [-1, 1]."""
         return torch.cat([batch.images for batch in self.batches(512)])
 
     def _batch(self, indices: Sequence[int]) -> ImageBatch:
@@ -189,23 +199,22 @@ class ImageDataset(Dataset):
     # -- Decoding, and the replacement of damaged pictures --
 
     def _decode(self, index: int) -> Tensor:
-        return self._square(index, lambda image: center_crop(image, self.image_size))
+        return self._cut(index, lambda image: center_crop(image, self.image_size))
 
     def _decode_crop(self, epoch: int, index: int) -> Tensor:
         assert self.crop is not None
         limits, uniforms = self.crop, crop_uniforms(self.seed, epoch, index)
-        return self._square(
-            index, lambda image: random_crop(image, self.image_size, limits, uniforms)
-        )
+        return self._cut(index, lambda image: random_crop(image, self.image_size, limits, uniforms))
 
-    def _square(self, index: int, cut: Callable[[Image.Image], Image.Image]) -> Tensor:
-        """A sample, or its replacement if it is damaged, cut to a square: uint8 (3, S, S)."""
+    def _cut(self, index: int, cut: Callable[[Image.Image], Image.Image]) -> Tensor:
+        """A sample, or its replacement if it is damaged, cut to its size: uint8 (C, H, W)."""
         problem: BadPicture | None = None
         for candidate in self._candidates(index):
             if self._bad[candidate]:
                 continue
             try:
-                return to_tensor(cut(self.source.read(self.positions[candidate])))
+                picture = self.source.read(self.positions[candidate])
+                return to_tensor(cut(to_channels(picture, self.shape[0])))
             except BadPicture as error:
                 problem = error
                 self._record_bad(candidate, error)
@@ -235,8 +244,8 @@ class ImageDataset(Dataset):
             )
 
     def _decode_all(self, split: str) -> Tensor:
-        """uint8 (N, 3, S, S); a progress bar appears if it takes long."""
-        pixels = torch.empty(len(self), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        """uint8 (N, C, H, W); a progress bar appears if it takes long."""
+        pixels = torch.empty(len(self), *self.shape, dtype=torch.uint8)
 
         def decode(index: int) -> None:
             pixels[index] = self._decode(index)
@@ -308,6 +317,28 @@ class PictureOptions(SourceOptions):
                     "%s is %s; %s was trained with %s", name, ours[name], model, theirs[name]
                 )
 
+    def for_channels(self, channels: int) -> Self:
+        """These options for images of so many channels: with 4, alpha is kept.
+
+        Raises:
+            ConfigurationError: the background does not fit.
+        """
+        background = self.folder.background
+        if channels != 4 and background == TRANSPARENT:
+            raise ConfigurationError(
+                f"folder.background is {TRANSPARENT}, but the tokenizer has {channels} "
+                "image_channels: give a colour, or train a tokenizer with 4"
+            )
+        if channels != 4 or background == TRANSPARENT:
+            return self
+        if background != WHITE:
+            raise ConfigurationError(
+                f"folder.background is {background}, but a tokenizer with 4 image_channels keeps "
+                "alpha: leave out --folder.background"
+            )
+        folder = dataclasses.replace(self.folder, background=TRANSPARENT)
+        return dataclasses.replace(self, folder=folder)
+
     def source(self) -> ImageSource:
         """All pictures, before they are divided into splits.
 
@@ -334,16 +365,18 @@ class DataOptions(PictureOptions):
     def dataset(
         self,
         split: Split,
-        image_size: int,
+        image_size: ImageSize,
         *,
+        channels: int = 3,
         flip: bool = False,
         crop: RandomCrop | None = None,
         seed: int = 0,
     ) -> ImageDataset:
         """One split of the pictures; for the arguments see `ImageDataset`."""
         return ImageDataset(
-            self.source(),
+            self.for_channels(channels).source(),
             image_size,
+            channels=channels,
             split=split,
             heldout_fraction=self.heldout_fraction,
             split_seed=self.split_seed,

@@ -1,4 +1,4 @@
-"""Image files: decoding of untrusted files to 8-bit RGB, and writing of images and grids.
+"""Image files: decoding of untrusted files to 8-bit pictures, and writing of images and grids.
 
 A file is decoded by Pillow, only in formats that run no other program, and only after its length
 and its header have been checked. A file with a property that 8-bit RGB cannot represent is refused
@@ -18,12 +18,12 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from smalti.config import check_at_least
-from smalti.data.latents import to_levels
+from smalti.data.latents import MODES, as_rgb, to_levels
 from smalti.data.metadata import orientation_of, reason, tags_exceed, upright, without_metadata
 from smalti.data.value_range import (
     MIN_LEVELS,
@@ -52,6 +52,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # the rest is room for metadata.
 BYTES_PER_PIXEL, BYTES_OF_METADATA = 16, 64 * 2**20
 
+WHITE = "white"
+TRANSPARENT = "transparent"  # instead of the colour of a background: alpha is kept
+
 
 @dataclass(frozen=True)
 class FolderOptions:
@@ -66,6 +69,9 @@ class FolderOptions:
     single_class: bool = False  # accept a set with one class, or a folder with no sub-folders
     min_side: int = 8  # pixels of the shorter side; smaller pictures are refused
     max_pixels: int = 50_000_000  # larger pictures are refused before they are decoded
+    # The colour under transparent pixels: a name, as in white, or #rrggbb. A tokenizer with 4
+    # image_channels keeps alpha instead.
+    background: str = WHITE
     # A set of at most this many pictures is decoded once at the start, to check it. In a larger set
     # each picture is checked when it is read; `smalti check-data` finds the bad ones beforehand.
     verify_up_to: int = 200_000
@@ -73,7 +79,20 @@ class FolderOptions:
     def __post_init__(self) -> None:
         if self.min_side < 1 or self.max_pixels < 1:
             raise ConfigurationError("min_side and max_pixels must be at least 1")
+        if not (self.background == TRANSPARENT or _is_colour(self.background)):
+            raise ConfigurationError(
+                f"background is {self.background!r}; give the name of a colour, as in white, or "
+                "#rrggbb, as in #808080"
+            )
         check_at_least(0, self, "max_bad_images", "verify_up_to")
+
+
+def _is_colour(text: str) -> bool:
+    """Whether a text names an opaque colour."""
+    try:
+        return len(ImageColor.getrgb(text)) == 3
+    except ValueError:
+        return False
 
 
 class Unusable(Exception):
@@ -95,7 +114,7 @@ class Unusable(Exception):
 class Decoded:
     """A picture, and what its file is like."""
 
-    image: Image.Image  # RGB, upright
+    image: Image.Image  # RGB, or RGBA where the background is transparent; upright
     mode: str  # Pillow's name for the stored colours
     extent: Extent | None = None  # of the values of a deep picture
     note: str | None = None  # why metadata were ignored
@@ -150,12 +169,12 @@ def _decode(stream: BinaryIO, options: FolderOptions, value_range: ValueRange | 
         extent = None
         mode = image.mode
         if _is_deep(image):
-            rgb, extent = _from_deep(image, stream, options, value_range)
+            picture, extent = _from_deep(image, stream, options, value_range)
         else:
             image.load()
-            rgb = _on_white(image)
+            picture = _on_background(image, options.background)
         orientation, note = orientation_of(image)
-        return Decoded(upright(rgb, orientation), mode, extent, note)
+        return Decoded(upright(picture, orientation), mode, extent, note)
 
 
 def format_of(content: bytes) -> str | None:
@@ -265,21 +284,31 @@ def _without_metadata(
     return None
 
 
-# -- Colours: alpha on white, more than 8 bits per channel by a range of values --
+# -- Colours: alpha on a background, more than 8 bits per channel by a range of values --
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """An 8-bit picture as RGB: alpha is composited on white."""
+def _on_background(image: Image.Image, background: str) -> Image.Image:
+    """An 8-bit picture as RGB on a background; as RGBA where that is transparent."""
+    if background == TRANSPARENT:
+        return image.convert("RGBA")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
+        canvas = Image.new("RGBA", image.size, background)
         canvas.alpha_composite(image)
         image = canvas
     return image.convert("RGB")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An open picture as 8-bit RGB: upright, alpha on white.
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """A picture of mode RGB or RGBA in the mode of images of 1, 3 or 4 channels. Grey is Pillow's
+    L, the luma 0.299 R + 0.587 G + 0.114 B, which leaves grey pictures as they are."""
+    mode = MODES[channels]
+    return image if image.mode == mode else image.convert(mode)
+
+
+def to_8_bit(image: Image.Image, background: str = WHITE) -> Image.Image:
+    """An open picture with 8 bits per channel: upright, as RGB on a background, or as RGBA where
+    that is transparent.
 
     Raises:
         DataError: it has more than 8 bits per channel, so that a range of values is needed.
@@ -290,7 +319,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             "RGB first, with the range of values that is black to white"
         )
     orientation, _ = orientation_of(image)
-    return upright(_on_white(image), orientation)
+    return upright(_on_background(image, background), orientation)
 
 
 # Pillow's names for 16-bit colour in the arguments of a decoder; the mode of a picture is "RGB".
@@ -319,7 +348,7 @@ def _full_range(image: Image.Image) -> ValueRange:
 def _from_deep(
     image: Image.Image, stream: BinaryIO, options: FolderOptions, value_range: ValueRange | None
 ) -> tuple[Image.Image, Extent]:
-    """A deep picture as RGB, not turned upright, and the extent of its values.
+    """A deep picture as RGB or RGBA, not turned upright, and the extent of its values.
 
     Raises:
         Unusable: neither `options` nor a range accept it, or the range does not fit.
@@ -340,10 +369,17 @@ def _from_deep(
     if problem := histogram.problem(limits):
         raise Unusable(f"{about}, and {problem}", extent=extent)
     levels = to_eight_bits(values, limits)
-    if opacity is not None:
-        alpha = opacity[..., None] if levels.ndim == 3 else opacity
-        levels = np.floor(255 - alpha * (255 - levels.astype(np.float32)) + 0.5).astype(np.uint8)
-    return Image.fromarray(levels).convert("RGB"), extent
+    picture = Image.fromarray(levels).convert("RGB")
+    if options.background == TRANSPARENT:
+        picture = picture.convert("RGBA")
+        if opacity is not None:
+            alpha = np.floor(255 * opacity + 0.5).astype(np.uint8)
+            picture.putalpha(Image.fromarray(alpha))
+    elif opacity is not None:
+        below = np.float32(ImageColor.getrgb(options.background))
+        rgb = below - opacity[..., None] * (below - np.asarray(picture, np.float32))
+        picture = Image.fromarray(np.floor(rgb + 0.5).astype(np.uint8))
+    return picture, extent
 
 
 def _deep_values(image: Image.Image, stream: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
@@ -376,21 +412,22 @@ def _from_upper_bits(
     if value_range is None and options.unusual_images == "refuse":
         raise Unusable(f"{about}: save it as 8-bit RGB, or pass --folder.unusual_images convert")
     image.load()
-    rgb = _on_white(image)
+    rgb = _on_background(image, WHITE)
     histogram = Histogram(np.asarray(rgb))
     if value_range not in (None, _full_range(image)) or len(histogram.values) < MIN_LEVELS:
         raise Unusable(
             f"{about}, with {len(histogram.values)} levels from {histogram.values[0]} to "
             f"{histogram.values[-1]}: save it as 8-bit RGB"
         )
-    return rgb, Histogram(np.asarray(rgb, np.uint16) * 257).extent
+    extent = Histogram(np.asarray(rgb, np.uint16) * 257).extent
+    return _on_background(image, options.background), extent
 
 
-# -- Writing: images (B, 3, H, W) in [-1, 1] -> 8-bit pictures and files --------------------------
+# -- Writing: images (B, C, H, W) in [-1, 1] -> 8-bit pictures and files --------------------------
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3): clamped, then rounded.
+    """Images (B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C): clamped, then rounded.
 
     Raises:
         DataError: a value is infinite or NaN.
@@ -400,7 +437,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def _check_finite(images: Tensor) -> None:
-    """Raise `DataError` if any of the images (B, 3, H, W) has values that are infinite or NaN."""
+    """Raise `DataError` if any of the images (B, C, H, W) has values that are infinite or NaN."""
     bad = (~images.isfinite()).flatten(1).any(1)
     if bad.any():
         raise DataError(
@@ -411,8 +448,13 @@ def _check_finite(images: Tensor) -> None:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] -> RGB pictures."""
-    return [Image.fromarray(array) for array in to_uint8(images)]
+    """Images (B, C, H, W) in [-1, 1] -> pictures: grey, RGB or RGBA for 1, 3 or 4 channels."""
+    return [as_picture(array) for array in to_uint8(images)]
+
+
+def as_picture(pixels: np.ndarray) -> Image.Image:
+    """uint8 (H, W, C) -> a grey, RGB or RGBA picture."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def save_png(path: Path, image: Image.Image) -> None:
@@ -431,7 +473,7 @@ def image_grid(
     padding: int = 2,
     scale: int = 1,
 ) -> Image.Image:
-    """Images (B, 3, H, W) in [-1, 1] in rows of `columns`, on white.
+    """Images (B, C, H, W) in [-1, 1] in rows of `columns`, as RGB on white.
 
     Args:
         row_labels: one text per row, written at its left.
@@ -443,7 +485,7 @@ def image_grid(
         DataError: a value is infinite or NaN.
     """
     _check_finite(images)
-    grid = make_grid(images.clamp(-1, 1), nrow=columns, padding=padding, pad_value=1.0)
+    grid = make_grid(as_rgb(images.clamp(-1, 1)), nrow=columns, padding=padding, pad_value=1.0)
     picture = to_pil(grid[None])[0]
     size = (picture.width * scale, picture.height * scale)
     picture = picture.resize(size, resample=Image.Resampling.NEAREST)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from smalti.config import ImageSize
 from smalti.errors import ConfigurationError
 
 
@@ -34,6 +35,57 @@ def to_levels(images: Tensor) -> Tensor:
 def rounded(images: Tensor) -> Tensor:
     """Images in [-1, 1] -> the same after a round trip through an 8-bit file."""
     return to_float(to_levels(images))
+
+
+# -- The size of images: the side of a square, or (height, width) ---------------------------------
+
+
+def height_and_width(size: ImageSize) -> tuple[int, int]:
+    """(height, width) of images of a size, in pixels."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def as_image_size(height: int, width: int) -> ImageSize:
+    """The size of images in pixels; that of a square is its side, in every config and file."""
+    return height if height == width else (height, width)
+
+
+def resolution(size: ImageSize) -> str:
+    """A size in words: 48 x 64, height first."""
+    return " x ".join(map(str, height_and_width(size)))
+
+
+# -- The channels of images: 1 grey, 3 RGB, 4 RGB and alpha ---------------------------------------
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for images of so many channels
+BLACK, WHITE = -1.0, 1.0
+
+
+def as_rgb(images: Tensor, background: float = WHITE) -> Tensor:
+    """Images (B, C, H, W) of 1, 3 or 4 channels as RGB (B, 3, H, W): grey is repeated, and colours
+    with alpha are laid on a plain background.
+
+    Args:
+        background: the value of its three channels, in [-1, 1].
+    """
+    if images.shape[1] == 3:
+        return images
+    if images.shape[1] == 1:
+        return images.expand(-1, 3, -1, -1)
+    opacity = (images[:, 3:] + 1) / 2
+    return opacity * images[:, :3] + (1 - opacity) * background
+
+
+def rgb_views(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) as RGB for a network that compares them: (B, 3, H, W); for 4 channels
+    (2 B, 3, H, W), all on black, then all on white.
+
+    On one background an error of alpha is invisible where the picture has the colour of the
+    background. Two that differ determine colour and alpha (Smith and Blinn, 1996, theorem 4).
+    """
+    if images.shape[1] != 4:
+        return as_rgb(images)
+    return torch.cat([as_rgb(images, BLACK), as_rgb(images, WHITE)])
 
 
 # -- Latents: discrete codes, or real numbers -----------------------------------------------------

@@ -1,4 +1,4 @@
-"""From a picture of any size to square images: centre crops, random crops, and sets of views.
+"""From a picture of any size to images of one size: centre crops, random crops, and sets of views.
 
 Centre and random crops are those of guided diffusion (ADM, 2105.05233), which the published results
 of this field use, and need only Pillow. `torchvision.transforms.v2` differs: its resize of tensors
@@ -19,43 +19,50 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from smalti.data.image_io import to_rgb
-from smalti.data.latents import to_float
+from smalti.config import ImageSize
+from smalti.data.image_io import TRANSPARENT, WHITE, to_8_bit, to_channels
+from smalti.data.latents import as_image_size, height_and_width, to_float
 from smalti.errors import ConfigurationError, DataError
 
 # -- Centre crop ----------------------------------------------------------------------------------
 
-# Pictures longer than this many times their shorter side are cut before they are resized: a
-# 1 x 50,000,000 picture would otherwise be enlarged to fill all memory.
+# Pictures this many times as long as an image, if their shorter side had the length of the image's,
+# are cut before they are resized: a 1 x 50,000,000 picture would otherwise be enlarged to fill all
+# memory.
 MAX_ASPECT = 16
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centre square of a picture, resized to size x size pixels (ADM's `center_crop_arr`).
+def center_crop(image: Image.Image, size: ImageSize) -> Image.Image:
+    """The centre of a picture, resized to an image of some size (ADM's `center_crop_arr`, which
+    makes squares).
 
-    The picture is halved with a box filter while its shorter side is at least 2 size, then its
-    shorter side is resized to size with a bicubic filter, then the centre is cropped.
+    The picture is halved with a box filter while both sides are at least twice those of the image,
+    then it is resized with a bicubic filter to the smallest size that covers the image, then the
+    centre is cropped.
     """
-    image = _resize_shorter_side(image, size)
-    return _crop(image, (image.height - size) // 2, (image.width - size) // 2, size, size)
+    height, width = height_and_width(size)
+    image = _resize_to_cover(image, height, width)
+    return _crop(image, (image.height - height) // 2, (image.width - width) // 2, height, width)
 
 
-def _resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
-    image = _limit_aspect(image)
-    while min(image.size) >= 2 * side:
+def _resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The smallest picture of the same aspect ratio that has at least these sides."""
+    image = _limit_aspect(image, height, width)
+    while image.height >= 2 * height and image.width >= 2 * width:
         half = (image.width // 2, image.height // 2)
         image = image.resize(half, resample=Image.Resampling.BOX)
-    scale = side / min(image.size)
+    scale = max(height / image.height, width / image.width)
     if scale == 1:
         return image
     target = (round(image.width * scale), round(image.height * scale))
     return image.resize(target, resample=Image.Resampling.BICUBIC)
 
 
-def _limit_aspect(image: Image.Image) -> Image.Image:
-    """The middle of a picture whose longer side exceeds MAX_ASPECT shorter sides."""
-    longest = MAX_ASPECT * min(image.size)
-    width, height = min(image.width, longest), min(image.height, longest)
+def _limit_aspect(image: Image.Image, for_height: int, for_width: int) -> Image.Image:
+    """The middle of a picture that is more than MAX_ASPECT times as wide or as high as the image
+    that it is resized to cover."""
+    width = min(image.width, -(-MAX_ASPECT * image.height * for_width // for_height))
+    height = min(image.height, -(-MAX_ASPECT * image.width * for_height // for_width))
     if (width, height) == image.size:
         return image
     return _crop(image, (image.height - height) // 2, (image.width - width) // 2, height, width)
@@ -66,12 +73,20 @@ def _crop(image: Image.Image, top: int, left: int, height: int, width: int) -> I
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.asarray(image, dtype=np.uint8).copy()).permute(2, 0, 1)
+    """Picture of mode L, RGB or RGBA -> uint8 (1, 3 or 4, H, W).
+
+    The colour of a fully transparent pixel is arbitrary in a file, and no model could learn it:
+    here it is white, on which small errors of a model's alpha are least visible.
+    """
+    values = np.asarray(image, dtype=np.uint8).copy()
+    if image.mode == "RGBA":
+        values[values[..., 3] == 0] = (255, 255, 255, 0)
+    pixels = torch.from_numpy(values)
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-def images_of(pictures: Any, size: int) -> Tensor:
-    """One or several pictures of Pillow, of any size, as images (B, 3, size, size) in [-1, 1].
+def images_of(pictures: Any, size: ImageSize, channels: int = 3) -> Tensor:
+    """One or several pictures of Pillow, of any size, as images (B, channels, H, W) in [-1, 1].
 
     Raises:
         DataError: there are none, or one is no picture of 8 bits per channel.
@@ -79,10 +94,12 @@ def images_of(pictures: Any, size: int) -> Tensor:
     given = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
     wrong = next((picture for picture in given if not isinstance(picture, Image.Image)), None)
     if wrong is not None or not given:
+        shape = ", ".join(map(str, (channels, *height_and_width(size))))
         found = "an empty list" if wrong is None else f"a {type(wrong).__name__}"
-        raise DataError(f"images are {found}: give a tensor (B, 3, {size}, {size}), or pictures")
-    squares = [center_crop(to_rgb(picture), size) for picture in given]
-    return to_float(torch.stack([to_tensor(square) for square in squares]))
+        raise DataError(f"images are {found}: give a tensor (B, {shape}), or pictures")
+    background = TRANSPARENT if channels == 4 else WHITE
+    upright = (to_channels(to_8_bit(picture, background), channels) for picture in given)
+    return to_float(torch.stack([to_tensor(center_crop(picture, size)) for picture in upright]))
 
 
 # -- Augmentation: each random choice is a pure function of (seed, epoch, index) ------------------
@@ -122,19 +139,23 @@ def crop_uniforms(seed: int, epoch: int, index: int) -> CropUniforms:
 
 
 def random_crop(
-    image: Image.Image, size: int, limits: RandomCrop, uniforms: CropUniforms
+    image: Image.Image, size: ImageSize, limits: RandomCrop, uniforms: CropUniforms
 ) -> Image.Image:
-    """A square of size x size pixels at a random place of a picture resized to a random size.
+    """An image of some size at a random place of a picture resized to a random size.
 
-    ADM's `random_crop_arr`: the shorter side becomes an integer number of pixels, uniform between
-    size / max_fraction and size / min_fraction, both rounded up.
+    ADM's `random_crop_arr`, which makes squares: the shorter side of a rectangle that the picture
+    covers becomes an integer number of pixels, uniform between s / max_fraction and
+    s / min_fraction, both rounded up, where s is the shorter side of the image.
     """
-    smallest = math.ceil(size / limits.max_fraction)
-    largest = math.ceil(size / limits.min_fraction)
-    image = _resize_shorter_side(image, smallest + int(uniforms.scale * (largest - smallest + 1)))
-    top = int(uniforms.top * (image.height - size + 1))
-    left = int(uniforms.left * (image.width - size + 1))
-    return _crop(image, top, left, size, size)
+    height, width = height_and_width(size)
+    shorter = min(height, width)
+    smallest = math.ceil(shorter / limits.max_fraction)
+    largest = math.ceil(shorter / limits.min_fraction)
+    side = smallest + int(uniforms.scale * (largest - smallest + 1))
+    image = _resize_to_cover(image, round(height * side / shorter), round(width * side / shorter))
+    top = int(uniforms.top * (image.height - height + 1))
+    left = int(uniforms.left * (image.width - width + 1))
+    return _crop(image, top, left, height, width)
 
 
 def flips(seed: int, epoch: int, index: int) -> bool:
@@ -159,27 +180,29 @@ VIEW_SETS: dict[ViewSet, tuple[str, ...]] = {
     "ten-crop": (*PLACES, *(place + MIRRORED for place in PLACES)),
 }
 ENLARGED = (
-    1.1  # side of the image that crops are taken from / side of a crop (LlamaGen, 2406.06525)
+    1.1  # sides of the image that crops are taken from / sides of a crop (LlamaGen, 2406.06525)
 )
 
 
-def decoded_size(views: ViewSet, size: int) -> int:
-    """Side of the images, in pixels, from which views of size x size pixels are made."""
-    return int(size * ENLARGED) if views == "ten-crop" else size
+def decoded_size(views: ViewSet, size: ImageSize) -> ImageSize:
+    """Size of the images, in pixels, from which views of a size are made."""
+    if views != "ten-crop":
+        return size
+    return as_image_size(*(int(side * ENLARGED) for side in height_and_width(size)))
 
 
-def views_of(images: Tensor, names: Sequence[str], size: int) -> Iterator[Tensor]:
-    """Yield each of the named views, (B, 3, size, size).
+def views_of(images: Tensor, names: Sequence[str], size: ImageSize) -> Iterator[Tensor]:
+    """Yield each of the named views of a size, (B, C, H, W).
 
     A mirrored crop is the crop at that place of the mirrored image.
 
     Args:
-        images: (B, 3, S, S), where S is `decoded_size` of the set that the names are from.
+        images: (B, C, H', W') of the `decoded_size` of the set that the names are from.
     """
     for name in names:
         place = name.removesuffix(MIRRORED)
         mirrored = name in ("flip", place + MIRRORED)
         image = F.horizontal_flip(images) if mirrored else images
         if place in CROPS:
-            image = F.five_crop(image, [size, size])[CROPS.index(place)]
+            image = F.five_crop(image, [*height_and_width(size)])[CROPS.index(place)]
         yield image

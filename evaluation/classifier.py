@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.data.latents import as_rgb
+
 
 class Residual(nn.Module):
     """x + conv(relu(norm(conv(relu(norm(x)))))); where the width grows, the resolution halves."""
@@ -29,7 +31,7 @@ class Residual(nn.Module):
 
 
 class ImageClassifier(nn.Module):
-    """Class logits of images (B, 3, S, S) in [-1, 1]."""
+    """Class logits of images (B, C, H, W) in [-1, 1], seen as RGB, alpha on white."""
 
     side = 32  # pixels; images of another size are resized
 
@@ -45,8 +47,8 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits (B, num_classes)."""
-        if images.shape[-1] != self.side:
-            size = (self.side, self.side)
+        images, size = as_rgb(images), (self.side, self.side)
+        if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         x = self.blocks(self.stem(images))  # (B, 4 width, 4, 4)
         return self.head(F.relu(self.norm(x)).mean((2, 3)))
@@ -59,7 +61,7 @@ class ImageClassifier(nn.Module):
         return torch.cat([self(part.to(device)).argmax(1).cpu() for part in images.split(256)])
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Share of the images (B, 3, S, S) whose predicted class is their label (B,)."""
+        """Share of the images (B, C, H, W) whose predicted class is their label (B,)."""
         return (self.predict(images) == labels).double().mean().item()
 
 
@@ -76,7 +78,7 @@ def train_classifier(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int], object] = lambda steps: None,
 ) -> ImageClassifier:
-    """Train on images (N, 3, S, S) in [-1, 1] with labels (N,), augmented by mirroring and
+    """Train on images (N, C, H, W) in [-1, 1] with labels (N,), augmented by mirroring and
     shifting. Reproducible: all random numbers come from `generator`, on the CPU.
 
     Args:
@@ -115,12 +117,12 @@ def train_classifier(
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image with probability 1/2 and shift it by up to an eighth of its side."""
+    """Mirror each image with probability 1/2 and shift it by up to an eighth of its width."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     images = torch.where(mirrored, images.flip(-1), images)
     max_shift = images.shape[-1] // 8
     padded = F.pad(images, (max_shift,) * 4, mode="replicate")
     corners = torch.randint(2 * max_shift + 1, (len(images), 2), generator=generator).tolist()
-    side = images.shape[-1]
-    crops = [p[:, y : y + side, x : x + side] for p, (y, x) in zip(padded, corners, strict=True)]
+    h, w = images.shape[2:]
+    crops = [p[:, y : y + h, x : x + w] for p, (y, x) in zip(padded, corners, strict=True)]
     return torch.stack(crops)

@@ -5,6 +5,7 @@ an `Autoencoder`, the samples of a pipeline as a tensor, a prior as the function
 of latents.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from smalti.config import ImageSize
 from smalti.data.dataset import ImageDataset
 from smalti.data.image_io import image_grid, save_png
-from smalti.data.latents import CodeSpec, LatentSpec, rounded
+from smalti.data.latents import CodeSpec, LatentSpec, height_and_width, rounded
 from smalti.errors import DataError
 from smalti.evaluation.classifier import train_classifier
 from smalti.evaluation.distances import nearest_neighbours
@@ -48,7 +50,7 @@ def evenly_spaced(count: int, total: int) -> Tensor:
 
 
 def reference_images(dataset: ImageDataset, limit: int) -> tuple[Tensor, Tensor]:
-    """At most `limit` evenly spaced images of a set, (N, 3, S, S), and their labels (N,)."""
+    """At most `limit` evenly spaced images of a set, (N, C, H, W), and their labels (N,)."""
     if len(dataset) <= limit:
         return dataset.all_images(), dataset.labels
     rows = evenly_spaced(limit, len(dataset))
@@ -73,7 +75,7 @@ class Autoencoder(Protocol):
     def spec(self) -> LatentSpec: ...
 
     @property
-    def image_size(self) -> int: ...
+    def image_size(self) -> ImageSize: ...
 
     def encode(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor: ...
 
@@ -117,7 +119,7 @@ class TokenizerEvaluator:
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents of images (N, 3, S, S), and their reconstructions (N, 3, S, S) in [-1, 1]."""
+        """Latents of images (N, C, H, W), and their reconstructions (N, C, H, W) in [-1, 1]."""
         latents, decoded = [], []
         for batch in images.split(self.batch_size):
             latents.append(self.autoencoder.encode(batch.to(self.device)))
@@ -136,7 +138,7 @@ class TokenizerEvaluator:
         spec = self.autoencoder.spec
         if isinstance(spec, CodeSpec):
             counts = code_counts(latents, spec.vocab_size)
-            pixels = self.autoencoder.image_size**2
+            pixels = math.prod(height_and_width(self.autoencoder.image_size))
             metrics |= codebook_metrics(counts, spec.length, pixels, self.protocol)
         return metrics
 
@@ -180,7 +182,7 @@ class SampleEvaluator:
         return in_order[evenly_spaced(count, len(in_order))]
 
     def sets(self, samples: Tensor, labels: Tensor) -> ImageSets:
-        """Samples (N, 3, S, S) in [-1, 1] of the classes `labels` (N,), and the real images."""
+        """Samples (N, C, H, W) in [-1, 1] of the classes `labels` (N,), and the real images."""
         heldout, heldout_labels = self.tokenizer.heldout, self.tokenizer.heldout_labels
         return ImageSets(samples, labels, heldout, heldout_labels, self.train)
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.data.latents import as_rgb
 from smalti.errors import ConfigurationError, DataError
 from smalti.tokenizer.losses.perceptual import LPIPS
 
@@ -123,7 +124,8 @@ EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49c
 
 
 class FeatureExtractor(Protocol):
-    """Images (B, 3, H, W) in [-1, 1] -> features (B, d)."""
+    """Images (B, C, H, W) in [-1, 1] -> features (B, d). Networks see grey repeated as RGB, and
+    images with alpha on white."""
 
     name: str
     side: int  # pixels; images are resized to side x side first
@@ -253,5 +255,5 @@ def random_split(features: Tensor, count: int, generator: torch.Generator) -> tu
 
 def _resize(images: Tensor, side: int) -> Tensor:
     size = (side, side)
-    resized = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+    resized = F.interpolate(as_rgb(images.float()), size, mode="bicubic", antialias=True)
     return resized.clamp(-1, 1)

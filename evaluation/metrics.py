@@ -83,7 +83,7 @@ SSIM_PROTOCOL = {
 def reconstruction_metrics(
     images: Tensor, reference: Tensor, lpips: LPIPS, protocol: dict[str, Any]
 ) -> dict[str, Metric]:
-    """PSNR, SSIM and LPIPS of reconstructions (N, 3, S, S) in [-1, 1], means over images."""
+    """PSNR, SSIM and LPIPS of reconstructions (N, C, H, W) in [-1, 1], means over images."""
     base = {**protocol, "pictures": len(images), "rounding": "uint8", "mean": "over pictures"}
     device = next(lpips.parameters()).device
     psnrs, ssims, distances = [], [], []
@@ -132,7 +132,7 @@ KID_SUBSETS, KID_SUBSET_SIZE = 50, 256
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Samples and the real images that they are compared with: (N, 3, S, S) in [-1, 1]."""
+    """Samples and the real images that they are compared with: (N, C, H, W) in [-1, 1]."""
 
     samples: Tensor
     sample_labels: Tensor  # (N,), the classes that were requested

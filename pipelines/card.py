@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from smalti.data.latents import resolution
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
 
@@ -24,7 +25,7 @@ images = pipe({example}).images
 | tokenizer | {tokenizer} | {tokenizer_size} | {spec} |
 | prior | {prior} | {prior_size} | |
 
-Images are {size} x {size} pixels. {conditions}
+Images are {size}. {conditions}
 
 {notes}"""
 
@@ -54,7 +55,7 @@ def model_card(
         prior=Prior.registry.name_of(type(prior)),
         prior_size=f"{_millions(prior)} M",
         spec=_plain(str(tokenizer.spec)),
-        size=tokenizer.image_size,
+        size=image_words(tokenizer),
         conditions=_conditions(prior, classes),
         notes=notes,
     )
@@ -85,6 +86,14 @@ def _conditions(prior: Prior, classes: Sequence[str]) -> str:
             + (f" (sha256 {text.encoder_fingerprint[:12]})." if text.encoder_fingerprint else ".")
         )
     return " ".join(sentences) or "They are generated without a condition."
+
+
+def image_words(tokenizer: Tokenizer) -> str:
+    """Size and channels of a tokenizer's images: 48 x 64 pixels (height x width), grey."""
+    size = tokenizer.image_size
+    order = "" if isinstance(size, int) else " (height x width)"
+    channels = {1: ", grey", 4: ", RGB with alpha"}.get(tokenizer.image_channels, "")
+    return f"{resolution(size)} pixels{order}{channels}"
 
 
 def _millions(module: nn.Module) -> str:

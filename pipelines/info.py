@@ -5,6 +5,7 @@ from pathlib import Path
 from smalti.data.dataset import read_options
 from smalti.errors import SmaltiError
 from smalti.files import Info, command, read_hashed_json, read_json, recorded_hashes
+from smalti.pipelines.card import image_words
 from smalti.pipelines.generation import SETTINGS, picture_hashes, problems_in
 from smalti.pipelines.pipeline import INDEX, Pipeline
 from smalti.prior.base import Prior
@@ -110,7 +111,7 @@ def _verified(path: Path, what: str) -> str:
 
 def _model_lines(model: Tokenizer | Prior) -> list[tuple[str, str]]:
     count = sum(parameter.numel() for parameter in model.parameters())
-    size = f", {model.image_size} px" if isinstance(model, Tokenizer) else ""
+    size = f", {image_words(model)}" if isinstance(model, Tokenizer) else ""
     return [
         ("type", f"{type(model).__name__}{size}"),
         ("latents", model.spec.in_words),

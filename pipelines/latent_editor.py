@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from smalti.config import check_at_least
 from smalti.data.dataset import PictureOptions
-from smalti.data.image_io import image_grid
-from smalti.data.latents import CodeSpec, to_float
+from smalti.data.image_io import image_grid, to_channels
+from smalti.data.latents import CodeSpec, height_and_width, to_float
 from smalti.data.sources.base import ImageSource
 from smalti.data.sources.folder import read_picture
 from smalti.data.transforms import center_crop, to_tensor
@@ -69,7 +69,8 @@ class StatisticsOptions(LatentGridOptions):
 class LatentEditor:
     """A tokenizer, and the images that the options name.
 
-    Shapes: images (B, 3, S, S) in [-1, 1], S the tokenizer's image size; vectors (B, d, h, w).
+    Shapes: images (B, C, H, W) in [-1, 1] of the tokenizer's channels and size; vectors
+    (B, d, h, w).
 
     Raises:
         ConfigurationError: the output cannot be written.
@@ -78,9 +79,9 @@ class LatentEditor:
 
     def __init__(self, options: LatentGridOptions) -> None:
         _check_output(options.output, options.overwrite)
-        self.options = options
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = load_tokenizer(options.model).to(self.device)
+        self.options = options.for_channels(self.tokenizer.image_channels)
 
     # -- images and vectors -------------------------------------------------------------------
 
@@ -115,7 +116,7 @@ class LatentEditor:
             raise ConfigurationError(f"{flag} names {given} images; this command takes {count}")
         if indices:
             return self.read(indices)
-        return self._squares([self._read_file(path) for path in files])
+        return self._crops([self._read_file(path) for path in files])
 
     def _read_file(self, path: Path) -> Image.Image:
         return read_picture(path, self.options.folder, self.options.value_range)
@@ -132,11 +133,12 @@ class LatentEditor:
                     f"index {index} is out of range: {self.options.data} has images 0 to "
                     f"{len(self.source) - 1}"
                 )
-        return self._squares([self.source.read(index) for index in indices])
+        return self._crops([self.source.read(index) for index in indices])
 
-    def _squares(self, pictures: Sequence) -> Tensor:
-        size = self.tokenizer.image_size
-        tensors = [to_tensor(center_crop(picture, size)) for picture in pictures]
+    def _crops(self, pictures: Sequence[Image.Image]) -> Tensor:
+        size, channels = self.tokenizer.image_size, self.tokenizer.image_channels
+        converted = (to_channels(picture, channels) for picture in pictures)
+        tensors = [to_tensor(center_crop(picture, size)) for picture in converted]
         return to_float(torch.stack(tensors)).to(self.device)
 
     @torch.no_grad()
@@ -166,10 +168,10 @@ class LatentEditor:
     # -- edits --------------------------------------------------------------------------------
 
     def interpolate(self, images: Tensor, steps: int) -> dict[str, Tensor]:
-        """Blends of two images, (2, 3, S, S), on a line and on an arc, by name.
+        """Blends of two images, (2, C, H, W), on a line and on an arc, by name.
 
         Returns:
-            Each (steps + 2, 3, S, S): the blends between the two originals.
+            Each (steps + 2, C, H, W): the blends between the two originals.
         """
         start, end = self.vectors(images).split(1)
         discrete = isinstance(self.tokenizer.spec, CodeSpec)
@@ -197,7 +199,7 @@ class LatentEditor:
             max_images: number of labelled images, for both means together.
 
         Returns:
-            (B, 1 + len(strengths), 3, S, S), the originals first.
+            (B, 1 + len(strengths), C, H, W), the originals first.
         """
         labels = self.source.labels
         members: list[int] = []
@@ -217,14 +219,14 @@ class LatentEditor:
         strengths: Sequence[float],
         max_images: int,
     ) -> list[tuple[int, Tensor]]:
-        """An image, (1, 3, S, S), plus multiples of each channel's standard deviation.
+        """An image, (1, C, H, W), plus multiples of each channel's standard deviation.
 
         Args:
             channels: empty means the first 8.
             max_images: number of images from which the deviations are computed.
 
         Returns:
-            Each channel, and its images (1 + len(strengths), 3, S, S), the original first.
+            Each channel, and its images (1 + len(strengths), C, H, W), the original first.
         """
         vectors = self.vectors(image)  # (1, d, h, w)
         width = vectors.shape[1]
@@ -256,7 +258,7 @@ class LatentEditor:
             perceptual: LPIPS, added to the mean squared error; None leaves it out.
 
         Returns:
-            The result; and images (B, 3, S, S) at some steps, by a name with the mean distance.
+            The result; and images (B, C, H, W) at some steps, by a name with the mean distance.
         """
         distance = partial(
             manipulation.picture_distance,
@@ -298,9 +300,10 @@ class LatentEditor:
         Raises:
             ConfigurationError: the tokenizer's images are smaller than LPIPS needs.
         """
-        if self.tokenizer.image_size < MIN_SIDE:
+        shorter = min(height_and_width(self.tokenizer.image_size))
+        if shorter < MIN_SIDE:
             raise ConfigurationError(
-                f"the tokenizer decodes to {self.tokenizer.image_size} pixels per side; LPIPS needs"
+                f"the tokenizer decodes to {shorter} pixels per side; LPIPS needs"
                 f" at least {MIN_SIDE}: pass --perceptual_weight 0"
             )
         return LPIPS.from_embedded().to(self.device)
@@ -308,14 +311,14 @@ class LatentEditor:
     # -- the grid -----------------------------------------------------------------------------
 
     def save(self, images: Tensor, row_labels: Sequence[str], column_labels: Sequence[str]) -> Path:
-        """Write images (rows, columns, 3, S, S) as the latent grid; return its path."""
+        """Write images (rows, columns, C, H, W) as the latent grid; return its path."""
         output = self.options.output
         grid = image_grid(
             images.flatten(0, 1),
             columns=images.shape[1],
             row_labels=row_labels,
             column_labels=column_labels,
-            scale=max(1, SHOWN_SIDE // images.shape[-1]),
+            scale=max(1, SHOWN_SIDE // max(images.shape[-2:])),
         )
         check = partial(_check_output, output, self.options.overwrite)
         with replacing_file(output, check=check, retry=True) as new:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smalti.data.image_io import image_grid, to_pil
+from smalti.data.image_io import as_picture, image_grid, to_pil
 from smalti.data.latents import to_float
 from smalti.data.transforms import to_tensor
 
@@ -25,7 +25,7 @@ LEAST_SIDE = 64  # CSS pixels: smaller pictures are shown enlarged
 class PipelineOutput:
     """The result of calling a pipeline."""
 
-    images: Any  # "pil": list; "np": (B, H, W, 3) in [0, 1]; "pt": (B, 3, H, W) in [0, 1]; or None
+    images: Any  # "pil": list; "np": (B, H, W, C) in [0, 1]; "pt": (B, C, H, W) in [0, 1]; or None
     latents: Tensor  # what the prior sampled
     labels: list[int]  # class label of each image; empty without classes
     names: list[str] = field(default_factory=list)  # class name of each image, likewise
@@ -44,7 +44,7 @@ class PipelineOutput:
         if self.images is None:
             return []
         if isinstance(self.images, np.ndarray):
-            return [Image.fromarray((image * 255).round().astype("uint8")) for image in self.images]
+            return [as_picture((image * 255).round().astype("uint8")) for image in self.images]
         return to_pil(self.images * 2 - 1) if isinstance(self.images, Tensor) else self.images
 
     def _repr_html_(self) -> str | None:
@@ -69,7 +69,7 @@ class PipelineOutput:
 
 
 def as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> the requested output type."""
+    """Images (B, C, H, W) in [-1, 1] -> the requested output type."""
     if output_type == "pil":
         return to_pil(images)
     unit = (images + 1) / 2

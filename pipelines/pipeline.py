@@ -20,14 +20,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from smalti.checkpoints import Weights, check_weights, is_checkpoint, state_of
-from smalti.config import config_from_dict, config_to_dict, plain
+from smalti.config import ImageSize, config_from_dict, config_to_dict, plain
 from smalti.data.classes import check_class_names
 from smalti.data.latent_cache.manifest import read_manifest
 from smalti.data.latents import as_tensor
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
 from smalti.files import HASHES, check_hashes, read_config_file, write_hashed_json, write_text
 from smalti.folders import contents, replacing_folder
-from smalti.pipelines.card import SAMPLES, model_card
+from smalti.pipelines.card import SAMPLES, image_words, model_card
 from smalti.pipelines.conditions import (
     ClassLabels,
     Conditions,
@@ -310,7 +310,7 @@ class Pipeline(Uploadable):
             count = sum(parameter.numel() for parameter in model.parameters())
             return f"{type(model).__name__}, {count / 1e6:.1f} M parameters"
 
-        tokenizer, side = self.tokenizer, self.tokenizer.image_size
+        tokenizer = self.tokenizer
         some = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
         conditions = f"{len(self.classes)} classes: {some}" if self.classes else "no classes"
         if "text" in self.prior.condition_kinds:
@@ -318,12 +318,29 @@ class Pipeline(Uploadable):
         dtype = str(next(self.prior.parameters()).dtype).removeprefix("torch.")
         return (
             "Pipeline(\n"
-            f"  tokenizer: {size(tokenizer)}, {side} x {side} pixels <-> "
+            f"  tokenizer: {size(tokenizer)}, {image_words(tokenizer)} <-> "
             f"{tokenizer.spec.in_words}\n"
             f"  prior: {size(self.prior)}, {conditions}\n"
             f"  guidance_scale {self.guidance_scale}, {dtype} on {self.device}\n"
             ")"
         )
+
+    def resized(self, image_size: ImageSize) -> Self:
+        """A pipeline with the same weights, not a copy, for images of another size.
+
+        Args:
+            image_size: pixels: the side of a square, or (height, width).
+
+        Raises:
+            ConfigurationError: the tokenizer has no latents for images of this size.
+            GenerationError: the prior has learned its positions, and so samples its own size only.
+        """
+        tokenizer = cast(Tokenizer, unwrapped(self.tokenizer)).sharing_weights(image_size)
+        prior = cast(Prior, unwrapped(self.prior)).resized(tokenizer.spec, tokenizer.fingerprint)
+        pipeline = type(self)(tokenizer, prior, self.classes)
+        pipeline.notes, pipeline.training_pictures = self.notes, self.training_pictures
+        pipeline.guidance_scale = self.guidance_scale
+        return pipeline
 
     @property
     def device(self) -> torch.device:
@@ -371,6 +388,7 @@ class Pipeline(Uploadable):
         generator: Generators = None,
         output_type: OutputType = "pil",
         batch_size: int | None = None,
+        image_size: ImageSize | None = None,
         progress: bool = False,
         **options: Any,
     ) -> PipelineOutput:
@@ -399,6 +417,9 @@ class Pipeline(Uploadable):
                 differently in batches of another size; a generation job excludes that, too.
             output_type: "pil", "np", "pt" or "latent" (nothing is decoded).
             batch_size: images per batch; None is one batch of all images.
+            image_size: pixels, the side of a square or (height, width), if not that of the
+                tokenizer; for several calls, `resized` saves time. Priors with learned positions
+                refuse it.
             options: keyword options of the prior's `sample`: `temperature`, `solver`, ... An
                 option with a row for each image, such as `noise`, is divided like the images.
 
@@ -406,6 +427,19 @@ class Pipeline(Uploadable):
             GenerationError: an input that the prior does not take, an unknown class, output type or
                 option, or a wrong number of generators or of rows.
         """
+        if image_size is not None:
+            return self.resized(image_size)(
+                class_labels,
+                prompt_embeds=prompt_embeds,
+                prompt_attention_mask=prompt_attention_mask,
+                num_images_per_prompt=num_images_per_prompt,
+                guidance_scale=guidance_scale,
+                generator=generator,
+                output_type=output_type,
+                batch_size=batch_size,
+                progress=progress,
+                **options,
+            )
         check_names(self.prior, options)
         options = {k: plain(v) if getattr(v, "ndim", None) == 0 else v for k, v in options.items()}
         texts = (prompt, negative_prompt, prompt_embeds, prompt_attention_mask)

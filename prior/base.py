@@ -232,6 +232,37 @@ class Prior(nn.Module, Pretrained, ABC):
         del weights, source
         return "its weights are taken as they are"
 
+    @property
+    def positions_are_computed(self) -> bool:
+        """Whether these weights can sample latents on other grids, because none of them belongs to
+        a position."""
+        return False
+
+    def resized(self, spec: LatentSpec, tokenizer_fingerprint: str | None) -> Self:
+        """A prior with the same weights, not a copy, for latents on another grid.
+
+        How good its samples are there is for the user to see: positions that were never trained are
+        extrapolated.
+
+        Args:
+            tokenizer_fingerprint: of the tokenizer at the size of these latents.
+
+        Raises:
+            GenerationError: its positions are learned.
+        """
+        if not self.positions_are_computed:
+            kind = self.registry.name_of(type(self))
+            raise GenerationError(
+                f"this {kind} prior samples {self.spec.in_words} only, because it has learned its "
+                f"positions: fine-tune it for {spec.in_words} with train-prior --initial"
+            )
+        quantizer = getattr(self.config, "quantizer", None)
+        config = self.config.fitted(spec, self.num_classes, tokenizer_fingerprint, quantizer)
+        with torch.random.fork_rng(devices=[]):
+            prior = type(self)(config)
+        prior.load_state_dict(self.state_dict(), assign=True)
+        return prior.to(next(self.parameters()).device).train(self.training)
+
     def set_progress(self, progress: float) -> None:
         """Set the share of the training that is done: called before every training step.
 

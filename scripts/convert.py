@@ -15,6 +15,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from smalti.cli import parse_config, run_command
+from smalti.config import ImageSize
 from smalti.errors import ConfigurationError
 from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.convert import convert
@@ -35,7 +36,8 @@ class ConvertConfig:
     tokenizer: Path | None = None  # folder of the prior's tokenizer; the result is a pipeline
     heads: int | None = None  # attention heads of a prior
     scales: str | None = None  # sides of the code grids: 1,2,3,4 or one number for a single grid
-    image_size: int | None = None  # pixels per side of a tokenizer
+    # of a tokenizer, in pixels: the side of a square, or height x width as in 48x64; default: 256
+    image_size: ImageSize | None = None
     # Number of classes of a prior, without the null class. Needed if the model was trained without
     # class dropout: its class table then has no row for the null class.
     num_classes: int | None = None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from smalti.cli import parse_config, run_command
-from smalti.config import config_to_dict, nearest
+from smalti.config import ImageSize, config_to_dict, nearest
 from smalti.data.dataset import DataOptions
 from smalti.errors import ConfigurationError
 from smalti.files import first_difference, read_hashed_json, write_hashed_json
@@ -169,6 +169,8 @@ class DemoConfig(DataOptions):
     data: str = ""  # emoji, fashion or a folder; empty = emoji, or fashion with --quick
     output_dir: Path = Path("runs/demo")  # folder of all results; resumes a demo in it
     quick: bool = False  # lower quality, in under two minutes
+    # Pixels: the side of a square, or height x width as in 48x64; default: the tokenizer's.
+    image_size: ImageSize | None = None
     seed: int = 0  # of training, sampling and evaluation
     guidance_scale: float = 2.0  # s in uncond + s (cond - uncond); 1 is off
     tokenizer: str = ""  # a tokenizer preset; empty = chosen for prior and machine
@@ -238,6 +240,8 @@ def chosen_scale(config: DemoConfig) -> Scale:
         tokenizer = replace(tokenizer, tokenizer=TOKENIZERS[config.tokenizer])
     if config.prior:
         prior = replace(prior, prior=PRIORS[config.prior])
+    if config.image_size is not None:
+        tokenizer = replace(tokenizer, image_size=config.image_size)
     if config.tokenizer_steps:
         tokenizer = replace(tokenizer, max_train_steps=config.tokenizer_steps)
     if config.prior_steps:

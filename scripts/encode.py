@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smalti.checkpoints import Weights, is_checkpoint
 from smalti.cli import in_python, parse_config, run_command
-from smalti.config import check_at_least
+from smalti.config import ImageSize, check_at_least
 from smalti.data.dataset import DataOptions, ImageBatch, ImageDataset, Split, write_options
 from smalti.data.latent_cache.cache import EncodedRange, refuse_other_contents, write_cache
 from smalti.data.latent_cache.manifest import (
@@ -41,7 +41,8 @@ class EncodeConfig(DataOptions):
     tokenizer: Path = Path("runs/tokenizer/tokenizer")
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     output_dir: Path = Path("runs/latents")  # folder of the caches of both splits
-    image_size: int | None = None  # side of the pictures in pixels; default: the tokenizer's
+    # Pixels: the side of a square, or height x width as in 48x64; default: the tokenizer's.
+    image_size: ImageSize | None = None
     # Views of each training picture: itself (identity), itself and its mirror image (flip), or
     # LlamaGen's ten crops (ten-crop). A held-out picture is encoded as it is.
     views: ViewSet = "flip"
@@ -100,8 +101,10 @@ def encode_split(
     """Write the cache of one split; `encoders` make the conditions in it."""
     views: ViewSet = config.views if split == "train" else "identity"
     side = decoded_size(views, tokenizer.image_size)
-    images = config.dataset(split, tokenizer.image_size)
-    larger = images if side == tokenizer.image_size else config.dataset(split, side)
+    channels = tokenizer.image_channels
+    images = config.dataset(split, tokenizer.image_size, channels=channels)
+    same = side == tokenizer.image_size
+    larger = images if same else config.dataset(split, side, channels=channels)
     info = CacheInfo(
         spec=tokenizer.spec,
         classes=images.classes,
@@ -136,7 +139,8 @@ def finished_tokenizer(config: EncodeConfig) -> Tokenizer:
     tokenizer = Tokenizer.from_pretrained(config.tokenizer, weights=config.weights)
     ours = tokenizer.state_dict()
     if state.is_main_process and not folder.exists():
-        images = config.dataset("train", tokenizer.image_size)
+        channels = tokenizer.image_channels
+        images = config.dataset("train", tokenizer.image_size, channels=channels)
         tokenizer.to(state.device)
         tokenizer.calibrate(batch.images.to(state.device) for batch in images.batches(64))
         tokenizer.save_pretrained(folder)
@@ -157,7 +161,7 @@ class EncodedViews:
     """(start, stop) -> the encoded samples of that range, all views."""
 
     tokenizer: Tokenizer
-    images: ImageDataset  # with sides of `decoded_size`
+    images: ImageDataset  # of `decoded_size`
     views: tuple[str, ...]
     batch_size: int
     encoders: Sequence[ConditionEncoder] = ()

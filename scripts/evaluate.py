@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smalti.checkpoints import Weights, has_prior
 from smalti.cli import parse_config, run_command
-from smalti.config import check_at_least, config_to_dict
+from smalti.config import ImageSize, check_at_least, config_to_dict
 from smalti.data.dataset import DataOptions, ImageDataset
 from smalti.data.image_io import save_png
 from smalti.errors import ConfigurationError, DataError
@@ -31,6 +31,10 @@ from smalti.training.processes import fills_folder, resolve_precision
 
 PRODUCTS = ("samples.png", "reconstructions.png", "neighbours.png", "summary.json")
 
+SEEN = {  # what networks for RGB see of images with other channels
+    1: "grey, repeated as RGB",
+    4: "RGB on white; LPIPS the mean over black and white",
+}
 PIPELINE_FLAGS = {field.name for field in fields(Sampling)} | {
     "other_data",
     "num_samples",
@@ -51,6 +55,9 @@ class EvaluateConfig(DataOptions, Sampling):
     model: str = DEMO
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     output_dir: Path = Path("runs/evaluation")  # for summary.json and the image grids
+    # Pixels, the side of a square or height x width as in 48x64, if not the size of the training
+    # pictures. Priors with learned positions (next-scale) refuse it.
+    image_size: ImageSize | None = None
     # Allow data that the pipeline was not trained on; then all of its images are held out.
     other_data: bool = False
     num_samples: int = 1024  # with the class proportions of the training images
@@ -82,10 +89,28 @@ def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (folder / INDEX).is_file() or has_prior(folder):
         pipeline = Pipeline.from_pretrained(folder, device=device, weights=config.weights)
+        if config.image_size is not None:
+            pipeline = resized(config, pipeline, config.image_size)
         return evaluate_pipeline(config, pipeline)
     refuse_pipeline_flags(config)
     tokenizer = Tokenizer.from_pretrained(folder, device=device, weights=config.weights)
+    if config.image_size is not None:
+        tokenizer = tokenizer.resized(config.image_size)
     return evaluate_tokenizer(config, tokenizer)
+
+
+def resized(config: EvaluateConfig, pipeline: Pipeline, size: ImageSize) -> Pipeline:
+    """The pipeline at another image size. It knows its training pictures by a fingerprint that
+    contains the size, which is replaced by that at the new one."""
+    same = pipeline.resized(size)
+    channels = pipeline.tokenizer.image_channels
+    before, after = (
+        config.dataset("train", one.tokenizer.image_size, channels=channels).fingerprint
+        for one in (pipeline, same)
+    )
+    if same.training_pictures == before:
+        same.training_pictures = after
+    return same
 
 
 def evaluate_tokenizer(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Metric]:
@@ -142,7 +167,7 @@ def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> dict[str, M
 
 
 def sample(config: EvaluateConfig, pipeline: Pipeline, labels: Tensor) -> Tensor:
-    """Samples (N, 3, S, S) in [-1, 1] of classes (N,); sample i has a generator of its own."""
+    """Samples (N, C, H, W) in [-1, 1] of classes (N,); sample i has a generator of its own."""
     output = pipeline(
         labels,
         generator=[picture_generator(config.seed, i) for i in range(len(labels))],
@@ -166,7 +191,7 @@ def tokenizer_evaluator(
     Args:
         classes: the names of the classes in the order of a pipeline's labels.
     """
-    heldout = config.dataset("heldout", tokenizer.image_size)
+    heldout = config.dataset("heldout", tokenizer.image_size, channels=tokenizer.image_channels)
     if classes:
         heldout.number_as(classes)
     data_protocol = {
@@ -177,6 +202,9 @@ def tokenizer_evaluator(
         "split": "heldout",
         "heldout_fingerprint": heldout.fingerprint,
     }
+    if tokenizer.image_channels != 3:
+        data_protocol["image_channels"] = tokenizer.image_channels
+        data_protocol["networks_see"] = SEEN[tokenizer.image_channels]
     return TokenizerEvaluator(
         tokenizer,
         heldout,
@@ -194,7 +222,8 @@ def sample_evaluator(config: EvaluateConfig, pipeline: Pipeline) -> SampleEvalua
         DataError: the data has other classes than the pipeline, or its training images are not
             those of the pipeline and `other_data` does not allow that.
     """
-    train = config.dataset("train", pipeline.tokenizer.image_size)
+    tokenizer = pipeline.tokenizer
+    train = config.dataset("train", tokenizer.image_size, channels=tokenizer.image_channels)
     trained_on_the_rest = check_training_images(config, pipeline, train)
     return SampleEvaluator(
         tokenizer_evaluator(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
-from smalti.config import check_at_least
+from smalti.config import ImageSize, check_at_least
 from smalti.errors import ConfigurationError, DataError, GenerationError
 from smalti.pipelines.generation import Layout, continued_labels, generate_folder
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
@@ -36,6 +36,9 @@ class GenerateConfig(Sampling):
     num_images_per_prompt: int = 1  # pictures of each prompt
     # In all, classes or prompts in turn, instead of a number for each. Default without either: 8.
     num_images: int | None = None
+    # Pixels, the side of a square or height x width as in 48x64, if not the size of the training
+    # pictures. Priors with learned positions (next-scale) refuse it.
+    image_size: ImageSize | None = None
     layout: Layout = "flat"  # flat: one folder; class: one for each class
     seed: int = 0  # picture i depends on the seed and i alone
     # Pictures sampled at once in half precision. In fp32 their number is fixed, because the last
@@ -122,6 +125,8 @@ def generate(config: GenerateConfig) -> list[Path]:
     state = join_job()
     check_model(config.model)
     pipeline = Pipeline.from_pretrained(config.model, device=state.device, weights=config.weights)
+    if config.image_size is not None:
+        pipeline = pipeline.resized(config.image_size)
     labels, prompts = continued_labels(config.output_dir, *config.rows(pipeline))
     with shared_work(len(labels), "generate") as share:
         paths = generate_folder(

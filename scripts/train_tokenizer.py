@@ -8,7 +8,7 @@ same images and their reconstructions.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from smalti.checkpoints import Weights
 from smalti.cli import in_python, parse_config, run_command
+from smalti.config import ImageSize
 from smalti.data.dataset import DataOptions, ImageBatch, ImageDataset, write_options
 from smalti.data.image_io import image_grid
-from smalti.data.latents import CodeSpec
+from smalti.data.latents import CodeSpec, as_image_size, height_and_width
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.data.transforms import RandomCrop
@@ -29,7 +30,7 @@ from smalti.errors import ConfigurationError
 from smalti.evaluation.reconstruction import code_counts, perplexity, psnr, usage
 from smalti.pipelines.finetune import load_initial_weights, saved_tokenizer
 from smalti.randomness import RandomInputs, generator
-from smalti.tokenizer.base import Tokenizer
+from smalti.tokenizer.base import Tokenizer, image_channels_of
 from smalti.tokenizer.discriminators.adversarial import (
     compute_adaptive_weight,
     last_layer_gradients,
@@ -75,6 +76,9 @@ class TrainTokenizerConfig(RunConfig, DataOptions):
 
     # Kind and sizes of the tokenizer.
     tokenizer: TokenizerConfig = field(default_factory=lambda: PRESETS["vq-32-tiny"])
+    # Pixels: the side of a square, or height x width as in 48x64; default: --tokenizer.image_size.
+    # Scales of a multi-scale tokenizer are stretched to it.
+    image_size: ImageSize | None = None
     # A tokenizer, pipeline or checkpoint whose settings and weights the run starts from.
     initial: str = ""
     weights: Weights = "ema"  # of a checkpoint in --initial: averaged over its run (ema), or raw
@@ -88,18 +92,35 @@ class TrainTokenizerConfig(RunConfig, DataOptions):
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         DataOptions.__post_init__(self)
+        if self.image_size is not None:
+            object.__setattr__(self, "tokenizer", config_at(self.tokenizer, self.image_size))
+        self.for_channels(image_channels_of(self.tokenizer))  # raises if the background is wrong
         if self.crop == "centre" and self.random_crop != RandomCrop():
             raise ConfigurationError(
                 "random_crop was given, but crop is centre: add --crop random, or leave it out"
             )
 
 
+def config_at(config: TokenizerConfig, size: ImageSize) -> TokenizerConfig:
+    """The configuration of a tokenizer at an image size; its scales, if it has several, are kept
+    where they fit, and stretched otherwise."""
+    try:
+        with torch.device("meta"):
+            tokenizer: Tokenizer = Tokenizer.registry.build(config)
+    except ConfigurationError:
+        return replace(config, image_size=size)  # its own size has no latents
+    same = as_image_size(*height_and_width(size)) == tokenizer.image_size
+    return config if same else tokenizer.config_at(size)
+
+
 def open_images(config: TrainTokenizerConfig) -> tuple[ImageDataset, ImageDataset]:
     """The training images, randomly cropped and mirrored as configured, and the held-out images."""
-    size = config.tokenizer.image_size
+    size, channels = config.tokenizer.image_size, image_channels_of(config.tokenizer)
     crop = config.random_crop if config.crop == "random" else None
-    images = config.dataset("train", size, flip=config.flip, crop=crop, seed=config.seed)
-    return images, config.dataset("heldout", size)
+    images = config.dataset(
+        "train", size, channels=channels, flip=config.flip, crop=crop, seed=config.seed
+    )
+    return images, config.dataset("heldout", size, channels=channels)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -156,7 +177,10 @@ def build_loss_networks(
     """
     networks, discriminator = LossNetworks(None, None), None
     if config.objective.needs_discriminator:
-        module = DiscriminatorObjective(config.objective, config.tokenizer.image_size)
+        images = config.tokenizer
+        module = DiscriminatorObjective(
+            config.objective, images.image_size, image_channels_of(images)
+        )
         discriminator = with_optimizer(module, run)
         run.track(
             discriminator=module,

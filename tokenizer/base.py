@@ -9,7 +9,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from smalti.data.latents import CodeSpec, LatentSpec, as_tensor
+from smalti.config import ImageSize
+from smalti.data.latents import (
+    MODES,
+    CodeSpec,
+    LatentSpec,
+    as_image_size,
+    as_tensor,
+    height_and_width,
+    resolution,
+)
 from smalti.errors import ConfigurationError, DataError, SmaltiError
 from smalti.hub import Pretrained, Registry
 from smalti.randomness import Generators, RandomInputs
@@ -20,8 +29,8 @@ from smalti.tokenizer.registry import TOKENIZERS
 class Reconstruction:
     """The inputs of the training objective of stage one."""
 
-    images: Tensor  # (B, 3, H, W), not clamped
-    targets: Tensor  # (B, 3, H, W), the images to reconstruct: usually those that were encoded
+    images: Tensor  # (B, C, H, W), not clamped
+    targets: Tensor  # (B, C, H, W), the images to reconstruct: usually those that were encoded
     losses: dict[str, Tensor]  # scalars, already weighted: codebook, commitment, kl, ...
     codes: Tensor | None = None  # (B, L) int64 of a discrete tokenizer
     latents: Tensor | None = None  # (B, C, h, w) of a continuous one, in raw units
@@ -30,16 +39,35 @@ class Reconstruction:
 @dataclass(frozen=True)
 class TokenizerConfig:
     """The configuration of a tokenizer: a frozen dataclass with a `kind`, its registered name, and
-    an `image_size` in pixels."""
+    an `image_size` in pixels.
 
-    image_size: int  # side of the square images, in pixels
+    A tokenizer that is not only for RGB also has `image_channels`: 1 (grey), 3 or 4 (with alpha).
+    """
+
+    image_size: ImageSize  # pixels: the side of square images, or height x width
     registry: ClassVar[Registry] = TOKENIZERS
     # Fields that may change without changing what saved weights mean.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self) -> None:
+        size = as_image_size(*height_and_width(self.image_size))
+        object.__setattr__(self, "image_size", size)  # a square has one form
+        channels = image_channels_of(self)
+        if channels not in MODES:
+            raise ConfigurationError(
+                f"image_channels is {channels}; use 1 (grey), 3 (RGB) or 4 (RGB and alpha)"
+            )
+
+
+def image_channels_of(config: Any) -> int:
+    """Channels of the images of a tokenizer; 3 where its configuration does not name them."""
+    return getattr(config, "image_channels", 3)
+
 
 class Tokenizer(nn.Module, Pretrained, ABC):
-    """Images (B, 3, H, W) in [-1, 1] <-> latents described by `spec`.
+    """Images (B, C, H, W) in [-1, 1] <-> latents described by `spec`.
+
+    C is `image_channels`: 3, or 1 for grey and 4 for RGB with alpha.
 
     Three methods connect images with a prior: `store` (images -> values in the cache), `latents`
     (values in the cache -> latents that a prior learns), `decode` (latents -> images). `forward` is
@@ -62,8 +90,14 @@ class Tokenizer(nn.Module, Pretrained, ABC):
 
     @property
     @abstractmethod
-    def image_size(self) -> int:
-        """Side of the square images that this tokenizer was made for, in pixels."""
+    def image_size(self) -> ImageSize:
+        """Size of the images that this tokenizer was made for, in pixels: the side of squares, or
+        (height, width)."""
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images: 1 (grey), 3 (RGB) or 4 (RGB and alpha)."""
+        return image_channels_of(self.config)
 
     @property
     @abstractmethod
@@ -85,7 +119,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
 
     @abstractmethod
     def store(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> what a latent cache keeps, for example codes (B, L)."""
+        """Images (B, C, H, W) in [-1, 1] -> what a latent cache keeps, for example codes (B, L)."""
 
     @abstractmethod
     def vectors(self, latents: Tensor) -> Tensor:
@@ -97,10 +131,10 @@ class Tokenizer(nn.Module, Pretrained, ABC):
 
     @abstractmethod
     def decode_vectors(self, vectors: Tensor) -> Tensor:
-        """Features (B, d, h, w) -> images (B, 3, H, W), differentiable, not clamped."""
+        """Features (B, d, h, w) -> images (B, C, H, W), differentiable, not clamped."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> images (B, 3, H, W), about [-1, 1] but not clamped.
+        """Latents -> images (B, C, H, W), about [-1, 1] but not clamped.
 
         Raises:
             DataError: latents, or the images that the decoder makes of them, are infinite or NaN.
@@ -143,7 +177,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         return stored
 
     def encode(self, images: Any, *, generator: Generators = None) -> Tensor:
-        """`latents(store(images))`: images (B, 3, H, W) in [-1, 1] -> latents.
+        """`latents(store(images))`: images (B, C, H, W) in [-1, 1] -> latents.
 
         Args:
             images: a tensor or an array; or one or several pictures of Pillow, whose centre is
@@ -166,11 +200,12 @@ class Tokenizer(nn.Module, Pretrained, ABC):
             return as_tensor(images).to(weight.device)
         from smalti.data.transforms import images_of  # needs Pillow, which models do not
 
-        return images_of(images, self.image_size).to(weight.device, weight.dtype)
+        found = images_of(images, self.image_size, self.image_channels)
+        return found.to(weight.device, weight.dtype)
 
     @torch.no_grad()
     def reconstruct(self, images: Any) -> Tensor:
-        """`decode(encode(images))` clamped to [-1, 1], shape (B, 3, H, W)."""
+        """`decode(encode(images))` clamped to [-1, 1], shape (B, C, H, W)."""
         return self.decode(self.encode(images)).clamp(-1, 1)
 
     # -- other sizes of images ----------------------------------------------------------------
@@ -179,7 +214,9 @@ class Tokenizer(nn.Module, Pretrained, ABC):
     # of the images. The fingerprint, a hash of weights and config, contains that size. So a stored
     # fingerprint is compared with that of this tokenizer at the size of the stored latents.
 
-    def config_at(self, image_size: int, grids: tuple[tuple[int, int], ...] | None = None) -> Any:
+    def config_at(
+        self, image_size: ImageSize, grids: tuple[tuple[int, int], ...] | None = None
+    ) -> Any:
         """The configuration of this tokenizer for images of another size, in pixels.
 
         Args:
@@ -191,7 +228,9 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         del grids
         return replace(self.config, image_size=image_size)
 
-    def resized(self, image_size: int, grids: tuple[tuple[int, int], ...] | None = None) -> Self:
+    def resized(
+        self, image_size: ImageSize, grids: tuple[tuple[int, int], ...] | None = None
+    ) -> Self:
         """A tokenizer with a copy of these weights for images of another size, in pixels.
 
         Args:
@@ -206,14 +245,21 @@ class Tokenizer(nn.Module, Pretrained, ABC):
             raise ConfigurationError(
                 "this tokenizer is a copy in lower precision: resize the original, then cast it"
             )
+        return copy.deepcopy(self.sharing_weights(image_size, grids))
+
+    def sharing_weights(
+        self, image_size: ImageSize, grids: tuple[tuple[int, int], ...] | None = None
+    ) -> Self:
+        """Like `resized`, in any precision, with the same weights instead of a copy: a change of
+        one model changes both."""
         with torch.random.fork_rng(devices=[]):
             model = type(self)(self.config_at(image_size, grids))
         try:
-            model.load_state_dict(self.state_dict())
+            model.load_state_dict(self.state_dict(), assign=True)
         except RuntimeError as error:
             raise ConfigurationError(
                 f"a {self.registry.name_of(type(self))} tokenizer cannot be resized, because its "
-                f"weights depend on the image size: train one for {image_size} pixels"
+                f"weights depend on the image size: train one for {resolution(image_size)} pixels"
             ) from error
         weight = self.last_layer
         return model.to(weight.device, weight.dtype).train(self.training)
@@ -225,10 +271,13 @@ class Tokenizer(nn.Module, Pretrained, ABC):
             return self if fingerprint == self.fingerprint else None
         if type(spec) is not type(self.spec):
             return None
-        own, other = (_last_grid(s)[0] for s in (self.spec, spec))
+        sides = height_and_width(self.image_size)
+        own, other = (_last_grid(s) for s in (self.spec, spec))
         grids = spec.grids if isinstance(spec, CodeSpec) else None
         try:
-            size = self.image_size * other // own
+            size = as_image_size(
+                *(side * new // old for side, new, old in zip(sides, other, own, strict=True))
+            )
             same = copy.copy(self)
             same.config = self.config_at(size, grids)
         except SmaltiError:
@@ -240,7 +289,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Measure the statistics that the config stores; called once after training with batches of
-        all training images, (B, 3, H, W) each. A discrete tokenizer has none."""
+        all training images, (B, C, H, W) each. A discrete tokenizer has none."""
         del batches
 
     def after_step(self, generator: torch.Generator) -> None:
@@ -254,13 +303,18 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         """Discard what `forward` collected for `after_step`, because the step was skipped."""
 
     def check_images(self, images: Tensor) -> None:
-        """Raise `SmaltiError` unless images are (B, 3, image_size, image_size), of the type of the
-        weights or under autocast, and finite (in training, `StepGuard` checks that)."""
-        expected = (3, self.image_size, self.image_size)
+        """Raise `SmaltiError` unless images are (B, C, H, W) of `image_channels` and `image_size`,
+        of the type of the weights or under autocast, and finite (in training, `StepGuard` checks
+        that)."""
+        height, width = height_and_width(self.image_size)
+        expected = (self.image_channels, height, width)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            mode = MODES[self.image_channels]
+            right = images.ndim == 4 and images.shape[1] == self.image_channels
             raise SmaltiError(
-                f"images have shape {tuple(images.shape)}; this tokenizer takes (B, 3, "
-                f"{self.image_size}, {self.image_size}): resize and crop them first"
+                f"images have shape {tuple(images.shape)}; this tokenizer takes (B, "
+                f"{self.image_channels}, {height}, {width}): "
+                + ("resize and crop them first" if right else f"make them {mode} first")
             )
         weights, device = self.last_layer.dtype, images.device.type
         fits = images.dtype == weights or torch.is_autocast_enabled(device)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from smalti.config import check_at_least
+from smalti.config import ImageSize, check_at_least
+from smalti.data.latents import height_and_width, resolution
 from smalti.errors import ConfigurationError
 
 # No model of this kind is larger. The limits prevent an untrusted config.json from requesting more
@@ -77,17 +78,25 @@ class ConvConfig:
         """Pixels per latent position and side, f."""
         return self.patch_size * 2 ** (len(self.channel_mult) - 1)
 
-    def check_image_size(self, image_size: int) -> None:
-        """Raise `ConfigurationError` unless images of this side, in pixels, have a latent grid."""
-        if image_size < 1 or image_size % self.downsampling:
+    def grid(self, size: ImageSize) -> tuple[int, int]:
+        """Rows and columns of the features of images of a size, in pixels.
+
+        Raises:
+            ConfigurationError: they have no grid, because a side is not a multiple of the
+                down-sampling factor; or they are too large.
+        """
+        sides = height_and_width(size)
+        if min(sides) < 1 or any(side % self.downsampling for side in sides):
+            what = size if isinstance(size, int) else resolution(size)
             raise ConfigurationError(
-                f"image_size {image_size} is not a multiple of the down-sampling factor"
+                f"image_size {what} is not a multiple of the down-sampling factor"
                 f" {self.downsampling}"
             )
-        if image_size > MAX_IMAGE_SIZE:
+        if max(sides) > MAX_IMAGE_SIZE:
             raise ConfigurationError(
-                f"image_size is {image_size}; it must be at most {MAX_IMAGE_SIZE}"
+                f"image_size is {max(sides)}; it must be at most {MAX_IMAGE_SIZE}"
             )
+        return sides[0] // self.downsampling, sides[1] // self.downsampling
 
 
 def _norm(channels: int, groups: int | None) -> nn.GroupNorm:
@@ -206,13 +215,16 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) -> features (B, out_channels, H/f, W/f)."""
+    """Images (B, image_channels, H, W) -> features (B, out_channels, H/f, W/f)."""
 
-    def __init__(self, config: ConvConfig, out_channels: int | None = None) -> None:
+    def __init__(
+        self, config: ConvConfig, out_channels: int | None = None, image_channels: int = 3
+    ) -> None:
         super().__init__()
         self.patch_size = config.patch_size
         widths = [config.channels * m for m in config.channel_mult]
-        self.conv_in = nn.Conv2d(3 * config.patch_size**2, config.channels, 3, padding=1)
+        values = image_channels * config.patch_size**2  # of one position of level 0
+        self.conv_in = nn.Conv2d(values, config.channels, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (before, width) in enumerate(
             zip([config.channels, *widths[:-1]], widths, strict=True)
@@ -235,12 +247,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, z_channels, h, w) -> images (B, 3, f h, f w).
+    """Features (B, z_channels, h, w) -> images (B, image_channels, f h, f w).
 
     `up[0]` is the highest resolution, as in the published weights; it runs last.
     """
 
-    def __init__(self, config: ConvConfig) -> None:
+    def __init__(self, config: ConvConfig, image_channels: int = 3) -> None:
         super().__init__()
         self.patch_size = config.patch_size
         widths = [config.channels * m for m in config.channel_mult]
@@ -253,13 +265,14 @@ class Decoder(nn.Module):
             attention = i in config.attention_levels
             self.up.append(Level(blocks, attention, config.norm_groups, upsample=upsample))
         self.norm_out = _norm(widths[0], config.norm_groups)
-        self.conv_out = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)
+        values = image_channels * config.patch_size**2  # of one position of level 0
+        self.conv_out = nn.Conv2d(widths[0], values, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.mid(self.conv_in(features))
         for level in reversed(self.up):
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))  # (B, 3 p^2, H/p, W/p)
+        x = self.conv_out(F.silu(self.norm_out(x)))  # (B, C p^2, H/p, W/p)
         return F.pixel_shuffle(x, self.patch_size)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.config import ImageSize, added
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import ConfigurationError, DataError
 from smalti.randomness import Generators, NormalSource, RandomInputs
@@ -76,10 +77,10 @@ def resized(maps: Tensor, height: int, width: int) -> Tensor:
 
 
 def transformed(z: Tensor, images: Tensor, turn: float, size: float) -> tuple[Tensor, Tensor]:
-    """Rotate by quarter turns and scale latents (B, C, h, w) and images (B, 3, H, W) alike.
+    """Rotate by quarter turns and scale latents (B, C, h, w) and images (B, C', H, W) alike.
 
-    The latent grid becomes (h', w') with h/4 <= h' <= h, the images H/h times as large. Images stay
-    at least 32 px high, below which LPIPS is undefined.
+    The latent grid becomes (h', w') with h/4 <= h' <= h, the images H/h times as large. Images keep
+    sides of at least 32 px, below which LPIPS is undefined.
 
     Args:
         turn: uniform in [0, 1), chooses 0 to 3 quarter turns.
@@ -88,7 +89,8 @@ def transformed(z: Tensor, images: Tensor, turn: float, size: float) -> tuple[Te
     turns = int(4 * turn)
     height, width = z.shape[2:]
     factor = images.shape[2] // height  # pixels per latent position and side
-    least = min(height, max(height // 4, -(-MIN_SIDE // factor), 1))
+    shorter = factor * min(height, width)  # pixels of the shorter side of the images
+    least = min(height, max(height // 4, -(-MIN_SIDE * height // shorter), 1))
     rows = least + int((height + 1 - least) * size)
     columns = max(1, round(rows * width / height))
     z = torch.rot90(resized(z, rows, columns), turns, (2, 3))
@@ -114,7 +116,7 @@ class KLConfig(TokenizerConfig):
     )
 
     kind: Literal["kl"] = "kl"  # the kind of tokenizer
-    image_size: int = 256  # pixels, square
+    image_size: ImageSize = 256  # pixels: the side of a square, or height x width
     conv: ConvConfig = field(
         default_factory=lambda: ConvConfig(
             channel_mult=(1, 2, 4, 4), attention_levels=(), z_channels=4
@@ -133,9 +135,11 @@ class KLConfig(TokenizerConfig):
     # after training; empty until then.
     latent_mean: tuple[float, ...] = ()
     latent_std: tuple[float, ...] = ()  # standard deviation of each; measured like latent_mean
+    image_channels: int = added(3)  # 3: RGB; 1: grey; 4: RGB and alpha
 
     def __post_init__(self) -> None:
-        self.conv.check_image_size(self.image_size)
+        super().__post_init__()
+        self.conv.grid(self.image_size)
         if self.kl_weight < 0 or not 0 <= self.equivariance <= 1:
             raise ConfigurationError(
                 f"kl_weight is {self.kl_weight}, equivariance {self.equivariance}: the first must"
@@ -176,10 +180,10 @@ class KLTokenizer(Tokenizer):
         super().__init__()
         self.config = config
         channels, z = config.channels, config.conv.z_channels
-        self.encoder = Encoder(config.conv, out_channels=2 * z)
+        self.encoder = Encoder(config.conv, 2 * z, config.image_channels)
         self.quant_conv = nn.Conv2d(2 * z, 2 * channels, 1) if config.quant_convs else None
         self.post_quant_conv = nn.Conv2d(channels, z, 1) if config.quant_convs else None
-        self.decoder = Decoder(config.conv)
+        self.decoder = Decoder(config.conv, config.image_channels)
         initialise(self)
         self.register_buffer("shift", torch.zeros(1, channels, 1, 1), persistent=False)
         self.register_buffer("scale", torch.ones(1, channels, 1, 1), persistent=False)
@@ -197,11 +201,10 @@ class KLTokenizer(Tokenizer):
 
     @property
     def spec(self) -> ContinuousSpec:
-        side = self.config.image_size // self.config.conv.downsampling
-        return ContinuousSpec(self.config.channels, side, side)
+        return ContinuousSpec(self.config.channels, *self.config.conv.grid(self.config.image_size))
 
     @property
-    def image_size(self) -> int:
+    def image_size(self) -> ImageSize:
         return self.config.image_size
 
     @property
@@ -209,7 +212,7 @@ class KLTokenizer(Tokenizer):
         return self.decoder.conv_out.weight  # type: ignore[return-value]
 
     def gaussian(self, images: Tensor) -> DiagonalGaussian:
-        """Posterior q(z | x) of images (B, 3, H, W) in [-1, 1], in raw, un-normalised units."""
+        """Posterior q(z | x) of images (B, C', H, W) in [-1, 1], in raw, un-normalised units."""
         self.check_images(images)
         moments = self.encoder(images)  # (B, 2 z_channels, h, w)
         moments = self.quant_conv(moments) if self.quant_conv else moments
@@ -233,7 +236,7 @@ class KLTokenizer(Tokenizer):
         return (2 * self.spec.channels, self.spec.height, self.spec.width)
 
     def store(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> posterior mean and std (B, 2C, h, w), raw units."""
+        """Images (B, C', H, W) in [-1, 1] -> posterior mean and std (B, 2C, h, w), raw units."""
         gaussian = self.gaussian(images)
         return torch.cat([gaussian.mean, gaussian.std], 1)
 
@@ -273,7 +276,7 @@ class KLTokenizer(Tokenizer):
         return latents
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
-        """Normalised latents (B, C, h, w) -> images (B, 3, H, W), not clamped."""
+        """Normalised latents (B, C, h, w) -> images (B, C', H, W), not clamped."""
         return self._decode_raw(vectors * self.scale + self.shift)
 
     def _decode_raw(self, z: Tensor) -> Tensor:
@@ -315,7 +318,7 @@ class KLTokenizer(Tokenizer):
         variances, so no sample is needed.
 
         Args:
-            batches: images (B, 3, H, W) in [-1, 1].
+            batches: images (B, C', H, W) in [-1, 1].
 
         Raises:
             DataError: there are no images.

@@ -183,7 +183,7 @@ def picture_distance(
     """Mean squared pixel difference plus weighted LPIPS, (B,), as in Image2StyleGAN.
 
     Args:
-        images, target: (B, 3, H, W) in [-1, 1].
+        images, target: (B, C, H, W) in [-1, 1].
         perceptual: None leaves LPIPS out, which is undefined below 32 px.
 
     Raises:

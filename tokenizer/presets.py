@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from smalti.data.latents import resolution
 from smalti.hub import Presets
 from smalti.tokenizer.base import Tokenizer, TokenizerConfig
 from smalti.tokenizer.conv import ConvConfig
@@ -136,8 +137,8 @@ SMALL: dict[str, TokenizerConfig] = {
 
 
 def _latents(tokenizer: Tokenizer) -> str:
-    side, spec = tokenizer.image_size, tokenizer.spec
-    return f"{side} px <-> {spec.in_words}"
+    size, spec = tokenizer.image_size, tokenizer.spec
+    return f"{size if isinstance(size, int) else resolution(size)} px <-> {spec.in_words}"
 
 
 PRESETS = Presets(TOKENIZERS, {**PUBLISHED, **SMALL}, _latents)

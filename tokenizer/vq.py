@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from smalti.config import ImageSize, added
 from smalti.data.latents import CodeSpec
 from smalti.errors import ConfigurationError, DataError
 from smalti.randomness import Generators, RandomInputs
@@ -32,13 +33,15 @@ class VQConfig(TokenizerConfig):
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ("image_size",)
 
     kind: Literal["vq"] = "vq"  # the kind of tokenizer
-    image_size: int = 256  # pixels, square
+    image_size: ImageSize = 256  # pixels: the side of a square, or height x width
     conv: ConvConfig = field(default_factory=ConvConfig)
     quantizer: QuantizerConfig = field(default_factory=NearestConfig)
     quant_kernel: int = 1  # of the convolutions between encoder, quantizer and decoder; VAR: 3
+    image_channels: int = added(3)  # 3: RGB; 1: grey; 4: RGB and alpha
 
     def __post_init__(self) -> None:
-        self.conv.check_image_size(self.image_size)
+        super().__post_init__()
+        self.conv.grid(self.image_size)
         if self.quant_kernel < 1 or self.quant_kernel % 2 == 0:
             raise ConfigurationError(
                 f"quant_kernel is {self.quant_kernel}; use an odd number of 1 or more"
@@ -47,8 +50,7 @@ class VQConfig(TokenizerConfig):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the features."""
-        side = self.image_size // self.conv.downsampling
-        return side, side
+        return self.conv.grid(self.image_size)
 
 
 class VQTokenizer(Tokenizer):
@@ -60,13 +62,13 @@ class VQTokenizer(Tokenizer):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.conv)
+        self.encoder = Encoder(config.conv, image_channels=config.image_channels)
         self.quantizer: Quantizer = QUANTIZERS.build(config.quantizer)
         dim, z, kernel = self.quantizer.dim, config.conv.z_channels, config.quant_kernel
         self.grids = self.quantizer.grids(*config.grid)
         self.quant_conv = nn.Conv2d(z, dim, kernel, padding=kernel // 2)
         self.post_quant_conv = nn.Conv2d(dim, z, kernel, padding=kernel // 2)
-        self.decoder = Decoder(config.conv)
+        self.decoder = Decoder(config.conv, config.image_channels)
         initialise(self)
 
     @property
@@ -74,10 +76,10 @@ class VQTokenizer(Tokenizer):
         return CodeSpec(self.quantizer.vocab_size, self.grids)
 
     @property
-    def image_size(self) -> int:
+    def image_size(self) -> ImageSize:
         return self.config.image_size
 
-    def config_at(self, image_size: int, grids: Grids | None = None) -> Any:
+    def config_at(self, image_size: ImageSize, grids: Grids | None = None) -> Any:
         """The configuration for another image size; scales are stretched to the new grid."""
         config = super().config_at(image_size, grids)
         if not isinstance(config.quantizer, MultiScaleConfig):
@@ -90,7 +92,7 @@ class VQTokenizer(Tokenizer):
         return self.decoder.conv_out.weight  # type: ignore[return-value]
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> features to quantize, (B, d, h, w)."""
+        """Images (B, C, H, W) in [-1, 1] -> features to quantize, (B, d, h, w)."""
         self.check_images(images)
         features = self.quant_conv(self.encoder(images))
         if not self.training:  # the nearest code of NaN would be code 0
@@ -98,7 +100,7 @@ class VQTokenizer(Tokenizer):
         return features
 
     def store(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> codes (B, L), each grid in raster order."""
+        """Images (B, C, H, W) in [-1, 1] -> codes (B, L), each grid in raster order."""
         features = self.features(images)
         if not len(features):  # the search needs at least one row
             return torch.empty(0, self.spec.length, dtype=torch.int64, device=features.device)
@@ -123,12 +125,12 @@ class VQTokenizer(Tokenizer):
         return self.quantizer.lookup(self._checked(latents), *self.config.grid)
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
-        """Quantized features (B, d, h, w) -> images (B, 3, H, W), not clamped."""
+        """Quantized features (B, d, h, w) -> images (B, C, H, W), not clamped."""
         return self.decoder(self.post_quant_conv(vectors.to(self.post_quant_conv.weight.dtype)))
 
     @torch.no_grad()
     def preview(self, codes: Tensor, scales: int) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] decoded from the first `scales` scales alone.
+        """Images (B, C, H, W) in [-1, 1] decoded from the first `scales` scales alone.
 
         Args:
             codes: of all scales, (B, L), or of the first `scales` only, as they are available

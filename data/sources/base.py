@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from smalti.config import nearest
 from smalti.data.image_io import (
+    WHITE,
     FolderOptions,
     Unusable,
     check_length,
@@ -61,7 +62,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
-        """The picture, RGB, of any size; safe in several threads and processes at once.
+        """The picture, RGB or RGBA, of any size; safe in several threads and processes at once.
 
         Raises:
             BadPicture: it is damaged.
@@ -383,6 +384,7 @@ class EncodedSource(ImageSource):
         self.fingerprint = fingerprint_of(
             [repr(self.classes).encode(), *map(self._identity, range(len(self)))]
             + ([] if value_range is None else [written(value_range).encode()])
+            + ([] if options.background == WHITE else [options.background.encode()])
         )
 
     def read(self, index: int) -> Image.Image:

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from smalti.config import ImageSize
+from smalti.data.latents import resolution
 from smalti.errors import ConversionError
 from smalti.pipelines.convert.layout import Buffer, Layout, Link, joined, pointwise, same
 from smalti.pipelines.convert.reader import PublishedCheckpoint
@@ -173,11 +175,12 @@ def is_published_conv(conv: ConvConfig) -> bool:
     return plain and groups == PUBLISHED_GROUPS
 
 
-def image_size(options: Options) -> tuple[int, str]:
-    """Pixels per side of an image, and the same with its origin, to print."""
+def image_size(options: Options) -> tuple[ImageSize, str]:
+    """The size of an image in pixels, and the same with its origin, to print."""
     if options.image_size is None:
         return IMAGE_SIZE, f"{IMAGE_SIZE}, the default of --image_size"
-    return options.image_size, f"{options.image_size}, as given"
+    size = options.image_size
+    return size, f"{size if isinstance(size, int) else resolution(size)}, as given"
 
 
 # -- tokenizers with a codebook -------------------------------------------------------------------
@@ -218,7 +221,7 @@ def infer_vq(
     checkpoint: PublishedCheckpoint,
     conv: ConvConfig,
     quantizer: InferredQuantizer,
-    size: tuple[int, str],
+    size: tuple[ImageSize, str],
 ) -> Inferred:
     """A VQ tokenizer of these parts and this image size (see `image_size`)."""
     config = VQConfig(
@@ -242,6 +245,7 @@ def is_nearest_vq(config: Any, *, l2_normalise: bool) -> bool:
         and config.quantizer.codebook.learning == "gradient"
         and config.quantizer.codebook.l2_normalise == l2_normalise
         and config.quant_kernel == 1
+        and config.image_channels == 3
     )
 
 
@@ -257,9 +261,9 @@ class KLSizes:
     quant_convs: bool  # whether there are convolutions around the latents
 
     def config(
-        self, size: int, latent_mean: tuple[float, ...], latent_std: tuple[float, ...]
+        self, size: ImageSize, latent_mean: tuple[float, ...], latent_std: tuple[float, ...]
     ) -> KLConfig:
-        """The config of our model for images of `size` pixels per side."""
+        """The config of our model for images of a size in pixels."""
         return KLConfig(
             image_size=size,
             conv=self.conv,
@@ -331,4 +335,7 @@ class ConvSource(Source):
         return {IDLE_STEPS: torch.zeros(quantizer.codebook.vocab_size, dtype=torch.int64)}
 
     def flags(self, config: Any) -> dict[str, object]:
-        return {} if config.image_size == IMAGE_SIZE else {"image_size": config.image_size}
+        size = config.image_size
+        if size == IMAGE_SIZE:
+            return {}
+        return {"image_size": size if isinstance(size, int) else "x".join(map(str, size))}

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from smalti.config import ImageSize
+from smalti.data.latents import height_and_width
 from smalti.errors import ConversionError
 from smalti.pipelines.convert.conv import (
     PUBLISHED_GROUPS,
@@ -180,7 +182,7 @@ class LatentScale:
         )
 
 
-def _shared_config(class_name: str, conv: ConvConfig, image_size: int) -> dict[str, Any]:
+def _shared_config(class_name: str, conv: ConvConfig, image_size: ImageSize) -> dict[str, Any]:
     """The settings that both classes have."""
     attention = [i in conv.attention_levels for i in range(len(conv.channel_mult))]
     return {
@@ -194,7 +196,7 @@ def _shared_config(class_name: str, conv: ConvConfig, image_size: int) -> dict[s
         "act_fn": "silu",
         "latent_channels": conv.z_channels,
         "norm_num_groups": _groups(conv),
-        "sample_size": image_size,
+        "sample_size": max(height_and_width(image_size)),  # one number there
         "mid_block_add_attention": conv.mid_attention,
     }
 
@@ -258,6 +260,7 @@ class DiffusersKL(ConvSource):
             isinstance(config, KLConfig)
             and is_diffusers_conv(config.conv)
             and config.channels == config.conv.z_channels
+            and config.image_channels == 3
         )
 
     def export_config(self, config: KLConfig) -> dict[str, Any]:

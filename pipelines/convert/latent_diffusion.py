@@ -97,7 +97,7 @@ class LatentDiffusionKL(ConvSource):
         if not isinstance(config, KLConfig) or not is_published_conv(config.conv):
             return False
         alike = len({*config.latent_std}) <= 1 and not any(config.latent_mean)
-        return config.quant_convs and alike
+        return config.quant_convs and alike and config.image_channels == 3
 
     def flags(self, config: KLConfig) -> dict[str, object]:
         scaling = 1 / config.latent_std[0] if config.latent_std else 1.0

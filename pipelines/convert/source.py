@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeGuard
 
 from torch import Tensor
 
+from smalti.config import ImageSize
 from smalti.errors import ConfigurationError, ConversionError
 from smalti.hub import Registry
 from smalti.pipelines.convert.layout import Layout
@@ -36,7 +37,7 @@ class Options:
     heads: int | None = None  # attention heads of a prior
     # Sides of the code grids, coarse to fine; one number for a single grid.
     scales: tuple[int, ...] | None = None
-    image_size: int | None = None  # pixels per side, of a tokenizer
+    image_size: ImageSize | None = None  # pixels, of a tokenizer: a side, or (height, width)
     num_classes: int | None = None  # classes of a prior, without the null class
     scaling_factor: float | None = None  # by which continuous latents are multiplied
     tokenizer: Tokenizer | None = None  # the one whose latents a prior models
@@ -44,7 +45,8 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("heads", "image_size", "num_classes"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            sides = value if isinstance(value, tuple) else (value,)
+            if value is not None and min(sides) < 1:
                 raise ConfigurationError(f"{name} is {value}; it must be at least 1")
         if self.scales is not None and (not self.scales or min(self.scales) < 1):
             raise ConfigurationError(

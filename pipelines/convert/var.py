@@ -98,13 +98,18 @@ def _sides(options: Options, conv: ConvConfig) -> tuple[tuple[int, ...], str]:
     """Sides of the code grids, and the same with their origin, to print."""
     if options.scales is not None:
         return options.scales, f"{listed(options.scales)}, as given"
-    last = image_size(options)[0] // conv.downsampling
-    if last not in PUBLISHED_SIDES:
+    rows, columns = conv.grid(image_size(options)[0])
+    if rows != columns:
         raise ConversionError(
-            f"no scales were published for grids of {last} x {last} codes: give them with "
+            f"VAR's scales are square, and the grid of these images is {rows} x {columns}: convert "
+            "it at a square --image_size, and resize the result with Tokenizer.resized"
+        )
+    if rows not in PUBLISHED_SIDES:
+        raise ConversionError(
+            f"no scales were published for grids of {rows} x {rows} codes: give them with "
             "--scales, coarse to fine"
         )
-    sides = PUBLISHED_SIDES[last]
+    sides = PUBLISHED_SIDES[rows]
     return sides, f"{listed(sides)}, the default of --scales"
 
 
@@ -183,6 +188,7 @@ class VARTokenizer(ConvSource):
         conv, quantizer = config.conv, config.quantizer
         return (
             is_published_conv(conv)
+            and config.image_channels == 3
             and conv.attention_levels in ((), (len(conv.channel_mult) - 1,))
             and quantizer.codebook.learning == "gradient"
             and is_published_quantizer(quantizer)

@@ -134,6 +134,11 @@ class FlowPrior(Prior):
                 return ImageKind(self.config.image_channels, (spec.height, spec.width))
         return super()._condition_kind(name)
 
+    @property
+    def positions_are_computed(self) -> bool:
+        """Sine-cosine and rotary positions are."""
+        return True
+
     # -- training -----------------------------------------------------------------------------
 
     def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:

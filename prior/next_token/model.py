@@ -223,6 +223,11 @@ class NextTokenPrior(CodePrior):
             done += ", and its target positions are interpolated"
         return done
 
+    @property
+    def positions_are_computed(self) -> bool:
+        """Rotary positions are; the target positions of random orders are learned."""
+        return self.target_positions is None
+
     # -- the network ----------------------------------------------------------------------------
 
     def tokens(self, condition: Condition, codes: Tensor, order: Tensor | None = None) -> Tensor:

@@ -13,11 +13,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from smalti.config import (
+    ImageSize,
     config_from_dict,
     config_to_dict,
+    image_size_of,
     nearest,
     plain,
     read_recipe,
@@ -197,6 +199,7 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
             prog=prog,
             description=_description(config_class, shown),
             use_underscores=True,
+            registry=_sizes_of_images(),
             config=(tyro.conf.AvoidSubcommands,),  # a union keeps the type that its default has
         )
     config = config_from_dict(config_class, config_to_dict(config), "command line")
@@ -237,6 +240,38 @@ def in_python(
         if stop.code != EXIT_INTERRUPTED:
             raise
         raise KeyboardInterrupt("stopped; what was reached is saved") from None
+
+
+def _sizes_of_images() -> Any:
+    """How tyro reads an `ImageSize`: as one argument, 64 or 48x64."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def size(about: Any) -> Any:
+        options = get_args(about.type)
+        if {*options} - {type(None)} != {*get_args(ImageSize)}:
+            return None
+        optional = type(None) in options
+
+        def read(arguments: list[str]) -> ImageSize | None:
+            if optional and arguments[0] == "None":
+                return None
+            return image_size_of(arguments[0], "image_size")
+
+        def written(value: ImageSize | None) -> list[str]:
+            return ["x".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{None}|INT|HxW" if optional else "INT|HxW",
+            instance_from_str=read,
+            is_instance=lambda value: isinstance(value, int | tuple) or (optional and not value),
+            str_from_instance=written,
+        )
+
+    return registry
 
 
 # Fields of configurations that name what a command writes.

@@ -131,6 +131,28 @@ def recipe_text(config: Any) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
+# Sizes of images: 32 is a square of 32 pixels per side, 48x64 is 48 pixels high and 64 wide.
+
+ImageSize = int | tuple[int, int]  # pixels: the side of a square, or (height, width)
+
+
+def image_size_of(text: str, where: str) -> ImageSize:
+    """The size that a text states, as in a recipe or on the command line.
+
+    Raises:
+        ConfigurationError: it is neither a number of pixels nor height x width.
+    """
+    sides = text.split("x")
+    if len(sides) > 2 or not all(s.isascii() and s.isdecimal() and len(s) < 9 for s in sides):
+        raise ConfigurationError(
+            f"{where} is {_short(str(text))}; give the side of a square in pixels, as in 64, or "
+            "height x width, as in 48x64"
+        )
+    numbers = tuple(map(int, sides))
+    return numbers[0] if len({*numbers}) == 1 else (numbers[0], numbers[-1])
+
+
+# -------------------------------------------------------------------------------------------------
 # Recipes: YAML whose unquoted words keep their text until it is known what is expected.
 
 # Budgets, checked before the content is built: a recipe of smalti has about 5 kB, 150 values and a
@@ -371,6 +393,8 @@ def _convert_union(value: Any, hint: Any, where: str, base: Any) -> Any:
     if type(None) in options and (value is None or _is_none(value)):
         return None
     options = tuple(option for option in options if option is not type(None))
+    if options == get_args(ImageSize) and isinstance(value, str):
+        return image_size_of(value, where)
     if isinstance(value, Mapping) and len(options) > 1:
         chosen = _by_kind({"kind": getattr(base, "kind", None), **value}, options, where)
         return _convert(value, chosen, where, base)

@@ -196,7 +196,7 @@ def test_unequal_shapes_are_refused(model: LPIPS) -> None:
     with pytest.raises(SmaltiError, match="give two equal shapes"):
         model(torch.zeros(2, 3, 32, 32), torch.zeros(1, 3, 32, 32))
     with pytest.raises(SmaltiError, match="give two equal shapes"):
-        model(torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 32))
+        model(torch.zeros(1, 2, 32, 32), torch.zeros(1, 2, 32, 32))
 
 
 def test_tiny_images_are_refused(model: LPIPS) -> None:

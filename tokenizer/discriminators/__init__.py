@@ -1,10 +1,13 @@
 """Discriminators: images -> logits. The registered ones, and their configurations."""
 
+import inspect
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
+from smalti.config import ImageSize
+from smalti.errors import ConfigurationError
 from smalti.hub import Registry
 
 DISCRIMINATORS = Registry(
@@ -24,10 +27,21 @@ class DiscriminatorConfig:
     registry: ClassVar[Registry] = DISCRIMINATORS
 
 
-def build_discriminator(config: DiscriminatorConfig, image_size: int) -> nn.Module:
-    """A new discriminator for images of `image_size` px: images (B, 3, S, S) -> logits (B, ...).
+def build_discriminator(
+    config: DiscriminatorConfig, image_size: ImageSize, channels: int = 3
+) -> nn.Module:
+    """A new discriminator for images of a size in pixels: images (B, C, H, W) -> logits (B, ...).
 
     Raises:
-        ConfigurationError: it does not work at that size, or its backbone cannot be loaded.
+        ConfigurationError: it does not work at that size or with so many channels, or its backbone
+            cannot be loaded.
     """
-    return DISCRIMINATORS.build(config, image_size)
+    if channels == 3:
+        return DISCRIMINATORS.build(config, image_size)
+    kind = getattr(config, "kind", "")
+    if "channels" not in inspect.signature(DISCRIMINATORS.resolve(kind)).parameters:
+        raise ConfigurationError(
+            f"the {kind} discriminator takes RGB images only, and these have {channels} channels: "
+            "use another, such as patchgan"
+        )
+    return DISCRIMINATORS.build(config, image_size, channels)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from smalti.config import ImageSize
+from smalti.data.latents import height_and_width
 from smalti.errors import ConfigurationError
 
 AUGMENT_UNIFORMS = 7  # per image: 3 for the colours, 2 for the translation, 2 for the cutout
@@ -33,20 +35,24 @@ class AugmentConfig:
                 raise ConfigurationError(f"augment.{name} is {value}; it must lie in [0, {limit}]")
 
 
-def resized(images: Tensor, side: int) -> Tensor:
-    """Images (B, 3, H, W) as (B, 3, side, side), bilinear with antialiasing."""
-    if images.shape[2:] == (side, side):
+def resized(images: Tensor, size: ImageSize) -> Tensor:
+    """Images (B, C, H, W) at another size, bilinear with antialiasing."""
+    sides = height_and_width(size)
+    if images.shape[2:] == sides:
         return images
-    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    return F.interpolate(images, sides, mode="bilinear", antialias=True)
 
 
 def shift_colours(images: Tensor, strength: float, uniforms: Tensor) -> Tensor:
-    """Brightness (plus up to 1/2), saturation (times 0 to 2), contrast (times 1/2 to 3/2).
+    """Brightness (plus up to 1/2), saturation (times 0 to 2), contrast (times 1/2 to 3/2). Alpha,
+    the fourth channel, stays as it is.
 
     Args:
         strength: 0 to 1, shrinks the three ranges towards "no change".
         uniforms: (B, 3), one for each.
     """
+    if images.shape[1] == 4:
+        return torch.cat([shift_colours(images[:, :3], strength, uniforms), images[:, 3:]], 1)
     changes = (strength * (uniforms - 0.5)).view(-1, 3, 1, 1, 1)
     brightness, saturation, contrast = changes.unbind(1)  # (B, 1, 1, 1) each
     images = images + brightness
@@ -103,11 +109,11 @@ def augment(images: Tensor, config: AugmentConfig, uniforms: Tensor) -> Tensor:
     """Augment each image independently.
 
     Args:
-        images: (B, 3, H, W) in [-1, 1].
+        images: (B, C, H, W) in [-1, 1].
         uniforms: (B, at least AUGMENT_UNIFORMS) in [0, 1); equal rows augment images alike.
 
     Returns:
-        (B, 3, H, W), differentiable; `images` themselves if all strengths are 0.
+        (B, C, H, W), differentiable; `images` themselves if all strengths are 0.
     """
     if config.colour:
         images = shift_colours(images, config.colour, uniforms[:, :3])

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.config import ImageSize
+from smalti.data.latents import rgb_views
 from smalti.errors import CheckpointError, ConfigurationError
 from smalti.tokenizer.backbone import FrozenBackbone
 from smalti.tokenizer.discriminators import DiscriminatorConfig
@@ -61,7 +63,7 @@ class Head(nn.Module):
 
 
 class FrozenFeatureDiscriminator(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> logits (B, N), positive for real, of all heads and patches.
+    """Images (B, C, H, W) in [-1, 1] -> logits (B, N), positive for real, of all heads and patches.
 
     Only the heads are trained. A checkpoint contains them and a digest of the backbone, so that a
     run cannot be resumed with another backbone.
@@ -69,9 +71,11 @@ class FrozenFeatureDiscriminator(nn.Module):
 
     Config: ClassVar[type] = FrozenFeatureDiscriminatorConfig
 
-    def __init__(self, config: FrozenFeatureDiscriminatorConfig, image_size: int) -> None:
+    def __init__(
+        self, config: FrozenFeatureDiscriminatorConfig, image_size: ImageSize, channels: int = 3
+    ) -> None:
         super().__init__()
-        del image_size  # images are resized
+        del image_size, channels  # images are resized, and shown to the backbone as RGB
         self.config = config
         self.backbone = FrozenBackbone.load(
             config.backbone, config.depths, config.image_size, config.num_heads
@@ -84,11 +88,12 @@ class FrozenFeatureDiscriminator(nn.Module):
         self.register_state_dict_post_hook(_leave_out_backbone)
         self.register_load_state_dict_pre_hook(_put_in_backbone)
 
-    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N)
-        images = resized(images, self.config.image_size)
-        features = self.backbone(images)  # (B, D, h, w) of each depth
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, N)
+        views = resized(rgb_views(images), self.config.image_size)
+        features = self.backbone(views)  # (B, D, h, w) of each depth; with alpha, 2 B of each
         pairs = zip(self.heads, features, strict=True)
-        return torch.cat([head(feature).flatten(1) for head, feature in pairs], dim=1)
+        logits = torch.cat([head(feature).flatten(1) for head, feature in pairs], dim=1)
+        return torch.cat(logits.split(len(images)), dim=1) if len(images) else logits
 
 
 def _leave_out_backbone(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:

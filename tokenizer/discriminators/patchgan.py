@@ -5,6 +5,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from smalti.config import ImageSize
+from smalti.data.latents import height_and_width
 from smalti.errors import ConfigurationError
 from smalti.tokenizer.discriminators import DiscriminatorConfig
 from smalti.tokenizer.discriminators.augmentation import resized
@@ -28,24 +30,25 @@ class PatchGANConfig(DiscriminatorConfig):
 
 
 class PatchGAN(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1, h, w), positive for real patches.
+    """Images (B, C, H, W) in [-1, 1] -> logits (B, 1, h, w), positive for real patches.
 
     Images below the minimum size, which equivariance regularisation may produce, are enlarged.
     """
 
     Config: ClassVar[type] = PatchGANConfig
 
-    def __init__(self, config: PatchGANConfig, image_size: int) -> None:
+    def __init__(self, config: PatchGANConfig, image_size: ImageSize, channels: int = 3) -> None:
         super().__init__()
         self.config = config
         self.least = 3 * 2**config.num_layers  # smallest side, in pixels, that gives one logit
-        if image_size < self.least:
+        shorter = min(height_and_width(image_size))
+        if shorter < self.least:
             raise ConfigurationError(
                 f"PatchGAN with num_layers {config.num_layers} needs images of at least "
-                f"{self.least} px, these have {image_size}: use fewer layers"
+                f"{self.least} px, these have {shorter}: use fewer layers"
             )
         widths = [config.channels * min(2**i, 8) for i in range(config.num_layers + 1)]
-        layers: list[nn.Module] = [self._convolution(3, widths[0], 2), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [self._convolution(channels, widths[0], 2), nn.LeakyReLU(0.2)]
         for i in range(1, config.num_layers + 1):
             stride = 2 if i < config.num_layers else 1
             layers.append(self._convolution(widths[i - 1], widths[i], stride))
@@ -60,6 +63,7 @@ class PatchGAN(nn.Module):
         return convolution(channels_in, channels_out, 4, stride, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        if min(images.shape[2:]) < self.least:
-            images = resized(images, self.least)
+        height, width = images.shape[2:]
+        if min(height, width) < self.least:
+            images = resized(images, (max(height, self.least), max(width, self.least)))
         return self.main(images)

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smalti.config import ImageSize
+from smalti.data.latents import height_and_width
 from smalti.errors import ConfigurationError
 from smalti.tokenizer.discriminators import DiscriminatorConfig
 from smalti.tokenizer.discriminators.augmentation import resized
 
-LAST_SIDE = 4  # pixels; the blocks halve the side until it is 4 to 7
+LAST_SIDE = 4  # pixels; the blocks halve the images until their shorter side is 4 to 7
 SLOPE = 0.2  # of the leaky ReLU
 
 
@@ -74,29 +76,33 @@ class ResidualDown(nn.Module):
 
 
 class StyleGANDiscriminator(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1), positive for real images.
+    """Images (B, C, H, W) in [-1, 1] -> logits (B, 1), positive for real images.
 
     Images of another size than `image_size` are resized to it.
     """
 
     Config: ClassVar[type] = StyleGANDiscriminatorConfig
 
-    def __init__(self, config: StyleGANDiscriminatorConfig, image_size: int) -> None:
+    def __init__(
+        self, config: StyleGANDiscriminatorConfig, image_size: ImageSize, channels: int = 3
+    ) -> None:
         super().__init__()
         self.config = config
         self.image_size = image_size
-        levels = int(math.log2(max(image_size / LAST_SIDE, 1)))
-        if levels < 1 or image_size % 2**levels:
+        sides = height_and_width(image_size)
+        levels = int(math.log2(max(min(sides) / LAST_SIDE, 1)))
+        wrong = [side for side in sides if levels < 1 or side % 2**levels]
+        if wrong:
             raise ConfigurationError(
-                f"the stylegan discriminator halves images down to 4 to 7 px; {image_size} px "
+                f"the stylegan discriminator halves images down to 4 to 7 px; {wrong[0]} px "
                 "cannot be halved so: use 8, 16, 32, 64, 96, 128, 192, 256, ..."
             )
         widths = [min(config.channels * 2**i, config.max_channels) for i in range(levels + 1)]
-        side = image_size // 2**levels
-        self.from_rgb = nn.Conv2d(3, widths[0], 1)
+        positions = sides[0] // 2**levels * (sides[1] // 2**levels)  # of the last block
+        self.from_rgb = nn.Conv2d(channels, widths[0], 1)
         self.blocks = nn.Sequential(*(ResidualDown(i, o) for i, o in itertools.pairwise(widths)))
         self.conv = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
-        self.hidden = nn.Linear(widths[-1] * side * side, widths[-1])
+        self.hidden = nn.Linear(widths[-1] * positions, widths[-1])
         self.output = nn.Linear(widths[-1], 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -110,6 +116,6 @@ class StyleGANDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = _activate(self.from_rgb(resized(images, self.image_size)))
-        x = self.blocks(x)  # (B, C, h, h), h from 4 to 7
+        x = self.blocks(x)  # (B, C, h, w), the shorter from 4 to 7
         x = _activate(self.conv(x)).flatten(1)
         return self.output(_activate(self.hidden(x)))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.data.latents import ContinuousSpec
+from smalti.data.latents import ContinuousSpec, as_rgb
 from smalti.errors import ConfigurationError
 from smalti.randomness import RandomInputs
 from smalti.tokenizer.backbone import FrozenBackbone
@@ -85,7 +85,7 @@ class Alignment(nn.Module):
     def forward(self, latents: Tensor, images: Tensor) -> Tensor:
         config = self.config
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            (features,) = self.backbone(resized(images.float(), config.image_size))
+            (features,) = self.backbone(resized(as_rgb(images.float()), config.image_size))
             features = F.interpolate(features, latents.shape[2:], mode="bilinear")  # (B, D, h, w)
         latents = latents.float()
         cosine = cosine_loss(self.projection(latents).float(), features, config.cosine_margin)

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.data.latents import rounded
+from smalti.config import ImageSize
+from smalti.data.latents import rgb_views, rounded
 from smalti.errors import ConfigurationError
 from smalti.tokenizer.base import Reconstruction
 from smalti.tokenizer.discriminators import DiscriminatorConfig, build_discriminator
@@ -141,7 +142,7 @@ class LossNetworks:
     """The networks inside losses; None where no loss needs one."""
 
     perceptual: LPIPS | None
-    discriminator: nn.Module | None  # images (B, 3, H, W) -> logits (B, ...)
+    discriminator: nn.Module | None  # images (B, C, H, W) -> logits (B, ...)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def reconstruction_losses(
         with torch.autocast(images.device.type, enabled=False):
             # Both losses compare the same features, which are computed once.
             features, reference = (
-                loss_networks.perceptual.features(x.float()) for x in (output, images)
+                loss_networks.perceptual.features(rgb_views(x.float())) for x in (output, images)
             )
             if config.perceptual_weight:
                 distance = loss_networks.perceptual.distance(features, reference).mean()
@@ -193,7 +194,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
 def adversarial_loss(
     config: ObjectiveConfig, discriminator: nn.Module, output: Tensor, uniforms: Tensor
 ) -> Tensor:
-    """The generator's adversarial loss of reconstructions (B, 3, H, W), a scalar, not weighted.
+    """The generator's adversarial loss of reconstructions (B, C, H, W), a scalar, not weighted.
 
     The discriminator's own weights get no gradient.
 
@@ -255,10 +256,10 @@ class DiscriminatorObjective(nn.Module):
     power iterations) changes once per optimizer step, in `after_step`.
     """
 
-    def __init__(self, config: ObjectiveConfig, image_size: int) -> None:
+    def __init__(self, config: ObjectiveConfig, image_size: ImageSize, channels: int = 3) -> None:
         super().__init__()
         self.config = config
-        self.discriminator = build_discriminator(config.discriminator, image_size)
+        self.discriminator = build_discriminator(config.discriminator, image_size, channels)
         penalties = config.penalties
         self.lecam = LeCam(penalties.lecam_decay) if penalties.lecam_weight else None
         self.register_load_state_dict_pre_hook(_rename_critic)
@@ -267,7 +268,7 @@ class DiscriminatorObjective(nn.Module):
         """The loss on real images against reconstructions of them.
 
         Args:
-            images, fakes: (B, 3, H, W) in [-1, 1]; no gradient reaches the fakes.
+            images, fakes: (B, C, H, W) in [-1, 1]; no gradient reaches the fakes.
             uniforms: (B, UNIFORMS_PER_IMAGE) in [0, 1).
             step: optimizer steps done, which decides whether R1 is due.
         """

@@ -17,15 +17,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from smalti.data.latents import MODES, rgb_views
 from smalti.errors import CheckpointError, DataError
 
 MIN_SIDE = 32  # pixels; in smaller images the deepest feature maps are empty
 
 
 class LPIPS(nn.Module):
-    """(images, reference), both (B, 3, H, W) in [-1, 1] -> distance (B,), 0 for equal images.
+    """(images, reference), both (B, C, H, W) in [-1, 1] -> distance (B,), 0 for equal images.
 
-    Frozen, always in eval mode, always in fp32. Gradients flow to the images.
+    The network sees RGB: grey is repeated; for images with alpha the distance is the mean over a
+    black and a white background, see `rgb_views`. Frozen, always in eval mode, always
+    in fp32. Gradients flow to the images.
     """
 
     def __init__(self, network: Literal["alex", "vgg"], weights: dict[str, Tensor]) -> None:
@@ -164,13 +167,15 @@ class LPIPS(nn.Module):
         )  # type: ignore[return-value]
 
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:
-        if images.shape != reference.shape or images.ndim != 4 or images.shape[1] != 3:
+        if images.shape != reference.shape or images.ndim != 4 or images.shape[1] not in MODES:
             raise DataError(
                 f"images have shape {tuple(images.shape)}, the reference {tuple(reference.shape)}: "
-                "give two equal shapes (B, 3, H, W)"
+                "give two equal shapes (B, 3, H, W), or with 1 or 4 channels"
             )
         with torch.autocast(images.device.type, enabled=False):
-            return self.distance(self.features(images.float()), self.features(reference.float()))
+            views = (rgb_views(x.float()) for x in (images, reference))
+            distances = self.distance(*(self.features(view) for view in views))
+        return distances.view(-1, len(images)).mean(0) if images.shape[1] == 4 else distances
 
 
 def _unit(features: Tensor) -> Tensor:
