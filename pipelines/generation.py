@@ -206,12 +206,7 @@ def generate_folder(
         negative_prompt=negative_prompt,
     )
     check_conditions(pipeline, job, layout)
-    try:
-        if rank == 0:
-            _claim(folder, job, layout)
-    finally:
-        barrier()
-    _claim(folder, job, layout)
+    _claim_together(folder, job, layout, rank, barrier)
     pictures = Pictures(folder, job, pipeline.classes, layout, rank)
     exact = pipeline.prior.in_full_precision
     size = group_size(pipeline) if exact else min(batch_size, -(-len(labels) // world_size))
@@ -292,6 +287,18 @@ def continued_labels(
     wanted = list(zip(labels, prompts or [""] * len(labels), strict=True))
     rows = _continued(list(zip(*theirs, strict=True)), wanted)
     return [label for label, _ in rows], [prompt for _, prompt in rows] if prompts else []
+
+
+def _claim_together(
+    folder: Path, job: GenerationJob, layout: Layout, rank: int, barrier: Callable[[], None]
+) -> None:
+    """`_claim` in the first process, then in all of them."""
+    try:
+        if rank == 0:
+            _claim(folder, job, layout)
+    finally:
+        barrier()
+    _claim(folder, job, layout)
 
 
 def _claim(folder: Path, job: GenerationJob, layout: Layout) -> None:

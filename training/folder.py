@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from smalti.config import read_recipe, without_words
+from smalti.config import config_from_dict, config_to_dict, read_recipe, without_words
 from smalti.errors import CheckpointError, SmaltiError
 from smalti.files import read_hashed_json, sha256_of, write_hashed_json
 from smalti.folders import contents, replacing_folder, swappable
@@ -47,14 +47,12 @@ BEFORE_A_CHECKPOINT = {RECIPE, METRICS, TIMING, REPORT, "reconstructions", "samp
 # What may be resumed.
 
 
-def find_checkpoint(
-    folder: Path, wanted: str | None, settings: Mapping[str, Any]
-) -> Checkpoint | None:
+def find_checkpoint(folder: Path, wanted: str | None, config: Any) -> Checkpoint | None:
     """The checkpoint to resume from; None for a run that starts at the first step.
 
     Args:
         wanted: None for a new run, "latest", the path of a checkpoint, or its name in `folder`.
-        settings: the config of this run, in plain values.
+        config: of this run, a dataclass.
 
     Raises:
         CheckpointError: the run would overwrite another one, or files that are not its own.
@@ -65,13 +63,13 @@ def find_checkpoint(
         _refuse_contents(folder)
         return None
     if wanted == "latest":
-        return _latest(folder, settings)
+        return _latest(folder, config)
     path = Path(wanted)
     if not path.exists() and (folder / path).is_dir():  # its name alone, as Diffusers takes it
         path = folder / path
     found = check_state(verify(path))
     if found.path.resolve().parent != folder.resolve() and contents(folder):
-        _refuse_unless_same_run(folder, settings)
+        _refuse_unless_same_run(folder, config)
     return found
 
 
@@ -93,6 +91,15 @@ def check_state(checkpoint: Checkpoint) -> Checkpoint:
 def later_checkpoints(folder: Path, step: int) -> list[Path]:
     """Checkpoints after a step: a run that resumes at it replaces them."""
     return [path for path in checkpoints(folder) if step_of(path) > step]
+
+
+def completed(stored: Mapping[str, Any], config: Any) -> Mapping[str, Any]:
+    """The stored settings of a run like that of `config`; one that an earlier version did not store
+    has its default."""
+    try:
+        return config_to_dict(config_from_dict(type(config), stored, "the stored settings"))
+    except SmaltiError:  # of another kind of run, or of a later version
+        return stored
 
 
 def refuse_other_settings(
@@ -141,7 +148,7 @@ def _refuse_contents(folder: Path) -> None:
         )
 
 
-def _latest(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | None:
+def _latest(folder: Path, config: Any) -> Checkpoint | None:
     found, skipped = newest_valid(folder)
     for reason in skipped:
         logger.warning("skipped a checkpoint: %s", reason)
@@ -151,11 +158,11 @@ def _latest(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | None:
             "or choose another --output_dir"
         )
     if found is None and contents(folder):
-        _refuse_unless_same_run(folder, settings)
+        _refuse_unless_same_run(folder, config)
     return check_state(found) if found else None
 
 
-def _refuse_unless_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
+def _refuse_unless_same_run(folder: Path, config: Any) -> None:
     """Raise `CheckpointError` if a folder without a checkpoint contains files of another run."""
     held = contents(folder)
     unknown = [name for name in held if name not in BEFORE_A_CHECKPOINT]
@@ -172,6 +179,7 @@ def _refuse_unless_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{folder} is not empty (it contains {held[0]}), and it has no readable {RECIPE} of "
             "this run: choose another --output_dir"
         ) from error
+    settings, theirs = config_to_dict(config), completed(theirs, config)
     refuse_other_settings(settings, theirs, recipe)
     for change in changes(settings, theirs):
         logger.info("%s", change)

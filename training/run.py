@@ -56,6 +56,7 @@ from smalti.training.checkpoint import (
 from smalti.training.config import STEP_SETTINGS, Precision, RunConfig
 from smalti.training.folder import (
     changes,
+    completed,
     export,
     find_checkpoint,
     later_checkpoints,
@@ -99,8 +100,7 @@ class Run:
         config = obeying(config, launch)
         self.config, self.kind, self.result = config, kind, result
         self.folder = Path(config.output_dir)
-        settings = config_to_dict(config)
-        found = find_checkpoint(self.folder, config.resume_from_checkpoint, settings)
+        found = find_checkpoint(self.folder, config.resume_from_checkpoint, config)
         refuse_target(self.folder, result)
         self._seen = checkpoints(self.folder)
         self._to_replace: list[Path] = []
@@ -461,7 +461,7 @@ def _refuse_other_run(checkpoint: Checkpoint, kind: str, config: RunConfig) -> N
             f"{checkpoint.path} is of a {checkpoint.state['kind']} run, this is a {kind} run: "
             "choose another --output_dir"
         )
-    ours, theirs = config_to_dict(config), checkpoint.state["config"]
+    ours, theirs = config_to_dict(config), completed(checkpoint.state["config"], config)
     refuse_other_settings(ours, theirs, checkpoint.path)
     for change in changes(ours, theirs):
         logger.info("%s", change)

@@ -17,7 +17,7 @@ When sampling:
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from smalti.config import added
 from smalti.data.latents import ContinuousSpec, LatentSpec
@@ -112,6 +112,9 @@ class FlowConfig(PriorConfig):
     def num_classes(self) -> int:
         """Number of classes, without the null label."""
         return self.network.num_classes
+
+    def _with_classes(self, num_classes: int) -> dict[str, Any]:
+        return {"network": replace(self.network, num_classes=num_classes)}
 
     def fitted(
         self,

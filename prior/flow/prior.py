@@ -354,10 +354,7 @@ class FlowPrior(Prior):
             self._check_latents(known, "known", count(condition))
         kept = KnownLatents.checked(known, known_mask, strength, solver)
         normal = NormalSource(generator, count(condition))
-        if noise is None:
-            noise = self.initial_noise(count(condition), normal)
-        self._check_latents(noise, "noise", count(condition))
-        noise = noise.to(next(self.parameters()).device, torch.float32)
+        noise = self._starting_noise(noise, count(condition), normal)
         x = dynamics.path.marginal_std(times[0]).item() * noise  # x_t at the first time
         if not len(x):
             return x
@@ -380,6 +377,12 @@ class FlowPrior(Prior):
                 "or guidance_scale is too large"
             )
         return x
+
+    def _starting_noise(self, given: Tensor | None, rows: int, normal: NormalSource) -> Tensor:
+        """The x_0 that was given, or new noise, (rows, C, h, w) fp32."""
+        noise = self.initial_noise(rows, normal) if given is None else given
+        self._check_latents(noise, "noise", rows)
+        return noise.to(next(self.parameters()).device, torch.float32)
 
     def initial_noise(self, rows: int, normal: NormalSource) -> Tensor:
         """Standard normal x_0 (rows, C, h, w)."""
