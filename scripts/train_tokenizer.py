@@ -98,8 +98,10 @@ def open_images(config: TrainTokenizerConfig) -> tuple[ImageDataset, ImageDatase
     """The training images, randomly cropped and mirrored as configured, and the held-out images."""
     size = config.tokenizer.image_size
     crop = config.random_crop if config.crop == "random" else None
-    images = config.dataset("train", size, flip=config.flip, crop=crop, seed=config.seed)
-    return images, config.dataset("heldout", size)
+    images = config.dataset(
+        "train", size, flip=config.flip, crop=crop, seed=config.seed, captions=False
+    )
+    return images, config.dataset("heldout", size, captions=False)
 
 
 # -------------------------------------------------------------------------------------------------
