@@ -59,6 +59,7 @@ class ImageBatch:
     images: Tensor  # (B, C, H, W) float in [-1, 1]
     labels: Tensor  # (B,) int64
     indices: Tensor  # (B,) int64, positions in the data set
+    captions: list[tuple[str, ...]] | None = None  # of each picture, where the set has captions
 
 
 class ImageDataset(Dataset):
@@ -73,6 +74,7 @@ class ImageDataset(Dataset):
         channels: 3 for RGB, 1 for grey, 4 for RGB and alpha; the source must keep alpha for that.
         flip: mirror half of the samples, chosen by (seed, epoch, index).
         crop: show a part of each sample, chosen by (seed, epoch, index); None = its centre.
+        captions: batches have the captions, if the source has any.
 
     Raises:
         DataError: a picture cannot be decoded, or more are damaged than may be replaced.
@@ -90,6 +92,7 @@ class ImageDataset(Dataset):
         flip: bool = False,
         crop: RandomCrop | None = None,
         seed: int = 0,
+        captions: bool = True,
     ) -> None:
         height, width = height_and_width(image_size)
         if min(height, width) < 8:
@@ -98,6 +101,7 @@ class ImageDataset(Dataset):
         self.source, self.image_size = source, image_size
         self.shape = (channels, height, width)  # of an image
         self.flip, self.crop, self.seed = flip, crop, seed
+        self.has_captions = captions and source.has_captions
         keep = torch.ones(len(source), dtype=torch.bool)
         if split != "all":
             heldout = heldout_mask(source, heldout_fraction, split_seed)
@@ -143,6 +147,18 @@ class ImageDataset(Dataset):
         """The name of a sample in messages."""
         return self.source.name(self.positions[index])
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of a sample, see `ImageSource.captions`; those of the picture that replaces
+        it, if it is damaged and was read."""
+        used = next((i for i in self._candidates(index) if not self._bad[i]), index)
+        return self.source.captions(self.positions[used])
+
+    @property
+    def captions_fingerprint(self) -> str:
+        """A hash of the captions of all samples. (`fingerprint` does not depend on them.)"""
+        texts = ("\n".join(self.captions(index)) for index in range(len(self)))
+        return fingerprint_of([text.encode() for text in texts])
+
     # -- Batches --
 
     def __getitems__(self, keys: Sequence[Key]) -> ImageBatch:
@@ -172,6 +188,8 @@ class ImageDataset(Dataset):
         numbers = [class_number(name, classes) for name in self.classes]
         if sorted(n for n in numbers if n is not None) != list(range(len(classes))):
             return False
+        if not numbers:
+            return True
         self.labels, self.classes = torch.tensor(numbers)[self.labels], tuple(classes)
         return True
 
@@ -189,12 +207,16 @@ class ImageDataset(Dataset):
             pixels = torch.stack([self._decode(index) for index in indices])
         else:
             pixels = self._pixels[rows]
-        return ImageBatch(to_float(pixels), self.labels[rows], rows)
+        return self._as_batch(pixels, rows)
+
+    def _as_batch(self, pixels: Tensor, rows: Tensor) -> ImageBatch:
+        captions = [self.captions(index) for index in rows.tolist()] if self.has_captions else None
+        return ImageBatch(to_float(pixels), self.labels[rows], rows, captions)
 
     def _cropped(self, keys: Sequence[Key]) -> ImageBatch:
         rows = torch.tensor([index for _, index in keys])
         pixels = torch.stack([self._decode_crop(*key) for key in keys])
-        return ImageBatch(to_float(pixels), self.labels[rows], rows)
+        return self._as_batch(pixels, rows)
 
     # -- Decoding, and the replacement of damaged pictures --
 
@@ -371,6 +393,7 @@ class DataOptions(PictureOptions):
         flip: bool = False,
         crop: RandomCrop | None = None,
         seed: int = 0,
+        captions: bool = True,
     ) -> ImageDataset:
         """One split of the pictures; for the arguments see `ImageDataset`."""
         return ImageDataset(
@@ -383,6 +406,7 @@ class DataOptions(PictureOptions):
             flip=flip,
             crop=crop,
             seed=seed,
+            captions=captions,
         )
 
 
@@ -390,7 +414,10 @@ class DataOptions(PictureOptions):
 
 OPTIONS = "pictures.json"  # beside a tokenizer or a latent cache
 # All but `stream_cache`, which is a place on one machine.
-STORED = ("folder", "hf", "shards", "value_range", "heldout_fraction", "split_seed")
+STORED = (
+    *("folder", "hf", "shards", "value_range", "caption_column", "label_column"),
+    *("heldout_fraction", "split_seed"),
+)
 
 
 def write_options(folder: Path, options: DataOptions) -> None:

@@ -21,11 +21,13 @@ from smalti.data.latent_cache.manifest import (
     read_manifest,
 )
 from smalti.data.latent_cache.shard import identity_in, shard_path
+from smalti.data.order import divide
 from smalti.data.sources.base import (
     EncodedPictures,
     Finding,
     ImageSource,
-    divide,
+    captions_found,
+    classes_kept,
     in_threads,
     verify,
 )
@@ -36,6 +38,7 @@ from smalti.errors import SmaltiError
 from smalti.files import Info, command, read_json, sha256_of
 
 SHOWN_CLASSES = 20  # in a summary; the report lists all
+SHOWN_CAPTIONS = 5  # examples in a report
 SMALL_CLASS = 10  # pictures; a class with fewer is noted
 
 
@@ -66,6 +69,18 @@ class Duplicates:
 
 
 @dataclass(frozen=True)
+class Captions:
+    """The captions of a set."""
+
+    pictures: int  # that have a caption
+    several: int  # of these, pictures with more than one
+    longest: int  # characters of the longest caption
+    longest_bytes: int  # of the longest one in UTF-8
+    examples: list[str]
+    place: str  # where they are; "" for the embedded sets
+
+
+@dataclass(frozen=True)
 class Report:
     """The report on a set; plain values, as in the JSON file."""
 
@@ -79,6 +94,7 @@ class Report:
     duplicates: Duplicates
     train: int  # sizes of the splits, without bad pictures
     heldout: int
+    captions: Captions | None = None  # None: no picture has one
     remarks: list[str] = field(default_factory=list)  # possible problems that are not errors
 
 
@@ -98,10 +114,15 @@ def inspect(
     labels = pictures.labels[good]
     remarks = list(pictures.remarks)
     counts = Counter(labels.tolist())
-    classes = {name: counts[number] for number, name in enumerate(pictures.classes)}
+    names = pictures.classes
+    if isinstance(pictures, EncodedPictures) and len(pictures):
+        names, remark = classes_kept(data, names, pictures.labels, options)
+        remarks += [remark] if remark else []
+    classes = {name: counts[number] for number, name in enumerate(names)}
     duplicates = _duplicates(pictures, good, used, labels)
     heldout = _num_heldout(pictures, good, used, heldout_fraction, split_seed, remarks)
-    remarks += _remarks(classes, duplicates, options)
+    remarks += _remarks(classes, duplicates)
+    captions = _captions(pictures, remarks)
     remarks += _remarks_on_files(pictures, findings)
     return Report(
         data=data,
@@ -118,6 +139,7 @@ def inspect(
         duplicates=duplicates,
         train=len(good) - heldout,
         heldout=heldout,
+        captions=captions,
         remarks=remarks,
     )
 
@@ -145,7 +167,7 @@ def summary(report: Report) -> str:
     more = len(report.classes) - len(shown)
     lines = [
         f"{report.data}: {report.pictures} pictures, {len(report.bad)} of them bad",
-        f"classes: {len(report.classes)}",
+        f"classes: {len(report.classes) or 'none'}",
         *(f"  {count:8}  {name or '(none)'}" for name, count in shown),
         *([f"  and {more} more"] if more else []),
     ]
@@ -154,6 +176,7 @@ def summary(report: Report) -> str:
             lines.append(f"{side}: {values.min} to {values.max} pixels, median {values.median:g}")
     modes = ", ".join(f"{count} {mode}" for mode, count in report.modes.items())
     lines += [
+        *_caption_lines(report.captions),
         f"colours: {modes or 'none'}",
         f"copies: {report.duplicates.extra}, under another label "
         f"{report.duplicates.across_classes}",
@@ -161,6 +184,42 @@ def summary(report: Report) -> str:
         *(f"note: {remark}" for remark in report.remarks),
     ]
     return "\n".join(lines)
+
+
+def _caption_lines(captions: Captions | None) -> list[str]:
+    if captions is None:
+        return ["captions: none"]
+    return [
+        f"captions: {captions.pictures} pictures have one, {captions.several} of them several; the "
+        f"longest has {captions.longest} characters, {captions.longest_bytes} bytes"
+        + (f" ({captions.place})" if captions.place else ""),
+        *(f"  {printable(text)}" for text in captions.examples),
+    ]
+
+
+def _captions(pictures: ImageSource | EncodedPictures, remarks: list[str]) -> Captions | None:
+    """The captions of all pictures that have any; a problem is added to `remarks`."""
+    place = ""
+    if isinstance(pictures, EncodedPictures):
+        place = pictures.captions_from
+        captioned, problem = captions_found(pictures, read=True)
+        remarks += [f"captions are not used: {problem}"] if problem else []
+        rows = captioned.nonzero().flatten().tolist()
+    else:
+        rows = range(len(pictures))
+    found = [texts for texts in map(pictures.captions, rows) if texts]
+    if not found:
+        return None
+    texts = [text for of_picture in found for text in of_picture]
+    step = -(-len(found) // SHOWN_CAPTIONS)
+    return Captions(
+        pictures=len(found),
+        several=sum(len(of_picture) > 1 for of_picture in found),
+        longest=max(map(len, texts)),
+        longest_bytes=max(len(text.encode()) for text in texts),
+        examples=[of_picture[0] for of_picture in found[::step]],
+        place=place,
+    )
 
 
 def _place(pictures: ImageSource | EncodedPictures, row: int) -> str:
@@ -210,11 +269,8 @@ def _num_heldout(
         return 0
 
 
-def _remarks(classes: dict[str, int], duplicates: Duplicates, options: FolderOptions) -> list[str]:
+def _remarks(classes: dict[str, int], duplicates: Duplicates) -> list[str]:
     remarks = []
-    present = [name for name, count in classes.items() if count]
-    if len(present) == 1 and not options.single_class:
-        remarks.append("there is one class only: train with --folder.single_class")
     small = [name or "(none)" for name, count in classes.items() if count < SMALL_CLASS]
     if small:
         named = ", ".join(small[:SHOWN_CLASSES]) + (", ..." if len(small) > SHOWN_CLASSES else "")
@@ -333,7 +389,7 @@ def of_shards(path: Path) -> Info:
     lines += [
         ("shards", f"{len(found.shards)}"),
         ("pictures", f"{len(found)}, not decoded here"),
-        ("classes", f"{len(found.classes)}"),
+        ("classes", f"{len(found.classes) or 'none'}"),
         ("verified", "yes: each shard has the number of samples in the manifest"),
         ("next", command("check-data", "--data", path)),
     ]

@@ -1,4 +1,4 @@
-"""Which samples are used: in training the order, in measurements a part of the held-out set.
+"""Which samples are used: which are held out, in training the order, in measurements a part.
 
 The order of training samples is a pure function of the step. Resuming therefore needs no saved
 state, and the order is the same on any number of processes. It is written here because no library's
@@ -23,6 +23,61 @@ def _permutation(count: int, purpose: str) -> list[int]:
     digest = hashlib.sha256(purpose.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randperm(count, generator=generator).tolist()
+
+
+# -- Division into training and held-out samples ----------------------------------------------
+
+
+def divide(labels: Tensor, groups: Sequence[str], fraction: float, seed: int = 0) -> Tensor:
+    """Which pictures to hold out, (N,) bool: about `fraction` of the groups, by a hash.
+
+    A group is held out if hash(seed, group) < fraction, whatever the order and number of the other
+    pictures, with two exceptions: a class with at least two groups has at least one in each split,
+    and a class with a single group keeps it for training. A group that occurs in several classes is
+    held out only if each of them would hold it out.
+
+    Args:
+        labels: (N,) int64.
+        groups: one for each picture.
+
+    Raises:
+        ConfigurationError: the fraction is not in (0, 1).
+        DataError: there are too few pictures to hold any out.
+    """
+    if not 0 < fraction < 1:
+        raise ConfigurationError(f"heldout_fraction is {fraction}; it must lie between 0 and 1")
+    members: dict[int, set[str]] = {}
+    for label, group in zip(labels.tolist(), groups, strict=True):
+        members.setdefault(label, set()).add(group)
+    heldout, kept = set[str](), set[str]()
+    for _, of_class in sorted(members.items()):
+        chosen = _heldout_groups(of_class, fraction, seed)
+        heldout |= chosen
+        kept |= of_class - chosen
+    heldout -= kept
+    if not heldout:
+        raise DataError(
+            f"{len(groups)} pictures are too few to hold out {fraction:.0%} of them: add pictures"
+        )
+    return torch.tensor([group in heldout for group in groups])
+
+
+def _heldout_groups(groups: set[str], fraction: float, seed: int) -> set[str]:
+    """The held-out groups of one class: those with a small hash, but neither none nor all."""
+    ranked = sorted((_unit_hash(seed, group), group) for group in groups)
+    count = sum(rank < fraction for rank, _ in ranked)
+    count = min(max(count, 1), len(ranked) - 1)
+    return {group for _, group in ranked[:count]}
+
+
+def _unit_hash(seed: int, text: str) -> float:
+    """A hash in [0, 1)."""
+    # File names may contain bytes that are not UTF-8.
+    digest = hashlib.sha256(f"{seed}/split/{text}".encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+# -- A part of a set, and the order of training ---------------------------------------------------
 
 
 def even_subset(

@@ -116,7 +116,7 @@ def encode_split(
         stored_shape=tokenizer.stored_shape,
         stored_statistics=tokenizer.stored_statistics,
         groups=group_numbers(images.groups) if split == "heldout" else (),
-        captions=getattr(images.source, "has_captions", False),
+        captions=images.has_captions,
         conditions=tuple(condition for encoder in encoders for condition in encoder.stored),
     )
     with shared_work(len(images), f"encode {split}") as share:
@@ -176,7 +176,7 @@ class EncodedViews:
             encoded = [self.tokenizer.store(view).cpu() for view in views]
             stored.append(torch.stack(encoded, dim=1))  # (b, views, ...)
             labels.append(batch.labels)
-            captions += getattr(batch, "captions", None) or []
+            captions += batch.captions or []
             for encoder in self.encoders:
                 for name, rows in encoder(batch, views).items():
                     conditions.setdefault(name, []).append(rows.cpu())

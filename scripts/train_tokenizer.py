@@ -117,10 +117,9 @@ def open_images(config: TrainTokenizerConfig) -> tuple[ImageDataset, ImageDatase
     """The training images, randomly cropped and mirrored as configured, and the held-out images."""
     size, channels = config.tokenizer.image_size, image_channels_of(config.tokenizer)
     crop = config.random_crop if config.crop == "random" else None
-    images = config.dataset(
-        "train", size, channels=channels, flip=config.flip, crop=crop, seed=config.seed
-    )
-    return images, config.dataset("heldout", size, channels=channels)
+    read = {"channels": channels, "captions": False}
+    images = config.dataset("train", size, flip=config.flip, crop=crop, seed=config.seed, **read)
+    return images, config.dataset("heldout", size, **read)
 
 
 # -------------------------------------------------------------------------------------------------

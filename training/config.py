@@ -39,7 +39,8 @@ FREE_TO_CHANGE = STEP_SETTINGS | {
     "preview",
     "logging_steps",
     "report_to",
-    "shards",  # where labels are found: the fingerprint of the data covers the labels
+    # Where labels and captions are found: fingerprints cover their values.
+    *("shards", "label_column", "caption_column"),
     "dataloader_num_workers",
     "process_timeout",
 }

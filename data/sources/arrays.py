@@ -1,11 +1,15 @@
 """Pictures in array files, memory-mapped: uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W).
 
-set.npz                       arrays images (or arr_0) and labels; optionally, classes
-folder/images.npy, labels.npy; optionally, classes.json with the names of the classes
+set.npz              images (or arr_0); optionally, labels, classes (their names) and captions
+folder/images.npy    optionally, labels.npy, captions.npy, and classes.json with the names
+
+Labels are integers (N,). Captions are texts (N,), or (N, K), padded with empty ones, for several
+captions per picture.
 """
 
 import hashlib
 import io
+import logging
 import math
 import struct
 import zipfile
@@ -14,23 +18,29 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from smalti.config import nearest
 from smalti.data.classes import names_beside, numbered_classes
 from smalti.data.image_io import FolderOptions
+from smalti.data.sources.annotations import CAPTION_COLUMNS, captions_of, why_incomplete
 from smalti.data.sources.base import (
     ImageSource,
     SourceOptions,
+    classes_kept,
     fingerprint_of,
     in_threads,
-    refuse_one_class,
 )
 from smalti.errors import DataError, SmaltiError
+
+logger = logging.getLogger(__name__)
 
 MAX_UNPACKED = 2**32  # bytes of a compressed array
 MAX_HEADER = 2**16  # bytes of a header; numpy refuses more than 10,000 letters
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and its extra field
 CHANNELS = (1, 3)
+PICTURES = ("images", "arr_0")  # names of the array of pictures
 
 
 class ArraySource(ImageSource):
@@ -40,25 +50,70 @@ class ArraySource(ImageSource):
         DataError: an array is missing, or has a wrong type or shape.
     """
 
-    def __init__(self, path: Path, options: FolderOptions) -> None:
+    def __init__(self, path: Path, options: SourceOptions) -> None:
         self.path = path
         self._array: np.ndarray | None = None
-        images, labels, names = self.images, *_labels_and_names(path)
-        _check_images(path, images, options)
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
-            raise DataError(
-                f"the labels of {path} are {labels.dtype} {labels.shape}; they must be integers "
-                f"from 0 on, one for each of the {len(images)} pictures"
+        images = self.images
+        _check_images(path, images, options.folder)
+        labels, names = _labels_and_names(path, options.labels_in)
+        self.classes, self.labels = (), torch.zeros(len(images), dtype=torch.int64)
+        if labels is not None:
+            _check_labels(path, labels, len(images))
+            self.classes, self.labels = numbered_classes(labels, names, path)
+        elif others := _others_in(path):
+            logger.warning(
+                "no labels in %s (it has %s): if one array has them, name it in --label_column",
+                *(path, ", ".join(others)),
             )
-        self.classes, self.labels = numbered_classes(labels, names, path)
-        refuse_one_class(str(path), self.classes, self.labels, options)
+        self._leave_out_one_class(options.folder)
+        self._captions: np.ndarray | None = None
+        self._find_captions(options.caption_column)
         self._digests: list[str] = []  # empty for a large set
-        if len(images) <= options.verify_up_to:
+        if len(images) <= options.folder.verify_up_to:
             self._digests = in_threads(self._digest, len(images), "read pictures")
         content = "".join(self._digests) or f"{images.shape}/{path.stat().st_size}"
+        plain = self.labels.numpy() if labels is None else labels
         self.fingerprint = fingerprint_of(
-            [repr(self.classes).encode(), labels.astype("<i8").tobytes(), content.encode()]
+            [repr(self.classes).encode(), plain.astype("<i8").tobytes(), content.encode()]
         )
+
+    def _leave_out_one_class(self, options: FolderOptions) -> None:
+        self.classes, remark = classes_kept(str(self.path), self.classes, self.labels, options)
+        if remark:
+            logger.info(remark)
+            self.remarks += (remark,)
+        if not self.classes:
+            self.labels = torch.zeros_like(self.labels)
+
+    def _find_captions(self, wanted: str) -> None:
+        """Read the captions, or say why they cannot be used."""
+        name, found = _captions(self.path, wanted)
+        if found is None:
+            return
+        if found.dtype.kind not in "US" or found.shape[:1] != self.labels.shape or found.ndim > 2:
+            self.captions_problem = (
+                f"{name} in {self.path} is {found.dtype} {found.shape}; captions must be texts "
+                f"(N,) or (N, K), for each of the {len(self)} pictures"
+            )
+        else:
+            self._captions = found
+            try:
+                captioned = torch.tensor([bool(self.captions(row)) for row in range(len(self))])
+                self.captions_problem = why_incomplete(str(self.path), captioned, self.name)
+            except ValueError as error:
+                self.captions_problem = f"{name} in {self.path}: {error}"
+        self.has_captions = not self.captions_problem
+        if self.has_captions:
+            logger.info("captions of %s: %s", self.path, name)
+        else:
+            remark = f"captions are not used: {self.captions_problem}"
+            logger.warning(remark)
+            self.remarks += (remark,)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        if self._captions is None:
+            return ()
+        return captions_of([_text(value) for value in np.atleast_1d(self._captions[index])])
 
     @property
     def images(self) -> np.ndarray:
@@ -93,7 +148,7 @@ def open_arrays(spec: str, options: SourceOptions) -> ArraySource:
         path = _only_array(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist: check --data")
-    return ArraySource(path, options.folder)
+    return ArraySource(path, options)
 
 
 def _only_array(folder: Path) -> Path:
@@ -109,6 +164,19 @@ def _only_array(folder: Path) -> Path:
         named = ", ".join(path.name for path in found[:3])
         raise DataError(f"{folder} holds several sets ({named}): name one, --data {found[0]}")
     return found[0]
+
+
+def _text(value: Any) -> str:
+    """An element of an array of texts; that of bytes is UTF-8."""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def _check_labels(path: Path, labels: np.ndarray, count: int) -> None:
+    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise DataError(
+            f"the labels of {path} are {labels.dtype} {labels.shape}; they must be integers "
+            f"from 0 on, one for each of the {count} pictures"
+        )
 
 
 def _check_images(path: Path, images: np.ndarray, options: FolderOptions) -> None:
@@ -140,7 +208,7 @@ def _mapped(path: Path) -> np.ndarray:
     if path.suffix == ".npy":
         return map_npy(path)
     with _open_npz(path) as archive:
-        name = next((n for n in ("images", "arr_0") if n in archive.files), None)
+        name = next((n for n in PICTURES if n in archive.files), None)
         if name is None:
             raise DataError(
                 f"{path} holds {', '.join(archive.files) or 'nothing'}: name the pictures images"
@@ -148,22 +216,59 @@ def _mapped(path: Path) -> np.ndarray:
         return _member(path, archive, name)
 
 
-def _labels_and_names(path: Path) -> tuple[np.ndarray, list[str] | None]:
+def _labels_and_names(path: Path, wanted: str) -> tuple[np.ndarray | None, list[str] | None]:
+    """The labels, and the names of the classes; None where there are none.
+
+    Args:
+        wanted: the name of the array of labels; "" = labels, if there is one.
+    """
+    labels = _array_called(path, wanted, "label_column") if wanted else _find(path, "labels")
+    if path.suffix != ".npz":
+        return labels, names_beside(path)
+    names = _find(path, "classes")
+    return labels, None if names is None else [str(name) for name in names.ravel()]
+
+
+def _captions(path: Path, wanted: str) -> tuple[str, np.ndarray | None]:
+    """The array of captions and its name; None if there is none."""
+    if wanted:
+        return wanted, _array_called(path, wanted, "caption_column")
+    arrays = ((name, _find(path, name)) for name in CAPTION_COLUMNS)
+    return next(((name, array) for name, array in arrays if array is not None), ("", None))
+
+
+def _array_called(path: Path, name: str, option: str) -> np.ndarray:
+    """An array that an option names.
+
+    Raises:
+        DataError: there is none.
+    """
+    array = _find(path, name)
+    if array is None:
+        known = "" if path.suffix != ".npz" else f"; {nearest(name, _names_in(path))}"
+        raise DataError(f'{path} has no array "{name}" (--{option}){known}')
+    return array
+
+
+def _find(path: Path, name: str) -> np.ndarray | None:
+    """An array of an .npz file, or the .npy file beside one: labels.npy, or train_labels.npy beside
+    train_images.npy. None if there is none."""
     if path.suffix == ".npz":
         with _open_npz(path) as archive:
-            labels, names = (
-                _member(path, archive, name) if name in archive.files else None
-                for name in ("labels", "classes")
-            )
-        names = None if names is None else [str(name) for name in names.ravel()]
-    else:
-        file = path.with_name(path.name.replace("images", "labels"))
-        labels = map_npy(file) if file != path and file.is_file() else None
-        names = names_beside(path)
-    if labels is None or labels.size == 0:
-        where = "beside it, labels.npy" if path.suffix == ".npy" else "in it, labels"
-        raise DataError(f"{path} has no labels: add an array of integers ({where})")
-    return labels, names
+            return _member(path, archive, name) if name in archive.files else None
+    file = path.with_name(path.name.replace("images", name))
+    return map_npy(file) if file != path and file.exists() else None
+
+
+def _names_in(path: Path) -> list[str]:
+    with _open_npz(path) as archive:
+        return archive.files
+
+
+def _others_in(path: Path) -> list[str]:
+    """The names of arrays in an .npz file that are not read where there are no labels."""
+    names = _names_in(path) if path.suffix == ".npz" else []
+    return [name for name in names if name not in (*PICTURES, "classes", *CAPTION_COLUMNS)][:5]
 
 
 def _open_npz(path: Path) -> np.lib.npyio.NpzFile:

@@ -13,7 +13,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -32,8 +32,11 @@ from smalti.data.image_io import (
     decode,
     without_pixel_warning,
 )
+from smalti.data.order import divide
+from smalti.data.sources.annotations import NO_CAPTIONS, why_incomplete
 from smalti.data.sources.listing import is_picture, printable
-from smalti.data.value_range import Extent, ValueRange, check_range, remedy, written
+from smalti.data.sources.options import HuggingFaceOptions, ShardOptions, SourceOptions
+from smalti.data.value_range import Extent, ValueRange, remedy, written
 from smalti.errors import ConfigurationError, DataError
 
 logger = logging.getLogger(__name__)
@@ -50,9 +53,11 @@ class BadPicture(DataError):
 class ImageSource(ABC):
     """Labelled pictures with random access, in a fixed order."""
 
-    classes: tuple[str, ...]
-    labels: Tensor  # (N,) int64
-    fingerprint: str  # changes when any picture or label does
+    classes: tuple[str, ...]  # () = the pictures have no classes
+    labels: Tensor  # (N,) int64; 0 where there are no classes
+    fingerprint: str  # changes when any picture or label does, not with the captions
+    has_captions: bool = False  # every picture has captions
+    captions_problem: str = ""  # why there are none, where that is an error of the set
     heldout: Tensor | None = None  # (N,) bool where the set has a split of its own
     remarks: tuple[str, ...] = ()  # what was recognised, and what is not read; also logged
     max_replaced: int = 0  # how many damaged pictures may be replaced by others of their class
@@ -76,13 +81,28 @@ class ImageSource(ABC):
         """Pictures of one group are never divided between training and held-out pictures."""
         return self.name(index)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of a picture: one or several lines of text, none of them empty.
+
+        () if the set has no captions.
+        """
+        return ()
+
+    def require_captions(self) -> None:
+        """Raise `DataError`, which says why, if the pictures have no captions."""
+        if not self.has_captions:
+            raise DataError(self.captions_problem or NO_CAPTIONS)
+
 
 class EncodedPictures(ABC):
     """Encoded picture files with labels, in any container; nothing is decoded yet."""
 
     title: str  # what contains them, for messages
-    classes: tuple[str, ...]
-    labels: Tensor  # (N,) int64
+    classes: tuple[str, ...]  # () = the pictures have no classes
+    labels: Tensor  # (N,) int64; 0 where there are no classes
+    captioned: Tensor | None = None  # (N,) bool: which pictures have captions; None = none has
+    captions_from: str = ""  # where the captions are, for messages
+    captions_problem: str = ""  # why there are none, where that is an error of the set
     heldout: Tensor | None = None  # (N,) bool where the set has a split of its own
     remarks: tuple[str, ...] = ()  # what was recognised, and what is not read; also logged
 
@@ -105,59 +125,13 @@ class EncodedPictures(ABC):
         """The location of the picture, for messages."""
         return f"{self.title}: {self.name(index)}"
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of a picture, () if it has none; safe in several threads at once.
 
-# -- Options --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HuggingFaceOptions:
-    """Which part of a Hugging Face data set to read; empty = the only one there is."""
-
-    config: str = ""  # of a set that has several configurations
-    revision: str = ""  # a branch, tag or commit on the Hub
-    split: str = ""  # empty = train, or the only one
-    heldout_split: str = ""  # hold out this split instead of a part of the training pictures
-    image_column: str = ""  # the column of the pictures
-    label_column: str = ""  # the column of the class labels
-    streaming: bool = False  # do not download the whole set: copy the samples to --stream_cache
-    max_samples: int = 0  # number of samples to read from a stream; 0 = all
-
-    def __post_init__(self) -> None:
-        if self.max_samples < 0:
-            raise ConfigurationError(f"max_samples is {self.max_samples}; it must be at least 0")
-        if self.max_samples and not self.streaming:
-            raise ConfigurationError("--hf.max_samples is for streams: also pass --hf.streaming")
-        if self.streaming and self.heldout_split:
-            raise ConfigurationError(
-                "--hf.heldout_split cannot be streamed: leave it out, or leave out --hf.streaming"
-            )
-
-
-@dataclass(frozen=True)
-class ShardOptions:
-    """How WebDataset shards are read."""
-
-    # Where the label of a sample is: a member by its suffix, such as .txt, or a key of its .json,
-    # such as category; empty = .cls, else label, cls or class in .json
-    label: str = ""
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """How a set is read."""
-
-    folder: FolderOptions = field(default_factory=FolderOptions)
-    hf: HuggingFaceOptions = field(default_factory=HuggingFaceOptions)
-    # Where streams, and shards behind a URL, are copied once, for exact order and resuming.
-    stream_cache: Path | None = None
-    shards: ShardOptions = field(default_factory=ShardOptions)  # how WebDataset shards are read
-    # The stored values that are black and white in pictures with more than 8 bits per channel.
-    # None: such pictures are refused, or with --folder.unusual_images convert, the range of their
-    # type is used.
-    value_range: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        check_range(self.value_range)
+        Raises:
+            DataError: they cannot be read.
+        """
+        return ()
 
 
 # -- Verification: every picture is decoded once, before training ---------------------------------
@@ -255,18 +229,54 @@ def _decode(
     return Finding(sha256, None, False, *size, found.mode, found.extent, found.note)
 
 
-def refuse_one_class(
-    title: str, classes: Sequence[str], labels: Tensor, options: FolderOptions
-) -> None:
-    """Raise `DataError` if all labels (N,) are equal, unless the options allow it."""
+def classes_kept(
+    title: str, classes: tuple[str, ...], labels: Tensor, options: FolderOptions
+) -> tuple[tuple[str, ...], str]:
+    """The classes of a set, () if all its pictures are of one, and a remark that says so.
+
+    Args:
+        labels: (N,) int64, at least one.
+    """
+    if options.single_class:
+        return classes or ("",), ""
+    if not classes:
+        return (), f"the pictures of {title} have no classes"
     present = labels.unique().tolist()
-    if len(present) < 2 and not options.single_class:
-        only = classes[int(present[0])]
-        name = f' ("{printable(only)}")' if only else ""
-        raise DataError(
-            f"{title} has one class only{name}: give each picture one of several classes (in a "
-            "folder: a sub-folder for each), or pass --folder.single_class"
-        )
+    if len(present) > 1:
+        return classes, ""
+    only = printable(classes[int(present[0])])
+    return (), (
+        f'all pictures of {title} are of one class ("{only}"), and are read without classes: '
+        "--folder.single_class keeps the class"
+    )
+
+
+# -- Captions -------------------------------------------------------------------------------------
+
+
+def captions_found(pictures: EncodedPictures, *, read: bool) -> tuple[Tensor, str]:
+    """Which pictures have captions, (N,) bool, and why they cannot be used, "" if they can.
+
+    Args:
+        read: read the captions; otherwise, those that are listed are taken to be readable.
+    """
+    none = torch.zeros(len(pictures), dtype=torch.bool)
+    captioned, problems = none if pictures.captioned is None else pictures.captioned, list[str]()
+
+    def examine(index: int) -> bool:
+        try:
+            return bool(captioned[index]) and bool(pictures.captions(index))
+        except DataError as error:
+            problems.append(str(error))
+            return False
+
+    if read and captioned.any():
+        captioned = torch.tensor(in_threads(examine, len(pictures), "check captions"))
+    if problem := pictures.captions_problem or (min(problems) if problems else ""):
+        return captioned, problem
+    if pictures.captioned is None:
+        return captioned, ""
+    return captioned, why_incomplete(pictures.title, captioned, pictures.place)
 
 
 # -- Division into training and held-out pictures -------------------------------------------------
@@ -283,55 +293,6 @@ def heldout_mask(source: ImageSource, fraction: float, seed: int = 0) -> Tensor:
         return source.heldout
     groups = [source.group(index) for index in range(len(source))]
     return divide(source.labels, groups, fraction, seed)
-
-
-def divide(labels: Tensor, groups: Sequence[str], fraction: float, seed: int = 0) -> Tensor:
-    """Which pictures to hold out, (N,) bool: about `fraction` of the groups, by a hash.
-
-    A group is held out if hash(seed, group) < fraction, whatever the order and number of the other
-    pictures, with two exceptions: a class with at least two groups has at least one in each split,
-    and a class with a single group keeps it for training. A group that occurs in several classes is
-    held out only if each of them would hold it out.
-
-    Args:
-        labels: (N,) int64.
-        groups: one for each picture.
-
-    Raises:
-        ConfigurationError: the fraction is not in (0, 1).
-        DataError: there are too few pictures to hold any out.
-    """
-    if not 0 < fraction < 1:
-        raise ConfigurationError(f"heldout_fraction is {fraction}; it must lie between 0 and 1")
-    members: dict[int, set[str]] = {}
-    for label, group in zip(labels.tolist(), groups, strict=True):
-        members.setdefault(label, set()).add(group)
-    heldout, kept = set[str](), set[str]()
-    for _, of_class in sorted(members.items()):
-        chosen = _heldout_groups(of_class, fraction, seed)
-        heldout |= chosen
-        kept |= of_class - chosen
-    heldout -= kept
-    if not heldout:
-        raise DataError(
-            f"{len(groups)} pictures are too few to hold out {fraction:.0%} of them: add pictures"
-        )
-    return torch.tensor([group in heldout for group in groups])
-
-
-def _heldout_groups(groups: set[str], fraction: float, seed: int) -> set[str]:
-    """The held-out groups of one class: those with a small hash, but neither none nor all."""
-    ranked = sorted((_unit_hash(seed, group), group) for group in groups)
-    count = sum(rank < fraction for rank, _ in ranked)
-    count = min(max(count, 1), len(ranked) - 1)
-    return {group for _, group in ranked[:count]}
-
-
-def _unit_hash(seed: int, text: str) -> float:
-    """A hash in [0, 1)."""
-    # File names may contain bytes that are not UTF-8.
-    digest = hashlib.sha256(f"{seed}/split/{text}".encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def fingerprint_of(parts: Sequence[bytes]) -> str:
@@ -355,8 +316,7 @@ class EncodedSource(ImageSource):
     sizes and labels instead of the bytes.
 
     Raises:
-        DataError: there is one class only, or a picture cannot be used; the message names the first
-            one.
+        DataError: a picture cannot be used; the message names the first one.
     """
 
     def __init__(
@@ -367,7 +327,7 @@ class EncodedSource(ImageSource):
     ) -> None:
         self.pictures, self.options, self.value_range = pictures, options, value_range
         self.classes, self.remarks = pictures.classes, pictures.remarks
-        refuse_one_class(pictures.title, pictures.classes, pictures.labels, options)
+        self._leave_out_one_class()
         self._findings: list[Finding] = []  # of the pictures that are used; empty for a large set
         self._noted = False  # whether the log names a picture whose metadata were ignored
         self._rows = list(range(len(pictures)))  # indices in `pictures` of those that are used
@@ -378,7 +338,9 @@ class EncodedSource(ImageSource):
                 f"{pictures.title} has {len(pictures)} pictures, more than are decoded at the "
                 "start: raise --folder.verify_up_to, or pass --folder.bad_images replace"
             )
-        self.labels = pictures.labels[self._rows]
+        labels = pictures.labels if self.classes else torch.zeros_like(pictures.labels)
+        self.labels = labels[self._rows]
+        self._find_captions()
         self.heldout = None if pictures.heldout is None else pictures.heldout[self._rows]
         self.max_replaced = options.max_bad_images if options.bad_images == "replace" else 0
         self.fingerprint = fingerprint_of(
@@ -411,9 +373,33 @@ class EncodedSource(ImageSource):
     def group(self, index: int) -> str:
         return self._findings[index].sha256 if self._findings else self.name(index)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.pictures.captions(self._rows[index])
+
+    def _leave_out_one_class(self) -> None:
+        pictures = self.pictures
+        self.classes, remark = classes_kept(
+            pictures.title, pictures.classes, pictures.labels, self.options
+        )
+        if remark:
+            logger.info(remark)
+            self.remarks += (remark,)
+
+    def _find_captions(self) -> None:
+        """Whether every picture has captions, or why not; the log says so."""
+        pictures = self.pictures
+        _, self.captions_problem = captions_found(pictures, read=bool(self._findings))
+        self.has_captions = pictures.captioned is not None and not self.captions_problem
+        if self.has_captions:
+            logger.info("captions of %s: %s", pictures.title, pictures.captions_from)
+        elif self.captions_problem:
+            remark = f"captions are not used: {self.captions_problem}"
+            logger.warning(remark)
+            self.remarks += (remark,)
+
     def _identity(self, index: int) -> bytes:
         """The part of the fingerprint that one picture contributes."""
-        label = self.classes[self.labels[index]]
+        label = self.classes[self.labels[index]] if self.classes else ""
         if self._findings:
             content = self._findings[index].sha256
         else:
@@ -501,6 +487,8 @@ def open_source(
     stream_cache: Path | None = None,
     shards: ShardOptions | None = None,
     value_range: ValueRange | None = None,
+    caption_column: str = "",
+    label_column: str = "",
 ) -> ImageSource:
     """The picture set that `spec`, the value of `--data`, names: see `SOURCES`, or a folder.
 
@@ -514,6 +502,8 @@ def open_source(
         stream_cache,
         shards or ShardOptions(),
         value_range,
+        caption_column,
+        label_column,
     )
     return open_verified(spec, reading)
 
@@ -521,9 +511,11 @@ def open_source(
 def open_verified(spec: str, options: SourceOptions) -> ImageSource:
     """Like `open_source`, with all options in one."""
     found = open_unverified(spec, options)
-    if isinstance(found, ImageSource):
-        return found
-    return EncodedSource(found, options.folder, options.value_range)
+    if not isinstance(found, ImageSource):
+        found = EncodedSource(found, options.folder, options.value_range)
+    if options.caption_column:
+        found.require_captions()
+    return found
 
 
 def open_unverified(spec: str, options: SourceOptions) -> ImageSource | EncodedPictures:

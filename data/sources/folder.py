@@ -1,4 +1,4 @@
-"""Pictures in a folder: one sub-folder per class, or split folders that contain these."""
+"""Pictures in a folder: one sub-folder per class, or without classes; or split folders of these."""
 
 import logging
 import os
@@ -11,9 +11,19 @@ import torch
 from PIL import Image
 
 from smalti.config import nearest
-from smalti.data.classes import named_classes, normal_form
+from smalti.data.classes import named_classes, names_beside, normal_form, numbered_classes
 from smalti.data.image_io import FolderOptions, Unusable, decode, without_pixel_warning
+from smalti.data.sources.annotations import CAPTION_COLUMNS, LABEL_COLUMNS
 from smalti.data.sources.base import EncodedPictures, SourceOptions
+from smalti.data.sources.folder_annotations import (
+    METADATA,
+    TEXT,
+    Metadata,
+    may_annotate,
+    read_metadata,
+    read_text_file,
+    text_files,
+)
 from smalti.data.sources.listing import (
     EXTENSIONS,
     PassedOver,
@@ -51,7 +61,7 @@ SPLIT_FOLDERS = {
 class _Picture:
     """A file and its class."""
 
-    label: str  # name of the class folder, "" outside of one
+    label: int | str  # name of the class folder, "" outside of one; or as a metadata file says
     path: Path
 
 
@@ -62,6 +72,9 @@ class FolderPictures(EncodedPictures):
     the folders below them: root/train/class/.../picture.png. The pictures of "train" are then for
     training, and those of "validation", or else of "test", are held out.
 
+    Captions are in metadata.jsonl or metadata.csv, or in a text file beside each picture. Labels
+    are in the former if `options` names their column, or if there are no two class folders.
+
     Args:
         split: divide this split instead of "train"; nothing else is read.
         heldout_split: hold out this split.
@@ -70,28 +83,94 @@ class FolderPictures(EncodedPictures):
         DataError: no such folder or split, no pictures, or pictures outside the class folders.
     """
 
-    def __init__(self, root: Path, split: str = "", heldout_split: str = "") -> None:
+    def __init__(
+        self, root: Path, options: SourceOptions, split: str = "", heldout_split: str = ""
+    ) -> None:
         passed = PassedOver()
-        files = _list_pictures(root, passed)
+        files, beside = _list_pictures(root, passed)
+        self.root, self.title = root, str(root)
+        metadata = self._metadata(files, beside, options)
         splits = _splits_of(root, files)
         if not splits and (split or heldout_split):
             raise DataError(
                 f"{root} has no split folders (such as train and val): leave out --hf.split and "
                 "--hf.heldout_split"
             )
+        labels = self._labels_in(metadata, files, splits, options.labels_in)
         if splits:
-            kept, rest, remark = _choose_splits(root, splits, split, heldout_split)
+            kept, rest, remark = _choose_splits(root, splits, labels, split, heldout_split)
             found = [picture for part in (kept, rest) for picture in part]
             self.heldout = torch.arange(len(found)) >= len(kept) if rest else None
             self.remarks += (remark,)
         else:
-            found = _labelled(root, files)
+            found = _labelled(root, files, labels)
+        self.paths = [picture.path for picture in found]
+        self.classes, self.labels = _classes_of(root, [picture.label for picture in found])
+        used = self._find_captions(metadata, beside, options.caption_column)
+        for path in beside:
+            if path.name not in METADATA and path not in used:
+                passed.add(kind_of(path.name), path.relative_to(root).as_posix())
         self.remarks += _remarks_on(root, passed)
         for remark in self.remarks:
             logger.warning(remark)
-        self.root, self.title = root, str(root)
-        self.paths = [picture.path for picture in found]
-        self.classes, self.labels = named_classes([picture.label for picture in found], root)
+
+    def _metadata(self, files: list[Path], beside: list[Path], options: SourceOptions) -> Metadata:
+        """The metadata files; empty if they cannot be read and no option needs them."""
+        columns = [name for name in (options.caption_column, options.labels_in) if name]
+        try:
+            return read_metadata(self.root, beside, files, columns)
+        except DataError as error:
+            if columns:
+                raise
+            self.captions_problem = str(error)
+            return Metadata()
+
+    def _labels_in(
+        self, metadata: Metadata, files: list[Path], splits: Mapping[str, "_Split"], wanted: str
+    ) -> dict[Path, int | str] | None:
+        """The labels in metadata files; None if the classes are the sub-folders."""
+        column = metadata.column(wanted, LABEL_COLUMNS, "label_column")
+        if not column:
+            return None
+        depth = 2 if splits else 1
+        parts = [path.relative_to(self.root).parts for path in files]
+        folders = {names[depth - 1] for names in parts if len(names) > depth}
+        if not wanted and len(folders) > 1:
+            self.remarks += (
+                f"the classes of {self.root} are its sub-folders; --label_column {column} reads "
+                "those in the metadata files",
+            )
+            return None
+        try:
+            return metadata.labels(column)
+        except DataError as error:
+            if wanted:
+                raise
+            self.remarks += (f"labels are not used: {error}",)
+            return None
+
+    def _find_captions(self, metadata: Metadata, beside: list[Path], wanted: str) -> set[Path]:
+        """Where the captions of each picture are; return the text files that are used."""
+        self._captions: Mapping[Path, tuple[str, ...] | Path] = {}
+        column = ""
+        if wanted != TEXT:
+            column = metadata.column(wanted, CAPTION_COLUMNS, "caption_column")
+        if column:
+            try:
+                self._captions = metadata.captions(column)
+            except DataError as error:
+                self.captions_problem = str(error)
+            self.captions_from = f'"{column}" in metadata files'
+        elif not self.captions_problem:
+            self._captions = text_files(self.paths, beside)
+            self.captions_from = "the text files beside the pictures"
+        if self._captions:
+            self.captioned = torch.tensor([path in self._captions for path in self.paths])
+        return {found for found in self._captions.values() if isinstance(found, Path)}
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        found = self._captions.get(self.paths[index], ())
+        return read_text_file(found) if isinstance(found, Path) else found
 
     def open(self, index: int) -> BinaryIO:
         return open_file(self.paths[index])
@@ -107,8 +186,8 @@ class FolderPictures(EncodedPictures):
 
 
 def open_folder(spec: str, options: SourceOptions) -> FolderPictures:
-    """A folder with a sub-folder of pictures per class."""
-    return FolderPictures(Path(spec).expanduser())
+    """A folder of pictures, with or without a sub-folder per class."""
+    return FolderPictures(Path(spec).expanduser(), options)
 
 
 def read_picture(
@@ -135,21 +214,26 @@ def read_picture(
 # -- Files, and the classes that their folders are ------------------------------------------------
 
 
-def _list_pictures(root: Path, passed: PassedOver) -> list[Path]:
-    """Every picture below root, sorted; all other files are counted in `passed`."""
+def _list_pictures(root: Path, passed: PassedOver) -> tuple[list[Path], list[Path]]:
+    """Every picture below root, sorted, and the files that may annotate them; all other files are
+    counted in `passed`."""
     if not root.exists():
         raise DataError(f"the folder {root} does not exist: check --data")
     if not root.is_dir():
         raise DataError(f"{root} is a file: --data takes a folder with a sub-folder per class")
-    found = []
+    found, beside = list[Path](), list[Path]()
     for path in files_below(root, passed):
         if is_picture(path):
             found.append(path)
+        elif may_annotate(path):
+            beside.append(path)
         else:
             passed.add(kind_of(path.name), path.relative_to(root).as_posix())
     if not found:
+        for path in beside:
+            passed.add(kind_of(path.name), path.relative_to(root).as_posix())
         raise DataError(_no_pictures(root, passed))
-    return sorted(found, key=lambda path: os.fsencode(path.relative_to(root)))
+    return sorted(found, key=lambda path: os.fsencode(path.relative_to(root))), beside
 
 
 def _no_pictures(root: Path, passed: PassedOver) -> str:
@@ -171,8 +255,15 @@ def _remarks_on(root: Path, passed: PassedOver) -> tuple[str, ...]:
     return (f"ignored {passed.total} files in {root} that are not pictures: {passed}{hint}",)
 
 
-def _labelled(base: Path, files: Iterable[Path]) -> list[_Picture]:
-    """Picture files with their classes, the sub-folders of `base`."""
+def _labelled(
+    base: Path, files: Iterable[Path], labels: Mapping[Path, int | str] | None
+) -> list[_Picture]:
+    """Picture files with their classes: the given labels, or else the sub-folders of `base`."""
+    if labels is not None:
+        for path in files:
+            if path not in labels:
+                raise DataError(f"{path} has no label: no metadata file names it; add a line")
+        return [_Picture(labels[path], path) for path in files]
     found = [_Picture(_class_of(path, base), path) for path in files]
     loose = [picture.path for picture in found if not picture.label]
     if loose and len(loose) < len(found):
@@ -180,6 +271,22 @@ def _labelled(base: Path, files: Iterable[Path]) -> list[_Picture]:
     if not loose:
         _refuse_empty_folders(base, "class", {picture.path for picture in found})
     return found
+
+
+def _classes_of(root: Path, labels: list[int | str]) -> tuple[tuple[str, ...], torch.Tensor]:
+    """Class names, () if there are none, and the labels (N,) int64."""
+    names = [label for label in labels if type(label) is str]
+    numbers = [label for label in labels if type(label) is int]
+    if names and numbers:
+        raise DataError(
+            f"some labels of {root} are names, such as {names[0]!r}, and some are numbers, such as "
+            f"{numbers[0]}: label all in the same way"
+        )
+    if numbers:
+        return numbered_classes(numbers, names_beside(root / METADATA[0]), root)
+    if not any(names):
+        return (), torch.zeros(len(labels), dtype=torch.int64)
+    return named_classes(names, root)
 
 
 def _class_of(path: Path, base: Path) -> str:
@@ -243,7 +350,11 @@ def _splits_of(root: Path, files: list[Path]) -> dict[str, _Split]:
 
 
 def _choose_splits(
-    root: Path, splits: Mapping[str, _Split], split: str, heldout_split: str
+    root: Path,
+    splits: Mapping[str, _Split],
+    labels: Mapping[Path, int | str] | None,
+    split: str,
+    heldout_split: str,
 ) -> tuple[list[_Picture], list[_Picture], str]:
     """The pictures to train on, those to hold out, and a remark that says which they are."""
     named = [split_called(name) or name for name in (split, heldout_split)]
@@ -259,12 +370,13 @@ def _choose_splits(
         )
     others = () if split else ("validation", "test")
     alike = [s for s in others if s in splits and s != chosen]
-    alike = [s for s in alike if splits[s].has_classes == splits[chosen].has_classes]
+    if labels is None:
+        alike = [s for s in alike if splits[s].has_classes == splits[chosen].has_classes]
     held = named[1] or next(iter(alike), "")
     if held == chosen:
         raise DataError(f"{held} of {root} is both read and held out: name two splits")
-    kept = _labelled(splits[chosen].folder, splits[chosen].files)
-    rest = _labelled(splits[held].folder, splits[held].files) if held else []
+    kept = _labelled(splits[chosen].folder, splits[chosen].files, labels)
+    rest = _labelled(splits[held].folder, splits[held].files, labels) if held else []
     _refuse_unseen_classes(kept, rest)
     said = f"the folders of {root} are splits: {len(kept)} pictures of {chosen} are read"
     said += f", {len(rest)} of {held} are held out" if held else ""
@@ -275,9 +387,9 @@ def _choose_splits(
 
 def _refuse_unseen_classes(kept: list[_Picture], rest: list[_Picture]) -> None:
     """Raise if all pictures of a class are held out: a prior would have an untrained class."""
-    classes = {normal_form(picture.label) for picture in kept}
+    classes = {normal_form(str(picture.label)) for picture in kept}
     for picture in rest:
-        if normal_form(picture.label) not in classes:
+        if normal_form(str(picture.label)) not in classes:
             raise DataError(
                 f'{picture.path} is held out, and no other picture of the class "{picture.label}" '
                 "is for training: add some, or move the class away"

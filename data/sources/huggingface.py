@@ -11,10 +11,9 @@ import itertools
 import logging
 import os
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from glob import escape
 from pathlib import Path
@@ -23,8 +22,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 
 from smalti.config import nearest
-from smalti.data.classes import named_classes, numbered_classes
+from smalti.data.sources.annotations import captions_of
 from smalti.data.sources.base import EncodedPictures, HuggingFaceOptions, SourceOptions
+from smalti.data.sources.columns import Columns, datasets_library, find_columns, labels_of
 from smalti.data.sources.download import folder_name
 from smalti.data.sources.folder import FolderPictures, split_called
 from smalti.data.sources.listing import (
@@ -44,115 +44,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-# -- Columns: which contain pictures and labels, and what the labels mean -------------------------
-
-IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp")
-LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The columns of pictures and labels."""
-
-    image: str
-    label: str | None  # None: there are no labels
-    classes: tuple[str, ...] | None  # names of the labels, if the label column contains numbers
-
-
-def find_columns(title: str, features: Any, options: HuggingFaceOptions) -> Columns:
-    """The columns that the options name, or else those found by type, or else by name.
-
-    Raises:
-        DataError: a column is missing, or several qualify.
-    """
-    lib = datasets_library()
-    if features is None:
-        raise DataError(f"{title} does not declare its columns: leave out --hf.streaming")
-    image = options.image_column or _one_column(
-        title, features, lib.Image, IMAGE_COLUMNS, "image_column"
-    )
-    if image is None:
-        raise DataError(
-            f"{title} has the columns {', '.join(features)}: name the one with pictures in "
-            "--hf.image_column"
-        )
-    label = options.label_column or _one_column(
-        title, features, lib.ClassLabel, LABEL_COLUMNS, "label_column"
-    )
-    for column in filter(None, (image, label)):
-        if column not in features:
-            raise DataError(f'{title} has no column "{column}"; {nearest(column, features)}')
-    if label == image:
-        raise DataError(f'{title}: "{image}" is the column of pictures: name that of labels')
-    if label is None:
-        others = ", ".join(name for name in features if name != image) or "no other"
-        logger.warning(
-            "no label column was found in %s (it has %s): name one in --hf.label_column",
-            title,
-            others,
-        )
-    names = getattr(features[label], "names", None) if label else None
-    return Columns(image, label, tuple(names) if names else None)
-
-
-def _one_column(
-    title: str, features: Any, kind: type, names: Sequence[str], option: str
-) -> str | None:
-    """The only column of a type; else the first of some names that exists."""
-    of_kind = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if len(of_kind) > 1:
-        raise DataError(
-            f"{title} has several suitable columns ({', '.join(of_kind)}): choose one with "
-            f"--hf.{option}"
-        )
-    return next((name for name in (*of_kind, *names) if name in features), None)
-
-
-def labels_of(
-    title: str, values: list[Any], columns: Columns
-) -> tuple[tuple[str, ...], torch.Tensor]:
-    """Class names, and the labels (N,) int64.
-
-    Args:
-        values: the label column.
-
-    Raises:
-        DataError: a row has no label, or one that is neither a name nor a number from 0 on.
-    """
-    if columns.label is None:
-        return ("",), torch.zeros(len(values), dtype=torch.int64)
-    if all(type(value) is str for value in values):
-        return named_classes(values, title)
-    odd = [row for row, value in enumerate(values) if not _is_label(value)]
-    if odd:
-        more = f" (and {len(odd) - 1} more have none)" if len(odd) > 1 else ""
-        raise DataError(
-            f"{title}: row {odd[0]} has the label {reprlib.repr(values[odd[0]])}, which is neither "
-            f"a name nor a number from 0 on{more}: correct it, or choose another --hf.split or "
-            "--hf.label_column"
-        )
-    return numbered_classes(values, columns.classes, title)
-
-
-def _is_label(value: Any) -> bool:
-    return type(value) is str or (type(value) is int and value >= 0)
-
-
-def datasets_library() -> Any:
-    """The package `datasets`, an optional dependency.
-
-    Raises:
-        ConfigurationError: it is not installed.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigurationError(
-            "Hugging Face data sets need another package: pip install 'smalti[data]'"
-        ) from error
-    return datasets
-
 
 # -- Rows: their pictures, and the files that they may name ---------------------------------------
 
@@ -189,11 +80,16 @@ class HuggingFacePictures(EncodedPictures):
         title: str,
         rows: "datasets.Dataset",
         heldout: "datasets.Dataset | None",
-        options: HuggingFaceOptions,
+        options: SourceOptions,
         files: RowFiles,
     ) -> None:
         lib = datasets_library()
         columns = find_columns(title, rows.features, options)
+        if heldout is not None and columns.captions not in (None, *heldout.features):
+            self.captions_problem = (
+                f'the column "{columns.captions}" is not in the held-out split of {title}'
+            )
+            columns = replace(columns, captions=None)
         self.title, self._column, self._files = title, columns.image, files
         parts = [_plain(part, columns) for part in (rows, heldout) if part is not None]
         try:
@@ -209,6 +105,11 @@ class HuggingFacePictures(EncodedPictures):
         values = [None] * len(self._rows) if columns.label is None else self._rows[columns.label]
         self.classes, self.labels = labels_of(title, list(values), columns)
         self._sizes = _guarded(title, lambda: _sizes_of(self._rows, self._column))
+        self._texts = self._rows.select_columns([columns.captions] if columns.captions else [])
+        self._caption_column = columns.captions
+        if columns.captions:
+            self.captions_from = f'the column "{columns.captions}"'
+            self.captioned = torch.tensor(_guarded(title, lambda: _have_text(self._texts)))
 
     def open(self, index: int) -> BinaryIO:
         value = self._rows[index][self._column]
@@ -220,10 +121,16 @@ class HuggingFacePictures(EncodedPictures):
     def name(self, index: int) -> str:
         return f"row {index}"
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        if self._caption_column is None:
+            return ()
+        return captions_of(self._texts[index][self._caption_column])
+
 
 def _plain(rows: Any, columns: Columns) -> Any:
-    """Only the columns of pictures and labels, pictures not decoded."""
-    kept = rows.select_columns([name for name in (columns.image, columns.label) if name])
+    """Only the columns of pictures, labels and captions, pictures not decoded."""
+    wanted = (columns.image, columns.label, columns.captions)
+    kept = rows.select_columns([name for name in dict.fromkeys(wanted) if name])
     try:
         return kept.cast_column(columns.image, datasets_library().Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -254,6 +161,12 @@ def _sizes_of(rows: Any, column: str) -> list[int]:
         content = compute.struct_field(table[column], "bytes")
         sizes += [size or 0 for size in compute.binary_length(content).to_pylist()]
     return sizes
+
+
+def _have_text(texts: Any) -> list[bool]:
+    """Which rows of a single column have a caption."""
+    (column,) = texts.column_names
+    return [bool(captions_of(value)) for row in texts.iter(SIZES_AT_ONCE) for value in row[column]]
 
 
 # -- Sets: saved folders, parquet and arrow files, folders of pictures, and the Hub ---------------
@@ -296,7 +209,7 @@ def _open_folder(spec: str, options: SourceOptions, folder: Path) -> EncodedPict
                 f"{spec} is a folder of pictures, whose classes are its sub-folders: leave out "
                 "--hf.image_column and --hf.label_column"
             )
-        return FolderPictures(folder, hf.split, hf.heldout_split)
+        return FolderPictures(folder, options, hf.split, hf.heldout_split)
     card = folder / "README.md"
     described = card.is_file() and CARD.search(card.read_text("utf-8", errors="replace"))
     tables = [file for file in files if file.suffix.lower() in TABLES]
@@ -394,7 +307,7 @@ def open_files(spec: str, options: SourceOptions) -> EncodedPictures:
         _refuse_unused(spec, options)
         lib = datasets_library()
         parts = _guarded(spec, lambda: [lib.Dataset.from_file(str(file)) for file in files])
-        return _map_style(spec, lib.concatenate_datasets(parts), options.hf, row_files)
+        return _map_style(spec, lib.concatenate_datasets(parts), options, row_files)
     _check_parquet(spec, files)
     names = [escape(str(file)) for file in files]
     return _open(spec, options, "parquet", row_files, data_files=names)
@@ -413,7 +326,7 @@ def open_saved(spec: str, options: SourceOptions) -> EncodedPictures:
     _refuse_unused(spec, options)
     folder = os.path.expanduser(spec)
     loaded = _guarded(spec, lambda: datasets_library().load_from_disk(folder))
-    return _map_style(spec, loaded, options.hf, RowFiles((Path(folder), *_unpacked(None))))
+    return _map_style(spec, loaded, options, RowFiles((Path(folder), *_unpacked(None))))
 
 
 def _open(
@@ -427,9 +340,9 @@ def _open(
             "which neither their order nor a resumed run would be exact"
         )
     if hf.streaming and cache is not None:
-        return _streamed(spec, hf, cache, path, files, arguments)
+        return _streamed(spec, options, cache, path, files, arguments)
     loaded = _guarded(spec, lambda: _load(hf, path, cache_dir=_arrow_cache(cache), **arguments))
-    return _map_style(spec, loaded, hf, files)
+    return _map_style(spec, loaded, options, files)
 
 
 def _load(hf: HuggingFaceOptions, path: str, **arguments: Any) -> Any:
@@ -444,11 +357,12 @@ def _arrow_cache(cache: Path | None) -> str | None:
 
 
 def _map_style(
-    spec: str, loaded: Any, hf: HuggingFaceOptions, files: RowFiles
+    spec: str, loaded: Any, options: SourceOptions, files: RowFiles
 ) -> HuggingFacePictures:
+    hf = options.hf
     rows = _choose_split(spec, loaded, hf.split)
     heldout = _choose_split(spec, loaded, hf.heldout_split) if hf.heldout_split else None
-    pictures = HuggingFacePictures(spec, rows, heldout, hf, files)
+    pictures = HuggingFacePictures(spec, rows, heldout, options, files)
     pictures.remarks = _say_splits(spec, loaded, rows, heldout)
     return pictures
 
@@ -482,20 +396,21 @@ def _say_splits(spec: str, loaded: Any, rows: Any, heldout: Any = None) -> tuple
 
 def _streamed(
     spec: str,
-    hf: HuggingFaceOptions,
+    options: SourceOptions,
     cache: Path,
     path: str,
     files: RowFiles,
     arguments: dict[str, Any],
 ) -> EncodedPictures:
     """A local copy of the stream; once it is complete, the network is not used."""
+    hf, captions = options.hf, options.caption_column
     request = {
         "data": os.path.abspath(path) if os.path.isdir(path) else path,
         **arguments,
         "config": hf.config,
         "revision": hf.revision,
         "split": hf.split,
-        "columns": [hf.image_column, hf.label_column],
+        "columns": [hf.image_column, options.labels_in, *([captions] if captions else [])],
         "max_samples": hf.max_samples,
     }
     opened: list[tuple[Any, Columns]] = []
@@ -505,7 +420,7 @@ def _streamed(
             loaded = _guarded(spec, lambda: _load(hf, path, streaming=True, **arguments))
             rows = _choose_split(spec, loaded, hf.split)
             _say_splits(spec, loaded, rows)
-            columns = find_columns(spec, rows.features, hf)
+            columns = find_columns(spec, rows.features, options)
             opened.append((_plain(rows, columns), columns))
         return opened[0]
 
@@ -519,7 +434,9 @@ def _streamed(
                 return
             place = f"{spec}: sample {number}"
             content = _guarded(place, partial(_content, row[columns.image], place, files))
-            yield Sample(content, row[columns.label] if columns.label else None)
+            label = row[columns.label] if columns.label else None
+            texts = captions_of(row[columns.captions]) if columns.captions else ()
+            yield Sample(content, label, texts)
 
     return copy_stream(
         cache / folder_name(spec, repr(request)),

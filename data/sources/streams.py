@@ -32,10 +32,11 @@ MANIFEST = MANIFESTS[0]
 
 @dataclass(frozen=True)
 class Sample:
-    """An encoded picture and its label."""
+    """An encoded picture, its label and its captions."""
 
     content: bytes
     label: int | str | None
+    captions: tuple[str, ...] = ()
 
 
 def copy_stream(
@@ -104,6 +105,8 @@ def _write_shard(path: Path, samples: list[Sample], first: int) -> None:
             members = {_extension(sample.content): sample.content}
             if sample.label is not None:
                 members["cls"] = str(sample.label).encode()
+            if sample.captions:
+                members["txt"] = "\n".join(sample.captions).encode()
             write_sample(archive, f"{number:09d}", members)
 
 

@@ -1,4 +1,5 @@
-"""Pictures in WebDataset shards: tar files whose members 000017.jpg and 000017.cls form a sample.
+"""Pictures in WebDataset shards: tar files whose members 000017.jpg, 000017.cls (the label) and
+000017.txt (the captions) form a sample.
 
 The package `webdataset` defines which members form a sample, and writes shards. Reading is written
 here, because the readers of the package are streams: here the offsets of all members are listed
@@ -10,23 +11,28 @@ must contain the number of samples in the manifest.
 """
 
 import io
-import json
 import logging
 import re
-import reprlib
 import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from tqdm.auto import tqdm
 from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
-from smalti.data.classes import named_classes, names_beside, numbered_classes, problem_of, shown
+from smalti.data.classes import named_classes, names_beside, numbered_classes
+from smalti.data.sources.annotations import (
+    CAPTIONS,
+    LABELS,
+    MemberPlace,
+    read_captions,
+    read_label,
+)
 from smalti.data.sources.base import EncodedPictures, SourceOptions
 from smalti.data.sources.download import local_copies
 from smalti.data.sources.listing import (
@@ -42,71 +48,19 @@ from smalti.data.sources.listing import (
     printable,
     split_pattern,
 )
+from smalti.data.sources.shard_manifest import (
+    BESIDE_SHARDS,
+    MANIFESTS,
+    check_count,
+    read_manifest,
+    refuse_missing,
+)
 from smalti.errors import DataError, SmaltiError
-from smalti.files import read_json, write_json
+from smalti.files import write_json
 
 logger = logging.getLogger(__name__)
 
-# -- Labels: the contents of the members 000017.cls and 000017.json -------------------------------
-
-MAX_LABEL_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class LabelPlace:
-    """Where the label of a sample is; the first suffix, and the first key, with a label is used."""
-
-    suffixes: tuple[str, ...] = (".cls", ".json")
-    json_keys: tuple[str, ...] = ("label", "cls", "class")
-
-    @classmethod
-    def named(cls, name: str) -> "LabelPlace":
-        """The place that `ShardOptions.label` names: a suffix, or a key of .json members."""
-        if not name:
-            return cls()
-        return cls((name.lower(),), ("label",)) if name[0] == "." else cls((".json",), (name,))
-
-
-USUAL_PLACE = LabelPlace()
-
-
-def read_label(
-    shard: Path, name: str, content: bytes, place: LabelPlace = USUAL_PLACE
-) -> int | str | None:
-    """A number or the name of a class; None if a .json member has no label.
-
-    Raises:
-        DataError: the member has other content; the message names it.
-    """
-    is_json = name.lower().endswith(".json")
-    try:
-        label: Any = content.decode("utf-8").strip()
-        if is_json:
-            label = _label_of(json.loads(label), place.json_keys)
-    except (ValueError, RecursionError) as error:
-        kind = "JSON" if is_json else "label"
-        raise DataError(f"{printable(name)} in {shard} holds no {kind}: write it again") from error
-    if is_json and label is None:
-        return None
-    if isinstance(label, str) and (problem := problem_of(label)):
-        raise DataError(
-            f"{printable(name)} in {shard} has the label {shown(label)}, which {problem}"
-        )
-    if isinstance(label, str) and label.removeprefix("-").isdecimal():
-        label = int(label)
-    if (type(label) is int and label >= 0) or (type(label) is str and label):
-        return label
-    raise DataError(
-        f"{printable(name)} in {shard} holds no label ({reprlib.repr(label)}): write a number from "
-        "0 on or the name of a class, or name the label in --shards.label"
-    )
-
-
-def _label_of(values: Any, keys: Sequence[str]) -> Any:
-    if not isinstance(values, dict):
-        return None
-    return next((values[key] for key in keys if key in values), None)
-
+MAX_ANNOTATION_BYTES = 2**20  # of a member with a label or captions
 
 # -- Patterns of shards: {000..009}, *, a folder, or a URL ----------------------------------------
 
@@ -168,72 +122,6 @@ def write_sample(archive: TarWriter, key: str, members: Mapping[str, bytes]) -> 
         archive.write({"__key__": key, extension: content})
 
 
-# -- Manifests: the number of samples of each shard -----------------------------------------------
-
-# Beside the shards: {"000.tar": 1000, ...}, the same under "shards", or wids' "shardlist".
-MANIFESTS = ("manifest.json", "sizes.json", "_shards.json")
-BESIDE_SHARDS = (*MANIFESTS, "classes.json")  # files in the folder of shards that are also read
-
-
-def read_manifest(folder: Path) -> dict[str, int] | None:
-    """The number of samples of each shard in a folder; None without a manifest.
-
-    Raises:
-        DataError: the manifest has other content.
-    """
-    for name in MANIFESTS:
-        if (folder / name).is_file():
-            return _counts_in(folder / name)
-    return None
-
-
-def _counts_in(path: Path) -> dict[str, int]:
-    content: Any = read_json(path)
-    if isinstance(content, dict) and isinstance(content.get("shardlist"), list):
-        content = {
-            Path(str(entry["url"])).name: entry["nsamples"]
-            for entry in content["shardlist"]
-            if isinstance(entry, dict) and {"url", "nsamples"} <= entry.keys()
-        }
-    elif isinstance(content, dict) and isinstance(content.get("shards"), dict):
-        content = content["shards"]
-    if not isinstance(content, dict) or not all(type(count) is int for count in content.values()):
-        raise DataError(
-            f"{path} does not list the number of samples of each shard: remove it, or write "
-            "another with smalti check-data --write_manifest"
-        )
-    return content
-
-
-def _check_count(path: Path, found: int, counts: dict[str, int] | None) -> None:
-    if counts is None:
-        return
-    if path.name not in counts:
-        raise DataError(
-            f"the manifest beside {path} does not name it: add it there, or remove the manifest"
-        )
-    if found != counts[path.name]:
-        remedy = "copy it again"
-        if found > counts[path.name]:
-            remedy += ", or, if the manifest is wrong, replace that by check-data --write_manifest"
-        raise DataError(
-            f"the shard {path} holds {found} samples, but {counts[path.name]} are listed in the "
-            f"manifest beside it: {remedy}"
-        )
-
-
-def _refuse_missing(
-    shards: Sequence[Path], manifests: Mapping[Path, dict[str, int] | None]
-) -> None:
-    """Raise if a shard that a manifest names does not exist."""
-    for folder, counts in manifests.items():
-        for name in sorted(counts or {}):
-            if folder / name not in shards and not (folder / name).is_file():
-                raise DataError(
-                    f"the shard {folder / name} is missing, and its manifest names it: copy it"
-                )
-
-
 # -- The samples of one shard ---------------------------------------------------------------------
 
 BLOCK = 512  # bytes; a tar consists of such blocks, and ends with two blocks of zeros
@@ -243,8 +131,18 @@ MAX_HEADER_BYTES = 2**20  # of one member; those of PAX are the longest
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """The position of captions in a shard: a text file, or a key of a .json member."""
+
+    name: str
+    offset: int
+    size: int
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
-    """The position of a sample's picture, and its label."""
+    """The position of a sample's picture, its label, and the position of its captions."""
 
     shard: int
     key: str
@@ -252,13 +150,16 @@ class Member:
     offset: int
     size: int
     label: int | str | None
+    captions: Span | None = None
 
 
 @dataclass
 class Listing:
-    """What is passed over in shards, and where their labels are."""
+    """What is passed over in shards, and where their labels and captions are."""
 
-    place: LabelPlace = USUAL_PLACE
+    place: MemberPlace = LABELS
+    captions: MemberPlace = CAPTIONS
+    captions_problem: str = ""  # of the first sample whose captions cannot be read
     members: PassedOver = field(default_factory=PassedOver)  # of samples that have a picture
     samples: PassedOver = field(default_factory=PassedOver)  # without a picture that can be read
 
@@ -268,7 +169,7 @@ class _Sample:
     """The members of one key by suffix, ".png" or ".left.png"."""
 
     pictures: dict[str, tarfile.TarInfo] = field(default_factory=dict)
-    labels: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    annotations: dict[str, tarfile.TarInfo] = field(default_factory=dict)  # labels and captions
     others: list[str] = field(default_factory=list)  # names of members of other kinds
 
 
@@ -341,10 +242,11 @@ def _add_to_sample(
         if suffix in sample.pictures:
             raise DataError(f"{path} holds two pictures for {key}: rename one")
         sample.pictures[suffix] = info
-    elif suffix.endswith(listing.place.suffixes):
-        if suffix in sample.labels:
+        return
+    if suffix.endswith(listing.place.suffixes + listing.captions.suffixes):
+        if suffix in sample.annotations:
             raise DataError(f"{path} holds {info.name} twice: remove one")
-        sample.labels[suffix] = info
+        sample.annotations[suffix] = info
     else:
         sample.others.append(info.name)
 
@@ -358,12 +260,12 @@ def _member_of(
     if len(candidates) > 1:
         raise DataError(f"{path} holds two pictures for {key}: rename one")
     chosen = candidates[0] if candidates else ""
-    # The label of a.left.png is in a.left.cls or a.cls. The first one with a label is used.
-    stem = chosen.rpartition(".")[0]
-    places = listing.place.suffixes
-    wanted = dict.fromkeys(prefix + kind for kind in places for prefix in (stem, ""))
-    labels = [sample.labels[suffix] for suffix in wanted if suffix in sample.labels]
-    unused = sorted({*sample.pictures, *sample.labels} - {chosen, *wanted})
+    labels = _annotations_of(sample, chosen, listing.place)
+    captions = _annotations_of(sample, chosen, listing.captions)
+    # A text file that is the label is no caption; a .json member may hold both.
+    captions = {s: info for s, info in captions.items() if s not in labels or s.endswith(".json")}
+    used = {chosen, *labels, *captions} if chosen else {*labels}
+    unused = sorted({*sample.pictures, *sample.annotations} - used)
     names = [*sample.others, *(key + suffix for suffix in unused)]
     if not chosen:
         if labels:
@@ -374,11 +276,45 @@ def _member_of(
         listing.members.add(_kind_of_member(name), name)
     picture = sample.pictures[chosen]
     _check_member(path, picture)
-    values = [_label(path, stream, info, listing.place) for info in labels]
+    values = [_label(path, stream, info, listing.place) for info in labels.values()]
     label = next((value for value in values if value is not None), None)
-    for info in labels if label is None else ():
-        listing.members.add(".json without a label", info.name)
-    return Member(number, key, chosen, picture.offset_data, picture.size, label)
+    found = _captions(path, stream, list(captions.values()), listing)
+    for info in labels.values() if label is None else ():
+        if found is None or info.name != found.name:
+            listing.members.add(".json without a label", info.name)
+    return Member(number, key, chosen, picture.offset_data, picture.size, label, found)
+
+
+def _annotations_of(
+    sample: _Sample, picture: str, place: MemberPlace
+) -> dict[str, tarfile.TarInfo]:
+    """The members that may hold the label, or the captions, of a picture, by suffix: those of
+    a.left.png are in a.left.cls or a.cls. The first one with a value is used."""
+    stem = picture.rpartition(".")[0]
+    wanted = dict.fromkeys(prefix + kind for kind in place.suffixes for prefix in (stem, ""))
+    return {s: sample.annotations[s] for s in wanted if s in sample.annotations}
+
+
+def _captions(
+    path: Path, stream: BinaryIO, members: Sequence[tarfile.TarInfo], listing: Listing
+) -> Span | None:
+    """Where the captions of a sample are. A text file is read only when its captions are used."""
+    for info in members:
+        key, size = "", info.size
+        if not info.isreg() or info.issparse() or size > MAX_ANNOTATION_BYTES:
+            continue
+        if info.name.lower().endswith(".json"):
+            stream.seek(info.offset_data)
+            content = stream.read(size)
+            try:
+                found, key = read_captions(path, info.name, content, listing.captions.json_keys)
+            except DataError as error:
+                listing.captions_problem = listing.captions_problem or str(error)
+                continue
+            size = size if found else 0
+        if size:
+            return Span(info.name, info.offset_data, size, key)
+    return None
 
 
 def _kind_of_member(name: str) -> str:
@@ -403,10 +339,10 @@ def _check_member(path: Path, member: tarfile.TarInfo) -> None:
 
 
 def _label(
-    path: Path, stream: BinaryIO, member: tarfile.TarInfo, place: LabelPlace
+    path: Path, stream: BinaryIO, member: tarfile.TarInfo, place: MemberPlace
 ) -> int | str | None:
     _check_member(path, member)
-    if member.size > MAX_LABEL_BYTES:
+    if member.size > MAX_ANNOTATION_BYTES:
         if not member.name.lower().endswith(".json"):
             raise DataError(f"{member.name} in {path} is too large for a label: remove it")
         return None  # a .json member with other content
@@ -446,17 +382,18 @@ class ShardPictures(EncodedPictures):
         shards: Sequence[Path],
         *,
         expect_all: bool,
-        place: LabelPlace = USUAL_PLACE,
+        place: MemberPlace = LABELS,
+        captions: MemberPlace = CAPTIONS,
     ) -> None:
         self.title, self.shards = title, list(shards)
         manifests = {path.parent: read_manifest(path.parent) for path in self.shards}
         if expect_all:
-            _refuse_missing(self.shards, manifests)
+            refuse_missing(self.shards, manifests)
         self._members: list[Member] = []
-        listing = Listing(place)
+        listing = Listing(place, captions)
         for number, path in enumerate(tqdm(self.shards, desc="list shards", delay=2, leave=False)):
             members = list_members(path, number, listing)
-            _check_count(path, len(members), manifests[path.parent])
+            check_count(path, len(members), manifests[path.parent])
             self._members += members
         self._without_picture = listing.samples
         self.remarks = _remarks_on(title, listing, self._members)
@@ -465,6 +402,27 @@ class ShardPictures(EncodedPictures):
         if not self._members:
             raise DataError(f"{title} holds no pictures: check --data")
         self.classes, self.labels = _labels_of(self.shards, self._members, place)
+        self._captions_of_members(listing)
+
+    def _captions_of_members(self, listing: Listing) -> None:
+        """Which samples have captions, and in which members."""
+        found = [member.captions for member in self._members]
+        self.captions_problem = listing.captions_problem
+        if not any(found):
+            return
+        self.captioned = torch.tensor([span is not None for span in found])
+        keys = dict.fromkeys(span.key for span in found if span)
+        named = [f'"{key}" of the .json members' if key else "the text members" for key in keys]
+        self.captions_from = " and ".join(named)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        member = self._members[index]
+        if member.captions is None:
+            return ()
+        shard, span = self.shards[member.shard], member.captions
+        with shard.open("rb") as stream:
+            stream.seek(span.offset)
+            return read_captions(shard, span.name, stream.read(span.size), [span.key])[0]
 
     def open(self, index: int) -> BinaryIO:
         member = self._members[index]
@@ -513,15 +471,17 @@ def open_shards(spec: str, options: SourceOptions) -> ShardPictures:
     Shards at a URL are copied to `stream_cache` once; processes that share that folder share the
     work.
     """
-    urls, place = expand_shards(spec), LabelPlace.named(options.shards.label)
+    urls, place = expand_shards(spec), MemberPlace.named(options.labels_in, LABELS)
+    captions = MemberPlace.named(options.caption_column, CAPTIONS)
     if "://" in spec:
         copies = local_copies(
             *(urls, options.stream_cache, MANIFESTS),
             check=lambda path: list_members(path, listing=Listing(place)),
         )
-        return ShardPictures(spec, copies, expect_all=False, place=place)
+        return ShardPictures(spec, copies, expect_all=False, place=place, captions=captions)
     expect_all = Path(spec).expanduser().is_dir() or _is_glob(spec)
-    return ShardPictures(spec, [Path(url) for url in urls], expect_all=expect_all, place=place)
+    shards = [Path(url) for url in urls]
+    return ShardPictures(spec, shards, expect_all=expect_all, place=place, captions=captions)
 
 
 def _remarks_on(title: str, listing: Listing, members: list[Member]) -> tuple[str, ...]:
@@ -534,21 +494,21 @@ def _remarks_on(title: str, listing: Listing, members: list[Member]) -> tuple[st
         )
     if listing.members.total:
         unlabelled = all(member.label is None for member in members)
-        hint = "; name the label in --shards.label, if one of them has it" if unlabelled else ""
+        hint = "; name the label in --label_column, if one of them has it" if unlabelled else ""
         remarks.append(
             f"ignored {listing.members.total} members of {title} that are neither pictures nor "
-            f"labels: {listing.members}{hint}"
+            f"labels nor captions: {listing.members}{hint}"
         )
     return tuple(remarks)
 
 
 def _labels_of(
-    shards: Sequence[Path], members: list[Member], place: LabelPlace
+    shards: Sequence[Path], members: list[Member], place: MemberPlace
 ) -> tuple[tuple[str, ...], torch.Tensor]:
     """Class names, and the labels (N,) int64."""
     values = [member.label for member in members]
-    if place == USUAL_PLACE and all(value is None for value in values):
-        return ("",), torch.zeros(len(values), dtype=torch.int64)
+    if place == LABELS and all(value is None for value in values):
+        return (), torch.zeros(len(values), dtype=torch.int64)
     if any(value is None for value in values):
         member = members[values.index(None)]
         suffix = place.suffixes[0]

@@ -123,14 +123,26 @@ def test_an_archive_that_unpacks_to_more_than_the_limit_is_refused(
 def test_a_pipe_in_place_of_an_array_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", IMAGES)
     os.mkfifo(tmp_path / "labels.npy")
-    with pytest.raises(SmaltiError, match=r"images.npy has no labels"):
+    with pytest.raises(SmaltiError, match=r"labels.npy is not a file"):
         open_source(str(tmp_path / "images.npy"))
+
+
+def test_arrays_without_labels_have_no_classes(tmp_path: Path, caplog) -> None:
+    np.save(tmp_path / "images.npy", IMAGES)
+    np.savez(tmp_path / "a.npz", images=IMAGES, targets=LABELS)
+    for name in ("images.npy", "a.npz"):
+        source = open_source(str(tmp_path / name))
+        assert source.classes == () and source.labels.tolist() == [0] * 12
+    assert "no labels in" in caplog.text and "(it has targets): if one array has" in caplog.text
+    named = open_source(str(tmp_path / "a.npz"), label_column="targets")
+    assert named.labels.tolist() == list(LABELS) and len(named.classes) > 1
+    with pytest.raises(SmaltiError, match=r'no array "target" .*did you mean "targets"'):
+        open_source(str(tmp_path / "a.npz"), label_column="target")
+    np.save(tmp_path / "kinds.npy", LABELS)
+    assert open_source(str(tmp_path / "images.npy"), label_column="kinds").classes == named.classes
 
 
 def test_missing_parts_are_named(tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", IMAGES)
-    with pytest.raises(SmaltiError, match=r"images.npy has no labels.*labels.npy"):
-        open_source(str(tmp_path / "images.npy"))
     np.savez(tmp_path / "a.npz", pictures=IMAGES, labels=LABELS)
     with pytest.raises(SmaltiError, match=r"holds pictures, labels: name the pictures images"):
         open_source(str(tmp_path / "a.npz"))

@@ -236,20 +236,21 @@ def test_skipping_may_not_leave_a_class_without_pictures(pictures: Path) -> None
         open_source(str(pictures), options=FolderOptions(bad_images="skip"))
 
 
-def test_one_class_needs_an_option(pictures: Path) -> None:
+def test_one_class_is_kept_by_an_option(pictures: Path) -> None:
     for name in ("red", "green"):
         shutil.rmtree(pictures / name)
-    with pytest.raises(SmaltiError, match=r'one class only \("blue"\).*--folder.single_class'):
-        open_source(str(pictures))
-    assert len(open_source(str(pictures), options=FolderOptions(single_class=True))) == 8
+    assert open_source(str(pictures)).classes == ()
+    one = open_source(str(pictures), options=FolderOptions(single_class=True))
+    assert one.classes == ("blue",) and len(one) == 8
 
 
-def test_a_flat_folder_is_one_class(pictures: Path) -> None:
-    with pytest.raises(SmaltiError, match=r"one class only.*a sub-folder for each"):
-        open_source(str(pictures / "red"))
-    assert open_source(str(pictures / "red"), options=FolderOptions(single_class=True)).classes == (
-        "",
-    )
+def test_a_flat_folder_has_no_classes(pictures: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    source = open_source(str(pictures / "red"))
+    assert source.classes == () and source.labels.tolist() == [0] * 8
+    assert caplog.messages == [f"the pictures of {pictures / 'red'} have no classes"]
+    one = open_source(str(pictures / "red"), options=FolderOptions(single_class=True))
+    assert one.classes == ("",)  # as in version 0.1.0
 
 
 def test_missing_empty_and_mixed_folders(pictures: Path, tmp_path: Path) -> None:
@@ -390,10 +391,8 @@ def test_split_folders_without_classes(pictures: Path, prefix: str) -> None:
     for old, new in {"red": "train", "green": "valid"}.items():
         (pictures / old).rename(pictures / new)
     shutil.rmtree(pictures / "blue")
-    with pytest.raises(SmaltiError, match=r"one class only.*--folder.single_class"):
-        open_source(f"{prefix}{pictures}")
-    source = open_source(f"{prefix}{pictures}", options=FolderOptions(single_class=True))
-    assert source.classes == ("",) and source.heldout is not None
+    source = open_source(f"{prefix}{pictures}")
+    assert source.classes == () and source.heldout is not None
     assert source.heldout.tolist() == [False] * 8 + [True] * 8
 
 

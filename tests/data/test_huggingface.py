@@ -18,6 +18,7 @@ from smalti.data.sources import streams as stream_module
 from smalti.data.sources.base import HuggingFaceOptions, open_source
 from smalti.data.sources.huggingface import find_columns
 from smalti.data.sources.listing import RowFiles
+from smalti.data.sources.options import SourceOptions
 from smalti.data.sources.streams import Sample, copy_stream
 from smalti.errors import SmaltiError
 
@@ -62,10 +63,9 @@ def test_labels_are_class_labels_numbers_or_names(tmp_path: Path) -> None:
 
 def test_columns_are_found_by_type_then_by_name(caplog) -> None:
     value, image = datasets.Value("int64"), datasets.Image()
-    label = datasets.ClassLabel(names=["a"])
-    options = HuggingFaceOptions()
+    label, usual = datasets.ClassLabel(names=["a"]), SourceOptions()
 
-    def found(options: HuggingFaceOptions = options, **features) -> tuple[str, str | None]:
+    def found(options: SourceOptions = usual, **features) -> tuple[str, str | None]:
         columns = find_columns("x", datasets.Features(features), options)
         return columns.image, columns.label
 
@@ -73,13 +73,13 @@ def test_columns_are_found_by_type_then_by_name(caplog) -> None:
     assert found(img=datasets.Value("binary"), labels=value) == ("img", "labels")
     assert caplog.messages == []
     assert found(image=image, caption=datasets.Value("string")) == ("image", None)
-    assert "it has caption): name one in --hf.label_column" in caplog.text
-    with pytest.raises(SmaltiError, match=r"fine_label, coarse_label.*--hf.label_column"):
+    assert "it has no other): if one has the labels, name it in --label_column" in caplog.text
+    with pytest.raises(SmaltiError, match=r"fine_label, coarse_label.*--label_column"):
         found(img=image, fine_label=label, coarse_label=label)
-    chosen = HuggingFaceOptions(label_column="coarse_label")
+    chosen = SourceOptions(label_column="coarse_label")
     assert found(chosen, img=image, fine_label=label, coarse_label=label)[1] == "coarse_label"
     with pytest.raises(SmaltiError, match=r'no column "labell"; did you mean "label"'):
-        found(HuggingFaceOptions(label_column="labell"), image=image, label=label)
+        found(SourceOptions(label_column="labell"), image=image, label=label)
     with pytest.raises(SmaltiError, match=r"name the one with pictures in --hf.image_column"):
         found(photograph=value, label=label)
 

@@ -26,7 +26,7 @@ from smalti.data.sources.base import (
 from smalti.data.sources.folder import EXTENSIONS
 from smalti.data.sources.webdataset import (
     BLOCK,
-    MAX_LABEL_BYTES,
+    MAX_ANNOTATION_BYTES,
     ShardPictures,
     expand_braces,
     expand_shards,
@@ -295,7 +295,7 @@ def test_names_of_classes_may_be_of_any_language(tmp_path: Path) -> None:
 
 
 def test_a_large_json_member_beside_a_label_is_ignored(tmp_path: Path) -> None:
-    large = {"000.json": b'{"label": 9, "text": "' + b"x" * MAX_LABEL_BYTES + b'"}'}
+    large = {"000.json": b'{"label": 9, "text": "' + b"x" * MAX_ANNOTATION_BYTES + b'"}'}
     source = open_source(str(write_tar(tmp_path / "000.tar", {**samples(), **large})))
     assert source.labels.tolist() == [0, 1] * 3
 
@@ -350,8 +350,8 @@ def test_members_that_are_ignored_are_counted_and_named(tmp_path: Path, caplog) 
     source = open_source(str(write_tar(tmp_path / "000.tar", {**more, **samples()})))
     assert len(source) == COUNT and source.name(0) == "000.tar/000.png"
     assert source.labels.tolist() == [0, 1] * 3
-    assert "ignored 9 members of" in caplog.text
-    kinds = "3 .txt (000.txt), 1 hidden (._000.png), 1 without suffix (README)"
+    assert "ignored 6 members of" in caplog.text and "3 of the 6 pictures" in caplog.text
+    kinds = "1 hidden (._000.png), 1 without suffix (README)"
     assert f"3 .mask.png (000.mask.png), 1 .meta.json (000.meta.json), {kinds}" in caplog.text
     assert "ignored 1 samples of" in caplog.text and ": 1 .boxes.json (7.boxes.json)" in caplog.text
 
@@ -436,7 +436,7 @@ def test_labels_elsewhere_are_named_by_an_option(tmp_path: Path, caplog) -> None
         source = opened(label, **members)
         assert source.classes == ("class 0", "class 1") and source.labels.tolist() == [0, 1]
     assert opened("", json=category).classes == ("",)
-    assert "2 .json without a label (0.json); name the label in --shards.label" in caplog.text
+    assert "2 .json without a label (0.json); name the label in --label_column" in caplog.text
     with pytest.raises(SmaltiError, match=r'0 in .* has no label: add 0.json with "kind"'):
         opened("kind", json=category)
     with pytest.raises(SmaltiError, match=r"0.json .* holds no label \(True\)"):
@@ -524,7 +524,7 @@ def test_the_place_of_labels_is_known_before_shards_are_copied(
         described = {"0.json": b'{"label": ["not", "one"], "kind": "x"}'}
         write_tar(shards / name, {"0.png": png(0), **described})
     flags = {"stream_cache": tmp_path / "cache", "options": FolderOptions(single_class=True)}
-    with pytest.raises(SmaltiError, match=r"0.json .* holds no label .*--shards.label"):
+    with pytest.raises(SmaltiError, match=r"0.json .* holds no label .*--label_column"):
         open_source(served, **flags)
     assert open_source(served, **flags, shards=ShardOptions("kind")).classes == ("x",)
 

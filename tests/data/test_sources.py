@@ -20,7 +20,13 @@ from smalti.data.image_io import FolderOptions
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.data.sources.arrays import ArraySource
-from smalti.data.sources.base import SOURCES, HuggingFaceOptions, ImageSource, open_source
+from smalti.data.sources.base import (
+    SOURCES,
+    HuggingFaceOptions,
+    ImageSource,
+    heldout_mask,
+    open_source,
+)
 from smalti.data.transforms import RandomCrop
 from smalti.errors import SmaltiError
 
@@ -215,15 +221,22 @@ def test_every_source_changes_its_fingerprint_with_a_picture(
         assert before != after, name
 
 
-def test_every_source_refuses_one_class_by_default(pictures: Path, tmp_path: Path) -> None:
+def test_every_source_leaves_out_a_single_class(pictures: Path, tmp_path: Path, caplog) -> None:
     for name in ("red", "green"):
         shutil.rmtree(pictures / name)
+    caplog.set_level("INFO")
     for name, make in MAKERS.items():
         arguments = make(pictures, tmp_path / name)
-        with pytest.raises(SmaltiError, match=r"one class only.*--folder.single_class"):
-            open_source(**arguments)
+        caplog.clear()
+        source = open_source(**arguments)
+        assert source.classes == () and source.labels.tolist() == [0] * 8, name
+        said = [text for text in caplog.messages if 'are of one class ("blue"), and are' in text]
+        assert said == [said[0]] and said[0] in source.remarks, name
+        assert heldout_mask(source, 0.3).sum() > 0
+        batch = next(ImageDataset(source, 8).batches(3))
+        assert batch.labels.tolist() == [0] * 3 and batch.captions is None
         one = open_source(**arguments, options=FolderOptions(single_class=True))
-        assert len(one) == 8, name
+        assert len(one) == 8 and "blue" in one.classes, name
 
 
 def test_options_for_other_kinds_of_sets_are_refused(pictures: Path, tmp_path: Path) -> None:
@@ -262,7 +275,7 @@ def test_a_folder_of_several_kinds_of_files_is_refused(pictures: Path, tmp_path:
         open_source(str(shards))
     remedy = str(error.value).split("'")[1]
     assert len(open_source(remedy)) == 24
-    assert len(open_source(str(flat), options=FolderOptions(single_class=True))) == 8
+    assert len(open_source(str(flat))) == 8
     (shards / "000000.tar").rename(flat / "a.tar")
     with pytest.raises(SmaltiError, match=r"several kinds \(a.tar, 0.png\)"):
         open_source(str(flat))

@@ -469,9 +469,7 @@ def test_a_new_prior_ignores_the_caption_but_for_its_mean(name) -> None:
 
 def test_a_configuration_that_no_prior_can_have_is_refused() -> None:
     config = CASES["next-token"].config
-    with pytest.raises(
-        SmaltiError, match='condition is "image"; a next-token prior takes none'
-    ):
+    with pytest.raises(SmaltiError, match='condition is "image"; a next-token prior takes none'):
         config.conditioned("image")
     with pytest.raises(SmaltiError, match='condition is "class\\+class"'):
         config.conditioned("class+class")

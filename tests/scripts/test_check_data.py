@@ -1,6 +1,7 @@
 """smalti check-data: what it finds, what it writes, and its exit status."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,13 @@ def test_sizes_are_those_of_upright_pictures(pictures: Path, check) -> None:
 
 def test_one_class_and_small_ones_are_remarked(pictures: Path, check) -> None:
     _, report, _ = check(str(pictures / "red"))
-    assert any("--folder.single_class" in remark for remark in report["remarks"])
+    assert report["classes"] == {} and report["captions"] is None
+    assert any("have no classes" in remark for remark in report["remarks"])
+    for name in ("red", "green"):
+        shutil.rmtree(pictures / name)
+    _, report, _ = check(str(pictures))
+    assert any('one class ("blue")' in remark for remark in report["remarks"])
+    _, report, _ = check(str(pictures), "--folder.single_class")
     assert any("fewer than 10" in remark for remark in report["remarks"])
 
 
