@@ -36,7 +36,7 @@ def saved_prior(path_or_hub_id: str) -> PriorConfig:
     Raises:
         CheckpointError: there is no saved prior.
     """
-    saved = Prior.saved_config(_folder_of(Prior, path_or_hub_id))
+    saved = Prior.saved_config(folder_of(Prior, path_or_hub_id))
     return fitted_as(saved, type(saved)())
 
 
@@ -46,7 +46,7 @@ def saved_tokenizer(path_or_hub_id: str) -> TokenizerConfig:
     Raises:
         CheckpointError: there is no saved tokenizer.
     """
-    saved = Tokenizer.saved_config(_folder_of(Tokenizer, path_or_hub_id))
+    saved = Tokenizer.saved_config(folder_of(Tokenizer, path_or_hub_id))
     return Tokenizer.registry.resolve(saved.kind).settings_before_training(saved)
 
 
@@ -72,7 +72,7 @@ def load_initial_weights(
             weights another meaning; a prior was trained on the latents of another tokenizer.
     """
     base = Tokenizer if isinstance(model, Tokenizer) else Prior
-    source = base.from_pretrained(_folder_of(base, path_or_hub_id), weights=weights)
+    source = base.from_pretrained(folder_of(base, path_or_hub_id), weights=weights)
     if type(source) is not type(model):
         raise ConfigurationError(
             f"{path_or_hub_id} holds a {type(source).__name__}; this run trains a "
@@ -98,7 +98,7 @@ def load_initial_weights(
     _copy(model, tensors, path_or_hub_id)
 
 
-def _folder_of(base: type[Tokenizer] | type[Prior], path_or_hub_id: str) -> Path:
+def folder_of(base: type[Tokenizer] | type[Prior], path_or_hub_id: str) -> Path:
     """The folder of the model: inside a pipeline, or `path_or_hub_id` itself."""
     folder = resolve_folder(path_or_hub_id)
     return folder / base.registry.kind if (folder / INDEX).is_file() else folder

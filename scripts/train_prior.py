@@ -5,11 +5,11 @@
 The loop is the same for all priors: a prior's `forward` is its training objective.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -151,6 +151,24 @@ def build_prior(config: PriorConfig, latents: LatentCache, tokenizer: Tokenizer)
     return prior
 
 
+def tokenizer_of(latents: LatentCache, folder: Path, device: torch.device) -> Tokenizer:
+    """The tokenizer in a folder, at the image size of the latents.
+
+    Raises:
+        CheckpointError: it is not the one that encoded them.
+    """
+    given = Tokenizer.from_pretrained(str(folder)).to(device)
+    tokenizer = given.for_latents(latents.spec, latents.info.tokenizer_fingerprint)
+    if tokenizer is None:
+        beside = latents.folder.parent / TOKENIZER
+        remedy = f"give --tokenizer {beside}" if beside.is_dir() else "give the one that made them"
+        raise CheckpointError(
+            f"the latents in {latents.folder.parent} were made by another tokenizer than "
+            f"{folder}: {remedy}, or encode again with this one"
+        )
+    return tokenizer
+
+
 def build_models(
     config: TrainPriorConfig, latents: LatentCache, device: torch.device
 ) -> tuple[Tokenizer, Prior]:
@@ -160,15 +178,7 @@ def build_models(
         SmaltiError: tokenizer, latents, prior, initial weights or sampling options do not fit
             together.
     """
-    given = Tokenizer.from_pretrained(str(config.tokenizer)).to(device)
-    tokenizer = given.for_latents(latents.spec, latents.info.tokenizer_fingerprint)
-    if tokenizer is None:
-        beside = config.latents / TOKENIZER
-        remedy = f"give --tokenizer {beside}" if beside.is_dir() else "give the one that made them"
-        raise CheckpointError(
-            f"the latents in {config.latents} were made by another tokenizer than "
-            f"{config.tokenizer}: {remedy}, or encode again with this one"
-        )
+    tokenizer = tokenizer_of(latents, config.tokenizer, device)
     prior = build_prior(conditioned(config, latents), latents, tokenizer).to(device)
     if config.initial:
         load_initial_weights(prior, config.initial, config.weights, tokenizer=tokenizer)
@@ -218,6 +228,77 @@ def prior_loss(
 
 
 # -------------------------------------------------------------------------------------------------
+# The loop of one model on cached latents, also that of `smalti train-classifier`.
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Learner(Generic[Model]):
+    """A model in training: its optimizer, the average of its weights, and `wrapped`, which averages
+    its gradients over the processes."""
+
+    def __init__(self, module: Model, run: Run) -> None:
+        self.module = module
+        self.optimizer, self.ema = adamw(module, run.config), EMA(module, run.config.ema_decay)
+        run.track(model=module, ema=self.ema, optimizer=OptimizerState(self.optimizer))
+        # DDP, or FSDP2 in place
+        self.wrapped = shard(run.accelerator, module, self.optimizer)
+
+
+def learn(
+    run: Run,
+    learner: Learner[Any],
+    batches: Iterator[list[LatentBatch]],
+    loss_of: Callable[..., Loss],
+    tokenizer: Tokenizer,
+    measure: Callable[[int], None],
+) -> None:
+    """The remaining steps of a run.
+
+    Args:
+        batches: the micro-batches of each step.
+        loss_of: `prior_loss` of (model, micro-batch), with its random numbers as keywords.
+        measure: called with a step after which held-out latents are measured.
+    """
+    config, optimizer = run.config, learner.optimizer
+    module, model = learner.module, learner.wrapped
+    with run.interruptible():
+        run.catch_up(measure)
+        for step in run.remaining_steps():
+            seed_everything(config.seed, step, run.rank)  # a resumed step repeats its noise
+            rate = learning_rate(config, step)
+            with run.timed():
+                model.train()
+                if isinstance(module, Prior):
+                    module.set_progress(step / config.max_train_steps)
+                random_inputs = random_inputs_of_step(run, module, step)
+                noise = posterior_noise(run, tokenizer, step)
+                losses, parts = [], []
+                for index, batch in enumerate(next(batches)):
+                    with run.micro_batch(index, model):
+                        loss = loss_of(
+                            model, batch, noise=noise[index], random_inputs=random_inputs[index]
+                        )
+                        run.backward(loss.total)
+                    losses.append(loss.total.detach())
+                    parts.append({"loss": loss.total.detach(), **loss.parts})
+                norm = clip_gradients(module, config.max_grad_norm)
+                if accepted := run.guard.accepts("model", step, losses, norm):
+                    set_learning_rate(optimizer, rate)
+                    optimizer.step()
+                    learner.ema.update(module)
+                optimizer.zero_grad(set_to_none=True)
+                values = {**mean_of(parts), "gradient_norm": logged_norm(norm, accepted)}
+
+            if run.due(step, config.logging_steps):
+                run.log(step, {**values, "learning_rate": rate})
+            if run.due(step, config.validation_steps):
+                measure(step)
+            run.checkpoint(step)
+    learner.ema.gather()
+
+
+# -------------------------------------------------------------------------------------------------
 # Training.
 
 
@@ -231,15 +312,21 @@ def validate(
 ) -> dict[str, float]:
     """Mean loss per sample of held-out latents, evenly over the classes, at the mean of their
     posterior."""
-    chosen = heldout.even_subset(VALIDATION_SAMPLES, run.config.seed)
-    total = 0.0
-    for start in range(0, len(chosen), 128):
-        batch = heldout.first_view(chosen[start : start + 128])
+    total, count = 0.0, 0
+    for batch in validation_batches(heldout, run):
         with run.accelerator.autocast():
             loss = loss_of(prior, batch).total
         total += loss.item() * len(batch.labels)
+        count += len(batch.labels)
         progress(len(batch.labels))
-    return {"val_loss": total / len(chosen)}
+    return {"val_loss": total / count}
+
+
+def validation_batches(heldout: LatentCache, run: Run) -> Iterator[LatentBatch]:
+    """The held-out latents that are measured, evenly over the classes."""
+    chosen = heldout.even_subset(VALIDATION_SAMPLES, run.config.seed)
+    for start in range(0, len(chosen), 128):
+        yield heldout.first_view(chosen[start : start + 128])
 
 
 def shown_prompts(prior: Prior, heldout: LatentCache) -> list[str]:
@@ -271,9 +358,8 @@ def train(config: TrainPriorConfig) -> Path:
     latents, heldout = open_splits(config.latents, seed=config.seed)
     torch.manual_seed(config.seed)
     tokenizer, prior = build_models(config, latents, run.device)
-    optimizer, ema = adamw(prior, config), EMA(prior, config.ema_decay)
-    run.track(model=prior, ema=ema, optimizer=OptimizerState(optimizer))
-    model = shard(run.accelerator, prior, optimizer)  # DDP, or FSDP2 in place
+    learner = Learner(prior, run)
+    ema = learner.ema
     warn_of_empty_classes(latents.classes, latents.labels, latents.folder)
     pairs = bool(latents.info.pairs)  # of latents and noise, for reflow
     classes = latents.classes if "class" in prior.condition_kinds else ()
@@ -301,40 +387,7 @@ def train(config: TrainPriorConfig) -> Path:
             samples=partial(shown, **config.preview.options),
         )
 
-    with run.interruptible():
-        run.catch_up(measure)
-        for step in run.remaining_steps():
-            seed_everything(config.seed, step, run.rank)  # a resumed step repeats its noise
-            rate = learning_rate(config, step)
-            with run.timed():
-                model.train()
-                prior.set_progress(step / config.max_train_steps)
-                random_inputs = random_inputs_of_step(run, prior, step)
-                noise = posterior_noise(run, tokenizer, step)
-                losses, parts = [], []
-                for index, batch in enumerate(next(batches)):
-                    with run.micro_batch(index, model):
-                        loss = loss_of(
-                            model, batch, noise=noise[index], random_inputs=random_inputs[index]
-                        )
-                        run.backward(loss.total)
-                    losses.append(loss.total.detach())
-                    parts.append({"loss": loss.total.detach(), **loss.parts})
-                norm = clip_gradients(prior, config.max_grad_norm)
-                if accepted := run.guard.accepts("model", step, losses, norm):
-                    set_learning_rate(optimizer, rate)
-                    optimizer.step()
-                    ema.update(prior)
-                optimizer.zero_grad(set_to_none=True)
-                values = {**mean_of(parts), "gradient_norm": logged_norm(norm, accepted)}
-
-            if run.due(step, config.logging_steps):
-                run.log(step, {**values, "learning_rate": rate})
-            if run.due(step, config.validation_steps):
-                measure(step)
-            run.checkpoint(step)
-
-    ema.gather()
+    learn(run, learner, batches, loss_of, tokenizer, measure)
     pictures = read_options(config.latents / "train") or read_options(config.tokenizer)
     grid = partial(shown, **config.preview.options)
     finished = partial(save, run=run, pipeline=pipeline, grid=grid)

@@ -46,7 +46,7 @@ FREE_TO_CHANGE = STEP_SETTINGS | {
 }
 
 # Paths to data and models, whose contents are compared by fingerprint: other paths may be given.
-GUARDED_PATHS = {"data", "latents", "tokenizer"}
+GUARDED_PATHS = {"data", "latents", "tokenizer", "prior"}
 
 AT_LEAST_ONE = (
     "max_train_steps",

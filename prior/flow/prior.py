@@ -43,7 +43,7 @@ from smalti.prior.flow.prediction import (
 )
 from smalti.prior.flow.solvers.base import ODESolver, Solver, make_solver, times_of
 from smalti.prior.flow.solvers.schedules import Schedule, make_schedule
-from smalti.prior.flow.times import loss_weight
+from smalti.prior.flow.times import loss_weight, times_and_noise
 from smalti.randomness import Generators, NormalSource, RandomInputs
 
 __all__ = ["PRESETS", "FlowConfig", "FlowPrior"]
@@ -175,7 +175,7 @@ class FlowPrior(Prior):
         latents, inputs = latents.float(), dict(random_inputs or {})
         kept = self.drop(condition, self.config.label_dropout, inputs.get("label_dropout"))
         if "times" not in inputs or "noise" not in inputs:
-            inputs = {**self._times_and_noise(latents), **inputs}
+            inputs = {**times_and_noise(latents, fixed=not self.training), **inputs}
         self._check_latents(inputs["noise"], "noise", len(latents))
         noise = inputs["noise"].float()
         path, prediction, within = self.config.path, self.config.prediction, self.time_range
@@ -192,17 +192,6 @@ class FlowPrior(Prior):
         bound = variance_bound(path, estimate, latents, noise).mean()
         parts = {**loss.parts, "variance_bound": bound.detach()}
         return Loss(loss.total + bound_weight(path) * bound, parts)
-
-    def _times_and_noise(self, latents: Tensor) -> dict[str, Tensor]:
-        """Uniforms (B,) for the times, and noise like latents; fixed in eval mode."""
-        if self.training:
-            times = torch.rand(len(latents), device=latents.device)
-            return {"times": times, "noise": torch.randn_like(latents)}
-        generator = torch.Generator().manual_seed(0)
-        # One uniform in the middle of each of B equal parts of [0, 1], in random order.
-        order = torch.randperm(len(latents), generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        return {"times": ((order + 0.5) / len(latents)).to(latents), "noise": noise.to(latents)}
 
     def _network_at(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network at x_t (B, C, h, w) and times t (B,) in [0, 1]: (B, C_out, h, w)."""

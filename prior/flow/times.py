@@ -90,6 +90,23 @@ class LogitNormalTimes(TrainingTimes):
         return shift_times(torch.sigmoid(self.mean + self.std * normal), self.shift)
 
 
+def times_and_noise(latents: Tensor, *, fixed: bool) -> dict[str, Tensor]:
+    """Random inputs of a pass over latents (B, C, h, w): "times", uniforms in [0, 1) (B,), of which
+    `quantile` makes times, and "noise" like the latents.
+
+    Args:
+        fixed: whether they are the same at every call, so that losses can be compared.
+    """
+    if not fixed:
+        times = torch.rand(len(latents), device=latents.device)
+        return {"times": times, "noise": torch.randn_like(latents)}
+    generator = torch.Generator().manual_seed(0)
+    # One uniform in the middle of each of B equal parts of [0, 1], in random order.
+    order = torch.randperm(len(latents), generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    return {"times": ((order + 0.5) / len(latents)).to(latents), "noise": noise.to(latents)}
+
+
 # -------------------------------------------------------------------------------------------------
 # Loss weights. At a fixed x_t predictions are affine functions of each other, so the squared error
 # of one is that of another times a squared derivative.

@@ -47,6 +47,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import-latents": ("smalti.scripts.import_latents", "latents of other code -> latent cache"),
     "export-latents": ("smalti.scripts.export_latents", "latent cache -> parquet, WebDataset"),
     "train-prior": ("smalti.scripts.train_prior", "stage two: a distribution over latents"),
+    "train-classifier": (
+        "smalti.scripts.train_classifier",
+        "a classifier of noisy latents, to guide a flow prior",
+    ),
     "reflow": ("smalti.scripts.reflow", "generate pairs with a trained flow, to straighten it"),
     "generate": ("smalti.scripts.generate", "sample pictures with a saved pipeline"),
     "edit": ("smalti.scripts.edit", "fill regions of pictures, or change them, with a pipeline"),

@@ -47,7 +47,11 @@ WEIGHTS = "model.safetensors"
 COPY = "copy_of"  # in config.json of a model whose precision was changed by `cast`
 
 # The registries of models: an error names the right one if a model is loaded as another kind.
-REGISTRIES = ("smalti.tokenizer.registry:TOKENIZERS", "smalti.prior.registry:PRIORS")
+REGISTRIES = (
+    "smalti.tokenizer.registry:TOKENIZERS",
+    "smalti.prior.registry:PRIORS",
+    "smalti.prior.flow.classifier:CLASSIFIERS",
+)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from smalti.prior.flow.path import (
 from smalti.prior.flow.prediction import PREDICTIONS
 from smalti.prior.flow.prior import PRESETS, FlowConfig, FlowPrior
 from smalti.prior.flow.solvers.base import SOLVERS, make_solver
-from smalti.prior.flow.times import LogitNormalTimes
+from smalti.prior.flow.times import LogitNormalTimes, times_and_noise
 
 NETWORK = DiTConfig(
     in_channels=2,
@@ -69,7 +69,7 @@ def test_the_first_loss_is_the_variance_of_the_target() -> None:
 def test_the_objective_is_flow_matching() -> None:
     """Written out for the linear path, with the times and noise of eval mode."""
     model = make_prior()
-    u, noise = model._times_and_noise(LATENTS).values()
+    u, noise = times_and_noise(LATENTS, fixed=True).values()
     assert sorted(u.tolist()) == [0.125, 0.375, 0.625, 0.875]
     t = u[:, None, None, None]
     predicted = model.network(t * LATENTS + (1 - t) * noise, u, LABELS)

@@ -12,6 +12,7 @@ from smalti.prior.flow.prediction import Dynamics
 from smalti.prior.flow.prior import FlowConfig, FlowPrior
 from smalti.prior.flow.rectified import check_straight, generate_pairs, straightness
 from smalti.prior.flow.solvers.runge_kutta import RK4, Heun
+from smalti.prior.flow.times import times_and_noise
 
 DOUBLE = torch.float64
 GRID = torch.linspace(0, 1, 41, dtype=DOUBLE)
@@ -65,7 +66,7 @@ def test_pairs_are_noise_and_the_data_that_the_ode_maps_it_to() -> None:
 def test_the_objective_with_the_noise_given_is_that_of_the_line_between_the_pair() -> None:
     model = make_prior()
     pairs = generate_pairs(model, torch.tensor([0, 1, 2, 0]), num_inference_steps=4)
-    u = model._times_and_noise(pairs.data)["times"]
+    u = times_and_noise(pairs.data, fixed=True)["times"]
     t = u[:, None, None, None]
     predicted = model.network(t * pairs.data + (1 - t) * pairs.noise, u, pairs.labels)
     expected = (predicted - (pairs.data - pairs.noise)).square().mean()
