@@ -29,7 +29,8 @@ from smalti.data.latents import ContinuousSpec
 from smalti.errors import GenerationError, SmaltiError
 from smalti.files import first_difference, read_hashed_json, sha256_of, write_hashed_json
 from smalti.folders import contents
-from smalti.pipelines.conditions import Inputs, check_options, conditions_of
+from smalti.pipelines.conditions import Inputs, check_options
+from smalti.pipelines.guided import GuidedPipeline
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
@@ -196,12 +197,13 @@ def generate_folder(
     labels = [plain(label) for label in labels]
     options = {name: plain(value) for name, value in options.items()}
     check_options(pipeline.prior, {"guidance_scale": scale, **options})
+    guide = pipeline.settings if isinstance(pipeline, GuidedPipeline) else {}
     job = GenerationJob(
         model="/".join(map(_exact_name, (pipeline.tokenizer, pipeline.prior))),
         labels=tuple(labels),
         seed=seed,
         guidance_scale=scale,
-        options=dict(sorted(options.items())),
+        options=dict(sorted({**options, **guide}.items())),
         prompts=tuple(prompts),
         negative_prompt=negative_prompt,
     )
@@ -244,7 +246,7 @@ def check_conditions(pipeline: Pipeline, job: GenerationJob, layout: Layout) -> 
     if layout == "class" and not pipeline.classes:
         raise GenerationError("layout class needs classes, and this pipeline has none: use flat")
     first = job.inputs([0], pipeline.classes)
-    conditions_of(pipeline.prior, Inputs(**first), 1, pipeline.classes, pipeline.text_encoder)
+    pipeline.conditions(Inputs(**first), 1)  # raises
     text, encoder = pipeline.prior.config.text, pipeline.text_encoder
     if job.prompts and text is not None and encoder is not None:
         texts = dict.fromkeys((*job.prompts, job.negative_prompt))

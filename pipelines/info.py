@@ -1,6 +1,8 @@
 """What `smalti info` prints for saved models: tokenizers, priors and pipelines."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from smalti.data.dataset import read_options
 from smalti.errors import SmaltiError
@@ -9,11 +11,17 @@ from smalti.pipelines.card import image_words
 from smalti.pipelines.generation import SETTINGS, picture_hashes, problems_in
 from smalti.pipelines.pipeline import INDEX, Pipeline
 from smalti.prior.base import Prior
+from smalti.prior.flow.classifier import CLASSIFIERS, LatentClassifier
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.registry import TOKENIZERS
 
 CONFIG = "config.json"  # of a saved model
+MODELS: tuple[type[Tokenizer | Prior | LatentClassifier], ...] = (
+    Tokenizer,
+    Prior,
+    LatentClassifier,
+)
 
 
 def is_pipeline(path: Path) -> bool:
@@ -40,6 +48,7 @@ def of_generated(path: Path) -> Info:
         [
             ("kind", "generated pictures"),
             ("pictures", f"{there} of {wanted}, seed {settings['seed']}"),
+            *_guide_lines(settings.get("options", {})),
             ("verified", f"no: {problems[0]}" if problems else good),
             *(("damaged", problem) for problem in problems[1:]),
             *next_step,
@@ -48,32 +57,42 @@ def of_generated(path: Path) -> Info:
     )
 
 
+def _guide_lines(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The classifier that guided a generation job, if there was one."""
+    if "classifier" not in options:
+        return []
+    return [("classifier", f"{options['classifier'][:12]}, scale {options['classifier_scale']}")]
+
+
 def is_model(path: Path) -> bool:
-    """Whether a folder is a saved tokenizer or prior."""
+    """Whether a folder is a saved tokenizer, prior or classifier."""
     if not (path / CONFIG).is_file():
         return False
     content = read_json(path / CONFIG)
-    return isinstance(content, dict) and content.get("type") in [*TOKENIZERS, *PRIORS]
+    return isinstance(content, dict) and content.get("type") in [*TOKENIZERS, *PRIORS, *CLASSIFIERS]
 
 
 def of_model(path: Path) -> Info:
-    """A saved tokenizer or prior."""
+    """A saved tokenizer, prior or classifier."""
     name = str(read_json(path / CONFIG)["type"])
-    is_tokenizer = name in TOKENIZERS
-    kind = f"{name} {'tokenizer' if is_tokenizer else 'prior'}"
+    base = next(base for base in MODELS if name in base.registry)
+    kind = f"{name} {base.registry.kind}"
     try:
-        loaded = (Tokenizer if is_tokenizer else Prior).from_pretrained(path)
+        loaded = base.from_pretrained(path)
         read_options(path)  # has a hash
     except SmaltiError as error:
         return Info([("kind", kind), ("verified", f"no: {error}")], whole=False)
-    assert isinstance(loaded, Tokenizer | Prior)
-    next_command = command("encode", "--tokenizer", path, "--data", "THE_PICTURES")
+    following: list[str | Path] = []
+    if isinstance(loaded, Tokenizer):
+        following = ["encode", "--tokenizer", path, "--data", "THE_PICTURES"]
+    if isinstance(loaded, LatentClassifier):
+        following = ["generate", "--model", "THE_PIPELINE", "--classifier", path]
     return Info(
         [
             ("kind", kind),
             *_model_lines(loaded),
             ("verified", _verified(path / CONFIG, "every tensor is there, and no other")),
-            *([("next", next_command)] if is_tokenizer else []),
+            *([("next", command(*following))] if following else []),
         ]
     )
 
@@ -85,7 +104,6 @@ def of_pipeline(path: Path) -> Info:
         read_options(path)  # has a hash
     except SmaltiError as error:
         return Info([("kind", "pipeline"), ("verified", f"no: {error}")], whole=False)
-    some = ", ".join(pipe.classes[:5]) + (", ..." if len(pipe.classes) > 5 else "")
     prompts = ["--prompts", "FILE"] if "text" in pipe.prior.condition_kinds else []
     return Info(
         [
@@ -93,7 +111,7 @@ def of_pipeline(path: Path) -> Info:
             *((f"tokenizer {k}", v) for k, v in _model_lines(pipe.tokenizer)),
             *((f"prior {k}", v) for k, v in _model_lines(pipe.prior)),
             ("condition", " and ".join(pipe.prior.condition_kinds)),
-            *([("classes", f"{len(pipe.classes)}: {some}")] if pipe.classes else []),
+            *([("classes", _some(pipe.classes))] if pipe.classes else []),
             ("verified", _verified(path / INDEX, "tokenizer and prior belong together")),
             ("next", command("generate", "--model", path, *prompts)),
         ]
@@ -109,12 +127,21 @@ def _verified(path: Path, what: str) -> str:
     )
 
 
-def _model_lines(model: Tokenizer | Prior) -> list[tuple[str, str]]:
+def _some(classes: Sequence[str]) -> str:
+    """The number of the classes, and the names of the first."""
+    return f"{len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+
+
+def _model_lines(model: Tokenizer | Prior | LatentClassifier) -> list[tuple[str, str]]:
     count = sum(parameter.numel() for parameter in model.parameters())
     size = f", {image_words(model)}" if isinstance(model, Tokenizer) else ""
+    about = []
+    if isinstance(model, LatentClassifier):
+        about = [("classes", _some(model.classes)), ("path", model.config.path.kind)]
     return [
         ("type", f"{type(model).__name__}{size}"),
         ("latents", model.spec.in_words),
+        *about,
         ("parameters", f"{count:,}"),
         ("fingerprint", model.fingerprint[:12]),
     ]

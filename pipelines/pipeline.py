@@ -444,7 +444,7 @@ class Pipeline(Uploadable):
         options = {k: plain(v) if getattr(v, "ndim", None) == 0 else v for k, v in options.items()}
         texts = (prompt, negative_prompt, prompt_embeds, prompt_attention_mask)
         inputs = Inputs(class_labels, *texts, num_images, image, mask_image, strength)
-        conditions, edit = self._conditions(inputs, num_images_per_prompt)
+        conditions, edit = self.conditions(inputs, num_images_per_prompt)
         options |= edit
         if output_type not in get_args(OutputType):
             raise GenerationError(
@@ -490,7 +490,7 @@ class Pipeline(Uploadable):
             check_finite(sampled, "the prior", None, "conditions")
             yield sampled
 
-    def _conditions(self, inputs: Inputs, each: int) -> tuple[Conditions, dict[str, Any]]:
+    def conditions(self, inputs: Inputs, each: int) -> tuple[Conditions, dict[str, Any]]:
         """The conditions of the images, and the options of `sample` that edit given ones."""
         encoder = self.text_encoder if inputs.needs_encoder else None
 

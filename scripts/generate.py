@@ -2,6 +2,7 @@
 
     smalti generate --model runs/demo/pipeline --output_dir samples --num_images_per_class 8
     smalti generate --model runs/text/pipeline --prompts prompts.txt     a pipeline of captions
+    smalti generate --model runs/flow/pipeline --classifier runs/classifier/classifier
 
 After an interruption the same command continues. With a larger number it adds pictures.
 """
@@ -15,7 +16,9 @@ from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, check_at_least
 from smalti.errors import ConfigurationError, DataError, GenerationError
 from smalti.pipelines.generation import Layout, continued_labels, generate_folder
+from smalti.pipelines.guided import GuidedPipeline
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
+from smalti.prior.flow.classifier import LatentClassifier
 from smalti.scripts.options import Sampling
 from smalti.training.processes import fills_folder, join_job, say, shared_work
 
@@ -39,6 +42,9 @@ class GenerateConfig(Sampling):
     # Pixels, the side of a square or height x width as in 48x64, if not the size of the training
     # pictures. Priors with learned positions (next-scale) refuse it.
     image_size: ImageSize | None = None
+    # A classifier of noisy latents, made by smalti train-classifier, that guides a flow prior.
+    classifier: str = ""
+    classifier_scale: float = 1.0  # factor of the classifier's gradient
     layout: Layout = "flat"  # flat: one folder; class: one for each class
     seed: int = 0  # picture i depends on the seed and i alone
     # Pictures sampled at once in half precision. In fp32 their number is fixed, because the last
@@ -55,6 +61,11 @@ class GenerateConfig(Sampling):
                         f"num_images is {self.num_images} and {name} is {getattr(self, name)}: "
                         "give one of them"
                     )
+        if self.classifier_scale != 1 and not self.classifier:
+            raise ConfigurationError(
+                f"classifier_scale is {self.classifier_scale}, but there is no classifier: give "
+                "--classifier, or leave it out"
+            )
         if self.prompt and self.prompts is not None:
             raise ConfigurationError("give --prompts or --prompt, one of them")
 
@@ -73,7 +84,8 @@ class GenerateConfig(Sampling):
             GenerationError: a class or prompts are given to a prior that takes none, or the prompts
                 are missing; there is no such class.
         """
-        kinds, texts = pipeline.prior.condition_kinds, self.texts()
+        kinds, texts = {*pipeline.prior.condition_kinds}, self.texts()
+        kinds |= {"class"} if pipeline.classes else set()  # of a classifier, for an unguided prior
         for given, kind, flag in (
             (self.class_labels, "class", "--class_labels"),
             (texts or self.negative_prompt, "text", "--prompts"),
@@ -127,6 +139,9 @@ def generate(config: GenerateConfig) -> list[Path]:
     pipeline = Pipeline.from_pretrained(config.model, device=state.device, weights=config.weights)
     if config.image_size is not None:
         pipeline = pipeline.resized(config.image_size)
+    if config.classifier:
+        classifier = LatentClassifier.from_pretrained(config.classifier)
+        pipeline = GuidedPipeline(pipeline, classifier, config.classifier_scale)
     labels, prompts = continued_labels(config.output_dir, *config.rows(pipeline))
     with shared_work(len(labels), "generate") as share:
         paths = generate_folder(

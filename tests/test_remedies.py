@@ -30,9 +30,10 @@ EDITORS = {"interpolate", "attribute", "traverse", "invert"}
 # Where a message is written -> the commands in which it appears. One that stands in no script names
 # flags that every one of these commands has.
 CONCERNED: dict[str, set[str]] = {
-    "training": {"train-tokenizer", "train-prior"},
+    "training": {"train-tokenizer", "train-prior", "train-classifier"},
     "tokenizer": {"train-tokenizer"},
     "prior": {"train-prior"},
+    "prior/flow/classifier.py": {"train-classifier"},
     "evaluation": {"evaluate"},
     "pipelines/convert": {"convert"},
     "data/latent_cache/imports.py": {"import-latents"},

@@ -9,6 +9,7 @@ whatever the network predicts.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from smalti.config import plain
 from smalti.errors import GenerationError
 from smalti.prior.conditions.base import Condition, joined
+from smalti.prior.flow.classifier import LatentClassifier
 from smalti.prior.flow.path import GaussianPath, expand_like
 from smalti.prior.flow.prediction import Field, Prediction, derivative_by_score
 from smalti.prior.sampling import is_interval, is_number
@@ -94,6 +96,17 @@ class Classifier:
 
     log_probability: LogProbability
     scale: float = 1.0
+    model: LatentClassifier | None = None  # compared with the prior that it guides
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", plain(self.scale))
+        if not (is_number(self.scale) and math.isfinite(self.scale)):
+            raise GenerationError(f"classifier_scale is {self.scale}; it must be finite")
+
+    @classmethod
+    def of(cls, model: LatentClassifier, scale: float = 1.0) -> Self:
+        """Guidance by a trained classifier."""
+        return cls(model.log_probability, scale, model)
 
     def gradient(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """s grad_x log p(label | x), like x."""

@@ -22,6 +22,7 @@ from smalti.errors import DataError, GenerationError
 from smalti.prior.base import Loss, Prior
 from smalti.prior.conditions.base import Condition, ConditionKind, count, moved, part_of
 from smalti.prior.conditions.image import ImageKind
+from smalti.prior.flow.classifier import LatentClassifier
 from smalti.prior.flow.config import PRESETS, FlowConfig
 from smalti.prior.flow.dit import DiT
 from smalti.prior.flow.editing import KnownLatents
@@ -99,7 +100,7 @@ class FlowPrior(Prior):
     Config: ClassVar[type] = FlowConfig
     PRESETS: ClassVar[Mapping[str, FlowConfig]] = PRESETS
     class_table: str = "network.y_embedder.embedding_table.weight"
-    row_options: ClassVar[tuple[str, ...]] = ("noise", "known", "known_mask")
+    row_options: ClassVar[tuple[str, ...]] = ("noise", "known", "known_mask", "classifier_labels")
     config: FlowConfig
 
     @classmethod
@@ -219,8 +220,9 @@ class FlowPrior(Prior):
         condition: Condition,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        classifier: Classifier | None = None,
+        classifier: Classifier | LatentClassifier | None = None,
         negative_condition: Condition | None = None,
+        classifier_labels: Tensor | None = None,
     ) -> Dynamics:
         """The dynamics of conditions (B,) under guidance, for a solver."""
         condition, negative = as_tensor(condition), as_tensor(negative_condition)
@@ -232,7 +234,13 @@ class FlowPrior(Prior):
         options = ClassifierFree(guidance_scale, guidance_interval, config.guided_channels)
         output = classifier_free(self._network_at, condition, negative, options)
         if classifier is not None:
-            labels = self._labels(condition)
+            labels = self._labels(condition) if classifier_labels is None else classifier_labels
+            labels = as_tensor(labels).to(device)
+            if isinstance(classifier, LatentClassifier):
+                classifier = Classifier.of(classifier)
+            if classifier.model is not None:
+                classifier.model.check_prior(config)
+                classifier.model.check_labels(labels)
             output = with_classifier(output, labels, classifier, config.path, config.prediction)
         return Dynamics(config.path, config.prediction, output)
 
@@ -245,7 +253,7 @@ class FlowPrior(Prior):
         if "class" not in self.condition_kinds:
             raise GenerationError(
                 "a classifier guides towards classes, and this prior has the condition "
-                f"{self.config.condition}: leave the classifier out"
+                f"{self.config.condition}: give classifier_labels, or leave the classifier out"
             )
         return part_of(condition, "class")
 
@@ -297,7 +305,8 @@ class FlowPrior(Prior):
         noise: Tensor | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_condition: Condition | None = None,
-        classifier: Classifier | None = None,
+        classifier: Classifier | LatentClassifier | None = None,
+        classifier_labels: Tensor | None = None,
         known: Tensor | None = None,
         known_mask: Tensor | None = None,
         strength: float = 1.0,
@@ -320,7 +329,9 @@ class FlowPrior(Prior):
             guidance_interval: the times, from 0, noise, to 1, data, between which s applies.
             negative_condition: what guidance leads away from, one for each sample; None: the null
                 condition.
-            classifier: adds classifier guidance.
+            classifier: adds classifier guidance; a trained model has the scale 1.
+            classifier_labels: to which the classifier guides, (B,); None: the classes of the
+                condition.
             known: latents (B, C, h, w) of given images, which are edited.
             known_mask: (B, 1, h, w) bool, True where the latents of `known` are kept.
             strength: of the noise that `known` gets where it is not kept: sampling starts at time
@@ -333,7 +344,12 @@ class FlowPrior(Prior):
         """
         condition, noise = as_tensor(condition), as_tensor(noise)
         dynamics = self.dynamics(
-            condition, guidance_scale, guidance_interval, classifier, negative_condition
+            condition,
+            guidance_scale,
+            guidance_interval,
+            classifier,
+            negative_condition,
+            classifier_labels,
         )
         solver = make_solver(solver)
         solver.check(self.config.predicts_variance)

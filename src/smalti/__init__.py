@@ -18,9 +18,12 @@ from smalti.errors import (
 )
 
 if TYPE_CHECKING:
+    from smalti.pipelines.guided import GuidedPipeline
     from smalti.pipelines.pipeline import Pipeline
     from smalti.prior.base import Prior
+    from smalti.prior.flow.classifier import LatentClassifier
     from smalti.scripts.encode import encode_pictures
+    from smalti.scripts.train_classifier import train_classifier
     from smalti.scripts.train_prior import train_prior
     from smalti.scripts.train_tokenizer import train_tokenizer
     from smalti.tokenizer.base import Tokenizer
@@ -31,12 +34,15 @@ __all__ = [
     "ConversionError",
     "DataError",
     "GenerationError",
+    "GuidedPipeline",
+    "LatentClassifier",
     "Pipeline",
     "Prior",
     "SmaltiError",
     "Tokenizer",
     "__version__",
     "encode_pictures",
+    "train_classifier",
     "train_prior",
     "train_tokenizer",
 ]
@@ -44,10 +50,13 @@ __all__ = [
 __version__ = version("smalti")
 
 _MODULES = {
+    "GuidedPipeline": "smalti.pipelines.guided",
+    "LatentClassifier": "smalti.prior.flow.classifier",
     "Pipeline": "smalti.pipelines.pipeline",
     "Prior": "smalti.prior.base",
     "Tokenizer": "smalti.tokenizer.base",
     "encode_pictures": "smalti.scripts.encode",
+    "train_classifier": "smalti.scripts.train_classifier",
     "train_prior": "smalti.scripts.train_prior",
     "train_tokenizer": "smalti.scripts.train_tokenizer",
 }

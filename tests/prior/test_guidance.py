@@ -9,6 +9,7 @@ from smalti.errors import SmaltiError
 from smalti.prior.flow.guidance import Classifier, ClassifierFree, classifier_free, with_classifier
 from smalti.prior.flow.path import LinearPath, VPLinearPath
 from smalti.prior.flow.prediction import PREDICTIONS, Dynamics
+from smalti.prior.flow.solvers.runge_kutta import Heun
 
 LABELS = torch.tensor([0, 1, 2])
 NULL = torch.full_like(LABELS, 3)
@@ -133,6 +134,39 @@ def test_a_perfect_classifier_turns_the_unconditional_score_into_the_conditional
     for i, label in enumerate(labels.tolist()):
         expected = single[label].predict("velocity", path, x[i : i + 1], t[i : i + 1])
         torch.testing.assert_close(guided.velocity[i : i + 1], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", [LinearPath(), VPLinearPath()], ids=lambda path: path.kind)
+def test_guided_samples_are_those_of_the_class(mixtures, path) -> None:
+    """The unconditional flow of a mixture, guided by its exact classifier, ends at the component;
+    with a larger scale it ends further from the other one."""
+    both, label = mixtures.two(), 0
+    single = [
+        mixtures(both.means[k : k + 1], both.stds[k : k + 1], torch.ones(1).double())
+        for k in (0, 1)
+    ]
+
+    def log_probability(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        joint = torch.stack([s.log_density(path, x, t) for s in single], 1) + both.weights.log()
+        return joint.log_softmax(1).gather(1, labels[:, None])[:, 0]
+
+    noise = torch.randn(2000, 2, dtype=torch.float64)
+    times = torch.linspace(1e-3, 1 - 1e-3, 65, dtype=torch.float64)
+
+    def sampled(scale: float) -> torch.Tensor:
+        labels = torch.full((len(noise),), label)
+        classifier = Classifier(log_probability, scale)
+        field = with_classifier(both.dynamics(path).output, labels, classifier, path, "velocity")
+        *_, end = Heun().integrate(Dynamics(path, "velocity", field).velocity, noise, times)
+        return end
+
+    plain, guided, more = (sampled(scale) for scale in (0.0, 1.0, 4.0))
+    near = [((end - both.means[label]).norm(dim=1) < 2).double().mean() for end in (plain, guided)]
+    assert near[0] == pytest.approx(both.weights[label].item(), abs=0.05) and near[1] > 0.99
+    torch.testing.assert_close(guided.mean(0), both.means[label], rtol=0, atol=0.05)
+    torch.testing.assert_close(guided.std(0), both.stds[label], rtol=0, atol=0.05)
+    towards_other = both.means[1] - both.means[0]
+    assert ((more - guided) @ towards_other).mean() < 0
 
 
 def test_the_gradient_of_a_classifier_is_scaled() -> None:

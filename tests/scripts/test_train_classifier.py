@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_pictures
+from PIL import Image
 from runs import assert_same, losses, stop_after
+from torchvision.transforms.functional import pil_to_tensor
 
 import smalti
 from smalti.cli import main as smalti_main
 from smalti.cli import parse_config
 from smalti.data.latent_cache.cache import LatentCache
+from smalti.data.latents import to_float
+from smalti.files import read_json
 from smalti.prior.flow.classifier import LatentClassifier, LatentClassifierConfig
 from smalti.prior.flow.config import FlowConfig
 from smalti.prior.flow.dit import DiTConfig
@@ -36,7 +40,8 @@ QUICK = {"mixed_precision": "no", "learning_rate": 3e-3, "logging_steps": 10}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Pictures of three colours, a small KL tokenizer, its latents, and a flow prior of them."""
+    """Pictures of three colours, a small KL tokenizer, its latents, and an unconditional flow prior
+    of them."""
     root = tmp_path_factory.mktemp("classifier")
     make_pictures(root / "pictures")
     tokenizer = train_tokenizer(
@@ -58,6 +63,7 @@ def root(tmp_path_factory) -> Path:
             latents=root / "latents",
             tokenizer=tokenizer,
             prior=FlowConfig(network=NETWORK, times=LogitNormalTimes()),
+            condition="none",
             output_dir=root / "prior",
             max_train_steps=60,
             train_batch_size=16,
@@ -135,6 +141,42 @@ def test_without_a_prior_the_path_is_an_option(root: Path, tmp_path: Path) -> No
     assert smalti_main(job) == 0
     model = LatentClassifier.from_pretrained(tmp_path / "run" / "classifier")
     assert model.config.path == VPLinearPath()
+
+
+def test_guided_pictures_are_recognised_and_unguided_ones_are_not(
+    trained, root: Path, tmp_path: Path
+) -> None:
+    """The classical use: an unconditional prior, led to each class by the classifier."""
+    pipeline, model = root / "prior" / "pipeline", root / "classifier" / "classifier"
+    common = ["generate", "--model", str(pipeline), "--num_inference_steps", "12"]
+    guide = ["--classifier", str(model), "--classifier_scale", "4", "--num_images_per_class", "12"]
+    assert smalti_main([*common, *guide, "--output_dir", str(tmp_path / "guided")]) == 0
+    assert (
+        smalti_main([*common, "--num_images", "36", "--output_dir", str(tmp_path / "plain")]) == 0
+    )
+    classifier = LatentClassifier.from_pretrained(model)
+    tokenizer = smalti.Tokenizer.from_pretrained(pipeline / "tokenizer")
+    labels = torch.arange(3).repeat_interleave(12)
+
+    def accuracy(folder: Path) -> float:
+        files = sorted(folder.glob("*.png"))
+        images = torch.stack([to_float(pil_to_tensor(Image.open(file))) for file in files])
+        found = classifier.logits(tokenizer.encode(images), torch.ones(len(files))).argmax(1)
+        return (found == labels).float().mean().item()
+
+    entries = read_json(tmp_path / "guided" / "index.json")["pictures"]
+    assert [entry["class"] for entry in entries[::12]] == ["blue", "green", "red"]
+    assert accuracy(tmp_path / "guided") > 0.8 and accuracy(tmp_path / "plain") < 0.6
+
+
+def test_a_scale_without_a_classifier_is_refused(root: Path, tmp_path: Path, capsys) -> None:
+    job = ["generate", "--model", str(root / "prior" / "pipeline"), "--classifier_scale", "2"]
+    assert smalti_main([*job, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "give --classifier, or leave it out" in capsys.readouterr().err
+    other = ["--classifier", str(root / "prior" / "pipeline" / "prior")]
+    assert smalti_main([*job, *other, "--output_dir", str(tmp_path / "out")]) == 2
+    assert '"flow" is a prior, not a classifier' in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
