@@ -376,7 +376,7 @@ def _from_deep(
             alpha = np.floor(255 * opacity + 0.5).astype(np.uint8)
             picture.putalpha(Image.fromarray(alpha))
     elif opacity is not None:
-        below = np.float32(ImageColor.getrgb(options.background))
+        below = np.array(ImageColor.getrgb(options.background), np.float32)
         rgb = below - opacity[..., None] * (below - np.asarray(picture, np.float32))
         picture = Image.fromarray(np.floor(rgb + 0.5).astype(np.uint8))
     return picture, extent

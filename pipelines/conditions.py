@@ -117,11 +117,15 @@ class Inputs:
         """Whether there are texts to encode."""
         return self.prompt is not None or self.negative_prompt is not None
 
-    def check(self, kinds: Iterable[str], num_images_per_prompt: int) -> None:
-        """Raise `GenerationError` unless these are the arguments of a prior with these kinds of
-        condition."""
-        kinds = set(kinds)
-        wanted = " and ".join(ARGUMENTS[kind] for kind in sorted(kinds))
+    def check(self, prior: Prior, num_images_per_prompt: int) -> None:
+        """Raise `GenerationError` unless these are the arguments of a prior with these conditions."""
+        kinds = set(prior.condition_kinds)
+        text = prior.config.text
+        features = text is not None and not text.encoder  # of an unknown encoder
+        wanted = " and ".join(
+            "prompt_embeds" if kind == "text" and features else ARGUMENTS[kind]
+            for kind in sorted(kinds)
+        )
         given = {
             "class": self.class_labels is not None,
             "text": any(
@@ -199,7 +203,7 @@ def conditions_of(
     """
     kinds = prior.condition_kinds
     each = integer("num_images_per_prompt", each)
-    inputs.check(kinds, each)
+    inputs.check(prior, each)
     if list(kinds) == ["none"]:
         wanted = 1 if inputs.num_images is None else integer("num_images", inputs.num_images)
         _refuse_none(wanted, "num_images >= 1")

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from smalti.config import ImageSize
 from smalti.data.image_io import image_grid
-from smalti.data.latents import CodeSpec, LatentSpec, as_tensor, to_float
+from smalti.data.latents import CodeSpec, LatentSpec, as_tensor, height_and_width, to_float
 from smalti.data.transforms import center_crop, to_tensor
 from smalti.errors import DataError, GenerationError
 from smalti.pipelines.conditions import Conditions, Inputs, integer
@@ -92,7 +93,7 @@ def _encodable(tokenizer: Tokenizer, picture: Any) -> Any:
 
 def _size(tokenizer: Tokenizer) -> Size:
     """Height and width of a tokenizer's images."""
-    return tokenizer.image_size, tokenizer.image_size
+    return height_and_width(tokenizer.image_size)
 
 
 def _check_size(what: str, found: Size, wanted: Size) -> None:
@@ -178,7 +179,8 @@ def _grey(mask: Image.Image) -> Tensor:
         raise DataError(f'the mask has the mode "{mask.mode}": save it as 8-bit grey, "L"')
     if mask.mode in ("LA", "RGBA") or "transparency" in mask.info:
         mask = mask.convert("RGBA")
-        if mask.getchannel("A").getextrema()[0] < 255:
+        lowest: Any = mask.getchannel("A").getextrema()[0]
+        if lowest < 255:
             raise DataError(
                 "the mask has transparent pixels, which are neither black nor white: save it "
                 'without transparency, as 8-bit grey, "L"'
@@ -352,7 +354,7 @@ def box_mask(box: str, size: Size) -> Image.Image:
     return mask
 
 
-def fitted(picture: Image.Image, mask: Image.Image | None, size: int) -> tuple[Any, Any]:
+def fitted(picture: Image.Image, mask: Image.Image | None, size: ImageSize) -> tuple[Any, Any]:
     """A picture and its mask, cropped to the centre and resized alike.
 
     Raises:
@@ -395,4 +397,5 @@ def pasted(result: Image.Image, picture: Image.Image, mask: Image.Image) -> Imag
 
 
 def _black_and_white(mask: Image.Image) -> Image.Image:
-    return mask.convert("L").point(lambda value: 255 * (value >= 255 * THRESHOLD))
+    table = [255 * (value >= 255 * THRESHOLD) for value in range(256)]
+    return mask.convert("L").point(table)

@@ -192,16 +192,14 @@ def generate_folder(
         GenerationError: the prior does not have an option; the folder contains other files, or
             images of a job with other settings.
     """
-    seed = plain(seed)
-    scale: float = plain(pipeline.guidance_scale if guidance_scale is None else guidance_scale)
-    labels = [plain(label) for label in labels]
     options = {name: plain(value) for name, value in options.items()}
+    scale: float = plain(pipeline.guidance_scale if guidance_scale is None else guidance_scale)
     check_options(pipeline.prior, {"guidance_scale": scale, **options})
     guide = pipeline.settings if isinstance(pipeline, GuidedPipeline) else {}
     job = GenerationJob(
         model="/".join(map(_exact_name, (pipeline.tokenizer, pipeline.prior))),
-        labels=tuple(labels),
-        seed=seed,
+        labels=tuple(map(plain, labels)),
+        seed=plain(seed),
         guidance_scale=scale,
         options=dict(sorted({**options, **guide}.items())),
         prompts=tuple(prompts),
@@ -222,15 +220,14 @@ def generate_folder(
         output = pipeline(
             **job.inputs(group, pipeline.classes),
             guidance_scale=scale,
-            generator=[picture_generator(seed, index) for index in group],
+            generator=[picture_generator(job.seed, index) for index in group],
             **options,
         )
         for index in missing:
             pictures.save(index, output.images[index - start])
         progress(len(missing))
     barrier()  # all images are written
-    if rank == 0:
-        pictures.finish()
+    pictures.finish()
     barrier()
     return pictures.paths
 
@@ -378,7 +375,7 @@ class Pictures:
         if layout == "class":
             inside = class_folders(classes)
             self.names = [f"{inside[label]}/{self.names[i]}" for i, label in enumerate(job.labels)]
-        self._part = folder / PART.format(rank)
+        self.rank, self._part = rank, folder / PART.format(rank)
         self._hashes = picture_hashes(folder)
         self._has_hashes = (folder / INDEX).is_file() or bool(self._hashes)
 
@@ -416,7 +413,10 @@ class Pictures:
         return found
 
     def finish(self) -> None:
-        """Write the index of all images, and name the files that are none of them."""
+        """In the first process: write the index of all images, and name the files that are none of
+        them."""
+        if self.rank:
+            return
         hashes = picture_hashes(self.folder)
         entries = [
             {

@@ -137,7 +137,7 @@ def _model_lines(model: Tokenizer | Prior | LatentClassifier) -> list[tuple[str,
     size = f", {image_words(model)}" if isinstance(model, Tokenizer) else ""
     about = []
     if isinstance(model, LatentClassifier):
-        about = [("classes", _some(model.classes)), ("path", model.config.path.kind)]
+        about = [("classes", _some(model.classes)), ("path", str(model.config.path))]
     return [
         ("type", f"{type(model).__name__}{size}"),
         ("latents", model.spec.in_words),

@@ -110,7 +110,7 @@ class PriorConfig:
                 "text_encoder": text.encoder,
                 "text_encoder_fingerprint": text.encoder_fingerprint,
             }
-        classes = max(1, self.num_classes) if "class" in condition.split("+") else 0
+        classes = max(1, getattr(self, "num_classes", 0)) if "class" in condition.split("+") else 0
         return replace(self, **changes, **self._with_classes(classes))
 
     def _with_classes(self, num_classes: int) -> dict[str, Any]:

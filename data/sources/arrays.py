@@ -285,6 +285,7 @@ def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
 
 def _member(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
     """An array of an archive, memory-mapped, or of at most `MAX_UNPACKED` bytes in memory."""
+    assert archive.zip is not None  # it is closed with the archive
     try:
         member = archive.zip.getinfo(f"{name}.npy")
         _check_size(archive.zip, member)

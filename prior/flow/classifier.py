@@ -221,12 +221,11 @@ class LatentClassifier(nn.Module, Pretrained):
                 f"the classifier takes {own.spec.in_words}, and the prior models "
                 f"{config.spec.in_words}: train a classifier on the latents of this prior"
             )
-        fingerprints = (own.tokenizer_fingerprint, config.tokenizer_fingerprint)
-        if None not in fingerprints and fingerprints[0] != fingerprints[1]:
+        ours, theirs = own.tokenizer_fingerprint, config.tokenizer_fingerprint
+        if ours is not None and theirs is not None and ours != theirs:
             raise GenerationError(
-                f"the classifier is for latents of tokenizer {fingerprints[0][:12]}, and the prior "
-                f"for those of {fingerprints[1][:12]}: train a classifier on the latents of this "
-                "prior"
+                f"the classifier is for latents of tokenizer {ours[:12]}, and the prior for those "
+                f"of {theirs[:12]}: train a classifier on the latents of this prior"
             )
         if own.path != config.path:
             raise GenerationError(

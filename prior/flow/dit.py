@@ -432,9 +432,8 @@ class DiT(nn.Module):
         Args:
             condition: labels (B,), a `TextCondition`, an `ImageCondition`, or a `Combination`.
         """
-        labels, text, image = (
-            _part(condition, kind) for kind in (Tensor, TextCondition, ImageCondition)
-        )
+        labels, text = _part(condition, Tensor), _part(condition, TextCondition)
+        image = _part(condition, ImageCondition)
         self._check(x, t, labels, text, image)
         if image is not None:
             x = torch.cat([x, image.latents.to(x.dtype)], 1)
