@@ -23,7 +23,7 @@ from smalti.data.latent_cache.cache import LatentBatch, LatentCache
 from smalti.data.latents import as_tensor
 from smalti.errors import DataError, GenerationError
 from smalti.prior.base import Prior, PriorConfig
-from smalti.prior.conditions.base import Combination, Condition, count, repeated
+from smalti.prior.conditions.base import Combination, Condition, count, repeated, where
 from smalti.prior.conditions.text import TextCondition
 from smalti.prior.conditions.text_encoder import TextEncoder
 
@@ -118,7 +118,7 @@ class Inputs:
         return self.prompt is not None or self.negative_prompt is not None
 
     def check(self, prior: Prior, num_images_per_prompt: int) -> None:
-        """Raise `GenerationError` unless these are the arguments of a prior with these conditions."""
+        """Raise `GenerationError` unless these are the arguments of such a prior."""
         kinds = set(prior.condition_kinds)
         text = prior.config.text
         features = text is not None and not text.encoder  # of an unknown encoder
@@ -275,13 +275,12 @@ def _negative(
             f"{len(prompts)} of negative_prompt were given for {rows // each} conditions: give "
             "one, or one for each"
         )
-    texts = _encoded(prior, prompts, encoder)
-    is_null = torch.tensor([not text for text in prompts], device=texts.mask.device)
-    negative: Condition = TextCondition(texts.features, texts.mask, is_null)
-    negative = repeated(negative, rows // len(prompts))
+    texts = repeated(_encoded(prior, prompts, encoder), rows // len(prompts))
+    is_empty = torch.tensor([not text for text in prompts]).repeat_interleave(rows // len(prompts))
+    nulls = {name: prior.condition_kinds[name].null(value) for name, value in values.items()}
+    negative: Condition = where(is_empty.to(texts.mask.device), nulls["text"], texts)
     if len(values) == 1:
         return negative
-    nulls = {name: prior.condition_kinds[name].null(value) for name, value in values.items()}
     return Combination({**nulls, "text": negative})
 
 

@@ -96,6 +96,15 @@ def moved(value: Condition, device: torch.device | str) -> Condition:
     return _mapped(lambda tensor: tensor.to(device), value)
 
 
+def where(which: Tensor, first: Condition, second: Condition) -> Condition:
+    """The rows of the first value where `which` (B,) bool is True, else those of the second."""
+
+    def choose(ours: Tensor, theirs: Tensor) -> Tensor:
+        return torch.where(which.view(-1, *[1] * (ours.ndim - 1)), ours, theirs)
+
+    return _mapped(choose, first, second)
+
+
 def part_of(value: Condition, kind: str) -> Condition:
     """The condition of one kind: that of a combination, or the value itself."""
     return value.parts[kind] if isinstance(value, Combination) else value
@@ -123,8 +132,4 @@ class ConditionKind(ABC):
 
     def dropped(self, value: Condition, which: Tensor) -> Condition:
         """The value, with the null condition in the rows where `which` (B,) bool is True."""
-
-        def choose(null: Tensor, given: Tensor) -> Tensor:
-            return torch.where(which.view(-1, *[1] * (given.ndim - 1)), null, given)
-
-        return _mapped(choose, self.null(value), value)
+        return where(which, self.null(value), value)
