@@ -66,7 +66,7 @@ class FolderOptions:
     # Files that cannot be decoded: stop, leave them out, or replace them by others of their class.
     bad_images: Literal["refuse", "skip", "replace"] = "refuse"
     max_bad_images: int = 100  # how many may be replaced; more stop the run
-    single_class: bool = False  # accept a set with one class, or a folder with no sub-folders
+    single_class: bool = False  # keep the class of a set with one class, instead of leaving it out
     min_side: int = 8  # pixels of the shorter side; smaller pictures are refused
     max_pixels: int = 50_000_000  # larger pictures are refused before they are decoded
     # The colour under transparent pixels: a name, as in white, or #rrggbb. A tokenizer with 4

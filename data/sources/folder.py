@@ -16,6 +16,7 @@ from smalti.data.image_io import FolderOptions, Unusable, decode, without_pixel_
 from smalti.data.sources.annotations import CAPTION_COLUMNS, LABEL_COLUMNS
 from smalti.data.sources.base import EncodedPictures, SourceOptions
 from smalti.data.sources.folder_annotations import (
+    CLASSES,
     METADATA,
     TEXT,
     Metadata,
@@ -96,7 +97,7 @@ class FolderPictures(EncodedPictures):
                 f"{root} has no split folders (such as train and val): leave out --hf.split and "
                 "--hf.heldout_split"
             )
-        labels = self._labels_in(metadata, files, splits, options.labels_in)
+        labels = self._labels_in(metadata, files, splits, options)
         if splits:
             kept, rest, remark = _choose_splits(root, splits, labels, split, heldout_split)
             found = [picture for part in (kept, rest) for picture in part]
@@ -107,8 +108,11 @@ class FolderPictures(EncodedPictures):
         self.paths = [picture.path for picture in found]
         self.classes, self.labels = _classes_of(root, [picture.label for picture in found])
         used = self._find_captions(metadata, beside, options.caption_column)
+        described = labels is not None or (self._captions and not used) or self.captions_problem
+        if any(type(picture.label) is int for picture in found):
+            used.add(root / CLASSES)
         for path in beside:
-            if path.name not in METADATA and path not in used:
+            if not (described if path.name in METADATA else path in used):
                 passed.add(kind_of(path.name), path.relative_to(root).as_posix())
         self.remarks += _remarks_on(root, passed)
         for remark in self.remarks:
@@ -126,11 +130,16 @@ class FolderPictures(EncodedPictures):
             return Metadata()
 
     def _labels_in(
-        self, metadata: Metadata, files: list[Path], splits: Mapping[str, "_Split"], wanted: str
+        self,
+        metadata: Metadata,
+        files: list[Path],
+        splits: Mapping[str, "_Split"],
+        options: SourceOptions,
     ) -> dict[Path, int | str] | None:
         """The labels in metadata files; None if the classes are the sub-folders."""
+        wanted = options.labels_in
         column = metadata.column(wanted, LABEL_COLUMNS, "label_column")
-        if not column:
+        if not column or (options.folder.single_class and not wanted):
             return None
         depth = 2 if splits else 1
         parts = [path.relative_to(self.root).parts for path in files]

@@ -27,13 +27,14 @@ from smalti.data.sources.listing import open_file, printable
 from smalti.errors import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+CLASSES = "classes.json"  # the names of classes, where labels are numbers
 TEXT = ".txt"
 FILE_NAME = "file_name"
 
 
 def may_annotate(path: Path) -> bool:
     """Whether a file has the name of one that annotates pictures."""
-    return path.name in METADATA or path.suffix.lower() == TEXT
+    return path.name in (*METADATA, CLASSES) or path.suffix.lower() == TEXT
 
 
 # -- Text files -----------------------------------------------------------------------------------
@@ -163,7 +164,8 @@ def read_metadata(
             not exist; two files describe the same picture; the message names the file and the line.
     """
     metadata = Metadata()
-    known, kept = set(pictures), {*keep, *CAPTION_COLUMNS, *LABEL_COLUMNS}
+    known = {os.path.normpath(path): path for path in pictures}
+    kept = {*keep, *CAPTION_COLUMNS, *LABEL_COLUMNS}
     files = sorted(file for file in files if file.name in METADATA)
     for file in files:
         other = file.with_name(METADATA[0])
@@ -183,20 +185,21 @@ def read_metadata(
     return metadata
 
 
-def _picture_of(root: Path, row: Row, known: set[Path]) -> Path:
+def _picture_of(root: Path, row: Row, known: Mapping[str, Path]) -> Path:
     """The picture that a row names."""
     name = row.values.get(FILE_NAME)
     if not isinstance(name, str) or not name:
         has = ", ".join(map(printable, row.values)) or "nothing"
         raise DataError(f'{row.place} has no "{FILE_NAME}" (it has {has}): add it')
-    path = Path(os.path.normpath(row.file.parent / name))
-    if path not in known:
-        exists = "\0" not in name and path.is_relative_to(root) and path.exists()
+    place = os.path.normpath(row.file.parent / name)
+    if place not in known:
+        inside = Path(place).is_relative_to(os.path.normpath(root))
+        exists = inside and "\0" not in name and os.path.exists(place)
         wrong = "which is not a picture that is read" if exists else "which does not exist"
         raise DataError(
             f"{row.place} names {printable(name)}, {wrong}: remove the line, or add the picture"
         )
-    return path
+    return known[place]
 
 
 def _rows_of(file: Path) -> Iterator[Row]:

@@ -65,10 +65,19 @@ def as_folder(root: Path, labels: list) -> ImageSource:
     return open_source(str(root / "set"))
 
 
+def as_metadata(root: Path, labels: list) -> ImageSource:
+    (root / "flat").mkdir()
+    with (root / "flat" / "metadata.jsonl").open("w") as file:
+        for number, label in enumerate(labels):
+            (root / "flat" / f"{number}.png").write_bytes(png(number))
+            file.write(json.dumps({"file_name": f"{number}.png", "label": label}) + "\n")
+    return open_source(str(root / "flat"))
+
+
 Maker = Callable[[Path, list], ImageSource]
 
 
-@pytest.mark.parametrize("make", [as_arrays, as_shards, as_parquet])
+@pytest.mark.parametrize("make", [as_arrays, as_shards, as_parquet, as_metadata])
 @pytest.mark.parametrize(
     ("labels", "classes", "numbers"),
     [
@@ -120,7 +129,7 @@ def test_named_numbers_keep_all_names_and_empty_classes_are_named(caplog) -> Non
 # -- Unicode: names match after NFC normalisation --
 
 
-@pytest.mark.parametrize("make", [as_shards, as_parquet, as_folder])
+@pytest.mark.parametrize("make", [as_shards, as_parquet, as_folder, as_metadata])
 def test_two_forms_of_a_name_are_one_class(make: Maker, tmp_path: Path) -> None:
     source = make(tmp_path, [COMPOSED, DECOMPOSED, "tea", COMPOSED])
     assert source.classes == (COMPOSED, "tea")

@@ -1,6 +1,7 @@
 """Folders of pictures: what is accepted, and the error message for everything else."""
 
 import io
+import json
 import os
 import shutil
 import struct
@@ -14,7 +15,8 @@ import torch
 from PIL import Image
 
 from smalti.data.image_io import FolderOptions
-from smalti.data.sources.base import HuggingFaceOptions, divide, heldout_mask, open_source
+from smalti.data.order import divide
+from smalti.data.sources.base import HuggingFaceOptions, ImageSource, heldout_mask, open_source
 from smalti.data.sources.folder import read_picture
 from smalti.errors import SmaltiError
 
@@ -484,3 +486,89 @@ def test_brackets_in_the_path_of_a_folder(pictures: Path) -> None:
     strange = pictures.rename(pictures.with_name("set [1] {a} *"))
     for prefix in ("", "hf:"):
         assert len(open_source(f"{prefix}{strange}")) == 24
+
+
+# -- labels in metadata files --------------------------------------------------------------------
+
+
+def described(root: Path, rows: list[dict], name: str = "metadata.jsonl") -> Path:
+    """Write a metadata file into a folder."""
+    (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def labels_by_name(source: ImageSource) -> dict[str, str]:
+    labels = source.labels.tolist()
+    return {source.name(index): source.classes[label] for index, label in enumerate(labels)}
+
+
+def test_labels_of_a_flat_folder_are_in_metadata(pictures: Path, caplog) -> None:
+    flat = pictures / "red"
+    rows = [{"file_name": f"{n}.png", "label": "odd" if n % 2 else "even"} for n in range(8)]
+    source = open_source(str(described(flat, rows)))
+    assert source.classes == ("even", "odd") and source.labels.tolist() == [0, 1] * 4
+    assert "ignored" not in caplog.text
+    numbers = [{**row, "label": 5 + 3 * (n % 2), "kind": n % 3} for n, row in enumerate(rows)]
+    assert open_source(str(described(flat, numbers))).classes == ("5", "8")
+    (flat / "classes.json").write_text(json.dumps(["a", "b", "c"]))
+    named = open_source(str(flat), label_column="kind")
+    assert named.classes == ("a", "b", "c") and named.labels.tolist() == [0, 1, 2] * 2 + [0, 1]
+    one = open_source(str(flat), options=FolderOptions(single_class=True))
+    assert one.classes == ("",)  # as in version 0.1.0
+
+
+def test_sub_folders_are_the_classes_unless_a_column_is_named(pictures: Path, caplog) -> None:
+    rows = [
+        {"file_name": f"{name}/{n}.png", "label": n % 2}
+        for name in ("red", "green", "blue")
+        for n in range(8)
+    ]
+    relative = Path(os.path.relpath(described(pictures, rows)))
+    source = open_source(str(relative / "red" / ".."))
+    assert source.classes == ("blue", "green", "red")
+    assert "are its sub-folders; --label_column label reads those" in caplog.text
+    source = open_source(str(relative / "red" / ".."), label_column="label")
+    found = {name.rsplit("/", 1)[1]: label for name, label in labels_by_name(source).items()}
+    assert source.classes == ("0", "1") and found["3.png"] == "1" and found["6.png"] == "0"
+
+
+def test_labels_of_split_folders_are_in_metadata(pictures: Path) -> None:
+    for old, new in {"red": "train", "green": "test"}.items():
+        folder = (pictures / old).rename(pictures / new)
+        described(folder, [{"file_name": f"{n}.png", "label": n % 2} for n in range(8)])
+    shutil.rmtree(pictures / "blue")
+    source = open_source(str(pictures))
+    assert source.classes == ("0", "1") and source.labels.tolist() == [0, 1] * 8
+    assert source.heldout is not None and source.heldout.tolist() == [False] * 8 + [True] * 8
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({3: None}, r"red/3.png has no label: no metadata file names it"),
+        ({3: {"label": -1}}, r'metadata.jsonl, line 4, "label": holds no label \(-1\)'),
+        ({3: {"label": [1, 2]}}, r'line 4, "label": holds no label \(\[1, 2\]\)'),
+        ({3: {"label": "a\nb"}}, r"line 4, .* has the label 'a\\nb', which cannot be printed"),
+        (
+            {3: {"label": "cat"}},
+            r"labels of .* are names, such as 'cat', .*numbers, such as 0",
+        ),
+        ({3: {"file_name": "2.png"}}, r"line 4: 2.png has the label 1, and 0 in line 3: keep one"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_named(pictures: Path, change: dict, match: str) -> None:
+    rows = [{"file_name": f"{n}.png", "label": n % 2} for n in range(8)]
+    kept = [
+        {**row, **(change.get(n) or {})}
+        for n, row in enumerate(rows)
+        if change.get(n, row) is not None
+    ]
+    flat = described(pictures / "red", kept)
+    with pytest.raises(SmaltiError, match=match):
+        open_source(str(flat), label_column="label")
+
+
+def test_metadata_that_are_not_used_are_counted(pictures: Path, caplog) -> None:
+    described(pictures, [{"file_name": "red/0.png", "width": 40}])
+    source = open_source(str(pictures))
+    assert not source.has_captions and "1 .jsonl (metadata.jsonl)" in caplog.text

@@ -76,6 +76,8 @@ def test_columns_are_found_by_type_then_by_name(caplog) -> None:
     assert "it has no other): if one has the labels, name it in --label_column" in caplog.text
     with pytest.raises(SmaltiError, match=r"fine_label, coarse_label.*--label_column"):
         found(img=image, fine_label=label, coarse_label=label)
+    older = SourceOptions(hf=HuggingFaceOptions(label_column="coarse_label"))
+    assert found(older, img=image, fine_label=label, coarse_label=label)[1] == "coarse_label"
     chosen = SourceOptions(label_column="coarse_label")
     assert found(chosen, img=image, fine_label=label, coarse_label=label)[1] == "coarse_label"
     with pytest.raises(SmaltiError, match=r'no column "labell"; did you mean "label"'):

@@ -436,6 +436,12 @@ def test_labels_elsewhere_are_named_by_an_option(tmp_path: Path, caplog) -> None
         source = opened(label, **members)
         assert source.classes == ("class 0", "class 1") and source.labels.tolist() == [0, 1]
     assert opened("", json=category).classes == ("",)
+    unlabelled = open_source(str(tmp_path / "000.tar"))
+    assert unlabelled.classes == () and unlabelled.labels.tolist() == [0, 0]
+    again = open_source(str(tmp_path / "000.tar"), label_column="category")
+    assert again.classes == ("class 0", "class 1")
+    with pytest.raises(SmaltiError, match=r'"category" and --shards.label is "kind": leave out'):
+        SourceOptions(shards=ShardOptions("kind"), label_column="category")
     assert "2 .json without a label (0.json); name the label in --label_column" in caplog.text
     with pytest.raises(SmaltiError, match=r'0 in .* has no label: add 0.json with "kind"'):
         opened("kind", json=category)

@@ -207,3 +207,30 @@ def test_a_set_without_a_usable_picture_has_no_remark_on_classes(pictures: Path,
 def test_a_set_that_cannot_be_opened_is_an_error(tmp_path: Path, capsys) -> None:
     assert main(["check-data", "--data", str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_captions_are_described(pictures: Path, check, capsys) -> None:
+    for path in pictures.glob("*/*.png"):
+        lines = [f"a {path.parent.name} picture"] + ["caf\u00e9 noir, two of them"] * (
+            path.stem == "1"
+        )
+        path.with_suffix(".txt").write_text("\n".join(lines))
+    _, report, _ = check(str(pictures))
+    captions = report["captions"]
+    assert captions["pictures"] == 24 and captions["several"] == 3
+    assert captions["longest"] == 22 and captions["longest_bytes"] == 23
+    assert captions["examples"][0] == "a blue picture" and len(captions["examples"]) == 5
+    out = capsys.readouterr().out
+    assert "captions: 24 pictures have one, 3 of them several; the longest has 22" in out
+    assert "(the text files beside the pictures)" in out and "  a green picture" in out
+    (pictures / "red" / "2.txt").unlink()
+    _, report, _ = check(str(pictures))
+    assert report["captions"]["pictures"] == 23
+    assert any("1 of the 24 pictures of" in remark for remark in report["remarks"])
+    _, report, _ = check("emoji")
+    assert report["captions"]["pictures"] == 5664 and report["captions"]["longest"] > 22
+
+
+def test_a_set_without_captions_says_so(pictures: Path, check, capsys) -> None:
+    _, report, _ = check(str(pictures))
+    assert report["captions"] is None and "captions: none" in capsys.readouterr().out
