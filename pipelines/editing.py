@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from smalti.data.image_io import image_grid
-from smalti.data.latents import CodeSpec, LatentSpec, as_tensor, to_float
+from smalti.config import ImageSize
+from smalti.data.image_io import image_grid, to_8_bit
+from smalti.data.latents import CodeSpec, LatentSpec, as_tensor, height_and_width, to_float
 from smalti.data.transforms import center_crop, to_tensor
 from smalti.errors import DataError, GenerationError
 from smalti.pipelines.conditions import Conditions, Inputs, integer
@@ -92,7 +93,7 @@ def _encodable(tokenizer: Tokenizer, picture: Any) -> Any:
 
 def _size(tokenizer: Tokenizer) -> Size:
     """Height and width of a tokenizer's images."""
-    return tokenizer.image_size, tokenizer.image_size
+    return height_and_width(tokenizer.image_size)
 
 
 def _check_size(what: str, found: Size, wanted: Size) -> None:
@@ -352,7 +353,7 @@ def box_mask(box: str, size: Size) -> Image.Image:
     return mask
 
 
-def fitted(picture: Image.Image, mask: Image.Image | None, size: int) -> tuple[Any, Any]:
+def fitted(picture: Image.Image, mask: Image.Image | None, size: ImageSize) -> tuple[Any, Any]:
     """A picture and its mask, cropped to the centre and resized alike.
 
     Raises:
@@ -384,8 +385,8 @@ def strip(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
     Args:
         labels: one for each row, written at its left; or none.
     """
-    images = torch.stack([to_tensor(each.convert("RGB")) for row in rows for each in row])
-    scale = max(1, SHOWN_SIDE // images.shape[-1])
+    images = torch.stack([to_tensor(to_8_bit(each)) for row in rows for each in row])
+    scale = max(1, SHOWN_SIDE // max(images.shape[-2:]))
     return image_grid(to_float(images), len(rows[0]), row_labels=labels, scale=scale)
 
 

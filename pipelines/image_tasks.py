@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from smalti.config import check_at_least
-from smalti.data.latents import ContinuousSpec, rounded
+from smalti.data.latents import ContinuousSpec, height_and_width, rounded
 from smalti.errors import ConfigurationError
 from smalti.hub import Registry
 from smalti.prior.conditions.image import ImageCondition
@@ -129,8 +129,8 @@ class SuperResolution(ImageTask):
         return Given(resized(images, *self.small_size(*images.shape[2:])))
 
     def condition(self, tokenizer: Tokenizer, given: Given) -> ImageCondition:
-        size = tokenizer.image_size
-        return ImageCondition(encoded(tokenizer, resized(given.images, size, size)))
+        size = height_and_width(tokenizer.image_size)
+        return ImageCondition(encoded(tokenizer, resized(given.images, *size)))
 
 
 # -- inpainting -----------------------------------------------------------------------------------

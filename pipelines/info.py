@@ -111,7 +111,7 @@ def _verified(path: Path, what: str) -> str:
 
 def _model_lines(model: Tokenizer | Prior) -> list[tuple[str, str]]:
     count = sum(parameter.numel() for parameter in model.parameters())
-    size = f", {image_words(model)}" if isinstance(model, Tokenizer) else ""
+    size = f", {image_words(model, 'px')}" if isinstance(model, Tokenizer) else ""
     return [
         ("type", f"{type(model).__name__}{size}"),
         ("latents", model.spec.in_words),
