@@ -20,6 +20,7 @@ from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.next_scale.model import NextScaleConfig
 from smalti.prior.next_token.model import NextTokenConfig
+from smalti.scripts.demo import DemoConfig, chosen_scale
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
@@ -131,7 +132,7 @@ def test_every_stage_makes_images_of_the_size_and_channels_of_the_tokenizer(
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_pipelines_for_grey_and_for_alpha_are_evaluated(
+def test_pipelines_for_grey_and_for_alpha_are_evaluated_and_edited(
     tmp_path: Path, pictures: Path, channels: int
 ) -> None:
     torch.manual_seed(0)
@@ -142,13 +143,29 @@ def test_pipelines_for_grey_and_for_alpha_are_evaluated(
     job = ["evaluate", "--model", str(tmp_path / "pipeline"), "--data", str(pictures)]
     job += ["--output_dir", str(tmp_path / "out"), "--num_samples", "16", "--num_references", "16"]
     job += ["--num_inference_steps", "1", "--solver", "euler", "--classifier_epochs", "1"]
+    job += ["--image_size", "48x32"] * (channels == 1)
     assert smalti_main(job) == 0
     metrics = json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"]
     protocol = metrics["lpips"]["protocol"]
-    assert protocol["image_size"] == [32, 48] and protocol["image_channels"] == channels
+    assert protocol["image_size"] == ([48, 32] if channels == 1 else [32, 48])
+    assert protocol["image_channels"] == channels
     assert ("white" in protocol["networks_see"]) == (channels == 4)
     assert np.isfinite([metric["value"] for metric in metrics.values()]).all()
     assert Image.open(tmp_path / "out" / "reconstructions.png").mode == "RGB"
+    editing = ["--model", str(tmp_path / "pipeline"), "--data", str(pictures)]
+    for command, flags in (
+        ("interpolate", ["--indices", "0", "12", "--steps", "3"]),
+        ("invert", ["--indices", "0", "--steps", "1"]),
+    ):
+        strip = tmp_path / f"{command}.png"
+        assert smalti_main([command, *editing, *flags, "--output", str(strip)]) == 0
+        assert Image.open(strip).mode == "RGB"
+    job = ["edit", "--model", str(tmp_path / "pipeline"), "--box", "0,0,20,15", "--resize"]
+    job += ["--image", str(next(pictures.rglob("*.png"))), "--class_labels", "dark"]
+    job += ["--num_images", "1", "--num_inference_steps", "1", "--solver", "euler"]
+    assert smalti_main([*job, "--output_dir", str(tmp_path / "edited")]) == 0
+    edited = Image.open(tmp_path / "edited" / "000000.png")
+    assert edited.size == (48, 32) and edited.mode == MODES[channels]
 
 
 def test_pictures_of_any_mode_become_those_of_the_tokenizer(pictures: Path) -> None:
@@ -204,6 +221,15 @@ def test_wrong_shapes_are_named_and_nothing_is_written(
     assert smalti_main(job) == 2
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.parametrize("prior", ["gpt-nano", "var-nano", "flow-nano"])
+def test_the_demo_trains_its_tokenizer_at_the_size(prior: str) -> None:
+    scale = chosen_scale(DemoConfig(image_size=(32, 48), prior=prior))
+    config = scale.tokenizer.tokenizer
+    assert config.image_size == (32, 48)
+    if prior == "var-nano":
+        assert config.quantizer.scales[-1] == (8, 12)
 
 
 def test_a_size_is_read_and_written_alike_in_recipes_and_on_the_command_line(
