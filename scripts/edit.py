@@ -52,6 +52,14 @@ class EditConfig(Sampling):
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "num_images", "batch_size")
+
+    def read(self) -> list[Masked]:
+        """Each picture with its mask.
+
+        Raises:
+            ConfigurationError: pictures and masks do not fit together.
+            DataError: a file cannot be used; the box is not inside a picture.
+        """
         if not self.image:
             raise ConfigurationError("no picture was given: pass --image FILE")
         if self.mask and self.box:
@@ -65,13 +73,6 @@ class EditConfig(Sampling):
             raise ConfigurationError(
                 "--paste keeps the pixels outside a mask: pass --mask or --box"
             )
-
-    def read(self) -> list[Masked]:
-        """Each picture with its mask.
-
-        Raises:
-            DataError: a file cannot be used; the box is not inside a picture.
-        """
         pictures = [read_picture(path, FolderOptions()) for path in self.image]
         if self.box:
             return [(each, box_mask(self.box, (each.height, each.width))) for each in pictures]
@@ -88,11 +89,11 @@ def edit(config: EditConfig) -> list[Path]:
         ConfigurationError: the output folder is not empty.
         SmaltiError: a picture, a mask or an option does not fit the model.
     """
+    edits = config.read()
     check_model(config.model)
     _check_output(config.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = Pipeline.from_pretrained(config.model, device=device, weights=config.weights)
-    edits = config.read()
     if config.resize:
         edits = [fitted(*each, pipeline.tokenizer.image_size) for each in edits]
     labels, count = config.class_labels, config.num_images
