@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from smalti.config import ImageSize
 from smalti.data.image_io import image_grid
-from smalti.data.latents import CodeSpec, LatentSpec, as_tensor, to_float
+from smalti.data.latents import CodeSpec, LatentSpec, as_tensor, height_and_width, to_float
 from smalti.data.transforms import center_crop, to_tensor
 from smalti.errors import DataError, GenerationError
 from smalti.pipelines.conditions import Conditions, Inputs, integer
@@ -64,9 +65,10 @@ def known_latents(tokenizer: Tokenizer, image: Any) -> Tensor:
 
 
 def _encodable(tokenizer: Tokenizer, picture: Any) -> Any:
-    """A picture in the form that the tokenizer encodes, at its size."""
+    """A picture in a form that the tokenizer encodes."""
+    size = height_and_width(tokenizer.image_size)
     if isinstance(picture, Image.Image):
-        _check_size("the image", (picture.height, picture.width), _size(tokenizer))
+        _check_size("the image", (picture.height, picture.width), size)
         return picture
     if not isinstance(picture, Tensor | np.ndarray) or picture.ndim != 3:
         raise DataError(
@@ -76,7 +78,7 @@ def _encodable(tokenizer: Tokenizer, picture: Any) -> Any:
     channels_last = isinstance(picture, np.ndarray)
     values = as_tensor(picture)
     values = values.permute(2, 0, 1) if channels_last else values
-    _check_size("the image", tuple(values.shape[1:]), _size(tokenizer))
+    _check_size("the image", tuple(values.shape[1:]), size)
     if values.dtype == torch.uint8:
         values = to_float(values)
     elif not values.is_floating_point() or not ((values >= 0) & (values <= 1)).all():
@@ -88,11 +90,6 @@ def _encodable(tokenizer: Tokenizer, picture: Any) -> Any:
         values = values * 2 - 1
     weight = tokenizer.last_layer
     return values[None].to(weight.device, weight.dtype)
-
-
-def _size(tokenizer: Tokenizer) -> Size:
-    """Height and width of a tokenizer's images."""
-    return tokenizer.image_size, tokenizer.image_size
 
 
 def _check_size(what: str, found: Size, wanted: Size) -> None:
@@ -232,10 +229,10 @@ class Edit:
         """
         image, mask_image = inputs.image, inputs.mask_image
         strength = _strength(prior, image, mask_image, inputs.strength)
-        kept = None
+        latents, kept = known_latents(tokenizer, image), None
         if mask_image is not None:
-            kept = kept_positions(regions(mask_image, _size(tokenizer)), prior.spec)
-        latents = known_latents(tokenizer, image)
+            region = regions(mask_image, height_and_width(tokenizer.image_size))
+            kept = kept_positions(region, prior.spec)
         if kept is not None and len(latents) != len(kept) and 1 not in (len(latents), len(kept)):
             raise GenerationError(
                 f"{len(latents)} images and {len(kept)} masks were given: give one mask for all "
@@ -352,7 +349,7 @@ def box_mask(box: str, size: Size) -> Image.Image:
     return mask
 
 
-def fitted(picture: Image.Image, mask: Image.Image | None, size: int) -> tuple[Any, Any]:
+def fitted(picture: Image.Image, mask: Image.Image | None, size: ImageSize) -> tuple[Any, Any]:
     """A picture and its mask, cropped to the centre and resized alike.
 
     Raises:
