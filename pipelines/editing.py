@@ -65,10 +65,9 @@ def known_latents(tokenizer: Tokenizer, image: Any) -> Tensor:
 
 
 def _encodable(tokenizer: Tokenizer, picture: Any) -> Any:
-    """A picture in a form that the tokenizer encodes."""
-    size = height_and_width(tokenizer.image_size)
+    """A picture in the form that the tokenizer encodes, at its size."""
     if isinstance(picture, Image.Image):
-        _check_size("the image", (picture.height, picture.width), size)
+        _check_size("the image", (picture.height, picture.width), _size(tokenizer))
         return picture
     if not isinstance(picture, Tensor | np.ndarray) or picture.ndim != 3:
         raise DataError(
@@ -78,7 +77,7 @@ def _encodable(tokenizer: Tokenizer, picture: Any) -> Any:
     channels_last = isinstance(picture, np.ndarray)
     values = as_tensor(picture)
     values = values.permute(2, 0, 1) if channels_last else values
-    _check_size("the image", tuple(values.shape[1:]), size)
+    _check_size("the image", tuple(values.shape[1:]), _size(tokenizer))
     if values.dtype == torch.uint8:
         values = to_float(values)
     elif not values.is_floating_point() or not ((values >= 0) & (values <= 1)).all():
@@ -90,6 +89,11 @@ def _encodable(tokenizer: Tokenizer, picture: Any) -> Any:
         values = values * 2 - 1
     weight = tokenizer.last_layer
     return values[None].to(weight.device, weight.dtype)
+
+
+def _size(tokenizer: Tokenizer) -> Size:
+    """Height and width of a tokenizer's images."""
+    return height_and_width(tokenizer.image_size)
 
 
 def _check_size(what: str, found: Size, wanted: Size) -> None:
@@ -231,8 +235,7 @@ class Edit:
         strength = _strength(prior, image, mask_image, inputs.strength)
         latents, kept = known_latents(tokenizer, image), None
         if mask_image is not None:
-            region = regions(mask_image, height_and_width(tokenizer.image_size))
-            kept = kept_positions(region, prior.spec)
+            kept = kept_positions(regions(mask_image, _size(tokenizer)), prior.spec)
         if kept is not None and len(latents) != len(kept) and 1 not in (len(latents), len(kept)):
             raise GenerationError(
                 f"{len(latents)} images and {len(kept)} masks were given: give one mask for all "
