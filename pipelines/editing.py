@@ -267,6 +267,8 @@ class Edit:
             found = conditions(each)
             return (conditions(each * self.count) if len(found) == each else found), each
         each = integer("num_images_per_prompt", each)
+        if each < 1:
+            raise GenerationError("no images were requested: pass num_images_per_prompt >= 1")
         return Conditions(torch.full((self.count * each,), prior.num_classes)), each
 
     def options(self, conditions: int, each: int) -> dict[str, Any]:

@@ -292,6 +292,7 @@ WRONG = {
         {"strength": 0.5},
         "strength is 0.5, but a next-token prior samples codes, to which noise cannot be added",
     ),
+    "no results": ({"class_labels": None, "num_images_per_prompt": 0}, "no images were requested"),
     "more pictures than classes": (
         {"image": [Image.new("RGB", (16, 16))] * 3, "class_labels": ["cat", "dog"]},
         "3 images or masks were given for 2 classes",
