@@ -234,10 +234,9 @@ class Edit:
         """
         image, mask_image = inputs.image, inputs.mask_image
         strength = _strength(prior, image, mask_image, inputs.strength)
-        kept = None
+        latents, kept = known_latents(tokenizer, image), None
         if mask_image is not None:
             kept = kept_positions(regions(mask_image, _size(tokenizer)), prior.spec)
-        latents = known_latents(tokenizer, image)
         if kept is not None and len(latents) != len(kept) and 1 not in (len(latents), len(kept)):
             raise GenerationError(
                 f"{len(latents)} images and {len(kept)} masks were given: give one mask for all "
@@ -269,6 +268,8 @@ class Edit:
             found = conditions(each)
             return (conditions(each * self.count) if len(found) == each else found), each
         each = integer("num_images_per_prompt", each)
+        if each < 1:
+            raise GenerationError("no images were requested: pass num_images_per_prompt >= 1")
         return Conditions(torch.full((self.count * each,), prior.num_classes)), each
 
     def options(self, conditions: int, each: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from PIL import Image
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
-from smalti.data.image_io import TRANSPARENT, WHITE, FolderOptions, save_png
+from smalti.data.image_io import TRANSPARENT, WHITE, FolderOptions, save_png, to_channels
 from smalti.data.sources.folder import read_picture
 from smalti.errors import ConfigurationError
 from smalti.folders import contents, replacing_folder
@@ -41,17 +41,21 @@ class EditConfig(Sampling):
     mask: tuple[Path, ...] = ()
     box: str = ""  # x0,y0,x1,y1: a white box, in pixels of each picture, instead of --mask
     class_labels: tuple[str, ...] = ()  # names or numbers; each picture is edited with each of them
+    prompt: tuple[str, ...] = ()  # of a text-conditional pipeline, likewise
     # Flow priors: how far to go from the picture, in (0, 1]; 1 inside a mask, and 0.8 without one.
     strength: float | None = None
     resize: bool = False  # crop the centre of pictures and masks, and resize it to the model's size
     paste: bool = False  # outside the mask, the pixels of the picture instead of decoded ones
-    num_images: int = 4  # results for each picture and class
+    num_images: int = 4  # results for each picture and class or prompt
     seed: int = 0  # result i depends on the seed and i alone
     batch_size: int = 64  # pictures sampled at once
     output_dir: Path = Path("edited")  # new folder of the results and the strip
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "num_images", "batch_size")
+
+    def check_pictures(self) -> None:
+        """Raise `ConfigurationError` if there is no picture, or pictures and masks do not fit."""
         if not self.image:
             raise ConfigurationError("no picture was given: pass --image FILE")
         if self.mask and self.box:
@@ -67,13 +71,13 @@ class EditConfig(Sampling):
             )
 
     def read(self, channels: int) -> list[Masked]:
-        """Each picture, for a tokenizer of images with so many channels, with its mask.
+        """Each picture, of so many channels, with its mask.
 
         Raises:
             DataError: a file cannot be used; the box is not inside a picture.
         """
         options = FolderOptions(background=TRANSPARENT if channels == 4 else WHITE)
-        pictures = [read_picture(path, options) for path in self.image]
+        pictures = [to_channels(read_picture(path, options), channels) for path in self.image]
         if self.box:
             return [(each, box_mask(self.box, (each.height, each.width))) for each in pictures]
         if not self.mask:
@@ -89,6 +93,7 @@ def edit(config: EditConfig) -> list[Path]:
         ConfigurationError: the output folder is not empty.
         SmaltiError: a picture, a mask or an option does not fit the model.
     """
+    config.check_pictures()
     check_model(config.model)
     _check_output(config.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,21 +101,24 @@ def edit(config: EditConfig) -> list[Path]:
     edits = config.read(pipeline.tokenizer.image_channels)
     if config.resize:
         edits = [fitted(*each, pipeline.tokenizer.image_size) for each in edits]
-    labels, count = config.class_labels, config.num_images
-    rows = [each for each in edits for _ in labels or [""]]  # each picture with each class
+    count, classes, prompts = config.num_images, config.class_labels, config.prompt
+    labels = list(prompts or classes) * len(edits)
+    rows = [each for each in edits for _ in prompts or classes or [""]]  # each picture with each
+    unconditional = list(pipeline.prior.condition_kinds) == ["none"]
     output = pipeline(
-        class_labels=list(labels) * len(edits) or None,
+        class_labels=(list(classes) if prompts else labels) or None,
+        prompt=labels if prompts else None,
         image=[picture for picture, _ in rows],
         mask_image=None if rows[0][1] is None else [mask for _, mask in rows],
         strength=config.strength,
-        num_images_per_prompt=count,
+        **{"num_images" if unconditional else "num_images_per_prompt": count},
         generator=[picture_generator(config.seed, i) for i in range(len(rows) * count)],
         batch_size=config.batch_size,
         progress=True,
         **config.options,
     )
     results = [output.images[i * count : (i + 1) * count] for i in range(len(rows))]
-    return _write(config, rows, results, list(labels) * len(edits))
+    return _write(config, rows, results, labels)
 
 
 def _write(

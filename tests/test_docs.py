@@ -95,6 +95,7 @@ def taken(function: ast.FunctionDef) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_in_the_pages_compiles(page: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert not any("--8 <" in block for block in blocks)  # a formatted marker includes no file
     for block in blocks:
         if not block.startswith("--8<--"):
             compile(block, str(page), "exec")

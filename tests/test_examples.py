@@ -33,7 +33,7 @@ def pipeline(tmp_path: Path, tokenizer: VQTokenizer, prior: NextTokenPrior) -> P
 def test_every_example_is_run_here() -> None:
     source = Path(__file__).read_text()
     examples = [path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")]
-    assert len(examples) == 4
+    assert len(examples) == 5
     assert [name for name in examples if f'"{name}"' not in source] == []
 
 
@@ -51,6 +51,14 @@ def test_sample_and_interpolate(monkeypatch, tmp_path: Path, pipeline: Path) -> 
     run(monkeypatch, "sample_and_interpolate.py", pipeline=pipeline, output_dir=out, count=3)
     assert (out / "guidance.png").is_file()
     assert (out / "interpolation.png").is_file()
+
+
+def test_edit_pictures(monkeypatch, capsys, tmp_path: Path, pipeline: Path, pictures: Path) -> None:
+    out = tmp_path / "out"
+    options = {"pipeline": pipeline, "data": pictures, "output_dir": out, "count": 2}
+    run(monkeypatch, "edit_pictures.py", **options)
+    assert (out / "edits.png").is_file()
+    assert capsys.readouterr().out.count("result to reconstruction 0.") == 4
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from chance import generators, randomised
-from conftest import TINY_CONV, TINY_PRIOR
+from conftest import TINY_CONV, TINY_PRIOR, TINY_VQ
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.prior import FlowPrior
 from smalti.prior.next_token.model import NextTokenPrior
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
+from smalti.tokenizer.vq import VQTokenizer
 
 CLASSES = ("cat", "dog", "emu")
 MASK = box_mask("3,4,9,10", (16, 16))  # of patches of 2 x 2 pixels: columns 1 to 4, rows 2 to 4
@@ -98,8 +99,8 @@ def test_known_pixels_are_those_of_the_reconstruction(pipe, flow_pipe, images, m
     for each in (pipe, flow_pipe):
         monkeypatch.setattr(each.tokenizer, "decode_vectors", decode)
         out = each("cat", image=images, mask_image=MASK, output_type="pt", num_images_per_prompt=2)
-        wanted = (each.tokenizer.reconstruct(images * 2 - 1) + 1) / 2
-        wanted = wanted.repeat_interleave(2, 0)
+        known = [(each.tokenizer.reconstruct(image[None] * 2 - 1) + 1) / 2 for image in images]
+        wanted = torch.cat(known).repeat_interleave(2, 0)
         assert torch.equal(out.images[..., outside], wanted[..., outside])
         assert not torch.equal(out.images[..., ~outside], wanted[..., ~outside])
 
@@ -225,6 +226,23 @@ def test_all_forms_of_pictures_and_masks_are_the_same(pipe, images, pictures) ->
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_grey_and_wide_pictures(mode) -> None:
+    config = replace(TINY_VQ, image_size=(16, 24), image_channels=1)
+    tokenizer = VQTokenizer(config).eval()
+    prior = NextTokenPrior(replace(TINY_PRIOR, spec=tokenizer.spec)).eval()
+    picture = Image.effect_noise((24, 16), 64)
+    mask = box_mask("0,0,8,16", (16, 24))
+    out = Pipeline(tokenizer, prior, CLASSES)("dog", image=picture.convert(mode), mask_image=mask)
+    codes = tokenizer.encode(picture).view(8, 12)
+    assert torch.equal(out.latents.view(8, 12)[:, 4:], codes[:, 4:])
+    assert out.images[0].size == (24, 16) and out.images[0].mode == "L"
+    with pytest.raises(SmaltiError, match="the image has 16 x 24 pixels; this model takes 24 x 16"):
+        Pipeline(tokenizer, prior, CLASSES)(
+            "dog", image=picture.rotate(90, expand=True), mask_image=mask
+        )
+
+
 # -- what is refused -----------------------------------------------------------------------------
 
 WRONG = {
@@ -274,6 +292,7 @@ WRONG = {
         {"strength": 0.5},
         "strength is 0.5, but a next-token prior samples codes, to which noise cannot be added",
     ),
+    "no results": ({"class_labels": None, "num_images_per_prompt": 0}, "no images were requested"),
     "more pictures than classes": (
         {"image": [Image.new("RGB", (16, 16))] * 3, "class_labels": ["cat", "dog"]},
         "3 images or masks were given for 2 classes",
