@@ -504,11 +504,17 @@ def _entry_of_folder(path: Path) -> str:
     """
     with os.scandir(path) as listed:  # a million entries, without a system call for each
         entries = [entry for entry in listed if entry.name[0] != "."]
-    flat = not any(entry.is_dir() for entry in entries)
+    has_folders, names = False, list[str]()
+    for entry in entries:
+        with contextlib.suppress(OSError):  # a link to itself, which is named when it is opened
+            if entry.is_dir():
+                has_folders = True
+            elif entry.is_file():
+                names.append(entry.name)
     # Of files with the same suffix the first is enough, unless a pattern is a whole name.
     whole = {p for patterns in SOURCES for p in patterns.split("|") if "*" not in p}
     first_of: dict[str, str] = {}
-    for name in sorted((entry.name for entry in entries if entry.is_file()), reverse=True):
+    for name in sorted(names, reverse=True):
         first_of[name if name in whole else name[name.find(".") :]] = name
     files = sorted(path / name for name in first_of.values())
     found: dict[str, Path] = {}  # entry -> the first of its files
@@ -517,7 +523,7 @@ def _entry_of_folder(path: Path) -> str:
             first = next((file for file in files if fnmatchcase(file.name, pattern)), None)
             if first is not None and "*" not in pattern:  # `save_to_disk` writes these names
                 return entry
-            if first is not None and flat:
+            if first is not None and not has_folders:
                 found.setdefault(entry, first)
     pictures = [file for file in files if is_picture(file)]
     if found and len(found) + bool(pictures) > 1:

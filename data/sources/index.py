@@ -132,7 +132,7 @@ def _entries_of(folder: str, changed: int, bar: tqdm) -> Entries:
         for entry in sorted(found, key=lambda entry: os.fsencode(entry.name)):
             if entry.name.startswith("."):
                 entries.hidden.append(entry.name)
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 entries.folders.append(entry.name)
             else:
                 _add_file(entry, entries)
@@ -140,10 +140,17 @@ def _entries_of(folder: str, changed: int, bar: tqdm) -> Entries:
     return entries
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, which is named when it is opened
+        return False
+
+
 def _add_file(entry: os.DirEntry, entries: Entries) -> None:
     try:
         found = entry.stat()
-    except OSError:  # a dangling link, which is named when it is opened
+    except OSError:  # a dangling link, likewise
         entries.files.append(entry.name)
         entries.sizes.append(0)
         return

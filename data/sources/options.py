@@ -45,7 +45,8 @@ class SourceOptions:
 
     folder: FolderOptions = field(default_factory=FolderOptions)
     hf: HuggingFaceOptions = field(default_factory=HuggingFaceOptions)
-    # Where streams, and shards behind a URL, are copied once, for exact order and resuming.
+    # Where streams are copied once, for exact order and resuming; and shards behind a URL, which
+    # are read in place without it.
     stream_cache: Path | None = None
     shards: ShardOptions = field(default_factory=ShardOptions)  # how WebDataset shards are read
     # The stored values that are black and white in pictures with more than 8 bits per channel; or

@@ -187,9 +187,8 @@ def _describe(url: str) -> tuple[int, str]:
     if url.split("://")[0] in STORES:
         files, path = _store(url)
         found = files.info(path)
-        version = next(
-            (found[key] for key in ("ETag", "etag", "blob_id", "mtime") if key in found), ""
-        )
+        names = ("ETag", "etag", "blob_id", "mtime", "created")
+        version = next((found[name] for name in names if name in found), "")
         return int(found["size"]), str(version)
     with _answer(url, {"Range": "bytes=0-0"}) as answer:
         total = answer.headers.get("Content-Range", "").rpartition("/")[2]

@@ -148,8 +148,9 @@ def test_links_loops_hidden_files_and_pipes(tmp_path: Path, cache: Path) -> None
     (root / "a" / "up").symlink_to(root)  # a loop
     (root / "b").symlink_to(root / "a")
     (root / "gone.png").symlink_to(tmp_path / "nothing")
+    (root / "self.png").symlink_to("self.png")
     os.mkfifo(root / "pipe.png")
     os.close(os.open(os.fsencode(root) + b"/\xff.png", os.O_CREAT | os.O_WRONLY))
     listing = list_folder(root)
-    assert sorted(listing.files) == ["a/1.png", "b/1.png", "gone.png", "\udcff.png"]
+    assert sorted(listing.files) == ["a/1.png", "b/1.png", "gone.png", "self.png", "\udcff.png"]
     assert listing.hidden == ["a/.hidden", "b/.hidden"] and listing.special == ["pipe.png"]

@@ -17,7 +17,7 @@ from smalti.data.dataset import ImageDataset
 from smalti.data.image_io import FolderOptions
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
-from smalti.data.sources import remote
+from smalti.data.sources import download, remote
 from smalti.data.sources.base import open_source
 from smalti.data.sources.options import SourceOptions
 from smalti.data.sources.webdataset import ShardPictures, open_shards
@@ -208,3 +208,19 @@ def test_damaged_pictures_are_found_as_in_local_files(url: str, shards: Path) ->
     with pytest.raises(SmaltiError, match=r"000.tar/a.png cannot be decoded"):
         open_source(url)
     assert len(open_source(url, options=FolderOptions(bad_images="skip"))) == 2 + COUNT
+
+
+def test_stores_are_read_in_place_through_fsspec(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    """hf://, s3:// and the like; here fsspec's store in memory."""
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setitem(download.STORES, "memory", "fsspec")
+    monkeypatch.setenv("SMALTI_CACHE", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    for path in shards.iterdir():
+        store.pipe(f"/set/{path.name}", path.read_bytes())
+    here, there = open_source(str(shards)), open_source("memory://set/{000..001}.tar")
+    assert there.fingerprint == here.fingerprint
+    assert there.captions(20) == ("picture 20",)
+    store.rm("/set", recursive=True)
+    with pytest.raises(SmaltiError, match=r"there is no shard memory://set/000.tar"):
+        open_source("memory://set/{000..001}.tar")

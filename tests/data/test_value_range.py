@@ -306,6 +306,7 @@ def test_what_was_measured_is_stored_and_not_measured_again(
     source = options.source()
     monkeypatch.setattr("smalti.data.sources.base.measured_over", None)  # it would fail
     options.source()  # the other split, in the same process
+    (tmp_path / "model").mkdir()
     write_options(tmp_path / "model", options)
     stored = read_options(tmp_path / "model")
     assert stored is not None

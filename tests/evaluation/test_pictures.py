@@ -154,7 +154,7 @@ def test_evaluation_holds_a_few_batches_of_pictures_whatever_the_size_of_the_set
     monkeypatch.setattr("smalti.evaluation.metrics.CHUNK", 8)
     monkeypatch.setattr("smalti.evaluation.classifier.CHUNK", 8)
     grid = Image.new("RGB", (8, 8))  # of samples; its size is fixed
-    monkeypatch.setattr("smalti.scripts.evaluate.class_grid", lambda *args, **kwargs: grid)
+    monkeypatch.setattr("smalti.scripts.evaluate.sample_grid", lambda *args, **kwargs: grid)
     most = []
     for count in (32, 96):
         monkeypatch.setattr(EvaluateConfig, "source", lambda self, count=count: Noise(count))
