@@ -31,9 +31,10 @@ from smalti.data.sources.base import (
     SourceOptions,
     fingerprint_of,
     heldout_mask,
-    in_threads,
+    measured_range,
     open_verified,
 )
+from smalti.data.sources.verification import in_threads
 from smalti.data.transforms import (
     RandomCrop,
     center_crop,
@@ -139,6 +140,11 @@ class ImageDataset(Dataset):
         return [self.source.group(position) for position in self.positions]
 
     @property
+    def levels(self) -> Tensor | None:
+        """All samples as uint8 (N, C, H, W), if they are kept decoded."""
+        return self._pixels
+
+    @property
     def decoded_bytes(self) -> int:
         """Bytes of a sample in a batch, if pictures are decoded for it; 0 if all are decoded."""
         return 0 if self._pixels is not None else math.prod(self.shape) * 4
@@ -178,9 +184,9 @@ class ImageDataset(Dataset):
         yield from self.batches_of(range(start, stop), batch_size)
 
     def batches_of(self, indices: Sequence[int], batch_size: int) -> Iterator[ImageBatch]:
-        """Some samples in order, not augmented."""
+        """Some samples in order, not augmented; decoded in threads."""
         for first in range(0, len(indices), batch_size):
-            yield self._batch(indices[first : first + batch_size])
+            yield self._batch(indices[first : first + batch_size], threads=True)
 
     def number_as(self, classes: Sequence[str]) -> bool:
         """Number the classes in another order, that of a pipeline for example; return whether both
@@ -198,15 +204,21 @@ class ImageDataset(Dataset):
         return even_subset(self.labels, self.groups, count, seed)
 
     def all_images(self) -> Tensor:
-        """Every sample in order, not augmented: (N, C, H, W) float in [-1, 1]."""
+        """Every sample in order, not augmented: (N, C, H, W) float in [-1, 1].
+
+        For sets that fit into memory four times over; `batches` reads any set.
+        """
         return torch.cat([batch.images for batch in self.batches(512)])
 
-    def _batch(self, indices: Sequence[int]) -> ImageBatch:
+    def _batch(self, indices: Sequence[int], *, threads: bool = False) -> ImageBatch:
         rows = torch.as_tensor(indices)
-        if self._pixels is None:
-            pixels = torch.stack([self._decode(index) for index in indices])
-        else:
+        if self._pixels is not None:
             pixels = self._pixels[rows]
+        elif threads:
+            decoded = in_threads(lambda n: self._decode(indices[n]), len(indices), "read pictures")
+            pixels = torch.stack(decoded)
+        else:
+            pixels = torch.stack([self._decode(index) for index in indices])
         return self._as_batch(pixels, rows)
 
     def _as_batch(self, pixels: Tensor, rows: Tensor) -> ImageBatch:
@@ -426,6 +438,7 @@ def write_options(folder: Path, options: DataOptions) -> None:
     if "://" in options.data and ("@" in options.data or "?" in options.data):
         return  # a URL with a password or a key, which a shared model must not tell
     content = {name: saved_fields(getattr(options, name)) for name in ("data", *STORED)}
+    content["value_range"] = config_to_dict(measured_range(options.data, options))
     write_hashed_json(folder / OPTIONS, content)
 
 

@@ -177,6 +177,27 @@ def _decode(stream: BinaryIO, options: FolderOptions, value_range: ValueRange | 
         return Decoded(upright(picture, orientation), mode, extent, note)
 
 
+def deep_values(stream: BinaryIO, options: FolderOptions) -> np.ndarray | None:
+    """The stored values of a picture with more than 8 bits per channel; None for others, and for
+    those that `decode` refuses whatever the range."""
+    _allow_pixels(options.max_pixels)
+    try:
+        length = stream.seek(0, os.SEEK_END)
+        check_length(length, options)
+        _check_tags(stream, length)
+        with Image.open(stream, formats=FORMATS) as image:
+            _check_header(image, options)
+            upper_bits = _is_deep_colour(image) and (image.format != "PNG" or decode_png is None)
+            if not _is_deep(image) or upper_bits:
+                return None
+            values, _ = _deep_values(image, stream)
+    except MemoryError:
+        raise
+    except Exception:  # as in `decode`, which names the reason
+        return None
+    return values if np.isfinite(values).all() else None
+
+
 def format_of(content: bytes) -> str | None:
     """The format of an encoded picture by its header: one of `FORMATS` or MPO; None = another."""
     try:
@@ -361,7 +382,7 @@ def _from_deep(
     if not np.isfinite(values).all():
         raise Unusable("has values that are not finite: replace or remove it", undecodable=True)
     histogram = Histogram(values)
-    extent = histogram.extent
+    extent = histogram.extent_within(limits)
     span = written((extent.low, extent.high)).replace(" ", " to ")
     about = f"is 16-bit (or deeper), with values {span}"
     if value_range is None and options.unusual_images == "refuse":

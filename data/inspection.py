@@ -24,14 +24,12 @@ from smalti.data.latent_cache.shard import identity_in, shard_path
 from smalti.data.order import divide
 from smalti.data.sources.base import (
     EncodedPictures,
-    Finding,
     ImageSource,
     captions_found,
     classes_kept,
-    in_threads,
-    verify,
 )
 from smalti.data.sources.listing import printable
+from smalti.data.sources.verification import Finding, in_threads, verify
 from smalti.data.sources.webdataset import ShardPictures
 from smalti.data.value_range import ValueRange, common_range, written
 from smalti.errors import SmaltiError

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.data.latents import as_rgb
+from smalti.evaluation.pictures import Images
+
+CHUNK = 256  # images per forward pass of `predict`
 
 
 class Residual(nn.Module):
@@ -54,19 +57,19 @@ class ImageClassifier(nn.Module):
         return self.head(F.relu(self.norm(x)).mean((2, 3)))
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Images) -> Tensor:
         """Most likely class of each image, (B,)."""
         self.eval()
         device = self.head.weight.device
-        return torch.cat([self(part.to(device)).argmax(1).cpu() for part in images.split(256)])
+        return torch.cat([self(part.to(device)).argmax(1).cpu() for part in images.split(CHUNK)])
 
-    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+    def accuracy(self, images: Images, labels: Tensor) -> float:
         """Share of the images (B, C, H, W) whose predicted class is their label (B,)."""
         return (self.predict(images) == labels).double().mean().item()
 
 
 def train_classifier(
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     num_classes: int,
     *,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smalti.errors import DataError
+from smalti.evaluation.pictures import StoredImages
 
 # torchmetrics is imported inside the functions: importing it takes several seconds.
 
@@ -143,3 +144,36 @@ def _nearest(queries: Tensor, references: Tensor) -> Neighbours:
     exact = [(queries - references[column]).norm(dim=1) for column in candidates.unbind(1)]
     distances, choice = torch.stack(exact, 1).min(1)  # (Q,)
     return Neighbours(candidates.gather(1, choice[:, None])[:, 0], distances)
+
+
+class NeighbourSearch:
+    """`nearest_neighbours` of pictures among references that are given a block at a time.
+
+    The result is that for all blocks together, up to rounding of the distances (1e-6).
+
+    Args:
+        queries: read once per block, a part at a time.
+    """
+
+    def __init__(self, queries: StoredImages) -> None:
+        self.queries = queries
+        self.indices = torch.full((len(queries),), torch.iinfo(torch.int64).max)
+        self.distances = torch.full((len(queries),), torch.inf)
+
+    def add(self, references: Tensor, positions: Tensor) -> None:
+        """Compare all queries with a block of references (B, C, H, W) in [-1, 1].
+
+        Args:
+            positions: (B,) ascending, the numbers of these references in the whole set.
+        """
+        first = 0
+        for part in self.queries.split(self.queries.per_block):
+            rows = slice(first, first + len(part))
+            found = nearest_neighbours(part, references)
+            indices, before = positions[found.indices], self.distances[rows]
+            nearer = (found.distances < before) | (
+                (found.distances == before) & (indices < self.indices[rows])
+            )
+            self.distances[rows] = torch.where(nearer, found.distances, before)
+            self.indices[rows] = torch.where(nearer, indices, self.indices[rows])
+            first += len(part)

@@ -1,12 +1,14 @@
 """The evaluators behind `smalti evaluate`: of a tokenizer, and of samples.
 
 They use images and features only. `scripts/evaluate.py` passes what is measured: a tokenizer as
-an `Autoencoder`, the samples of a pipeline as a tensor, a prior as the function that gives the bits
-of latents.
+an `Autoencoder`, the samples of a pipeline as images, a prior as the function that gives the bits
+of latents. Sets of pictures of any size are read a part at a time, see `evaluation/pictures.py`;
+what is kept of them are features, distances and counts.
 """
 
 import math
-from functools import partial
+from collections.abc import Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ from smalti.data.image_io import image_grid, save_png
 from smalti.data.latents import CodeSpec, LatentSpec, height_and_width, rounded
 from smalti.errors import DataError
 from smalti.evaluation.classifier import train_classifier
-from smalti.evaluation.distances import nearest_neighbours
+from smalti.evaluation.distances import NeighbourSearch
 from smalti.evaluation.features import FeatureExtractor
 from smalti.evaluation.metrics import (
     ImageSets,
@@ -28,8 +30,9 @@ from smalti.evaluation.metrics import (
     classifier_metrics,
     codebook_metrics,
     distance_metrics,
-    reconstruction_metrics,
+    streamed_reconstruction_metrics,
 )
+from smalti.evaluation.pictures import Images, StoredImages, stored_pictures
 from smalti.evaluation.reconstruction import code_counts
 from smalti.randomness import generator
 from smalti.tokenizer.losses.perceptual import LPIPS
@@ -49,13 +52,9 @@ def evenly_spaced(count: int, total: int) -> Tensor:
     return torch.linspace(0, total - 1, count).long()
 
 
-def reference_images(dataset: ImageDataset, limit: int) -> tuple[Tensor, Tensor]:
-    """At most `limit` evenly spaced images of a set, (N, C, H, W), and their labels (N,)."""
-    if len(dataset) <= limit:
-        return dataset.all_images(), dataset.labels
-    rows = evenly_spaced(limit, len(dataset))
-    parts = [part.images for part in dataset.batches_of(rows.tolist(), 512)]
-    return torch.cat(parts), dataset.labels[rows]
+def reference_rows(dataset: ImageDataset, limit: int) -> Tensor | None:
+    """The positions of at most `limit` evenly spaced images of a set; None: all of them."""
+    return None if len(dataset) <= limit else evenly_spaced(limit, len(dataset))
 
 
 def first_of_each(labels: Tensor, count: int, classes: int = SHOWN_CLASSES) -> Tensor:
@@ -91,6 +90,7 @@ class TokenizerEvaluator:
         protocol: recorded with every metric.
         batch_size: images encoded and decoded at once.
         seed: of the choice of held-out images, where a part of them is used.
+        folder: for temporary files of decoded pictures; None is the system's folder for these.
 
     Raises:
         DataError: fewer than 2 held-out images.
@@ -105,6 +105,7 @@ class TokenizerEvaluator:
         device: torch.device,
         batch_size: int,
         seed: int = 0,
+        folder: Path | None = None,
     ) -> None:
         if len(heldout) < 2:
             raise DataError(
@@ -112,13 +113,18 @@ class TokenizerEvaluator:
                 "raise --heldout_fraction in every stage, or add images"
             )
         self.autoencoder, self.device, self.batch_size = autoencoder, device, batch_size
-        self.protocol = protocol
-        self.heldout, self.heldout_labels = heldout.all_images(), heldout.labels
+        self.protocol, self.folder = protocol, folder
+        self.dataset, self.heldout_labels = heldout, heldout.labels
         self.even_subset = partial(heldout.even_subset, seed=seed)
         self.lpips = LPIPS.from_embedded().to(device)
 
+    @cached_property
+    def heldout(self) -> StoredImages:
+        """All held-out images."""
+        return stored_pictures(self.dataset, folder=self.folder)
+
     @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def reconstruct(self, images: Images) -> tuple[Tensor, Tensor]:
         """Latents of images (N, C, H, W), and their reconstructions (N, C, H, W) in [-1, 1]."""
         latents, decoded = [], []
         for batch in images.split(self.batch_size):
@@ -129,15 +135,27 @@ class TokenizerEvaluator:
     def reconstruction(self, grid: Path) -> dict[str, Metric]:
         """Metrics over all held-out images; `grid` shows some of them, evenly over the classes,
         above their reconstructions."""
-        latents, output = self.reconstruct(self.heldout)
+        spec = self.autoencoder.spec
         shown = self.even_subset(SHOWN_RECONSTRUCTIONS)
-        both = torch.cat([self.heldout[shown], output[shown]])
+        shown_outputs: list[Tensor] = []
+        counts = torch.zeros(spec.vocab_size if isinstance(spec, CodeSpec) else 0).long()
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            first = 0
+            for batch in self.heldout.split(self.batch_size):
+                latents, output = self.reconstruct(batch)
+                if isinstance(spec, CodeSpec):
+                    counts.add_(code_counts(latents, spec.vocab_size))
+                here = [row - first for row in shown if first <= row < first + len(batch)]
+                shown_outputs.append(output[here])
+                first += len(batch)
+                yield output, batch
+
+        metrics = streamed_reconstruction_metrics(pairs(), self.lpips, self.protocol)
+        both = torch.cat([self.heldout[shown], *shown_outputs])
         names = ("held-out original", "reconstruction")
         save_png(grid, image_grid(both, columns=len(shown), row_labels=names, scale=2))
-        metrics = reconstruction_metrics(output, self.heldout, self.lpips, self.protocol)
-        spec = self.autoencoder.spec
         if isinstance(spec, CodeSpec):
-            counts = code_counts(latents, spec.vocab_size)
             pixels = math.prod(height_and_width(self.autoencoder.image_size))
             metrics |= codebook_metrics(counts, spec.length, pixels, self.protocol)
         return metrics
@@ -170,7 +188,13 @@ class SampleEvaluator:
     ) -> None:
         self.tokenizer, self.seed = tokenizer, seed
         self.class_counts = train.labels.bincount(minlength=len(train.classes))
-        self.train, self.train_labels = reference_images(train, num_references)
+        self.dataset, self.rows = train, reference_rows(train, num_references)
+        self.train_labels = train.labels if self.rows is None else train.labels[self.rows]
+
+    @cached_property
+    def train(self) -> StoredImages:
+        """The training images that samples are compared with."""
+        return stored_pictures(self.dataset, self.rows, self.tokenizer.folder)
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator for one purpose: the random numbers of one metric do not affect another."""
@@ -181,7 +205,7 @@ class SampleEvaluator:
         in_order = torch.arange(len(self.class_counts)).repeat_interleave(self.class_counts)
         return in_order[evenly_spaced(count, len(in_order))]
 
-    def sets(self, samples: Tensor, labels: Tensor) -> ImageSets:
+    def sets(self, samples: Images, labels: Tensor) -> ImageSets:
         """Samples (N, C, H, W) in [-1, 1] of the classes `labels` (N,), and the real images."""
         heldout, heldout_labels = self.tokenizer.heldout, self.tokenizer.heldout_labels
         return ImageSets(samples, labels, heldout, heldout_labels, self.train)
@@ -242,29 +266,39 @@ class SampleEvaluator:
     ) -> dict[str, Metric]:
         """Distances to the nearest training image, mirrored ones included, and the share of
         samples that nearly copy one; `grid` shows some samples above their nearest images."""
-        references = torch.cat([self.train, self.train.flip(-1)])
-        nearest = nearest_neighbours(rounded(sets.samples), references)
-        nearest_heldout = nearest_neighbours(sets.heldout, references)
-        # A sample of a memorised image has the tokenizer's error: it is a copy of the
-        # reconstruction.
-        _, reconstructed = self.tokenizer.reconstruct(references)
-        nearest_copy = nearest_neighbours(rounded(sets.samples), rounded(reconstructed))
+        samples, heldout, train = sets.stored()
+        nearest, nearest_heldout, nearest_copy = map(NeighbourSearch, (samples, heldout, samples))
+        positions = torch.arange(len(train))
+        for rows in tqdm(positions.split(train.per_block), desc="find neighbours", delay=2):
+            block = train[rows]
+            references = torch.cat([block, block.flip(-1)])
+            where = torch.cat([rows, rows + len(train)])
+            nearest.add(references, where)
+            nearest_heldout.add(references, where)
+            # A sample of a memorised image has the tokenizer's error: it is a copy of the
+            # reconstruction.
+            _, reconstructed = self.tokenizer.reconstruct(references)
+            nearest_copy.add(rounded(reconstructed), where)
 
         shown = first_of_each(sets.sample_labels, SHOWN_PER_CLASS)
-        pairs = torch.cat([sets.samples[shown], references[nearest.indices[shown]]])
+        found = nearest.indices[shown]
+        mirrored = (found >= len(train))[:, None, None, None]
+        originals = train[found % len(train)]
+        neighbours = torch.where(mirrored, originals.flip(-1), originals)
+        pairs = torch.cat([samples[shown], neighbours])
         names = ("sample", "nearest training picture")
         save_png(grid, image_grid(pairs, columns=len(shown), row_labels=names, scale=2))
 
-        scale = (2 / 255) * self.train[0].numel() ** 0.5  # Euclidean -> grey levels per value
+        scale = (2 / 255) * train.values_per_picture**0.5  # Euclidean -> grey levels per value
         protocol = {
             **protocol,
             "distance": "root mean square over pixels, in grey levels of 255",
-            "references": f"{len(self.train)} training pictures and their mirror images",
+            "references": f"{len(train)} training pictures and their mirror images",
         }
         copy_protocol = {
             **protocol,
             "threshold": NEAR_COPY,
-            "references": f"reconstructions of {len(references)}",
+            "references": f"reconstructions of {2 * len(train)}",
         }
         copies = (nearest_copy.distances / scale < NEAR_COPY).double().mean().item()
         of_samples, of_heldout = (

@@ -5,7 +5,7 @@ Every function returns metrics by name; images are rounded to 8 bits before any 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from smalti.data.latents import rounded
 from smalti.evaluation.classifier import ImageClassifier
 from smalti.evaluation.distances import frechet_distance, kernel_distance
 from smalti.evaluation.features import FeatureExtractor, extract, random_split, weights_sha256
+from smalti.evaluation.pictures import Images, StoredImages, as_stored
 from smalti.evaluation.reconstruction import perplexity, psnr, ssim, usage
 from smalti.files import Info, read_hashed_json, write_hashed_json
 from smalti.tokenizer.losses.perceptual import LPIPS
@@ -84,14 +85,24 @@ def reconstruction_metrics(
     images: Tensor, reference: Tensor, lpips: LPIPS, protocol: dict[str, Any]
 ) -> dict[str, Metric]:
     """PSNR, SSIM and LPIPS of reconstructions (N, C, H, W) in [-1, 1], means over images."""
-    base = {**protocol, "pictures": len(images), "rounding": "uint8", "mean": "over pictures"}
+    pairs = zip(images.split(CHUNK), reference.split(CHUNK), strict=True)
+    return streamed_reconstruction_metrics(pairs, lpips, protocol)
+
+
+def streamed_reconstruction_metrics(
+    pairs: Iterable[tuple[Tensor, Tensor]], lpips: LPIPS, protocol: dict[str, Any]
+) -> dict[str, Metric]:
+    """`reconstruction_metrics` of pairs: some reconstructions, and their originals."""
     device = next(lpips.parameters()).device
     psnrs, ssims, distances = [], [], []
-    for a, b in zip(rounded(images).split(CHUNK), rounded(reference).split(CHUNK), strict=True):
+    for output, original in pairs:
+        a, b = rounded(output), rounded(original)
         psnrs.append(psnr(a, b).clamp(max=BEST_PSNR))
         ssims.append(ssim(a, b))
         with torch.no_grad():
             distances.append(lpips(a.to(device), b.to(device)).cpu())
+    count = sum(map(len, psnrs))
+    base = {**protocol, "pictures": count, "rounding": "uint8", "mean": "over pictures"}
     psnr_protocol = {
         "library": "torchmetrics",
         "unit": "dB",
@@ -132,13 +143,18 @@ KID_SUBSETS, KID_SUBSET_SIZE = 50, 256
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Samples and the real images that they are compared with: (N, C, H, W) in [-1, 1]."""
+    """Samples and the real images that they are compared with: (N, C, H, W) in [-1, 1]; tensors
+    are rounded to 8 bits."""
 
-    samples: Tensor
+    samples: Images
     sample_labels: Tensor  # (N,), the classes that were requested
-    heldout: Tensor
+    heldout: Images
     heldout_labels: Tensor
-    train: Tensor
+    train: Images
+
+    def stored(self) -> tuple[StoredImages, StoredImages, StoredImages]:
+        """Samples, held-out images and training images with 8 bits per value."""
+        return as_stored(self.samples), as_stored(self.heldout), as_stored(self.train)
 
 
 def distance_metrics(
@@ -157,9 +173,8 @@ def distance_metrics(
     Args:
         seed: the generator for a purpose, "floor" or "kid".
     """
-    train, heldout, samples = (
-        extract(extractor, rounded(part).split(CHUNK))
-        for part in (sets.train, sets.heldout, sets.samples)
+    samples, heldout, train = (
+        extract(extractor, images.split(CHUNK)) for images in sets.stored()
     )  # (N, d) each
     name = extractor.name
     count = min(len(samples), len(train) // 2)
@@ -201,8 +216,9 @@ def classifier_metrics(
 ) -> dict[str, Metric]:
     """Accuracy of the classifier on held-out images and on samples, whose label is the requested
     class, and the ratio of the two."""
-    on_heldout = classifier.accuracy(rounded(sets.heldout), sets.heldout_labels)
-    on_samples = classifier.accuracy(rounded(sets.samples), sets.sample_labels)
+    samples, heldout, _ = sets.stored()
+    on_heldout = classifier.accuracy(heldout, sets.heldout_labels)
+    on_samples = classifier.accuracy(samples, sets.sample_labels)
     base = {
         **protocol,
         "classifier": "residual network trained on the real training pictures",

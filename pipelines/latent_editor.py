@@ -24,6 +24,7 @@ from smalti.data.latents import CodeSpec, height_and_width, to_float
 from smalti.data.sources.base import ImageSource
 from smalti.data.sources.folder import read_picture
 from smalti.data.transforms import center_crop, to_tensor
+from smalti.data.value_range import limits_of
 from smalti.errors import ConfigurationError, DataError
 from smalti.folders import is_unreported, replacing_file
 from smalti.hub import resolve_folder
@@ -119,7 +120,8 @@ class LatentEditor:
         return self._crops([self._read_file(path) for path in files])
 
     def _read_file(self, path: Path) -> Image.Image:
-        return read_picture(path, self.options.folder, self.options.value_range)
+        limits = limits_of(self.options.value_range)
+        return read_picture(path, self.options.folder, limits)
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Images of the data set.

@@ -11,9 +11,10 @@ from smalti.cli import parse_config, run_command
 from smalti.config import config_to_dict
 from smalti.data.dataset import DataOptions
 from smalti.data.inspection import BadFile, Report, inspect, summary
-from smalti.data.sources.base import open_unverified
+from smalti.data.sources.base import measured_range, open_unverified
 from smalti.data.sources.listing import printable
 from smalti.data.sources.webdataset import ShardPictures
+from smalti.data.value_range import limits_of
 from smalti.errors import ConfigurationError
 from smalti.files import replacing, write_json
 from smalti.folders import claimed
@@ -52,7 +53,7 @@ def check_data(config: CheckDataConfig) -> Report:
         config.data,
         pictures,
         config.folder,
-        value_range=config.value_range,
+        value_range=limits_of(measured_range(config.data, config, pictures)),
         heldout_fraction=config.heldout_fraction,
         split_seed=config.split_seed,
     )

@@ -3,13 +3,14 @@
 smalti evaluate --model runs/demo/pipeline --data emoji --output_dir runs/demo/evaluation
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from smalti.checkpoints import Weights, has_prior
 from smalti.cli import parse_config, run_command
@@ -20,6 +21,7 @@ from smalti.errors import ConfigurationError, DataError
 from smalti.evaluation.evaluator import SampleEvaluator, TokenizerEvaluator
 from smalti.evaluation.features import FeatureName, feature_extractors
 from smalti.evaluation.metrics import SETTINGS, Metric, write_summary
+from smalti.evaluation.pictures import StoredImages, stored
 from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.conditions import check_options
@@ -166,17 +168,20 @@ def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> dict[str, M
     return metrics
 
 
-def sample(config: EvaluateConfig, pipeline: Pipeline, labels: Tensor) -> Tensor:
-    """Samples (N, C, H, W) in [-1, 1] of classes (N,); sample i has a generator of its own."""
-    output = pipeline(
-        labels,
-        generator=[picture_generator(config.seed, i) for i in range(len(labels))],
-        batch_size=config.batch_size,
-        output_type="pt",
-        progress=True,
-        **config.options,
-    )
-    return output.images * 2 - 1
+def sample(config: EvaluateConfig, pipeline: Pipeline, labels: Tensor) -> StoredImages:
+    """Samples of classes (N,); sample i has a generator of its own."""
+
+    def batches() -> Iterator[Tensor]:
+        for rows in tqdm(torch.arange(len(labels)).split(config.batch_size), unit="batch"):
+            output = pipeline(
+                labels[rows],
+                generator=[picture_generator(config.seed, i) for i in rows.tolist()],
+                output_type="pt",
+                **config.options,
+            )
+            yield output.images * 2 - 1
+
+    return stored(batches(), config.output_dir)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -212,6 +217,7 @@ def tokenizer_evaluator(
         device=next(tokenizer.parameters()).device,
         batch_size=config.batch_size,
         seed=config.seed,
+        folder=config.output_dir,
     )
 
 

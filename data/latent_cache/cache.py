@@ -47,7 +47,7 @@ from smalti.data.latent_cache.shard import (
 )
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
 from smalti.data.order import Key, even_subset
-from smalti.data.sources.base import in_threads
+from smalti.data.sources.verification import in_threads
 from smalti.errors import DataError
 from smalti.files import sha256_of, write_hashed_json
 

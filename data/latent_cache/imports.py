@@ -42,7 +42,8 @@ from smalti.data.latent_cache.cache import EncodedRange, refuse_other_contents, 
 from smalti.data.latent_cache.manifest import SPLITS, CacheInfo
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
 from smalti.data.sources.arrays import map_npy
-from smalti.data.sources.base import divide, fingerprint_of, in_threads
+from smalti.data.sources.base import divide, fingerprint_of
+from smalti.data.sources.verification import in_threads
 from smalti.data.transforms import VIEW_SETS
 from smalti.errors import ConfigurationError, DataError
 

@@ -31,8 +31,8 @@ from smalti.data.sources.base import (
     SourceOptions,
     classes_kept,
     fingerprint_of,
-    in_threads,
 )
+from smalti.data.sources.verification import in_threads
 from smalti.errors import DataError, SmaltiError
 
 logger = logging.getLogger(__name__)

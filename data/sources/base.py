@@ -11,17 +11,15 @@ import logging
 import os
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from smalti.config import nearest
 from smalti.data.image_io import (
@@ -30,18 +28,16 @@ from smalti.data.image_io import (
     Unusable,
     check_length,
     decode,
-    without_pixel_warning,
 )
 from smalti.data.order import divide
 from smalti.data.sources.annotations import NO_CAPTIONS, why_incomplete
 from smalti.data.sources.listing import is_picture, printable
 from smalti.data.sources.options import HuggingFaceOptions, ShardOptions, SourceOptions
-from smalti.data.value_range import Extent, ValueRange, remedy, written
+from smalti.data.sources.verification import Finding, few_levels, in_threads, measured_over, verify
+from smalti.data.value_range import RangeOption, ValueRange, limits_of, needs_measuring, written
 from smalti.errors import ConfigurationError, DataError
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # -- Protocols ------------------------------------------------------------------------------------
 
@@ -134,99 +130,7 @@ class EncodedPictures(ABC):
         return ()
 
 
-# -- Verification: every picture is decoded once, before training ---------------------------------
-
-THREADS = min(8, os.cpu_count() or 1)  # Pillow releases the interpreter lock while it decodes
-MAX_FINDINGS = 1_000_000  # kept, so that a process verifies no picture twice
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The result of decoding a picture file."""
-
-    sha256: str  # of the file
-    problem: str | None = None  # why it cannot be used
-    undecodable: bool = False  # the file is damaged
-    width: int = 0  # upright; 0 where nothing could be decoded
-    height: int = 0
-    mode: str = ""  # Pillow's name for the colour mode of the file
-    extent: Extent | None = None  # of the values of a deep picture
-    note: str | None = None  # why its metadata were ignored
-
-
-def verify(
-    pictures: EncodedPictures, options: FolderOptions, value_range: ValueRange | None = None
-) -> list[Finding]:
-    """Decode all pictures of a set, in threads; a progress bar appears if it takes long.
-
-    The remedy for deep pictures that are refused is one for the whole set.
-    """
-    if len(_FINDINGS) > MAX_FINDINGS:
-        _FINDINGS.clear()
-    findings = in_threads(
-        lambda index: _examine(pictures, index, options, value_range),
-        len(pictures),
-        "check pictures",
-    )
-    deep = [found.extent for found in findings if found.extent]
-    if not any(found.extent and found.problem for found in findings):
-        return findings
-    for_all = remedy(deep)
-    return [
-        replace(found, problem=f"{found.problem}: {for_all}")
-        if found.extent and found.problem
-        else found
-        for found in findings
-    ]
-
-
-def in_threads(work: Callable[[int], T], count: int, title: str) -> list[T]:
-    """`work` on 0 to count - 1, results in order; the first exception cancels the rest."""
-    Image.init()  # Pillow's plugins cannot be loaded by two threads at once
-    with ThreadPoolExecutor(THREADS) as pool, without_pixel_warning():
-        try:
-            results = pool.map(work, range(count))
-            return list(tqdm(results, desc=title, total=count, delay=2, leave=False))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-# (sha256, options, value range) -> finding; the problem of a deep picture lacks its remedy, because
-# that depends on the set. The splits of a set are opened one after the other, and each stage of a
-# demo opens the set again.
-_FINDINGS: dict[tuple[str, FolderOptions, ValueRange | None], Finding] = {}
-
-
-def _examine(
-    pictures: EncodedPictures, index: int, options: FolderOptions, value_range: ValueRange | None
-) -> Finding:
-    placeholder = hashlib.sha256(pictures.name(index).encode(errors="surrogateescape")).hexdigest()
-    try:
-        check_length(pictures.size(index), options)
-        with contextlib.closing(pictures.open(index)) as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
-            key = (sha256, options, value_range)
-            known = _FINDINGS.get(key)
-            if known is None:
-                stream.seek(0)
-                known = _FINDINGS[key] = _decode(stream, sha256, options, value_range)
-            return known
-    except Unusable as problem:  # too long to be read
-        return Finding(placeholder, str(problem))
-    except OSError as error:  # a dangling link, a file without read permission
-        reason = f"cannot be decoded ({error}): replace or remove it"
-        return Finding(placeholder, reason, undecodable=True)
-
-
-def _decode(
-    stream: BinaryIO, sha256: str, options: FolderOptions, value_range: ValueRange | None
-) -> Finding:
-    try:
-        found = decode(stream, options, value_range)
-    except Unusable as problem:
-        return Finding(sha256, problem.reason, problem.undecodable, extent=problem.extent)
-    size = found.image.size
-    return Finding(sha256, None, False, *size, found.mode, found.extent, found.note)
+# -- Classes -------------------------------------------------------------------------------------
 
 
 def classes_kept(
@@ -343,8 +247,9 @@ class EncodedSource(ImageSource):
         self._find_captions()
         self.heldout = None if pictures.heldout is None else pictures.heldout[self._rows]
         self.max_replaced = options.max_bad_images if options.bad_images == "replace" else 0
+        labels_now = self.labels.tolist()
         self.fingerprint = fingerprint_of(
-            [repr(self.classes).encode(), *map(self._identity, range(len(self)))]
+            [repr(self.classes).encode(), *map(self._identity, range(len(self)), labels_now)]
             + ([] if value_range is None else [written(value_range).encode()])
             + ([] if options.background == WHITE else [options.background.encode()])
         )
@@ -397,9 +302,9 @@ class EncodedSource(ImageSource):
             logger.warning(remark)
             self.remarks += (remark,)
 
-    def _identity(self, index: int) -> bytes:
-        """The part of the fingerprint that one picture contributes."""
-        label = self.classes[self.labels[index]] if self.classes else ""
+    def _identity(self, index: int, number: int) -> bytes:
+        """The part of the fingerprint that one picture, of the class `number`, contributes."""
+        label = self.classes[number] if self.classes else ""
         if self._findings:
             content = self._findings[index].sha256
         else:
@@ -438,6 +343,8 @@ class EncodedSource(ImageSource):
                 place,
                 note,
             )
+        if remark := few_levels(self.pictures, findings):
+            logger.warning(remark)
         if len(damaged) == len(findings):
             raise DataError(f"{title} has no picture that can be used: check --data")
         good = [row for row, found in enumerate(findings) if not found.problem]
@@ -486,7 +393,7 @@ def open_source(
     hf: HuggingFaceOptions | None = None,
     stream_cache: Path | None = None,
     shards: ShardOptions | None = None,
-    value_range: ValueRange | None = None,
+    value_range: RangeOption | None = None,
     caption_column: str = "",
     label_column: str = "",
 ) -> ImageSource:
@@ -512,10 +419,43 @@ def open_verified(spec: str, options: SourceOptions) -> ImageSource:
     """Like `open_source`, with all options in one."""
     found = open_unverified(spec, options)
     if not isinstance(found, ImageSource):
-        found = EncodedSource(found, options.folder, options.value_range)
+        limits = limits_of(measured_range(spec, options, found))
+        found = EncodedSource(found, options.folder, limits)
+    elif needs_measuring(options.value_range):
+        measured_range(spec, options, found)
     if options.caption_column:
         found.require_captions()
     return found
+
+
+# Percentiles that were measured: the splits of a set are opened one after the other.
+_MEASURED: dict[tuple[str, SourceOptions], RangeOption] = {}
+
+
+def measured_range(
+    spec: str, options: SourceOptions, pictures: ImageSource | EncodedPictures | None = None
+) -> RangeOption | None:
+    """`options.value_range`, with its percentiles measured over the set, once per process.
+
+    Args:
+        pictures: the set, if it is open already.
+
+    Raises:
+        DataError: the set has no pictures with more than 8 bits per channel.
+    """
+    wanted = options.value_range
+    if wanted is None or not needs_measuring(wanted):
+        return wanted
+    key = spec, SourceOptions(**{f.name: getattr(options, f.name) for f in fields(SourceOptions)})
+    if key not in _MEASURED:
+        found = pictures or open_unverified(spec, options)
+        if isinstance(found, ImageSource):
+            raise DataError(
+                f"value_range is {wanted[0]} {wanted[1]}, and the pictures of {spec} have 8 bits "
+                "per channel: leave it out"
+            )
+        _MEASURED[key] = measured_over(found, options.folder, wanted)
+    return _MEASURED[key]
 
 
 def open_unverified(spec: str, options: SourceOptions) -> ImageSource | EncodedPictures:
@@ -562,16 +502,28 @@ def _entry_of_folder(path: Path) -> str:
     Raises:
         DataError: it has no sub-folders, and files for several entries.
     """
-    entries = sorted(entry for entry in path.iterdir() if entry.name[0] != ".")
-    files = [entry for entry in entries if entry.is_file()]
-    flat = not any(entry.is_dir() for entry in entries)
+    with os.scandir(path) as listed:  # a million entries, without a system call for each
+        entries = [entry for entry in listed if entry.name[0] != "."]
+    has_folders, names = False, list[str]()
+    for entry in entries:
+        with contextlib.suppress(OSError):  # a link to itself, which is named when it is opened
+            if entry.is_dir():
+                has_folders = True
+            elif entry.is_file():
+                names.append(entry.name)
+    # Of files with the same suffix the first is enough, unless a pattern is a whole name.
+    whole = {p for patterns in SOURCES for p in patterns.split("|") if "*" not in p}
+    first_of: dict[str, str] = {}
+    for name in sorted(names, reverse=True):
+        first_of[name if name in whole else name[name.find(".") :]] = name
+    files = sorted(path / name for name in first_of.values())
     found: dict[str, Path] = {}  # entry -> the first of its files
     for patterns, entry in SOURCES.items():
         for pattern in patterns.split("|"):
             first = next((file for file in files if fnmatchcase(file.name, pattern)), None)
             if first is not None and "*" not in pattern:  # `save_to_disk` writes these names
                 return entry
-            if first is not None and flat:
+            if first is not None and not has_folders:
                 found.setdefault(entry, first)
     pictures = [file for file in files if is_picture(file)]
     if found and len(found) + bool(pictures) > 1:

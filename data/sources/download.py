@@ -46,17 +46,17 @@ def local_copies(
         DataError: a shard cannot be fetched; the message names it.
     """
     for url in urls:
-        _check_scheme(url)
+        check_scheme(url)
     if all(url.startswith("file:") for url in urls):
         return [Path(url2pathname(urlsplit(url).path)) for url in urls]
     if cache is None:
         raise ConfigurationError(
             f"{urls[0]} is not a local file: pass --stream_cache FOLDER for a copy"
         )
-    targets = [cache / folder_name(_base(url), _base(url)) / _file_name(url) for url in urls]
+    targets = [cache / folder_name(parent_of(url), parent_of(url)) / file_name(url) for url in urls]
     pairs = list(zip(urls, targets, strict=True))
     for url, target in {target.parent: (url, target) for url, target in reversed(pairs)}.values():
-        _copy_manifest(url, target.parent, manifests)
+        copy_manifest(url, target.parent, manifests)
     start = os.getpid() % len(pairs)  # processes begin at different shards
     for url, target in tqdm(pairs[start:] + pairs[:start], desc="copy shards", delay=2):
         with locked(target):
@@ -77,27 +77,29 @@ def folder_name(title: str, identity: str) -> str:
     return f"{readable}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
-def _base(url: str) -> str:
+def parent_of(url: str) -> str:
     """The folder of a URL, without user name, password and query, which may be secret."""
     parts = urlsplit(url)
     port = f":{parts.port}" if parts.port else ""
     return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path.rpartition('/')[0]}"
 
 
-def _file_name(url: str) -> str:
+def file_name(url: str) -> str:
+    """The name of the file that a URL names."""
     return urlsplit(url).path.rpartition("/")[2]
 
 
-def _check_scheme(url: str) -> None:
+def check_scheme(url: str) -> None:
+    """Raise `ConfigurationError` unless a URL names a file and has a scheme that is supported."""
     scheme = urlsplit(url).scheme
     if scheme not in WEB | STORES.keys() | {"file"}:
         known = ", ".join(sorted(WEB | STORES.keys() | {"file"}))
         raise ConfigurationError(f"{url} cannot be read: URLs may begin with {known}")
-    if not _file_name(url):
+    if not file_name(url):
         raise ConfigurationError(f"{url} names no file: name the shards")
 
 
-def _copy_manifest(url: str, folder: Path, names: Sequence[str]) -> None:
+def copy_manifest(url: str, folder: Path, names: Sequence[str]) -> None:
     """Copy the first manifest beside a URL, if there is one; look for it only once."""
     with locked(folder / LOOKED):
         if (folder / LOOKED).is_file():
@@ -109,7 +111,7 @@ def _copy_manifest(url: str, folder: Path, names: Sequence[str]) -> None:
             with contextlib.suppress(FileNotFoundError):
                 _copy(beside, folder / name, lambda path: None)
                 break
-        write_json(folder / LOOKED, {"url": _base(url)})
+        write_json(folder / LOOKED, {"url": parent_of(url)})
 
 
 def _copy(url: str, target: Path, check: Callable[[Path], object]) -> None:

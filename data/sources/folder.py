@@ -2,10 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from PIL import Image
@@ -25,14 +25,8 @@ from smalti.data.sources.folder_annotations import (
     read_text_file,
     text_files,
 )
-from smalti.data.sources.listing import (
-    EXTENSIONS,
-    PassedOver,
-    files_below,
-    is_picture,
-    kind_of,
-    open_file,
-)
+from smalti.data.sources.index import list_folder
+from smalti.data.sources.listing import EXTENSIONS, PassedOver, kind_of, open_file
 from smalti.data.value_range import ValueRange
 from smalti.errors import DataError
 
@@ -58,12 +52,19 @@ SPLIT_FOLDERS = {
 }
 
 
-@dataclass(frozen=True)
-class _Picture:
+class _File(NamedTuple):
+    """A picture file. (A set has up to millions: their paths are made when they are opened.)"""
+
+    name: str  # relative to the folder of the set, with "/"
+    size: int  # bytes
+
+
+class _Picture(NamedTuple):
     """A file and its class."""
 
     label: int | str  # name of the class folder, "" outside of one; or as a metadata file says
-    path: Path
+    name: str
+    size: int
 
 
 class FolderPictures(EncodedPictures):
@@ -104,8 +105,9 @@ class FolderPictures(EncodedPictures):
             self.heldout = torch.arange(len(found)) >= len(kept) if rest else None
             self.remarks += (remark,)
         else:
-            found = _labelled(root, files, labels)
-        self.paths = [picture.path for picture in found]
+            found = _labelled(root, root, files, labels)
+        self._names = [picture.name for picture in found]
+        self._sizes = [picture.size for picture in found]
         self.classes, self.labels = _classes_of(root, [picture.label for picture in found])
         used = self._find_captions(metadata, beside, options.caption_column)
         described = labels is not None or (self._captions and not used) or self.captions_problem
@@ -118,11 +120,13 @@ class FolderPictures(EncodedPictures):
         for remark in self.remarks:
             logger.warning(remark)
 
-    def _metadata(self, files: list[Path], beside: list[Path], options: SourceOptions) -> Metadata:
+    def _metadata(self, files: list[_File], beside: list[Path], options: SourceOptions) -> Metadata:
         """The metadata files; empty if they cannot be read and no option needs them."""
         columns = [name for name in (options.caption_column, options.labels_in) if name]
+        described = any(path.name in METADATA for path in beside)
+        pictures = [self.root / file.name for file in files] if described else []
         try:
-            return read_metadata(self.root, beside, files, columns)
+            return read_metadata(self.root, beside, pictures, columns)
         except DataError as error:
             if columns:
                 raise
@@ -132,7 +136,7 @@ class FolderPictures(EncodedPictures):
     def _labels_in(
         self,
         metadata: Metadata,
-        files: list[Path],
+        files: list[_File],
         splits: Mapping[str, "_Split"],
         options: SourceOptions,
     ) -> dict[Path, int | str] | None:
@@ -142,7 +146,7 @@ class FolderPictures(EncodedPictures):
         if not column or (options.folder.single_class and not wanted):
             return None
         depth = 2 if splits else 1
-        parts = [path.relative_to(self.root).parts for path in files]
+        parts = [file.name.split("/") for file in files]
         folders = {names[depth - 1] for names in parts if len(names) > depth}
         if not wanted and len(folders) > 1:
             self.remarks += (
@@ -171,27 +175,29 @@ class FolderPictures(EncodedPictures):
                 self.captions_problem = str(error)
             self.captions_from = f'"{column}" in metadata files'
         elif not self.captions_problem:
-            self._captions = text_files(self.paths, beside)
+            paths = [self.root / name for name in self._names] if beside else []
+            self._captions = text_files(paths, beside)
             self.captions_from = "the text files beside the pictures"
         if self._captions:
-            self.captioned = torch.tensor([path in self._captions for path in self.paths])
+            has_caption = [self.root / name in self._captions for name in self._names]
+            self.captioned = torch.tensor(has_caption)
         return {found for found in self._captions.values() if isinstance(found, Path)}
 
     def captions(self, index: int) -> tuple[str, ...]:
-        found = self._captions.get(self.paths[index], ())
+        found = self._captions.get(self.root / self._names[index], ())
         return read_text_file(found) if isinstance(found, Path) else found
 
     def open(self, index: int) -> BinaryIO:
-        return open_file(self.paths[index])
+        return open_file(self.root / self._names[index])
 
     def size(self, index: int) -> int:
-        return self.paths[index].stat().st_size
+        return self._sizes[index]
 
     def name(self, index: int) -> str:
-        return self.paths[index].relative_to(self.root).as_posix()
+        return self._names[index]
 
     def place(self, index: int) -> str:
-        return str(self.paths[index])
+        return str(self.root / self._names[index])
 
 
 def open_folder(spec: str, options: SourceOptions) -> FolderPictures:
@@ -223,26 +229,27 @@ def read_picture(
 # -- Files, and the classes that their folders are ------------------------------------------------
 
 
-def _list_pictures(root: Path, passed: PassedOver) -> tuple[list[Path], list[Path]]:
+def _list_pictures(root: Path, passed: PassedOver) -> tuple[list[_File], list[Path]]:
     """Every picture below root, sorted, and the files that may annotate them; all other files are
     counted in `passed`."""
     if not root.exists():
         raise DataError(f"the folder {root} does not exist: check --data")
     if not root.is_dir():
         raise DataError(f"{root} is a file: --data takes a folder with a sub-folder per class")
-    found, beside = list[Path](), list[Path]()
-    for path in files_below(root, passed):
-        if is_picture(path):
-            found.append(path)
-        elif may_annotate(path):
-            beside.append(path)
+    listing, found, beside = list_folder(root), list[_File](), list[Path]()
+    listing.count_unread(passed)
+    for name, size in zip(listing.files, listing.sizes, strict=True):
+        if name[name.rfind(".") :].lower() in EXTENSIONS:
+            found.append(_File(name, size))
+        elif may_annotate(root / name):
+            beside.append(root / name)
         else:
-            passed.add(kind_of(path.name), path.relative_to(root).as_posix())
+            passed.add(kind_of(name), name)
     if not found:
         for path in beside:
             passed.add(kind_of(path.name), path.relative_to(root).as_posix())
         raise DataError(_no_pictures(root, passed))
-    return sorted(found, key=lambda path: os.fsencode(path.relative_to(root))), beside
+    return sorted(found, key=lambda file: os.fsencode(file.name)), beside
 
 
 def _no_pictures(root: Path, passed: PassedOver) -> str:
@@ -265,20 +272,27 @@ def _remarks_on(root: Path, passed: PassedOver) -> tuple[str, ...]:
 
 
 def _labelled(
-    base: Path, files: Iterable[Path], labels: Mapping[Path, int | str] | None
+    root: Path, base: Path, files: Iterable[_File], labels: Mapping[Path, int | str] | None
 ) -> list[_Picture]:
     """Picture files with their classes: the given labels, or else the sub-folders of `base`."""
     if labels is not None:
-        for path in files:
+        for path in (root / file.name for file in files):
             if path not in labels:
                 raise DataError(f"{path} has no label: no metadata file names it; add a line")
-        return [_Picture(labels[path], path) for path in files]
-    found = [_Picture(_class_of(path, base), path) for path in files]
-    loose = [picture.path for picture in found if not picture.label]
+        return [_Picture(labels[root / file.name], *file) for file in files]
+    before = 0 if base == root else len(base.name) + 1
+    folders = {"": ""}  # name of a class folder -> the class
+    found = []
+    for name, size in files:
+        folder = name[before : max(before, name.find("/", before))]
+        if folder not in folders:
+            folders[folder] = _class_of(folder, base)
+        found.append(_Picture(folders[folder], name, size))
+    loose = [picture.name for picture in found if not picture.label]
     if loose and len(loose) < len(found):
-        raise DataError(f"{loose[0]} is outside the class folders: move it into one of them")
+        raise DataError(f"{root / loose[0]} is outside the class folders: move it into one of them")
     if not loose:
-        _refuse_empty_folders(base, "class", {picture.path for picture in found})
+        _refuse_empty_folders(base, "class", folders.keys())
     return found
 
 
@@ -298,23 +312,23 @@ def _classes_of(root: Path, labels: list[int | str]) -> tuple[tuple[str, ...], t
     return named_classes(names, root)
 
 
-def _class_of(path: Path, base: Path) -> str:
-    """The name of the sub-folder, "" if there is none; UTF-8 in any locale."""
-    parts = path.relative_to(base).parts
-    if len(parts) == 1:
-        return ""
+def _class_of(folder: str, base: Path) -> str:
+    """The class that a sub-folder is: its name, UTF-8 in any locale."""
     try:
-        return os.fsencode(parts[0]).decode("utf-8")
+        return os.fsencode(folder).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"the name of the class folder {parts[0]!a} in {base} is not UTF-8: rename it"
+            f"the name of the class folder {folder!a} in {base} is not UTF-8: rename it"
         ) from error
 
 
-def _refuse_empty_folders(base: Path, what: str, pictures: set[Path]) -> None:
+def _refuse_empty_folders(base: Path, what: str, known: Collection[str]) -> None:
     """Raise for a class folder without pictures, which would renumber later classes, or a split
-    folder without any."""
-    known = {path.relative_to(base).parts[0] for path in pictures}
+    folder without any.
+
+    Args:
+        known: the names of the folders with pictures.
+    """
     for entry in sorted(base.iterdir()):
         counts = what == "class" or split_called(entry.name)
         if entry.is_dir() and not entry.name.startswith(".") and counts and entry.name not in known:
@@ -329,11 +343,11 @@ class _Split:
     """A split folder and the picture files in it."""
 
     folder: Path
-    files: list[Path]
+    files: list[_File]
 
     @property
     def has_classes(self) -> bool:
-        return any(path.parent != self.folder for path in self.files)
+        return any(file.name.count("/") > 1 for file in self.files)
 
 
 def split_called(name: str) -> str | None:
@@ -341,20 +355,19 @@ def split_called(name: str) -> str | None:
     return next((s for s, names in SPLIT_FOLDERS.items() if name.casefold() in names), None)
 
 
-def _splits_of(root: Path, files: list[Path]) -> dict[str, _Split]:
+def _splits_of(root: Path, files: list[_File]) -> dict[str, _Split]:
     """The splits, if all folders with pictures are splits; else nothing."""
-    folders: dict[str, list[Path]] = {}
-    for path in files:
-        folders.setdefault(path.relative_to(root).parts[0], []).append(path)
+    folders = dict.fromkeys(file.name.partition("/")[0] for file in files)
     splits: dict[str, _Split] = {}
-    for name, paths in folders.items():
+    for name in folders:
         split, folder = split_called(name), root / name
         if split is None or not folder.is_dir():
             return {}
         if split in splits:
             raise DataError(f"{splits[split].folder} and {folder} are both {split}: merge them")
-        splits[split] = _Split(folder, paths)
-    _refuse_empty_folders(root, "split", set(files))
+        inside = [file for file in files if file.name.startswith(f"{name}/")]
+        splits[split] = _Split(folder, inside)
+    _refuse_empty_folders(root, "split", folders)
     return splits
 
 
@@ -384,9 +397,9 @@ def _choose_splits(
     held = named[1] or next(iter(alike), "")
     if held == chosen:
         raise DataError(f"{held} of {root} is both read and held out: name two splits")
-    kept = _labelled(splits[chosen].folder, splits[chosen].files, labels)
-    rest = _labelled(splits[held].folder, splits[held].files, labels) if held else []
-    _refuse_unseen_classes(kept, rest)
+    kept = _labelled(root, splits[chosen].folder, splits[chosen].files, labels)
+    rest = _labelled(root, splits[held].folder, splits[held].files, labels) if held else []
+    _refuse_unseen_classes(root, kept, rest)
     said = f"the folders of {root} are splits: {len(kept)} pictures of {chosen} are read"
     said += f", {len(rest)} of {held} are held out" if held else ""
     unread = [name for name in splits if name not in (chosen, held)]
@@ -394,12 +407,12 @@ def _choose_splits(
     return kept, rest, f"{said} (rename the folders if they are classes)"
 
 
-def _refuse_unseen_classes(kept: list[_Picture], rest: list[_Picture]) -> None:
+def _refuse_unseen_classes(root: Path, kept: list[_Picture], rest: list[_Picture]) -> None:
     """Raise if all pictures of a class are held out: a prior would have an untrained class."""
-    classes = {normal_form(str(picture.label)) for picture in kept}
+    classes = {normal_form(str(label)) for label in {picture.label for picture in kept}}
     for picture in rest:
         if normal_form(str(picture.label)) not in classes:
             raise DataError(
-                f'{picture.path} is held out, and no other picture of the class "{picture.label}" '
-                "is for training: add some, or move the class away"
+                f"{root / picture.name} is held out, and no other picture of the class "
+                f'"{picture.label}" is for training: add some, or move the class away'
             )

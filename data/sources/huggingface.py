@@ -27,10 +27,10 @@ from smalti.data.sources.base import EncodedPictures, HuggingFaceOptions, Source
 from smalti.data.sources.columns import Columns, datasets_library, find_columns, labels_of
 from smalti.data.sources.download import folder_name
 from smalti.data.sources.folder import FolderPictures, split_called
+from smalti.data.sources.index import files_below
 from smalti.data.sources.listing import (
     PassedOver,
     RowFiles,
-    files_below,
     is_picture,
     is_special,
     kind_of,

@@ -10,7 +10,6 @@ import re
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from glob import escape, glob
 from pathlib import Path
@@ -40,6 +39,11 @@ class PassedOver:
         """Count a file."""
         self.counts[kind] += 1
         self.first.setdefault(kind, printable(name))
+
+    def merge(self, other: "PassedOver") -> None:
+        """Add what was passed over elsewhere."""
+        self.counts += other.counts
+        self.first = other.first | self.first
 
     @property
     def total(self) -> int:
@@ -87,27 +91,6 @@ def open_file(path: Path) -> BinaryIO:
     if is_special(path):
         raise OSError(errno.EINVAL, "a pipe or a device, not a file")
     return path.open("rb")
-
-
-def files_below(
-    folder: Path, passed: PassedOver, *, top: Path | None = None, above: tuple[Path, ...] = ()
-) -> Iterator[Path]:
-    """Every file below a folder; hidden files, pipes and devices are counted in `passed`.
-
-    Links are followed, except to one of the folders `above`.
-    """
-    top, here = top or folder, folder.resolve()
-    if here in above:  # a loop of links
-        return
-    for entry in folder.iterdir():
-        if entry.name.startswith("."):
-            passed.add(HIDDEN, entry.relative_to(top).as_posix())
-        elif entry.is_dir():
-            yield from files_below(entry, passed, top=top, above=(*above, here))
-        elif is_special(entry):
-            passed.add(SPECIAL, entry.relative_to(top).as_posix())
-        else:
-            yield entry
 
 
 # -- Files that a row of a table names ------------------------------------------------------------

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from smalti.data.image_io import FolderOptions
-from smalti.data.value_range import check_range
+from smalti.data.value_range import RangeOption, check_range
 from smalti.errors import ConfigurationError
 
 
@@ -45,13 +45,15 @@ class SourceOptions:
 
     folder: FolderOptions = field(default_factory=FolderOptions)
     hf: HuggingFaceOptions = field(default_factory=HuggingFaceOptions)
-    # Where streams, and shards behind a URL, are copied once, for exact order and resuming.
+    # Where streams are copied once, for exact order and resuming; and shards behind a URL, which
+    # are read in place without it.
     stream_cache: Path | None = None
     shards: ShardOptions = field(default_factory=ShardOptions)  # how WebDataset shards are read
-    # The stored values that are black and white in pictures with more than 8 bits per channel.
-    # None: such pictures are refused, or with --folder.unusual_images convert, the range of their
-    # type is used.
-    value_range: tuple[float, float] | None = None
+    # The stored values that are black and white in pictures with more than 8 bits per channel; or
+    # percentiles such as 0.5% 99.5%, whose values are measured over the set, and stored. None:
+    # such pictures are refused, or with --folder.unusual_images convert, the range of their type is
+    # used.
+    value_range: RangeOption | None = None
     # Where the captions are: a column of a Hugging Face data set, metadata.jsonl or .csv, an array
     # in an .npz file, or in shards, a key of .json members or a suffix such as .txt. Empty:
     # text, caption, captions, prompt or description, else text files beside the pictures.

@@ -12,17 +12,13 @@ must contain the number of samples in the manifest.
 
 import io
 import logging
-import re
-import tarfile
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from tqdm.auto import tqdm
-from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
 from smalti.data.classes import named_classes, names_beside, numbered_classes
@@ -31,23 +27,20 @@ from smalti.data.sources.annotations import (
     LABELS,
     MemberPlace,
     read_captions,
-    read_label,
 )
 from smalti.data.sources.base import EncodedPictures, SourceOptions
-from smalti.data.sources.download import local_copies
+from smalti.data.sources.download import copy_manifest, folder_name, local_copies, parent_of
+from smalti.data.sources.index import cache_folder
 from smalti.data.sources.listing import (
-    EXTENSIONS,
-    HIDDEN,
     SPECIAL,
-    UNNAMED,
     PassedOver,
     expand_braces,
     is_special,
     kind_of,
     matching,
-    printable,
     split_pattern,
 )
+from smalti.data.sources.remote import RemoteFile
 from smalti.data.sources.shard_manifest import (
     BESIDE_SHARDS,
     MANIFESTS,
@@ -55,12 +48,13 @@ from smalti.data.sources.shard_manifest import (
     read_manifest,
     refuse_missing,
 )
-from smalti.errors import DataError, SmaltiError
+from smalti.data.sources.shard_members import Listing, Member, Shard, list_members, list_shard
+from smalti.data.sources.verification import in_threads
+from smalti.errors import DataError
 from smalti.files import write_json
 
 logger = logging.getLogger(__name__)
 
-MAX_ANNOTATION_BYTES = 2**20  # of a member with a label or captions
 
 # -- Patterns of shards: {000..009}, *, a folder, or a URL ----------------------------------------
 
@@ -122,244 +116,34 @@ def write_sample(archive: TarWriter, key: str, members: Mapping[str, bytes]) -> 
         archive.write({"__key__": key, extension: content})
 
 
-# -- The samples of one shard ---------------------------------------------------------------------
-
-BLOCK = 512  # bytes; a tar consists of such blocks, and ends with two blocks of zeros
-PADDING = tarfile.RECORDSIZE  # bytes of zeros that may follow them, at most
-META = re.compile(r"__[^/]*__($|/)")  # names that `webdataset` skips
-MAX_HEADER_BYTES = 2**20  # of one member; those of PAX are the longest
+# -- Shards at a URL that are read in place -------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """The position of captions in a shard: a text file, or a key of a .json member."""
-
-    name: str
-    offset: int
-    size: int
-    key: str = ""
+def _part(shard: Shard, offset: int, size: int) -> bytes:
+    if isinstance(shard, RemoteFile):
+        return shard.part(offset, size)
+    with shard.open("rb") as stream:
+        stream.seek(offset)
+        return stream.read(size)
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """The position of a sample's picture, its label, and the position of its captions."""
+def _remote_files(urls: Sequence[str]) -> list[RemoteFile]:
+    cache = cache_folder()
 
-    shard: int
-    key: str
-    suffix: str  # from the first dot of the file name: ".png", or ".left.png"
-    offset: int
-    size: int
-    label: int | str | None
-    captions: Span | None = None
+    def find(number: int) -> RemoteFile:
+        url = urls[number]
+        place = parent_of(url)
+        beside = (cache or Path(os.devnull)) / "shards" / folder_name(place, place)
+        if cache is not None:
+            copy_manifest(url, beside, MANIFESTS)
+        return RemoteFile.find(url, beside)
 
-
-@dataclass
-class Listing:
-    """What is passed over in shards, and where their labels and captions are."""
-
-    place: MemberPlace = LABELS
-    captions: MemberPlace = CAPTIONS
-    captions_problem: str = ""  # of the first sample whose captions cannot be read
-    members: PassedOver = field(default_factory=PassedOver)  # of samples that have a picture
-    samples: PassedOver = field(default_factory=PassedOver)  # without a picture that can be read
-
-
-@dataclass
-class _Sample:
-    """The members of one key by suffix, ".png" or ".left.png"."""
-
-    pictures: dict[str, tarfile.TarInfo] = field(default_factory=dict)
-    annotations: dict[str, tarfile.TarInfo] = field(default_factory=dict)  # labels and captions
-    others: list[str] = field(default_factory=list)  # names of members of other kinds
-
-
-class _Headers(io.BufferedReader):
-    """A shard of which only headers and labels are read, at most `MAX_HEADER_BYTES` at a time."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
-
-
-def list_members(path: Path, number: int = 0, listing: Listing | None = None) -> list[Member]:
-    """The samples of a shard in the order of their pictures.
-
-    As in `webdataset`, the key of a member is its name up to the first dot of the last part, and
-    the part after the last dot is its kind. If a key has several pictures, the one with a single
-    dot, 000017.jpg, is the sample's.
-
-    Args:
-        listing: says where the labels are, and counts what is passed over.
-
-    Raises:
-        DataError: see `ShardPictures`.
-    """
-    listing = listing or Listing()
-    samples: dict[str, _Sample] = {}
-    try:
-        if is_special(path):
-            raise DataError(f"the shard {path} is a pipe or a device, not a file: check --data")
-        with (
-            _Headers(io.FileIO(path)) as stream,
-            tarfile.open(fileobj=stream, mode="r:") as archive,
-        ):
-            length = path.stat().st_size
-            for info in archive:
-                # After a negative size the next header would be this one again, without end.
-                if info.size < 0 or (info.isreg() and info.offset_data + info.size > length):
-                    raise tarfile.ReadError(f"{printable(info.name)} has {info.size} bytes")
-                _add_to_sample(path, info, samples, listing)
-            stream.seek(archive.offset)
-            _check_end(stream.read(2 * BLOCK + PADDING + 1))
-            members = [
-                _member_of(path, stream, number, key, sample, listing)
-                for key, sample in samples.items()
-            ]
-    except SmaltiError:
-        raise
-    except (tarfile.TarError, ValueError, ArithmeticError, RecursionError) as error:
-        raise DataError(f"the shard {path} is cut or damaged ({error}): copy it again") from error
-    except OSError as error:
-        raise DataError(f"the shard {path} cannot be read ({error}): check --data") from error
-    return sorted(filter(None, members), key=lambda member: member.offset)
-
-
-def _add_to_sample(
-    path: Path, info: tarfile.TarInfo, samples: dict[str, _Sample], listing: Listing
-) -> None:
-    """Add a member to the sample of its key, or count it as passed over."""
-    if info.isdir():
-        return
-    key, extension = base_plus_ext(info.name)
-    hidden = info.name.rpartition("/")[2].startswith(".") or META.match(info.name)
-    if key is None or hidden:
-        listing.members.add(HIDDEN if hidden else UNNAMED, info.name)
-        return
-    suffix = f".{extension}".lower()
-    sample = samples.setdefault(key, _Sample())
-    if f".{suffix.rpartition('.')[2]}" in EXTENSIONS:
-        if suffix in sample.pictures:
-            raise DataError(f"{path} holds two pictures for {key}: rename one")
-        sample.pictures[suffix] = info
-        return
-    if suffix.endswith(listing.place.suffixes + listing.captions.suffixes):
-        if suffix in sample.annotations:
-            raise DataError(f"{path} holds {info.name} twice: remove one")
-        sample.annotations[suffix] = info
-    else:
-        sample.others.append(info.name)
-
-
-def _member_of(
-    path: Path, stream: BinaryIO, number: int, key: str, sample: _Sample, listing: Listing
-) -> Member | None:
-    """The picture of a sample with its label; None if it has no picture and no label."""
-    candidates = [suffix for suffix in sample.pictures if suffix.count(".") == 1]
-    candidates = candidates or list(sample.pictures)
-    if len(candidates) > 1:
-        raise DataError(f"{path} holds two pictures for {key}: rename one")
-    chosen = candidates[0] if candidates else ""
-    labels = _annotations_of(sample, chosen, listing.place)
-    captions = _annotations_of(sample, chosen, listing.captions)
-    # A text file that is the label is no caption; a .json member may hold both.
-    captions = {s: info for s, info in captions.items() if s not in labels or s.endswith(".json")}
-    used = {chosen, *labels, *captions} if chosen else {*labels}
-    unused = sorted({*sample.pictures, *sample.annotations} - used)
-    names = [*sample.others, *(key + suffix for suffix in unused)]
-    if not chosen:
-        if labels:
-            raise DataError(_without_picture(path, key, sample))
-        listing.samples.add(_kind_of_member(names[0]), names[0])
-        return None
-    for name in names:
-        listing.members.add(_kind_of_member(name), name)
-    picture = sample.pictures[chosen]
-    _check_member(path, picture)
-    values = [_label(path, stream, info, listing.place) for info in labels.values()]
-    label = next((value for value in values if value is not None), None)
-    found = _captions(path, stream, list(captions.values()), listing)
-    for info in labels.values() if label is None else ():
-        if found is None or info.name != found.name:
-            listing.members.add(".json without a label", info.name)
-    return Member(number, key, chosen, picture.offset_data, picture.size, label, found)
-
-
-def _annotations_of(
-    sample: _Sample, picture: str, place: MemberPlace
-) -> dict[str, tarfile.TarInfo]:
-    """The members that may hold the label, or the captions, of a picture, by suffix: those of
-    a.left.png are in a.left.cls or a.cls. The first one with a value is used."""
-    stem = picture.rpartition(".")[0]
-    wanted = dict.fromkeys(prefix + kind for kind in place.suffixes for prefix in (stem, ""))
-    return {s: sample.annotations[s] for s in wanted if s in sample.annotations}
-
-
-def _captions(
-    path: Path, stream: BinaryIO, members: Sequence[tarfile.TarInfo], listing: Listing
-) -> Span | None:
-    """Where the captions of a sample are. A text file is read only when its captions are used."""
-    for info in members:
-        key, size = "", info.size
-        if not info.isreg() or info.issparse() or size > MAX_ANNOTATION_BYTES:
-            continue
-        if info.name.lower().endswith(".json"):
-            stream.seek(info.offset_data)
-            content = stream.read(size)
-            try:
-                found, key = read_captions(path, info.name, content, listing.captions.json_keys)
-            except DataError as error:
-                listing.captions_problem = listing.captions_problem or str(error)
-                continue
-            size = size if found else 0
-        if size:
-            return Span(info.name, info.offset_data, size, key)
-    return None
-
-
-def _kind_of_member(name: str) -> str:
-    """All after the first dot of a member's name: ".mask.png"."""
-    return f".{base_plus_ext(name)[1]}".lower()
-
-
-def _without_picture(path: Path, key: str, sample: _Sample) -> str:
-    """Why a label without a picture is refused."""
-    if not sample.others:
-        return f"{path} holds a label for {printable(key)}, but no picture: write it again"
-    name = printable(sample.others[0])
-    return (
-        f"{path} holds a label for {printable(key)}, but its picture has an unknown extension "
-        f"({name}): save it as PNG or JPEG"
+    shards = in_threads(find, len(urls), "find shards")
+    logger.info(
+        "%d shards are read in place, a request for each sample; --stream_cache FOLDER copies them",
+        len(shards),
     )
-
-
-def _check_member(path: Path, member: tarfile.TarInfo) -> None:
-    if not member.isreg() or member.issparse():
-        raise DataError(f"{member.name} in {path} is a link or not a file: store the file itself")
-
-
-def _label(
-    path: Path, stream: BinaryIO, member: tarfile.TarInfo, place: MemberPlace
-) -> int | str | None:
-    _check_member(path, member)
-    if member.size > MAX_ANNOTATION_BYTES:
-        if not member.name.lower().endswith(".json"):
-            raise DataError(f"{member.name} in {path} is too large for a label: remove it")
-        return None  # a .json member with other content
-    stream.seek(member.offset_data)
-    return read_label(path, member.name, stream.read(member.size), place)
-
-
-def _check_end(rest: bytes) -> None:
-    """Raise `tarfile.ReadError` unless the end mark, and nothing more, follows the last member.
-
-    tarfile stops at the first block of zeros. In an incomplete copy, or if the header of a member
-    was lost, all members after it would be missing without an error.
-    """
-    if len(rest) < BLOCK or rest[:BLOCK].strip(b"\0"):
-        raise tarfile.ReadError("no end-of-archive mark")
-    if len(rest) > 2 * BLOCK + PADDING or rest.strip(b"\0"):
-        raise tarfile.ReadError("more follows its end-of-archive mark")
+    return shards
 
 
 # -- A set of shards ------------------------------------------------------------------------------
@@ -379,7 +163,7 @@ class ShardPictures(EncodedPictures):
     def __init__(
         self,
         title: str,
-        shards: Sequence[Path],
+        shards: Sequence[Shard],
         *,
         expect_all: bool,
         place: MemberPlace = LABELS,
@@ -388,13 +172,18 @@ class ShardPictures(EncodedPictures):
         self.title, self.shards = title, list(shards)
         manifests = {path.parent: read_manifest(path.parent) for path in self.shards}
         if expect_all:
-            refuse_missing(self.shards, manifests)
+            refuse_missing([path for path in shards if isinstance(path, Path)], manifests)
         self._members: list[Member] = []
         listing = Listing(place, captions)
-        for number, path in enumerate(tqdm(self.shards, desc="list shards", delay=2, leave=False)):
-            members = list_members(path, number, listing)
+        listed = in_threads(
+            lambda number: list_shard(self.shards[number], number, place, captions),
+            len(self.shards),
+            "list shards",
+        )
+        for path, (members, found) in zip(self.shards, listed, strict=True):
             check_count(path, len(members), manifests[path.parent])
             self._members += members
+            listing.merge(found)
         self._without_picture = listing.samples
         self.remarks = _remarks_on(title, listing, self._members)
         for remark in self.remarks:
@@ -420,15 +209,12 @@ class ShardPictures(EncodedPictures):
         if member.captions is None:
             return ()
         shard, span = self.shards[member.shard], member.captions
-        with shard.open("rb") as stream:
-            stream.seek(span.offset)
-            return read_captions(shard, span.name, stream.read(span.size), [span.key])[0]
+        content = _part(shard, span.offset, span.size)
+        return read_captions(shard, span.name, content, [span.key])[0]
 
     def open(self, index: int) -> BinaryIO:
         member = self._members[index]
-        with self.shards[member.shard].open("rb") as stream:
-            stream.seek(member.offset)
-            return io.BytesIO(stream.read(member.size))
+        return io.BytesIO(_part(self.shards[member.shard], member.offset, member.size))
 
     def size(self, index: int) -> int:
         return self._members[index].size
@@ -438,7 +224,9 @@ class ShardPictures(EncodedPictures):
         return f"{self.shards[member.shard].name}/{member.key}{member.suffix}"
 
     def place(self, index: int) -> str:
-        return f"{self.shards[self._members[index].shard].parent}/{self.name(index)}"
+        shard = self.shards[self._members[index].shard]
+        folder = shard.place if isinstance(shard, RemoteFile) else shard.parent
+        return f"{folder}/{self.name(index)}"
 
     def write_manifests(self) -> list[Path]:
         """Write beside the shards how many samples each holds, where there is no manifest yet.
@@ -447,8 +235,14 @@ class ShardPictures(EncodedPictures):
             The files that were written.
 
         Raises:
-            DataError: samples without a picture that can be read would not be counted.
+            DataError: samples without a picture that can be read would not be counted, or the
+                shards are at a URL.
         """
+        if any(isinstance(shard, RemoteFile) for shard in self.shards):
+            raise DataError(
+                f"{self.title} is at a URL, where nothing can be written: copy it with "
+                "--stream_cache FOLDER first"
+            )
         if self._without_picture.total:
             raise DataError(
                 f"no manifest is written for {self.title}, because it would not count "
@@ -469,10 +263,13 @@ def open_shards(spec: str, options: SourceOptions) -> ShardPictures:
     """Shards by path, by a pattern like {000..009} or *, by their folder, or by URL.
 
     Shards at a URL are copied to `stream_cache` once; processes that share that folder share the
-    work.
+    work. Without it they are read in place, each sample by a request of its own.
     """
     urls, place = expand_shards(spec), MemberPlace.named(options.labels_in, LABELS)
     captions = MemberPlace.named(options.caption_column, CAPTIONS)
+    if "://" in spec and options.stream_cache is None and not spec.startswith("file:"):
+        shards = _remote_files(urls)
+        return ShardPictures(spec, shards, expect_all=False, place=place, captions=captions)
     if "://" in spec:
         copies = local_copies(
             *(urls, options.stream_cache, MANIFESTS),
@@ -503,7 +300,7 @@ def _remarks_on(title: str, listing: Listing, members: list[Member]) -> tuple[st
 
 
 def _labels_of(
-    shards: Sequence[Path], members: list[Member], place: MemberPlace
+    shards: Sequence[Shard], members: list[Member], place: MemberPlace
 ) -> tuple[tuple[str, ...], torch.Tensor]:
     """Class names, and the labels (N,) int64."""
     values = [member.label for member in members]
@@ -523,7 +320,7 @@ def _labels_of(
     return named_classes([str(value) for value in values], shards[0].parent)
 
 
-def _refuse_mixed(shards: Sequence[Path], members: list[Member]) -> None:
+def _refuse_mixed(shards: Sequence[Shard], members: list[Member]) -> None:
     """Raise if some labels are names and others numbers: one name would renumber all classes."""
     named = [member for member in members if type(member.label) is str]
     numbered = [member for member in members if type(member.label) is int]

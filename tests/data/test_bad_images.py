@@ -114,7 +114,7 @@ def test_a_class_without_an_undamaged_picture_is_refused(pictures: Path) -> None
 
 def test_a_picture_is_decoded_once_to_check_it_in_a_process(pictures: Path, monkeypatch) -> None:
     """However often its set is opened."""
-    from smalti.data.sources import base as verification
+    from smalti.data.sources import verification
 
     decoded = []
     decode = verification.decode

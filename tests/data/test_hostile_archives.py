@@ -10,7 +10,7 @@ import pytest
 
 from smalti.data.image_io import FolderOptions
 from smalti.data.sources.base import open_source
-from smalti.data.sources.webdataset import BLOCK
+from smalti.data.sources.shard_members import BLOCK
 from smalti.errors import SmaltiError
 from tests.data.test_arrays import declaring
 

@@ -24,15 +24,9 @@ from smalti.data.sources.base import (
     open_unverified,
 )
 from smalti.data.sources.folder import EXTENSIONS
-from smalti.data.sources.webdataset import (
-    BLOCK,
-    MAX_ANNOTATION_BYTES,
-    ShardPictures,
-    expand_braces,
-    expand_shards,
-    list_members,
-    read_manifest,
-)
+from smalti.data.sources.shard_manifest import read_manifest
+from smalti.data.sources.shard_members import BLOCK, MAX_ANNOTATION_BYTES, list_members
+from smalti.data.sources.webdataset import ShardPictures, expand_braces, expand_shards
 from smalti.errors import SmaltiError
 
 COUNT = 6

@@ -10,11 +10,20 @@ import pytest
 from PIL import Image
 
 from smalti.cli import main
-from smalti.data.dataset import DataOptions
+from smalti.data.dataset import DataOptions, read_options, write_options
 from smalti.data.image_io import FolderOptions
 from smalti.data.sources.base import ImageSource, open_source
 from smalti.data.sources.folder import read_picture
-from smalti.data.value_range import Histogram, common_range, to_eight_bits, written
+from smalti.data.value_range import (
+    Histogram,
+    MeasuredRange,
+    ValueCounts,
+    check_range,
+    common_range,
+    limits_of,
+    to_eight_bits,
+    written,
+)
 from smalti.errors import SmaltiError
 from tests.data.test_decoding import with_chunk
 from tests.data.test_folder import handmade_png
@@ -233,3 +242,121 @@ def test_check_data_names_the_range_and_follows_it(pictures: Path, tmp_path: Pat
 def test_a_range_is_written_as_a_command_line_takes_it(limits: tuple[float, float]) -> None:
     text = written(limits)
     assert "e" not in text and tuple(map(float, text.split())) == pytest.approx(limits, rel=1e-8)
+
+
+# -- Percentiles of a set -------------------------------------------------------------------------
+
+PERCENTILES = ("0.5%", "99.5%")
+
+
+def scans(root: Path, count: int = 4) -> list[np.ndarray]:
+    """16-bit pictures with values about 1000 to 3000, and a few defective pixels."""
+    rng = np.random.default_rng(0)
+    found = []
+    for number in range(count):
+        values = rng.integers(1000 + 50 * number, 3000, (36, 40)).astype(np.uint16)
+        values[0, :2] = (0, 65_535)
+        found.append(values)
+        written_to(root, f"scan {number}.png", values)
+    return found
+
+
+def test_oracle_percentiles_are_those_of_all_values(pictures: Path, caplog) -> None:
+    """Of all values of all deep pictures, not of each picture; 8-bit pictures do not count."""
+    caplog.set_level("INFO")
+    values = np.concatenate([scan.ravel() for scan in scans(pictures)])
+    low, high = np.percentile(values, (0.5, 99.5), method="inverted_cdf")
+    source = open_source(str(pictures), value_range=PERCENTILES)
+    assert f"value_range 0.5% 99.5% of 4 deep pictures: {low} is black and {high} white" in (
+        caplog.text
+    )
+    clipped = np.mean((values < low) | (values > high))
+    assert f"{clipped:.2%} of the values are clipped, and 256 grey levels remain" in caplog.text
+    scan = scans(pictures)[2]
+    expected = to_eight_bits(scan, (float(low), float(high)))
+    assert np.array_equal(pixels_of(source, "scan 2.png")[..., 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_oracle_percentiles_of_other_types_are_within_a_twentieth_of_a_percent(dtype) -> None:
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((5, 200, 200)) * 30_000).astype(dtype)
+    counts = ValueCounts()
+    for picture in values:
+        counts.add(picture)
+    found, _, levels = counts.measured(("1%", "90%"))
+    measured = limits_of(found)
+    assert isinstance(measured, MeasuredRange) and levels == 256 and counts.pictures == 5
+    np.testing.assert_allclose(measured, np.percentile(values, (1, 90)), rtol=1e-3)
+
+
+def test_simple_numbers_are_measured_exactly() -> None:
+    counts = ValueCounts()
+    counts.add(np.array([-1.0, 0.0, 0.5, 1.0], np.float32))
+    assert counts.measured(("0%", "100%"))[0] == ("0%=-1", "100%=1")
+    counts.add(np.array([0, 4095, 65_535], np.uint16))
+    assert counts.measured(("0%", "100%"))[0] == ("0%=-1", "100%=65535")
+
+
+def test_what_was_measured_is_stored_and_not_measured_again(
+    pictures: Path, tmp_path: Path, monkeypatch
+) -> None:
+    scans(pictures)
+    options = DataOptions(data=str(pictures), value_range=PERCENTILES)
+    source = options.source()
+    monkeypatch.setattr("smalti.data.sources.base.measured_over", None)  # it would fail
+    options.source()  # the other split, in the same process
+    (tmp_path / "model").mkdir()
+    write_options(tmp_path / "model", options)
+    stored = read_options(tmp_path / "model")
+    assert stored is not None
+    low, high = stored.value_range
+    assert re.fullmatch(r"0\.5%=\d+", low) and re.fullmatch(r"99\.5%=\d+", high)
+    assert stored.source().fingerprint == source.fingerprint
+    plain = limits_of(stored.value_range)
+    assert plain == MeasuredRange((float(low.split("=")[1]), float(high.split("=")[1])))
+
+
+def test_few_grey_levels_are_counted_and_named(pictures: Path, caplog) -> None:
+    written_to(pictures, "wide.png", (RAMP * 60_000).astype(np.uint16))
+    written_to(pictures, "dim.png", (RAMP * 600).astype(np.uint16))  # 600 of 60,000
+    open_source(str(pictures), value_range=("0%", "100%"))
+    assert "leaves fewer than 64 grey levels in 1 of 2 deep pictures; the fewest, 4 of" in (
+        caplog.text
+    )
+    assert "dim.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("value_range", "message"),
+    [
+        (("0.5%", 4095), "give two numbers, or two percentiles such as 0.5% 99.5%"),
+        (("0.5%=3", "99%"), "give two numbers, or two percentiles"),
+        (("low", "high"), "give two numbers, or two percentiles"),
+        (("99%", "1%"), "give the percentile that is black, then the larger one"),
+        (("1%", "101%"), "at most 100%"),
+        ((5.0, 5.0), "give the value that is black, then the larger one"),
+    ],
+)
+def test_impossible_ranges_are_refused(value_range, message: str) -> None:
+    with pytest.raises(SmaltiError, match=re.escape(message)):
+        check_range(value_range)
+
+
+def test_percentiles_need_deep_pictures_that_differ(pictures: Path) -> None:
+    with pytest.raises(SmaltiError, match="no picture has more than 8 bits per channel: leave it"):
+        open_source(str(pictures), value_range=PERCENTILES)
+    with pytest.raises(SmaltiError, match="have 8 bits per channel: leave it out"):
+        open_source("emoji", value_range=PERCENTILES)
+    written_to(pictures, "flat.png", np.full((36, 40), 700, np.uint16))
+    with pytest.raises(SmaltiError, match="both are the value 700: choose percentiles further"):
+        open_source(str(pictures), value_range=PERCENTILES)
+
+
+def test_percentiles_are_given_on_the_command_line(pictures: Path, capsys) -> None:
+    scans(pictures)
+    assert main(["check-data", "--data", str(pictures), "--value_range", "0.5%", "99.5%"]) == 0
+    assert (
+        main(["check-data", "--data", str(pictures), "--value_range", "0.5%=1000", "99.5%=2990"])
+        == 0
+    )

@@ -19,8 +19,9 @@ from smalti.evaluation.evaluator import (
     TokenizerEvaluator,
     evenly_spaced,
     first_of_each,
-    reference_images,
+    reference_rows,
 )
+from smalti.evaluation.pictures import stored_pictures
 from smalti.files import read_hashed_json, write_hashed_json
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Loss
@@ -212,11 +213,12 @@ def test_classes_in_another_unicode_form_keep_the_numbers_of_the_pipeline(
 def test_few_references_are_spread_over_the_set(config) -> None:
     assert evenly_spaced(3, 11).tolist() == [0, 5, 10]
     dataset = config.dataset("train", 32)
-    images, labels = reference_images(dataset, 5)
-    assert len(images) == 5 and labels.tolist() == sorted(labels.tolist())
-    assert set(labels.tolist()) == {0, 1, 2}
-    everything, _ = reference_images(dataset, 1000)
-    assert torch.equal(everything, dataset.all_images())
+    rows = reference_rows(dataset, 5)
+    labels = dataset.labels[rows].tolist()
+    assert len(labels) == 5 and labels == sorted(labels) and set(labels) == {0, 1, 2}
+    assert torch.equal(stored_pictures(dataset, rows)[:], dataset.all_images()[rows])
+    assert reference_rows(dataset, 1000) is None
+    assert torch.equal(stored_pictures(dataset)[:], dataset.all_images())
 
 
 def test_the_first_of_each_class_are_shown() -> None:
