@@ -315,7 +315,7 @@ class CaptionFeatures:
     def __call__(self, batch: ImageBatch, views: Sequence[Tensor]) -> dict[str, Tensor]:
         """A row for every caption of every picture of the batch."""
         del views
-        captions = [text for own in getattr(batch, "captions", None) or () for text in own]
+        captions = [text for own in batch.captions or () for text in own]
         texts = self.encoder.encode(captions, self.length, batch_size=max(1, len(batch.images)))
         return {FEATURES: texts.features.half(), MASK: texts.mask}
 

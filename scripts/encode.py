@@ -26,7 +26,7 @@ from smalti.data.latent_cache.manifest import (
     group_numbers,
 )
 from smalti.data.transforms import VIEW_SETS, ViewSet, decoded_size, views_of
-from smalti.errors import CheckpointError, ConfigurationError, DataError
+from smalti.errors import CheckpointError, ConfigurationError
 from smalti.pipelines.conditions import CaptionFeatures
 from smalti.prior.conditions.text_encoder import text_encoder_of
 from smalti.scripts.options import TextOptions
@@ -117,12 +117,8 @@ def condition_encoders(config: EncodeConfig) -> list[ConditionEncoder]:
     """
     if "text" not in config.condition.split("+"):
         return []
-    source: Any = config.source()
-    if not getattr(source, "has_captions", False):
-        raise DataError(
-            f"condition is {config.condition}, but the pictures of {config.data} have no captions: "
-            "see smalti check-data, or leave out --condition"
-        )
+    source = config.source()
+    source.require_captions()
     encoder = text_encoder_of(config.text.encoder).to(join_job().device)
     captions = [text for i in range(len(source)) for text in source.captions(i)]
     encoder.check_captions(captions, config.text.length)

@@ -43,8 +43,7 @@ def written(folder: Path, features: CaptionFeatures) -> LatentCache:
 
     def encode(start: int, stop: int) -> EncodedRange:
         rows = torch.arange(start, stop)
-        batch = ImageBatch(torch.zeros(len(rows), 3, 8, 8), rows * 0, rows)
-        batch.captions = TEXTS[start:stop]  # type: ignore[attr-defined]
+        batch = ImageBatch(torch.zeros(len(rows), 3, 8, 8), rows * 0, rows, TEXTS[start:stop])
         codes = torch.zeros(len(rows), 1, 4, dtype=torch.int64)
         return EncodedRange(codes, rows * 0, TEXTS[start:stop], features(batch, ()))
 
