@@ -117,13 +117,9 @@ def train_classifier(
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image with probability 1/2, and shift it."""
+    """Mirror each image with probability 1/2 and shift it by up to an eighth of its width."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-    return shifted(torch.where(mirrored, images.flip(-1), images), generator)
-
-
-def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image (N, 3, S, S) by up to an eighth of its side."""
+    images = torch.where(mirrored, images.flip(-1), images)
     max_shift = images.shape[-1] // 8
     padded = F.pad(images, (max_shift,) * 4, mode="replicate")
     corners = torch.randint(2 * max_shift + 1, (len(images), 2), generator=generator).tolist()

@@ -1,8 +1,10 @@
 """Retrieval of captions: whether a picture shows what its caption says.
 
 A contrastive scorer (CLIP, 2103.00020) is trained on the real training pictures and their captions.
-Given a picture, it ranks the right caption among others. The scorer is independent of the
-generator: it has its own networks, weights and seed, and its input is pixels and text.
+Given a picture, it ranks the right caption among others. It is independent of the generator: its
+input is pixels and text, and what it learns is learned from real pictures alone. Of a picture it
+sees the features of a frozen network that was trained on ImageNet, the AlexNet in LPIPS: with a
+few thousand pictures, a network trained from scratch finds fewer of the captions of new ones.
 """
 
 import math
@@ -14,61 +16,80 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.data.latents import rounded, to_float, to_levels
+from smalti.data.latents import rounded
 from smalti.errors import DataError
-from smalti.evaluation.classifier import ImageClassifier, shifted
-from smalti.evaluation.features import weights_sha256
+from smalti.evaluation.features import AlexNetFeatures, resized, weights_sha256
 from smalti.evaluation.metrics import Metric
+from smalti.tokenizer.losses.perceptual import LPIPS
 
 CANDIDATES = 64  # captions that a picture chooses from
-SIDE = ImageClassifier.side  # pixels
 
 # -------------------------------------------------------------------------------------------------
 # Pictures and captions, as the scorer sees them
 
 
+class ImageFeatures:
+    """Features of images, (B, 1920): of the AlexNet in LPIPS, the means of the first four ReLU
+    layers over positions, and those of the fifth over each quarter of the image."""
+
+    dim = 64 + 192 + 384 + 256 + 4 * 256
+    side = AlexNetFeatures.side  # pixels; images are resized to it, bicubic
+
+    def __init__(self, lpips: LPIPS) -> None:
+        self.lpips = lpips
+        self.weights_sha256 = weights_sha256(lpips)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        images = resized(images.to(next(self.lpips.parameters()).device), self.side)
+        *first, last = self.lpips.features(images)
+        means = [layer.mean((2, 3)) for layer in first]
+        return torch.cat([*means, F.adaptive_avg_pool2d(last, 2).flatten(1)], 1)
+
+
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Small pictures with one or several captions each: 3 kB per picture."""
+    """The features of pictures, 4 kB each, with one or several captions each."""
 
-    levels: Tensor  # (N, 3, 32, 32) uint8
+    features: Tensor  # (N, d) float16
     captions: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def of(cls, batches: Iterable[tuple[Tensor, Sequence[Sequence[str]]]]) -> "CaptionedImages":
-        """From batches of images (B, 3, H, W) in [-1, 1] and the captions of each; only the small
-        pictures are kept.
+    def of(
+        cls,
+        batches: Iterable[tuple[Tensor, Sequence[Sequence[str]]]],
+        extractor: Callable[[Tensor], Tensor],
+    ) -> "CaptionedImages":
+        """From batches of images (B, C, H, W) in [-1, 1] and the captions of each; the images are
+        not kept.
+
+        Args:
+            extractor: images, rounded to 8 bits -> features (B, d), see `ImageFeatures`.
 
         Raises:
             DataError: there is no picture, or one has no caption.
         """
-        levels: list[Tensor] = []
+        features: list[Tensor] = []
         captions: list[tuple[str, ...]] = []
         for images, texts in batches:
-            levels.append(to_levels(_resized(rounded(images.cpu()))).to(torch.uint8))
-            captions += [tuple(own) for own in texts]
             if len(images) != len(texts) or not all(texts):
                 raise DataError(
                     f"{len(images)} pictures have captions of {sum(map(bool, texts))}: give each "
                     "at least one caption"
                 )
-        if not levels:
+            features.append(extractor(rounded(images)).cpu().half())
+            captions += [tuple(own) for own in texts]
+        if not features:
             raise DataError("there is no picture with a caption to measure retrieval on")
-        return cls(torch.cat(levels), tuple(captions))
+        return cls(torch.cat(features), tuple(captions))
 
     def __len__(self) -> int:
-        return len(self.levels)
+        return len(self.features)
 
     @property
     def first_captions(self) -> list[str]:
         """The first caption of every picture."""
         return [own[0] for own in self.captions]
-
-
-def _resized(images: Tensor) -> Tensor:
-    if images.shape[-2:] == (SIDE, SIDE):
-        return images
-    return F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -82,17 +103,18 @@ class ByteConvolutions(nn.Module):
     the maximum over the text (Kim et al., 1508.06615), then two linear layers."""
 
     widths = (1, 3, 5, 7)  # bytes
-    channels = 128  # of each width
+    channels, embedding_dim = 128, 64
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCAB_SIZE, 64, padding_idx=0)
+        self.embedding = nn.Embedding(VOCAB_SIZE, self.embedding_dim, padding_idx=0)
         self.convs = nn.ModuleList(
-            nn.Conv1d(64, self.channels, width, padding="same") for width in self.widths
+            nn.Conv1d(self.embedding_dim, self.channels, width, padding="same")
+            for width in self.widths
         )
         hidden = self.channels * len(self.widths)
         self.head = nn.Sequential(
-            nn.Dropout(0.2), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, dim)
+            nn.Dropout(0.3), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, dim)
         )
 
     def forward(self, texts: Sequence[str]) -> Tensor:
@@ -106,33 +128,62 @@ class ByteConvolutions(nn.Module):
 
 
 class RetrievalScorer(nn.Module):
-    """Pictures and captions as unit vectors; their scalar product is the score."""
+    """Pictures and captions as unit vectors; their scalar product is the score.
+
+    Args:
+        train: training pictures, whose mean and standard deviation normalise the features.
+    """
 
     dim = 128
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, train: CaptionedImages) -> None:
         super().__init__()
-        self.image = ImageClassifier(self.dim, width)  # its head gives vectors instead of logits
+        features = train.features.float()
+        self.register_buffer("mean", features.mean(0))
+        self.register_buffer("std", features.std(0, unbiased=False).clamp(min=1e-3))
+        self.mean: Tensor
+        self.std: Tensor
+        self.image = nn.Sequential(
+            nn.Dropout(0.5),
+            nn.Linear(features.shape[1], 512),
+            nn.GELU(),
+            nn.Dropout(0.5),
+            nn.Linear(512, self.dim),
+        )
         self.text = ByteConvolutions(self.dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.training_record: dict[str, Any] = {}  # settings of its training, for the protocol
 
-    def embed_images(self, levels: Tensor) -> Tensor:
-        """Unit vectors (N, dim) of pictures (N, 3, 32, 32) uint8."""
-        images = to_float(levels.to(self.log_scale.device))
-        return F.normalize(self.image(images).float(), dim=1)
+    def embed_images(self, features: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Unit vectors (N, dim) of features (N, d); noise (N, d) is added to the normalised
+        features."""
+        x = (features.to(self.mean.device).float() - self.mean) / self.std
+        if noise is not None:
+            x = x + noise.to(x.device)
+        return F.normalize(self.image(x), dim=1)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (N, dim) of texts."""
-        return F.normalize(self.text(texts).float(), dim=1)
+        return F.normalize(self.text(texts), dim=1)
 
-    def forward(self, levels: Tensor, texts: Sequence[str]) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        captions: Sequence[str],
+        texts: Sequence[str],
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """The loss of a batch: the cross-entropy of the right caption for every picture and of the
-        right picture for every caption; equal captions are not negatives of each other."""
+        right picture for every caption.
+
+        Args:
+            captions: B of them; equal ones are not negatives of each other.
+            texts: the captions as they are embedded, for example without some words.
+        """
         scale = self.log_scale.exp().clamp(max=100)
-        logits = scale * self.embed_images(levels) @ self.embed_texts(texts).T  # (B, B)
-        number = {text: i for i, text in enumerate(texts)}
-        same = torch.tensor([number[text] for text in texts], device=logits.device)
+        logits = scale * self.embed_images(features, noise) @ self.embed_texts(texts).T  # (B, B)
+        number = {text: i for i, text in enumerate(captions)}
+        same = torch.tensor([number[text] for text in captions], device=logits.device)
         others = (same[:, None] == same) & ~torch.eye(len(same), dtype=bool, device=same.device)
         logits = logits.masked_fill(others, -torch.inf)
         target = torch.arange(len(logits), device=logits.device)
@@ -140,14 +191,15 @@ class RetrievalScorer(nn.Module):
 
     @torch.no_grad()
     def accuracy(
-        self, levels: Tensor, texts: Sequence[str], pool: Sequence[str], candidates: int
+        self, features: Tensor, texts: Sequence[str], pool: Sequence[str], candidates: int
     ) -> float:
-        """The expected share of pictures (N, 3, 32, 32) uint8 whose right caption has the highest
-        score among `candidates` captions: the right one, and others drawn from `pool` without
-        replacement. The expectation over the draws is computed, not sampled: if L of the M other
-        captions have a lower score, it is C(L, candidates - 1) / C(M, candidates - 1).
+        """The expected share of pictures whose right caption has the highest score among
+        `candidates` captions: the right one, and others drawn from `pool` without replacement. The
+        expectation over the draws is computed, not sampled: if L of the M other captions have a
+        lower score, it is C(L, candidates - 1) / C(M, candidates - 1).
 
         Args:
+            features: (N, d) of the pictures.
             texts: N right captions, each of `pool`.
             pool: different captions.
         """
@@ -156,7 +208,7 @@ class RetrievalScorer(nn.Module):
         right = torch.tensor([place[text] for text in texts])
         vectors = torch.cat([self.embed_texts(pool[i : i + 256]) for i in range(0, len(pool), 256)])
         shares = []
-        for part, rows in zip(levels.split(256), right.split(256), strict=True):
+        for part, rows in zip(features.split(256), right.split(256), strict=True):
             scores = (self.embed_images(part) @ vectors.T).cpu()
             lower = (scores < scores.gather(1, rows[:, None])).sum(1)
             shares.append(_share_of_draws(lower, len(pool) - 1, candidates - 1))
@@ -174,29 +226,31 @@ def _share_of_draws(lower: Tensor, total: int, drawn: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------
 # Training and measuring
 
+NOISE = 0.3  # standard deviations of the features
+LEFT_OUT = 0.3  # probability of a word
+
 
 def train_scorer(
     train: CaptionedImages,
     *,
     generator: torch.Generator,
     epochs: int,
-    batch_size: int = 128,
+    batch_size: int = 256,
     peak_learning_rate: float = 2e-3,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     progress: Callable[[int], object] = lambda steps: None,
 ) -> RetrievalScorer:
-    """Train on pictures and captions; pictures are shifted at random but not mirrored, because a
-    caption may say "left". Reproducible: all random numbers come from `generator`, on the CPU
-    (those of dropout from a seed that it gives).
+    """Train on pictures and captions. Against overfitting, noise is added to the features, and
+    words of a caption are left out. Reproducible: all random numbers come from `generator`, on the
+    CPU (those of dropout from a seed that it gives).
 
     Args:
-        dtype: arithmetic of the networks.
         progress: called with 1 after every step.
     """
-    with torch.random.fork_rng(devices=[]):  # initial weights and dropout use the global state
+    cuda = [device] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):  # initial weights and dropout use the global state
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        model = RetrievalScorer().to(device)
+        model = RetrievalScorer(train).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=peak_learning_rate, weight_decay=0.1)
         steps = epochs * math.ceil(len(train) / batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_learning_rate, steps)
@@ -204,12 +258,11 @@ def train_scorer(
         for _ in range(epochs):
             order = torch.randperm(len(train), generator=generator)
             for rows in order.split(batch_size):
-                draws = torch.rand(len(rows), generator=generator).tolist()
-                captions = (train.captions[row] for row in rows.tolist())
-                texts = [own[int(u * len(own))] for own, u in zip(captions, draws, strict=True)]
-                levels = shifted(train.levels[rows].float(), generator).to(torch.uint8)
-                with torch.autocast(torch.device(device).type, dtype, dtype != torch.float32):
-                    loss = model(levels, texts)
+                features = train.features[rows]
+                noise = NOISE * torch.randn(features.shape, generator=generator)
+                captions = [_one_of(train.captions[row], generator) for row in rows.tolist()]
+                texts = [_with_fewer_words(text, generator) for text in captions]
+                loss = model(features, captions, texts, noise)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -221,10 +274,20 @@ def train_scorer(
         "epochs": epochs,
         "batch_size": batch_size,
         "peak_learning_rate": peak_learning_rate,
-        "dtype": str(dtype).removeprefix("torch."),
         "seed": generator.initial_seed(),
     }
     return model.eval()
+
+
+def _one_of(captions: Sequence[str], generator: torch.Generator) -> str:
+    return captions[int(torch.randint(len(captions), (), generator=generator))]
+
+
+def _with_fewer_words(text: str, generator: torch.Generator) -> str:
+    """Each word is left out with a probability, but not all of them."""
+    words = text.split()
+    kept = torch.rand(len(words), generator=generator) >= LEFT_OUT
+    return " ".join(w for w, keep in zip(words, kept.tolist(), strict=True) if keep) or text
 
 
 def retrieval_metrics(
@@ -264,12 +327,12 @@ def retrieval_metrics(
         "distractors": f"drawn from {len(pool)} different captions; expectation over all draws",
         "chance": 1 / candidates,
         "rounding": "uint8",
-        "resize": f"bilinear with antialiasing to {SIDE} px",
+        "features": f"AlexNet in LPIPS at {ImageFeatures.side} px, bicubic",
     }
     values = {
-        "samples": scorer.accuracy(samples.levels, asked, pool, candidates),
-        "heldout": scorer.accuracy(heldout.levels, heldout.first_captions, pool, candidates),
-        "shuffled": scorer.accuracy(samples.levels, wrong, pool, candidates),
+        "samples": scorer.accuracy(samples.features, asked, pool, candidates),
+        "heldout": scorer.accuracy(heldout.features, heldout.first_captions, pool, candidates),
+        "shuffled": scorer.accuracy(samples.features, wrong, pool, candidates),
     }
     counts = {"samples": len(samples), "heldout": len(heldout), "shuffled": len(samples)}
     return {
