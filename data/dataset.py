@@ -438,7 +438,7 @@ def write_options(folder: Path, options: DataOptions) -> None:
     if "://" in options.data and ("@" in options.data or "?" in options.data):
         return  # a URL with a password or a key, which a shared model must not tell
     content = {name: saved_fields(getattr(options, name)) for name in ("data", *STORED)}
-    content["value_range"] = config_to_dict(measured_range(options.data, options))
+    content["value_range"] = saved_fields(measured_range(options.data, options))
     write_hashed_json(folder / OPTIONS, content)
 
 

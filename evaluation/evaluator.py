@@ -7,7 +7,7 @@ what is kept of them are features, distances and counts.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,12 +34,19 @@ from smalti.evaluation.metrics import (
 )
 from smalti.evaluation.pictures import Images, StoredImages, stored_pictures
 from smalti.evaluation.reconstruction import code_counts
+from smalti.evaluation.retrieval import (
+    CaptionedImages,
+    ImageFeatures,
+    retrieval_metrics,
+    train_scorer,
+)
 from smalti.randomness import generator
 from smalti.tokenizer.losses.perceptual import LPIPS
 
 SHOWN_RECONSTRUCTIONS = 12
 SHOWN_CLASSES, SHOWN_PER_CLASS = 12, 2  # samples shown above their nearest training images
 BATCH = 128  # of the classifier's training and of likelihoods: both depend on it
+RETRIEVAL_BATCH = 256  # captions that a picture is compared with in the scorer's training
 LIKELIHOOD_IMAGES = 128
 NEAR_COPY = 2.0  # root mean square difference in grey levels of 255
 
@@ -55,6 +62,14 @@ def evenly_spaced(count: int, total: int) -> Tensor:
 def reference_rows(dataset: ImageDataset, limit: int) -> Tensor | None:
     """The positions of at most `limit` evenly spaced images of a set; None: all of them."""
     return None if len(dataset) <= limit else evenly_spaced(limit, len(dataset))
+
+
+def captioned(
+    dataset: ImageDataset, rows: Sequence[int], extractor: ImageFeatures
+) -> CaptionedImages:
+    """The features of some samples, with their captions."""
+    batches = dataset.batches_of(rows, BATCH)
+    return CaptionedImages.of(((b.images, b.captions or ()) for b in batches), extractor)
 
 
 def first_of_each(labels: Tensor, count: int, classes: int = SHOWN_CLASSES) -> Tensor:
@@ -166,10 +181,10 @@ class TokenizerEvaluator:
 
 
 class BitsPerDimension(Protocol):
-    """-log2 p(latents | labels) per code or per element of the latents, (B,), of labels (B,)."""
+    """-log2 p(latents | condition) per code or per element of the latents, (B,)."""
 
     def __call__(
-        self, latents: Tensor, condition: Tensor, *, generator: torch.Generator | None = None
+        self, latents: Tensor, condition: Any, *, generator: torch.Generator | None = None
     ) -> Tensor: ...
 
 
@@ -187,6 +202,7 @@ class SampleEvaluator:
         self, tokenizer: TokenizerEvaluator, train: ImageDataset, *, num_references: int, seed: int
     ) -> None:
         self.tokenizer, self.seed = tokenizer, seed
+        self.num_references = num_references
         self.class_counts = train.labels.bincount(minlength=len(train.classes))
         self.dataset, self.rows = train, reference_rows(train, num_references)
         self.train_labels = train.labels if self.rows is None else train.labels[self.rows]
@@ -210,18 +226,32 @@ class SampleEvaluator:
         heldout, heldout_labels = self.tokenizer.heldout, self.tokenizer.heldout_labels
         return ImageSets(samples, labels, heldout, heldout_labels, self.train)
 
+    def _classes_of(self, rows: Sequence[int]) -> Tensor:
+        return self.tokenizer.heldout_labels[list(rows)].to(self.tokenizer.device)
+
     @torch.no_grad()
-    def likelihood(self, bits_per_dimension: BitsPerDimension) -> dict[str, Metric]:
-        """Negative log2 likelihood of held-out latents given their class, per dimension."""
+    def likelihood(
+        self,
+        bits_per_dimension: BitsPerDimension,
+        condition_of: Callable[[Sequence[int]], Any] | None = None,
+    ) -> dict[str, Metric]:
+        """Negative log2 likelihood of held-out latents given their condition, per dimension.
+
+        Args:
+            condition_of: positions of held-out images -> their condition; None: class labels.
+        """
+        if condition_of is None:
+            condition_of = self._classes_of
         tokenizer, autoencoder = self.tokenizer, self.tokenizer.autoencoder
         chosen = tokenizer.even_subset(LIKELIHOOD_IMAGES)
-        images, labels = tokenizer.heldout[chosen], tokenizer.heldout_labels[chosen]
+        images = tokenizer.heldout[chosen]
         posterior = self.generator("posterior")
         bits = []
-        for batch, classes in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+        parts = (chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH))
+        for batch, rows in zip(images.split(BATCH), parts, strict=True):
             latents = autoencoder.encode(batch.to(tokenizer.device), generator=posterior)
             probes = self.generator("likelihood")
-            bits.append(bits_per_dimension(latents, classes.to(tokenizer.device), generator=probes))
+            bits.append(bits_per_dimension(latents, condition_of(rows), generator=probes))
         discrete = isinstance(autoencoder.spec, CodeSpec)
         dimension = "a code" if discrete else "a number; of a density"
         protocol = {
@@ -261,6 +291,30 @@ class SampleEvaluator:
             )
         return classifier_metrics(sets, classifier, protocol)
 
+    def retrieval(
+        self, samples: Tensor, prompts: Sequence[str], protocol: dict[str, Any], *, epochs: int
+    ) -> dict[str, Metric]:
+        """Accuracy of a scorer, trained on the real training images and captions alone, that
+        chooses the prompt of each sample (N, C, H, W) in [-1, 1] among other captions."""
+        extractor, heldout = ImageFeatures(self.tokenizer.lpips), self.tokenizer.dataset
+        rows = evenly_spaced(min(self.num_references, len(self.dataset)), len(self.dataset))
+        train = captioned(self.dataset, rows.tolist(), extractor)
+        texts = [(prompt,) for prompt in prompts]
+        parts = (texts[i : i + BATCH] for i in range(0, len(texts), BATCH))
+        asked = CaptionedImages.of(zip(samples.split(BATCH), parts, strict=True), extractor)
+        real = captioned(heldout, range(len(heldout)), extractor)
+        with tqdm(total=epochs * -(-len(train) // RETRIEVAL_BATCH), desc="train retrieval") as bar:
+            scorer = train_scorer(
+                train,
+                generator=self.generator("retrieval"),
+                epochs=epochs,
+                batch_size=RETRIEVAL_BATCH,
+                device=self.tokenizer.device,
+                progress=bar.update,
+            )
+        wrong = self.generator("wrong captions")
+        return retrieval_metrics(scorer, asked, real, protocol, generator=wrong)
+
     def neighbours(
         self, sets: ImageSets, protocol: dict[str, Any], grid: Path
     ) -> dict[str, Metric]:
@@ -280,7 +334,9 @@ class SampleEvaluator:
             _, reconstructed = self.tokenizer.reconstruct(references)
             nearest_copy.add(rounded(reconstructed), where)
 
-        shown = first_of_each(sets.sample_labels, SHOWN_PER_CLASS)
+        single = len(sets.sample_labels.unique()) == 1  # as of an unconditional prior
+        each = SHOWN_PER_CLASS * (SHOWN_CLASSES if single else 1)
+        shown = first_of_each(sets.sample_labels, each)
         found = nearest.indices[shown]
         mirrored = (found >= len(train))[:, None, None, None]
         originals = train[found % len(train)]

@@ -149,7 +149,7 @@ class AlexNetFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        images = _resize(images.to(next(self.lpips.parameters()).device), self.side)
+        images = resized(images.to(next(self.lpips.parameters()).device), self.side)
         return self.lpips.features(images)[-1].mean((2, 3))
 
 
@@ -180,7 +180,7 @@ class EfficientNetFeatures:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         device = self.network._fc.weight.device
-        return self.network.features(_resize(images.to(device), self.side))
+        return self.network.features(resized(images.to(device), self.side))
 
 
 def find_efficientnet(path: Path | None) -> Path:
@@ -253,7 +253,7 @@ def random_split(features: Tensor, count: int, generator: torch.Generator) -> tu
     return shuffled[:count], shuffled[count:]
 
 
-def _resize(images: Tensor, side: int) -> Tensor:
-    size = (side, side)
-    resized = F.interpolate(as_rgb(images.float()), size, mode="bicubic", antialias=True)
-    return resized.clamp(-1, 1)
+def resized(images: Tensor, side: int) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] as a network sees them, (B, 3, side, side)."""
+    images = F.interpolate(as_rgb(images.float()), (side, side), mode="bicubic", antialias=True)
+    return images.clamp(-1, 1)

@@ -3,12 +3,15 @@
 label_ids        classes by name or number -> class labels
 Inputs           what a caller gives: classes, prompts, or a number of images
 Conditions       the same as a prior takes it, a row for each image
+CaptionFeatures  what a latent cache holds of captions for a frozen text encoder
 BatchConditions  the conditions of training batches
 check_options    whether a prior's `sample` takes these options, before any work is done
 """
 
 import difflib
+import hashlib
 import inspect
+import logging
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +22,9 @@ from torch import Tensor
 
 from smalti.config import nearest
 from smalti.data.classes import class_number, shown
+from smalti.data.dataset import ImageBatch
 from smalti.data.latent_cache.cache import LatentBatch, LatentCache
+from smalti.data.latent_cache.manifest import CacheInfo, StoredCondition
 from smalti.data.latents import as_tensor
 from smalti.errors import DataError, GenerationError
 from smalti.prior.base import Prior, PriorConfig
@@ -286,12 +291,59 @@ def _negative(
 
 # -- conditions of training ------------------------------------------------------------------------
 
+logger = logging.getLogger(__name__)
+FEATURES, MASK = "text_features", "text_mask"  # conditions of a latent cache
+
+
+class CaptionFeatures:
+    """The features of every caption of a data set, as a latent cache holds them for the training of
+    a prior: half-precision features (length, D) and a mask (length,) for each caption."""
+
+    def __init__(self, encoder: TextEncoder, length: int) -> None:
+        self.encoder, self.length = encoder, length
+
+    @property
+    def stored(self) -> tuple[StoredCondition, ...]:
+        """What the cache declares; nothing of an encoder that is trained with the prior."""
+        if not self.encoder.dim:
+            return ()
+        made = f"captions/{self.encoder.fingerprint}/{self.length}"
+        recipe = hashlib.sha256(made.encode()).hexdigest()
+        shape = (self.length, self.encoder.dim)
+        return (
+            StoredCondition(FEATURES, shape, "float16", "caption", recipe),
+            StoredCondition(MASK, shape[:1], "bool", "caption", recipe),
+        )
+
+    def __call__(self, batch: ImageBatch, views: Sequence[Tensor]) -> dict[str, Tensor]:
+        """A row for every caption of every picture of the batch."""
+        del views
+        captions = [text for own in batch.captions or () for text in own]
+        texts = self.encoder.encode(captions, self.length, batch_size=max(1, len(batch.images)))
+        return {FEATURES: texts.features.half(), MASK: texts.mask}
+
+    def are_in(self, info: CacheInfo) -> bool:
+        """Whether a cache holds these; if it holds others, the log says so."""
+        found = [condition for condition in info.conditions if condition.name in (FEATURES, MASK)]
+        if not found or not self.stored:
+            return False
+        if found == list(self.stored):
+            return True
+        logger.warning(
+            "the latents hold %s of another text encoder or --text.length than %s with %d: its "
+            "features are computed in every step",
+            found[0].in_words,
+            self.encoder.name,
+            self.length,
+        )
+        return False
+
 
 class BatchConditions:
     """The conditions of batches of latents, from what the data set has beside them.
 
     Raises:
-        DataError: the prior takes captions, and the data set has none.
+        SmaltiError: the prior takes captions, and the data set has none, or one that is too long.
     """
 
     def __init__(
@@ -303,6 +355,12 @@ class BatchConditions:
                 f"condition is {config.condition}, but the latents in {latents.folder} have no "
                 "captions: encode pictures that have captions, see smalti check-data"
             )
+        self.are_stored = False
+        if encoder is not None and self.text is not None:
+            self.are_stored = CaptionFeatures(encoder, self.text.length).are_in(latents.info)
+            if not self.are_stored and isinstance(latents, LatentCache):
+                texts = latents.all_captions(range(len(latents))) or []
+                encoder.check_captions([t for own in texts for t in own], self.text.length)
 
     def __call__(self, batch: LatentBatch) -> Condition:
         """The condition of each sample; on the CPU, or where the text encoder is."""
@@ -316,6 +374,8 @@ class BatchConditions:
         return Combination(values) if len(values) > 1 else next(iter(values.values()))
 
     def _captions(self, batch: LatentBatch) -> TextCondition:
+        if self.are_stored:
+            return TextCondition(batch.conditions[FEATURES], batch.conditions[MASK])
         assert self.encoder is not None and self.text is not None and batch.texts is not None
         return self.encoder.encode(batch.texts, self.text.length, batch_size=len(batch.texts))
 

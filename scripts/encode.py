@@ -6,7 +6,7 @@ After an interruption, the same command continues where it stopped.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smalti.checkpoints import Weights, is_checkpoint
 from smalti.cli import in_python, parse_config, run_command
-from smalti.config import ImageSize, check_at_least
+from smalti.config import ImageSize, check_at_least, nearest
 from smalti.data.dataset import DataOptions, ImageBatch, ImageDataset, Split, write_options
 from smalti.data.latent_cache.cache import EncodedRange, refuse_other_contents, write_cache
 from smalti.data.latent_cache.manifest import (
@@ -26,9 +26,14 @@ from smalti.data.latent_cache.manifest import (
     group_numbers,
 )
 from smalti.data.transforms import VIEW_SETS, ViewSet, decoded_size, views_of
-from smalti.errors import CheckpointError
+from smalti.errors import CheckpointError, ConfigurationError
+from smalti.pipelines.conditions import CaptionFeatures
+from smalti.prior.conditions.text_encoder import text_encoder_of
+from smalti.scripts.options import TextOptions
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import fills_folder, join_job, say, shared_work
+
+CONDITIONS = ("none", "class", "text", "image")
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,22 @@ class EncodeConfig(DataOptions):
     # Views of each training picture: itself (identity), itself and its mirror image (flip), or
     # LlamaGen's ten crops (ten-crop). A held-out picture is encoded as it is.
     views: ViewSet = "flip"
+    # What priors will be given, as of train-prior. With text, the pictures must have captions; the
+    # features of a frozen --text.encoder are stored beside the latents, about 2 bytes x channels x
+    # --text.length per caption. Captions and classes are stored in any case.
+    condition: str = ""
+    text: TextOptions = field(default_factory=TextOptions)
     batch_size: int = 128  # pictures encoded at once
     shard_size: int = 8192  # samples per file
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, self, "batch_size", "shard_size")
+        for kind in filter(None, self.condition.split("+")):
+            if kind not in CONDITIONS:
+                raise ConfigurationError(
+                    f"condition is {self.condition}; {nearest(kind, CONDITIONS)}"
+                )
 
 
 @fills_folder(deep=True)
@@ -68,8 +83,9 @@ def encode(config: EncodeConfig) -> Path:
     tokenizer = tokenizer.to(state.device)
     if config.image_size is not None:
         tokenizer = tokenizer.resized(config.image_size)
+    encoders = condition_encoders(config)
     for split in SPLITS:
-        encode_split(config, split, tokenizer)
+        encode_split(config, split, tokenizer, encoders)
     if state.is_main_process:
         write_options(config.output_dir / SPLITS[0], config)
     return config.output_dir
@@ -90,6 +106,23 @@ class ConditionEncoder(Protocol):
             views: of the images, (B, C, H, W) each, on the device of the tokenizer.
         """
         ...
+
+
+def condition_encoders(config: EncodeConfig) -> list[ConditionEncoder]:
+    """What makes the conditions in the caches.
+
+    Raises:
+        SmaltiError: the text encoder cannot be loaded; the pictures have no captions, or one that
+            is too long.
+    """
+    if "text" not in config.condition.split("+"):
+        return []
+    source = config.source()
+    source.require_captions()
+    encoder = text_encoder_of(config.text.encoder).to(join_job().device)
+    captions = [text for i in range(len(source)) for text in source.captions(i)]
+    encoder.check_captions(captions, config.text.length)
+    return [CaptionFeatures(encoder, config.text.length)] if encoder.dim else []
 
 
 def encode_split(

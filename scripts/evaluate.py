@@ -5,6 +5,7 @@ smalti evaluate --model runs/demo/pipeline --data emoji --output_dir runs/demo/e
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,15 +19,16 @@ from smalti.config import ImageSize, check_at_least, saved_fields
 from smalti.data.dataset import DataOptions, ImageDataset
 from smalti.data.image_io import save_png
 from smalti.errors import ConfigurationError, DataError
-from smalti.evaluation.evaluator import SampleEvaluator, TokenizerEvaluator
+from smalti.evaluation.evaluator import SampleEvaluator, TokenizerEvaluator, evenly_spaced
 from smalti.evaluation.features import FeatureName, feature_extractors
 from smalti.evaluation.metrics import SETTINGS, Metric, write_summary
 from smalti.evaluation.pictures import StoredImages, stored
 from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.hub import resolve_folder
-from smalti.pipelines.conditions import check_options
+from smalti.pipelines.conditions import Inputs, check_options, conditions_of
 from smalti.pipelines.generation import picture_generator, sample_grid
 from smalti.pipelines.pipeline import DEMO, INDEX, Pipeline, check_model
+from smalti.prior.conditions.base import moved
 from smalti.scripts.options import Sampling
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import fills_folder, resolve_precision
@@ -37,6 +39,7 @@ SEEN = {  # what networks for RGB see of images with other channels
     1: "grey, repeated as RGB",
     4: "RGB on white; LPIPS the mean over black and white",
 }
+SHOWN_PROMPTS = 12  # rows of the grid of a pipeline of captions
 PIPELINE_FLAGS = {field.name for field in fields(Sampling)} | {
     "other_data",
     "num_samples",
@@ -69,7 +72,9 @@ class EvaluateConfig(DataOptions, Sampling):
     # Networks for Frechet distance and KID; efflite0 needs smalti[eval] or --feature_weights.
     features: tuple[FeatureName, ...] = ("alexnet",)
     feature_weights: Path | None = None  # weight file of efflite0; None = that of smalti[eval]
-    classifier_epochs: int = 12  # of training the classifier on the real training images
+    # Of training the classifier on the real training images or, for a pipeline of captions, the
+    # network that retrieves captions.
+    classifier_epochs: int = 12
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,42 +144,101 @@ def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> dict[str, M
     claim(config, *fingerprints.values())
     out = config.output_dir
 
-    save_png(out / "samples.png", sample_grid(pipeline, seed=config.seed, **config.options))
+    asked = requests(config, pipeline, evaluator)
+    grid = sample_grid(pipeline, prompts=asked.shown, seed=config.seed, **config.options)
+    save_png(out / "samples.png", grid)
     metrics = tokenizer.reconstruction(out / "reconstructions.png")
     if pipeline.prior.has_likelihood:
-        metrics |= evaluator.likelihood(pipeline.prior.bits_per_dimension)
-    labels = evaluator.labels(config.num_samples)
-    sets = evaluator.sets(sample(config, pipeline, labels), labels)
+        condition_of = partial(heldout_condition, pipeline, evaluator)
+        metrics |= evaluator.likelihood(pipeline.prior.bits_per_dimension, condition_of)
+    sets = evaluator.sets(sample(config, pipeline, asked), asked.labels)
     protocol = {
         **tokenizer.protocol,
         "sampling": {
             "num_samples": config.num_samples,
             "seed": config.seed,
             **config.options,
-            "labels": "as in the training pictures",
+            **asked.protocol,
         },
     }
     metrics |= evaluator.neighbours(sets, protocol, out / "neighbours.png")
     for extractor in extractors:
         metrics |= evaluator.distances(sets, extractor, protocol)
-    bf16 = resolve_precision("auto", tokenizer.device) == "bf16"
-    metrics |= evaluator.classification(
-        sets,
-        protocol,
-        epochs=config.classifier_epochs,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-    )
+    kinds, epochs = pipeline.prior.condition_kinds, config.classifier_epochs
+    if "class" in kinds:
+        bf16 = resolve_precision("auto", tokenizer.device) == "bf16"
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        metrics |= evaluator.classification(sets, protocol, epochs=epochs, dtype=dtype)
+    if "text" in kinds:
+        metrics |= evaluator.retrieval(sets.samples, asked.prompts, protocol, epochs=epochs)
     write_summary(out / "summary.json", metrics, **fingerprints)
     return metrics
 
 
-def sample(config: EvaluateConfig, pipeline: Pipeline, labels: Tensor) -> StoredImages:
-    """Samples of classes (N,); sample i has a generator of its own."""
+@dataclass(frozen=True)
+class Requests:
+    """What the samples are asked to show."""
+
+    labels: Tensor  # (N,), classes; 0 where the pictures have none
+    prompts: Sequence[str] = ()  # N of them, or none
+
+    @property
+    def shown(self) -> list[str]:
+        """Some of the prompts, each once, for the grid."""
+        different = list(dict.fromkeys(self.prompts))
+        return different[:: max(1, len(different) // SHOWN_PROMPTS)][:SHOWN_PROMPTS]
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        """How they were chosen."""
+        if self.prompts:
+            return {"prompts": "first captions of held-out pictures, evenly spaced"}
+        return {"labels": "as in the training pictures"}
+
+
+def requests(config: EvaluateConfig, pipeline: Pipeline, evaluator: SampleEvaluator) -> Requests:
+    """Classes in the proportions of the training pictures; or, of a pipeline of captions, the
+    captions of held-out pictures, and their classes.
+
+    Raises:
+        DataError: the pictures have no captions.
+    """
+    heldout = evaluator.tokenizer.dataset
+    if "text" not in pipeline.prior.condition_kinds:
+        return Requests(evaluator.labels(config.num_samples))
+    heldout.source.require_captions()
+    rows = evenly_spaced(config.num_samples, len(heldout))
+    return Requests(heldout.labels[rows], [heldout.captions(row)[0] for row in rows.tolist()])
+
+
+def arguments(pipeline: Pipeline, labels: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
+    """Classes, prompts or the number of images, as a pipeline takes them."""
+    kinds, given = pipeline.prior.condition_kinds, {}
+    if "class" in kinds:
+        given["class_labels"] = labels
+    if "text" in kinds:
+        given["prompt"] = list(prompts)
+    return given or {"num_images": len(labels)}
+
+
+def heldout_condition(pipeline: Pipeline, evaluator: SampleEvaluator, rows: Sequence[int]) -> Any:
+    """The condition of held-out pictures, on the device of the prior."""
+    heldout = evaluator.tokenizer.dataset
+    prompts = [heldout.captions(row)[0] for row in rows] if heldout.has_captions else []
+    inputs = Inputs(**arguments(pipeline, heldout.labels[list(rows)], prompts))
+    encoder = pipeline.text_encoder if inputs.needs_encoder else None
+    found = conditions_of(pipeline.prior, inputs, 1, pipeline.classes, encoder)
+    return moved(found.value, pipeline.device)
+
+
+def sample(config: EvaluateConfig, pipeline: Pipeline, asked: Requests) -> StoredImages:
+    """Samples; sample i has a generator of its own."""
 
     def batches() -> Iterator[Tensor]:
-        for rows in tqdm(torch.arange(len(labels)).split(config.batch_size), unit="batch"):
+        for rows in tqdm(torch.arange(len(asked.labels)).split(config.batch_size), unit="batch"):
+            prompts = [asked.prompts[row] for row in rows.tolist()] if asked.prompts else []
             output = pipeline(
-                labels[rows],
+                **arguments(pipeline, asked.labels[rows], prompts),
                 generator=[picture_generator(config.seed, i) for i in rows.tolist()],
                 output_type="pt",
                 **config.options,
@@ -248,7 +312,7 @@ def check_training_images(config: EvaluateConfig, pipeline: Pipeline, train: Ima
     Raises:
         DataError: see `sample_evaluator`.
     """
-    if not train.number_as(pipeline.classes):
+    if pipeline.classes and not train.number_as(pipeline.classes):
         raise DataError(
             f"{config.data} has the classes {', '.join(train.classes)}; the pipeline was "
             f"trained on {', '.join(pipeline.classes)}: give --data as in training"

@@ -1,4 +1,4 @@
-"""The sampling flags of every command that samples, taken from the priors.
+"""Flags that commands share: those of captions, and the sampling flags, taken from the priors.
 
 A prior owns the options of its `sample`: each keyword of a type that a flag can have is a
 flag, with its type, its default, and the help text of its docstring.
@@ -16,6 +16,7 @@ from tyro.conf import arg
 
 from smalti.hub import named_options
 from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.conditions.byte_encoder import BYTES
 from smalti.prior.flow.solvers.base import SOLVERS
 from smalti.prior.flow.solvers.schedules import SCHEDULES
 from smalti.prior.registry import PRIORS
@@ -23,6 +24,17 @@ from smalti.prior.registry import PRIORS
 # The part of a docstring that says how an object of a registry is given in Python.
 IN_PYTHON = re.compile(r"a name in `(\w+)`,.*? or an? \w+")
 REGISTRIES = {"SOLVERS": SOLVERS, "SCHEDULES": SCHEDULES}
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Captions as a condition."""
+
+    # bytes: a byte-level encoder that is trained with the prior; or a folder or Hub id of a T5 or
+    # CLIP model of transformers
+    encoder: str = BYTES
+    length: int = 64  # tokens of a caption at most; a longer one is refused
+    dim: int = 256  # channels of the features of the byte-level encoder
 
 
 @dataclass(frozen=True)

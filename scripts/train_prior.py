@@ -31,13 +31,12 @@ from smalti.pipelines.generation import sample_grid
 from smalti.pipelines.pipeline import Pipeline, guidance_of_run
 from smalti.prior.base import Loss, Prior
 from smalti.prior.conditions.base import Condition, moved
-from smalti.prior.conditions.byte_encoder import BYTES
 from smalti.prior.conditions.text import TextConfig
 from smalti.prior.conditions.text_encoder import text_encoder_of
 from smalti.prior.flow.rectified import check_straight
 from smalti.prior.presets import PRESETS, PriorConfig
 from smalti.randomness import RandomInputs, generator
-from smalti.scripts.options import Sampling
+from smalti.scripts.options import Sampling, TextOptions
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.checkpoint import OptimizerState
 from smalti.training.config import RunConfig
@@ -55,17 +54,6 @@ from smalti.training.run import Run, random_inputs_of_step, seed_everything
 
 VALIDATION_SAMPLES = 1024
 SHOWN_PROMPTS = 8  # rows of the preview of a prior of captions
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """Captions as a condition."""
-
-    # bytes: a byte-level encoder that is trained with the prior; or a folder or Hub id of a T5 or
-    # CLIP model of transformers
-    encoder: str = BYTES
-    length: int = 64  # tokens of a caption at most; a longer one is refused
-    dim: int = 256  # channels of the features of the byte-level encoder
 
 
 @dataclass(frozen=True)

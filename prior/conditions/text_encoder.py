@@ -32,6 +32,9 @@ from smalti.weights import hash_weights
 # What all encoders share
 
 
+AT_ONCE = 4096  # captions tokenized at once, where only their lengths are needed
+
+
 class TextEncoder(ABC):
     """Turns captions into what a prior is conditioned on.
 
@@ -72,16 +75,17 @@ class TextEncoder(ABC):
 
     def checked_tokens(self, captions: Sequence[str], length: int) -> list[list[int]]:
         """The token ids of every caption; raises like `encode`, and computes no features."""
-        _check_texts(captions)
-        if length < 1 or (self.max_length is not None and length > self.max_length):
-            limit = "1 or more" if self.max_length is None else f"1 to {self.max_length}"
-            raise ConfigurationError(
-                f"the text length is {length} tokens; the text encoder {self.name} takes {limit}: "
-                f"set --text.length to {max(1, self.max_length or 1)}"
-            )
+        self._check(captions, length)
         tokens = self.tokens(captions)
-        self._check_lengths(captions, tokens, length)
+        self._check_lengths(captions, [len(ids) for ids in tokens], length)
         return tokens
+
+    def check_captions(self, captions: Sequence[str], length: int) -> None:
+        """Raise like `encode`, of any number of captions: those of a data set, before any work."""
+        self._check(captions, length)
+        parts = (captions[i : i + AT_ONCE] for i in range(0, len(captions), AT_ONCE))
+        counts = [len(ids) for part in parts for ids in self.tokens(part)]
+        self._check_lengths(captions, counts, length)
 
     def check_fingerprint(self, expected: str, where: str = "the prior") -> None:
         """Raise `CheckpointError` unless this is the encoder with the fingerprint `expected`; ""
@@ -98,8 +102,16 @@ class TextEncoder(ABC):
         del device
         return self
 
-    def _check_lengths(self, captions: Sequence[str], tokens: list[list[int]], length: int) -> None:
-        counts = [len(ids) for ids in tokens]
+    def _check(self, captions: Sequence[str], length: int) -> None:
+        _check_texts(captions)
+        if length < 1 or (self.max_length is not None and length > self.max_length):
+            limit = "1 or more" if self.max_length is None else f"1 to {self.max_length}"
+            raise ConfigurationError(
+                f"the text length is {length} tokens; the text encoder {self.name} takes {limit}: "
+                f"set --text.length to {max(1, self.max_length or 1)}"
+            )
+
+    def _check_lengths(self, captions: Sequence[str], counts: list[int], length: int) -> None:
         too_long = sum(count > length for count in counts)
         if not too_long:
             return

@@ -77,6 +77,14 @@ def test_long_captions_are_counted_and_the_remedy_works() -> None:
         tokenize_bytes([""], 0)
 
 
+def test_captions_of_a_set_are_counted_together(monkeypatch) -> None:
+    monkeypatch.setattr(text_encoder, "AT_ONCE", 2)
+    captions = ["red", "a red apple", "the", "apple pie"]
+    with pytest.raises(SmaltiError, match=r"2 of 4 captions are longer .* the longest has 12"):
+        ByteTokenizer().check_captions(captions, 9)
+    ByteTokenizer().check_captions(captions, 12)
+
+
 def test_what_is_no_caption_is_refused() -> None:
     with pytest.raises(SmaltiError, match="captions are the text 'red': give a list"):
         tokenize_bytes("red", 9)
@@ -132,9 +140,8 @@ def test_padding_has_no_influence_and_every_byte_has() -> None:
     junk = torch.where(long.mask, long.features, 77)
     found = model(junk, long.mask)[:, 8:]
     torch.testing.assert_close(found[short.mask], features[short.mask], rtol=1e-4, atol=1e-5)
-    first, last, order = (
-        model(*vars(tokenize_bytes([text], 4)).values())[0] for text in ("cat", "car", "act")
-    )
+    texts = tokenize_bytes(["cat", "car", "act"], 4)
+    first, last, order = model(texts.features, texts.mask)
     assert not torch.allclose(first[0], last[0])  # "c", which comes before what differs
     assert not torch.allclose(first[3], order[3], atol=1e-3)  # the end token
 
