@@ -46,7 +46,8 @@ from smalti.data.latent_cache.shard import (
     write_shard,
 )
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
-from smalti.data.order import Key, even_subset
+from smalti.data.loader import stream_batches
+from smalti.data.order import DataOrder, Key, even_subset
 from smalti.data.sources.verification import in_threads
 from smalti.errors import DataError
 from smalti.files import sha256_of, write_hashed_json
@@ -277,8 +278,9 @@ class LatentBatch:
 
 
 def choice(purpose: str, seed: int, key: Key, count: int) -> int:
-    """One of `count` variants of a sample, a pure function of (seed, epoch, index)."""
-    if count == 1:
+    """One of `count` variants of a sample, a pure function of (seed, epoch, index); 0 if there is
+    one at most."""
+    if count <= 1:
         return 0
     digest = hashlib.blake2b(f"{seed}/{purpose}/{key[0]}/{key[1]}".encode(), digest_size=4)
     return int.from_bytes(digest.digest(), "big") % count
@@ -333,8 +335,9 @@ class LatentCache(Dataset):
         return len(self.info.classes)
 
     @property
-    def has_captions(self) -> bool:
-        return self.info.captions
+    def place(self) -> str:
+        """Where the latents are, for messages."""
+        return str(self.folder)
 
     @property
     def fingerprint(self) -> str:
@@ -359,6 +362,10 @@ class LatentCache(Dataset):
     def even_subset(self, count: int, seed: int) -> list[int]:
         """At most `count` samples, evenly over classes and groups, to measure."""
         return even_subset(self.labels, self.info.groups or None, count, seed)
+
+    def batches(self, order: DataOrder, **share: Any) -> Iterator[list[LatentBatch]]:
+        """The batches of each step in this process; for `share` see `stream_batches`."""
+        return stream_batches(self, order, **share)
 
     def all_views(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """All views of some samples in the type of the files, (n, views, *info.shape)."""
