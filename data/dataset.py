@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -422,6 +422,36 @@ class DataOptions(PictureOptions):
         )
 
 
+@dataclass(frozen=True)
+class TrainingPictures(DataOptions):
+    """Which pictures to train on, and how they are augmented."""
+
+    flip: bool = True  # mirror each training image with probability 1/2
+    crop: Literal["centre", "random"] = "centre"  # of training images
+    random_crop: RandomCrop = field(default_factory=RandomCrop)  # ADM's; for --crop random
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop == "centre" and self.random_crop != RandomCrop():
+            raise ConfigurationError(
+                "random_crop was given, but crop is centre: add --crop random, or leave it out"
+            )
+
+    def training_and_heldout(
+        self, image_size: ImageSize, channels: int, seed: int, *, captions: bool = True
+    ) -> tuple[ImageDataset, ImageDataset]:
+        """The training images, cropped and mirrored at random as configured, and the held-out
+        images as they are.
+
+        Args:
+            seed: of the augmentation.
+        """
+        crop = self.random_crop if self.crop == "random" else None
+        read: dict[str, Any] = {"channels": channels, "captions": captions}
+        images = self.dataset("train", image_size, flip=self.flip, crop=crop, seed=seed, **read)
+        return images, self.dataset("heldout", image_size, **read)
+
+
 # -- Options that are stored with what was made from the pictures ---------------------------------
 
 OPTIONS = "pictures.json"  # beside a tokenizer or a latent cache
@@ -455,10 +485,10 @@ def read_options(model: Path) -> DataOptions | None:
     run = state_of(model).get("config") if is_checkpoint(model) else None
     if not isinstance(run, dict):
         return None
-    if "latents" in run:  # of a prior, which reads no pictures
+    if run.get("latents") and not run.get("data"):  # of a prior, which reads no pictures
         return read_options(Path(str(run["latents"])) / "train")
     known = {name: run[name] for name in ("data", *STORED) if name in run}
-    return config_from_dict(DataOptions, known, str(model)) if "data" in known else None
+    return config_from_dict(DataOptions, known, str(model)) if known.get("data") else None
 
 
 def _same_place(one: str, other: str) -> bool:

@@ -23,8 +23,9 @@ from torch import Tensor
 from smalti.config import nearest
 from smalti.data.classes import class_number, shown
 from smalti.data.dataset import ImageBatch
-from smalti.data.latent_cache.cache import LatentBatch, LatentCache
+from smalti.data.latent_cache.cache import LatentBatch
 from smalti.data.latent_cache.manifest import CacheInfo, StoredCondition
+from smalti.data.latent_cache.on_the_fly import Latents
 from smalti.data.latents import as_tensor
 from smalti.errors import DataError, GenerationError
 from smalti.prior.base import Prior, PriorConfig
@@ -346,19 +347,17 @@ class BatchConditions:
         SmaltiError: the prior takes captions, and the data set has none, or one that is too long.
     """
 
-    def __init__(
-        self, config: PriorConfig, encoder: TextEncoder | None, latents: LatentCache
-    ) -> None:
+    def __init__(self, config: PriorConfig, encoder: TextEncoder | None, latents: Latents) -> None:
         self.kinds, self.text, self.encoder = config.conditions, config.text, encoder
         if self.text is not None and latents.first_view([0]).captions is None:
             raise DataError(
-                f"condition is {config.condition}, but the latents in {latents.folder} have no "
+                f"condition is {config.condition}, but the pictures of {latents.place} have no "
                 "captions: encode pictures that have captions, see smalti check-data"
             )
         self.are_stored = False
         if encoder is not None and self.text is not None:
             self.are_stored = CaptionFeatures(encoder, self.text.length).are_in(latents.info)
-            if not self.are_stored and isinstance(latents, LatentCache):
+            if not self.are_stored:
                 texts = latents.all_captions(range(len(latents))) or []
                 encoder.check_captions([t for own in texts for t in own], self.text.length)
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from smalti.checkpoints import Weights, check_weights, is_checkpoint, state_of
 from smalti.config import ImageSize, config_from_dict, config_to_dict, plain
 from smalti.data.classes import check_class_names
-from smalti.data.latent_cache.manifest import read_manifest
+from smalti.data.latent_cache.manifest import CacheInfo, read_manifest
 from smalti.data.latents import as_tensor, height_and_width
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
 from smalti.files import HASHES, check_hashes, read_config_file, write_hashed_json, write_text
@@ -225,8 +225,12 @@ class Pipeline(Uploadable):
     ) -> Self:
         """The prior in a checkpoint with the tokenizer, and the class names, of its run."""
         prior = Prior.from_pretrained(folder, dtype=precision, weights=weights)
-        run = state_of(folder)["config"]
-        info = read_manifest(Path(run["latents"]) / "train")
+        state = state_of(folder)
+        run = state["config"]
+        if "latents" in state:  # without a cache
+            info = config_from_dict(CacheInfo, state["latents"], str(folder))
+        else:
+            info = read_manifest(Path(run["latents"]) / "train")
         as_saved = precision if precision == AS_SAVED else None
         given = Tokenizer.from_pretrained(Path(run["tokenizer"]), dtype=as_saved)
         tokenizer = given.for_latents(info.spec, info.tokenizer_fingerprint) or given

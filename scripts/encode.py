@@ -6,7 +6,7 @@ After an interruption, the same command continues where it stopped.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -137,18 +137,9 @@ def encode_split(
     channels, same = tokenizer.image_channels, side == tokenizer.image_size
     images = config.dataset(split, tokenizer.image_size, channels=channels)
     larger = images if same else config.dataset(split, side, channels=channels)
-    info = CacheInfo(
-        spec=tokenizer.spec,
-        classes=images.classes,
-        num_samples=len(images),
-        views=VIEW_SETS[views],
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        dataset_fingerprint=images.fingerprint,
-        shard_size=config.shard_size,
-        stored_shape=tokenizer.stored_shape,
-        stored_statistics=tokenizer.stored_statistics,
+    info = replace(
+        latents_of(tokenizer, images, VIEW_SETS[views], config.shard_size),
         groups=group_numbers(images.groups) if split == "heldout" else (),
-        captions=images.has_captions,
         conditions=tuple(condition for encoder in encoders for condition in encoder.stored),
     )
     with shared_work(len(images), f"encode {split}") as share:
@@ -158,6 +149,24 @@ def encode_split(
             EncodedViews(tokenizer, larger, info.views, config.batch_size, encoders),
             **share,
         )
+
+
+def latents_of(
+    tokenizer: Tokenizer, images: ImageDataset, views: tuple[str, ...], shard_size: int
+) -> CacheInfo:
+    """What a cache of these pictures holds."""
+    return CacheInfo(
+        spec=tokenizer.spec,
+        classes=images.classes,
+        num_samples=len(images),
+        views=views,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        dataset_fingerprint=images.fingerprint,
+        shard_size=shard_size,
+        stored_shape=tokenizer.stored_shape,
+        stored_statistics=tokenizer.stored_statistics,
+        captions=images.captions_fingerprint if images.has_captions else "",
+    )
 
 
 def finished_tokenizer(config: EncodeConfig) -> Tokenizer:

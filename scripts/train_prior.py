@@ -1,12 +1,14 @@
 """Stage two: train a prior on cached latents; save it with its tokenizer as a pipeline.
 
     smalti train-prior --latents runs/latents --tokenizer runs/tokenizer/tokenizer
+    smalti train-prior --data my_pictures --crop random --tokenizer runs/tokenizer/tokenizer
 
+The second one encodes the pictures of each step instead of reading them from a latent cache.
 The loop is the same for all priors: a prior's `forward` is its training objective.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -15,15 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from smalti.checkpoints import Weights
+from smalti.checkpoints import Weights, is_checkpoint
 from smalti.cli import in_python, parse_config, run_command
 from smalti.config import config_to_dict, first_difference
 from smalti.data.classes import warn_of_empty_classes
-from smalti.data.dataset import DataOptions, read_options, write_options
+from smalti.data.dataset import DataOptions, TrainingPictures, read_options, write_options
 from smalti.data.latent_cache.cache import LatentBatch, LatentCache, open_splits
 from smalti.data.latent_cache.manifest import TOKENIZER
-from smalti.data.loader import stream_batches
+from smalti.data.latent_cache.on_the_fly import Latents, OnTheFlyLatents
 from smalti.data.order import DataOrder
+from smalti.data.transforms import VIEW_SETS
 from smalti.errors import CheckpointError, ConfigurationError
 from smalti.pipelines.conditions import BatchConditions, check_options
 from smalti.pipelines.finetune import fitted_as, load_initial_weights, saved_prior
@@ -36,6 +39,7 @@ from smalti.prior.conditions.text_encoder import text_encoder_of
 from smalti.prior.flow.rectified import check_straight
 from smalti.prior.presets import PRESETS, PriorConfig
 from smalti.randomness import RandomInputs, generator
+from smalti.scripts.encode import latents_of
 from smalti.scripts.options import Sampling, TextOptions
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.checkpoint import OptimizerState
@@ -52,19 +56,24 @@ from smalti.training.optim import (
 from smalti.training.processes import say, shard
 from smalti.training.run import Run, random_inputs_of_step, seed_everything
 
+LATENTS = Path("runs/latents")
 VALIDATION_SAMPLES = 1024
 SHOWN_PROMPTS = 8  # rows of the preview of a prior of captions
 
 
 @dataclass(frozen=True)
-class TrainPriorConfig(RunConfig):
+class TrainPriorConfig(RunConfig, TrainingPictures):
     """Train a prior, a distribution over latents given a condition; save a pipeline."""
 
     PRESETS: ClassVar[dict[str, Any]] = {"prior": PRESETS}
     SAVED: ClassVar[dict[str, Any]] = {"prior": saved_prior}
+    TRAINED: ClassVar[str] = "tokenizer"
 
     output_dir: Path = Path("runs/prior")  # folder of checkpoints and logs
-    latents: Path = Path("runs/latents")  # folder written by `smalti encode`
+    latents: Path = LATENTS  # folder written by `smalti encode`
+    # Instead of --latents: pictures that are encoded for each step, with the options of the
+    # pictures and the augmentation that train-tokenizer has.
+    data: str = ""
     tokenizer: Path = Path("runs/tokenizer/tokenizer")  # the one that encoded the latents
     pipeline_dir: Path | None = None  # folder of the result; default: output_dir/pipeline
     # Its fields about latents, classes and the tokenizer are taken from the cache.
@@ -79,7 +88,9 @@ class TrainPriorConfig(RunConfig):
     preview: Sampling = field(default_factory=Sampling)  # sampling options of the preview grids
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RunConfig.__post_init__(self)
+        TrainingPictures.__post_init__(self)
+        self._check_source()
         if self.pipeline_dir == self.output_dir / "pipeline":  # the default, written out
             object.__setattr__(self, "pipeline_dir", None)
         given = first_difference(self.prior, fitted_as(self.prior, type(self.prior)()), "prior")
@@ -88,12 +99,66 @@ class TrainPriorConfig(RunConfig):
                 f"{given.name} is {given.value}, but it is taken from the latents: leave it out"
             )
 
+    def _check_source(self) -> None:
+        """Raise `ConfigurationError` if options for a cache and for pictures are mixed."""
+        if self.data and self.latents != LATENTS:
+            raise ConfigurationError(
+                f"--latents is {self.latents} and --data is {self.data}: leave out one of them"
+            )
+        usual = TrainingPictures(data="")
+        for part in () if self.data else fields(TrainingPictures):
+            if getattr(self, part.name) != getattr(usual, part.name):
+                raise ConfigurationError(
+                    f"{part.name} was given, but latents are read from a cache: give it to smalti "
+                    "encode, or add --data"
+                )
+
+    @classmethod
+    def stored_defaults(cls, given: Callable[[str], Any]) -> dict[str, Any]:
+        """The options of the pictures that the tokenizer was trained on, if `data` names them."""
+        return super().stored_defaults(given) if given("data") else {}
+
 
 # -------------------------------------------------------------------------------------------------
-# The models.
+# The latents, and the models.
 
 
-def conditioned(config: TrainPriorConfig, latents: LatentCache) -> PriorConfig:
+def open_latents(
+    config: TrainPriorConfig, device: torch.device
+) -> tuple[Tokenizer, Latents, Latents]:
+    """The tokenizer, the training latents and the held-out latents: those of a cache, or encoded
+    when they are needed.
+
+    Raises:
+        SmaltiError: tokenizer and latents do not fit together, or the pictures cannot be used.
+    """
+    if not config.data:
+        latents, heldout = open_splits(config.latents, seed=config.seed)
+        return tokenizer_of(latents, config.tokenizer, device), latents, heldout
+    config.note_stored()
+    if is_checkpoint(config.tokenizer):
+        raise CheckpointError(
+            f"{config.tokenizer} is a checkpoint, which does not have the statistics of its "
+            "latents: finish its run, or encode the pictures with smalti encode --tokenizer "
+            f"{config.tokenizer}, and give --latents"
+        )
+    tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(device)
+    size, channels = tokenizer.image_size, tokenizer.image_channels
+    views = VIEW_SETS["identity"]
+    train, heldout = (
+        OnTheFlyLatents(
+            images,
+            latents_of(tokenizer, images, views, shard_size=len(images)),
+            tokenizer.store,
+            device,
+            config.data,
+        )
+        for images in config.training_and_heldout(size, channels, config.seed)
+    )
+    return tokenizer, train, heldout
+
+
+def conditioned(config: TrainPriorConfig, latents: Latents) -> PriorConfig:
     """The settings of the prior, with the condition of the run.
 
     Raises:
@@ -106,7 +171,7 @@ def conditioned(config: TrainPriorConfig, latents: LatentCache) -> PriorConfig:
     prior = config.prior.conditioned(condition)
     if "class" in prior.conditions and not latents.classes:
         raise ConfigurationError(
-            f"condition is {condition}, but the latents in {config.latents} have no classes: give "
+            f"condition is {condition}, but the pictures of {latents.place} have no classes: give "
             "--condition none"
         )
     if "text" not in prior.conditions or (config.initial and not config.condition):
@@ -121,7 +186,7 @@ def conditioned(config: TrainPriorConfig, latents: LatentCache) -> PriorConfig:
     return prior.conditioned(condition, text)
 
 
-def build_prior(config: PriorConfig, latents: LatentCache, tokenizer: Tokenizer) -> Prior:
+def build_prior(config: PriorConfig, latents: Latents, tokenizer: Tokenizer) -> Prior:
     """A new prior of this size for these latents.
 
     Raises:
@@ -157,23 +222,20 @@ def tokenizer_of(latents: LatentCache, folder: Path, device: torch.device) -> To
     return tokenizer
 
 
-def build_models(
-    config: TrainPriorConfig, latents: LatentCache, device: torch.device
-) -> tuple[Tokenizer, Prior]:
-    """The tokenizer that encoded the latents, and a prior with its initial weights.
+def initial_prior(config: TrainPriorConfig, latents: Latents, tokenizer: Tokenizer) -> Prior:
+    """A prior with its initial weights, on the device of the tokenizer.
 
     Raises:
-        SmaltiError: tokenizer, latents, prior, initial weights or sampling options do not fit
-            together.
+        SmaltiError: latents, prior, initial weights or sampling options do not fit together.
     """
-    tokenizer = tokenizer_of(latents, config.tokenizer, device)
-    prior = build_prior(conditioned(config, latents), latents, tokenizer).to(device)
+    prior = build_prior(conditioned(config, latents), latents, tokenizer)
+    prior = prior.to(next(tokenizer.parameters()).device)
     if config.initial:
         load_initial_weights(prior, config.initial, config.weights, tokenizer=tokenizer)
     if latents.info.pairs:
         check_straight(prior)
     check_options(prior, config.preview.options)
-    return tokenizer, prior
+    return prior
 
 
 # -------------------------------------------------------------------------------------------------
@@ -293,7 +355,7 @@ def learn(
 @torch.no_grad()
 def validate(
     prior: Prior,
-    heldout: LatentCache,
+    heldout: Latents,
     loss_of: Callable[[nn.Module, LatentBatch], Loss],
     run: Run,
     progress: Callable[[int], object] = lambda samples: None,
@@ -310,14 +372,14 @@ def validate(
     return {"val_loss": total / count}
 
 
-def validation_batches(heldout: LatentCache, run: Run) -> Iterator[LatentBatch]:
+def validation_batches(heldout: Latents, run: Run) -> Iterator[LatentBatch]:
     """The held-out latents that are measured, evenly over the classes."""
     chosen = heldout.even_subset(VALIDATION_SAMPLES, run.config.seed)
     for start in range(0, len(chosen), 128):
         yield heldout.first_view(chosen[start : start + 128])
 
 
-def shown_prompts(prior: Prior, heldout: LatentCache) -> list[str]:
+def shown_prompts(prior: Prior, heldout: Latents) -> list[str]:
     """Captions of held-out pictures, the prompts of the preview; [] without captions."""
     if "text" not in prior.condition_kinds:
         return []
@@ -343,12 +405,12 @@ def save(
 def train(config: TrainPriorConfig) -> Path:
     """Train, and return the folder of the finished pipeline (EMA weights)."""
     run = Run(config, "train-prior", result=config.pipeline_dir or config.output_dir / "pipeline")
-    latents, heldout = open_splits(config.latents, seed=config.seed)
     torch.manual_seed(config.seed)
-    tokenizer, prior = build_models(config, latents, run.device)
+    tokenizer, latents, heldout = open_latents(config, run.device)
+    prior = initial_prior(config, latents, tokenizer)
     learner = Learner(prior, run)
     ema = learner.ema
-    warn_of_empty_classes(latents.classes, latents.labels, latents.folder)
+    warn_of_empty_classes(latents.classes, latents.labels, latents.place)
     pairs = bool(latents.info.pairs)  # of latents and noise, for reflow
     classes = latents.classes if "class" in prior.condition_kinds else ()
     pipeline = Pipeline(tokenizer, ema.model, classes)
@@ -362,9 +424,10 @@ def train(config: TrainPriorConfig) -> Path:
     shown = partial(sample_grid, pipeline, prompts=shown_prompts(prior, heldout))
     pipeline.training_pictures = latents.info.dataset_fingerprint
     pipeline.guidance_scale = guidance_of_run(config_to_dict(config), pipeline.guidance_scale)
+    run.latents = latents.info if config.data else None
     run.resume(latents.fingerprint)
     order = DataOrder(len(latents), config.train_batch_size, config.seed)
-    batches = run.reading(stream_batches(latents, order, **run.share_of_data()))
+    batches = run.reading(latents.batches(order, **run.share_of_data()))
 
     def measure(step: int) -> None:
         ema.gather()  # FSDP2: every process sends its shards
@@ -376,7 +439,8 @@ def train(config: TrainPriorConfig) -> Path:
         )
 
     learn(run, learner, batches, loss_of, tokenizer, measure)
-    pictures = read_options(config.latents / "train") or read_options(config.tokenizer)
+    read = read_options(config.latents / "train") or read_options(config.tokenizer)
+    pictures = config if config.data else read
     grid = partial(shown, **config.preview.options)
     finished = partial(save, run=run, pipeline=pipeline, grid=grid)
     return run.export(partial(finished, pictures=pictures))

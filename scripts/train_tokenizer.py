@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -20,12 +20,17 @@ from torch import Tensor, nn
 from smalti.checkpoints import Weights
 from smalti.cli import in_python, parse_config, run_command
 from smalti.config import ImageSize
-from smalti.data.dataset import DataOptions, ImageBatch, ImageDataset, write_options
+from smalti.data.dataset import (
+    DataOptions,
+    ImageBatch,
+    ImageDataset,
+    TrainingPictures,
+    write_options,
+)
 from smalti.data.image_io import image_grid
 from smalti.data.latents import CodeSpec, as_image_size, height_and_width
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
-from smalti.data.transforms import RandomCrop
 from smalti.errors import ConfigurationError
 from smalti.evaluation.reconstruction import code_counts, perplexity, psnr, usage
 from smalti.pipelines.finetune import load_initial_weights, saved_tokenizer
@@ -67,7 +72,7 @@ PREVIEW_IMAGES = 16
 
 
 @dataclass(frozen=True)
-class TrainTokenizerConfig(RunConfig, DataOptions):
+class TrainTokenizerConfig(RunConfig, TrainingPictures):
     """Train a tokenizer: images -> latents -> images."""
 
     output_dir: Path = Path("runs/tokenizer")  # folder of checkpoints, logs and the tokenizer
@@ -85,20 +90,13 @@ class TrainTokenizerConfig(RunConfig, DataOptions):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # losses and weights
     # Aligns a KL tokenizer's latents with the features of a vision model; in recipes only.
     alignment: AlignmentConfig | None = None
-    flip: bool = True  # mirror each training image with probability 1/2
-    crop: Literal["centre", "random"] = "centre"  # of training images
-    random_crop: RandomCrop = field(default_factory=RandomCrop)  # ADM's; for --crop random
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
-        DataOptions.__post_init__(self)
+        TrainingPictures.__post_init__(self)
         if self.image_size is not None:
             object.__setattr__(self, "tokenizer", config_at(self.tokenizer, self.image_size))
         self.for_channels(image_channels_of(self.tokenizer))  # raises if the background is wrong
-        if self.crop == "centre" and self.random_crop != RandomCrop():
-            raise ConfigurationError(
-                "random_crop was given, but crop is centre: add --crop random, or leave it out"
-            )
 
 
 def config_at(config: TokenizerConfig, size: ImageSize) -> TokenizerConfig:
@@ -116,10 +114,7 @@ def config_at(config: TokenizerConfig, size: ImageSize) -> TokenizerConfig:
 def open_images(config: TrainTokenizerConfig) -> tuple[ImageDataset, ImageDataset]:
     """The training images, randomly cropped and mirrored as configured, and the held-out images."""
     size, channels = config.tokenizer.image_size, image_channels_of(config.tokenizer)
-    crop = config.random_crop if config.crop == "random" else None
-    read = {"channels": channels, "captions": False}
-    images = config.dataset("train", size, flip=config.flip, crop=crop, seed=config.seed, **read)
-    return images, config.dataset("heldout", size, **read)
+    return config.training_and_heldout(size, channels, config.seed, captions=False)
 
 
 # -------------------------------------------------------------------------------------------------

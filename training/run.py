@@ -39,7 +39,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from smalti.config import config_to_dict
+from smalti.config import config_to_dict, saved_fields
 from smalti.errors import EXIT_FAILURE, EXIT_INTERRUPTED, BusyError, CheckpointError
 from smalti.folders import FolderLock, remove_leftovers, swappable
 from smalti.randomness import derive_seed
@@ -128,6 +128,8 @@ class Run:
         )
         self._checkpoint = found
         self._data_fingerprint = ""
+        # What pictures are encoded to for each batch, for readers of the checkpoints of a prior.
+        self.latents: Any = None
         self._tracked: dict[str, Stateful] = {}
         # Of the folder, and of the place of the result: no other process may write there.
         self._locks = [FolderLock(self.folder), FolderLock(swappable(result), beside=True)]
@@ -402,6 +404,7 @@ class Run:
             # What the weights need to be a model again, without the data of the run.
             "model": config_to_dict(getattr(self._tracked.get("model"), "config", None)),
             "data_fingerprint": self._data_fingerprint,
+            **({} if self.latents is None else {"latents": saved_fields(self.latents)}),
             "precision": self.precision,
             "num_processes": self.world_size,
             "skipped": self.guard.state(),

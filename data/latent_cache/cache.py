@@ -437,7 +437,7 @@ class LatentCache(Dataset):
                     f"{path} holds {found[0]} {found[1]}; the manifest requires {wanted[0]} "
                     f"{wanted[1]}: encode again"
                 )
-        if (captions is not None) != info.captions:
+        if (captions is not None) != bool(info.captions):
             raise DataError(
                 f"{path} holds {'' if captions else 'no '}captions, and the manifest requires "
                 f"{'some' if info.captions else 'none'}: encode again"

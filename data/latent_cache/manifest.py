@@ -95,9 +95,9 @@ class CacheInfo:
     # The number of the group of each sample, of held-out samples only; () = unknown, or no two
     # samples are related. It follows from the pictures, so no hash depends on it.
     groups: tuple[int, ...] = field(default=(), repr=False)
-    # Whether the captions of the samples are stored, and which conditions beside them. They are in
-    # the manifest only if there are any: caches without them have the hashes that they always had.
-    captions: bool = field(default=False, repr=False, metadata={ADDED: True})
+    # Hash of the captions of all samples, "" = none are stored; and the conditions beside them.
+    # They are in the manifest only if there are any: other caches keep the hashes they always had.
+    captions: str = field(default="", repr=False, metadata={ADDED: True})
     conditions: tuple[StoredCondition, ...] = field(default=(), repr=False, metadata={ADDED: True})
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from smalti.data.dataset import ImageBatch, ImageDataset
-from smalti.data.latent_cache.cache import LatentBatch, choice
+from smalti.data.latent_cache.cache import LatentBatch, LatentCache, choice
 from smalti.data.latent_cache.manifest import CacheInfo
 from smalti.data.latents import LatentSpec
 from smalti.data.loader import stream_batches
@@ -33,7 +33,7 @@ class OnTheFlyLatents:
 
     images: ImageDataset  # augmented with a seed of its own
     info: CacheInfo  # of the cache that would hold the pictures as they are
-    store: Callable[[Tensor], Tensor]  # images (B, 3, S, S) -> latents, see `Tokenizer.store`
+    store: Callable[[Tensor], Tensor]  # images (B, C, H, W) -> latents, see `Tokenizer.store`
     device: torch.device  # where `store` takes its images
     place: str  # the value of --data, for messages
 
@@ -74,6 +74,12 @@ class OnTheFlyLatents:
         """At most `count` samples, evenly over classes and groups, to measure."""
         return self.images.even_subset(count, seed)
 
+    def all_captions(self, indices: Sequence[int]) -> list[tuple[str, ...]] | None:
+        """The texts of some samples; None if the pictures have none."""
+        if not self.images.has_captions:
+            return None
+        return [self.images.captions(index) for index in indices]
+
     def batches(self, order: DataOrder, **share: Any) -> Iterator[list[LatentBatch]]:
         """The batches of each step in this process; for `share` see `stream_batches`."""
         for step in stream_batches(_Decoding(self.images), order, **share):
@@ -84,6 +90,9 @@ class OnTheFlyLatents:
         parts = batch.stored.split(ENCODED_AT_ONCE)
         stored = torch.cat([self.store(images.to(self.device)) for images in parts])
         return replace(batch, stored=stored)
+
+
+Latents = LatentCache | OnTheFlyLatents  # that a prior can be trained on
 
 
 class _Decoding:

@@ -490,7 +490,7 @@ def test_a_manifest_records_what_the_tokenizer_states(tmp_path: Path) -> None:
 # -- Captions, further conditions, and pictures without classes -----------------------------------
 
 TEXTS = [("a red apple",), ("ein Ball", "a ball", "un ballon \U0001f3c8")] * 5
-CAPTIONED = replace(INFO, captions=True)
+CAPTIONED = replace(INFO, captions="hash of the texts")
 
 
 def captioned(start: int, stop: int) -> EncodedRange:
@@ -643,13 +643,13 @@ def test_a_shard_has_what_the_manifest_says(tmp_path: Path) -> None:
     """With all hashes right, as other code could write them."""
     write_cache(tmp_path / "c", CAPTIONED, captioned)
     content = json.loads((tmp_path / "c" / "manifest.json").read_text())
-    assert content["captions"] is True and "conditions" not in content
+    assert content["captions"] == CAPTIONED.captions and "conditions" not in content
     del content["sha256"], content["captions"]
     (tmp_path / "c" / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(SmaltiError, match="holds captions, and the manifest requires none"):
         LatentCache(tmp_path / "c")
     condition = {"name": "x", "shape": [], "dtype": "bool", "rows": "sample", "recipe": ""}
-    content |= {"captions": True, "conditions": [condition]}
+    content |= {"captions": "texts", "conditions": [condition]}
     (tmp_path / "c" / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(SmaltiError, match=r"the manifest requires bool \(4,\): encode again"):
         LatentCache(tmp_path / "c")

@@ -195,7 +195,7 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path: Path, monkeypat
 def test_captions_are_exported_and_conditions_named(tmp_path: Path, layout, caplog) -> None:
     """From pictures without classes, which therefore have no label."""
     conditions = (StoredCondition("features", (2,), "float32", "caption", "r"),)
-    info = replace(CODES, classes=(), captions=True, conditions=conditions)
+    info = replace(CODES, classes=(), captions="t", conditions=conditions)
     texts = [(f"picture {i}", "\u00e9t\u00e9") for i in range(10)]
 
     def encode(start: int, stop: int) -> EncodedRange:

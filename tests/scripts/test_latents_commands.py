@@ -174,7 +174,7 @@ def test_info_says_what_a_cache_holds(root: Path, tmp_path: Path, capsys) -> Non
     info = replace(
         read_manifest(out / "train"),
         classes=(),
-        captions=True,
+        captions="t",
         conditions=(StoredCondition("features", (2, 8), "float16", "caption", "r"),),
     )
     cache = LatentCache(out / "train")

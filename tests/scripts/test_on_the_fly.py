@@ -1,0 +1,196 @@
+"""Priors trained on pictures that are encoded for each step: `train-prior --data`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import assert_same, losses, stop_after
+
+import smalti
+from smalti.cli import main as smalti_main
+from smalti.cli import parse_config
+from smalti.data.dataset import DataOptions, read_options, write_options
+from smalti.data.order import DataOrder
+from smalti.data.transforms import RandomCrop
+from smalti.errors import SmaltiError
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.prior import FlowConfig
+from smalti.prior.next_token.model import NextTokenConfig
+from smalti.scripts.encode import EncodeConfig, encode
+from smalti.scripts.train_prior import TrainPriorConfig, open_latents, train
+from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.kl import KLConfig, KLTokenizer
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.nearest import NearestConfig
+from smalti.tokenizer.vq import VQConfig, VQTokenizer
+
+CONV = ConvConfig(
+    channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=4
+)
+VQ = VQConfig(image_size=16, conv=CONV, quantizer=NearestConfig(codebook=CodebookConfig(16, 4)))
+KL = KLConfig(image_size=16, conv=CONV, latent_mean=(0.5,) * 4, latent_std=(2.0,) * 4)
+PRIORS = {
+    "vq": NextTokenConfig(depth=1, width=16, num_heads=2, hidden=32, dropout=0.1),
+    "kl": FlowConfig(network=DiTConfig(depth=1, width=16, num_heads=2)),
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Pictures of two classes, two tokenizers, and caches of the pictures as they are."""
+    root = tmp_path_factory.mktemp("latents")
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / "pictures" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = generator.integers(0, 256, (33, 36, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "pictures" / name / f"{i}.png")
+    torch.manual_seed(0)
+    VQTokenizer(VQ).save_pretrained(root / "vq")
+    KLTokenizer(KL).save_pretrained(root / "kl")
+    for kind in PRIORS:
+        encode(
+            EncodeConfig(
+                data=str(root / "pictures"),
+                tokenizer=root / kind,
+                output_dir=root / f"{kind}-cache",
+                views="identity",
+            )
+        )
+    return root
+
+
+def config_of(root: Path, kind: str, out: Path, **changes) -> TrainPriorConfig:
+    settings = {
+        "data": str(root / "pictures"),
+        "flip": False,
+        "output_dir": out,
+        "tokenizer": root / kind,
+        "prior": PRIORS[kind],
+        "train_batch_size": 8,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "logging_steps": 1,
+        "validation_steps": 4,
+        "dataloader_num_workers": 0,
+        "preview": replace(TrainPriorConfig().preview, guidance_scale=1.0),
+    }
+    return TrainPriorConfig(**{**settings, **changes})
+
+
+def cached(root: Path, kind: str, out: Path) -> TrainPriorConfig:
+    plain = config_of(root, kind, out)
+    return replace(plain, data="", flip=True, latents=root / f"{kind}-cache")
+
+
+AUGMENTED = {"flip": True, "crop": "random", "random_crop": RandomCrop(0.5, 1.0)}
+
+
+@pytest.mark.parametrize("kind", PRIORS)
+def test_without_augmentation_the_latents_are_those_of_a_cache(root: Path, kind: str) -> None:
+    made = open_latents(config_of(root, kind, root), CPU)
+    stored = open_latents(cached(root, kind, root), CPU)
+    assert made[0].fingerprint == stored[0].fingerprint
+    for ours, theirs in zip(made[1:], stored[1:], strict=True):
+        assert len(ours) == len(theirs) and torch.equal(ours.labels, theirs.labels)
+        assert ours.info == replace(
+            theirs.info, shards=(), groups=(), shard_size=len(ours), format_version=1
+        )
+        keys = [(epoch, index) for epoch in range(2) for index in (3, 0, 1)]
+        for one, two in (
+            (ours.__getitems__(keys), theirs.__getitems__(keys)),
+            (ours.first_view([1, 0]), theirs.first_view([1, 0])),
+        ):
+            if kind == "vq":
+                assert torch.equal(one.stored, two.stored)
+            else:  # a cache stores half precision
+                torch.testing.assert_close(one.stored, two.stored, rtol=1e-3, atol=1e-4)
+            assert one.stored.dtype == two.stored.dtype
+            assert torch.equal(one.labels, two.labels) and torch.equal(one.indices, two.indices)
+        assert ours.even_subset(2, 0) == theirs.even_subset(2, 0)
+
+
+def test_the_loss_is_that_of_a_run_on_a_cache(root: Path, tmp_path: Path) -> None:
+    train(config_of(root, "vq", tmp_path / "pictures"))
+    train(cached(root, "vq", tmp_path / "cache"))
+    assert losses(tmp_path / "pictures") == losses(tmp_path / "cache")
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(root: Path) -> None:
+    config = config_of(root, "kl", root, **AUGMENTED)
+    one, again = (open_latents(config, CPU)[1] for _ in range(2))
+    other = open_latents(replace(config, seed=1), CPU)[1]
+    keys = [(epoch, 3) for epoch in range(12)]
+    found = one.__getitems__(keys).stored
+    again.__getitems__([(7, 1)])
+    assert torch.equal(found, again.__getitems__(keys).stored)
+    assert torch.equal(found[4:5], again.__getitems__(keys[4:5]).stored)
+    assert len(found.flatten(1).unique(dim=0)) > 8
+    assert not torch.equal(found, other.__getitems__(keys).stored)
+    centre = open_latents(config_of(root, "kl", root), CPU)[1]
+    assert torch.equal(one.first_view([3]).stored, centre.first_view([3]).stored)
+
+
+def test_batches_are_the_same_for_any_number_of_processes_and_workers(root: Path) -> None:
+    latents = open_latents(config_of(root, "vq", root, **AUGMENTED), CPU)[1]
+    order = DataOrder(len(latents), 8, 0)
+    alone = next(latents.batches(order, start_step=5))[0]
+    halves = [next(latents.batches(order, start_step=5, rank=r, world_size=2)) for r in (0, 1)]
+    assert torch.equal(alone.stored, torch.cat([half[0].stored for half in halves]))
+    stream = latents.batches(order, start_step=5, micro_batches=2, num_workers=1)
+    assert torch.equal(alone.stored, torch.cat([part.stored for part in next(stream)]))
+    stream.close()
+
+
+def test_a_stopped_run_resumes_and_its_checkpoint_is_a_pipeline(root: Path, tmp_path: Path) -> None:
+    whole = config_of(root, "kl", tmp_path / "whole", **AUGMENTED)
+    folder = train(whole)
+    parts = replace(whole, output_dir=tmp_path / "parts")
+    stop_after(parts, 3, train)
+    train(replace(parts, resume_from_checkpoint="latest"))
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+    images = DataOptions(data=str(root / "pictures")).dataset("train", 16)
+    for path in (folder, tmp_path / "whole" / "checkpoint-000004"):
+        pipeline = smalti.Pipeline.from_pretrained(path)
+        assert pipeline.classes == ("cat", "dog")
+        assert pipeline.training_pictures == images.fingerprint
+        assert (
+            pipeline.tokenizer.fingerprint
+            == smalti.Tokenizer.from_pretrained(root / "kl").fingerprint
+        )
+        assert read_options(path) == DataOptions(data=str(root / "pictures"))
+    with pytest.raises(SmaltiError, match=r"made with crop = random, this run has centre"):
+        train(
+            replace(whole, crop="centre", random_crop=RandomCrop(), resume_from_checkpoint="latest")
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--latents", "x", "--data", "y"), "--latents is x and --data is y: leave out one"),
+        (("--crop", "random"), "crop was given, but latents are read from a cache"),
+        (("--heldout_fraction", "0.2"), "heldout_fraction was given, but latents are read"),
+        (("--data", "y", "--random_crop.min_fraction", "0.5"), "add --crop random"),
+    ],
+)
+def test_options_that_contradict_each_other(tmp_path: Path, flags, message: str) -> None:
+    with pytest.raises(SmaltiError, match=message):
+        parse_config(TrainPriorConfig, [*flags, "--output_dir", str(tmp_path / "run")], prog="s")
+    assert smalti_main(["train-prior", *flags, "--output_dir", str(tmp_path / "run")]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_options_of_the_tokenizers_pictures_are_used(root: Path, tmp_path: Path) -> None:
+    tokenizer = smalti.Tokenizer.from_pretrained(root / "vq").save_pretrained(tmp_path / "vq")
+    data = str(root / "pictures")
+    write_options(tokenizer, DataOptions(data=data, heldout_fraction=0.3))
+    flags = ["--tokenizer", str(tokenizer)]
+    read = parse_config(TrainPriorConfig, [*flags, "--data", data], prog="s")
+    assert read.heldout_fraction == 0.3
+    assert parse_config(TrainPriorConfig, flags, prog="s").data == ""
