@@ -34,6 +34,7 @@ from smalti.data.sources.base import (
     measured_range,
     open_verified,
 )
+from smalti.data.sources.splits import SplitSource, open_heldout
 from smalti.data.sources.verification import in_threads
 from smalti.data.transforms import (
     RandomCrop,
@@ -386,6 +387,9 @@ class PictureOptions(SourceOptions):
 class DataOptions(PictureOptions):
     """Which pictures to read, and how to divide them into training and held-out pictures."""
 
+    # Pictures to hold out, of any kind that --data takes; their classes are matched by name. Empty:
+    # the held-out split of the set, if it has one, or else a part of the pictures.
+    heldout_data: str = ""
     heldout_fraction: float = 0.1  # of the pictures; ignored where a set has its own split
     split_seed: int = 0  # decides which pictures are held out
 
@@ -395,6 +399,20 @@ class DataOptions(PictureOptions):
             raise ConfigurationError(
                 f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1"
             )
+
+    def _part(self, split: Split) -> tuple[ImageSource, Split]:
+        """The source of a split, and what to read of it. What training pictures are, and so their
+        fingerprint, does not depend on the held-out pictures of another source."""
+        source = self.source()
+        if self.heldout_data and split != "all":
+            if split == "heldout":
+                limits = measured_range(self.data, self)  # those of the training pictures
+                options = dataclasses.replace(self, value_range=limits)
+                return open_heldout(self.heldout_data, options, source), "all"
+            split = "all" if source.heldout is None else "train"
+        if isinstance(source, SplitSource) and split != "all":
+            return source.train if split == "train" else source.held, "all"
+        return source, split
 
     def dataset(
         self,
@@ -408,11 +426,12 @@ class DataOptions(PictureOptions):
         captions: bool = True,
     ) -> ImageDataset:
         """One split of the pictures; for the arguments see `ImageDataset`."""
+        source, part = self.for_channels(channels)._part(split)
         return ImageDataset(
-            self.for_channels(channels).source(),
+            source,
             image_size,
             channels=channels,
-            split=split,
+            split=part,
             heldout_fraction=self.heldout_fraction,
             split_seed=self.split_seed,
             flip=flip,
@@ -458,17 +477,20 @@ OPTIONS = "pictures.json"  # beside a tokenizer or a latent cache
 # All but `stream_cache`, which is a place on one machine.
 STORED = (
     *("folder", "hf", "shards", "value_range", "caption_column", "label_column"),
-    *("heldout_fraction", "split_seed"),
+    *("heldout_data", "heldout_fraction", "split_seed"),
 )
 
 
 def write_options(folder: Path, options: DataOptions) -> None:
     """Store which pictures a tokenizer was trained on, or a cache encoded from, and how they were
     read and divided."""
-    if "://" in options.data and ("@" in options.data or "?" in options.data):
-        return  # a URL with a password or a key, which a shared model must not tell
+    for place in (options.data, options.heldout_data):
+        if "://" in place and ("@" in place or "?" in place):
+            return  # a URL with a password or a key, which a shared model must not tell
     content = {name: saved_fields(getattr(options, name)) for name in ("data", *STORED)}
     content["value_range"] = saved_fields(measured_range(options.data, options))
+    if not options.heldout_data:  # then earlier versions read the file, too
+        del content["heldout_data"]
     write_hashed_json(folder / OPTIONS, content)
 
 

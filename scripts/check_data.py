@@ -44,6 +44,11 @@ def check_data(config: CheckDataConfig) -> Report:
         DataError: there is no such set.
         ConfigurationError: a manifest was requested, but the set has no shards.
     """
+    if config.heldout_data:
+        raise ConfigurationError(
+            "--heldout_data is checked by a command of its own: smalti check-data --data "
+            f"{config.heldout_data}"
+        )
     pictures = open_unverified(config.data, config)
     if config.write_manifest and not isinstance(pictures, ShardPictures):
         raise ConfigurationError(

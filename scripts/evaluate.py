@@ -266,6 +266,7 @@ def tokenizer_evaluator(
     data_protocol = {
         "data": config.data,
         "image_size": tokenizer.image_size,
+        **({"heldout_data": config.heldout_data} if config.heldout_data else {}),
         "heldout_fraction": config.heldout_fraction,
         "split_seed": config.split_seed,
         "split": "heldout",

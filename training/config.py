@@ -36,6 +36,8 @@ FREE_TO_CHANGE = STEP_SETTINGS | {
     "resume_from_checkpoint",
     "validation_steps",
     "validation_budget",
+    "heldout_data",  # the fingerprint of the data is that of the training pictures
+    "accept_new_data",
     "preview",
     "logging_steps",
     "report_to",
@@ -93,6 +95,8 @@ class RunConfig:
     # risen far above its own.
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str | None = None  # "latest", or the path of a checkpoint folder
+    # Let a resumed run continue on other training data than before, for example on more pictures.
+    accept_new_data: bool = False
     validation_steps: int = 1000  # steps between validations, each with a preview
     # Seconds of validation and previews per second of training, beyond a first minute. Those that
     # would take more are skipped, but neither the first nor those after the last step.

@@ -168,10 +168,7 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.state["data_fingerprint"] != self._data_fingerprint:
-            raise CheckpointError(
-                f"{checkpoint.path} was trained on other data than these: restore the former data, "
-                "or choose another --output_dir"
-            )
+            self._accept_new_data(checkpoint)
         checkpoint.restore(self._tracked)
         self.start_step = self._saved_steps = checkpoint.step
         self._unmeasured = checkpoint.state.get("unmeasured", False)
@@ -190,6 +187,30 @@ class Run:
                 self.world_size,
                 before,
             )
+
+    def _accept_new_data(self, checkpoint: Checkpoint) -> None:
+        """Raise `CheckpointError` unless the run may continue on other data than its checkpoint."""
+        if not self.config.accept_new_data:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained on other data than these: to continue on these, "
+                "add --accept_new_data; or restore the former data, or choose another --output_dir"
+            )
+        model, before = self._tracked.get("model"), checkpoint.state.get("model") or {}
+        if completed(before, getattr(model, "config", None)) != self._model_settings():
+            raise CheckpointError(
+                f"{checkpoint.path} has a model for other classes, captions or latents than those "
+                f"of these data: start a new run from it, with --initial {checkpoint.path} and "
+                "another --output_dir"
+            )
+        logger.warning(
+            "the run continues on other training data: from step %d on, the order of the samples "
+            "is that of the new data",
+            checkpoint.step,
+        )
+
+    def _model_settings(self) -> Any:
+        """The settings of the model, as a checkpoint stores them."""
+        return config_to_dict(getattr(self._tracked.get("model"), "config", None))
 
     def _take_folder(self) -> None:
         try:
@@ -402,7 +423,7 @@ class Run:
             "kind": self.kind,
             "config": config_to_dict(self.config),
             # What the weights need to be a model again, without the data of the run.
-            "model": config_to_dict(getattr(self._tracked.get("model"), "config", None)),
+            "model": self._model_settings(),
             "data_fingerprint": self._data_fingerprint,
             **({} if self.latents is None else {"latents": saved_fields(self.latents)}),
             "precision": self.precision,

@@ -207,10 +207,7 @@ def refuse_other_cache(folder: Path, info: CacheInfo) -> None:
     if (folder / MANIFEST).is_file():
         found = read_manifest(folder)
         if found.identity() != info.identity():
-            raise DataError(
-                f"{folder} holds the latents of another tokenizer, data set or layout: "
-                "choose another output folder"
-            )
+            raise DataError(_difference(folder, found, info))
         return
     ours = ("shard-", ".", OPTIONS)
     others = [path.name for path in folder.iterdir() if not path.name.startswith(ours)]
@@ -222,6 +219,25 @@ def refuse_other_cache(folder: Path, info: CacheInfo) -> None:
                 f"{shard} was written with another tokenizer, data set or layout: "
                 "choose another output folder, or remove this one"
             )
+
+
+def _difference(folder: Path, found: CacheInfo, info: CacheInfo) -> str:
+    """What a cache holds instead of the latents that are to be written, and what to do."""
+    theirs, ours = (
+        (cache.num_samples, cache.dataset_fingerprint, cache.imported, cache.captions)
+        for cache in (found, info)
+    )
+    if theirs == ours:
+        return (
+            f"{folder} holds the latents of another tokenizer or layout: choose another output "
+            "folder"
+        )
+    return (
+        f"{folder} holds the latents of other pictures ({found.num_samples}; these are "
+        f"{info.num_samples}), or of other captions: choose another output folder. A run on "
+        "those latents continues on these with --resume_from_checkpoint latest --accept_new_data "
+        "--latents, the new folder"
+    )
 
 
 def refuse_other_contents(folder: Path) -> None:

@@ -31,7 +31,7 @@ from smalti.data.image_io import (
 )
 from smalti.data.order import divide
 from smalti.data.sources.annotations import NO_CAPTIONS, why_incomplete
-from smalti.data.sources.listing import is_picture, printable
+from smalti.data.sources.listing import is_picture, printable, split_called
 from smalti.data.sources.options import HuggingFaceOptions, ShardOptions, SourceOptions
 from smalti.data.sources.verification import Finding, few_levels, in_threads, measured_over, verify
 from smalti.data.value_range import RangeOption, ValueRange, limits_of, needs_measuring, written
@@ -384,6 +384,7 @@ SOURCES: dict[str, str] = {
     "*.npz|*.npy": "smalti.data.sources.arrays:open_arrays",
 }
 FOLDER = "smalti.data.sources.folder:open_folder"
+SPLITS = "smalti.data.sources.splits:open_splits"
 
 
 def open_source(
@@ -460,7 +461,7 @@ def measured_range(
 
 def open_unverified(spec: str, options: SourceOptions) -> ImageSource | EncodedPictures:
     """Like `open_source`, but encoded pictures are not decoded yet."""
-    entry = _entry_of(spec)
+    entry = entry_of(spec)
     if not entry.startswith(HUGGING_FACE):
         _refuse_unused(spec, options)
     if entry != SHARDS and options.shards != ShardOptions():
@@ -482,7 +483,7 @@ def _refuse_unused(spec: str, options: SourceOptions) -> None:
         )
 
 
-def _entry_of(spec: str) -> str:
+def entry_of(spec: str) -> str:
     """The entry of `SOURCES` that opens `spec`."""
     path = Path(spec).expanduser()
     for patterns, entry in SOURCES.items():
@@ -535,4 +536,8 @@ def _entry_of_folder(path: Path) -> str:
             f"{path} holds files of several kinds ({named}): name those to read, for example "
             f"--data '{example}', or move them away"
         )
-    return next(iter(found), FOLDER)
+    if found:
+        return next(iter(found))
+    folders = [entry for entry in entries if entry.is_dir()]
+    splits = not files and len(folders) > 1 and all(split_called(f.name) for f in folders)
+    return SPLITS if splits and FOLDER not in map(_entry_of_folder, folders) else FOLDER

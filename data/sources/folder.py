@@ -26,7 +26,7 @@ from smalti.data.sources.folder_annotations import (
     text_files,
 )
 from smalti.data.sources.index import list_folder
-from smalti.data.sources.listing import EXTENSIONS, PassedOver, kind_of, open_file
+from smalti.data.sources.listing import EXTENSIONS, PassedOver, kind_of, open_file, split_called
 from smalti.data.value_range import ValueRange
 from smalti.errors import DataError
 
@@ -43,12 +43,6 @@ OTHER_SOURCES = {
     ".tar": "{folder}/*.tar",
     ".npz": "{file}",
     ".npy": "{file}",
-}
-# Names of folders that are splits, as `datasets` knows them.
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
 }
 
 
@@ -348,11 +342,6 @@ class _Split:
     @property
     def has_classes(self) -> bool:
         return any(file.name.count("/") > 1 for file in self.files)
-
-
-def split_called(name: str) -> str | None:
-    """The split that a name means: "train", "validation" or "test"."""
-    return next((s for s, names in SPLIT_FOLDERS.items() if name.casefold() in names), None)
 
 
 def _splits_of(root: Path, files: list[_File]) -> dict[str, _Split]:

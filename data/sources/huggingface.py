@@ -26,7 +26,7 @@ from smalti.data.sources.annotations import captions_of
 from smalti.data.sources.base import EncodedPictures, HuggingFaceOptions, SourceOptions
 from smalti.data.sources.columns import Columns, datasets_library, find_columns, labels_of
 from smalti.data.sources.download import folder_name
-from smalti.data.sources.folder import FolderPictures, split_called
+from smalti.data.sources.folder import FolderPictures
 from smalti.data.sources.index import files_below
 from smalti.data.sources.listing import (
     PassedOver,
@@ -35,6 +35,7 @@ from smalti.data.sources.listing import (
     is_special,
     kind_of,
     matching,
+    split_called,
 )
 from smalti.data.sources.streams import Sample, copy_stream
 from smalti.errors import ConfigurationError, DataError, SmaltiError

@@ -209,3 +209,18 @@ def _num_alternatives(body: str, pattern: str) -> int:
     raise DataError(
         f"{{{body}}} in {pattern} is neither a range like {{000..009}} nor a list like {{a,b}}"
     )
+
+
+# -- Names of splits ------------------------------------------------------------------------------
+
+# Names of folders that are splits, as `datasets` knows them.
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def split_called(name: str) -> str | None:
+    """The split that a name means: "train", "validation" or "test"."""
+    return next((s for s, names in SPLIT_FOLDERS.items() if name.casefold() in names), None)

@@ -576,7 +576,7 @@ def test_conditions_follow_the_view_and_the_caption_of_their_sample(tmp_path: Pa
             lambda a, b: replace(conditioned(a, b), conditions={"depth": torch.arange(a, b) * 100}),
         )
     other = tuple(replace(c, recipe="s") for c in info.conditions)
-    with pytest.raises(SmaltiError, match="another tokenizer, data set or layout"):
+    with pytest.raises(SmaltiError, match="another tokenizer or layout"):
         write_cache(tmp_path / "c", replace(info, conditions=other), conditioned)
 
 

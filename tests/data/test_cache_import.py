@@ -199,7 +199,7 @@ def test_an_import_of_other_latents_is_not_continued(tmp_path: Path) -> None:
     llamagen(tmp_path / "src")
     take(tmp_path / "src", tmp_path / "out", "llamagen")
     np.save(tmp_path / "src" / "emoji256_labels" / "3.npy", np.array([2]))
-    with pytest.raises(SmaltiError, match="another tokenizer, data set or layout"):
+    with pytest.raises(SmaltiError, match="latents of other pictures"):
         take(tmp_path / "src", tmp_path / "out", "llamagen")
 
 
