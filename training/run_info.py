@@ -93,7 +93,10 @@ def _result(exported: Path) -> str:
 def _state_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     state, config = checkpoint.state, checkpoint.state["config"]
     files = sorted(checkpoint.path.glob("*.safetensors"))
-    settings = ", ".join(f"{name} {config[name]}" for name in SHOWN if name in config)
+    given = {name: config[name] for name in SHOWN if config.get(name, "") != ""}
+    if "data" in given:  # a run on pictures reads no cache
+        given.pop("latents", None)
+    settings = ", ".join(f"{name} {value}" for name, value in given.items())
     model = checkpoint.path / "model.safetensors"
     return [
         ("step", f"{checkpoint.step} of {config['max_train_steps']}"),

@@ -29,7 +29,7 @@ INFO = CacheInfo(
     tokenizer_fingerprint="t",
     dataset_fingerprint="d",
     shard_size=3,
-    captions=True,
+    captions="hash",
 )
 
 
