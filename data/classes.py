@@ -150,13 +150,13 @@ def warn_of_empty_classes(names: Sequence[str], labels: np.ndarray | Tensor, pla
         )
 
 
-def names_beside(path: Path) -> list[str] | None:
-    """The class names in classes.json beside a file, if there is one.
+def names_in(folder: Path) -> list[str] | None:
+    """The class names in classes.json in a folder, if there is one.
 
     Raises:
         DataError: the file is not a list of names.
     """
-    file = path.parent / "classes.json"
+    file = folder / "classes.json"
     if not file.is_file():
         return None
     names = read_json(file)

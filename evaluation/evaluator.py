@@ -292,7 +292,7 @@ class SampleEvaluator:
         return classifier_metrics(sets, classifier, protocol)
 
     def retrieval(
-        self, samples: Tensor, prompts: Sequence[str], protocol: dict[str, Any], *, epochs: int
+        self, samples: Images, prompts: Sequence[str], protocol: dict[str, Any], *, epochs: int
     ) -> dict[str, Metric]:
         """Accuracy of a scorer, trained on the real training images and captions alone, that
         chooses the prompt of each sample (N, C, H, W) in [-1, 1] among other captions."""

@@ -184,7 +184,9 @@ class RetrievalScorer(nn.Module):
         logits = scale * self.embed_images(features, noise) @ self.embed_texts(texts).T  # (B, B)
         number = {text: i for i, text in enumerate(captions)}
         same = torch.tensor([number[text] for text in captions], device=logits.device)
-        others = (same[:, None] == same) & ~torch.eye(len(same), dtype=bool, device=same.device)
+        others = (same[:, None] == same) & ~torch.eye(
+            len(same), dtype=torch.bool, device=same.device
+        )
         logits = logits.masked_fill(others, -torch.inf)
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -30,7 +30,7 @@ from smalti.data.latents import as_tensor
 from smalti.errors import DataError, GenerationError
 from smalti.prior.base import Prior, PriorConfig
 from smalti.prior.conditions.base import Combination, Condition, count, repeated, where
-from smalti.prior.conditions.text import TextCondition
+from smalti.prior.conditions.text import TextCondition, TextConfig
 from smalti.prior.conditions.text_encoder import TextEncoder
 
 # -- class labels ---------------------------------------------------------------------------------
@@ -123,10 +123,12 @@ class Inputs:
         """Whether there are texts to encode."""
         return self.prompt is not None or self.negative_prompt is not None
 
-    def check(self, prior: Prior, num_images_per_prompt: int) -> None:
-        """Raise `GenerationError` unless these are the arguments of such a prior."""
-        kinds = set(prior.condition_kinds)
-        text = prior.config.text
+    def check(
+        self, kinds: Iterable[str], num_images_per_prompt: int, text: TextConfig | None = None
+    ) -> None:
+        """Raise `GenerationError` unless these are the arguments of a prior with these kinds of
+        condition, and captions such as `text`."""
+        kinds = set(kinds)
         features = text is not None and not text.encoder  # of an unknown encoder
         wanted = " and ".join(
             "prompt_embeds" if kind == "text" and features else ARGUMENTS[kind]
@@ -209,7 +211,7 @@ def conditions_of(
     """
     kinds = prior.condition_kinds
     each = integer("num_images_per_prompt", each)
-    inputs.check(prior, each)
+    inputs.check(kinds, each, prior.config.text)
     if list(kinds) == ["none"]:
         wanted = 1 if inputs.num_images is None else integer("num_images", inputs.num_images)
         _refuse_none(wanted, "num_images >= 1")

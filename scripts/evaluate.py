@@ -236,9 +236,9 @@ def sample(config: EvaluateConfig, pipeline: Pipeline, asked: Requests) -> Store
 
     def batches() -> Iterator[Tensor]:
         for rows in tqdm(torch.arange(len(asked.labels)).split(config.batch_size), unit="batch"):
-            prompts = [asked.prompts[row] for row in rows.tolist()] if asked.prompts else []
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
             output = pipeline(
-                **arguments(pipeline, asked.labels[rows], prompts),
+                **arguments(pipeline, asked.labels[part], asked.prompts[part]),
                 generator=[picture_generator(config.seed, i) for i in rows.tolist()],
                 output_type="pt",
                 **config.options,

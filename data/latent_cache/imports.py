@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smalti.config import check_at_least
-from smalti.data.classes import names_beside, numbered_classes
+from smalti.data.classes import names_in, numbered_classes
 from smalti.data.latent_cache.cache import EncodedRange, refuse_other_contents, write_cache
 from smalti.data.latent_cache.manifest import SPLITS, CacheInfo
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
@@ -466,7 +466,9 @@ def import_latents(
             f"{division.num_samples}: copy the missing samples, or correct --num_samples"
         )
     beside = latents.folder / "classes.json"
-    classes, labels = numbered_classes(latents.labels.numpy(), names_beside(beside), beside.parent)
+    classes, labels = numbered_classes(
+        latents.labels.numpy(), names_in(beside.parent), beside.parent
+    )
     groups = [str(index) for index in range(count)]
     heldout = divide(labels, groups, division.heldout_fraction, division.split_seed)
     refuse_other_contents(out)

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from smalti.config import nearest
-from smalti.data.classes import names_beside, numbered_classes
+from smalti.data.classes import names_in, numbered_classes
 from smalti.data.image_io import WHITE, FolderOptions, to_8_bit
 from smalti.data.sources.annotations import CAPTION_COLUMNS, captions_of, why_incomplete
 from smalti.data.sources.base import (
@@ -226,7 +226,7 @@ def _labels_and_names(path: Path, wanted: str) -> tuple[np.ndarray | None, list[
     """
     labels = _array_called(path, wanted, "label_column") if wanted else _find(path, "labels")
     if path.suffix != ".npz":
-        return labels, names_beside(path)
+        return labels, names_in(path.parent)
     names = _find(path, "classes")
     return labels, None if names is None else [str(name) for name in names.ravel()]
 

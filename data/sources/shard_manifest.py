@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smalti.data.sources.remote import RemoteFile
 from smalti.errors import DataError
 from smalti.files import read_json
 
@@ -42,7 +43,7 @@ def _counts_in(path: Path) -> dict[str, int]:
     return content
 
 
-def check_count(path: Path, found: int, counts: dict[str, int] | None) -> None:
+def check_count(path: Path | RemoteFile, found: int, counts: dict[str, int] | None) -> None:
     """Raise `DataError` if a shard does not hold the number of samples that its manifest states.
 
     Args:

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import torch
 from webdataset.writer import TarWriter
 
-from smalti.data.classes import named_classes, names_beside, numbered_classes
+from smalti.data.classes import named_classes, names_in, numbered_classes
 from smalti.data.sources.annotations import (
     CAPTIONS,
     LABELS,
@@ -316,7 +316,7 @@ def _labels_of(
     _refuse_mixed(shards, members)
     if all(type(value) is int for value in values):
         numbers = [int(value or 0) for value in values]
-        return numbered_classes(numbers, names_beside(shards[0]), shards[0].parent)
+        return numbered_classes(numbers, names_in(shards[0].parent), shards[0].parent)
     return named_classes([str(value) for value in values], shards[0].parent)
 
 
