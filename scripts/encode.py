@@ -119,7 +119,7 @@ def condition_encoders(config: EncodeConfig) -> list[ConditionEncoder]:
         return []
     source = config.source()
     source.require_captions()
-    device: torch.device = join_job().device
+    device: Any = join_job().device
     encoder = text_encoder_of(config.text.encoder).to(device)
     captions = [text for i in range(len(source)) for text in source.captions(i)]
     encoder.check_captions(captions, config.text.length)

@@ -538,6 +538,6 @@ def _entry_of_folder(path: Path) -> str:
         )
     if found:
         return next(iter(found))
-    folders = [entry for entry in entries if entry.is_dir()]
+    folders = [path / entry.name for entry in entries if entry.is_dir()]
     splits = not files and len(folders) > 1 and all(split_called(f.name) for f in folders)
     return SPLITS if splits and FOLDER not in map(_entry_of_folder, folders) else FOLDER

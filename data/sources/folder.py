@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from smalti.config import nearest
-from smalti.data.classes import named_classes, names_beside, normal_form, numbered_classes
+from smalti.data.classes import named_classes, names_in, normal_form, numbered_classes
 from smalti.data.image_io import FolderOptions, Unusable, decode, without_pixel_warning
 from smalti.data.sources.annotations import CAPTION_COLUMNS, LABEL_COLUMNS
 from smalti.data.sources.base import EncodedPictures, SourceOptions
@@ -300,7 +300,7 @@ def _classes_of(root: Path, labels: list[int | str]) -> tuple[tuple[str, ...], t
             f"{numbers[0]}: label all in the same way"
         )
     if numbers:
-        return numbered_classes(numbers, names_beside(root / METADATA[0]), root)
+        return numbered_classes(numbers, names_in(root), root)
     if not any(names):
         return (), torch.zeros(len(labels), dtype=torch.int64)
     return named_classes(names, root)
