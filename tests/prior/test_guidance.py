@@ -1,6 +1,7 @@
 """Guidance against its formulas, and what it costs."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -104,6 +105,20 @@ def test_guided_predictions_convert_into_each_other(mixtures, path, prediction) 
     )
 
 
+def components(both, path) -> tuple[list, Callable[..., torch.Tensor]]:
+    """The components of a mixture, and log p(component | x_t)."""
+    single = [
+        type(both)(both.means[k : k + 1], both.stds[k : k + 1], torch.ones(1).double())
+        for k in range(len(both.weights))
+    ]
+
+    def log_probability(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        joint = torch.stack([s.log_density(path, x, t) for s in single], 1) + both.weights.log()
+        return joint.log_softmax(1).gather(1, labels[:, None])[:, 0]
+
+    return single, log_probability
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("path", [LinearPath(), VPLinearPath()], ids=lambda path: path.kind)
 def test_a_perfect_classifier_turns_the_unconditional_score_into_the_conditional(
@@ -111,14 +126,7 @@ def test_a_perfect_classifier_turns_the_unconditional_score_into_the_conditional
 ) -> None:
     """Bayes: score of p(x | k) = score of p(x) + grad log p(k | x), here for the components."""
     both = mixtures.two()
-    single = [
-        mixtures(both.means[k : k + 1], both.stds[k : k + 1], torch.ones(1).double())
-        for k in (0, 1)
-    ]
-
-    def log_probability(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        joint = torch.stack([s.log_density(path, x, t) for s in single], 1) + both.weights.log()
-        return joint.log_softmax(1).gather(1, labels[:, None])[:, 0]
+    single, log_probability = components(both, path)
 
     labels = torch.tensor([0, 1, 0, 1])
     x, t = torch.randn(4, 2, dtype=torch.float64), torch.tensor([0.2, 0.4, 0.6, 0.9]).double()
@@ -141,14 +149,7 @@ def test_guided_samples_are_those_of_the_class(mixtures, path) -> None:
     """The unconditional flow of a mixture, guided by its exact classifier, ends at the component;
     with a larger scale it ends further from the other one."""
     both, label = mixtures.two(), 0
-    single = [
-        mixtures(both.means[k : k + 1], both.stds[k : k + 1], torch.ones(1).double())
-        for k in (0, 1)
-    ]
-
-    def log_probability(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        joint = torch.stack([s.log_density(path, x, t) for s in single], 1) + both.weights.log()
-        return joint.log_softmax(1).gather(1, labels[:, None])[:, 0]
+    _, log_probability = components(both, path)
 
     noise = torch.randn(2000, 2, dtype=torch.float64)
     times = torch.linspace(1e-3, 1 - 1e-3, 65, dtype=torch.float64)
