@@ -296,8 +296,9 @@ class ImageDataset(Dataset):
 class PictureOptions(SourceOptions):
     """Which pictures to read."""
 
-    # emoji, fashion, a folder with one sub-folder of pictures per class, hf:owner/name, parquet or
-    # arrow files, WebDataset shards (path/{000..009}.tar, or URLs), or arrays (.npz, .npy)
+    # emoji, fashion, a folder of pictures (with one sub-folder per class, or without classes),
+    # hf:owner/name, parquet or arrow files, WebDataset shards (path/{000..009}.tar, or URLs), or
+    # arrays (.npz, .npy)
     data: str = "emoji"
 
     # The field that names a trained model: on the command line, the options of its pictures are the

@@ -41,8 +41,8 @@ FREE_TO_CHANGE = STEP_SETTINGS | {
     "preview",
     "logging_steps",
     "report_to",
-    # Where labels and captions are found: fingerprints cover their values.
-    *("shards", "label_column", "caption_column"),
+    # Where labels are found: the fingerprint of the data covers the labels.
+    *("shards", "label_column"),
     "dataloader_num_workers",
     "process_timeout",
 }
