@@ -128,11 +128,13 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(root: Path) -> None:
     found = one.__getitems__(keys).stored
     again.__getitems__([(7, 1)])
     assert torch.equal(found, again.__getitems__(keys).stored)
-    assert torch.equal(found[4:5], again.__getitems__(keys[4:5]).stored)
+    # In a batch of another size, the encoder may round otherwise.
+    torch.testing.assert_close(found[4:5], again.__getitems__(keys[4:5]).stored)
     assert len(found.flatten(1).unique(dim=0)) > 8
     assert not torch.equal(found, other.__getitems__(keys).stored)
     centre = open_latents(config_of(root, "kl", root), CPU)[1]
     assert torch.equal(one.first_view([3]).stored, centre.first_view([3]).stored)
+    assert not torch.equal(found[:1], centre.first_view([3]).stored)
 
 
 def test_batches_are_the_same_for_any_number_of_processes_and_workers(root: Path) -> None:
