@@ -401,9 +401,13 @@ class DataOptions(PictureOptions):
                 f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1"
             )
 
-    def _part(self, split: Split) -> tuple[ImageSource, Split]:
-        """The source of a split, and what to read of it. What training pictures are, and so their
-        fingerprint, does not depend on the held-out pictures of another source."""
+    def source_of(self, split: Split) -> tuple[ImageSource, Split]:
+        """The source of a split, and what to read of it. (What the training pictures are, and so
+        their fingerprint, does not depend on the held-out pictures of another source.)
+
+        Raises:
+            DataError: the pictures cannot be used, or the held-out ones do not fit the others.
+        """
         source = self.source()
         if self.heldout_data and split != "all":
             if split == "heldout":
@@ -427,7 +431,7 @@ class DataOptions(PictureOptions):
         captions: bool = True,
     ) -> ImageDataset:
         """One split of the pictures; for the arguments see `ImageDataset`."""
-        source, part = self.for_channels(channels)._part(split)
+        source, part = self.for_channels(channels).source_of(split)
         return ImageDataset(
             source,
             image_size,

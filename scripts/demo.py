@@ -187,7 +187,7 @@ def demo(config: DemoConfig) -> Path:
     shared = {field.name: getattr(config, field.name) for field in fields(DataOptions)}
     run = {"seed": config.seed, "resume_from_checkpoint": "latest"}
     stage_one = replace(scale.tokenizer, output_dir=folder / "tokenizer", **run, **shared)
-    config.source()  # raises before the folder is claimed
+    config.source_of("heldout")  # raises before the folder is claimed
     _claim(config)
     _announce(1, "train the tokenizer (images <-> latents)")
     tokenizer = train_tokenizer(stage_one)

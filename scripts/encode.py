@@ -76,6 +76,8 @@ def encode(config: EncodeConfig) -> Path:
     if state.is_main_process:
         config.note_stored()
     refuse_other_contents(config.output_dir)
+    if config.heldout_data:
+        config.source_of("heldout")  # raises before the training pictures are encoded
     if is_checkpoint(config.tokenizer):
         tokenizer = finished_tokenizer(config)
     else:

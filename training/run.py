@@ -199,8 +199,8 @@ class Run:
         if completed(before, getattr(model, "config", None)) != self._model_settings():
             raise CheckpointError(
                 f"{checkpoint.path} has a model for other classes, captions or latents than those "
-                f"of these data: start a new run from it, with --initial {checkpoint.path} and "
-                "another --output_dir"
+                "of these data: start a new run in another --output_dir (smalti train-prior "
+                f"--initial {checkpoint.path} starts it from these weights)"
             )
         logger.warning(
             "the run continues on other training data: from step %d on, the order of the samples "

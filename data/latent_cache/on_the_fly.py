@@ -28,7 +28,8 @@ class OnTheFlyLatents:
     """The latents of a picture set, with the interface of `LatentCache`.
 
     The augmentation and the caption of a sample are pure functions of (seed, epoch, index), as the
-    view of a cached one. Latents are those that a cache stores, in single precision.
+    view of a cached one. Latents are those that a cache stores, in single precision, and up to the
+    rounding of the encoder, which may depend on the size of the batch.
     """
 
     images: ImageDataset  # augmented with a seed of its own

@@ -500,7 +500,7 @@ def captioned(start: int, stop: int) -> EncodedRange:
 def test_captions_come_back_whichever_shard_holds_them(tmp_path: Path) -> None:
     write_cache(tmp_path / "c", CAPTIONED, captioned)
     cache = LatentCache(tmp_path / "c")
-    assert cache.has_captions and cache.all_captions(range(10)) == TEXTS
+    assert cache.all_captions(range(10)) == TEXTS
     batch = cache.first_view([9, 0, 4, 5])
     assert batch.captions == [TEXTS[i] for i in (9, 0, 4, 5)]
     assert batch.texts == ["ein Ball", "a red apple", "a red apple", "ein Ball"]

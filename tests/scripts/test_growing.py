@@ -86,9 +86,9 @@ def test_a_run_continues_on_more_pictures(tmp_path: Path, caplog) -> None:
 
     add(pictures, "dog", range(8))  # a class more
     latents = encode(replace(job, output_dir=tmp_path / "three"))
-    with pytest.raises(SmaltiError, match="start a new run from it, with --initial") as refused:
+    with pytest.raises(SmaltiError, match="start a new run in another --output_dir") as refused:
         train(replace(more, latents=latents, accept_new_data=True))
-    checkpoint = str(refused.value).split("--initial ")[1].split(" and")[0]
+    checkpoint = str(refused.value).split("--initial ")[1].split(" starts")[0]
     fresh = replace(
         run, latents=latents, initial=checkpoint, output_dir=tmp_path / "new", prior=run.prior
     )
