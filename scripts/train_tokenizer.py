@@ -28,7 +28,7 @@ from smalti.data.dataset import (
     write_options,
 )
 from smalti.data.image_io import image_grid
-from smalti.data.latents import CodeSpec, as_image_size, height_and_width
+from smalti.data.latents import CodeSpec, as_image_size
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import ConfigurationError
@@ -107,7 +107,7 @@ def config_at(config: TokenizerConfig, size: ImageSize) -> TokenizerConfig:
             tokenizer: Tokenizer = Tokenizer.registry.build(config)
     except ConfigurationError:
         return replace(config, image_size=size)  # its own size has no latents
-    same = as_image_size(*height_and_width(size)) == tokenizer.image_size
+    same = as_image_size(size) == tokenizer.image_size
     return config if same else tokenizer.config_at(size)
 
 
