@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from smalti.checkpoints import is_checkpoint, state_of
-from smalti.config import ImageSize, config_from_dict, config_to_dict
+from smalti.config import ImageSize, config_from_dict, saved_fields
 from smalti.data.classes import class_number
 from smalti.data.image_io import TRANSPARENT, WHITE, to_channels
 from smalti.data.latents import height_and_width, resolution, to_float
@@ -425,7 +425,7 @@ def write_options(folder: Path, options: DataOptions) -> None:
     read and divided."""
     if "://" in options.data and ("@" in options.data or "?" in options.data):
         return  # a URL with a password or a key, which a shared model must not tell
-    content = {name: config_to_dict(getattr(options, name)) for name in ("data", *STORED)}
+    content = {name: saved_fields(getattr(options, name)) for name in ("data", *STORED)}
     write_hashed_json(folder / OPTIONS, content)
 
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageColor, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from smalti.config import check_at_least
+from smalti.config import added, check_at_least
 from smalti.data.latents import MODES, as_rgb, to_levels
 from smalti.data.metadata import orientation_of, reason, tags_exceed, upright, without_metadata
 from smalti.data.value_range import (
@@ -71,7 +71,7 @@ class FolderOptions:
     max_pixels: int = 50_000_000  # larger pictures are refused before they are decoded
     # The colour under transparent pixels: a name, as in white, or #rrggbb. A tokenizer with 4
     # image_channels keeps alpha instead.
-    background: str = WHITE
+    background: str = added(WHITE)
     # A set of at most this many pictures is decoded once at the start, to check it. In a larger set
     # each picture is checked when it is read; `smalti check-data` finds the bad ones beforehand.
     verify_up_to: int = 200_000

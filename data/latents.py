@@ -81,7 +81,8 @@ def rgb_views(images: Tensor) -> Tensor:
     (2 B, 3, H, W), all on black, then all on white.
 
     On one background an error of alpha is invisible where the picture has the colour of the
-    background. Two that differ determine colour and alpha (Smith and Blinn, 1996, theorem 4).
+    background. Two that differ determine colour and alpha ("Blue screen matting", Smith and Blinn,
+    SIGGRAPH 1996, triangulation).
     """
     if images.shape[1] != 4:
         return as_rgb(images)

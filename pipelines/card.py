@@ -62,6 +62,14 @@ def model_card(
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{body}"))
 
 
+def image_words(tokenizer: Tokenizer, unit: str = "pixels") -> str:
+    """Size and channels of a tokenizer's images: 48 x 64 pixels (height x width), grey."""
+    size = tokenizer.image_size
+    order = "" if isinstance(size, int) else " (height x width)"
+    channels = {1: ", grey", 4: ", RGB with alpha"}.get(tokenizer.image_channels, "")
+    return f"{resolution(size)} {unit}{order}{channels}"
+
+
 def _example(prior: Prior, classes: Sequence[str]) -> str:
     """The arguments of a call that makes four images."""
     given = []
@@ -86,14 +94,6 @@ def _conditions(prior: Prior, classes: Sequence[str]) -> str:
             + (f" (sha256 {text.encoder_fingerprint[:12]})." if text.encoder_fingerprint else ".")
         )
     return " ".join(sentences) or "They are generated without a condition."
-
-
-def image_words(tokenizer: Tokenizer) -> str:
-    """Size and channels of a tokenizer's images: 48 x 64 pixels (height x width), grey."""
-    size = tokenizer.image_size
-    order = "" if isinstance(size, int) else " (height x width)"
-    channels = {1: ", grey", 4: ", RGB with alpha"}.get(tokenizer.image_channels, "")
-    return f"{resolution(size)} pixels{order}{channels}"
 
 
 def _millions(module: nn.Module) -> str:

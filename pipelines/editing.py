@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.config import ImageSize
-from smalti.data.image_io import image_grid
+from smalti.data.image_io import image_grid, to_8_bit
 from smalti.data.latents import CodeSpec, LatentSpec, as_tensor, height_and_width, to_float
 from smalti.data.transforms import center_crop, to_tensor
 from smalti.errors import DataError, GenerationError
@@ -386,8 +386,8 @@ def strip(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
     Args:
         labels: one for each row, written at its left; or none.
     """
-    images = torch.stack([to_tensor(each.convert("RGB")) for row in rows for each in row])
-    scale = max(1, SHOWN_SIDE // images.shape[-1])
+    images = torch.stack([to_tensor(to_8_bit(each)) for row in rows for each in row])
+    scale = max(1, SHOWN_SIDE // max(images.shape[-2:]))
     return image_grid(to_float(images), len(rows[0]), row_labels=labels, scale=scale)
 
 

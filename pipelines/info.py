@@ -134,7 +134,7 @@ def _some(classes: Sequence[str]) -> str:
 
 def _model_lines(model: Tokenizer | Prior | LatentClassifier) -> list[tuple[str, str]]:
     count = sum(parameter.numel() for parameter in model.parameters())
-    size = f", {image_words(model)}" if isinstance(model, Tokenizer) else ""
+    size = f", {image_words(model, 'px')}" if isinstance(model, Tokenizer) else ""
     about = []
     if isinstance(model, LatentClassifier):
         about = [("classes", _some(model.classes)), ("path", str(model.config.path))]

@@ -23,7 +23,7 @@ from smalti.checkpoints import Weights, check_weights, is_checkpoint, state_of
 from smalti.config import ImageSize, config_from_dict, config_to_dict, plain
 from smalti.data.classes import check_class_names
 from smalti.data.latent_cache.manifest import read_manifest
-from smalti.data.latents import as_tensor
+from smalti.data.latents import as_tensor, height_and_width
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
 from smalti.files import HASHES, check_hashes, read_config_file, write_hashed_json, write_text
 from smalti.folders import contents, replacing_folder
@@ -326,7 +326,8 @@ class Pipeline(Uploadable):
         )
 
     def resized(self, image_size: ImageSize) -> Self:
-        """A pipeline with the same weights, not a copy, for images of another size.
+        """A pipeline with the same weights, not a copy, for images of another size; itself at its
+        own.
 
         Args:
             image_size: pixels: the side of a square, or (height, width).
@@ -335,11 +336,14 @@ class Pipeline(Uploadable):
             ConfigurationError: the tokenizer has no latents for images of this size.
             GenerationError: the prior has learned its positions, and so samples its own size only.
         """
-        tokenizer = cast(Tokenizer, unwrapped(self.tokenizer)).sharing_weights(image_size)
+        tokenizer = cast(Tokenizer, unwrapped(self.tokenizer))
+        if height_and_width(image_size) == height_and_width(tokenizer.image_size):
+            return self
+        tokenizer = tokenizer.sharing_weights(image_size)
         prior = cast(Prior, unwrapped(self.prior)).resized(tokenizer.spec, tokenizer.fingerprint)
         pipeline = type(self)(tokenizer, prior, self.classes)
         pipeline.notes, pipeline.training_pictures = self.notes, self.training_pictures
-        pipeline.guidance_scale = self.guidance_scale
+        pipeline.guidance_scale, pipeline._text_encoder = self.guidance_scale, self._text_encoder
         return pipeline
 
     @property
@@ -427,24 +431,12 @@ class Pipeline(Uploadable):
             GenerationError: an input that the prior does not take, an unknown class, output type or
                 option, or a wrong number of generators or of rows.
         """
-        if image_size is not None:
-            return self.resized(image_size)(
-                class_labels,
-                prompt_embeds=prompt_embeds,
-                prompt_attention_mask=prompt_attention_mask,
-                num_images_per_prompt=num_images_per_prompt,
-                guidance_scale=guidance_scale,
-                generator=generator,
-                output_type=output_type,
-                batch_size=batch_size,
-                progress=progress,
-                **options,
-            )
-        check_names(self.prior, options)
+        pipe = self if image_size is None else self.resized(image_size)
+        check_names(pipe.prior, options)
         options = {k: plain(v) if getattr(v, "ndim", None) == 0 else v for k, v in options.items()}
         texts = (prompt, negative_prompt, prompt_embeds, prompt_attention_mask)
         inputs = Inputs(class_labels, *texts, num_images, image, mask_image, strength)
-        conditions, edit = self.conditions(inputs, num_images_per_prompt)
+        conditions, edit = pipe.conditions(inputs, num_images_per_prompt)
         options |= edit
         if output_type not in get_args(OutputType):
             raise GenerationError(
@@ -454,16 +446,16 @@ class Pipeline(Uploadable):
             raise GenerationError(f"batch_size is {batch_size}; it must be at least 1")
         check_generators(generator, len(conditions))
         options["guidance_scale"] = (
-            self.guidance_scale if guidance_scale is None else guidance_scale
+            pipe.guidance_scale if guidance_scale is None else guidance_scale
         )
         latents, images = [], []
         size = int(batch_size or len(conditions))
-        for sampled in self._batches(conditions, options, generator, size, progress):
+        for sampled in pipe._batches(conditions, options, generator, size, progress):
             latents.append(sampled)
             if output_type != "latent":
-                images.append(self._decode(sampled, singly=isinstance(generator, Sequence)))
+                images.append(pipe._decode(sampled, singly=isinstance(generator, Sequence)))
         decoded = as_output(torch.cat(images), output_type) if images else None
-        names = [self.classes[label] for label in conditions.labels]
+        names = [pipe.classes[label] for label in conditions.labels]
         return PipelineOutput(
             decoded, torch.cat(latents), conditions.labels, names, conditions.prompts
         )

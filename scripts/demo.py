@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from smalti.cli import parse_config, run_command
-from smalti.config import ImageSize, config_to_dict, nearest
+from smalti.config import ImageSize, nearest, saved_fields
 from smalti.data.dataset import DataOptions
 from smalti.errors import ConfigurationError
 from smalti.files import first_difference, read_hashed_json, write_hashed_json
@@ -276,7 +276,7 @@ def _kind(config: DemoConfig) -> str:
 
 def _claim(config: DemoConfig) -> None:
     """Write the demo's settings into the folder; raise if it contains anything else."""
-    folder, settings = config.output_dir, config_to_dict(config)
+    folder, settings = config.output_dir, saved_fields(config)
     del settings["output_dir"]
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"{folder} is a file, not a folder: choose another --output_dir")
@@ -290,7 +290,7 @@ def _refuse_another_demo(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     if not path.is_file():
         raise ConfigurationError(f"{folder} is not empty: choose another --output_dir")
-    defaults = config_to_dict(DemoConfig())
+    defaults = saved_fields(DemoConfig())
     different = first_difference(read_hashed_json(path), settings, defaults)
     if different:
         name, value = different

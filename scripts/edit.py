@@ -15,7 +15,7 @@ from PIL import Image
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
-from smalti.data.image_io import FolderOptions, save_png
+from smalti.data.image_io import TRANSPARENT, WHITE, FolderOptions, save_png
 from smalti.data.sources.folder import read_picture
 from smalti.errors import ConfigurationError
 from smalti.folders import contents, replacing_folder
@@ -66,13 +66,14 @@ class EditConfig(Sampling):
                 "--paste keeps the pixels outside a mask: pass --mask or --box"
             )
 
-    def read(self) -> list[Masked]:
-        """Each picture with its mask.
+    def read(self, channels: int) -> list[Masked]:
+        """Each picture, for a tokenizer of images with so many channels, with its mask.
 
         Raises:
             DataError: a file cannot be used; the box is not inside a picture.
         """
-        pictures = [read_picture(path, FolderOptions()) for path in self.image]
+        options = FolderOptions(background=TRANSPARENT if channels == 4 else WHITE)
+        pictures = [read_picture(path, options) for path in self.image]
         if self.box:
             return [(each, box_mask(self.box, (each.height, each.width))) for each in pictures]
         if not self.mask:
@@ -92,7 +93,7 @@ def edit(config: EditConfig) -> list[Path]:
     _check_output(config.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = Pipeline.from_pretrained(config.model, device=device, weights=config.weights)
-    edits = config.read()
+    edits = config.read(pipeline.tokenizer.image_channels)
     if config.resize:
         edits = [fitted(*each, pipeline.tokenizer.image_size) for each in edits]
     labels, count = config.class_labels, config.num_images

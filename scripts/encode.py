@@ -87,7 +87,7 @@ class ConditionEncoder(Protocol):
         """By name, the rows of some samples, as `EncodedRange.conditions` takes them.
 
         Args:
-            views: of the images, (B, 3, S, S) each, on the device of the tokenizer.
+            views: of the images, (B, C, H, W) each, on the device of the tokenizer.
         """
         ...
 
@@ -101,9 +101,8 @@ def encode_split(
     """Write the cache of one split; `encoders` make the conditions in it."""
     views: ViewSet = config.views if split == "train" else "identity"
     side = decoded_size(views, tokenizer.image_size)
-    channels = tokenizer.image_channels
+    channels, same = tokenizer.image_channels, side == tokenizer.image_size
     images = config.dataset(split, tokenizer.image_size, channels=channels)
-    same = side == tokenizer.image_size
     larger = images if same else config.dataset(split, side, channels=channels)
     info = CacheInfo(
         spec=tokenizer.spec,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smalti.checkpoints import Weights, has_prior
 from smalti.cli import parse_config, run_command
-from smalti.config import ImageSize, check_at_least, config_to_dict
+from smalti.config import ImageSize, check_at_least, saved_fields
 from smalti.data.dataset import DataOptions, ImageDataset
 from smalti.data.image_io import save_png
 from smalti.errors import ConfigurationError, DataError
@@ -277,10 +277,10 @@ def claim(config: EvaluateConfig, *fingerprints: str) -> None:
         ConfigurationError: it contains another evaluation, or files of these names from elsewhere.
     """
     path = config.output_dir / SETTINGS
-    settings = {**config_to_dict(config), "models": list(fingerprints)}
+    settings = {**saved_fields(config), "models": list(fingerprints)}
     del settings["output_dir"], settings["weights"]  # the fingerprints tell the weights apart
     if path.is_file():
-        defaults = config_to_dict(EvaluateConfig())
+        defaults = saved_fields(EvaluateConfig())
         different = first_difference(read_hashed_json(path), settings, defaults)
         if different:
             raise ConfigurationError(

@@ -1,4 +1,5 @@
-"""Pictures in array files, memory-mapped: uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W).
+"""Pictures in array files, memory-mapped: uint8 (N, H, W, C) or (N, H, W); 1 channel is grey, 3
+are RGB, 4 are RGB and alpha.
 
 set.npz              images (or arr_0); optionally, labels, classes (their names) and captions
 folder/images.npy    optionally, labels.npy, captions.npy, and classes.json with the names
@@ -23,7 +24,7 @@ from PIL import Image
 
 from smalti.config import nearest
 from smalti.data.classes import names_beside, numbered_classes
-from smalti.data.image_io import FolderOptions
+from smalti.data.image_io import WHITE, FolderOptions, to_8_bit
 from smalti.data.sources.annotations import CAPTION_COLUMNS, captions_of, why_incomplete
 from smalti.data.sources.base import (
     ImageSource,
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 MAX_UNPACKED = 2**32  # bytes of a compressed array
 MAX_HEADER = 2**16  # bytes of a header; numpy refuses more than 10,000 letters
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and its extra field
-CHANNELS = (1, 3)
+CHANNELS = (1, 3, 4)
 PICTURES = ("images", "arr_0")  # names of the array of pictures
 
 
@@ -51,7 +52,7 @@ class ArraySource(ImageSource):
     """
 
     def __init__(self, path: Path, options: SourceOptions) -> None:
-        self.path = path
+        self.path, self.background = path, options.folder.background
         self._array: np.ndarray | None = None
         images = self.images
         _check_images(path, images, options.folder)
@@ -75,6 +76,7 @@ class ArraySource(ImageSource):
         plain = self.labels.numpy() if labels is None else labels
         self.fingerprint = fingerprint_of(
             [repr(self.classes).encode(), plain.astype("<i8").tobytes(), content.encode()]
+            + ([] if self.background == WHITE else [self.background.encode()])
         )
 
     def _leave_out_one_class(self, options: FolderOptions) -> None:
@@ -129,7 +131,7 @@ class ArraySource(ImageSource):
         pixels = self.images[index]
         if pixels.ndim == 3 and pixels.shape[2] == 1:
             pixels = pixels[..., 0]
-        return Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+        return to_8_bit(Image.fromarray(np.ascontiguousarray(pixels)), self.background)
 
     def name(self, index: int) -> str:
         return f"{self.path.name}/{index}"
@@ -184,7 +186,7 @@ def _check_images(path: Path, images: np.ndarray, options: FolderOptions) -> Non
     if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[3] in CHANNELS)):
         raise DataError(
             f"the pictures of {path} are {images.dtype} {images.shape}; they must be uint8 "
-            "(N, H, W, 3), (N, H, W, 1) or (N, H, W)"
+            "(N, H, W, 3), (N, H, W, 1), (N, H, W, 4) or (N, H, W)"
         )
     if len(images) == 0:
         raise DataError(f"{path} holds no pictures: check --data")

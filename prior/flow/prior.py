@@ -125,6 +125,11 @@ class FlowPrior(Prior):
             f"{rows} x {columns} tokens"
         )
 
+    @property
+    def positions_are_computed(self) -> bool:
+        """Sine-cosine and rotary positions are."""
+        return True
+
     def _condition_kind(self, name: str) -> ConditionKind:
         spec = self.config.spec
         match name:
@@ -134,11 +139,6 @@ class FlowPrior(Prior):
             case "image":
                 return ImageKind(self.config.image_channels, (spec.height, spec.width))
         return super()._condition_kind(name)
-
-    @property
-    def positions_are_computed(self) -> bool:
-        """Sine-cosine and rotary positions are."""
-        return True
 
     # -- training -----------------------------------------------------------------------------
 

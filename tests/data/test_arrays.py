@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smalti.data.image_io import FolderOptions
+from smalti.data.image_io import TRANSPARENT, FolderOptions
 from smalti.data.sources import arrays
-from smalti.data.sources.base import open_source
+from smalti.data.sources.base import SourceOptions, open_source
 from smalti.errors import SmaltiError
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (12, 10, 9, 3), dtype=np.uint8)
@@ -178,3 +178,20 @@ def test_a_folder_of_several_sets_names_them(tmp_path: Path) -> None:
         with pytest.raises(SmaltiError, match=rf"several sets \(a.npz, {other}\)"):
             open_source(str(tmp_path))
         (tmp_path / other).unlink()
+
+
+def test_arrays_with_alpha_are_laid_on_the_background_or_keep_it(tmp_path: Path) -> None:
+    alpha = np.where(np.arange(9) < 4, 0, 255).astype(np.uint8)
+    images = np.concatenate([IMAGES, np.broadcast_to(alpha, (12, 10, 9))[..., None]], 3)
+    path, fingerprints = npz(tmp_path / "a.npz", images=images), set()
+    for background, left in (("white", [255] * 3), ("#000080", [0, 0, 128]), (TRANSPARENT, None)):
+        options = SourceOptions(folder=FolderOptions(background=background))
+        source = open_source(path, options)
+        pixels = np.asarray(source.read(3))
+        fingerprints.add(source.fingerprint)
+        if left is None:
+            assert np.array_equal(pixels, images[3])
+        else:
+            assert (pixels[:, :4] == left).all()
+            assert np.array_equal(pixels[:, 4:], IMAGES[3][:, 4:])
+    assert len(fingerprints) == 3

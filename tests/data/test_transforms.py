@@ -14,7 +14,17 @@ from PIL import Image
 from smalti.data.dataset import ImageDataset
 from smalti.data.image_io import FolderOptions, decode
 from smalti.data.sources.base import open_source
-from smalti.data.transforms import CropUniforms, RandomCrop, center_crop, crop_uniforms, random_crop
+from smalti.data.transforms import (
+    CENTRE,
+    CROPS,
+    CropUniforms,
+    RandomCrop,
+    center_crop,
+    crop_uniforms,
+    decoded_size,
+    random_crop,
+    views_of,
+)
 from smalti.errors import SmaltiError
 
 
@@ -158,3 +168,55 @@ def test_pictures_are_rotated_by_their_exif_orientation(orientation: int) -> Non
     assert found.size == (24, 16)
     pixels = np.asarray(found)[..., 0]
     assert pixels[:7, :7].min() > 200 and pixels[9:, :].max() < 50 and pixels[:, 10:].max() < 50
+
+
+# -- rectangles -------------------------------------------------------------------------------
+
+
+def test_a_rectangle_is_the_centre_of_the_smallest_picture_that_covers_it() -> None:
+    image = noise(120, 60)
+    half = image.resize((60, 30), Image.Resampling.BOX)
+    for size, box in (((20, 60), (0, 5, 60, 25)), ((30, 40), (10, 0, 50, 30))):
+        assert np.array_equal(np.asarray(center_crop(image, size)), np.asarray(half.crop(box)))
+    enlarged = image.resize((180, 90), Image.Resampling.BICUBIC).crop((0, 10, 180, 80))
+    assert np.array_equal(np.asarray(center_crop(image, (70, 180))), np.asarray(enlarged))
+
+
+@pytest.mark.parametrize("size", [(101, 67), (67, 101), (33, 200)])
+def test_a_square_may_be_given_as_height_and_width(size: tuple[int, int]) -> None:
+    image, limits = noise(*size), RandomCrop(0.6, 0.9)
+    uniforms = CropUniforms(0.3, 0.7, 0.1)
+    assert np.array_equal(center_crop(image, 24), center_crop(image, (24, 24)))
+    square = random_crop(image, 24, limits, uniforms)
+    assert np.array_equal(square, random_crop(image, (24, 24), limits, uniforms))
+
+
+def test_random_rectangles_reach_every_corner() -> None:
+    image, whole = noise(48, 32), RandomCrop(1.0, 1.0)
+    for top, left in ((0.0, 0.0), (0.999, 0.999), (0.0, 0.999)):
+        crop = random_crop(image, (16, 40), whole, CropUniforms(0.5, top, left))
+        scaled = image.resize((40, 27), Image.Resampling.BICUBIC)
+        y = 11 if top else 0
+        assert np.array_equal(np.asarray(crop), np.asarray(scaled)[y : y + 16])
+    small = random_crop(noise(90, 90), (16, 40), RandomCrop(0.5, 0.5), CropUniforms(0.1, 0.2, 0.3))
+    assert small.size == (40, 16)
+
+
+def test_an_extreme_picture_is_cut_in_proportion_to_the_rectangle() -> None:
+    """Its size stays bounded, and a picture like the rectangle loses nothing."""
+    assert center_crop(noise(5000, 1), (8, 64)).size == (64, 8)
+    assert center_crop(noise(1, 5000), (8, 256)).size == (256, 8)
+    wide = noise(640, 20)  # as wide as the rectangle
+    assert np.array_equal(
+        np.asarray(center_crop(wide, (10, 320))),
+        np.asarray(wide.resize((320, 10), Image.Resampling.BOX)),
+    )
+
+
+def test_ten_crops_of_a_rectangle() -> None:
+    assert decoded_size("ten-crop", (20, 30)) == (22, 33) and decoded_size("flip", 16) == 16
+    images = torch.arange(2 * 22 * 33).view(1, 2, 22, 33)
+    views = dict(zip(CROPS, views_of(images, CROPS, (20, 30)), strict=True))
+    assert torch.equal(views["top-left"], images[..., :20, :30])
+    assert torch.equal(views["bottom-right"], images[..., 2:, 3:])
+    assert views[CENTRE].shape == (1, 2, 20, 30)

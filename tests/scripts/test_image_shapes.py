@@ -20,6 +20,7 @@ from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.next_scale.model import NextScaleConfig
 from smalti.prior.next_token.model import NextTokenConfig
+from smalti.scripts.demo import DemoConfig, chosen_scale
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
@@ -142,10 +143,12 @@ def test_pipelines_for_grey_and_for_alpha_are_evaluated(
     job = ["evaluate", "--model", str(tmp_path / "pipeline"), "--data", str(pictures)]
     job += ["--output_dir", str(tmp_path / "out"), "--num_samples", "16", "--num_references", "16"]
     job += ["--num_inference_steps", "1", "--solver", "euler", "--classifier_epochs", "1"]
+    job += ["--image_size", "48x32"] * (channels == 1)
     assert smalti_main(job) == 0
     metrics = json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"]
     protocol = metrics["lpips"]["protocol"]
-    assert protocol["image_size"] == [32, 48] and protocol["image_channels"] == channels
+    assert protocol["image_size"] == ([48, 32] if channels == 1 else [32, 48])
+    assert protocol["image_channels"] == channels
     assert ("white" in protocol["networks_see"]) == (channels == 4)
     assert np.isfinite([metric["value"] for metric in metrics.values()]).all()
     assert Image.open(tmp_path / "out" / "reconstructions.png").mode == "RGB"
@@ -204,6 +207,15 @@ def test_wrong_shapes_are_named_and_nothing_is_written(
     assert smalti_main(job) == 2
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.parametrize("prior", ["gpt-nano", "var-nano", "flow-nano"])
+def test_the_demo_trains_its_tokenizer_at_the_size(prior: str) -> None:
+    scale = chosen_scale(DemoConfig(image_size=(32, 48), prior=prior))
+    config = scale.tokenizer.tokenizer
+    assert config.image_size == (32, 48)
+    if prior == "var-nano":
+        assert config.quantizer.scales[-1] == (8, 12)
 
 
 def test_a_size_is_read_and_written_alike_in_recipes_and_on_the_command_line(

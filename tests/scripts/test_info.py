@@ -198,7 +198,7 @@ def test_models_and_pipelines_report_their_size(tokenizer, prior, tmp_path: Path
     lines = told(capsys, tmp_path / "tok")
     count = sum(p.numel() for p in tokenizer.parameters())
     assert lines["kind"] == "vq tokenizer" and lines["parameters"] == f"{count:,}"
-    assert lines["type"] == "VQTokenizer, 16 px"
+    assert lines["type"] == "VQTokenizer, 16 x 16 px"
     prior.save_pretrained(tmp_path / "prior")
     assert told(capsys, tmp_path / "prior")["kind"] == "next-token prior"
     own = type(prior)(replace(prior.config, tokenizer_fingerprint=tokenizer.fingerprint))

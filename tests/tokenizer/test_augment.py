@@ -118,3 +118,10 @@ def test_resizing_keeps_constants_and_the_right_size(images) -> None:
 def test_impossible_strengths_are_refused(options, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
         AugmentConfig(**options)
+
+
+def test_colours_change_and_alpha_does_not() -> None:
+    images, uniforms = torch.rand(3, 4, 8, 10) * 2 - 1, torch.rand(3, AUGMENT_UNIFORMS)
+    changed = augment(images, AugmentConfig(colour=1.0), uniforms)
+    assert torch.equal(changed[:, 3], images[:, 3])
+    assert torch.equal(changed[:, :3], augment(images[:, :3], AugmentConfig(colour=1.0), uniforms))

@@ -289,3 +289,34 @@ def test_a_checkpoint_holds_the_heads_and_wants_the_same_backbone(
     other = write_file(tmp_path / "other.safetensors", cls_token=torch.ones(1, 1, 16))
     with pytest.raises(SmaltiError, match="not the backbone that this discriminator was trained"):
         FrozenFeatureDiscriminator(feature_config(other), 16).load_state_dict(state)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_rectangles_of_any_channels_have_logits(config, channels: int) -> None:
+    discriminator = build_discriminator(config, (32, 48), channels).eval()
+    images = torch.rand(2, channels, 32, 48) * 2 - 1
+    images.requires_grad_(True)
+    logits = discriminator(images)
+    assert len(logits) == 2
+    assert torch.allclose(discriminator(images[:1]), logits[:1], atol=1e-5)
+    logits.sum().backward()
+    assert images.grad is not None and images.grad.flatten(2).abs().sum((0, 2)).gt(0).all()
+
+
+def test_stylegan_halves_the_shorter_side_to_4_to_7_pixels() -> None:
+    discriminator = StyleGANDiscriminator(StyleGANDiscriminatorConfig(8), (32, 48))
+    assert discriminator.blocks(torch.zeros(1, 8, 32, 48)).shape[2:] == (4, 6)
+    with pytest.raises(SmaltiError, match="50 px cannot be halved"):
+        StyleGANDiscriminator(StyleGANDiscriminatorConfig(8), (32, 50))
+
+
+def test_a_discriminator_for_rgb_alone_refuses_other_channels(monkeypatch) -> None:
+    class ForRGB(nn.Module):
+        Config = PatchGANConfig
+
+        def __init__(self, config: PatchGANConfig, image_size: int) -> None:
+            super().__init__()
+
+    monkeypatch.setitem(DISCRIMINATORS._entries, "patchgan", ForRGB)
+    with pytest.raises(SmaltiError, match="the patchgan discriminator takes RGB images only"):
+        build_discriminator(PatchGANConfig(), 32, 1)

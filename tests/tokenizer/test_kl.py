@@ -178,3 +178,14 @@ def test_impossible_configs_are_refused(changes, message: str) -> None:
 def test_wrong_latents_are_refused(kl, shape) -> None:
     with pytest.raises(SmaltiError, match=r"takes \(B, 4, 8, 8\)"):
         kl.decode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("grid", [(8, 24), (24, 8), (12, 16)])
+def test_transformed_rectangles_keep_sides_for_lpips(grid: tuple[int, int]) -> None:
+    height, width = grid
+    z, images = torch.randn(1, 2, *grid), torch.rand(1, 3, 8 * height, 8 * width)
+    for size in (0.0, 0.5, 0.99):
+        small, target = transformed(z, images, 0.3, size)
+        assert target.shape[2] == 8 * small.shape[2] and target.shape[3] == 8 * small.shape[3]
+        assert min(target.shape[2:]) >= 32
+        assert small.shape[2] / small.shape[3] == pytest.approx(width / height, rel=0.2)

@@ -213,3 +213,15 @@ def test_a_missing_vgg_download_is_explained(monkeypatch) -> None:
     monkeypatch.setattr(torchvision.models, "vgg16", offline)
     with pytest.raises(SmaltiError, match=r"cannot be downloaded \(no route to host\)"):
         LPIPS.from_torchvision()
+
+
+def test_grey_is_repeated_and_alpha_is_seen_on_two_backgrounds(model: LPIPS) -> None:
+    grey, other = torch.rand(2, 2, 1, 32, 48) * 2 - 1
+    three = [x.repeat(1, 3, 1, 1) for x in (grey, other)]
+    assert torch.equal(model(grey, other), model(*three))
+    opaque = torch.cat([three[0], torch.ones(2, 1, 32, 48)], 1)
+    assert model(opaque, opaque).eq(0).all()
+    white, holes = torch.ones(1, 4, 32, 32), torch.ones(1, 4, 32, 32)
+    holes[:, 3, 8:24, 8:24] = -1  # invisible on white
+    black_is_wrong = model(-torch.ones(1, 3, 32, 32).where(holes[:, 3:] < 0, -1), white[:, :3])
+    assert model(holes, white) == pytest.approx(black_is_wrong.item() / 2, rel=1e-4)
