@@ -4,7 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -226,6 +226,12 @@ class Tokenizer(nn.Module, Pretrained, ABC):
             ConfigurationError: it has no latents for images of this size.
         """
         del grids
+        squares_only = get_type_hints(type(self.config)).get("image_size") is int
+        if squares_only and not isinstance(image_size, int):
+            raise ConfigurationError(
+                f"a {type(self).__name__} takes square images only, not {resolution(image_size)}: "
+                "give one number"
+            )
         return replace(self.config, image_size=image_size)
 
     def resized(

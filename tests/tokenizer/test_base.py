@@ -1,9 +1,11 @@
 """Images that every tokenizer refuses, with the reason."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_CONV, TINY_VQ
+from conftest import TINY_CONV, TINY_QUANTIZER, TINY_VQ
 from PIL import Image
 
 from smalti.data.latents import to_float
@@ -11,7 +13,7 @@ from smalti.data.transforms import center_crop, to_tensor
 from smalti.errors import SmaltiError
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
-from smalti.tokenizer.vq import VQTokenizer
+from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float64, torch.bfloat16])
@@ -131,3 +133,16 @@ def test_pictures_are_encoded_as_in_training(tokenizer) -> None:
     ):
         with pytest.raises(SmaltiError, match=message):
             tokenizer.encode(wrong)
+
+
+def test_a_tokenizer_for_squares_refuses_rectangles() -> None:
+    """Its configuration declares `image_size: int`, as those of earlier versions do."""
+
+    @dataclass(frozen=True)
+    class SquareConfig(VQConfig):
+        image_size: int = 16
+
+    tokenizer = VQTokenizer(SquareConfig(conv=TINY_CONV, quantizer=TINY_QUANTIZER))
+    assert tokenizer.config_at(32).image_size == 32
+    with pytest.raises(SmaltiError, match="takes square images only, not 16 x 24"):
+        tokenizer.resized((16, 24))
