@@ -132,7 +132,7 @@ def test_every_stage_makes_images_of_the_size_and_channels_of_the_tokenizer(
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_pipelines_for_grey_and_for_alpha_are_evaluated(
+def test_pipelines_for_grey_and_for_alpha_are_evaluated_and_edited(
     tmp_path: Path, pictures: Path, channels: int
 ) -> None:
     torch.manual_seed(0)
@@ -152,6 +152,20 @@ def test_pipelines_for_grey_and_for_alpha_are_evaluated(
     assert ("white" in protocol["networks_see"]) == (channels == 4)
     assert np.isfinite([metric["value"] for metric in metrics.values()]).all()
     assert Image.open(tmp_path / "out" / "reconstructions.png").mode == "RGB"
+    editing = ["--model", str(tmp_path / "pipeline"), "--data", str(pictures)]
+    for command, flags in (
+        ("interpolate", ["--indices", "0", "12", "--steps", "3"]),
+        ("invert", ["--indices", "0", "--steps", "1"]),
+    ):
+        strip = tmp_path / f"{command}.png"
+        assert smalti_main([command, *editing, *flags, "--output", str(strip)]) == 0
+        assert Image.open(strip).mode == "RGB"
+    job = ["edit", "--model", str(tmp_path / "pipeline"), "--box", "0,0,20,15", "--resize"]
+    job += ["--image", str(next(pictures.rglob("*.png"))), "--class_labels", "dark"]
+    job += ["--num_images", "1", "--num_inference_steps", "1", "--solver", "euler"]
+    assert smalti_main([*job, "--output_dir", str(tmp_path / "edited")]) == 0
+    edited = Image.open(tmp_path / "edited" / "000000.png")
+    assert edited.size == (48, 32) and edited.mode == MODES[channels]
 
 
 def test_pictures_of_any_mode_become_those_of_the_tokenizer(pictures: Path) -> None:
