@@ -23,7 +23,7 @@ from smalti.checkpoints import is_checkpoint, state_of
 from smalti.config import ImageSize, config_from_dict, saved_fields
 from smalti.data.classes import class_number
 from smalti.data.image_io import TRANSPARENT, WHITE, to_channels
-from smalti.data.latents import height_and_width, resolution, to_float
+from smalti.data.latents import as_image_size, height_and_width, resolution, to_float
 from smalti.data.order import Key, even_subset
 from smalti.data.sources.base import (
     BadPicture,
@@ -94,6 +94,7 @@ class ImageDataset(Dataset):
         seed: int = 0,
         captions: bool = True,
     ) -> None:
+        image_size = as_image_size(image_size)
         height, width = height_and_width(image_size)
         if min(height, width) < 8:
             what = image_size if height == width else resolution(image_size)

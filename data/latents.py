@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from smalti.config import ImageSize
+from smalti.config import ImageSize, plain
 from smalti.errors import ConfigurationError
 
 
@@ -45,9 +45,23 @@ def height_and_width(size: ImageSize) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def as_image_size(height: int, width: int) -> ImageSize:
-    """The size of images in pixels; that of a square is its side, in every config and file."""
-    return height if height == width else (height, width)
+def as_image_size(size: Any) -> ImageSize:
+    """A size of images in the form that every config and file has: that of a square is its side.
+
+    Args:
+        size: pixels: the side of a square, or its height and width; also numbers of numpy.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    given = plain(size)
+    sides = tuple(given) if isinstance(given, list | tuple) else (given, given)
+    if len(sides) != 2 or any(type(side) is not int for side in sides):
+        raise ConfigurationError(
+            f"image_size is {size!r}; give the side of a square in pixels, as in 64, or "
+            "(height, width), as in (48, 64)"
+        )
+    return sides[0] if sides[0] == sides[1] else sides
 
 
 def resolution(size: ImageSize) -> str:

@@ -188,7 +188,7 @@ def decoded_size(views: ViewSet, size: ImageSize) -> ImageSize:
     """Size of the images, in pixels, from which views of a size are made."""
     if views != "ten-crop":
         return size
-    return as_image_size(*(int(side * ENLARGED) for side in height_and_width(size)))
+    return as_image_size([int(side * ENLARGED) for side in height_and_width(size)])
 
 
 def views_of(images: Tensor, names: Sequence[str], size: ImageSize) -> Iterator[Tensor]:

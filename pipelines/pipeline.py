@@ -23,7 +23,7 @@ from smalti.checkpoints import Weights, check_weights, is_checkpoint, state_of
 from smalti.config import ImageSize, config_from_dict, config_to_dict, plain
 from smalti.data.classes import check_class_names
 from smalti.data.latent_cache.manifest import read_manifest
-from smalti.data.latents import as_tensor, height_and_width
+from smalti.data.latents import as_image_size, as_tensor
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
 from smalti.files import HASHES, check_hashes, read_config_file, write_hashed_json, write_text
 from smalti.folders import contents, replacing_folder
@@ -337,9 +337,10 @@ class Pipeline(Uploadable):
             GenerationError: the prior has learned its positions, and so samples its own size only.
         """
         tokenizer = cast(Tokenizer, unwrapped(self.tokenizer))
-        if height_and_width(image_size) == height_and_width(tokenizer.image_size):
+        size = as_image_size(image_size)
+        if size == tokenizer.image_size:
             return self
-        tokenizer = tokenizer.sharing_weights(image_size)
+        tokenizer = tokenizer.sharing_weights(size)
         prior = cast(Prior, unwrapped(self.prior)).resized(tokenizer.spec, tokenizer.fingerprint)
         pipeline = type(self)(tokenizer, prior, self.classes)
         pipeline.notes, pipeline.training_pictures = self.notes, self.training_pictures

@@ -22,7 +22,7 @@ from smalti.cli import in_python, parse_config, run_command
 from smalti.config import ImageSize
 from smalti.data.dataset import DataOptions, ImageBatch, ImageDataset, write_options
 from smalti.data.image_io import image_grid
-from smalti.data.latents import CodeSpec, as_image_size, height_and_width
+from smalti.data.latents import CodeSpec, as_image_size
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.data.transforms import RandomCrop
@@ -109,7 +109,7 @@ def config_at(config: TokenizerConfig, size: ImageSize) -> TokenizerConfig:
             tokenizer: Tokenizer = Tokenizer.registry.build(config)
     except ConfigurationError:
         return replace(config, image_size=size)  # its own size has no latents
-    same = as_image_size(*height_and_width(size)) == tokenizer.image_size
+    same = as_image_size(size) == tokenizer.image_size
     return config if same else tokenizer.config_at(size)
 
 

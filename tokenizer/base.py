@@ -50,8 +50,8 @@ class TokenizerConfig:
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        size = as_image_size(*height_and_width(self.image_size))
-        object.__setattr__(self, "image_size", size)  # a square has one form
+        size = as_image_size(self.image_size)  # a square has one form
+        object.__setattr__(self, "image_size", size)
         channels = image_channels_of(self)
         if channels not in MODES:
             raise ConfigurationError(
@@ -282,7 +282,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         grids = spec.grids if isinstance(spec, CodeSpec) else None
         try:
             size = as_image_size(
-                *(side * new // old for side, new, old in zip(sides, other, own, strict=True))
+                [side * new // old for side, new, old in zip(sides, other, own, strict=True)]
             )
             same = copy.copy(self)
             same.config = self.config_at(size, grids)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -73,7 +74,7 @@ def test_computed_positions_allow_other_image_sizes(make) -> None:
         return pipe(["cat", 1], generator=generators, output_type="pt", **options, **size).images
 
     own = sampled(pipe)
-    assert torch.equal(sampled(pipe, image_size=16), own)
+    assert torch.equal(sampled(pipe, image_size=[np.int64(16), 16]), own)
     wide = sampled(pipe, image_size=(12, 24))
     assert wide.shape == (2, 3, 12, 24) and not torch.equal(wide[0], wide[1])
     assert torch.equal(sampled(pipe.resized((12, 24))), wide)
@@ -117,6 +118,9 @@ def test_a_size_without_latents_is_refused() -> None:
         of_codes()("cat", image_size=(15, 24))
     with pytest.raises(ConfigurationError, match="cannot be cut into patches"):
         of_numbers()("cat", image_size=(18, 24))
+    for wrong in ("48x64", (16, 24, 3), (16, 24.0), True):
+        with pytest.raises(ConfigurationError, match="give the side of a square in pixels"):
+            of_codes()("cat", image_size=wrong)
 
 
 def test_generate_writes_images_of_a_size(tmp_path: Path, capsys) -> None:
