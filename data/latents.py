@@ -61,7 +61,7 @@ def as_image_size(size: Any) -> ImageSize:
             f"image_size is {size!r}; give the side of a square in pixels, as in 64, or "
             "(height, width), as in (48, 64)"
         )
-    return sides[0] if sides[0] == sides[1] else sides
+    return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
 
 
 def resolution(size: ImageSize) -> str:
