@@ -173,6 +173,7 @@ def test_evaluation_holds_a_few_batches_of_pictures_whatever_the_size_of_the_set
     )
     model = Pipeline(tokenizer, prior, ("a", "b")).save_pretrained(tmp_path / "pipeline")
     monkeypatch.setattr(pictures_module, "DECODED_AT_ONCE", 8)
+    monkeypatch.setattr(pictures_module, "BLOCK", 3 * 4 * 3 * SIDE**2)  # 3 are held out of 32
     monkeypatch.setattr("smalti.evaluation.evaluator.BATCH", 8)
     monkeypatch.setattr("smalti.evaluation.evaluator.LIKELIHOOD_IMAGES", 8)
     monkeypatch.setattr("smalti.evaluation.metrics.CHUNK", 8)
