@@ -247,9 +247,8 @@ class EncodedSource(ImageSource):
         self._find_captions()
         self.heldout = None if pictures.heldout is None else pictures.heldout[self._rows]
         self.max_replaced = options.max_bad_images if options.bad_images == "replace" else 0
-        labels_now = self.labels.tolist()
         self.fingerprint = fingerprint_of(
-            [repr(self.classes).encode(), *map(self._identity, range(len(self)), labels_now)]
+            [repr(self.classes).encode(), *self._identities()]
             + ([] if value_range is None else [written(value_range).encode()])
             + ([] if options.background == WHITE else [options.background.encode()])
         )
@@ -302,15 +301,17 @@ class EncodedSource(ImageSource):
             logger.warning(remark)
             self.remarks += (remark,)
 
-    def _identity(self, index: int, number: int) -> bytes:
-        """The part of the fingerprint that one picture, of the class `number`, contributes."""
-        label = self.classes[number] if self.classes else ""
+    def _identities(self) -> list[bytes]:
+        """The parts of the fingerprint that the pictures contribute."""
+        classes = self.classes or ("",)
+        labels = [classes[number] for number in self.labels.tolist()]
         if self._findings:
-            content = self._findings[index].sha256
+            contents = [found.sha256 for found in self._findings]
         else:
-            row = self._rows[index]
-            content = f"{self.pictures.size(row)}/{self.name(index)}"
-        return f"{label}/{content}".encode(errors="surrogateescape")
+            size, name = self.pictures.size, self.pictures.name
+            contents = [f"{size(row)}/{name(row)}" for row in self._rows]
+        texts = [f"{label}/{content}" for label, content in zip(labels, contents, strict=True)]
+        return [text.encode(errors="surrogateescape") for text in texts]
 
     def _apply_policy(self, findings: list[Finding]) -> None:
         """Keep the pictures that the options accept, or raise."""

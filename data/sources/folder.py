@@ -2,10 +2,10 @@
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import torch
 from PIL import Image
@@ -46,19 +46,10 @@ OTHER_SOURCES = {
 }
 
 
-class _File(NamedTuple):
-    """A picture file. (A set has up to millions: their paths are made when they are opened.)"""
-
-    name: str  # relative to the folder of the set, with "/"
-    size: int  # bytes
-
-
-class _Picture(NamedTuple):
-    """A file and its class."""
-
-    label: int | str  # name of the class folder, "" outside of one; or as a metadata file says
-    name: str
-    size: int
+# A set has up to millions of pictures. They are lists of names, relative to the folder of the set
+# with "/", and of labels: the name of the class folder, "" outside of one, or as a metadata file
+# says. Paths are made when files are opened.
+Label = int | str
 
 
 class FolderPictures(EncodedPictures):
@@ -83,7 +74,7 @@ class FolderPictures(EncodedPictures):
         self, root: Path, options: SourceOptions, split: str = "", heldout_split: str = ""
     ) -> None:
         passed = PassedOver()
-        files, beside = _list_pictures(root, passed)
+        files, sizes, beside = _list_pictures(root, passed)
         self.root, self.title = root, str(root)
         metadata = self._metadata(files, beside, options)
         splits = _splits_of(root, files)
@@ -94,18 +85,17 @@ class FolderPictures(EncodedPictures):
             )
         labels = self._labels_in(metadata, files, splits, options)
         if splits:
-            kept, rest, remark = _choose_splits(root, splits, labels, split, heldout_split)
-            found = [picture for part in (kept, rest) for picture in part]
+            kept, rest, found, remark = _choose_splits(root, splits, labels, split, heldout_split)
+            self._names = kept + rest
             self.heldout = torch.arange(len(found)) >= len(kept) if rest else None
             self.remarks += (remark,)
         else:
-            found = _labelled(root, root, files, labels)
-        self._names = [picture.name for picture in found]
-        self._sizes = [picture.size for picture in found]
-        self.classes, self.labels = _classes_of(root, [picture.label for picture in found])
+            self._names, found = files, _labels_of(root, root, files, labels)
+        self._sizes = [sizes[name] for name in self._names]
+        self.classes, self.labels = _classes_of(root, found)
         used = self._find_captions(metadata, beside, options.caption_column)
         described = labels is not None or (self._captions and not used) or self.captions_problem
-        if any(type(picture.label) is int for picture in found):
+        if any(type(label) is int for label in found):
             used.add(root / CLASSES)
         for path in beside:
             if not (described if path.name in METADATA else path in used):
@@ -114,11 +104,11 @@ class FolderPictures(EncodedPictures):
         for remark in self.remarks:
             logger.warning(remark)
 
-    def _metadata(self, files: list[_File], beside: list[Path], options: SourceOptions) -> Metadata:
+    def _metadata(self, files: list[str], beside: list[Path], options: SourceOptions) -> Metadata:
         """The metadata files; empty if they cannot be read and no option needs them."""
         columns = [name for name in (options.caption_column, options.labels_in) if name]
         described = any(path.name in METADATA for path in beside)
-        pictures = [self.root / file.name for file in files] if described else []
+        pictures = [self.root / name for name in files] if described else []
         try:
             return read_metadata(self.root, beside, pictures, columns)
         except DataError as error:
@@ -130,17 +120,17 @@ class FolderPictures(EncodedPictures):
     def _labels_in(
         self,
         metadata: Metadata,
-        files: list[_File],
+        files: list[str],
         splits: Mapping[str, "_Split"],
         options: SourceOptions,
-    ) -> dict[Path, int | str] | None:
+    ) -> dict[Path, Label] | None:
         """The labels in metadata files; None if the classes are the sub-folders."""
         wanted = options.labels_in
         column = metadata.column(wanted, LABEL_COLUMNS, "label_column")
         if not column or (options.folder.single_class and not wanted):
             return None
         depth = 2 if splits else 1
-        parts = [file.name.split("/") for file in files]
+        parts = [name.split("/") for name in files]
         folders = {names[depth - 1] for names in parts if len(names) > depth}
         if not wanted and len(folders) > 1:
             self.remarks += (
@@ -223,18 +213,18 @@ def read_picture(
 # -- Files, and the classes that their folders are ------------------------------------------------
 
 
-def _list_pictures(root: Path, passed: PassedOver) -> tuple[list[_File], list[Path]]:
-    """Every picture below root, sorted, and the files that may annotate them; all other files are
-    counted in `passed`."""
+def _list_pictures(root: Path, passed: PassedOver) -> tuple[list[str], dict[str, int], list[Path]]:
+    """Every picture below root, sorted, the size of every file, and the files that may annotate
+    pictures; all other files are counted in `passed`."""
     if not root.exists():
         raise DataError(f"the folder {root} does not exist: check --data")
     if not root.is_dir():
         raise DataError(f"{root} is a file: --data takes a folder with a sub-folder per class")
-    listing, found, beside = list_folder(root), list[_File](), list[Path]()
+    listing, found, beside = list_folder(root), list[str](), list[Path]()
     listing.count_unread(passed)
-    for name, size in zip(listing.files, listing.sizes, strict=True):
+    for name in listing.files:
         if name[name.rfind(".") :].lower() in EXTENSIONS:
-            found.append(_File(name, size))
+            found.append(name)
         elif may_annotate(root / name):
             beside.append(root / name)
         else:
@@ -243,7 +233,9 @@ def _list_pictures(root: Path, passed: PassedOver) -> tuple[list[_File], list[Pa
         for path in beside:
             passed.add(kind_of(path.name), path.relative_to(root).as_posix())
         raise DataError(_no_pictures(root, passed))
-    return sorted(found, key=lambda file: os.fsencode(file.name)), beside
+    # By their bytes, which for ASCII is the order of texts.
+    found.sort(key=None if "".join(found).isascii() else os.fsencode)
+    return found, dict(zip(listing.files, listing.sizes, strict=True)), beside
 
 
 def _no_pictures(root: Path, passed: PassedOver) -> str:
@@ -265,32 +257,27 @@ def _remarks_on(root: Path, passed: PassedOver) -> tuple[str, ...]:
     return (f"ignored {passed.total} files in {root} that are not pictures: {passed}{hint}",)
 
 
-def _labelled(
-    root: Path, base: Path, files: Iterable[_File], labels: Mapping[Path, int | str] | None
-) -> list[_Picture]:
-    """Picture files with their classes: the given labels, or else the sub-folders of `base`."""
+def _labels_of(
+    root: Path, base: Path, files: list[str], labels: Mapping[Path, Label] | None
+) -> list[Label]:
+    """The class of each picture: the given label, or else the sub-folder of `base`."""
     if labels is not None:
-        for path in (root / file.name for file in files):
+        for path in (root / name for name in files):
             if path not in labels:
                 raise DataError(f"{path} has no label: no metadata file names it; add a line")
-        return [_Picture(labels[root / file.name], *file) for file in files]
+        return [labels[root / name] for name in files]
     before = 0 if base == root else len(base.name) + 1
-    folders = {"": ""}  # name of a class folder -> the class
-    found = []
-    for name, size in files:
-        folder = name[before : max(before, name.find("/", before))]
-        if folder not in folders:
-            folders[folder] = _class_of(folder, base)
-        found.append(_Picture(folders[folder], name, size))
-    loose = [picture.name for picture in found if not picture.label]
-    if loose and len(loose) < len(found):
-        raise DataError(f"{root / loose[0]} is outside the class folders: move it into one of them")
+    folders = [name[before : max(before, name.find("/", before))] for name in files]
+    classes = {folder: _class_of(folder, base) for folder in set(folders)}
+    loose = next((name for name, folder in zip(files, folders, strict=True) if not folder), None)
+    if loose and len(classes) > 1:
+        raise DataError(f"{root / loose} is outside the class folders: move it into one of them")
     if not loose:
-        _refuse_empty_folders(base, "class", folders.keys())
-    return found
+        _refuse_empty_folders(base, "class", classes)
+    return [classes[folder] for folder in folders]
 
 
-def _classes_of(root: Path, labels: list[int | str]) -> tuple[tuple[str, ...], torch.Tensor]:
+def _classes_of(root: Path, labels: list[Label]) -> tuple[tuple[str, ...], torch.Tensor]:
     """Class names, () if there are none, and the labels (N,) int64."""
     names = [label for label in labels if type(label) is str]
     numbers = [label for label in labels if type(label) is int]
@@ -337,16 +324,16 @@ class _Split:
     """A split folder and the picture files in it."""
 
     folder: Path
-    files: list[_File]
+    files: list[str]
 
     @property
     def has_classes(self) -> bool:
-        return any(file.name.count("/") > 1 for file in self.files)
+        return any(name.count("/") > 1 for name in self.files)
 
 
-def _splits_of(root: Path, files: list[_File]) -> dict[str, _Split]:
+def _splits_of(root: Path, files: list[str]) -> dict[str, _Split]:
     """The splits, if all folders with pictures are splits; else nothing."""
-    folders = dict.fromkeys(file.name.partition("/")[0] for file in files)
+    folders = dict.fromkeys(name.partition("/")[0] for name in files)
     splits: dict[str, _Split] = {}
     for name in folders:
         split, folder = split_called(name), root / name
@@ -354,7 +341,7 @@ def _splits_of(root: Path, files: list[_File]) -> dict[str, _Split]:
             return {}
         if split in splits:
             raise DataError(f"{splits[split].folder} and {folder} are both {split}: merge them")
-        inside = [file for file in files if file.name.startswith(f"{name}/")]
+        inside = [file for file in files if file.startswith(f"{name}/")]
         splits[split] = _Split(folder, inside)
     _refuse_empty_folders(root, "split", folders)
     return splits
@@ -363,11 +350,12 @@ def _splits_of(root: Path, files: list[_File]) -> dict[str, _Split]:
 def _choose_splits(
     root: Path,
     splits: Mapping[str, _Split],
-    labels: Mapping[Path, int | str] | None,
+    labels: Mapping[Path, Label] | None,
     split: str,
     heldout_split: str,
-) -> tuple[list[_Picture], list[_Picture], str]:
-    """The pictures to train on, those to hold out, and a remark that says which they are."""
+) -> tuple[list[str], list[str], list[Label], str]:
+    """The pictures to train on, those to hold out, the labels of both, and a remark that says which
+    they are."""
     named = [split_called(name) or name for name in (split, heldout_split)]
     for name in filter(None, named):
         if name not in splits:
@@ -386,22 +374,25 @@ def _choose_splits(
     held = named[1] or next(iter(alike), "")
     if held == chosen:
         raise DataError(f"{held} of {root} is both read and held out: name two splits")
-    kept = _labelled(root, splits[chosen].folder, splits[chosen].files, labels)
-    rest = _labelled(root, splits[held].folder, splits[held].files, labels) if held else []
-    _refuse_unseen_classes(root, kept, rest)
+    kept, rest = splits[chosen].files, splits[held].files if held else []
+    found = _labels_of(root, splits[chosen].folder, kept, labels)
+    of_rest = _labels_of(root, splits[held].folder, rest, labels) if held else []
+    _refuse_unseen_classes(root, found, rest, of_rest)
     said = f"the folders of {root} are splits: {len(kept)} pictures of {chosen} are read"
     said += f", {len(rest)} of {held} are held out" if held else ""
     unread = [name for name in splits if name not in (chosen, held)]
     said += "".join(f", {len(splits[name].files)} of {name} are not read" for name in unread)
-    return kept, rest, f"{said} (rename the folders if they are classes)"
+    return kept, rest, found + of_rest, f"{said} (rename the folders if they are classes)"
 
 
-def _refuse_unseen_classes(root: Path, kept: list[_Picture], rest: list[_Picture]) -> None:
+def _refuse_unseen_classes(
+    root: Path, kept: list[Label], rest: list[str], of_rest: list[Label]
+) -> None:
     """Raise if all pictures of a class are held out: a prior would have an untrained class."""
-    classes = {normal_form(str(label)) for label in {picture.label for picture in kept}}
-    for picture in rest:
-        if normal_form(str(picture.label)) not in classes:
+    classes = {normal_form(str(label)) for label in set(kept)}
+    for name, label in zip(rest, of_rest, strict=True):
+        if normal_form(str(label)) not in classes:
             raise DataError(
-                f"{root / picture.name} is held out, and no other picture of the class "
-                f'"{picture.label}" is for training: add some, or move the class away'
+                f'{root / name} is held out, and no other picture of the class "{label}" is for '
+                "training: add some, or move the class away"
             )

@@ -3,6 +3,8 @@
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from smalti.evaluation.distances import NeighbourSearch, nearest_neighbours
 from smalti.evaluation.pictures import as_stored, stored, stored_pictures
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
+from smalti.scripts import train_tokenizer
 from smalti.scripts.evaluate import EvaluateConfig, evaluate
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
@@ -37,10 +40,11 @@ class Noise(ImageSource):
     classes = ("a", "b")
 
     def __init__(self, count: int) -> None:
-        self.labels = torch.arange(count) % 2
+        self.labels, self.seen = torch.arange(count) % 2, list[int]()
         self.fingerprint = f"noise/{count}"
 
     def read(self, index: int) -> Image.Image:
+        self.seen.append(index)
         rng = np.random.default_rng(index)
         return Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8))
 
@@ -101,6 +105,30 @@ def test_oracle_a_search_by_blocks_finds_what_a_search_of_all_finds(nothing_kept
     assert search.distances[30:].tolist() == [0, 0]
 
 
+def small_tokenizer() -> VQTokenizer:
+    conv = ConvConfig(
+        channels=8, channel_mult=(1,) * 5, num_res_blocks=1, attention_levels=(), z_channels=4
+    )
+    book = NearestConfig(codebook=CodebookConfig(16, 4))
+    return VQTokenizer(VQConfig(image_size=SIDE, conv=conv, quantizer=book))
+
+
+def test_validation_and_previews_read_as_many_pictures_of_any_set(
+    nothing_kept, monkeypatch
+) -> None:
+    monkeypatch.setattr(train_tokenizer, "VALIDATION_IMAGES", 20)
+    monkeypatch.setattr(train_tokenizer, "PREVIEW_IMAGES", 6)
+    tokenizer = small_tokenizer()
+    run: Any = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(seed=0))
+    for count in (60, 180):
+        source = Noise(count)
+        images = ImageDataset(source, SIDE)
+        train_tokenizer.validate(tokenizer, images, run)
+        assert len(source.seen) == 20
+        train_tokenizer.preview(tokenizer, images, run)
+        assert len(source.seen) == 26
+
+
 def is_pictures(value: object) -> bool:
     return (
         isinstance(value, Tensor)
@@ -137,11 +165,7 @@ def test_evaluation_holds_a_few_batches_of_pictures_whatever_the_size_of_the_set
         assert sum(pictures.live.values()) == pictures.most == 15
         del kept[1:]
         assert sum(pictures.live.values()) == 5
-    conv = ConvConfig(
-        channels=8, channel_mult=(1,) * 5, num_res_blocks=1, attention_levels=(), z_channels=4
-    )
-    book = NearestConfig(codebook=CodebookConfig(16, 4))
-    tokenizer = VQTokenizer(VQConfig(image_size=SIDE, conv=conv, quantizer=book))
+    tokenizer = small_tokenizer()
     spec = tokenizer.spec
     assert isinstance(spec, CodeSpec)
     prior = NextTokenPrior(
@@ -149,6 +173,7 @@ def test_evaluation_holds_a_few_batches_of_pictures_whatever_the_size_of_the_set
     )
     model = Pipeline(tokenizer, prior, ("a", "b")).save_pretrained(tmp_path / "pipeline")
     monkeypatch.setattr(pictures_module, "DECODED_AT_ONCE", 8)
+    monkeypatch.setattr(pictures_module, "BLOCK", 3 * 4 * 3 * SIDE**2)  # 3 are held out of 32
     monkeypatch.setattr("smalti.evaluation.evaluator.BATCH", 8)
     monkeypatch.setattr("smalti.evaluation.evaluator.LIKELIHOOD_IMAGES", 8)
     monkeypatch.setattr("smalti.evaluation.metrics.CHUNK", 8)
