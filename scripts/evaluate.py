@@ -180,6 +180,7 @@ class Requests:
     """What the samples are asked to show."""
 
     labels: Tensor  # (N,), classes; 0 where the pictures have none
+    protocol: dict[str, str]  # how they were chosen
     prompts: Sequence[str] = ()  # N of them, or none
 
     @property
@@ -187,13 +188,6 @@ class Requests:
         """Some of the prompts, each once, for the grid."""
         different = list(dict.fromkeys(self.prompts))
         return different[:: max(1, len(different) // SHOWN_PROMPTS)][:SHOWN_PROMPTS]
-
-    @property
-    def protocol(self) -> dict[str, str]:
-        """How they were chosen."""
-        if self.prompts:
-            return {"prompts": "first captions of held-out pictures, evenly spaced"}
-        return {"labels": "as in the training pictures"}
 
 
 def requests(config: EvaluateConfig, pipeline: Pipeline, evaluator: SampleEvaluator) -> Requests:
@@ -204,11 +198,15 @@ def requests(config: EvaluateConfig, pipeline: Pipeline, evaluator: SampleEvalua
         DataError: the pictures have no captions.
     """
     heldout = evaluator.tokenizer.dataset
-    if "text" not in pipeline.prior.condition_kinds:
-        return Requests(evaluator.labels(config.num_samples))
+    kinds = pipeline.prior.condition_kinds
+    if "text" not in kinds:
+        chosen = {"labels": "as in the training pictures"} if "class" in kinds else {}
+        return Requests(evaluator.labels(config.num_samples), chosen)
     heldout.source.require_captions()
     rows = evenly_spaced(config.num_samples, len(heldout))
-    return Requests(heldout.labels[rows], [heldout.captions(row)[0] for row in rows.tolist()])
+    prompts = [heldout.captions(row)[0] for row in rows.tolist()]
+    chosen = {"prompts": "first captions of held-out pictures, evenly spaced"}
+    return Requests(heldout.labels[rows], chosen, prompts)
 
 
 def arguments(pipeline: Pipeline, labels: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
