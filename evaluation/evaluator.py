@@ -202,7 +202,6 @@ class SampleEvaluator:
         self, tokenizer: TokenizerEvaluator, train: ImageDataset, *, num_references: int, seed: int
     ) -> None:
         self.tokenizer, self.seed = tokenizer, seed
-        self.num_references = num_references
         self.class_counts = train.labels.bincount(minlength=len(train.classes))
         self.dataset, self.rows = train, reference_rows(train, num_references)
         self.train_labels = train.labels if self.rows is None else train.labels[self.rows]
@@ -297,8 +296,8 @@ class SampleEvaluator:
         """Accuracy of a scorer, trained on the real training images and captions alone, that
         chooses the prompt of each sample (N, C, H, W) in [-1, 1] among other captions."""
         extractor, heldout = ImageFeatures(self.tokenizer.lpips), self.tokenizer.dataset
-        rows = evenly_spaced(min(self.num_references, len(self.dataset)), len(self.dataset))
-        train = captioned(self.dataset, rows.tolist(), extractor)
+        rows = range(len(self.dataset)) if self.rows is None else self.rows.tolist()
+        train = captioned(self.dataset, rows, extractor)
         texts = [(prompt,) for prompt in prompts]
         parts = (texts[i : i + BATCH] for i in range(0, len(texts), BATCH))
         asked = CaptionedImages.of(zip(samples.split(BATCH), parts, strict=True), extractor)

@@ -247,7 +247,7 @@ def check_conditions(pipeline: Pipeline, job: GenerationJob, layout: Layout) -> 
     text, encoder = pipeline.prior.config.text, pipeline.text_encoder
     if job.prompts and text is not None and encoder is not None:
         texts = dict.fromkeys((*job.prompts, job.negative_prompt))
-        encoder.checked_tokens(list(texts), text.length)  # all, before any work is done
+        encoder.check_captions(list(texts), text.length)  # all, before any work is done
 
 
 def _exact_name(model: Tokenizer | Prior) -> str:

@@ -18,7 +18,7 @@ from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, check_at_least, saved_fields
 from smalti.data.dataset import DataOptions, ImageDataset
 from smalti.data.image_io import save_png
-from smalti.errors import ConfigurationError, DataError
+from smalti.errors import ConfigurationError, DataError, GenerationError
 from smalti.evaluation.evaluator import SampleEvaluator, TokenizerEvaluator, evenly_spaced
 from smalti.evaluation.features import FeatureName, feature_extractors
 from smalti.evaluation.metrics import SETTINGS, Metric, write_summary
@@ -141,10 +141,10 @@ def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> dict[str, M
         "tokenizer": pipeline.tokenizer.fingerprint,
         "prior": pipeline.prior.fingerprint,
     }
+    asked = requests(config, pipeline, evaluator)
     claim(config, *fingerprints.values())
     out = config.output_dir
 
-    asked = requests(config, pipeline, evaluator)
     grid = sample_grid(pipeline, prompts=asked.shown, seed=config.seed, **config.options)
     save_png(out / "samples.png", grid)
     metrics = tokenizer.reconstruction(out / "reconstructions.png")
@@ -180,6 +180,7 @@ class Requests:
     """What the samples are asked to show."""
 
     labels: Tensor  # (N,), classes; 0 where the pictures have none
+    protocol: dict[str, str]  # how they were chosen
     prompts: Sequence[str] = ()  # N of them, or none
 
     @property
@@ -188,27 +189,30 @@ class Requests:
         different = list(dict.fromkeys(self.prompts))
         return different[:: max(1, len(different) // SHOWN_PROMPTS)][:SHOWN_PROMPTS]
 
-    @property
-    def protocol(self) -> dict[str, str]:
-        """How they were chosen."""
-        if self.prompts:
-            return {"prompts": "first captions of held-out pictures, evenly spaced"}
-        return {"labels": "as in the training pictures"}
-
 
 def requests(config: EvaluateConfig, pipeline: Pipeline, evaluator: SampleEvaluator) -> Requests:
     """Classes in the proportions of the training pictures; or, of a pipeline of captions, the
     captions of held-out pictures, and their classes.
 
     Raises:
-        DataError: the pictures have no captions.
+        SmaltiError: the pictures have no captions; one is too long; what encodes them is unknown.
     """
     heldout = evaluator.tokenizer.dataset
-    if "text" not in pipeline.prior.condition_kinds:
-        return Requests(evaluator.labels(config.num_samples))
+    kinds = pipeline.prior.condition_kinds
+    if "text" not in kinds:
+        chosen = {"labels": "as in the training pictures"} if "class" in kinds else {}
+        return Requests(evaluator.labels(config.num_samples), chosen)
     heldout.source.require_captions()
+    if pipeline.text_encoder is None:
+        raise GenerationError(
+            f"{config.model} was trained on features of an unknown text encoder, so it cannot be "
+            "given captions: measure a pipeline that was trained with --text.encoder"
+        )
     rows = evenly_spaced(config.num_samples, len(heldout))
-    return Requests(heldout.labels[rows], [heldout.captions(row)[0] for row in rows.tolist()])
+    prompts = [heldout.captions(row)[0] for row in rows.tolist()]
+    pipeline.text_encoder.check_captions(prompts, pipeline.prior.config.text.length)
+    chosen = {"prompts": "first captions of held-out pictures, evenly spaced"}
+    return Requests(heldout.labels[rows], chosen, prompts)
 
 
 def arguments(pipeline: Pipeline, labels: Tensor, prompts: Sequence[str]) -> dict[str, Any]:

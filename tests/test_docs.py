@@ -109,7 +109,7 @@ IN_EXTENSION = ("A quantizer", "A tokenizer", "A prior")
 
 def test_contributing_has_an_example_of_everything() -> None:
     others = {"A path of a flow prior", "A solver of a flow prior", "A discriminator"}
-    others |= {"A data source", "A metric"}
+    others |= {"A data source", "A metric", "A text encoder"}
     assert EXAMPLES.keys() == {*IN_EXTENSION, *others}
 
 
@@ -123,11 +123,12 @@ def test_the_first_examples_are_those_that_every_command_is_tested_with(heading:
 def test_an_example_of_contributing_runs(heading: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block is a module, and ends with its own test; what it registers is undone."""
     from smalti.data.sources.base import SOURCES
+    from smalti.prior.conditions.text_encoder import TEXT_ENCODERS
     from smalti.prior.flow.path import PATHS
     from smalti.prior.flow.solvers.base import SOLVERS
     from smalti.tokenizer.discriminators import DISCRIMINATORS
 
-    for registry in (PATHS, SOLVERS, DISCRIMINATORS):
+    for registry in (PATHS, SOLVERS, DISCRIMINATORS, TEXT_ENCODERS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     sources = dict(SOURCES)
     block = EXAMPLES[heading]

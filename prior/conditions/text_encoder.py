@@ -71,14 +71,10 @@ class TextEncoder(ABC):
             SmaltiError: a caption is no text, or has more than `length` tokens; the encoder cannot
                 take `length` tokens.
         """
-        return self.embed(self.checked_tokens(captions, length), length, batch_size)
-
-    def checked_tokens(self, captions: Sequence[str], length: int) -> list[list[int]]:
-        """The token ids of every caption; raises like `encode`, and computes no features."""
         self._check(captions, length)
         tokens = self.tokens(captions)
         self._check_lengths(captions, [len(ids) for ids in tokens], length)
-        return tokens
+        return self.embed(tokens, length, batch_size)
 
     def check_captions(self, captions: Sequence[str], length: int) -> None:
         """Raise like `encode`, of any number of captions: those of a data set, before any work."""
@@ -116,13 +112,14 @@ class TextEncoder(ABC):
         if not too_long:
             return
         longest = max(counts)
-        text = captions[counts.index(longest)]
+        text = " ".join(captions[counts.index(longest)].split())  # in one line
+        text = text if len(text) <= 40 else f"{text[:40]}..."
         remedy = "shorten it"
         if self.max_length is None or longest <= self.max_length:
             remedy += f", or train with --text.length {longest}"
         raise GenerationError(
             f"{too_long} of {len(captions)} captions are longer than the text length of {length} "
-            f'tokens; the longest has {longest} ("{text[:40]}..."): {remedy}'
+            f'tokens; the longest has {longest} ("{text}"): {remedy}'
         )
 
 

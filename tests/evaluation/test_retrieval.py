@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from smalti.errors import DataError
+from smalti.evaluation.features import resized
 from smalti.evaluation.retrieval import (
     ByteConvolutions,
     CaptionedImages,
@@ -147,14 +148,17 @@ def test_features_of_batches_are_kept_and_images_are_not() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_features_tell_where_something_is(channels: int) -> None:
-    extractor = ImageFeatures(LPIPS.from_embedded())
-    image = -torch.ones(1, channels, 32, 32)
-    image[..., :12, :12] = 1
-    one, other = extractor(image), extractor(image.flip(-1))
-    assert one.shape == (1, ImageFeatures.dim)
-    first, last = one[:, :896] - other[:, :896], one[:, 896:] - other[:, 896:]
-    assert last.abs().mean() > 3 * first.abs().mean()
+def test_features_are_means_and_those_of_the_last_layer_are_of_each_quarter(channels: int) -> None:
+    lpips = LPIPS.from_embedded()
+    images = torch.rand(2, channels, 32, 48) * 2 - 1
+    found = ImageFeatures(lpips)(images)
+    layers = lpips.features(resized(images.expand(-1, 3, -1, -1), 128))
+    assert found.shape == (2, ImageFeatures.dim)
+    first = torch.cat([layer.mean((2, 3)) for layer in layers[:4]], 1)
+    torch.testing.assert_close(found[:, :896], first)
+    quarters = found[:, 896:].view(2, 256, 2, 2)
+    torch.testing.assert_close(quarters[..., 0, 0], layers[4][..., :4, :4].mean((2, 3)))
+    torch.testing.assert_close(quarters[..., 0, 1], layers[4][..., :4, 3:].mean((2, 3)))
 
 
 def test_one_caption_for_all_is_nothing_to_retrieve() -> None:

@@ -22,7 +22,7 @@ CONV = ConvConfig(
     channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, attention_levels=(), z_channels=8
 )
 SPEC = CodeSpec(32, ((8, 8),))
-TINY = NextTokenConfig(spec=SPEC, num_classes=0, depth=1, width=16, num_heads=2, hidden=32)
+TINY = NextTokenConfig(spec=SPEC, depth=1, width=16, num_heads=2, hidden=32)
 TEXT = TextConfig(24, 16, "bytes")
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
 
