@@ -4,6 +4,7 @@
     smalti demo --quick              fashion; lower quality, under two minutes
     smalti demo --data my_pictures   a folder with one sub-folder per class
     smalti demo --prior var-nano     another family of priors, with the tokenizer that it needs
+    smalti demo --condition text     pictures of sentences: the captions of the set
 
 After an interruption the same command continues.
 """
@@ -20,14 +21,16 @@ import torch
 from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, nearest, saved_fields
 from smalti.data.dataset import DataOptions
+from smalti.data.latent_cache.manifest import SPLITS
 from smalti.errors import ConfigurationError
 from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.folders import contents
 from smalti.prior.base import Prior
+from smalti.prior.conditions.text_encoder import ByteTokenizer
 from smalti.prior.presets import PRESETS as PRIORS
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.evaluate import EvaluateConfig, evaluate, table
-from smalti.scripts.options import Sampling
+from smalti.scripts.options import Sampling, TextOptions
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
 from smalti.scripts.train_tokenizer import TrainTokenizerConfig
@@ -160,6 +163,8 @@ SCALES = {
 # The four stages, each resumed where it stopped
 
 SETTINGS = "demo.json"
+LONGEST_CAPTION = 256  # bytes
+CONDITIONS = ("none", "class", "text", "class+text")
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,10 @@ class DemoConfig(DataOptions):
     # Pixels: the side of a square, or height x width as in 48x64; default: the tokenizer's.
     image_size: ImageSize | None = None
     seed: int = 0  # of training, sampling and evaluation
-    guidance_scale: float = 2.0  # s in uncond + s (cond - uncond); 1 is off
+    guidance_scale: float = 2.0  # s in uncond + s (cond - uncond); 1 is off, as without condition
+    # What pictures are made of: class, text (captions), class+text, or none. Default: the classes
+    # of the pictures, or none if they have none.
+    condition: str = ""
     tokenizer: str = ""  # a tokenizer preset; empty = chosen for prior and machine
     prior: str = ""  # a prior preset; empty = chosen for tokenizer and machine
     tokenizer_steps: int = 0  # optimizer steps of stage one; 0 = chosen for the machine
@@ -183,11 +191,12 @@ def demo(config: DemoConfig) -> Path:
     """Run every stage that is not done yet; return the folder of the results."""
     config = replace(config, data=config.data or ("fashion" if config.quick else "emoji"))
     folder, scale = config.output_dir, chosen_scale(config)
-    sampling = replace(scale.sampling, guidance_scale=config.guidance_scale)
+    conditional = prior_condition(config)
+    guidance = 1.0 if conditional["condition"] == "none" else config.guidance_scale
+    sampling = replace(scale.sampling, guidance_scale=guidance)
     shared = {field.name: getattr(config, field.name) for field in fields(DataOptions)}
     run = {"seed": config.seed, "resume_from_checkpoint": "latest"}
     stage_one = replace(scale.tokenizer, output_dir=folder / "tokenizer", **run, **shared)
-    config.source_of("heldout")  # raises before the folder is claimed
     _claim(config)
     _announce(1, "train the tokenizer (images <-> latents)")
     tokenizer = train_tokenizer(stage_one)
@@ -218,12 +227,45 @@ def demo(config: DemoConfig) -> Path:
             tokenizer=tokenizer,
             pipeline_dir=folder / "pipeline",
             preview=sampling,
+            **conditional,
             **run,
         )
     )
     _announce(4, "sample and evaluate")
     print(f"\n{table(evaluate(replace(measure, model=str(pipeline))))}\n")
     return folder
+
+
+def prior_condition(config: DemoConfig) -> dict[str, Any]:
+    """The condition of the prior, and the longest caption if it takes captions.
+
+    Raises:
+        SmaltiError: the pictures cannot be used, or do not have what the condition needs.
+    """
+    sources = [config.source_of(split)[0] for split in SPLITS]
+    condition = config.condition or ("class" if sources[0].classes else "none")
+    if condition not in CONDITIONS:
+        raise ConfigurationError(
+            f"condition is {condition}; the demo has {', '.join(CONDITIONS)}: choose one of them"
+        )
+    if "class" in condition and not sources[0].classes:
+        raise ConfigurationError(
+            f"condition is {condition}, but {config.data} has no classes: give --condition none"
+        )
+    if "text" not in condition.split("+"):
+        return {"condition": condition}
+    lengths = [0]
+    for source in sources:
+        source.require_captions()
+        captions = [text for index in range(len(source)) for text in source.captions(index)]
+        lengths += map(len, ByteTokenizer().tokens(captions))
+    if max(lengths) > LONGEST_CAPTION:
+        raise ConfigurationError(
+            f"a caption has {max(lengths)} bytes, and those of the demo at most {LONGEST_CAPTION}: "
+            "train with smalti train-tokenizer, encode and train-prior --text.length"
+        )
+    length = -(-max(lengths) // 8) * 8  # a multiple of 8
+    return {"condition": condition, "text": TextOptions(length=length)}
 
 
 def chosen_scale(config: DemoConfig) -> Scale:
