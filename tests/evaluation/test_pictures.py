@@ -176,6 +176,7 @@ def test_evaluation_holds_a_few_batches_of_pictures_whatever_the_size_of_the_set
     monkeypatch.setattr(pictures_module, "BLOCK", 3 * 4 * 3 * SIDE**2)  # 3 are held out of 32
     monkeypatch.setattr("smalti.evaluation.evaluator.BATCH", 8)
     monkeypatch.setattr("smalti.evaluation.evaluator.LIKELIHOOD_IMAGES", 8)
+    monkeypatch.setattr("smalti.evaluation.evaluator.SHOWN_RECONSTRUCTIONS", 3)
     monkeypatch.setattr("smalti.evaluation.metrics.CHUNK", 8)
     monkeypatch.setattr("smalti.evaluation.classifier.CHUNK", 8)
     grid = Image.new("RGB", (8, 8))  # of samples; its size is fixed
@@ -189,4 +190,5 @@ def test_evaluation_holds_a_few_batches_of_pictures_whatever_the_size_of_the_set
         with LivePictures() as pictures:
             evaluate(replace(config, output_dir=tmp_path / f"out {count}"))
         most.append(pictures.most)
-    assert most[1] <= most[0] + 16 and most[1] < 96, most  # a batch more or less is chance
+    # To hold the training pictures or the samples would take 58 more; two batches are chance.
+    assert most[1] <= most[0] + 16, most
