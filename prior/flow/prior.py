@@ -91,6 +91,35 @@ def variance_bound(path: DDPMPath, estimate: Estimate, data: Tensor, noise: Tens
 
 
 # -------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sampled(
+    dynamics: Dynamics,
+    solver: Solver,
+    times: Tensor,
+    noise: Tensor,
+    normal: NormalSource,
+    kept: KnownLatents | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Samples (B, C, h, w) at t = 1 from noise x_0, along the times (N + 1,)."""
+    x = dynamics.path.marginal_std(times[0]).item() * noise  # x_t at the first time
+    states = solver.states
+    if kept is not None:
+        kept, times = kept.to(x.device), kept.times(times)
+        x = kept.start(dynamics.path, x, times[0].item(), noise)
+        states = partial(kept.states, solver, noise=noise)
+    for done, state in enumerate(states(dynamics, x, times, normal), start=1):
+        x = state
+        if on_step is not None:
+            on_step(done, len(times) - 1)
+    if times[-1] < 1:  # from the end of the time range to the expected data
+        x = dynamics.estimate(x, times_of(times[-1].item(), x)).data
+    return x if kept is None else kept.finished(x)
+
+
+# -------------------------------------------------------------------------------------------------
 # The prior
 
 
@@ -360,22 +389,10 @@ class FlowPrior(Prior):
         kept = KnownLatents.checked(known, known_mask, strength, solver)
         normal = NormalSource(generator, count(condition))
         noise = self._starting_noise(noise, count(condition), normal)
-        x = dynamics.path.marginal_std(times[0]).item() * noise  # x_t at the first time
-        if not len(x):
-            return x
-        states = solver.states
-        if kept is not None:
-            kept, times = kept.to(x.device), kept.times(times)
-            x = kept.start(dynamics.path, x, times[0].item(), noise)
-            states = partial(kept.states, solver, noise=noise)
+        if not len(noise):
+            return noise
         with self.evaluating():
-            for done, state in enumerate(states(dynamics, x, times, normal), start=1):
-                x = state
-                if on_step is not None:
-                    on_step(done, len(times) - 1)
-            if times[-1] < 1:  # from the end of the time range to the expected data
-                x = dynamics.estimate(x, times_of(times[-1].item(), x)).data
-        x = x if kept is None else kept.finished(x)
+            x = sampled(dynamics, solver, times, noise, normal, kept, on_step)
         if not x.isfinite().all():
             raise GenerationError(
                 "the model gives NaN or infinity: its weights are damaged or overflow their type, "
