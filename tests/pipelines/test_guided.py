@@ -87,12 +87,12 @@ def test_an_unconditional_prior_is_guided_to_the_classes_of_the_classifier() -> 
     classifier = make_classifier(pipe)
     expected = pipe.prior.sample(
         torch.zeros(3, dtype=torch.int64),
-        classifier=Classifier.of(classifier, 3.0),
+        classifier=Classifier.of(classifier, 30.0),
         classifier_labels=torch.tensor([2, 0, 1]),
         generator=generators(1, 2, 3),
         num_inference_steps=4,
     )
-    guided = GuidedPipeline(pipe, classifier, scale=3.0)
+    guided = GuidedPipeline(pipe, classifier, scale=30.0)
     found = guided(["owl", 0, "dog"], generator=generators(1, 2, 3), batch_size=2, **QUICK)
     torch.testing.assert_close(found.latents, expected, rtol=1e-4, atol=1e-4)
     assert found.names == ["owl", "cat", "dog"]
