@@ -12,6 +12,7 @@ from smalti.pipelines.generation import SETTINGS, picture_hashes, problems_in
 from smalti.pipelines.pipeline import INDEX, Pipeline
 from smalti.prior.base import Prior
 from smalti.prior.flow.classifier import CLASSIFIERS, LatentClassifier
+from smalti.prior.flow.path import PATHS
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.registry import TOKENIZERS
@@ -137,7 +138,10 @@ def _model_lines(model: Tokenizer | Prior | LatentClassifier) -> list[tuple[str,
     size = f", {image_words(model, 'px')}" if isinstance(model, Tokenizer) else ""
     about = []
     if isinstance(model, LatentClassifier):
-        about = [("classes", _some(model.classes)), ("path", str(model.config.path))]
+        about = [
+            ("classes", _some(model.classes)),
+            ("path", PATHS.name_of(type(model.config.path))),
+        ]
     return [
         ("type", f"{type(model).__name__}{size}"),
         ("latents", model.spec.in_words),

@@ -4,6 +4,11 @@
 The network is the trunk of a DiT that receives the time alone, and a linear layer on the mean of
 its tokens (global average pooling, 2205.01580). It is trained with the cross-entropy at random
 times; `guidance.Classifier` uses the gradient of log p(label | x_t) in a sampler.
+
+The network sees the linear estimate of the data, alpha x_t / (alpha^2 + sigma^2) (for data of unit
+variance; c_skip of EDM, 2206.00364, table 1). So the gradient vanishes with alpha, as that of the
+exact classifier does. Guidance of a velocity divides it by alpha, and would be infinite at the
+noise end of a path if the gradient were not 0 there.
 """
 
 from dataclasses import dataclass, field, replace
@@ -187,8 +192,9 @@ class LatentClassifier(nn.Module, Pretrained):
                 f"latents have shape {tuple(x.shape)}; this classifier takes (B, {spec.channels}, "
                 f"{spec.height}, {spec.width})"
             )
-        t = exact_times(t)
-        tokens = self.x_embedder(expand_like(self.config.path.input_scale(t), x) * x)
+        t, path = exact_times(t), self.config.path
+        scale = path.alpha(t) / path.marginal_std(t).square()
+        tokens = self.x_embedder(expand_like(scale, x) * x)
         tokens = tokens + self.pos_embed.table.to(tokens.dtype)  # (B, N, width)
         freqs = torch.view_as_complex(self.rope_freqs.table)  # (N, head_dim / 2)
         time = self.t_embedder((TIME_SCALE * t).float())  # (B, width)

@@ -372,14 +372,8 @@ class FlowPrior(Prior):
                 finite.
         """
         condition, noise = as_tensor(condition), as_tensor(noise)
-        dynamics = self.dynamics(
-            condition,
-            guidance_scale,
-            guidance_interval,
-            classifier,
-            negative_condition,
-            classifier_labels,
-        )
+        guidance = (guidance_scale, guidance_interval, classifier, negative_condition)
+        dynamics = self.dynamics(condition, *guidance, classifier_labels)
         solver = make_solver(solver)
         solver.check(self.config.predicts_variance)
         times = self.time_grid(num_inference_steps, solver, schedule)
@@ -393,12 +387,7 @@ class FlowPrior(Prior):
             return noise
         with self.evaluating():
             x = sampled(dynamics, solver, times, noise, normal, kept, on_step)
-        if not x.isfinite().all():
-            raise GenerationError(
-                "the model gives NaN or infinity: its weights are damaged or overflow their type, "
-                "or guidance_scale is too large"
-            )
-        return x
+        return _finite(x)
 
     def _starting_noise(self, given: Tensor | None, rows: int, normal: NormalSource) -> Tensor:
         """The x_0 that was given, or new noise, (rows, C, h, w) fp32."""
@@ -458,3 +447,17 @@ class FlowPrior(Prior):
         with self.evaluating():
             nats = log_likelihood(dynamics, x, times, solver, divergence)
         return bits_per_dimension(nats, x[0].numel() if len(x) else 1)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """The samples.
+
+    Raises:
+        GenerationError: one is not finite.
+    """
+    if not x.isfinite().all():
+        raise GenerationError(
+            "the model gives NaN or infinity: its weights are damaged or overflow their type, or "
+            "guidance_scale is too large"
+        )
+    return x
