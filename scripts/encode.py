@@ -119,11 +119,14 @@ def condition_encoders(config: EncodeConfig) -> list[ConditionEncoder]:
     """
     if "text" not in config.condition.split("+"):
         return []
-    source = config.source()
-    source.require_captions()
+    sources = [config.source()]
+    if config.heldout_data:
+        sources.append(config.source_of("heldout")[0])
+    for source in sources:
+        source.require_captions()
     device: Any = join_job().device
     encoder = text_encoder_of(config.text.encoder).to(device)
-    captions = [text for i in range(len(source)) for text in source.captions(i)]
+    captions = [text for s in sources for i in range(len(s)) for text in s.captions(i)]
     encoder.check_captions(captions, config.text.length)
     return [CaptionFeatures(encoder, config.text.length)] if encoder.dim else []
 

@@ -221,6 +221,14 @@ SPLIT_FOLDERS = {
 }
 
 
+WORDS = re.compile(r"[-._ 0-9]+")  # what divides a file name into words
+
+
 def split_called(name: str) -> str | None:
     """The split that a name means: "train", "validation" or "test"."""
     return next((s for s, names in SPLIT_FOLDERS.items() if name.casefold() in names), None)
+
+
+def split_word(name: str) -> str:
+    """The word of a file name that means a split, as "val" in set-val-000.tar; "" if none does."""
+    return next((word for word in WORDS.split(name) if split_called(word)), "")

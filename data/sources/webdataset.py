@@ -33,12 +33,15 @@ from smalti.data.sources.download import copy_manifest, folder_name, local_copie
 from smalti.data.sources.index import cache_folder
 from smalti.data.sources.listing import (
     SPECIAL,
+    SPLIT_FOLDERS,
     PassedOver,
     expand_braces,
     is_special,
     kind_of,
     matching,
+    split_called,
     split_pattern,
+    split_word,
 )
 from smalti.data.sources.remote import RemoteFile
 from smalti.data.sources.shard_manifest import (
@@ -276,9 +279,24 @@ def open_shards(spec: str, options: SourceOptions) -> ShardPictures:
             check=lambda path: list_members(path, listing=Listing(place)),
         )
         return ShardPictures(spec, copies, expect_all=False, place=place, captions=captions)
-    expect_all = Path(spec).expanduser().is_dir() or _is_glob(spec)
-    shards = [Path(url) for url in urls]
+    folder, shards = Path(spec).expanduser(), [Path(url) for url in urls]
+    if folder.is_dir():
+        _refuse_several_splits(folder, shards)
+    expect_all = folder.is_dir() or _is_glob(spec)
     return ShardPictures(spec, shards, expect_all=expect_all, place=place, captions=captions)
+
+
+def _refuse_several_splits(folder: Path, shards: Sequence[Path]) -> None:
+    """Raise `DataError` if the names of the shards in a folder tell that they are of several
+    splits: read as one set, pictures for validation would be trained on."""
+    words = {split_called(word): word for path in shards if (word := split_word(path.name))}
+    if len(words) > 1:
+        first, second = [words[s] for s in SPLIT_FOLDERS if s in words][:2]
+        raise DataError(
+            f"the shards in {folder} are of several splits ({', '.join(words.values())}): name "
+            f"those to read, for example --data '{folder}/*{first}*.tar' --heldout_data "
+            f"'{folder}/*{second}*.tar'"
+        )
 
 
 def _remarks_on(title: str, listing: Listing, members: list[Member]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -196,3 +197,16 @@ def test_heldout_data_is_stored_with_a_model(tmp_path: Path) -> None:
     (tmp_path / "pictures.json").unlink()
     write_options(tmp_path, DataOptions(data="a", heldout_data="https://user:pass@host/x.tar"))
     assert not (tmp_path / "pictures.json").exists()
+
+
+def test_shards_of_several_splits_in_one_folder_are_named(tmp_path: Path) -> None:
+    for split, sets in (("train", TRAIN), ("validation", HELD)):
+        shards(tmp_path / split, sets)
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / split / "000.tar").rename(tmp_path / "set" / f"animals-{split}-000.tar")
+    with pytest.raises(SmaltiError, match=r"several splits \(train, validation\)") as refused:
+        open_source(str(tmp_path / "set"))
+    data, heldout = re.findall(r"'([^']*)'", str(refused.value))
+    options = DataOptions(data=data, heldout_data=heldout)
+    check(options.dataset("train", 16), {"ant": 3, "bee": 3, "cat": 3})
+    check(options.dataset("heldout", 16), {"bee": 2, "cat": 2})

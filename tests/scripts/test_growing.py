@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import assert_same, losses
+from runs import losses, weights
 
 import smalti
 from smalti.data.latent_cache.cache import LatentCache
@@ -30,7 +30,7 @@ VQ = VQConfig(image_size=16, conv=CONV, quantizer=NearestConfig(codebook=Codeboo
 def add(root: Path, name: str, numbers: range) -> None:
     (root / name).mkdir(parents=True, exist_ok=True)
     for i in numbers:
-        pixels = np.random.default_rng([len(name), i]).integers(0, 256, (16, 16, 3), np.uint8)
+        pixels = np.random.default_rng([ord(name[0]), i]).integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(pixels).save(root / name / f"{i}.png")
 
 
@@ -80,7 +80,8 @@ def test_a_run_continues_on_more_pictures(tmp_path: Path, caplog) -> None:
     parts = replace(more, output_dir=tmp_path / "parts", accept_new_data=True)
     train(replace(parts, max_train_steps=4))
     train(replace(parts, accept_new_data=False))
-    assert_same(tmp_path / "run", tmp_path / "parts")
+    one, two = (weights(tmp_path / name) for name in ("run", "parts"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
     with pytest.raises(SmaltiError, match="trained on other data"):
         train(replace(more, latents=tmp_path / "few"))
 
