@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from smalti.data.latents import resolution
+from smalti.pipelines.image_tasks import make_task
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
 
@@ -78,6 +79,11 @@ def _example(prior: Prior, classes: Sequence[str]) -> str:
     text = prior.config.text
     if text is not None:
         given.append('prompt=["a red apple"]' if text.encoder else "prompt_embeds=features")
+    image = prior.config.image
+    if image is not None:
+        given.append("image=picture")
+        if image.task and make_task(image.task).takes_mask:
+            given.append("mask_image=mask")
     return ", ".join([*given, "num_images_per_prompt=4"]) if given else "num_images=4"
 
 
@@ -93,6 +99,9 @@ def _conditions(prior: Prior, classes: Sequence[str]) -> str:
             f"Prompts have at most {text.length} tokens of {encoded_by}"
             + (f" (sha256 {text.encoder_fingerprint[:12]})." if text.encoder_fingerprint else ".")
         )
+    if prior.config.image is not None:
+        task = prior.config.image.task or "an unknown task"
+        sentences.append(f"They are conditional on pictures: {_plain(task)}.")
     return " ".join(sentences) or "They are generated without a condition."
 
 

@@ -30,6 +30,7 @@ from smalti.data.latents import as_tensor
 from smalti.errors import DataError, GenerationError
 from smalti.prior.base import Prior, PriorConfig
 from smalti.prior.conditions.base import Combination, Condition, count, repeated, where
+from smalti.prior.conditions.image import ImageCondition, ImageConfig
 from smalti.prior.conditions.text import TextCondition, TextConfig
 from smalti.prior.conditions.text_encoder import TextEncoder
 
@@ -103,9 +104,10 @@ class Inputs:
     prompt_embeds: Tensor | None = None  # (B, T, D), of a text encoder, padded anywhere
     prompt_attention_mask: Tensor | None = None  # (B, T), nonzero at tokens
     num_images: int | None = None
-    image: Any = None  # to edit, see editing.py
+    image: Any = None  # a condition, see image_tasks.py, or to edit, see editing.py
     mask_image: Any = None
     strength: float | None = None
+    encoded_image: ImageCondition | None = None  # the image as a condition
 
     @property
     def edits(self) -> bool:
@@ -143,13 +145,18 @@ class Inputs:
             "none": self.num_images is not None,
         }
         for kind, is_given in given.items():
-            needed = kind in kinds and kind != "none"  # the number of images is 1 if not given
+            # One image if no number is given; no class if only a picture is.
+            needed = kind in kinds and kind != "none" and not (kind == "class" and "image" in kinds)
             if (is_given and kind not in kinds) or (needed and not is_given):
                 others = [ARGUMENTS[kind] for kind in given if kind not in kinds]
                 raise GenerationError(
                     f"this pipeline is {KINDS.get('+'.join(sorted(kinds)), 'conditional')}: pass "
                     f"{wanted}, and no {' or '.join(others)}"
                 )
+        if "image" in kinds and self.encoded_image is None:
+            raise GenerationError(
+                "this pipeline is conditional on pictures: pass image, or use smalti edit"
+            )
         if self.negative_prompt is not None and "text" not in kinds:
             raise GenerationError("negative_prompt is for a pipeline of captions: leave it out")
         if (self.prompt is None) == (self.prompt_embeds is None) and "text" in kinds:
@@ -162,11 +169,14 @@ class Inputs:
 
 
 # How a caller gives a condition of each kind, and what a pipeline of it is called.
-ARGUMENTS = {"class": "class_labels", "text": "prompt", "none": "num_images"}
+ARGUMENTS = {"class": "class_labels", "image": "image", "text": "prompt", "none": "num_images"}
 KINDS = {
     "class": "class-conditional",
     "text": "text-conditional",
     "class+text": "conditional on class and text",
+    "image": "image-conditional",
+    "class+image": "conditional on class and image",
+    "image+text": "conditional on image and text",
     "none": "unconditional",
 }
 
@@ -218,14 +228,17 @@ def conditions_of(
         return Conditions(torch.zeros(wanted, dtype=torch.int64))
     values: dict[str, Condition] = {}
     labels: list[int] = []
-    if "class" in kinds:
-        assert inputs.class_labels is not None
+    if "class" in kinds and inputs.class_labels is not None:
         labels = label_ids(inputs.class_labels, classes)
         values["class"] = torch.tensor(labels, dtype=torch.int64)
+    elif "class" in kinds:
+        values["class"] = torch.tensor([prior.num_classes])
     prompts: list[str] = []
     if "text" in kinds:
         prompts = [] if inputs.prompt is None else as_texts("prompt", inputs.prompt)
         values["text"] = _captions(prior, inputs, prompts, encoder)
+    if "image" in kinds:
+        values["image"] = inputs.encoded_image
     rows = max(count(value) for value in values.values())
     _refuse_none(min(rows, each), "at least one class or prompt, num_images_per_prompt >= 1")
     for name, value in values.items():
@@ -342,6 +355,15 @@ class CaptionFeatures:
         return False
 
 
+IMAGE = "image"  # the condition of a latent cache that holds encoded pictures
+
+
+def stored_image(latents: Latents) -> ImageConfig | None:
+    """The encoded pictures that a cache holds beside its latents; None if it holds none."""
+    found = next((c for c in latents.info.conditions if c.name == IMAGE), None)
+    return None if found is None else ImageConfig(found.shape[0], found.recipe)
+
+
 class BatchConditions:
     """The conditions of batches of latents, from what the data set has beside them.
 
@@ -362,6 +384,11 @@ class BatchConditions:
             if not self.are_stored:
                 texts = latents.all_captions(range(len(latents))) or []
                 encoder.check_captions([t for own in texts for t in own], self.text.length)
+        if config.image is not None and stored_image(latents) != config.image:
+            raise DataError(
+                f"condition is {config.condition}, but the latents of {latents.place} have no "
+                f"pictures for {config.image.task}: encode with --image_task {config.image.task}"
+            )
 
     def __call__(self, batch: LatentBatch) -> Condition:
         """The condition of each sample; on the CPU, or where the text encoder is."""
@@ -370,6 +397,8 @@ class BatchConditions:
             values["class"] = batch.labels
         if self.text is not None:
             values["text"] = self._captions(batch)
+        if "image" in self.kinds:
+            values["image"] = ImageCondition(batch.conditions[IMAGE])
         if not values:
             return torch.zeros_like(batch.labels)
         return Combination(values) if len(values) > 1 else next(iter(values.values()))

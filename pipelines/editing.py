@@ -22,8 +22,15 @@ from torch import Tensor
 
 from smalti.config import ImageSize
 from smalti.data.image_io import image_grid, to_8_bit
-from smalti.data.latents import CodeSpec, LatentSpec, as_tensor, height_and_width, to_float
-from smalti.data.transforms import center_crop, to_tensor
+from smalti.data.latents import (
+    CodeSpec,
+    LatentSpec,
+    as_image_size,
+    as_tensor,
+    height_and_width,
+    to_float,
+)
+from smalti.data.transforms import center_crop, images_of, to_tensor
 from smalti.errors import DataError, GenerationError
 from smalti.pipelines.conditions import Conditions, Inputs, integer
 from smalti.prior.base import Prior
@@ -61,14 +68,26 @@ def known_latents(tokenizer: Tokenizer, image: Any) -> Tensor:
     if not pictures:
         raise DataError("image is an empty list: give at least one picture")
     with torch.no_grad():
-        return torch.cat([tokenizer.encode(_encodable(tokenizer, each)) for each in pictures])
+        images = (image_of(tokenizer, each, _size(tokenizer)) for each in pictures)
+        return torch.cat([tokenizer.encode(image) for image in images])
 
 
-def _encodable(tokenizer: Tokenizer, picture: Any) -> Any:
-    """A picture in the form that the tokenizer encodes, at its size."""
+def image_of(tokenizer: Tokenizer, picture: Any, *sizes: Size) -> Tensor:
+    """A picture as an image (1, C, H, W) in [-1, 1], of the channels, the device and the type of a
+    tokenizer.
+
+    Args:
+        sizes: those that the picture may have.
+
+    Raises:
+        DataError: it has another size, or values outside its range.
+    """
+    weight = tokenizer.last_layer
     if isinstance(picture, Image.Image):
-        _check_size("the image", (picture.height, picture.width), _size(tokenizer))
-        return picture
+        found = picture.height, picture.width
+        _check_size("the image", found, *sizes)
+        images = images_of(picture, as_image_size(*found), tokenizer.image_channels)
+        return images.to(weight.device, weight.dtype)
     if not isinstance(picture, Tensor | np.ndarray) or picture.ndim != 3:
         raise DataError(
             f"image is {_described(picture)}: give pictures of Pillow, a tensor (B, C, H, W) or an "
@@ -77,7 +96,7 @@ def _encodable(tokenizer: Tokenizer, picture: Any) -> Any:
     channels_last = isinstance(picture, np.ndarray)
     values = as_tensor(picture)
     values = values.permute(2, 0, 1) if channels_last else values
-    _check_size("the image", tuple(values.shape[1:]), _size(tokenizer))
+    _check_size("the image", tuple(values.shape[1:]), *sizes)
     if values.dtype == torch.uint8:
         values = to_float(values)
     elif not values.is_floating_point() or not ((values >= 0) & (values <= 1)).all():
@@ -87,7 +106,6 @@ def _encodable(tokenizer: Tokenizer, picture: Any) -> Any:
         )
     else:
         values = values * 2 - 1
-    weight = tokenizer.last_layer
     return values[None].to(weight.device, weight.dtype)
 
 
@@ -96,11 +114,12 @@ def _size(tokenizer: Tokenizer) -> Size:
     return height_and_width(tokenizer.image_size)
 
 
-def _check_size(what: str, found: Size, wanted: Size) -> None:
-    if found != wanted:
+def _check_size(what: str, found: Size, *wanted: Size) -> None:
+    if found not in wanted:
+        takes = " or ".join(f"{width} x {height}" for height, width in wanted)
         raise DataError(
-            f"{what} has {found[1]} x {found[0]} pixels; this model takes {wanted[1]} x "
-            f"{wanted[0]}: crop and resize it, for example with "
+            f"{what} has {found[1]} x {found[0]} pixels; this model takes {takes}: crop and resize "
+            "it, for example with "
             "smalti.data.transforms.center_crop, or use smalti edit --resize"
         )
 

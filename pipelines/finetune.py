@@ -60,7 +60,8 @@ def load_initial_weights(
     """Copy the weights of a saved model, in a pipeline or in a folder of its own, into a new one.
 
     If the number of classes differs, class embeddings are newly initialised, except that of the
-    null class, and this is logged. So is what becomes of the positions of a prior whose latents
+    null class, and this is logged. So is what becomes of the weights of conditions that only one
+    of the priors has. So is what becomes of the positions of a prior whose latents
     have other grids, because its tokenizer had images of another size.
 
     Args:
@@ -87,6 +88,20 @@ def load_initial_weights(
             logger.info(
                 "%s models %s, this run %s: %s", path_or_hub_id, source.spec, model.spec, done
             )
+        ours, theirs = (prior.config for prior in (model, source))
+        if (ours.condition, ours.text, ours.image) != (
+            theirs.condition,
+            theirs.text,
+            theirs.image,
+        ):
+            done = model.adapt_conditions(tensors, source)
+            logger.info(
+                "%s has condition %s, this run %s: %s",
+                path_or_hub_id,
+                theirs.condition,
+                ours.condition,
+                done,
+            )
         if model.num_classes != source.num_classes and model.class_table in tensors:
             tensors[model.class_table] = _new_classes(model, source)
             logger.info(
@@ -108,7 +123,9 @@ def _check_settings(model: Model, source: Model, where: str) -> None:
     """Raise `ConfigurationError` if settings differ; shapes do not determine all of them."""
     kind, theirs = type(model).registry.kind, source.config
     if isinstance(model, Prior) and isinstance(source, Prior):
-        theirs = fitted_as(source.config, model.config)
+        ours = model.config
+        theirs = source.config.conditioned(ours.condition, ours.text, ours.image)
+        theirs = fitted_as(theirs, ours)
     found = first_difference(model.config, theirs, kind, free="NON_ARCHITECTURE_FIELDS")
     if found:
         raise ConfigurationError(

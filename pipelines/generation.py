@@ -25,14 +25,16 @@ from PIL import Image
 
 from smalti.config import plain
 from smalti.data.image_io import image_grid, save_png
+from smalti.data.latent_cache.on_the_fly import Latents
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import GenerationError, SmaltiError
 from smalti.files import first_difference, read_hashed_json, sha256_of, write_hashed_json
 from smalti.folders import contents
-from smalti.pipelines.conditions import Inputs, check_options
+from smalti.pipelines.conditions import IMAGE, BatchConditions, Inputs, check_options
 from smalti.pipelines.guided import GuidedPipeline
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
+from smalti.prior.conditions.base import moved, part_of, repeated
 from smalti.tokenizer.base import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ PART = ".index-{:05d}.jsonl"  # hashes of the pictures of one process, until the
 POSITIONS_AT_ONCE = 512  # latent positions that a group has in one pass, at most ...
 LARGEST_GROUP = 16  # ... and pictures
 SHOWN_ROWS = 20  # of a grid of samples, at most
+GIVEN_ROWS = 8  # of a grid of samples with their given pictures
 UNNAMED_ROWS = 4  # of a grid of unconditional samples
 
 
@@ -148,6 +151,39 @@ def sample_grid(
     )
     shown = names if any(names) else ()
     return image_grid(output.images * 2 - 1, per_row, row_labels=shown, scale=scale)
+
+
+def condition_grid(
+    pipeline: Pipeline,
+    latents: Latents,
+    *,
+    per_row: int = 4,
+    seed: int = 0,
+    scale: int = 2,
+    **options: Any,
+) -> Image.Image:
+    """Samples of an image-conditional prior, a row for each of some held-out pictures: the given
+    picture, the samples, and the original, all decoded from latents.
+
+    Args:
+        latents: with the given pictures beside them.
+        scale, options: as for `sample_grid`.
+    """
+    prior, tokenizer, device = pipeline.prior, pipeline.tokenizer, pipeline.device
+    batch = latents.first_view(latents.even_subset(GIVEN_ROWS, 0))
+    condition = BatchConditions(prior.config, pipeline.text_encoder, latents)(batch)
+    given = part_of(condition, IMAGE).latents[:, : prior.spec.channels].to(device)
+    originals = tokenizer.latents(batch.stored.to(device))
+    samples = prior.sample(
+        moved(repeated(condition, per_row), device),
+        generator=[picture_generator(seed, i) for i in range(per_row * len(given))],
+        **{"guidance_scale": pipeline.guidance_scale, **options},
+    )
+    rows = zip(given, samples.split(per_row), originals, strict=True)
+    shown = torch.cat([part for row in rows for part in (row[0][None], row[1], row[2][None])])
+    images = torch.cat([tokenizer.decode(part).float() for part in shown.split(128)])
+    columns = ["given", *[""] * per_row, "original"]
+    return image_grid(images.cpu(), per_row + 2, column_labels=columns, scale=scale)
 
 
 def generate_folder(

@@ -23,10 +23,16 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from smalti.config import check_at_least
-from smalti.data.latents import ContinuousSpec, height_and_width, rounded
-from smalti.errors import ConfigurationError
+from smalti.data.dataset import ImageBatch
+from smalti.data.image_io import to_pil
+from smalti.data.latent_cache.manifest import StoredCondition
+from smalti.data.latents import ContinuousSpec, as_image_size, height_and_width, rounded
+from smalti.data.transforms import images_of
+from smalti.errors import ConfigurationError, GenerationError
 from smalti.hub import Registry
-from smalti.prior.conditions.image import ImageCondition
+from smalti.pipelines.conditions import IMAGE, Inputs
+from smalti.pipelines.editing import Size, image_of, masked, regions, separate
+from smalti.prior.conditions.image import ImageCondition, ImageConfig
 from smalti.tokenizer.base import Tokenizer
 
 IMAGE_TASKS = Registry(
@@ -38,11 +44,14 @@ IMAGE_TASKS = Registry(
 )
 
 
+Masked = tuple[Image.Image, Image.Image | None]  # a picture and its mask
+
+
 @dataclass(frozen=True)
 class Given:
     """What a task is given for each sample."""
 
-    images: Tensor  # (B, 3, H', W') in [-1, 1]
+    images: Tensor  # (B, C, H', W') in [-1, 1]
     mask: Tensor | None = None  # (B, 1, H, W) of 0 and 1; 1 where the picture is to be painted
 
 
@@ -60,13 +69,17 @@ class ImageTask(ABC):
         listed = ",".join(f"{name}={value}" for name, value in options)
         return IMAGE_TASKS.name_of(type(self)) + (f":{listed}" if listed else "")
 
+    def sizes(self, full: Size) -> tuple[Size, ...]:
+        """Height and width that a given picture may have, for samples of the full size."""
+        return (full,)
+
     def channels(self, spec: ContinuousSpec) -> int:
         """Channels of the condition: those of the latents, and one for a mask."""
         return spec.channels + self.takes_mask
 
     @abstractmethod
     def degraded(self, images: Tensor, keys: Sequence[tuple[int, int]]) -> Given:
-        """What a user would give, made of whole pictures (B, 3, H, W) in [-1, 1].
+        """What a user would give, made of whole pictures (B, C, H, W) in [-1, 1].
 
         Args:
             keys: (epoch, index) of each sample, of which random choices are a pure function.
@@ -75,6 +88,11 @@ class ImageTask(ABC):
     @abstractmethod
     def condition(self, tokenizer: Tokenizer, given: Given) -> ImageCondition:
         """The condition of a prior, on the device of the tokenizer."""
+
+    @abstractmethod
+    def shown(self, rows: Sequence[Masked], full: Size) -> list[list[Image.Image]]:
+        """For each picture, the original and what is given of it, in the full size: the start of
+        the row of a strip."""
 
 
 def make_task(task: "str | Mapping[str, Any] | ImageTask") -> ImageTask:
@@ -87,7 +105,7 @@ def make_task(task: "str | Mapping[str, Any] | ImageTask") -> ImageTask:
 
 
 def encoded(tokenizer: Tokenizer, images: Tensor) -> Tensor:
-    """The latents of images (B, 3, H, W) in [-1, 1], the mean of their posterior."""
+    """The latents of images (B, C, H, W) in [-1, 1], the mean of their posterior."""
     weight = tokenizer.last_layer
     return tokenizer.encode(images.to(weight.device, weight.dtype)).float()
 
@@ -96,17 +114,18 @@ def encoded(tokenizer: Tokenizer, images: Tensor) -> Tensor:
 
 
 def resized(images: Tensor, height: int, width: int) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] at another size: bicubic, antialiased, rounded to 8 bits."""
+    """Images (B, C, H, W) in [-1, 1] at another size: bicubic, antialiased, rounded to 8 bits."""
     size = (height, width)
     return rounded(F.interpolate(images.float(), size, mode="bicubic", antialias=True))
 
 
 @dataclass(frozen=True)
 class SuperResolution(ImageTask):
-    """From 1/factor of the height and width to all of it."""
+    """From 1/factor of the height and width to all of it. A picture of the full size is reduced
+    first."""
 
-    kind: Literal["super-resolution"] = "super-resolution"
     factor: int = 4
+    kind: Literal["super-resolution"] = "super-resolution"
 
     def __post_init__(self) -> None:
         check_at_least(2, self, "factor")
@@ -124,13 +143,29 @@ class SuperResolution(ImageTask):
             )
         return height // self.factor, width // self.factor
 
+    def sizes(self, full: Size) -> tuple[Size, ...]:
+        return self.small_size(*full), full
+
     def degraded(self, images: Tensor, keys: Sequence[tuple[int, int]]) -> Given:
         del keys
         return Given(resized(images, *self.small_size(*images.shape[2:])))
 
     def condition(self, tokenizer: Tokenizer, given: Given) -> ImageCondition:
-        size = height_and_width(tokenizer.image_size)
-        return ImageCondition(encoded(tokenizer, resized(given.images, *size)))
+        full = height_and_width(tokenizer.image_size)
+        small = resized(given.images, *self.small_size(*full))
+        return ImageCondition(encoded(tokenizer, resized(small, *full)))
+
+    def shown(self, rows: Sequence[Masked], full: Size) -> list[list[Image.Image]]:
+        """The original if all pictures have the full size, the pixels of the small picture, and its
+        bicubic enlargement."""
+        whole = all((picture.height, picture.width) == full for picture, _ in rows)
+        return [self._shown(picture, full, whole) for picture, _ in rows]
+
+    def _shown(self, picture: Image.Image, full: Size, whole: bool) -> list[Image.Image]:
+        images = images_of(picture, as_image_size(picture.height, picture.width))
+        small = resized(images, *self.small_size(*full))
+        pixels = F.interpolate(small, full, mode="nearest")
+        return [*([picture] if whole else []), *to_pil(torch.cat([pixels, resized(small, *full)]))]
 
 
 # -- inpainting -----------------------------------------------------------------------------------
@@ -158,6 +193,11 @@ class Inpainting(ImageTask):
         latents = encoded(tokenizer, torch.where(given.mask > 0.5, GREY, given.images))
         mask = mask_of_latents(given.mask, latents).to(latents)
         return ImageCondition(torch.cat([latents, mask], 1))
+
+    def shown(self, rows: Sequence[Masked], full: Size) -> list[list[Image.Image]]:
+        """The original, and the same with grey inside the mask."""
+        del full
+        return [[picture, masked(picture, mask)] for picture, mask in rows if mask is not None]
 
 
 def mask_of_latents(mask: Tensor, latents: Tensor) -> Tensor:
@@ -191,3 +231,85 @@ def random_mask(seed: int, epoch: int, index: int, height: int, width: int) -> T
             for x, y in points:
                 draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=255)
     return torch.from_numpy(np.array(canvas)[None] > 127).float()
+
+
+# -- the condition of a call, and that of a latent cache ------------------------------------------
+
+
+def image_condition(tokenizer: Tokenizer, config: ImageConfig, inputs: Inputs) -> ImageCondition:
+    """The condition of the pictures that a pipeline is given, encoded one by one, so that none
+    depends on another.
+
+    Raises:
+        GenerationError: a picture or a mask is missing, or is not a part of the task.
+        DataError: a picture or a mask has another size, or values outside its range.
+    """
+    if not config.task:
+        raise GenerationError(
+            "this prior was trained on pictures of an unknown task: call prior.sample in Python"
+        )
+    task = make_task(config.task)
+    _check_inputs(task, inputs)
+    full = height_and_width(tokenizer.image_size)
+    images = [image_of(tokenizer, each, *task.sizes(full)) for each in separate(inputs.image)]
+    masks: list[Tensor | None] = [None]
+    if task.takes_mask:
+        masks = list(regions(inputs.mask_image, full).float().to(images[0].device).split(1))
+    count = max(len(images), len(masks))
+    if {len(images), len(masks)} - {1, count}:
+        raise GenerationError(
+            f"{len(images)} images and {len(masks)} masks were given: give one mask for all "
+            "images, or one each"
+        )
+    pairs = zip(images * (count // len(images)), masks * (count // len(masks)), strict=True)
+    with torch.no_grad():
+        latents = [task.condition(tokenizer, Given(*pair)).latents for pair in pairs]
+    return ImageCondition(torch.cat(latents))
+
+
+def _check_inputs(task: ImageTask, inputs: Inputs) -> None:
+    name = IMAGE_TASKS.name_of(type(task))
+    if inputs.image is None or not separate(inputs.image):
+        raise GenerationError(f"this pipeline does {name}: pass image, or use smalti edit --image")
+    if task.takes_mask and inputs.mask_image is None:
+        raise GenerationError(
+            f"this pipeline does {name}: pass mask_image, white where it is to paint"
+        )
+    if not task.takes_mask and inputs.mask_image is not None:
+        raise GenerationError(f"this pipeline does {name}: leave out mask_image")
+    if inputs.strength is not None:
+        raise GenerationError(
+            f"strength is {inputs.strength}, but this pipeline is conditional on pictures: leave "
+            "it out"
+        )
+
+
+@dataclass(frozen=True)
+class ImageTaskEncoder:
+    """What a latent cache holds for a prior of this task: the condition of each view of a picture.
+
+    The random choices of view k are those of epoch k.
+    """
+
+    task: ImageTask
+    tokenizer: Tokenizer
+
+    @property
+    def stored(self) -> Sequence[StoredCondition]:
+        """One condition, with the task as its recipe."""
+        spec = self.tokenizer.spec
+        if not isinstance(spec, ContinuousSpec):
+            raise ConfigurationError(
+                f"an image task needs continuous latents, not {spec.in_words}: use a KL tokenizer"
+            )
+        shape = self.task.channels(spec), spec.height, spec.width
+        return (StoredCondition(IMAGE, shape, "float16", "view", self.task.text),)
+
+    def __call__(self, batch: ImageBatch, views: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """Conditions (B, views, C', h, w)."""
+        found = []
+        for number, images in enumerate(views):
+            keys = [(number, index) for index in batch.indices.tolist()]
+            given = self.task.degraded(images, keys)
+            found.append(self.task.condition(self.tokenizer, given).latents)
+        return {IMAGE: torch.stack(found, 1)}

@@ -10,7 +10,7 @@ A saved pipeline is a folder:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast, get_args
 
@@ -39,6 +39,7 @@ from smalti.pipelines.conditions import (
     label_ids,
 )
 from smalti.pipelines.editing import Edit
+from smalti.pipelines.image_tasks import image_condition
 from smalti.pipelines.output import OutputType, PipelineOutput, as_output, png_of
 from smalti.prior.base import Prior
 from smalti.prior.conditions.base import moved, rows
@@ -494,6 +495,13 @@ class Pipeline(Uploadable):
         def conditions(each: int) -> Conditions:
             return conditions_of(self.prior, inputs, each, self.classes, encoder)
 
+        if self.prior.config.image is not None:
+            encoded = image_condition(self.tokenizer, self.prior.config.image, inputs)
+            inputs = replace(inputs, encoded_image=encoded)
+            found = conditions(each)
+            if inputs.mask_image is None:
+                return found, {}
+            return found, Edit.of(self.tokenizer, self.prior, inputs).options(len(found), each)
         if not inputs.edits:
             return conditions(each), {}
         edit = Edit.of(self.tokenizer, self.prior, inputs)

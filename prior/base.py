@@ -17,6 +17,7 @@ from smalti.errors import ConfigurationError, GenerationError
 from smalti.hub import Pretrained, Registry
 from smalti.prior.conditions.base import Combination, Condition, ConditionKind, count, part_of
 from smalti.prior.conditions.classes import ClassCondition
+from smalti.prior.conditions.image import ImageConfig
 from smalti.prior.conditions.none import NoCondition
 from smalti.prior.conditions.text import TextConfig
 from smalti.prior.registry import PRIORS
@@ -51,6 +52,8 @@ class PriorConfig:
         "text_dim",
         "text_encoder",
         "text_encoder_fingerprint",
+        "image_channels",
+        "image_task",
     )
     # Kinds of condition that priors of this class take, beside none.
     CONDITIONS: ClassVar[tuple[str, ...]] = ("class",)
@@ -60,6 +63,8 @@ class PriorConfig:
     text_dim: int = added(256)  # channels of the features of a caption token
     text_encoder: str = added("")  # see `TextConfig`
     text_encoder_fingerprint: str = added("")
+    image_channels: int = added(0)  # of the latents of pictures; 0: they are no condition
+    image_task: str = added("")  # see `ImageConfig`
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -74,6 +79,11 @@ class PriorConfig:
         return TextConfig(
             self.text_length, self.text_dim, self.text_encoder, self.text_encoder_fingerprint
         )
+
+    @property
+    def image(self) -> ImageConfig | None:
+        """The pictures that the prior takes, if it takes any."""
+        return ImageConfig(self.image_channels, self.image_task) if self.image_channels else None
 
     def check_conditions(self, num_classes: int) -> None:
         """Raise `ConfigurationError` if conditions are unknown, or the number of classes or the
@@ -90,19 +100,32 @@ class PriorConfig:
                 f"num_classes is {num_classes}, but a prior with condition {self.condition} has "
                 f"{'classes' if with_classes == 0 else f'{with_classes} classes: set it to 0'}"
             )
+        if ("image" in self.conditions) != (self.image_channels > 0):
+            raise ConfigurationError(
+                f"image_channels is {self.image_channels}, and the condition {self.condition}: a "
+                "prior has both or neither"
+            )
         check_at_least(1, self, "text_length", "text_dim")
 
     def classes_of(self, num_classes: int) -> int:
         """The number of classes of a prior of latents with `num_classes` classes."""
         return num_classes if "class" in self.conditions else 0
 
-    def conditioned(self, condition: str, text: TextConfig | None = None) -> Self:
+    def conditioned(
+        self, condition: str, text: TextConfig | None = None, image: ImageConfig | None = None
+    ) -> Self:
         """This configuration with other conditions. `fitted` sets the number of classes.
 
         Args:
             text: the captions, if text is among the conditions; None keeps what is set.
+            image: the pictures, if image is among the conditions; None keeps what is set.
         """
         changes: dict[str, Any] = {"condition": condition}
+        kinds = condition.split("+")
+        if "image" not in kinds:
+            image = ImageConfig(0)
+        if image is not None:
+            changes |= {"image_channels": image.channels, "image_task": image.task}
         if text is not None:
             changes |= {
                 "text_length": text.length,
@@ -110,7 +133,7 @@ class PriorConfig:
                 "text_encoder": text.encoder,
                 "text_encoder_fingerprint": text.encoder_fingerprint,
             }
-        classes = max(1, getattr(self, "num_classes", 0)) if "class" in condition.split("+") else 0
+        classes = max(1, getattr(self, "num_classes", 0)) if "class" in kinds else 0
         return replace(self, **changes, **self._with_classes(classes))
 
     def _with_classes(self, num_classes: int) -> dict[str, Any]:
@@ -262,6 +285,24 @@ class Prior(nn.Module, Pretrained, ABC):
             prior = type(self)(config)
         prior.load_state_dict(self.state_dict(), assign=True)
         return prior.to(next(self.parameters()).device).train(self.training)
+
+    def adapt_conditions(self, weights: dict[str, Tensor], source: Any) -> str:
+        """Fit what depends on the kinds of condition: called when fine-tuning starts from the
+        weights of `source`, a prior with other kinds.
+
+        Args:
+            weights: of `source`; entries are added, replaced and removed in place.
+
+        Returns:
+            What happens to them, for the log.
+        """
+        del source
+        ours = self.state_dict()
+        for name in weights.keys() - ours.keys():
+            del weights[name]
+        for name in ours.keys() - weights.keys():
+            weights[name] = ours[name]
+        return "what only one of them has is left out, or newly initialised"
 
     def set_progress(self, progress: float) -> None:
         """Set the share of the training that is done: called before every training step.

@@ -1,8 +1,10 @@
-"""Zero-shot editing: pictures and masks in, edited pictures and a strip out.
+"""Editing: pictures and masks in, edited pictures and a strip out.
 
     smalti edit --model runs/demo/pipeline --image cat.png --box 8,8,24,24 --class_labels fish
 
-The strip has a row for each picture and class: the original, the condition, the results.
+Any prior edits zero-shot. A prior that is conditional on pictures does its task: super-resolution,
+or inpainting. The strip has a row for each picture and class: the original, the condition, the
+results; for super-resolution also the bicubic enlargement.
 """
 
 from collections.abc import Sequence
@@ -16,11 +18,13 @@ from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
 from smalti.data.image_io import TRANSPARENT, WHITE, FolderOptions, save_png, to_channels
+from smalti.data.latents import height_and_width
 from smalti.data.sources.folder import read_picture
 from smalti.errors import ConfigurationError
 from smalti.folders import contents, replacing_folder
 from smalti.pipelines.editing import box_mask, fitted, masked, pasted, strip
 from smalti.pipelines.generation import picture_generator
+from smalti.pipelines.image_tasks import make_task
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.scripts.options import Sampling
 
@@ -118,17 +122,29 @@ def edit(config: EditConfig) -> list[Path]:
         **config.options,
     )
     results = [output.images[i * count : (i + 1) * count] for i in range(len(rows))]
-    return _write(config, rows, results, labels)
+    given = shown_conditions(pipeline, rows)
+    return _write(config, rows, given, results, labels)
+
+
+def shown_conditions(pipeline: Pipeline, rows: Sequence[Masked]) -> list[list[Image.Image]]:
+    """For each picture, what the strip shows before its results."""
+    image = pipeline.prior.config.image
+    if image is not None:
+        return make_task(image.task).shown(rows, height_and_width(pipeline.tokenizer.image_size))
+    return [[p, *([] if mask is None else [masked(p, mask)])] for p, mask in rows]
 
 
 def _write(
-    config: EditConfig, rows: list[Masked], results: list[list[Image.Image]], labels: list[str]
+    config: EditConfig,
+    rows: list[Masked],
+    given: list[list[Image.Image]],
+    results: list[list[Image.Image]],
+    labels: list[str],
 ) -> list[Path]:
     """Write the results of each picture with its mask, and the strip."""
     names, shown = [], []
     with replacing_folder(config.output_dir, check=lambda: _check_output(config.output_dir)) as new:
-        for (picture, mask), images in zip(rows, results, strict=True):
-            condition = [picture, *([] if mask is None else [masked(picture, mask)])]
+        for (picture, mask), condition, images in zip(rows, given, results, strict=True):
             if config.paste and mask is not None:
                 images = [pasted(image, picture, mask) for image in images]
             for image in images:

@@ -28,6 +28,7 @@ from smalti.data.latent_cache.manifest import (
 from smalti.data.transforms import VIEW_SETS, ViewSet, decoded_size, views_of
 from smalti.errors import CheckpointError, ConfigurationError
 from smalti.pipelines.conditions import CaptionFeatures
+from smalti.pipelines.image_tasks import ImageTaskEncoder, make_task
 from smalti.prior.conditions.text_encoder import text_encoder_of
 from smalti.scripts.options import TextOptions
 from smalti.tokenizer.base import Tokenizer
@@ -56,6 +57,10 @@ class EncodeConfig(DataOptions):
     # --text.length per caption. Captions and classes are stored in any case.
     condition: str = ""
     text: TextOptions = field(default_factory=TextOptions)
+    # The pictures that a flow prior with --condition image is given, which are stored beside the
+    # latents: super-resolution (a quarter of the size, or super-resolution:factor=2) or inpainting
+    # (4 random masks of each view).
+    image_task: str = ""
     batch_size: int = 128  # pictures encoded at once
     shard_size: int = 8192  # samples per file
 
@@ -67,6 +72,13 @@ class EncodeConfig(DataOptions):
                 raise ConfigurationError(
                     f"condition is {self.condition}; {nearest(kind, CONDITIONS)}"
                 )
+        if self.image_task:
+            make_task(self.image_task)  # raises if there is no such task
+        elif "image" in self.condition.split("+"):
+            raise ConfigurationError(
+                f"condition is {self.condition}: say of what pictures, with --image_task "
+                "super-resolution or inpainting"
+            )
 
 
 @fills_folder(deep=True)
@@ -85,9 +97,10 @@ def encode(config: EncodeConfig) -> Path:
     tokenizer = tokenizer.to(state.device)
     if config.image_size is not None:
         tokenizer = tokenizer.resized(config.image_size)
-    encoders = condition_encoders(config)
+    encoders = condition_encoders(config, tokenizer)
+    versions = make_task(config.image_task).versions if config.image_task else 1
     for split in SPLITS:
-        encode_split(config, split, tokenizer, encoders)
+        encode_split(config, split, tokenizer, encoders, versions if split == "train" else 1)
     if state.is_main_process:
         write_options(config.output_dir / SPLITS[0], config)
     return config.output_dir
@@ -110,15 +123,18 @@ class ConditionEncoder(Protocol):
         ...
 
 
-def condition_encoders(config: EncodeConfig) -> list[ConditionEncoder]:
+def condition_encoders(config: EncodeConfig, tokenizer: Tokenizer) -> list[ConditionEncoder]:
     """What makes the conditions in the caches.
 
     Raises:
         SmaltiError: the text encoder cannot be loaded; the pictures have no captions, or one that
             is too long.
     """
+    encoders: list[ConditionEncoder] = []
+    if config.image_task:
+        encoders.append(ImageTaskEncoder(make_task(config.image_task), tokenizer))
     if "text" not in config.condition.split("+"):
-        return []
+        return encoders
     sources = [config.source()]
     if config.heldout_data:
         sources.append(config.source_of("heldout")[0])
@@ -128,7 +144,7 @@ def condition_encoders(config: EncodeConfig) -> list[ConditionEncoder]:
     encoder = text_encoder_of(config.text.encoder).to(device)
     captions = [text for s in sources for i in range(len(s)) for text in s.captions(i)]
     encoder.check_captions(captions, config.text.length)
-    return [CaptionFeatures(encoder, config.text.length)] if encoder.dim else []
+    return [*encoders, CaptionFeatures(encoder, config.text.length)] if encoder.dim else encoders
 
 
 def encode_split(
@@ -136,15 +152,20 @@ def encode_split(
     split: Split,
     tokenizer: Tokenizer,
     encoders: Sequence[ConditionEncoder] = (),
+    versions: int = 1,
 ) -> None:
-    """Write the cache of one split; `encoders` make the conditions in it."""
+    """Write the cache of one split; `encoders` make the conditions in it.
+
+    Args:
+        versions: how often each view is stored, with other random choices of the encoders.
+    """
     views: ViewSet = config.views if split == "train" else "identity"
     side = decoded_size(views, tokenizer.image_size)
     channels, same = tokenizer.image_channels, side == tokenizer.image_size
     images = config.dataset(split, tokenizer.image_size, channels=channels)
     larger = images if same else config.dataset(split, side, channels=channels)
     info = replace(
-        latents_of(tokenizer, images, VIEW_SETS[views], config.shard_size),
+        latents_of(tokenizer, images, VIEW_SETS[views] * versions, config.shard_size),
         groups=group_numbers(images.groups) if split == "heldout" else (),
         conditions=tuple(condition for encoder in encoders for condition in encoder.stored),
     )
@@ -219,13 +240,14 @@ class EncodedViews:
         conditions: dict[str, list[Tensor]] = {}
         size, device = self.tokenizer.image_size, next(self.tokenizer.parameters()).device
         for batch in self.images.batches(self.batch_size, start=start, stop=stop):
-            views = list(views_of(batch.images.to(device), self.views, size))
-            encoded = [self.tokenizer.store(view).cpu() for view in views]
-            stored.append(torch.stack(encoded, dim=1))  # (b, views, ...)
+            names = tuple(dict.fromkeys(self.views))  # each once: see `encode_split`, versions
+            views = dict(zip(names, views_of(batch.images.to(device), names, size), strict=True))
+            encoded = {name: self.tokenizer.store(view).cpu() for name, view in views.items()}
+            stored.append(torch.stack([encoded[n] for n in self.views], dim=1))  # (b, views, ...)
             labels.append(batch.labels)
             captions += batch.captions or []
             for encoder in self.encoders:
-                for name, rows in encoder(batch, views).items():
+                for name, rows in encoder(batch, [views[n] for n in self.views]).items():
                     conditions.setdefault(name, []).append(rows.cpu())
         return EncodedRange(
             torch.cat(stored),

@@ -28,9 +28,9 @@ from smalti.data.latent_cache.on_the_fly import Latents, OnTheFlyLatents
 from smalti.data.order import DataOrder
 from smalti.data.transforms import VIEW_SETS
 from smalti.errors import CheckpointError, ConfigurationError
-from smalti.pipelines.conditions import BatchConditions, check_options
+from smalti.pipelines.conditions import BatchConditions, check_options, stored_image
 from smalti.pipelines.finetune import fitted_as, load_initial_weights, saved_prior
-from smalti.pipelines.generation import sample_grid
+from smalti.pipelines.generation import condition_grid, sample_grid
 from smalti.pipelines.pipeline import Pipeline, guidance_of_run
 from smalti.prior.base import Loss, Prior
 from smalti.prior.conditions.base import Condition, moved
@@ -78,8 +78,9 @@ class TrainPriorConfig(RunConfig, TrainingPictures):
     pipeline_dir: Path | None = None  # folder of the result; default: output_dir/pipeline
     # Its fields about latents, classes and the tokenizer are taken from the cache.
     prior: PriorConfig = field(default_factory=lambda: PRESETS["gpt-nano"])
-    # What the prior is given: class, text (captions), class+text, or none. Default: that of
-    # --initial, or else the classes of the latents, or none if they have none.
+    # What the prior is given: class, text (captions), image (the pictures that were encoded with
+    # --image_task; flow priors), several of them (class+text), or none. Default: that of --initial,
+    # or else the classes of the latents, or none if they have none.
     condition: str = ""
     text: TextOptions = field(default_factory=TextOptions)
     # A pipeline, prior or checkpoint whose settings and weights the run starts from.
@@ -168,7 +169,13 @@ def conditioned(config: TrainPriorConfig, latents: Latents) -> PriorConfig:
     condition = config.condition or config.prior.condition
     if not config.condition and not config.initial and not latents.classes:
         condition = "none"
-    prior = config.prior.conditioned(condition)
+    image = stored_image(latents)
+    if "image" in condition.split("+") and image is None:
+        raise ConfigurationError(
+            f"condition is {condition}, but the latents of {latents.place} have no pictures beside "
+            "them: use smalti encode with --image_task super-resolution or inpainting"
+        )
+    prior = config.prior.conditioned(condition, image=image)
     if "class" in prior.conditions and not latents.classes:
         raise ConfigurationError(
             f"condition is {condition}, but the pictures of {latents.place} have no classes: give "
@@ -183,7 +190,7 @@ def conditioned(config: TrainPriorConfig, latents: Latents) -> PriorConfig:
         config.text.encoder,
         encoder.fingerprint,
     )
-    return prior.conditioned(condition, text)
+    return prior.conditioned(condition, text, image)
 
 
 def build_prior(config: PriorConfig, latents: Latents, tokenizer: Tokenizer) -> Prior:
@@ -422,6 +429,8 @@ def train(config: TrainPriorConfig) -> Path:
         condition_of=BatchConditions(prior.config, pipeline.text_encoder, latents),
     )
     shown = partial(sample_grid, pipeline, prompts=shown_prompts(prior, heldout))
+    if prior.config.image is not None:
+        shown = partial(condition_grid, pipeline, heldout)
     pipeline.training_pictures = latents.info.dataset_fingerprint
     pipeline.guidance_scale = guidance_of_run(config_to_dict(config), pipeline.guidance_scale)
     run.latents = latents.info if config.data else None

@@ -15,6 +15,14 @@ from smalti.errors import GenerationError
 from smalti.prior.conditions.base import Condition, ConditionKind
 
 
+@dataclass(frozen=True)
+class ImageConfig:
+    """The pictures that a prior takes."""
+
+    channels: int  # C', of their latents
+    task: str = ""  # what they show: the text of a task in `pipelines.image_tasks`; "": unknown
+
+
 @dataclass(frozen=True, eq=False)
 class ImageCondition:
     """Encoded pictures.

@@ -19,7 +19,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
-from smalti.config import added
 from smalti.data.latents import ContinuousSpec, LatentSpec
 from smalti.errors import ConfigurationError
 from smalti.prior.base import PriorConfig
@@ -46,11 +45,6 @@ class FlowConfig(PriorConfig):
     )
 
     CONDITIONS: ClassVar[tuple[str, ...]] = ("class", "text", "image")
-    FROM_LATENTS: ClassVar[tuple[str, ...]] = (
-        *PriorConfig.FROM_LATENTS,
-        "image_channels",
-        "image_task",
-    )
 
     kind: Literal["flow"] = "flow"  # the kind of prior
     network: DiTConfig = field(default_factory=lambda: NETWORKS["dit-b/2"])  # sizes of the DiT
@@ -68,16 +62,9 @@ class FlowConfig(PriorConfig):
     time_scale: float = 1.0
     time_shift: float = 0.0  # the network's time input at t = 0, see time_scale
     tokenizer_fingerprint: str | None = None  # of the tokenizer that made the training latents
-    image_channels: int = added(0)  # of the latents of an image condition; 0: there is none
-    image_task: str = added("")  # what the image condition shows, see `pipelines.image_tasks`
 
     def __post_init__(self) -> None:
         self.check_conditions(self.num_classes)
-        if ("image" in self.conditions) != (self.image_channels > 0):
-            raise ConfigurationError(
-                f'image_channels is {self.image_channels} and the condition is "{self.condition}": '
-                "a prior has both or neither"
-            )
         channels, outputs = self.network.in_channels, self.network.out_channels
         if outputs not in (channels, 2 * channels):
             raise ConfigurationError(

@@ -159,6 +159,18 @@ class FlowPrior(Prior):
         """Sine-cosine and rotary positions are."""
         return True
 
+    def adapt_conditions(self, weights: dict[str, Tensor], source: Any) -> str:
+        """As in other priors. The input weights of new pictures are zero: samples are those of
+        `source` at first."""
+        name = "network.x_embedder.proj.weight"
+        if self.config.image != source.config.image:
+            channels, ours = self.config.spec.channels, self.state_dict()[name].clone()
+            theirs = weights[name][:, :channels]
+            if theirs.shape == ours[:, :channels].shape:
+                ours[:, :channels] = theirs
+                weights[name] = ours
+        return super().adapt_conditions(weights, source)
+
     def _condition_kind(self, name: str) -> ConditionKind:
         spec = self.config.spec
         match name:
