@@ -86,7 +86,7 @@ def image_of(tokenizer: Tokenizer, picture: Any, *sizes: Size) -> Tensor:
     if isinstance(picture, Image.Image):
         found = picture.height, picture.width
         _check_size("the image", found, *sizes)
-        images = images_of(picture, as_image_size(*found), tokenizer.image_channels)
+        images = images_of(picture, as_image_size(found), tokenizer.image_channels)
         return images.to(weight.device, weight.dtype)
     if not isinstance(picture, Tensor | np.ndarray) or picture.ndim != 3:
         raise DataError(

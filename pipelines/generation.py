@@ -172,8 +172,8 @@ def condition_grid(
     prior, tokenizer, device = pipeline.prior, pipeline.tokenizer, pipeline.device
     batch = latents.first_view(latents.even_subset(GIVEN_ROWS, 0))
     condition = BatchConditions(prior.config, pipeline.text_encoder, latents)(batch)
-    given = part_of(condition, IMAGE).latents[:, : prior.spec.channels].to(device)
-    originals = tokenizer.latents(batch.stored.to(device))
+    originals = tokenizer.latents(batch.stored.to(device))  # (B, C, h, w)
+    given = part_of(condition, IMAGE).latents[:, : originals.shape[1]].to(device)
     samples = prior.sample(
         moved(repeated(condition, per_row), device),
         generator=[picture_generator(seed, i) for i in range(per_row * len(given))],

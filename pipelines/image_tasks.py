@@ -162,7 +162,7 @@ class SuperResolution(ImageTask):
         return [self._shown(picture, full, whole) for picture, _ in rows]
 
     def _shown(self, picture: Image.Image, full: Size, whole: bool) -> list[Image.Image]:
-        images = images_of(picture, as_image_size(picture.height, picture.width))
+        images = images_of(picture, as_image_size((picture.height, picture.width)))
         small = resized(images, *self.small_size(*full))
         pixels = F.interpolate(small, full, mode="nearest")
         return [*([picture] if whole else []), *to_pil(torch.cat([pixels, resized(small, *full)]))]
