@@ -140,8 +140,8 @@ def open_latents(
     if is_checkpoint(config.tokenizer):
         raise CheckpointError(
             f"{config.tokenizer} is a checkpoint, which does not have the statistics of its "
-            "latents: finish its run, or encode the pictures with smalti encode --tokenizer "
-            f"{config.tokenizer}, and give --latents"
+            "latents: finish its run, or encode the pictures (smalti encode --tokenizer "
+            f"{config.tokenizer}) and read the cache (smalti train-prior --latents runs/latents)"
         )
     tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(device)
     size, channels = tokenizer.image_size, tokenizer.image_channels

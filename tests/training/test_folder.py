@@ -139,8 +139,8 @@ def test_a_run_without_a_checkpoint_is_not_mixed_with_another(latest: RunConfig,
     before = state_of(latest.output_dir)
     with pytest.raises(SmaltiError, match="was made with"):
         train(replace(latest, **changes))
-    other = OtherConfig(**vars(latest))
-    with pytest.raises(SmaltiError, match="was made with width = None, this run has 1"):
+    other = OtherConfig(**vars(latest), width=2)  # a setting that the run did not store
+    with pytest.raises(SmaltiError, match="was made with width = 1, this run has 2"):
         train(other)
     assert state_of(latest.output_dir) == before
 
