@@ -444,12 +444,7 @@ class Pipeline(Uploadable):
         inputs = Inputs(class_labels, *texts, num_images, image, mask_image, strength)
         conditions, edit = pipe.conditions(inputs, num_images_per_prompt)
         options |= edit
-        if output_type not in get_args(OutputType):
-            raise GenerationError(
-                f'output_type is "{output_type}"; choose one of {", ".join(get_args(OutputType))}'
-            )
-        if batch_size is not None and integer("batch_size", batch_size) < 1:
-            raise GenerationError(f"batch_size is {batch_size}; it must be at least 1")
+        _check_output(output_type, batch_size)
         check_generators(generator, len(conditions))
         options["guidance_scale"] = (
             pipe.guidance_scale if guidance_scale is None else guidance_scale
@@ -560,6 +555,16 @@ def guidance_of_run(run: Mapping[str, Any], default: float) -> float:
     if run["prior"].get("label_dropout") == 0 and not run.get("initial"):
         return 1.0  # the null label, against which to guide, is never trained
     return default
+
+
+def _check_output(output_type: str, batch_size: int | None) -> None:
+    """Raise `GenerationError` unless these are arguments of a call of a pipeline."""
+    if output_type not in get_args(OutputType):
+        raise GenerationError(
+            f'output_type is "{output_type}"; choose one of {", ".join(get_args(OutputType))}'
+        )
+    if batch_size is not None and integer("batch_size", batch_size) < 1:
+        raise GenerationError(f"batch_size is {batch_size}; it must be at least 1")
 
 
 def check_model(model: str) -> None:
