@@ -94,16 +94,15 @@ class PriorConfig:
                     f'condition is "{self.condition}"; a {getattr(self, "kind", "")} prior takes '
                     f"none, {', '.join(self.CONDITIONS)}, or several of them joined by +"
                 )
-        if ("class" in self.conditions) != (num_classes > 0):
-            with_classes = num_classes if "class" in self.conditions else "no"
+        if "class" in self.conditions and num_classes < 1:
             raise ConfigurationError(
                 f"num_classes is {num_classes}, but a prior with condition {self.condition} has "
-                f"{'classes' if with_classes == 0 else f'{with_classes} classes: set it to 0'}"
+                "classes: give their number, or condition none"
             )
-        if ("image" in self.conditions) != (self.image_channels > 0):
+        if "class" not in self.conditions and num_classes:
             raise ConfigurationError(
-                f"image_channels is {self.image_channels}, and the condition {self.condition}: a "
-                "prior has both or neither"
+                f"num_classes is {num_classes}, but a prior with condition {self.condition} has no "
+                "classes: set it to 0"
             )
         check_at_least(1, self, "text_length", "text_dim")
 

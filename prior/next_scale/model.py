@@ -119,7 +119,7 @@ class ScaleBlock(nn.Module):
         self.attn = ScaleAttention(config)
         self.ffn = ScaleMLP(config)
         self.drop_path = DropPath(drop_path)
-        self.text_attn = None if config.text is None else TextAttention(width, config.num_heads)
+        self.cross_attn = None if config.text is None else TextAttention(width, config.num_heads)
         # The block's own projection is a third of the parameters; `shared_adaln` replaces it by
         # offsets to a projection of the whole model.
         if config.shared_adaln:
@@ -149,8 +149,8 @@ class ScaleBlock(nn.Module):
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation  # VAR's order
         attended = self.attn(adaptive_norm(x, scale1, shift1, self.eps), mask, layer, cache)
         x = x + self.drop_path(attended * gate1)
-        if self.text_attn is not None and embedded is not None:
-            x = x + self.text_attn(x, embedded)
+        if self.cross_attn is not None and embedded is not None:
+            x = x + self.cross_attn(x, embedded)
         return x + self.drop_path(self.ffn(adaptive_norm(x, scale2, shift2, self.eps)) * gate2)
 
 
