@@ -10,7 +10,7 @@ import pytest
 
 from smalti.data.image_io import TRANSPARENT, FolderOptions
 from smalti.data.sources import arrays
-from smalti.data.sources.base import SourceOptions, open_source, open_verified
+from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (12, 10, 9, 3), dtype=np.uint8)
@@ -185,8 +185,7 @@ def test_arrays_with_alpha_are_laid_on_the_background_or_keep_it(tmp_path: Path)
     images = np.concatenate([IMAGES, np.broadcast_to(alpha, (12, 10, 9))[..., None]], 3)
     path, fingerprints = npz(tmp_path / "a.npz", images=images), set()
     for background, left in (("white", [255] * 3), ("#000080", [0, 0, 128]), (TRANSPARENT, None)):
-        options = SourceOptions(folder=FolderOptions(background=background))
-        source = open_verified(path, options)
+        source = open_source(path, options=FolderOptions(background=background))
         pixels = np.asarray(source.read(3))
         fingerprints.add(source.fingerprint)
         if left is None:
