@@ -201,11 +201,8 @@ def heldout_mask(source: ImageSource, fraction: float, seed: int = 0) -> Tensor:
 
 def fingerprint_of(parts: Sequence[bytes]) -> str:
     """sha256 over length-prefixed parts."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big"))
-        digest.update(part)
-    return digest.hexdigest()
+    pieces = (piece for part in parts for piece in (len(part).to_bytes(8, "big"), part))
+    return hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
 # -- A source over encoded picture files ----------------------------------------------------------

@@ -91,7 +91,7 @@ class FolderPictures(EncodedPictures):
             self.remarks += (remark,)
         else:
             self._names, found = files, _labels_of(root, root, files, labels)
-        self._sizes = [sizes[name] for name in self._names]
+        self._sizes = sizes
         self.classes, self.labels = _classes_of(root, found)
         used = self._find_captions(metadata, beside, options.caption_column)
         described = labels is not None or (self._captions and not used) or self.captions_problem
@@ -175,7 +175,7 @@ class FolderPictures(EncodedPictures):
         return open_file(self.root / self._names[index])
 
     def size(self, index: int) -> int:
-        return self._sizes[index]
+        return self._sizes[self._names[index]]
 
     def name(self, index: int) -> str:
         return self._names[index]
@@ -220,12 +220,13 @@ def _list_pictures(root: Path, passed: PassedOver) -> tuple[list[str], dict[str,
         raise DataError(f"the folder {root} does not exist: check --data")
     if not root.is_dir():
         raise DataError(f"{root} is a file: --data takes a folder with a sub-folder per class")
-    listing, found, beside = list_folder(root), list[str](), list[Path]()
+    listing, beside = list_folder(root), list[Path]()
     listing.count_unread(passed)
-    for name in listing.files:
-        if name[name.rfind(".") :].lower() in EXTENSIONS:
-            found.append(name)
-        elif may_annotate(root / name):
+    found = [name for name in listing.files if name[name.rfind(".") :].lower() in EXTENSIONS]
+    pictures = set(found) if len(found) < len(listing.files) else listing.files
+    others = () if pictures is listing.files else [n for n in listing.files if n not in pictures]
+    for name in others:
+        if may_annotate(root / name):
             beside.append(root / name)
         else:
             passed.add(kind_of(name), name)
