@@ -13,7 +13,7 @@ prior stores as text: "super-resolution:factor=4".
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -31,7 +31,8 @@ from smalti.data.transforms import images_of
 from smalti.errors import ConfigurationError, GenerationError
 from smalti.hub import Registry
 from smalti.pipelines.conditions import IMAGE, Inputs
-from smalti.pipelines.editing import Size, image_of, masked, regions, separate
+from smalti.pipelines.editing import Edit, Size, image_of, masked, regions, separate
+from smalti.prior.base import Prior
 from smalti.prior.conditions.image import ImageCondition, ImageConfig
 from smalti.tokenizer.base import Tokenizer
 
@@ -265,6 +266,16 @@ def image_condition(tokenizer: Tokenizer, config: ImageConfig, inputs: Inputs) -
     with torch.no_grad():
         latents = [task.condition(tokenizer, Given(*pair)).latents for pair in pairs]
     return ImageCondition(torch.cat(latents))
+
+
+def with_image_condition(
+    tokenizer: Tokenizer, prior: Prior, inputs: Inputs
+) -> tuple[Inputs, Edit | None]:
+    """The inputs of an image-conditional pipeline with the encoded image; and, with a mask, what
+    keeps the known latents."""
+    encoded = image_condition(tokenizer, prior.config.image, inputs)
+    edit = None if inputs.mask_image is None else Edit.of(tokenizer, prior, inputs)
+    return replace(inputs, encoded_image=encoded), edit
 
 
 def _check_inputs(task: ImageTask, inputs: Inputs) -> None:

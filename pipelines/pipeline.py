@@ -10,7 +10,7 @@ A saved pipeline is a folder:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast, get_args
 
@@ -39,7 +39,7 @@ from smalti.pipelines.conditions import (
     label_ids,
 )
 from smalti.pipelines.editing import Edit
-from smalti.pipelines.image_tasks import image_condition
+from smalti.pipelines.image_tasks import with_image_condition
 from smalti.pipelines.output import OutputType, PipelineOutput, as_output, png_of
 from smalti.prior.base import Prior
 from smalti.prior.conditions.base import moved, rows
@@ -237,7 +237,8 @@ class Pipeline(Uploadable):
         tokenizer = given.for_latents(info.spec, info.tokenizer_fingerprint) or given
         if isinstance(precision, torch.dtype):  # last: a rounded copy cannot be resized
             tokenizer.cast(precision)
-        pipeline = cls(tokenizer, prior, info.classes)
+        classes = info.classes if "class" in prior.condition_kinds else ()
+        pipeline = cls(tokenizer, prior, classes)
         pipeline.training_pictures = info.dataset_fingerprint
         pipeline.guidance_scale = guidance_of_run(run, pipeline.guidance_scale)
         return pipeline
@@ -491,12 +492,9 @@ class Pipeline(Uploadable):
             return conditions_of(self.prior, inputs, each, self.classes, encoder)
 
         if self.prior.config.image is not None:
-            encoded = image_condition(self.tokenizer, self.prior.config.image, inputs)
-            inputs = replace(inputs, encoded_image=encoded)
+            inputs, edit = with_image_condition(self.tokenizer, self.prior, inputs)
             found = conditions(each)
-            if inputs.mask_image is None:
-                return found, {}
-            return found, Edit.of(self.tokenizer, self.prior, inputs).options(len(found), each)
+            return found, edit.options(len(found), each) if edit else {}
         if not inputs.edits:
             return conditions(each), {}
         edit = Edit.of(self.tokenizer, self.prior, inputs)

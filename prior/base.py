@@ -104,6 +104,11 @@ class PriorConfig:
                 f"num_classes is {num_classes}, but a prior with condition {self.condition} has no "
                 "classes: set it to 0"
             )
+        if ("image" in self.conditions) != (self.image_channels > 0):
+            raise ConfigurationError(
+                f"image_channels is {self.image_channels}, and the condition {self.condition}: a "
+                "prior has both or neither"
+            )
         check_at_least(1, self, "text_length", "text_dim")
 
     def classes_of(self, num_classes: int) -> int:

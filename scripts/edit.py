@@ -80,7 +80,8 @@ class EditConfig(Sampling):
         Raises:
             DataError: a file cannot be used; the box is not inside a picture.
         """
-        options = FolderOptions(background=TRANSPARENT if channels == 4 else WHITE)
+        background = TRANSPARENT if channels == 4 else WHITE
+        options = FolderOptions(background=background, min_side=1)  # small, to be enlarged
         pictures = [to_channels(read_picture(path, options), channels) for path in self.image]
         if self.box:
             return [(each, box_mask(self.box, (each.height, each.width))) for each in pictures]
