@@ -81,7 +81,7 @@ def test_from_captions_to_prompts(root: Path, tmp_path: Path, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--text.length", "4"], "20 of 20 captions are longer than the text length of 4 tokens"),
+        (["--text.length", "4"], "10 of 20 captions are longer than the text length of 4 tokens"),
         (["--condition", "txt"], 'condition is txt; did you mean "text"'),
         (["--text.encoder", "nowhere"], 'no folder and no text encoder called "nowhere"'),
     ],
