@@ -11,9 +11,10 @@ of its content.
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ from smalti.data.order import DataOrder, Key, even_subset
 from smalti.data.sources.verification import in_threads
 from smalti.errors import DataError
 from smalti.files import sha256_of, write_hashed_json
+
+logger = logging.getLogger(__name__)
 
 # -- Writing a cache ------------------------------------------------------------------------------
 
@@ -90,6 +93,7 @@ def write_cache(
     Raises:
         DataError: the folder holds a cache of another tokenizer, data set or layout.
     """
+    info = _as_begun(folder, info)
     refuse_other_cache(folder, info)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(rank, info.num_shards, world_size):
@@ -105,6 +109,26 @@ def write_cache(
         )
         write_hashed_json(folder / MANIFEST, {**saved_fields(info), "shards": hashes})
     barrier()
+
+
+def _as_begun(folder: Path, info: CacheInfo) -> CacheInfo:
+    """What to write: without captions if the same cache was begun without them. Those of
+    smalti 0.1.0 have none, and they continue."""
+    if not info.captions or any(condition.rows == "caption" for condition in info.conditions):
+        return info
+    plain = replace(info, captions="")
+    finished = (folder / MANIFEST).is_file()
+    if finished and read_manifest(folder).identity() != plain.identity():
+        return info
+    begun = [identity_in(shard) for shard in folder.glob("shard-*.safetensors")]
+    if plain.identity() not in begun:
+        return info
+    logger.warning(
+        "the latents in %s were begun without captions, which are left out: for a prior of "
+        "captions choose another output folder",
+        folder,
+    )
+    return plain
 
 
 def on_disk(info: CacheInfo, start: int, stop: int, part: EncodedRange) -> dict[str, np.ndarray]:

@@ -655,6 +655,25 @@ def test_a_shard_has_what_the_manifest_says(tmp_path: Path) -> None:
         LatentCache(tmp_path / "c")
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_cache_begun_without_captions_continues_without_them(
+    tmp_path: Path, finished: bool, caplog
+) -> None:
+    """One of smalti 0.1.0, of pictures that have captions: it is not refused as another one."""
+    folder = tmp_path / "c"
+    write_cache(folder, INFO, encode)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if not finished:
+        (folder / "manifest.json").unlink()
+        (folder / "shard-00001.safetensors").unlink()
+    write_cache(folder, CAPTIONED, captioned)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert "were begun without captions, which are left out" in caplog.text
+    condition = StoredCondition("features", (2,), "float16", "caption", "recipe")
+    with pytest.raises(SmaltiError, match="or of other captions: choose another output folder"):
+        write_cache(folder, replace(CAPTIONED, conditions=(condition,)), captioned)
+
+
 def test_a_cache_without_captions_has_the_manifest_of_earlier_versions(tmp_path: Path) -> None:
     write_cache(tmp_path / "c", INFO, encode)
     content = json.loads((tmp_path / "c" / "manifest.json").read_text())
