@@ -206,7 +206,7 @@ def requests(config: EvaluateConfig, pipeline: Pipeline, evaluator: SampleEvalua
     if pipeline.text_encoder is None:
         raise GenerationError(
             f"{config.model} was trained on features of an unknown text encoder, so it cannot be "
-            "given captions: measure a pipeline that was trained with --text.encoder"
+            "given captions: measure one of smalti train-prior --text.encoder"
         )
     rows = evenly_spaced(config.num_samples, len(heldout))
     prompts = [heldout.captions(row)[0] for row in rows.tolist()]

@@ -26,7 +26,7 @@ FOLDERS = (
 )
 # What prints numbers: a command, a benchmark, or the record of how one was measured.
 PRINTS = re.compile(
-    r"make demo|smalti [a-z]+|python benchmarks/\w+\.py|tokenizer/assets/README\.md"
+    r"make demo|smalti [a-z]+|python (?:benchmarks|examples)/\w+\.py|tokenizer/assets/README\.md"
 )
 
 

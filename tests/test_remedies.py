@@ -265,12 +265,6 @@ REMEDIES: list[tuple[str, list[str], str, list[str]]] = [
         [*TRAIN, "--data", "broken", "--output_dir", "run6", "--folder.bad_images", "skip"],
     ),
     (
-        "class",
-        [*TRAIN, "--data", "one", "--output_dir", "run7"],
-        "pass --folder.single_class",
-        [*TRAIN, "--data", "one", "--output_dir", "run7", "--folder.single_class"],
-    ),
-    (
         "target",
         [*PRIOR, "--output_dir", "prior", "--pipeline_dir", "run"],
         "choose another folder",
