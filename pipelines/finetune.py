@@ -27,7 +27,8 @@ Model = TypeVar("Model", Tokenizer, Prior)
 def fitted_as(config: PriorConfig, other: Any) -> PriorConfig:
     """The settings of a prior, for the latents and classes of `other`."""
     quantizer = getattr(other, "quantizer", None)
-    return config.fitted(other.spec, other.num_classes, other.tokenizer_fingerprint, quantizer)
+    classes = config.classes_of(other.num_classes)
+    return config.fitted(other.spec, classes, other.tokenizer_fingerprint, quantizer)
 
 
 def saved_prior(path_or_hub_id: str) -> PriorConfig:
@@ -61,8 +62,8 @@ def load_initial_weights(
 
     If the number of classes differs, class embeddings are newly initialised, except that of the
     null class, and this is logged. So is what becomes of the weights of conditions that only one
-    of the priors has. So is what becomes of the positions of a prior whose latents
-    have other grids, because its tokenizer had images of another size.
+    of the priors has, and of the positions of a prior whose latents have other grids, because its
+    tokenizer had images of another size.
 
     Args:
         weights: of a checkpoint: the average over its run ("ema"), or those it trained ("raw").
@@ -103,7 +104,7 @@ def load_initial_weights(
                 done,
             )
         if model.num_classes != source.num_classes and model.class_table in tensors:
-            tensors[model.class_table] = _new_classes(model, source)
+            tensors[model.class_table] = _new_classes(model, tensors[model.class_table])
             logger.info(
                 "%s has %d classes, this run %d: class embeddings are newly initialised",
                 path_or_hub_id,
@@ -148,10 +149,9 @@ def _check_tokenizer(model: Prior, source: Prior, tokenizer: Tokenizer | None, w
         )
 
 
-def _new_classes(model: Prior, source: Prior) -> Tensor:
-    """Class embeddings of the new model, (classes + 1, width), with the saved null class."""
+def _new_classes(model: Prior, old: Tensor) -> Tensor:
+    """Class embeddings of the new model, (classes + 1, width), with the null class of old ones."""
     table = model.state_dict()[model.class_table].clone()
-    old = source.state_dict()[model.class_table]
     if table.shape[1:] == old.shape[1:]:
         table[-1] = old[-1]
     return table

@@ -6,6 +6,8 @@ from typing import Any, Self
 
 import torch
 
+from smalti.config import ImageSize
+from smalti.data.latents import as_image_size, resolution
 from smalti.errors import ConfigurationError, GenerationError
 from smalti.pipelines.conditions import Conditions, Inputs, integer
 from smalti.pipelines.pipeline import Pipeline
@@ -76,6 +78,20 @@ class GuidedPipeline(Pipeline):
         """Move all models, change the precision of tokenizer and prior, or both; return self."""
         super().to(device, dtype)
         self.classifier.to(self.device)
+        return self
+
+    def resized(self, image_size: ImageSize) -> Self:
+        """Itself at its own size; another one is refused.
+
+        Raises:
+            GenerationError: the classifier was trained for latents of images of this size alone.
+        """
+        size = as_image_size(image_size)
+        if size != self.tokenizer.image_size:
+            raise GenerationError(
+                f"image_size is {resolution(size)}, but the classifier is for latents of images "
+                f"of {resolution(self.tokenizer.image_size)}: leave image_size out"
+            )
         return self
 
     def save_pretrained(self, path: str | Path, **options: Any) -> Path:

@@ -123,6 +123,9 @@ class PriorConfig:
         Args:
             text: the captions, if text is among the conditions; None keeps what is set.
             image: the pictures, if image is among the conditions; None keeps what is set.
+
+        Raises:
+            ConfigurationError: the prior does not take these conditions.
         """
         changes: dict[str, Any] = {"condition": condition}
         kinds = condition.split("+")
@@ -138,7 +141,9 @@ class PriorConfig:
                 "text_encoder_fingerprint": text.encoder_fingerprint,
             }
         classes = max(1, getattr(self, "num_classes", 0)) if "class" in kinds else 0
-        return replace(self, **changes, **self._with_classes(classes))
+        found = replace(self, **changes, **self._with_classes(classes))
+        found.check_conditions(classes)
+        return found
 
     def _with_classes(self, num_classes: int) -> dict[str, Any]:
         """The fields that hold the number of classes, with this number."""
@@ -154,7 +159,7 @@ class PriorConfig:
         """This configuration, with the same size of network, for other latents.
 
         Args:
-            num_classes: of the latents; a prior without class condition has none.
+            num_classes: of the latents; see `classes_of`.
             quantizer: the configuration of the tokenizer's quantizer, if it has one.
 
         Raises:
@@ -300,8 +305,9 @@ class Prior(nn.Module, Pretrained, ABC):
         Returns:
             What happens to them, for the log.
         """
-        del source
         ours = self.state_dict()
+        if source.class_table in weights and self.class_table in ours:  # may have another name
+            weights[self.class_table] = weights.pop(source.class_table)
         for name in weights.keys() - ours.keys():
             del weights[name]
         for name in ours.keys() - weights.keys():

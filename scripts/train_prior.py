@@ -202,7 +202,7 @@ def build_prior(config: PriorConfig, latents: Latents, tokenizer: Tokenizer) -> 
     quantizer: Any = getattr(tokenizer, "quantizer", None)
     fitted = config.fitted(
         latents.spec,
-        latents.num_classes,
+        config.classes_of(latents.num_classes),
         latents.info.tokenizer_fingerprint,
         getattr(quantizer, "config", None),
     )

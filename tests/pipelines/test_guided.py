@@ -165,6 +165,14 @@ def test_another_classifier_is_refused(changes, message: str) -> None:
         GuidedPipeline(pipe, make_classifier(pipe, **changes))
 
 
+def test_another_image_size_is_refused() -> None:
+    pipe = make_pipe()
+    guided = GuidedPipeline(pipe, make_classifier(pipe))
+    assert guided("cat", image_size=8, **QUICK).latents.shape == (1, 2, 4, 4)
+    with pytest.raises(SmaltiError, match="image_size is 16 x 16, but the classifier"):
+        guided("cat", image_size=16, **QUICK)
+
+
 def test_the_names_of_classes_may_differ() -> None:
     """Converted pipelines have names of their own; labels are what counts."""
     pipe = make_pipe()
