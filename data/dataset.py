@@ -495,8 +495,6 @@ def write_options(folder: Path, options: DataOptions) -> None:
             return  # a URL with a password or a key, which a shared model must not tell
     content = {name: saved_fields(getattr(options, name)) for name in ("data", *STORED)}
     content["value_range"] = saved_fields(measured_range(options.data, options))
-    if not options.heldout_data:  # then earlier versions read the file, too
-        del content["heldout_data"]
     write_hashed_json(folder / OPTIONS, content)
 
 

@@ -45,7 +45,7 @@ class MeasuredRange(tuple[float, float]):
         return hash((MeasuredRange, *self))
 
 
-PERCENTILE = re.compile(r"(\d+(?:\.\d+)?)%(?:=([-+.\deE]+))?")
+PERCENTILE = re.compile(r"(\d+(?:\.\d+)?)%(?:=(-?\d+(?:\.\d+)?))?")
 
 
 def _percentile(limit: Limit) -> tuple[float, float | None] | None:
@@ -78,6 +78,10 @@ def check_range(value_range: RangeOption | None) -> None:
         raise ConfigurationError(
             f"value_range is {shown}; give the percentile that is black, then the larger one, at "
             "most 100%, that is white"
+        )
+    elif low[1] is not None and high[1] is not None and not low[1] < high[1]:
+        raise ConfigurationError(
+            f"value_range is {shown}; the value that is black must be below the one that is white"
         )
 
 

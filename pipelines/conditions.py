@@ -368,27 +368,39 @@ class BatchConditions:
     """The conditions of batches of latents, from what the data set has beside them.
 
     Raises:
-        SmaltiError: the prior takes captions, and the data set has none, or one that is too long.
+        SmaltiError: the prior takes captions, and a data set has none, or one that is too long.
     """
 
-    def __init__(self, config: PriorConfig, encoder: TextEncoder | None, latents: Latents) -> None:
+    def __init__(
+        self,
+        config: PriorConfig,
+        encoder: TextEncoder | None,
+        latents: Latents,
+        heldout: Latents | None = None,
+    ) -> None:
         self.kinds, self.text, self.encoder = config.conditions, config.text, encoder
-        if self.text is not None and latents.first_view([0]).captions is None:
-            raise DataError(
-                f"condition is {config.condition}, but the pictures of {latents.place} have no "
-                "captions: encode pictures that have captions, see smalti check-data"
-            )
         self.are_stored = False
         if encoder is not None and self.text is not None:
             self.are_stored = CaptionFeatures(encoder, self.text.length).are_in(latents.info)
-            if not self.are_stored:
-                texts = latents.all_captions(range(len(latents))) or []
-                encoder.check_captions([t for own in texts for t in own], self.text.length)
+        if self.text is not None:
+            self._check_captions(config.condition, "", latents)
+            if heldout is not None:
+                self._check_captions(config.condition, "held-out ", heldout)
         if config.image is not None and stored_image(latents) != config.image:
             raise DataError(
                 f"condition is {config.condition}, but the latents of {latents.place} have no "
                 f"pictures for {config.image.task}: encode with --image_task {config.image.task}"
             )
+
+    def _check_captions(self, condition: str, which: str, latents: Latents) -> None:
+        texts = latents.all_captions([0] if self.are_stored else range(len(latents)))
+        if texts is None:
+            raise DataError(
+                f"condition is {condition}, but the {which}pictures of {latents.place} have no "
+                "captions: encode pictures that have captions, see smalti check-data"
+            )
+        if self.encoder is not None and self.text is not None and not self.are_stored:
+            self.encoder.check_captions([t for own in texts for t in own], self.text.length)
 
     def __call__(self, batch: LatentBatch) -> Condition:
         """The condition of each sample; on the CPU, or where the text encoder is."""

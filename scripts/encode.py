@@ -72,6 +72,7 @@ class EncodeConfig(DataOptions):
                 raise ConfigurationError(
                     f"condition is {self.condition}; {nearest(kind, CONDITIONS)}"
                 )
+        self.text.refuse_unless("text" in self.condition.split("+"))
         if self.image_task:
             make_task(self.image_task)  # raises if there is no such task
         elif "image" in self.condition.split("+"):

@@ -195,10 +195,17 @@ def requests(config: EvaluateConfig, pipeline: Pipeline, evaluator: SampleEvalua
     captions of held-out pictures, and their classes.
 
     Raises:
-        SmaltiError: the pictures have no captions; one is too long; what encodes them is unknown.
+        SmaltiError: the pipeline is conditional on pictures; the pictures have no captions; one is
+            too long; what encodes them is unknown.
     """
     heldout = evaluator.tokenizer.dataset
     kinds = pipeline.prior.condition_kinds
+    if "image" in kinds:
+        raise GenerationError(
+            f"{config.model} samples from given pictures, which evaluate does not measure: look at "
+            "its samples with smalti edit, or measure its tokenizer, --model "
+            f"{Path(config.model) / 'tokenizer'}"
+        )
     if "text" not in kinds:
         chosen = {"labels": "as in the training pictures"} if "class" in kinds else {}
         return Requests(evaluator.labels(config.num_samples), chosen)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from docstring_parser import parse
 from tyro.conf import arg
 
+from smalti.config import first_difference
+from smalti.errors import ConfigurationError
 from smalti.hub import named_options
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.conditions.byte_encoder import BYTES
@@ -35,6 +37,14 @@ class TextOptions:
     encoder: str = BYTES
     length: int = 64  # tokens of a caption at most; a longer one is refused
     dim: int = 256  # channels of the features of the byte-level encoder
+
+    def refuse_unless(self, used: bool) -> None:
+        """Raise `ConfigurationError` if options were given and captions are not used."""
+        given = first_difference(self, TextOptions(), "text") if not used else None
+        if given:
+            raise ConfigurationError(
+                f"--{given.name} is for a prior of captions: add --condition text, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,9 @@ def conditioned(config: TrainPriorConfig, latents: Latents) -> PriorConfig:
             f"condition is {condition}, but the pictures of {latents.place} have no classes: give "
             "--condition none"
         )
-    if "text" not in prior.conditions or (config.initial and not config.condition):
+    chosen = "text" in prior.conditions and not (config.initial and not config.condition)
+    config.text.refuse_unless(chosen)
+    if not chosen:
         return prior
     encoder = text_encoder_of(config.text.encoder)
     text = TextConfig(
@@ -426,7 +428,7 @@ def train(config: TrainPriorConfig) -> Path:
         tokenizer=tokenizer,
         device=run.device,
         pairs=pairs,
-        condition_of=BatchConditions(prior.config, pipeline.text_encoder, latents),
+        condition_of=BatchConditions(prior.config, pipeline.text_encoder, latents, heldout),
     )
     shown = partial(sample_grid, pipeline, prompts=shown_prompts(prior, heldout))
     if prior.config.image is not None:

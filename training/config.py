@@ -125,6 +125,10 @@ class RunConfig:
             raise ConfigurationError(
                 f"dataloader_num_workers is {self.dataloader_num_workers}; it must be 0 or more"
             )
+        if self.accept_new_data and self.resume_from_checkpoint is None:
+            raise ConfigurationError(
+                "accept_new_data is for a run that is resumed: add --resume_from_checkpoint latest"
+            )
         if not 0 <= self.max_skipped_share <= 1:
             raise ConfigurationError(
                 f"max_skipped_share is {self.max_skipped_share}; it must lie in [0, 1]"

@@ -31,6 +31,7 @@ from smalti.data.sources.base import (
     SourceOptions,
     classes_kept,
     fingerprint_of,
+    names_present,
 )
 from smalti.data.sources.verification import in_threads
 from smalti.errors import DataError, SmaltiError
@@ -80,11 +81,13 @@ class ArraySource(ImageSource):
         )
 
     def _leave_out_one_class(self, options: FolderOptions) -> None:
-        self.classes, remark = classes_kept(str(self.path), self.classes, self.labels, options)
+        names = self.classes
+        self.classes, remark = classes_kept(str(self.path), names, self.labels, options)
         if remark:
             logger.info(remark)
             self.remarks += (remark,)
         if not self.classes:
+            self.only_class = names_present(names, self.labels)
             self.labels = torch.zeros_like(self.labels)
 
     def _find_captions(self, wanted: str) -> None:
@@ -104,6 +107,7 @@ class ArraySource(ImageSource):
                 self.captions_problem = why_incomplete(str(self.path), captioned, self.name)
             except ValueError as error:
                 self.captions_problem = f"{name} in {self.path}: {error}"
+                self._captions = None
         self.has_captions = not self.captions_problem
         if self.has_captions:
             logger.info("captions of %s: %s", self.path, name)

@@ -50,6 +50,7 @@ class ImageSource(ABC):
     """Labelled pictures with random access, in a fixed order."""
 
     classes: tuple[str, ...]  # () = the pictures have no classes
+    only_class: tuple[str, ...] = ()  # the one that all pictures have, where it is left out
     labels: Tensor  # (N,) int64; 0 where there are no classes
     fingerprint: str  # changes when any picture or label does, not with the captions
     has_captions: bool = False  # every picture has captions
@@ -145,14 +146,19 @@ def classes_kept(
         return classes or ("",), ""
     if not classes:
         return (), f"the pictures of {title} have no classes"
-    present = labels.unique().tolist()
+    present = names_present(classes, labels)
     if len(present) > 1:
         return classes, ""
-    only = printable(classes[int(present[0])])
+    only = printable(present[0])
     return (), (
         f'all pictures of {title} are of one class ("{only}"), and are read without classes: '
         "--folder.single_class keeps the class"
     )
+
+
+def names_present(classes: tuple[str, ...], labels: Tensor) -> tuple[str, ...]:
+    """The names of the classes that have pictures; () of a set without classes."""
+    return tuple(classes[number] for number in labels.unique().tolist()) if classes else ()
 
 
 # -- Captions -------------------------------------------------------------------------------------
@@ -285,6 +291,8 @@ class EncodedSource(ImageSource):
         if remark:
             logger.info(remark)
             self.remarks += (remark,)
+        if not self.classes:
+            self.only_class = names_present(pictures.classes, pictures.labels)
 
     def _find_captions(self) -> None:
         """Whether every picture has captions, or why not; the log says so."""

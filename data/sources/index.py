@@ -6,6 +6,7 @@ one `stat` each; those that did are listed again. A file that is added, removed 
 its folder. One that is written over in place does not: its new size is not noticed.
 """
 
+import contextlib
 import gzip
 import json
 import logging
@@ -103,7 +104,8 @@ def list_folder(root: Path) -> FolderListing:
         if len(listing.files) >= SAVED_FROM:
             _save(path, current, now)
         elif known:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is not used again
+                path.unlink()
     return listing
 
 
@@ -118,9 +120,11 @@ def _walk(root: Path, known: dict[str, Entries], bar: tqdm) -> Iterator[tuple[st
         if here in above:  # a loop of links
             continue
         entries = known.get(name)
-        is_new = entries is None or entries.changed != found.st_mtime_ns
+        # Programs that unpack or copy set the time of modification back, not that of the change.
+        changed = max(found.st_mtime_ns, found.st_ctime_ns)
+        is_new = entries is None or entries.changed != changed
         if entries is None or is_new:
-            entries = _entries_of(folder, found.st_mtime_ns, bar)
+            entries = _entries_of(folder, changed, bar)
         yield name, entries, is_new
         inside = (f"{name}/{entry}" if name else entry for entry in reversed(entries.folders))
         waiting += [(folder, above | {here}) for folder in inside]

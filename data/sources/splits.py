@@ -39,9 +39,7 @@ def open_heldout(spec: str, options: SourceOptions, train: ImageSource) -> Image
         DataError: no such set, or it has a class that the training pictures lack, no classes where
             they have some, or splits of its own.
     """
-    # One class may be held out alone; of a training set it would not be a class.
-    folder = replace(options.folder, single_class=bool(train.classes))
-    source = open_verified(spec, replace(_applicable(spec, options), folder=folder))
+    source = open_verified(spec, _applicable(spec, options))
     if source.heldout is not None:
         raise DataError(
             f"{spec} has splits of its own: name the pictures of one, for example the sub-folder "
@@ -50,14 +48,15 @@ def open_heldout(spec: str, options: SourceOptions, train: ImageSource) -> Image
     if not train.classes:
         source.labels, source.classes = torch.zeros_like(source.labels), ()
         return source
-    if source.classes == ("",) and train.classes != ("",):
+    names = source.classes or source.only_class  # one class may be held out alone
+    if not any(names) and train.classes != ("",):
         raise DataError(
             f"the held-out pictures of {spec} have no classes, and the training pictures have "
             f"{len(train.classes)}: put them into sub-folders with the names of these classes"
         )
-    numbers = [class_number(name, train.classes) for name in source.classes]
+    numbers = [class_number(name, train.classes) for name in names]
     present = set(source.labels.tolist())
-    unknown = [source.classes[i] for i in sorted(present) if numbers[i] is None]
+    unknown = [names[i] for i in sorted(present) if numbers[i] is None]
     if unknown:
         raise DataError(
             f"{len(unknown)} classes of {spec} are not among the {len(train.classes)} of the "

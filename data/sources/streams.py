@@ -16,9 +16,8 @@ from tqdm.auto import tqdm
 from smalti.data.image_io import format_of
 from smalti.data.sources.download import locked
 from smalti.data.sources.listing import EXTENSIONS
-from smalti.data.sources.shard_manifest import MANIFESTS
 from smalti.data.sources.shard_members import list_members
-from smalti.data.sources.webdataset import ShardPictures, tar_writer, write_sample
+from smalti.data.sources.webdataset import MANIFESTS, ShardPictures, tar_writer, write_sample
 from smalti.errors import DataError
 from smalti.files import replacing, write_json
 

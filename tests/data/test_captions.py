@@ -17,6 +17,7 @@ from smalti.data.order import DataOrder
 from smalti.data.sources.annotations import captions_in, captions_of
 from smalti.data.sources.base import HuggingFaceOptions, ImageSource, heldout_mask, open_source
 from smalti.errors import SmaltiError
+from smalti.scripts.check_data import CheckDataConfig, check_data
 from tests.data.test_sources import CLASSES, arrays_of, files_of
 
 
@@ -174,6 +175,14 @@ def test_captions_are_read_wherever_they_are(
     assert source.labels.tolist() == plain.labels.tolist() and len(source.classes) == 3
     assert "captions of " in caplog.text
     assert "ignored" not in caplog.text or make is as_named_key  # which has other text members
+
+
+def test_captions_in_an_array_that_are_not_utf_8_are_named(tmp_path: Path) -> None:
+    images, texts = np.zeros((4, 16, 16, 3), np.uint8), np.array([b"a", b"\xff", b"c", b"d"])
+    np.savez(tmp_path / "a.npz", images=images, captions=texts)
+    options = CheckDataConfig(data=str(tmp_path / "a.npz"))
+    report = check_data(options)  # does not raise
+    assert report.captions is None and any("captions in" in remark for remark in report.remarks)
 
 
 def test_an_array_of_single_captions(pictures: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from smalti.data.sources import index
 from smalti.data.sources.index import cache_folder, list_folder
 
 FOLDERS, FILES = 30, 100
+HOUR = 3600 * 10**9  # ns
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Path:
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """3,000 small files in 30 folders that have not changed for an hour."""
     root = tmp_path / "tree"
     for folder in range(FOLDERS):
@@ -28,14 +30,9 @@ def tree(tmp_path: Path) -> Path:
         for number in range(FILES):
             path = root / f"class {folder:02}" / ("deep" if number % 2 else ".") / f"{number}.png"
             path.write_bytes(b"x" * number)
-    settle(root)
+    now = time.time_ns() + HOUR
+    monkeypatch.setattr(time, "time_ns", lambda: now)
     return root
-
-
-def settle(root: Path) -> None:
-    hour_ago = os.stat(root).st_mtime - 3600
-    for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
-        os.utime(folder, (hour_ago, hour_ago))
 
 
 class Calls:
@@ -90,11 +87,20 @@ def test_a_folder_that_changed_just_before_it_was_listed_is_not_trusted(
     tree: Path, cache: Path, monkeypatch
 ) -> None:
     """It may change again within one step of the clock of the file system."""
-    (tree / "class 05" / "new.png").write_bytes(b"new")
+    os.utime(tree / "class 05", ns=(time.time_ns(), time.time_ns()))
     list_folder(tree)
     calls = Calls(monkeypatch)
     list_folder(tree)
     assert calls.listed == [str(tree / "class 05")]
+
+
+def test_a_file_is_noticed_if_the_time_of_its_folder_was_set_back(tree: Path, cache: Path) -> None:
+    """As tar and rsync do, which restore the times of folders."""
+    first, folder = list_folder(tree), tree / "class 04"
+    before = folder.stat()
+    (folder / "new.png").write_bytes(b"new")
+    os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert set(list_folder(tree).files) - set(first.files) == {"class 04/new.png"}
 
 
 def test_a_file_written_over_in_place_is_not_noticed(tree: Path, cache: Path) -> None:

@@ -24,9 +24,13 @@ from smalti.data.sources.base import (
     open_unverified,
 )
 from smalti.data.sources.folder import EXTENSIONS
-from smalti.data.sources.shard_manifest import read_manifest
 from smalti.data.sources.shard_members import BLOCK, MAX_ANNOTATION_BYTES, list_members
-from smalti.data.sources.webdataset import ShardPictures, expand_braces, expand_shards
+from smalti.data.sources.webdataset import (
+    ShardPictures,
+    expand_braces,
+    expand_shards,
+    read_manifest,
+)
 from smalti.errors import SmaltiError
 
 COUNT = 6

@@ -130,6 +130,17 @@ def test_one_class_may_be_held_out(tmp_path: Path) -> None:
     check(DataOptions(data=str(data), heldout_data=str(held)).dataset("heldout", 16), {"cat": 2})
 
 
+def test_labels_of_heldout_data_in_metadata_files(tmp_path: Path) -> None:
+    for place, names in (("train", ("ant", "bee", "cat")), ("held", ("cat",))):
+        folder(tmp_path / place, {".": [p for name in names for p in pictures(name, 3)]})
+        labels = [name for name in names for _ in range(3)]
+        rows = [{"file_name": f"{i}.png", "label": label} for i, label in enumerate(labels)]
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (tmp_path / place / "metadata.jsonl").write_text(text)
+    options = DataOptions(data=str(tmp_path / "train"), heldout_data=str(tmp_path / "held"))
+    check(options.dataset("heldout", 16), {"ant": 0, "bee": 0, "cat": 3})
+
+
 def test_without_classes_those_of_heldout_data_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     for i, pixels in enumerate(TRAIN["ant"]):
@@ -191,8 +202,7 @@ def test_heldout_data_is_stored_with_a_model(tmp_path: Path) -> None:
     options = DataOptions(data="a", heldout_data="b")
     write_options(tmp_path, options)
     assert read_options(tmp_path) == options
-    write_options(tmp_path, DataOptions(data="a"))  # as earlier versions wrote and read it
-    assert "heldout_data" not in json.loads((tmp_path / "pictures.json").read_text())
+    write_options(tmp_path, DataOptions(data="a"))
     assert read_options(tmp_path) == DataOptions(data="a")
     (tmp_path / "pictures.json").unlink()
     write_options(tmp_path, DataOptions(data="a", heldout_data="https://user:pass@host/x.tar"))

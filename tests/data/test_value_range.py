@@ -335,6 +335,8 @@ def test_few_grey_levels_are_counted_and_named(pictures: Path, caplog) -> None:
         (("low", "high"), "give two numbers, or two percentiles"),
         (("99%", "1%"), "give the percentile that is black, then the larger one"),
         (("1%", "101%"), "at most 100%"),
+        (("1%=e", "99%=7"), "give two numbers, or two percentiles"),
+        (("1%=7", "99%=7"), "the value that is black must be below the one that is white"),
         ((5.0, 5.0), "give the value that is black, then the larger one"),
     ],
 )

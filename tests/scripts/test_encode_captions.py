@@ -83,6 +83,10 @@ def test_from_captions_to_prompts(root: Path, tmp_path: Path, monkeypatch) -> No
     [
         (["--text.length", "4"], "10 of 20 captions are longer than the text length of 4 tokens"),
         (["--condition", "txt"], 'condition is txt; did you mean "text"'),
+        (
+            ["--condition", "class"],
+            "--text.encoder is for a prior of captions: add --condition text",
+        ),
         (["--text.encoder", "nowhere"], 'no folder and no text encoder called "nowhere"'),
     ],
 )

@@ -77,6 +77,8 @@ def test_a_run_continues_on_more_pictures(tmp_path: Path, caplog) -> None:
     assert [line["step"] for line in losses(tmp_path / "run") if "loss" in line] == [*range(1, 7)]
 
     # From there on it is a run like any other: it resumes exactly, without the flag.
+    with pytest.raises(SmaltiError, match="add --resume_from_checkpoint latest"):
+        replace(run, accept_new_data=True)
     parts = replace(more, output_dir=tmp_path / "parts", accept_new_data=True)
     train(replace(parts, max_train_steps=4))
     train(replace(parts, accept_new_data=False))

@@ -230,6 +230,16 @@ def test_wrong_inputs_are_one_clear_line(made: Path, upscaler: Path, painter: Pa
         assert "\n" not in str(caught.value)
 
 
+def test_evaluation_refuses_a_pipeline_of_given_pictures(
+    made: Path, upscaler: Path, tmp_path: Path, capsys
+) -> None:
+    argv = ["--data", str(made / "pictures"), "--output_dir", str(tmp_path / "evaluation")]
+    assert smalti_main(["evaluate", "--model", str(upscaler), *argv]) == 2
+    message = capsys.readouterr().err
+    assert "smalti edit" in message and not list((tmp_path / "evaluation").glob("[!.]*"))
+    assert Path(message.split("--model ")[1].split()[0], "config.json").is_file()
+
+
 def test_training_needs_pictures_beside_the_latents(made: Path, tmp_path: Path, capsys) -> None:
     tokenizer = ["--tokenizer", str(made / "class" / "tokenizer")]
     data = ["--data", str(made / "pictures"), "--output_dir", str(tmp_path / "plain")]

@@ -229,6 +229,24 @@ def test_captions_are_those_of_a_cache(root: Path, tmp_path: Path) -> None:
         encode(job)
 
 
+def test_held_out_pictures_without_captions_are_refused_before_training(
+    root: Path, tmp_path: Path
+) -> None:
+    folder, held = tmp_path / "captioned", tmp_path / "held"
+    for place in (folder, held):
+        shutil.copytree(root / "pictures" / "cat", place)
+    for file in folder.glob("*.png"):
+        file.with_suffix(".txt").write_text("a cat")
+    data = {"data": str(folder), "heldout_data": str(held)}
+    config = config_of(root, "kl", tmp_path / "run", condition="text", **data)
+    with pytest.raises(SmaltiError, match=r"the held-out pictures of .* have no captions"):
+        train(config)
+    for file in held.glob("*.png"):
+        file.with_suffix(".txt").write_text("a cat " * 50)
+    with pytest.raises(SmaltiError, match=r"12 of 12 captions are longer"):
+        train(config)
+
+
 def test_commands_take_heldout_data(root: Path, tmp_path: Path) -> None:
     held = tmp_path / "held"
     for name in ("dog", "emu"):
