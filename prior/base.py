@@ -42,27 +42,30 @@ class PriorConfig:
     registry: ClassVar[Registry] = PRIORS
     # Fields that may change without changing what saved weights compute.
     NON_ARCHITECTURE_FIELDS: ClassVar[tuple[str, ...]] = ()
-    # Fields that `fitted` and `conditioned` set: help texts do not offer them.
+    # Fields that `fitted` takes from the latents: help texts do not offer them.
     FROM_LATENTS: ClassVar[tuple[str, ...]] = (
         "spec",
         "num_classes",
         "tokenizer_fingerprint",
-        "condition",
-        "text_length",
-        "text_dim",
-        "text_encoder",
         "text_encoder_fingerprint",
         "image_channels",
         "image_task",
     )
+    # Fields that `conditioned` sets, and the flags of train-prior for them.
+    SET_BY_FLAGS: ClassVar[Mapping[str, str]] = {
+        "condition": "--condition",
+        "text_length": "--text.length",
+        "text_dim": "--text.dim",
+        "text_encoder": "--text.encoder",
+    }
     # Kinds of condition that priors of this class take, beside none.
     CONDITIONS: ClassVar[tuple[str, ...]] = ("class",)
 
     condition: str = added("class")  # kinds joined by "+", such as class+text; or none
     text_length: int = added(64)  # tokens of a caption, padded
     text_dim: int = added(256)  # channels of the features of a caption token
-    text_encoder: str = added("")  # see `TextConfig`
-    text_encoder_fingerprint: str = added("")
+    text_encoder: str = added("")  # what makes the features, see `TextConfig`
+    text_encoder_fingerprint: str = added("")  # sha256 of a frozen text encoder
     image_channels: int = added(0)  # of the latents of pictures; 0: they are no condition
     image_task: str = added("")  # see `ImageConfig`
 

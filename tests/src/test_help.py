@@ -102,14 +102,16 @@ def test_presets_state_size_resolution_and_memory() -> None:
     assert line.startswith("with 256 codes of 16,384 (16 x 16), ") and line.endswith(" GB")
 
 
-def test_what_commands_cannot_work_with_is_refused_at_once(tmp_path) -> None:
-    message = "prior.condition is text, but commands work with class only: leave it out"
-    with pytest.raises(SmaltiError, match=f"command line: {message}"):
-        parse_config(TrainPriorConfig, ["--prior.condition", "text"], prog="test")
+def test_a_field_that_another_flag_sets_is_refused_on_the_command_line(tmp_path) -> None:
+    for field, value, flag in (
+        ("condition", "text", "--condition"),
+        ("text_length", "32", "--text.length"),
+        ("text_encoder", "bytes", "--text.encoder"),
+    ):
+        message = f"command line: prior.{field} is {value}, but {flag} sets it: give that instead"
+        with pytest.raises(SmaltiError, match=message):
+            parse_config(TrainPriorConfig, [f"--prior.{field}", value], prog="test")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("prior: {condition: text, num_classes: 0}\n")
-    with pytest.raises(SmaltiError, match=message):
-        parse_config(TrainPriorConfig, ["--config", str(recipe)], prog="test")
     recipe.write_text("prior: {condition: class, text_length: 120, kind: next-token}\n")
     found = parse_config(TrainPriorConfig, ["--config", str(recipe)], prog="test")
     assert found == TrainPriorConfig()
