@@ -150,7 +150,7 @@ class Inputs:
             if (is_given and kind not in kinds) or (needed and not is_given):
                 others = [ARGUMENTS[kind] for kind in given if kind not in kinds]
                 raise GenerationError(
-                    f"this pipeline is {KINDS.get('+'.join(sorted(kinds)), 'conditional')}: pass "
+                    f"this pipeline is {_adjective(kinds)}: pass "
                     f"{wanted}, and no {' or '.join(others)}"
                 )
         if "image" in kinds and self.encoded_image is None:
@@ -168,17 +168,16 @@ class Inputs:
             )
 
 
-# How a caller gives a condition of each kind, and what a pipeline of it is called.
+# How a caller gives a condition of each kind.
 ARGUMENTS = {"class": "class_labels", "image": "image", "text": "prompt", "none": "num_images"}
-KINDS = {
-    "class": "class-conditional",
-    "text": "text-conditional",
-    "class+text": "conditional on class and text",
-    "image": "image-conditional",
-    "class+image": "conditional on class and image",
-    "image+text": "conditional on image and text",
-    "none": "unconditional",
-}
+
+
+def _adjective(kinds: Iterable[str]) -> str:
+    """What a pipeline with these kinds of condition is called."""
+    names = sorted(kinds)
+    if names == ["none"]:
+        return "unconditional"
+    return f"{names[0]}-conditional" if len(names) == 1 else f"conditional on {' and '.join(names)}"
 
 
 @dataclass(frozen=True)

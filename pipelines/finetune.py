@@ -14,7 +14,7 @@ from smalti.checkpoints import Weights
 from smalti.config import first_difference
 from smalti.errors import CheckpointError, ConfigurationError
 from smalti.hub import resolve_folder
-from smalti.pipelines.pipeline import INDEX
+from smalti.pipelines.model_index import INDEX
 from smalti.prior.base import Prior
 from smalti.prior.presets import PriorConfig
 from smalti.tokenizer.base import Tokenizer

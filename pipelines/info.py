@@ -9,7 +9,8 @@ from smalti.errors import SmaltiError
 from smalti.files import Info, command, read_hashed_json, read_json, recorded_hashes
 from smalti.pipelines.card import image_words
 from smalti.pipelines.generation import SETTINGS, picture_hashes, problems_in
-from smalti.pipelines.pipeline import INDEX, Pipeline
+from smalti.pipelines.model_index import INDEX
+from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
 from smalti.prior.flow.classifier import CLASSIFIERS, LatentClassifier
 from smalti.prior.flow.path import PATHS

@@ -28,7 +28,8 @@ from smalti.data.value_range import limits_of
 from smalti.errors import ConfigurationError, DataError
 from smalti.folders import is_unreported, replacing_file
 from smalti.hub import resolve_folder
-from smalti.pipelines.pipeline import DEMO, INDEX, check_model
+from smalti.pipelines.model_index import INDEX
+from smalti.pipelines.pipeline import DEMO, check_model
 from smalti.tokenizer import manipulation
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.losses.perceptual import LPIPS, MIN_SIDE

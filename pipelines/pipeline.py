@@ -10,7 +10,6 @@ A saved pipeline is a folder:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast, get_args
 
@@ -25,7 +24,7 @@ from smalti.data.classes import check_class_names
 from smalti.data.latent_cache.manifest import CacheInfo, read_manifest
 from smalti.data.latents import as_image_size, as_tensor
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
-from smalti.files import HASHES, check_hashes, read_config_file, write_hashed_json, write_text
+from smalti.files import check_hashes, write_hashed_json, write_text
 from smalti.folders import contents, replacing_folder
 from smalti.pipelines.card import SAMPLES, image_words, model_card
 from smalti.pipelines.conditions import (
@@ -40,6 +39,14 @@ from smalti.pipelines.conditions import (
 )
 from smalti.pipelines.editing import Edit
 from smalti.pipelines.image_tasks import with_image_condition
+from smalti.pipelines.model_index import (
+    CONFIGS,
+    INDEX,
+    WEIGHTS,
+    PipelineIndex,
+    components_of,
+    read_index,
+)
 from smalti.pipelines.output import OutputType, PipelineOutput, as_output, png_of
 from smalti.prior.base import Prior
 from smalti.prior.conditions.base import moved, rows
@@ -49,58 +56,8 @@ from smalti.repository import Uploadable, check_options, resolve_folder
 from smalti.tokenizer.base import Tokenizer, check_finite
 from smalti.weights import AS_SAVED, chosen_dtype, unwrapped
 
-# -- model_index.json -----------------------------------------------------------------------------
-
-FORMAT_VERSION = 1
-INDEX = "model_index.json"
 DEMO = "runs/demo/pipeline"  # what `smalti demo` writes, and other commands read by default
 DEFAULT_GUIDANCE = 2.0  # guidance_scale of a pipeline that does not say otherwise
-CONFIGS = ("tokenizer/config.json", "prior/config.json")  # whose hashes the index records
-WEIGHTS = ("tokenizer/model.safetensors", "prior/model.safetensors")
-
-
-@dataclass(frozen=True)
-class Components:
-    """The registry names of the models in tokenizer/ and prior/."""
-
-    tokenizer: str
-    prior: str
-
-
-@dataclass(frozen=True)
-class PipelineIndex:
-    """The content of model_index.json."""
-
-    components: Components
-    classes: tuple[str, ...]
-    notes: str = ""  # Markdown for the model card
-    training_pictures: str = ""  # fingerprint of the prior's training data; empty if unknown
-    guidance_scale: float | None = None  # of a call that gives none; None: the default
-    _class_name: Literal["Pipeline"] = "Pipeline"
-    format_version: int = FORMAT_VERSION
-
-
-def read_index(folder: Path) -> PipelineIndex:
-    """Read model_index.json, strictly.
-
-    Raises:
-        CheckpointError: there is none, or it is of another format.
-        SmaltiError: it is damaged; a key is missing, unknown or of the wrong type.
-    """
-    path = folder / INDEX
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no {INDEX}: it is not a saved pipeline")
-    content = read_config_file(path)
-    if not isinstance(content, dict) or not isinstance(content.get("classes"), list):
-        raise CheckpointError(f"{path} has no list of class names: it is not a smalti pipeline")
-    found = content.get("format_version")
-    if found != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format {found}; this smalti reads {FORMAT_VERSION}")
-    content.pop(HASHES, None)
-    return config_from_dict(PipelineIndex, content, str(path))
-
-
-# -- the pipeline ---------------------------------------------------------------------------------
 
 
 class Pipeline(Uploadable):
@@ -204,10 +161,10 @@ class Pipeline(Uploadable):
         index = read_index(folder)
         tokenizer = Tokenizer.from_pretrained(folder / "tokenizer", dtype=precision, verify=verify)
         prior = Prior.from_pretrained(folder / "prior", dtype=precision, verify=verify)
-        if _components(tokenizer, prior) != index.components:
+        if components_of(tokenizer, prior) != index.components:
             raise CheckpointError(
                 f"{folder / INDEX} names {index.components}; the folder holds "
-                f"{_components(tokenizer, prior)}: it was put together from different pipelines"
+                f"{components_of(tokenizer, prior)}: it was put together from different pipelines"
             )
         pipeline = cls(tokenizer, prior, index.classes)
         if verify:
@@ -289,7 +246,7 @@ class Pipeline(Uploadable):
         card = model_card(tokenizer, prior, self.classes, grid is not None, notes)
         write_text(folder / "README.md", card)
         index = PipelineIndex(
-            components=_components(tokenizer, prior),
+            components=components_of(tokenizer, prior),
             classes=self.classes,
             notes=notes,
             training_pictures=self.training_pictures,
@@ -591,10 +548,3 @@ def _check_pair(tokenizer: Tokenizer, prior: Prior) -> None:
             f"{tokenizer.fingerprint[:12]}: pair it with its own tokenizer, and change the "
             "precision with dtype= or cast()"
         )
-
-
-def _components(tokenizer: Tokenizer, prior: Prior) -> Components:
-    return Components(
-        tokenizer=Tokenizer.registry.name_of(type(tokenizer)),
-        prior=Prior.registry.name_of(type(prior)),
-    )

@@ -16,9 +16,9 @@ from smalti.data.latents import CodeSpec, LatentSpec, as_tensor
 from smalti.errors import ConfigurationError, GenerationError
 from smalti.hub import Pretrained, Registry
 from smalti.prior.conditions.base import Combination, Condition, ConditionKind, count, part_of
-from smalti.prior.conditions.classes import ClassCondition
+from smalti.prior.conditions.classes import ClassKind
 from smalti.prior.conditions.image import ImageConfig
-from smalti.prior.conditions.none import NoCondition
+from smalti.prior.conditions.none import NoneKind
 from smalti.prior.conditions.text import TextConfig
 from smalti.prior.registry import PRIORS
 from smalti.randomness import Generators, RandomInputs
@@ -362,13 +362,13 @@ class Prior(nn.Module, Pretrained, ABC):
         """What this prior knows about each kind of its condition, by name."""
         names = self.config.conditions
         if not names:
-            return {"none": NoCondition()}
+            return {"none": NoneKind()}
         return {name: self._condition_kind(name) for name in names}
 
     def _condition_kind(self, name: str) -> ConditionKind:
         """One kind of condition. A prior that takes more than classes overrides this."""
         assert name == "class", name
-        return ClassCondition(self.num_classes, self._class_table_has_null)
+        return ClassKind(self.num_classes, self._class_table_has_null)
 
     @property
     def _class_table_has_null(self) -> bool:

@@ -27,7 +27,8 @@ from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.conditions import Inputs, check_options, conditions_of
 from smalti.pipelines.generation import picture_generator, sample_grid
-from smalti.pipelines.pipeline import DEMO, INDEX, Pipeline, check_model
+from smalti.pipelines.model_index import INDEX
+from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.prior.conditions.base import moved
 from smalti.scripts.options import Sampling
 from smalti.tokenizer.base import Tokenizer

@@ -19,7 +19,7 @@ from smalti.files import read_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.convert import export
-from smalti.pipelines.pipeline import INDEX
+from smalti.pipelines.model_index import INDEX
 from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.base import Tokenizer

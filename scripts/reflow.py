@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
 from smalti.data.latent_cache.cache import EncodedRange, refuse_other_contents, write_cache
 from smalti.data.latent_cache.manifest import CacheInfo
+from smalti.errors import ConfigurationError
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
@@ -50,6 +52,11 @@ class ReflowConfig(Sampling):
         check_at_least(1, self, "num_pairs", "num_heldout", "batch_size", "shard_size")
 
 
+def labels_of(prior: FlowPrior, indices: Tensor) -> Tensor:
+    """The labels of pairs (B,): all classes in turn; zeros for an unconditional prior."""
+    return indices % max(prior.num_classes, 1)
+
+
 @dataclass
 class PairMaker:
     """(start, stop) -> the pairs of that range, (N, 1, 2C, h, w): data and noise, concatenated.
@@ -63,13 +70,13 @@ class PairMaker:
 
     @torch.no_grad()
     def __call__(self, start: int, stop: int) -> EncodedRange:
-        parts, labels = [], torch.arange(start, stop) % self.prior.num_classes
+        parts, labels = [], labels_of(self.prior, torch.arange(start, stop))
         device = next(self.prior.parameters()).device
         job = derive_seed(self.config.seed, "reflow", self.split)
         for indices in torch.arange(start, stop).split(self.config.batch_size):
             pairs = generate_pairs(
                 self.prior,
-                (indices % self.prior.num_classes).to(device),
+                labels_of(self.prior, indices).to(device),
                 generator=[picture_generator(job, i) for i in indices.tolist()],
                 **self.config.options,
             )
@@ -81,14 +88,19 @@ def load(config: ReflowConfig) -> tuple[Pipeline, FlowPrior]:
     """The pipeline, and its flow prior.
 
     Raises:
-        SmaltiError: the prior is no flow on the linear path, or pairs cannot be generated with
-            these options.
+        SmaltiError: the prior is no flow on the linear path, or is conditional on more than
+            classes; pairs cannot be generated with these options.
     """
     check_model(config.model)
     pipeline = Pipeline.from_pretrained(config.model, device=join_job().device)
     prior = pipeline.prior
     check_straight(prior)
     assert isinstance(prior, FlowPrior)
+    if {*prior.config.conditions} - {"class"}:
+        raise ConfigurationError(
+            f"the prior in {config.model} is conditional on {prior.config.condition}: reflow takes "
+            "priors of classes, or without a condition"
+        )
     check_options(prior, config.options)
     # Raises unless the solver is an ODE solver.
     generate_pairs(prior, prior.no_conditions(), **config.options)
@@ -127,7 +139,7 @@ def mean_straightness(prior: FlowPrior, config: ReflowConfig) -> float:
     """Straightness of the flow, 0 for straight lines, averaged over noise and classes."""
     solver = make_solver(config.options.get("solver", "heun"))
     assert isinstance(solver, ODESolver)
-    labels = torch.arange(MEASURED_PAIRS) % prior.num_classes
+    labels = labels_of(prior, torch.arange(MEASURED_PAIRS))
     generators = [picture_generator(config.seed, i) for i in range(MEASURED_PAIRS)]
     noise = prior.initial_noise(MEASURED_PAIRS, NormalSource(generators, MEASURED_PAIRS))
     options = config.options

@@ -30,7 +30,8 @@ from smalti.pipelines.convert.reader import (
     read_checkpoint,
 )
 from smalti.pipelines.convert.source import Inferred, Options, Source, check_stated
-from smalti.pipelines.pipeline import INDEX, Pipeline
+from smalti.pipelines.model_index import INDEX
+from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
 from smalti.tokenizer.base import Tokenizer

@@ -7,7 +7,7 @@ from smalti.errors import GenerationError
 from smalti.prior.conditions.base import ConditionKind
 
 
-class ClassCondition(ConditionKind):
+class ClassKind(ConditionKind):
     """Labels (B,) int64 in [0, num_classes); `num_classes` itself is the null label.
 
     Args:

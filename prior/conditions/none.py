@@ -7,7 +7,7 @@ from smalti.errors import GenerationError
 from smalti.prior.conditions.base import ConditionKind
 
 
-class NoCondition(ConditionKind):
+class NoneKind(ConditionKind):
     """The value is labels (B,) of zeros, the null label of a prior without classes: its class table
     has one row."""
 

@@ -123,7 +123,8 @@ def causal_mask(masks: Tensor, start: int, stop: int) -> Tensor:
 class Embedded:
     """An embedded condition of B samples."""
 
-    vector: Tensor  # (B, width): the class, the mean of the caption's tokens, or their sum
+    # (B, width): the class, and in priors with text a function of the mean of the caption's tokens
+    vector: Tensor
     tokens: Tensor | None = None  # (B, T, width) of the caption
     mask: Tensor | None = None  # (B, T) bool, True at tokens
 

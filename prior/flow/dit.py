@@ -337,14 +337,14 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = Modulation(config.width, 6)
 
     def forward(
-        self, x: Tensor, c: Tensor, rope_freqs: Tensor | None, caption: Embedded | None = None
+        self, x: Tensor, c: Tensor, rope_freqs: Tensor | None, embedded: Embedded | None = None
     ) -> Tensor:
         """Tokens x (B, N, width) and conditioning c (B, width) -> (B, N, width)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)  # (B, 1, width)
         attended = self.attn(modulate(self.norm1(x), shift1, scale1), rope_freqs)
         x = torch.addcmul(x, gate1, attended)  # x + gate1 attended, in one kernel
-        if self.cross_attn is not None and caption is not None:
-            x = x + self.cross_attn(x, caption)
+        if self.cross_attn is not None and embedded is not None:
+            x = x + self.cross_attn(x, embedded)
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
@@ -444,15 +444,21 @@ class DiT(nn.Module):
         freqs = None if self.rope_freqs is None else torch.view_as_complex(self.rope_freqs.table)
         if labels is None:
             labels = torch.full_like(t, self.config.num_classes, dtype=torch.int64)
-        c = self.t_embedder(t) + self.y_embedder(labels)  # (B, width)
-        caption = None
-        if text is not None:
-            caption = self.caption_embedder.embedded(text)  # type: ignore[union-attr]
-            c = c + self.caption_mean(caption.vector)  # type: ignore[misc]
+        embedded = self.embedded(labels, text)
+        c = self.t_embedder(t) + embedded.vector  # (B, width)
         for block in self.blocks:
-            tokens = block(tokens, c, freqs, caption)
+            tokens = block(tokens, c, freqs, embedded)
         patches = self.final_layer(tokens, c).to(x.dtype)  # (B, N, p p C_out)
         return unpatchify(patches, self.config.token_grid, self.config.patch_size)
+
+    def embedded(self, labels: Tensor, text: TextCondition | None) -> Embedded:
+        """The embedded condition; an image is part of the latents instead."""
+        row = self.y_embedder(labels)
+        if text is None:
+            return Embedded(row)
+        assert self.caption_embedder is not None and self.caption_mean is not None
+        caption = self.caption_embedder.embedded(text)
+        return Embedded(row + self.caption_mean(caption.vector), caption.tokens, caption.mask)
 
     def _check(
         self,

@@ -467,6 +467,23 @@ def test_a_new_prior_ignores_the_caption_but_for_its_mean(name) -> None:
     assert len(layers) == 1 and not layers[0].any()
 
 
+@dataclass(frozen=True)
+class OwnConfig(PriorConfig):
+    """Of a prior of one's own, which takes classes and says nothing about conditions."""
+
+    kind: str = "new"
+    num_classes: int = 3
+
+
+def test_a_configuration_of_ones_own_is_checked() -> None:
+    assert OwnConfig().conditioned("class") == OwnConfig()
+    unconditional = OwnConfig().conditioned("none")
+    assert unconditional.num_classes == 0 and unconditional.classes_of(3) == 0
+    for other in ("text", "depth"):
+        with pytest.raises(SmaltiError, match=f'condition is "{other}"; a new prior takes none'):
+            OwnConfig().conditioned(other)
+
+
 def test_a_configuration_that_no_prior_can_have_is_refused() -> None:
     config = CASES["next-token"].config
     with pytest.raises(SmaltiError, match='condition is "image"; a next-token prior takes none'):

@@ -1,5 +1,6 @@
 """Rectified flow from the command line: pairs, training on them, a straighter flow."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,6 +127,33 @@ def test_training_on_pairs_straightens_the_flow(bent: Path, tmp_path: Path) -> N
 def test_other_priors_and_solvers_are_refused(bent, tmp_path, changes, message) -> None:
     with pytest.raises(smalti.SmaltiError, match=message):
         reflow(replace(config_of(bent, tmp_path / "pairs"), **changes))
+    assert not (tmp_path / "pairs").exists()
+
+
+@pytest.mark.parametrize("condition", ["none", "text", "class+text"])
+def test_conditions_other_than_classes(condition: str, bent: Path, tmp_path: Path) -> None:
+    """An unconditional flow has pairs; one of captions is refused before anything is written."""
+    tokenizer = smalti.Tokenizer.from_pretrained(bent / "tokenizer")
+    classes = ("a", "b") if "class" in condition else ()
+    network = replace(NETWORK, num_classes=len(classes))
+    config = FlowConfig(
+        network=network,
+        condition=condition,
+        text_length=4,
+        text_dim=8,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
+    smalti.Pipeline(tokenizer, FlowPrior(config), classes).save_pretrained(tmp_path / "own")
+    job = replace(config_of(tmp_path / "own", tmp_path / "pairs"), num_pairs=8)
+    if condition == "none":
+        reflow(job)
+        cache = LatentCache(tmp_path / "pairs" / "train")
+        assert cache.first_view(range(8)).labels.tolist() == [0] * 8 and cache.classes == ()
+        return
+    with pytest.raises(
+        smalti.SmaltiError, match=re.escape(f"conditional on {condition}: reflow takes")
+    ):
+        reflow(job)
     assert not (tmp_path / "pairs").exists()
 
 
