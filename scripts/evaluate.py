@@ -96,6 +96,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (folder / INDEX).is_file() or has_prior(folder):
         pipeline = Pipeline.from_pretrained(folder, device=device, weights=config.weights)
+        if pipeline.prior.config.image is not None:
+            raise GenerationError(
+                f"{config.model} is conditional on pictures: measure it with python "
+                f"benchmarks/image_tasks.py --model {config.model}"
+            )
         if config.image_size is not None:
             pipeline = resized(config, pipeline, config.image_size)
         return evaluate_pipeline(config, pipeline)
@@ -325,9 +330,10 @@ def check_training_images(config: EvaluateConfig, pipeline: Pipeline, train: Ima
         DataError: see `sample_evaluator`.
     """
     if pipeline.classes and not train.number_as(pipeline.classes):
+        found = f"the classes {', '.join(train.classes)}" if train.classes else "no classes"
         raise DataError(
-            f"{config.data} has the classes {', '.join(train.classes)}; the pipeline was "
-            f"trained on {', '.join(pipeline.classes)}: give --data as in training"
+            f"{config.data} has {found}; the pipeline was trained on "
+            f"{', '.join(pipeline.classes)}: give --data as in training"
         )
     known = pipeline.training_pictures
     if known and known != train.fingerprint and not config.other_data:

@@ -20,6 +20,7 @@ from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
 from smalti.data.latent_cache.cache import EncodedRange, refuse_other_contents, write_cache
 from smalti.data.latent_cache.manifest import CacheInfo
+from smalti.errors import ConfigurationError
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
@@ -63,18 +64,23 @@ class PairMaker:
 
     @torch.no_grad()
     def __call__(self, start: int, stop: int) -> EncodedRange:
-        parts, labels = [], torch.arange(start, stop) % self.prior.num_classes
+        parts, labels = [], labels_in_turn(self.prior, torch.arange(start, stop))
         device = next(self.prior.parameters()).device
         job = derive_seed(self.config.seed, "reflow", self.split)
         for indices in torch.arange(start, stop).split(self.config.batch_size):
             pairs = generate_pairs(
                 self.prior,
-                (indices % self.prior.num_classes).to(device),
+                labels_in_turn(self.prior, indices).to(device),
                 generator=[picture_generator(job, i) for i in indices.tolist()],
                 **self.config.options,
             )
             parts.append(torch.cat([pairs.data, pairs.noise], 1)[:, None].cpu())
         return EncodedRange(torch.cat(parts), labels)
+
+
+def labels_in_turn(prior: FlowPrior, indices: torch.Tensor) -> torch.Tensor:
+    """The labels of pairs of these numbers: all classes in turn, or zeros without classes."""
+    return indices % max(1, prior.num_classes)
 
 
 def load(config: ReflowConfig) -> tuple[Pipeline, FlowPrior]:
@@ -89,6 +95,11 @@ def load(config: ReflowConfig) -> tuple[Pipeline, FlowPrior]:
     prior = pipeline.prior
     check_straight(prior)
     assert isinstance(prior, FlowPrior)
+    if not {*prior.condition_kinds} <= {"class", "none"}:
+        raise ConfigurationError(
+            f"{config.model} has the condition {prior.config.condition}, but pairs are made of "
+            "noise and classes alone: give a flow prior with --condition class or none"
+        )
     check_options(prior, config.options)
     # Raises unless the solver is an ODE solver.
     generate_pairs(prior, prior.no_conditions(), **config.options)
@@ -127,7 +138,7 @@ def mean_straightness(prior: FlowPrior, config: ReflowConfig) -> float:
     """Straightness of the flow, 0 for straight lines, averaged over noise and classes."""
     solver = make_solver(config.options.get("solver", "heun"))
     assert isinstance(solver, ODESolver)
-    labels = torch.arange(MEASURED_PAIRS) % prior.num_classes
+    labels = labels_in_turn(prior, torch.arange(MEASURED_PAIRS))
     generators = [picture_generator(config.seed, i) for i in range(MEASURED_PAIRS)]
     noise = prior.initial_noise(MEASURED_PAIRS, NormalSource(generators, MEASURED_PAIRS))
     options = config.options
