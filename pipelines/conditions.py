@@ -75,8 +75,6 @@ def _label_id(label: int | str, classes: Sequence[str]) -> int:
         if (number := class_number(label, classes)) is not None:
             return number
         if not label.isdecimal() or any(name.isdecimal() for name in classes):
-            if not classes:
-                raise GenerationError(f"no class is named {shown(label)}: there are no classes")
             near = difflib.get_close_matches(label, classes, n=3, cutoff=0.3) or classes[:10]
             raise GenerationError(
                 f"no class is named {shown(label)}; known are for example {', '.join(near)}"
@@ -368,9 +366,6 @@ def stored_image(latents: Latents) -> ImageConfig | None:
 
 class BatchConditions:
     """The conditions of batches of latents, from what the data set has beside them.
-
-    Args:
-        splits: the latents of which batches will be given.
 
     Raises:
         SmaltiError: the prior takes captions, and a data set has none, or one that is too long.

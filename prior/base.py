@@ -62,7 +62,7 @@ class PriorConfig:
     text_length: int = added(64)  # tokens of a caption, padded
     text_dim: int = added(256)  # channels of the features of a caption token
     text_encoder: str = added("")  # see `TextConfig`
-    text_encoder_fingerprint: str = added("")
+    text_encoder_fingerprint: str = added("")  # of its weights and vocabulary
     image_channels: int = added(0)  # of the latents of pictures; 0: they are no condition
     image_task: str = added("")  # see `ImageConfig`
 

@@ -96,11 +96,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (folder / INDEX).is_file() or has_prior(folder):
         pipeline = Pipeline.from_pretrained(folder, device=device, weights=config.weights)
-        if pipeline.prior.config.image is not None:
-            raise GenerationError(
-                f"{config.model} is conditional on pictures: measure it with python "
-                f"benchmarks/image_tasks.py --model {config.model}"
-            )
         if config.image_size is not None:
             pipeline = resized(config, pipeline, config.image_size)
         return evaluate_pipeline(config, pipeline)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
@@ -51,6 +52,11 @@ class ReflowConfig(Sampling):
         check_at_least(1, self, "num_pairs", "num_heldout", "batch_size", "shard_size")
 
 
+def labels_of(prior: FlowPrior, indices: Tensor) -> Tensor:
+    """The labels of pairs (B,): all classes in turn; zeros for an unconditional prior."""
+    return indices % max(prior.num_classes, 1)
+
+
 @dataclass
 class PairMaker:
     """(start, stop) -> the pairs of that range, (N, 1, 2C, h, w): data and noise, concatenated.
@@ -64,13 +70,13 @@ class PairMaker:
 
     @torch.no_grad()
     def __call__(self, start: int, stop: int) -> EncodedRange:
-        parts, labels = [], labels_in_turn(self.prior, torch.arange(start, stop))
+        parts, labels = [], labels_of(self.prior, torch.arange(start, stop))
         device = next(self.prior.parameters()).device
         job = derive_seed(self.config.seed, "reflow", self.split)
         for indices in torch.arange(start, stop).split(self.config.batch_size):
             pairs = generate_pairs(
                 self.prior,
-                labels_in_turn(self.prior, indices).to(device),
+                labels_of(self.prior, indices).to(device),
                 generator=[picture_generator(job, i) for i in indices.tolist()],
                 **self.config.options,
             )
@@ -78,27 +84,22 @@ class PairMaker:
         return EncodedRange(torch.cat(parts), labels)
 
 
-def labels_in_turn(prior: FlowPrior, indices: torch.Tensor) -> torch.Tensor:
-    """The labels of pairs of these numbers: all classes in turn, or zeros without classes."""
-    return indices % max(1, prior.num_classes)
-
-
 def load(config: ReflowConfig) -> tuple[Pipeline, FlowPrior]:
     """The pipeline, and its flow prior.
 
     Raises:
-        SmaltiError: the prior is no flow on the linear path, or pairs cannot be generated with
-            these options.
+        SmaltiError: the prior is no flow on the linear path, or is conditional on more than
+            classes; pairs cannot be generated with these options.
     """
     check_model(config.model)
     pipeline = Pipeline.from_pretrained(config.model, device=join_job().device)
     prior = pipeline.prior
     check_straight(prior)
     assert isinstance(prior, FlowPrior)
-    if not {*prior.condition_kinds} <= {"class", "none"}:
+    if {*prior.config.conditions} - {"class"}:
         raise ConfigurationError(
-            f"{config.model} has the condition {prior.config.condition}, but pairs are made of "
-            "noise and classes alone: give a flow prior with --condition class or none"
+            f"the prior in {config.model} is conditional on {prior.config.condition}: reflow takes "
+            "priors of classes, or without a condition"
         )
     check_options(prior, config.options)
     # Raises unless the solver is an ODE solver.
@@ -138,7 +139,7 @@ def mean_straightness(prior: FlowPrior, config: ReflowConfig) -> float:
     """Straightness of the flow, 0 for straight lines, averaged over noise and classes."""
     solver = make_solver(config.options.get("solver", "heun"))
     assert isinstance(solver, ODESolver)
-    labels = labels_in_turn(prior, torch.arange(MEASURED_PAIRS))
+    labels = labels_of(prior, torch.arange(MEASURED_PAIRS))
     generators = [picture_generator(config.seed, i) for i in range(MEASURED_PAIRS)]
     noise = prior.initial_noise(MEASURED_PAIRS, NormalSource(generators, MEASURED_PAIRS))
     options = config.options

@@ -188,7 +188,6 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     base = _with_presets(config_class, recipe, arguments, where)
     default = config_from_dict(config_class, recipe, where, base)
     kinds = _take_kinds(arguments)
-    _refuse_python_only(base, recipe, arguments, where)
     _refuse_two_kinds(base, flags, kinds)
     default = config_from_dict(config_class, kinds, "command line", default)
     shown = bool({"-h", "--help"} & {*arguments})
@@ -311,14 +310,14 @@ def _all_kinds_shown(config: Any) -> contextlib.AbstractContextManager[None]:
 
 
 def _some_options_hidden(config: Any) -> contextlib.AbstractContextManager[None]:
-    """Leave out of the help text what a class in `config` names in `PYTHON_ONLY`, and what it names
-    in `FROM_LATENTS`, which `fitted` sets. Outside the help text tyro must know them, so that
-    giving one of them is an error that says why it is refused."""
+    """Leave out of the help text what a class in `config` names in `FROM_LATENTS`, which `fitted`
+    sets. Outside the help text tyro must know them, so that giving one of them is an error that
+    says why it is refused."""
     import tyro
 
     hidden: dict[tuple[type, str], Any] = {}
     for cls in {type(part) for part, _ in _parts(config)}:
-        for name in (*getattr(cls, "PYTHON_ONLY", ()), *getattr(cls, "FROM_LATENTS", ())):
+        for name in getattr(cls, "FROM_LATENTS", ()):
             for owner in cls.__mro__:
                 if name in vars(owner).get("__annotations__", {}):
                     hidden[owner, name] = Annotated[owner.__annotations__[name], tyro.conf.Suppress]
@@ -345,27 +344,6 @@ def _parts(config: Any, prefix: str = "") -> Iterator[tuple[Any, str]]:
         value = getattr(config, part.name)
         if dataclasses.is_dataclass(value):
             yield from _parts(value, f"{prefix}{part.name}.")
-
-
-def _refuse_python_only(
-    base: Any, recipe: Mapping[str, Any], arguments: list[str], where: str
-) -> None:
-    """Raise `ConfigurationError` if a flag or the recipe changes what a class names in
-    `PYTHON_ONLY`: no command can work with another value."""
-    for config, prefix in _parts(base):
-        inside: Any = recipe
-        for name in prefix.split(".")[:-1]:
-            inside = inside.get(name, {}) if isinstance(inside, Mapping) else {}
-        for name in getattr(config, "PYTHON_ONLY", ()):
-            default, given = getattr(config, name), _take(list(arguments), f"--{prefix}{name}")
-            source = "command line" if given is not None else where
-            if given is None and isinstance(inside, Mapping):
-                given = inside.get(name, default)
-            if given is not None and str(given) != str(default):
-                raise ConfigurationError(
-                    f"{source}: {prefix}{name} is {given}, but commands work with {default} only: "
-                    "leave it out, or train in Python"
-                )
 
 
 @contextlib.contextmanager

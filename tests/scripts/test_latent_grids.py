@@ -228,16 +228,6 @@ def test_column_labels_are_signed_numbers() -> None:
     assert [signed(x) for x in (-1.5, 0.0, 2.0)] == ["-1.5", "0", "+2"]
 
 
-def test_a_set_without_classes_has_no_attributes(
-    tokenizer, pictures: Path, tmp_path: Path, capsys
-) -> None:
-    model = tokenizer.save_pretrained(tmp_path / "model")
-    flat = ["--data", str(pictures / "red"), "--indices", "0", "--output", str(tmp_path / "x.png")]
-    argv = ["attribute", "--model", str(model), *flat, "--positive", "a", "--negative", "b"]
-    assert smalti_main(argv) == 2
-    assert 'no class is named "a": there are no classes' in capsys.readouterr().err
-
-
 def test_alpha_that_is_kept_is_no_other_option(tmp_path: Path, capsys, caplog) -> None:
     """A tokenizer with alpha was trained with the same options that the grid has."""
     for i in range(4):

@@ -1,5 +1,6 @@
 """Rectified flow from the command line: pairs, training on them, a straighter flow."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ LIKE_NETWORK = replace(NETWORK, in_channels=4, out_channels=4, grid=(32, 32), nu
 def flow(**changes) -> FlowPrior:
     """A flow with curved trajectories; the velocity of a new network would be 0."""
     torch.manual_seed(1)
-    prior = FlowPrior(FlowConfig(**{"network": NETWORK, **changes}))
+    prior = FlowPrior(FlowConfig(network=NETWORK, **changes))
     for parameter in prior.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -129,6 +130,33 @@ def test_other_priors_and_solvers_are_refused(bent, tmp_path, changes, message) 
     assert not (tmp_path / "pairs").exists()
 
 
+@pytest.mark.parametrize("condition", ["none", "text", "class+text"])
+def test_conditions_other_than_classes(condition: str, bent: Path, tmp_path: Path) -> None:
+    """An unconditional flow has pairs; one of captions is refused before anything is written."""
+    tokenizer = smalti.Tokenizer.from_pretrained(bent / "tokenizer")
+    classes = ("a", "b") if "class" in condition else ()
+    network = replace(NETWORK, num_classes=len(classes))
+    config = FlowConfig(
+        network=network,
+        condition=condition,
+        text_length=4,
+        text_dim=8,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
+    smalti.Pipeline(tokenizer, FlowPrior(config), classes).save_pretrained(tmp_path / "own")
+    job = replace(config_of(tmp_path / "own", tmp_path / "pairs"), num_pairs=8)
+    if condition == "none":
+        reflow(job)
+        cache = LatentCache(tmp_path / "pairs" / "train")
+        assert cache.first_view(range(8)).labels.tolist() == [0] * 8 and cache.classes == ()
+        return
+    with pytest.raises(
+        smalti.SmaltiError, match=re.escape(f"conditional on {condition}: reflow takes")
+    ):
+        reflow(job)
+    assert not (tmp_path / "pairs").exists()
+
+
 def test_only_linear_paths_are_rectified(bent: Path, tmp_path: Path) -> None:
     tokenizer = smalti.Tokenizer.from_pretrained(bent / "tokenizer")
     curved = flow(path=TrigonometricPath(), tokenizer_fingerprint=tokenizer.fingerprint)
@@ -197,29 +225,3 @@ def test_the_command_prints_the_straightness(bent: Path, tmp_path: Path, capsys)
     arguments += ["--num_pairs", "4", "--num_heldout", "4", "--num_inference_steps", "2"]
     assert smalti_main(arguments) == 0
     assert "(0 is straight)" in capsys.readouterr().out
-
-
-def of_condition(bent: Path, out: Path, condition: str, **changes) -> ReflowConfig:
-    """What makes pairs with a flow of another condition."""
-    tokenizer = smalti.Pipeline.from_pretrained(bent).tokenizer
-    prior = flow(
-        network=replace(NETWORK, num_classes=0),
-        condition=condition,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        **changes,
-    )
-    smalti.Pipeline(tokenizer, prior, ()).save_pretrained(out / condition)
-    return replace(config_of(out / condition, out / "pairs"), num_pairs=8)
-
-
-def test_an_unconditional_flow_makes_pairs(bent: Path, tmp_path: Path) -> None:
-    assert reflow(of_condition(bent, tmp_path, "none")) > 0
-    cache = LatentCache(tmp_path / "pairs" / "train")
-    assert cache.classes == () and not cache.labels.any() and len(cache) == 8
-
-
-def test_a_flow_of_captions_is_refused(bent: Path, tmp_path: Path) -> None:
-    text = {"text_length": 4, "text_dim": 8, "text_encoder": "bytes"}
-    with pytest.raises(smalti.SmaltiError, match="pairs are made of noise and classes alone"):
-        reflow(of_condition(bent, tmp_path, "text", **text))
-    assert not (tmp_path / "pairs").exists()

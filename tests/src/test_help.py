@@ -102,14 +102,7 @@ def test_presets_state_size_resolution_and_memory() -> None:
     assert line.startswith("with 256 codes of 16,384 (16 x 16), ") and line.endswith(" GB")
 
 
-def test_what_commands_cannot_work_with_is_refused_at_once(tmp_path) -> None:
-    message = "prior.condition is text, but commands work with class only: leave it out"
-    with pytest.raises(SmaltiError, match=f"command line: {message}"):
+def test_the_condition_is_no_option_of_the_prior() -> None:
+    """It is given as --condition."""
+    with pytest.raises(SmaltiError, match="a prior with condition text has no classes"):
         parse_config(TrainPriorConfig, ["--prior.condition", "text"], prog="test")
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("prior: {condition: text, num_classes: 0}\n")
-    with pytest.raises(SmaltiError, match=message):
-        parse_config(TrainPriorConfig, ["--config", str(recipe)], prog="test")
-    recipe.write_text("prior: {condition: class, text_length: 120, kind: next-token}\n")
-    found = parse_config(TrainPriorConfig, ["--config", str(recipe)], prog="test")
-    assert found == TrainPriorConfig()
