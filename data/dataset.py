@@ -350,9 +350,8 @@ class PictureOptions(SourceOptions):
             logger.info("pictures are read as in the training of %s: %s", model, ", ".join(same))
         for name in sorted(theirs.keys() & ours.keys()):
             if ours[name] != theirs[name]:
-                logger.warning(
-                    "%s is %s; %s was trained with %s", name, ours[name], model, theirs[name]
-                )
+                shown = [value if value != "" else '""' for value in (ours[name], theirs[name])]
+                logger.warning("%s is %s; %s was trained with %s", name, shown[0], model, shown[1])
 
     def for_channels(self, channels: int) -> Self:
         """These options for images of so many channels: with 4, alpha is kept.

@@ -43,9 +43,14 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     kinds = prior.condition_kinds
+    tag = "unconditional-image-generation"
+    if "image" in kinds:
+        tag = "image-to-image"
+    elif "text" in kinds:
+        tag = "text-to-image"
     metadata = ModelCardData(
         library_name="smalti",
-        pipeline_tag="text-to-image" if "text" in kinds else "unconditional-image-generation",
+        pipeline_tag=tag,
         tags=["smalti", "image-generation"],
     )
     body = BODY.format(

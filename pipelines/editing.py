@@ -117,6 +117,8 @@ def _size(tokenizer: Tokenizer) -> Size:
 def _check_size(what: str, found: Size, *wanted: Size) -> None:
     if found not in wanted:
         takes = " or ".join(f"{width} x {height}" for height, width in wanted)
+        if any(height != width for height, width in wanted):
+            takes += " (width x height)"
         raise DataError(
             f"{what} has {found[1]} x {found[0]} pixels; this model takes {takes}: crop and resize "
             "it, for example with "

@@ -98,10 +98,7 @@ def load_initial_weights(
             done = model.adapt_conditions(tensors, source)
             logger.info(
                 "%s has condition %s, this run %s: %s",
-                path_or_hub_id,
-                theirs.condition,
-                ours.condition,
-                done,
+                *(path_or_hub_id, _condition_in_words(theirs), _condition_in_words(ours), done),
             )
         if model.num_classes != source.num_classes and model.class_table in tensors:
             tensors[model.class_table] = _new_classes(model, tensors[model.class_table])
@@ -112,6 +109,14 @@ def load_initial_weights(
                 model.num_classes,
             )
     _copy(model, tensors, path_or_hub_id)
+
+
+def _condition_in_words(config: PriorConfig) -> str:
+    """The kinds of condition, with the task of pictures and the encoder and length of captions."""
+    more = [config.image.task] if config.image else []
+    if config.text:
+        more.append(f"{config.text.encoder or 'features'}, {config.text.length} tokens")
+    return f"{config.condition} ({'; '.join(more)})" if more else config.condition
 
 
 def folder_of(base: type[Tokenizer] | type[Prior], path_or_hub_id: str) -> Path:

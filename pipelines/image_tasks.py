@@ -313,6 +313,7 @@ class ImageTaskEncoder:
             raise ConfigurationError(
                 f"an image task needs continuous latents, not {spec.in_words}: use a KL tokenizer"
             )
+        self.task.sizes(height_and_width(self.tokenizer.image_size))  # raises if it has none
         shape = self.task.channels(spec), spec.height, spec.width
         return (StoredCondition(IMAGE, shape, "float16", "view", self.task.text),)
 

@@ -9,6 +9,7 @@ from smalti.errors import SmaltiError
 from smalti.files import Info, command, read_hashed_json, read_json, recorded_hashes
 from smalti.pipelines.card import image_words
 from smalti.pipelines.generation import SETTINGS, picture_hashes, problems_in
+from smalti.pipelines.image_tasks import make_task
 from smalti.pipelines.model_index import INDEX
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
@@ -106,7 +107,14 @@ def of_pipeline(path: Path) -> Info:
         read_options(path)  # has a hash
     except SmaltiError as error:
         return Info([("kind", "pipeline"), ("verified", f"no: {error}")], whole=False)
-    prompts = ["--prompts", "FILE"] if "text" in pipe.prior.condition_kinds else []
+    kinds = pipe.prior.condition_kinds
+    following = ["edit" if "image" in kinds else "generate", "--model", path]
+    if image := pipe.prior.config.image:
+        following += ["--image", "FILE"]
+        following += ["--mask", "FILE"] if make_task(image.task).takes_mask else []
+        following += ["--prompt", "TEXT"] if "text" in kinds else []
+    elif "text" in kinds:
+        following += ["--prompts", "FILE"]
     return Info(
         [
             ("kind", "pipeline"),
@@ -115,7 +123,7 @@ def of_pipeline(path: Path) -> Info:
             ("condition", " and ".join(pipe.prior.condition_kinds)),
             *([("classes", _some(pipe.classes))] if pipe.classes else []),
             ("verified", _verified(path / INDEX, "tokenizer and prior belong together")),
-            ("next", command("generate", "--model", path, *prompts)),
+            ("next", command(*following)),
         ]
     )
 

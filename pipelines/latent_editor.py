@@ -83,6 +83,7 @@ class LatentEditor:
         _check_output(options.output, options.overwrite)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = load_tokenizer(options.model).to(self.device)
+        self.given = options
         self.options = options.for_channels(self.tokenizer.image_channels)
 
     # -- images and vectors -------------------------------------------------------------------
@@ -90,7 +91,7 @@ class LatentEditor:
     @cached_property
     def source(self) -> ImageSource:
         """The data set, opened at the first use."""
-        self.options.note_stored()
+        self.given.note_stored()
         return self.options.source()
 
     @property

@@ -45,7 +45,7 @@ class EditConfig(Sampling):
     mask: tuple[Path, ...] = ()
     box: str = ""  # x0,y0,x1,y1: a white box, in pixels of each picture, instead of --mask
     class_labels: tuple[str, ...] = ()  # names or numbers; each picture is edited with each of them
-    prompt: tuple[str, ...] = ()  # of a text-conditional pipeline, likewise
+    prompt: tuple[str, ...] = ()  # of a text-conditional pipeline, likewise; with each class
     # Flow priors: how far to go from the picture, in (0, 1]; 1 inside a mask, and 0.8 without one.
     strength: float | None = None
     resize: bool = False  # crop the centre of pictures and masks, and resize it to the model's size
@@ -107,12 +107,13 @@ def edit(config: EditConfig) -> list[Path]:
     if config.resize:
         edits = [fitted(*each, pipeline.tokenizer.image_size) for each in edits]
     count, classes, prompts = config.num_images, config.class_labels, config.prompt
-    labels = list(prompts or classes) * len(edits)
-    rows = [each for each in edits for _ in prompts or classes or [""]]  # each picture with each
+    pairs = [(label, text) for text in prompts or [""] for label in classes or [""]]
+    rows = [each for each in edits for _ in pairs]  # each picture with each class and prompt
+    pairs *= len(edits)
     unconditional = list(pipeline.prior.condition_kinds) == ["none"]
     output = pipeline(
-        class_labels=(list(classes) if prompts else labels) or None,
-        prompt=labels if prompts else None,
+        class_labels=[label for label, _ in pairs] if classes else None,
+        prompt=[text for _, text in pairs] if prompts else None,
         image=[picture for picture, _ in rows],
         mask_image=None if rows[0][1] is None else [mask for _, mask in rows],
         strength=config.strength,
@@ -124,7 +125,8 @@ def edit(config: EditConfig) -> list[Path]:
     )
     results = [output.images[i * count : (i + 1) * count] for i in range(len(rows))]
     given = shown_conditions(pipeline, rows)
-    return _write(config, rows, given, results, labels)
+    labels = [" ".join(filter(None, pair)) for pair in pairs]
+    return _write(config, rows, given, results, labels if prompts or classes else [])
 
 
 def shown_conditions(pipeline: Pipeline, rows: Sequence[Masked]) -> list[list[Image.Image]]:

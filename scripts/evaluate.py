@@ -326,9 +326,10 @@ def check_training_images(config: EvaluateConfig, pipeline: Pipeline, train: Ima
         DataError: see `sample_evaluator`.
     """
     if pipeline.classes and not train.number_as(pipeline.classes):
+        found = f"the classes {', '.join(train.classes)}" if train.classes else "no classes"
         raise DataError(
-            f"{config.data} has the classes {', '.join(train.classes)}; the pipeline was "
-            f"trained on {', '.join(pipeline.classes)}: give --data as in training"
+            f"{config.data} has {found}; the pipeline was trained on "
+            f"{', '.join(pipeline.classes)}: give --data as in training"
         )
     known = pipeline.training_pictures
     if known and known != train.fingerprint and not config.other_data:

@@ -15,6 +15,7 @@ from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, check_at_least
 from smalti.errors import ConfigurationError, DataError, GenerationError
+from smalti.pipelines.conditions import KINDS
 from smalti.pipelines.generation import Layout, continued_labels, generate_folder
 from smalti.pipelines.guided import GuidedPipeline
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
@@ -85,25 +86,34 @@ class GenerateConfig(Sampling):
                 are missing; there is no such class.
         """
         kinds, texts = {*pipeline.prior.condition_kinds}, self.texts()
+        described = f"{self.model} is {KINDS.get('+'.join(sorted(kinds)), 'conditional')}"
         kinds |= {"class"} if pipeline.classes else set()  # of a classifier, for an unguided prior
-        for given, kind, flag in (
-            (self.class_labels, "class", "--class_labels"),
-            (texts or self.negative_prompt, "text", "--prompts"),
+        for flag, kind in (
+            ("class_labels", "class"),
+            ("prompts", "text"),
+            ("prompt", "text"),
+            ("negative_prompt", "text"),
         ):
-            if given and kind not in kinds:
-                raise GenerationError(
-                    f"{flag} is given, but {self.model} is {' and '.join(kinds)}: leave it out"
-                )
+            if getattr(self, flag) and kind not in kinds:
+                raise GenerationError(f"--{flag} is given, but {described}: leave it out")
         if "text" in kinds and not texts:
             raise GenerationError(
                 f"{self.model} makes pictures of prompts: give --prompts FILE, a prompt in each "
                 'line, or --prompt "a red apple"'
             )
+        number, other = "num_images_per_class", "num_images_per_prompt"
+        if texts:
+            number, other = other, number
+        if getattr(self, other) != getattr(GenerateConfig, other):
+            raise GenerationError(
+                f"{other} is {getattr(self, other)}, but {described}: give --{number} or "
+                "--num_images"
+            )
         ids = [0]
         if pipeline.classes:
             ids = pipeline.label_ids(self.class_labels or range(len(pipeline.classes)))
         wanted = [(label, text) for text in texts or [""] for label in ids]
-        each = self.num_images_per_prompt if texts else self.num_images_per_class
+        each = getattr(self, number)
         total = len(wanted) * each if self.num_images is None else self.num_images
         chosen = [
             wanted[i // each if self.num_images is None else i % len(wanted)] for i in range(total)

@@ -152,9 +152,13 @@ def open_latents(
             latents_of(tokenizer, images, views, shard_size=len(images)),
             tokenizer.store,
             device,
-            config.data,
+            place,
         )
-        for images in config.training_and_heldout(size, channels, config.seed)
+        for place, images in zip(
+            (config.data, config.heldout_data or config.data),
+            config.training_and_heldout(size, channels, config.seed),
+            strict=True,
+        )
     )
     return tokenizer, train, heldout
 
@@ -169,17 +173,18 @@ def conditioned(config: TrainPriorConfig, latents: Latents) -> PriorConfig:
     condition = config.condition or config.prior.condition
     if not config.condition and not config.initial and not latents.classes:
         condition = "none"
-    image = stored_image(latents)
-    if "image" in condition.split("+") and image is None:
+    kinds, image = condition.split("+"), stored_image(latents)
+    if "image" in kinds and image is None and "image" in config.prior.CONDITIONS:
         raise ConfigurationError(
             f"condition is {condition}, but the latents of {latents.place} have no pictures beside "
             "them: use smalti encode with --image_task super-resolution or inpainting"
         )
     prior = config.prior.conditioned(condition, image=image)
     if "class" in prior.conditions and not latents.classes:
+        others = "+".join(kind for kind in kinds if kind != "class")
         raise ConfigurationError(
             f"condition is {condition}, but the pictures of {latents.place} have no classes: give "
-            "--condition none"
+            f"--condition {others or 'none'}"
         )
     chosen = "text" in prior.conditions and not (config.initial and not config.condition)
     config.text.refuse_unless(chosen)

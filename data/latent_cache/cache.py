@@ -430,9 +430,10 @@ class LatentCache(Dataset):
         views = [view(place, len(self.info.views)) for place in numbers]
         rows = [s * len(self.info.views) + v for s, v in zip(samples, views, strict=True)]
         kind = MEMORY_TYPE[self.spec.kind]
-        # Copies: views of a map would keep its file open.
-        latents = [self._shard(n).stored for n in shards]
-        chosen = [m[row].astype(kind) for m, row in zip(latents, rows, strict=True)]
+        # Copies, one map at a time: a map, or a view of it, keeps its file open.
+        chosen = [
+            self._shard(n).stored[row].astype(kind) for n, row in zip(shards, rows, strict=True)
+        ]
         batch = LatentBatch(
             torch.from_numpy(np.concatenate(chosen)).view(-1, *self.info.shape),
             self.labels[indices],
@@ -445,8 +446,10 @@ class LatentCache(Dataset):
             batch.captions, batch.shown = self.all_captions(indices), torch.tensor(shown)
             places["caption"] = [texts[place][shown[place]] for place in numbers]
         for condition in self.info.conditions:
-            maps = [self._shard(n).conditions[condition.name] for n in shards]
-            found = [m[row] for m, row in zip(maps, places[condition.rows], strict=True)]
+            found = [
+                self._shard(n).conditions[condition.name][row].copy()
+                for n, row in zip(shards, places[condition.rows], strict=True)
+            ]
             batch.conditions[condition.name] = in_memory(np.stack(found))
         return batch
 

@@ -39,7 +39,10 @@ def open_heldout(spec: str, options: SourceOptions, train: ImageSource) -> Image
         DataError: no such set, or it has a class that the training pictures lack, no classes where
             they have some, or splits of its own.
     """
-    source = open_verified(spec, _applicable(spec, options))
+    try:
+        source = open_verified(spec, _applicable(spec, options))
+    except DataError as error:
+        raise DataError(str(error).replace("check --data", "check --heldout_data")) from error
     if source.heldout is not None:
         raise DataError(
             f"{spec} has splits of its own: name the pictures of one, for example the sub-folder "

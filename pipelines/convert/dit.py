@@ -84,10 +84,13 @@ def _side(checkpoint: PublishedCheckpoint, options: Options, patch: int) -> int:
 
 
 def fits_objective(config: Any, objective: FlowConfig) -> bool:
-    """Whether a config is that of a flow prior with this objective."""
+    """Whether a config is that of a flow prior with this objective, of classes or nothing."""
     names = ("path", "prediction", "time_scale", "time_shift")
-    return isinstance(config, FlowConfig) and all(
-        getattr(config, name) == getattr(objective, name) for name in names
+    return (
+        isinstance(config, FlowConfig)
+        and config.text is None
+        and config.image is None
+        and all(getattr(config, name) == getattr(objective, name) for name in names)
     )
 
 

@@ -40,6 +40,7 @@ from smalti.pipelines.convert.source import (
     tokenizer_fingerprint,
 )
 from smalti.prior.attention import rotary_frequencies
+from smalti.prior.conditions.byte_encoder import BYTES
 from smalti.prior.next_token.model import NextTokenConfig
 from smalti.prior.registry import PRIORS
 
@@ -172,6 +173,8 @@ class LlamaGenPrior(Source):
         height, width = config.spec.grids[0]
         return (
             config.prefix_rotary == "zero"
+            and len(config.conditions) <= 1
+            and config.text_encoder != BYTES
             and height == width
             and not config.qk_norm
             and config.random_order is None

@@ -278,6 +278,7 @@ class VARPrior(Source):
             return False
         return (
             all(height == width for height, width in config.spec.grids)
+            and config.text is None
             and config.norm_eps == NextScaleConfig.norm_eps
             and is_published_quantizer(config.quantizer)
         )

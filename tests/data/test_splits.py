@@ -173,7 +173,7 @@ def test_heldout_data_that_does_not_fit(tmp_path: Path, held, message: str) -> N
     (tmp_path / "flat" / "1.png").write_bytes(png(TRAIN["ant"][0]))
     with pytest.raises(SmaltiError, match="have no classes, and the training pictures have 3"):
         replace(options, heldout_data=str(tmp_path / "flat")).dataset("heldout", 16)
-    with pytest.raises(SmaltiError, match="nowhere does not exist"):
+    with pytest.raises(SmaltiError, match="nowhere does not exist: check --heldout_data"):
         replace(options, heldout_data=str(tmp_path / "nowhere")).dataset("heldout", 16)
 
 

@@ -24,8 +24,12 @@ from smalti.pipelines.convert.layout import Buffer, Layout, Link, import_tensors
 from smalti.pipelines.convert.reader import read_checkpoint
 from smalti.pipelines.convert.source import Options
 from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.conditions.image import ImageConfig
+from smalti.prior.conditions.text import TextConfig
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.prior import FlowConfig, FlowPrior
+from smalti.prior.next_scale.config import NextScaleConfig
+from smalti.prior.next_token.config import NextTokenConfig
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig
@@ -467,3 +471,16 @@ def test_imagenet_names_are_1000_different_ones() -> None:
         names[0] == "tench" and names[207] == "golden retriever" and names[999] == "toilet tissue"
     )
     assert class_names(3) == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("condition", ["text", "class+text", "image"])
+@pytest.mark.parametrize("name", ["sit", "var-prior", "llamagen-prior"])
+def test_conditions_that_a_layout_lacks_are_not_exported(name: str, condition: str) -> None:
+    """The file would have tensors that the original code does not know."""
+    kinds = {"var-prior": NextScaleConfig, "llamagen-prior": NextTokenConfig}
+    source = PUBLISHED_SOURCES.resolve(name)()
+    config = source.example(kinds.get(name, FlowConfig))
+    assert source.fits(config)
+    if condition in config.CONDITIONS or condition == "class+text":
+        text = TextConfig(8, 16, "bytes", "")
+        assert not source.fits(config.conditioned(condition, text, ImageConfig(4, "inpainting")))

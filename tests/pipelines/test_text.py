@@ -207,6 +207,8 @@ def test_the_command_generates_pictures_of_prompts(byte_pipe, tmp_path: Path, ca
     assert smalti_main([*command, "3"]) == 0
     again = {path.name: path.read_bytes() for path in out.glob("*.png")}
     assert len(again) == 6 and first.items() <= again.items()
+    assert smalti_main([*command, "3", "--num_images_per_class", "2"]) == 2
+    assert "num_images_per_class is 2, but" in capsys.readouterr().err
     assert smalti_main([*command, "3", "--negative_prompt", "green"]) == 2
     assert "its negative_prompt differs" in capsys.readouterr().err
 
@@ -277,7 +279,11 @@ def test_the_command_generates_unconditional_pictures(unconditional, tmp_path: P
     assert smalti_main([*command, "--num_images", "3"]) == 0
     index = json.loads((tmp_path / "o" / "index.json").read_text())["pictures"]
     assert [sorted(entry) for entry in index] == [["file", "sha256"]] * 3
-    for flag in (["--class_labels", "a"], ["--prompt", "a"]):
+    for flag in (["--class_labels", "a"], ["--prompt", "a"], ["--negative_prompt", "a"]):
         assert smalti_main([*command, *flag]) == 2
-        assert "is none: leave it out" in capsys.readouterr().err
+        assert f"{flag[0]} is given, but {tmp_path / 'pipe'} is unconditional: leave it out" in (
+            capsys.readouterr().err
+        )
+    assert smalti_main([*command, "--num_images_per_prompt", "3"]) == 2
+    assert "give --num_images_per_class or --num_images" in capsys.readouterr().err
     assert smalti_main([*command, "--num_images", "3", "--layout", "class"]) == 2

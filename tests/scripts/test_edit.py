@@ -1,14 +1,17 @@
 """The command `smalti edit`: the files it writes, and what it refuses before it writes anything."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TINY_PRIOR
 from PIL import Image
 
 from smalti.cli import main
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.next_token.model import NextTokenPrior
 
 BOX = "4,4,12,12"
 
@@ -139,3 +142,32 @@ def test_a_picture_is_needed(capsys) -> None:
 def test_known_codes_and_strength_are_options_of_this_command_alone(capsys) -> None:
     assert main(["generate", "--strength", "0.5"]) == 2
     assert "strength" in capsys.readouterr().err
+
+
+def test_every_picture_is_edited_with_every_class_and_prompt(
+    tokenizer, files: list[Path], tmp_path: Path
+) -> None:
+    config = replace(
+        TINY_PRIOR,
+        condition="class+text",
+        text_length=8,
+        text_dim=8,
+        text_encoder="bytes",
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
+    pipe = Pipeline(tokenizer, NextTokenPrior(config), ("cat", "dog", "emu"))
+    model = pipe.save_pretrained(tmp_path / "both")
+    more = ("--box", BOX, "--class_labels", "cat", "dog", "--prompt", "a", "b", "c")
+    assert edit(model, files, *more, "--num_images", 1) == 0
+    out = tmp_path / "edited"
+    assert len(list(out.glob("0*.png"))) == 12
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (4, 4, 12, 12))
+    wanted = Pipeline.from_pretrained(model)(
+        "dog",
+        prompt="b",
+        image=Image.open(files[1]),
+        mask_image=mask,
+        generator=[picture_generator(0, 9)],
+    )
+    assert np.array_equal(pixels(out / "000009.png"), np.asarray(wanted.images[0]))

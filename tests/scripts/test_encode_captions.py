@@ -106,3 +106,31 @@ def test_pictures_without_captions_are_refused(root: Path, tmp_path: Path, capsy
     out, data = tmp_path / "latents", str(tmp_path / "pictures")
     assert smalti_main(arguments(root, out, "--data", data)) == 2
     assert "captions" in capsys.readouterr().err
+
+
+def test_held_out_pictures_need_captions_too(root: Path, tmp_path: Path, capsys) -> None:
+    """Without them, validation would fail after the training."""
+    (tmp_path / "val").mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(tmp_path / "val" / f"{i}.png")
+    argv = ["--data", str(root / "pictures"), "--heldout_data", str(tmp_path / "val")]
+    argv += ["--tokenizer", str(root / "vq"), "--output_dir", str(tmp_path / "run")]
+    argv += ["--condition", "text", "--max_train_steps", "1"]
+    assert smalti_main(["train-prior", *argv]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"the held-out pictures of {tmp_path / 'val'} have no captions" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--condition", "image"], 'condition is "image"; a next-token prior takes none, class'),
+        (["--condition", "class+text"], "have no classes: give --condition text"),
+    ],
+)
+def test_a_prior_refuses_conditions_in_one_line(root: Path, tmp_path, capsys, more, message):
+    argv = ["--data", str(root / "pictures"), "--tokenizer", str(root / "vq"), *more]
+    assert smalti_main(["train-prior", *argv, "--output_dir", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()

@@ -113,6 +113,7 @@ def test_the_prior_knows_its_task(painter: Path, upscaler: Path) -> None:
     assert (one.config.image.channels, two.config.image.channels) == (3, 2)
     card = (painter / "README.md").read_text()
     assert "pipe(image=picture, mask_image=mask, num_images_per_prompt=4)" in card
+    assert "pipeline_tag: image-to-image\n" in card
     assert (painter / "samples.png").is_file()
 
 
@@ -208,6 +209,20 @@ def test_an_inpainting_is_measured(painter: Path, tmp_path: Path) -> None:
 
 
 # -- errors ---------------------------------------------------------------------------------------
+
+
+def test_info_names_the_command_for_pictures(upscaler: Path, painter: Path, capsys) -> None:
+    for folder, files in ((upscaler, "--image FILE"), (painter, "--image FILE --mask FILE")):
+        assert smalti_main(["info", str(folder)]) == 0
+        assert f"smalti edit --model {folder} {files}\n" in capsys.readouterr().out
+
+
+def test_a_factor_that_does_not_divide_the_size_writes_nothing(made, tmp_path, capsys) -> None:
+    argv = ["--tokenizer", str(made / "class" / "tokenizer"), "--data", str(made / "pictures")]
+    argv += ["--output_dir", str(tmp_path / "out"), "--image_task", "super-resolution:factor=3"]
+    assert smalti_main(["encode", *argv]) == 2
+    assert "16 x 16 pixels cannot be reduced by 3" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_inputs_are_one_clear_line(made: Path, upscaler: Path, painter: Path) -> None:

@@ -5,15 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TINY_VQ
 from PIL import Image
 
 from smalti.cli import main as smalti_main
+from smalti.data.dataset import DataOptions, write_options
 from smalti.pipelines.latent_editor import LatentEditor, evenly_spaced, signed
 from smalti.pipelines.pipeline import Pipeline
 from smalti.scripts.interpolate import InterpolateConfig, interpolate
 from smalti.scripts.invert import InvertConfig, invert
 from smalti.scripts.traverse import TraverseConfig, traverse
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
+from smalti.tokenizer.vq import VQTokenizer
 
 COMMANDS = {
     "interpolate": ["--indices", "0", "23", "--steps", "3"],
@@ -223,3 +226,18 @@ def test_evenly_spaced_indices_start_with_the_first() -> None:
 
 def test_column_labels_are_signed_numbers() -> None:
     assert [signed(x) for x in (-1.5, 0.0, 2.0)] == ["-1.5", "0", "+2"]
+
+
+def test_alpha_that_is_kept_is_no_other_option(tmp_path: Path, capsys, caplog) -> None:
+    """A tokenizer with alpha was trained with the same options that the grid has."""
+    for i in range(4):
+        picture = Image.new("RGBA", (16, 16), (60 * i, 0, 0, 128))
+        (tmp_path / "set").mkdir(exist_ok=True)
+        picture.save(tmp_path / "set" / f"{i}.png")
+    model = VQTokenizer(replace(TINY_VQ, image_channels=4)).save_pretrained(tmp_path / "model")
+    data = str(tmp_path / "set")
+    write_options(model, DataOptions(data=data))
+    argv = ["--model", str(model), "--data", data, "--indices", "0", "1"]
+    with caplog.at_level("INFO"):
+        assert smalti_main(["interpolate", *argv, "--output", str(tmp_path / "x.png")]) == 0
+    assert "was trained with" not in caplog.text
