@@ -45,6 +45,11 @@ def _two_classes(config: AttributeConfig, classes: Sequence[str]) -> list[int]:
     Raises:
         SmaltiError: one is missing or unknown, or both are the same.
     """
+    if not classes:
+        raise ConfigurationError(
+            f"the pictures of {config.data} have no classes: name others in --data, with a "
+            "sub-folder for each class"
+        )
     if not (config.positive and config.negative):
         raise ConfigurationError(
             f"name two classes of {config.data} with --positive and --negative; known are "

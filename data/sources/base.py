@@ -149,7 +149,7 @@ def classes_kept(
     present = names_present(classes, labels)
     if len(present) > 1:
         return classes, ""
-    only = printable(present[0])
+    only = printable(next(iter(present)))
     return (), (
         f'all pictures of {title} are of one class ("{only}"), and are read without classes: '
         "--folder.single_class keeps the class"

@@ -219,6 +219,12 @@ def test_errors_end_in_one_line_and_write_nothing(
     assert set(tmp_path.rglob("*.png")) | set(tmp_path.rglob("*.jpg")) == before
 
 
+def test_attributes_are_those_of_classes(model: Path, pictures: Path, capsys) -> None:
+    more = ["--data", str(pictures / "red"), "--positive", "a", "--negative", "b"]
+    assert smalti_main(["attribute", "--model", str(model), "--indices", "0", *more]) == 2
+    assert "have no classes: name others in --data" in capsys.readouterr().err
+
+
 def test_evenly_spaced_indices_start_with_the_first() -> None:
     assert evenly_spaced(range(100), 4) == [0, 25, 50, 75]
     assert evenly_spaced([4, 7], 10) == [4, 7]
