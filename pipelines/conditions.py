@@ -150,7 +150,7 @@ class Inputs:
             if (is_given and kind not in kinds) or (needed and not is_given):
                 others = [ARGUMENTS[kind] for kind in given if kind not in kinds]
                 raise GenerationError(
-                    f"this pipeline is {_adjective(kinds)}: pass "
+                    f"this pipeline is {conditional_on(kinds)}: pass "
                     f"{wanted}, and no {' or '.join(others)}"
                 )
         if "image" in kinds and self.encoded_image is None:
@@ -172,7 +172,7 @@ class Inputs:
 ARGUMENTS = {"class": "class_labels", "image": "image", "text": "prompt", "none": "num_images"}
 
 
-def _adjective(kinds: Iterable[str]) -> str:
+def conditional_on(kinds: Iterable[str]) -> str:
     """What a pipeline with these kinds of condition is called."""
     names = sorted(kinds)
     if names == ["none"]:

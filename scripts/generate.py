@@ -15,7 +15,7 @@ from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, check_at_least
 from smalti.errors import ConfigurationError, DataError, GenerationError
-from smalti.pipelines.conditions import _adjective
+from smalti.pipelines.conditions import conditional_on
 from smalti.pipelines.generation import Layout, continued_labels, generate_folder
 from smalti.pipelines.guided import GuidedPipeline
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
@@ -86,7 +86,7 @@ class GenerateConfig(Sampling):
                 are missing; there is no such class.
         """
         kinds, texts = {*pipeline.prior.condition_kinds}, self.texts()
-        described = f"{self.model} is {_adjective(kinds)}"
+        described = f"{self.model} is {conditional_on(kinds)}"
         kinds |= {"class"} if pipeline.classes else set()  # of a classifier, for an unguided prior
         for flag, kind in (
             ("class_labels", "class"),
