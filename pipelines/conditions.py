@@ -172,6 +172,19 @@ class Inputs:
 ARGUMENTS = {"class": "class_labels", "image": "image", "text": "prompt", "none": "num_images"}
 
 
+def arguments_for(
+    classes: Sequence[str], labels: Sequence[int] | Tensor, prompts: Sequence[str]
+) -> dict[str, Any]:
+    """The arguments of a pipeline with these classes for images of these labels, and of these
+    prompts if it takes prompts; () otherwise. Without classes, labels only tell the number."""
+    given: dict[str, Any] = {}
+    if classes:
+        given["class_labels"] = labels
+    if prompts:
+        given["prompt"] = list(prompts)
+    return given or {"num_images": len(labels)}
+
+
 def conditional_on(kinds: Iterable[str]) -> str:
     """What a pipeline with these kinds of condition is called."""
     names = sorted(kinds)

@@ -30,7 +30,7 @@ from smalti.data.latents import ContinuousSpec
 from smalti.errors import GenerationError, SmaltiError
 from smalti.files import first_difference, read_hashed_json, sha256_of, write_hashed_json
 from smalti.folders import contents
-from smalti.pipelines.conditions import IMAGE, BatchConditions, Inputs, check_options
+from smalti.pipelines.conditions import IMAGE, BatchConditions, Inputs, arguments_for, check_options
 from smalti.pipelines.guided import GuidedPipeline
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
@@ -81,15 +81,9 @@ class GenerationJob:
     def inputs(self, indices: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
         """The arguments of a pipeline for some images; a number past the last is the last one."""
         rows = [min(index, len(self.labels) - 1) for index in indices]
-        if not classes and not self.prompts:
-            return {"num_images": len(rows)}
-        given: dict[str, Any] = {}
-        if classes:
-            given["class_labels"] = [self.labels[row] for row in rows]
-        if self.prompts:
-            given["prompt"] = [self.prompts[row] for row in rows]
-            given["negative_prompt"] = self.negative_prompt
-        return given
+        prompts = [self.prompts[row] for row in rows] if self.prompts else ()
+        given = arguments_for(classes, [self.labels[row] for row in rows], prompts)
+        return {**given, "negative_prompt": self.negative_prompt} if prompts else given
 
 
 def picture_generator(seed: int, index: int) -> torch.Generator:

@@ -25,7 +25,7 @@ from smalti.evaluation.metrics import SETTINGS, Metric, write_summary
 from smalti.evaluation.pictures import StoredImages, stored
 from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.hub import resolve_folder
-from smalti.pipelines.conditions import Inputs, check_options, conditions_of
+from smalti.pipelines.conditions import Inputs, arguments_for, check_options, conditions_of
 from smalti.pipelines.generation import picture_generator, sample_grid
 from smalti.pipelines.model_index import INDEX
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
@@ -223,21 +223,12 @@ def requests(config: EvaluateConfig, pipeline: Pipeline, evaluator: SampleEvalua
     return Requests(heldout.labels[rows], chosen, prompts)
 
 
-def arguments(pipeline: Pipeline, labels: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
-    """Classes, prompts or the number of images, as a pipeline takes them."""
-    kinds, given = pipeline.prior.condition_kinds, {}
-    if "class" in kinds:
-        given["class_labels"] = labels
-    if "text" in kinds:
-        given["prompt"] = list(prompts)
-    return given or {"num_images": len(labels)}
-
-
 def heldout_condition(pipeline: Pipeline, evaluator: SampleEvaluator, rows: Sequence[int]) -> Any:
     """The condition of held-out pictures, on the device of the prior."""
     heldout = evaluator.tokenizer.dataset
-    prompts = [heldout.captions(row)[0] for row in rows] if heldout.has_captions else []
-    inputs = Inputs(**arguments(pipeline, heldout.labels[list(rows)], prompts))
+    takes_prompts = "text" in pipeline.prior.condition_kinds
+    prompts = [heldout.captions(row)[0] for row in rows] if takes_prompts else ()
+    inputs = Inputs(**arguments_for(pipeline.classes, heldout.labels[list(rows)], prompts))
     encoder = pipeline.text_encoder if inputs.needs_encoder else None
     found = conditions_of(pipeline.prior, inputs, 1, pipeline.classes, encoder)
     return moved(found.value, pipeline.device)
@@ -250,7 +241,7 @@ def sample(config: EvaluateConfig, pipeline: Pipeline, asked: Requests) -> Store
         for rows in tqdm(torch.arange(len(asked.labels)).split(config.batch_size), unit="batch"):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             output = pipeline(
-                **arguments(pipeline, asked.labels[part], asked.prompts[part]),
+                **arguments_for(pipeline.classes, asked.labels[part], asked.prompts[part]),
                 generator=[picture_generator(config.seed, i) for i in rows.tolist()],
                 output_type="pt",
                 **config.options,
