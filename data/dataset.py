@@ -401,6 +401,15 @@ class DataOptions(PictureOptions):
                 f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1"
             )
 
+    def sources(self) -> list[ImageSource]:
+        """Every set that is read: that of `data`, and of `heldout_data` if it is given.
+
+        Raises:
+            DataError: as `source_of`.
+        """
+        heldout = [self.source_of("heldout")[0]] if self.heldout_data else []
+        return [self.source(), *heldout]
+
     def source_of(self, split: Split) -> tuple[ImageSource, Split]:
         """The source of a split, and what to read of it. (What the training pictures are, and so
         their fingerprint, does not depend on the held-out pictures of another source.)

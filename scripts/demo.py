@@ -21,7 +21,6 @@ import torch
 from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, nearest, saved_fields
 from smalti.data.dataset import DataOptions
-from smalti.data.latent_cache.manifest import SPLITS
 from smalti.errors import ConfigurationError
 from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.folders import contents
@@ -242,7 +241,7 @@ def prior_condition(config: DemoConfig) -> dict[str, Any]:
     Raises:
         SmaltiError: the pictures cannot be used, or do not have what the condition needs.
     """
-    sources = [config.source_of(split)[0] for split in SPLITS]
+    sources = config.sources()
     condition = config.condition or ("class" if sources[0].classes else "none")
     if condition not in CONDITIONS:
         raise ConfigurationError(

@@ -136,9 +136,7 @@ def condition_encoders(config: EncodeConfig, tokenizer: Tokenizer) -> list[Condi
         encoders.append(ImageTaskEncoder(make_task(config.image_task), tokenizer))
     if "text" not in config.condition.split("+"):
         return encoders
-    sources = [config.source()]
-    if config.heldout_data:
-        sources.append(config.source_of("heldout")[0])
+    sources = config.sources()
     for source in sources:
         source.require_captions()
     device: Any = join_job().device
