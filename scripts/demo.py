@@ -5,6 +5,7 @@
     smalti demo --data my_pictures   a folder with one sub-folder per class
     smalti demo --prior var-nano     another family of priors, with the tokenizer that it needs
     smalti demo --condition text     pictures of sentences: the captions of the set
+    smalti demo --condition image    enlarged pictures; with --image_task inpainting, completed ones
 
 After an interruption the same command continues.
 """
@@ -19,12 +20,12 @@ from typing import Any
 import torch
 
 from smalti.cli import parse_config, run_command
-from smalti.config import ImageSize, nearest, saved_fields
+from smalti.config import ImageSize, added, nearest, saved_fields
 from smalti.data.dataset import DataOptions
 from smalti.errors import ConfigurationError
 from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.folders import contents
-from smalti.prior.base import Prior
+from smalti.prior.base import Prior, PriorConfig
 from smalti.prior.conditions.text_encoder import ByteTokenizer
 from smalti.prior.presets import PRESETS as PRIORS
 from smalti.scripts.encode import EncodeConfig, encode
@@ -163,7 +164,7 @@ SCALES = {
 
 SETTINGS = "demo.json"
 LONGEST_CAPTION = 256  # bytes
-CONDITIONS = ("none", "class", "text", "class+text")
+CONDITIONS = ("none", "class", "text", "class+text", "image")
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,11 @@ class DemoConfig(DataOptions):
     image_size: ImageSize | None = None
     seed: int = 0  # of training, sampling and evaluation
     guidance_scale: float = 2.0  # s in uncond + s (cond - uncond); 1 is off, as without condition
-    # What pictures are made of: class, text (captions), class+text, or none. Default: the classes
-    # of the pictures, or none if they have none.
+    # What pictures are made of: class, text (captions), class+text, image (another picture), or
+    # none. Default: the classes of the pictures, or none if they have none.
     condition: str = ""
+    # With --condition image: super-resolution (from a quarter of the size) or inpainting.
+    image_task: str = added("")
     tokenizer: str = ""  # a tokenizer preset; empty = chosen for prior and machine
     prior: str = ""  # a prior preset; empty = chosen for tokenizer and machine
     tokenizer_steps: int = 0  # optimizer steps of stage one; 0 = chosen for the machine
@@ -188,10 +191,15 @@ class DemoConfig(DataOptions):
 
 def demo(config: DemoConfig) -> Path:
     """Run every stage that is not done yet; return the folder of the results."""
-    config = replace(config, data=config.data or ("fashion" if config.quick else "emoji"))
+    config = replace(
+        config,
+        data=config.data or ("fashion" if config.quick else "emoji"),
+        image_task=config.image_task or ("super-resolution" if config.condition == "image" else ""),
+    )
     folder, scale = config.output_dir, chosen_scale(config)
-    conditional = prior_condition(config)
-    guidance = 1.0 if conditional["condition"] == "none" else config.guidance_scale
+    conditional = prior_condition(config, scale.prior.prior)
+    unguided = conditional["condition"] in ("none", "image")  # nothing to guide
+    guidance = 1.0 if unguided else config.guidance_scale
     sampling = replace(scale.sampling, guidance_scale=guidance)
     shared = {field.name: getattr(config, field.name) for field in fields(DataOptions)}
     run = {"seed": config.seed, "resume_from_checkpoint": "latest"}
@@ -214,6 +222,7 @@ def demo(config: DemoConfig) -> Path:
             tokenizer=tokenizer,
             output_dir=folder / "latents",
             views="identity" if config.quick else "flip",
+            image_task=config.image_task,
             **shared,
         )
     )
@@ -235,7 +244,7 @@ def demo(config: DemoConfig) -> Path:
     return folder
 
 
-def prior_condition(config: DemoConfig) -> dict[str, Any]:
+def prior_condition(config: DemoConfig, prior: PriorConfig) -> dict[str, Any]:
     """The condition of the prior, and the longest caption if it takes captions.
 
     Raises:
@@ -246,6 +255,16 @@ def prior_condition(config: DemoConfig) -> dict[str, Any]:
     if condition not in CONDITIONS:
         raise ConfigurationError(
             f"condition is {condition}; the demo has {', '.join(CONDITIONS)}: choose one of them"
+        )
+    if not {"none", *prior.CONDITIONS}.issuperset(condition.split("+")):
+        raise ConfigurationError(
+            f"condition is {condition}, and a {prior.kind} prior takes none or "
+            f"{' or '.join(prior.CONDITIONS)}: leave out --prior and --tokenizer"
+        )
+    if config.image_task and condition != "image":
+        raise ConfigurationError(
+            f"image_task is {config.image_task}, and condition is {condition}: give --condition "
+            "image, or leave it out"
         )
     if "class" in condition and not sources[0].classes:
         raise ConfigurationError(
@@ -291,7 +310,8 @@ def chosen_scale(config: DemoConfig) -> Scale:
 
 
 def _kind(config: DemoConfig) -> str:
-    """The kind of prior: as requested, or the first that models the latents of the tokenizer."""
+    """The kind of prior: as requested, or the first that models the latents of the tokenizer and
+    takes the condition."""
     for what, name, known in (
         ("tokenizer", config.tokenizer, TOKENIZERS),
         ("prior", config.prior, PRIORS),
@@ -299,7 +319,8 @@ def _kind(config: DemoConfig) -> str:
         if name and name not in known:
             raise ConfigurationError(f'no {what} preset is called "{name}"; {nearest(name, known)}')
     if not config.tokenizer:
-        return PRIORS[config.prior].kind if config.prior else "next-token"
+        default = "flow" if config.condition == "image" else "next-token"
+        return PRIORS[config.prior].kind if config.prior else default
     with torch.device("meta"):
         spec = Tokenizer.registry.build(TOKENIZERS[config.tokenizer]).spec
     registry = Prior.registry

@@ -530,6 +530,23 @@ def test_the_demo_runs_stops_and_continues(trained: Path, tmp_path: Path, capsys
     assert "demo.json is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image_task", "inpainting"], "image_task is inpainting, and condition is class"),
+        (["--condition", "image", "--prior", "gpt-nano"], "a next-token prior takes none or class"),
+        (["--condition", "sound"], "condition is sound; the demo has none, class, text"),
+    ],
+)
+def test_the_demo_refuses_what_does_not_fit_before_it_trains(
+    trained: Path, tmp_path: Path, capsys, flags: list[str], message: str
+) -> None:
+    place = ["--data", str(trained / "pictures"), "--output_dir", str(tmp_path / "demo")]
+    assert smalti_main(["demo", *place, "--quick", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
 def test_every_stage_stores_the_options_of_the_pictures(trained: Path) -> None:
     folders = ["tok/tokenizer", "lat/train", "prior/pipeline"]
     folders += ["tok/checkpoint-000008", "prior/checkpoint-000008"]
