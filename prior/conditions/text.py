@@ -93,6 +93,13 @@ class TextCondition:
     def __len__(self) -> int:
         return len(self.features)
 
+    def without_common_padding(self) -> Self:
+        """Without the first columns that are padding in every row, in steps of 8 columns, so that
+        few lengths occur."""
+        used = int(self.mask.any(0).sum())
+        kept = min(-(-used // 8) * 8, self.mask.shape[1])
+        return type(self)(self.features[:, -kept:], self.mask[:, -kept:], self.is_null)
+
     def __getitem__(self, chosen: slice | Tensor) -> Self:
         return rows(self, chosen)
 
@@ -168,7 +175,8 @@ class CaptionEmbedding(nn.Module, ConditionKind):
         if self.encoder is not None:
             features = self.encoder(features, value.mask)
         assert value.is_null is not None
-        features = torch.where(value.is_null[:, None, None], self.uncond_embedding, features)
+        no_text = self.uncond_embedding[-features.shape[1] :]  # the last columns are never padding
+        features = torch.where(value.is_null[:, None, None], no_text, features)
         # Padding may contain any value. A NaN would spread: in attention 0 * NaN is NaN.
         return self.cap_proj(features.masked_fill(~value.mask[..., None], 0))
 

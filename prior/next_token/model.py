@@ -24,7 +24,14 @@ from smalti.prior.attention import (
     rotate,
 )
 from smalti.prior.base import CodePrior, KnownCodes, Loss, check_codes
-from smalti.prior.conditions.base import Condition, ConditionKind, count, moved, part_of
+from smalti.prior.conditions.base import (
+    Combination,
+    Condition,
+    ConditionKind,
+    count,
+    moved,
+    part_of,
+)
 from smalti.prior.conditions.text import CaptionEmbedding, causal_mask
 from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates
 from smalti.prior.next_token.config import PRESETS, NextTokenConfig
@@ -130,6 +137,15 @@ def sample_orders(rows: int, length: int, probability: Tensor) -> Tensor:
     shuffled = torch.rand(rows, length, device=device).argsort(1)
     is_random = torch.rand(rows, 1, device=device) < probability
     return torch.where(is_random, shuffled, torch.arange(length, device=device))
+
+
+def _without_common_padding(condition: Condition) -> Condition:
+    """The condition with shorter captions: padding is never attended to, and in training a batch
+    need not have the length of the longest caption of all."""
+    text = part_of(condition, "text").without_common_padding()
+    if isinstance(condition, Combination):
+        return Combination({**condition.parts, "text": text})
+    return text
 
 
 def check_order(order: Tensor, rows: int, length: int) -> None:
@@ -240,7 +256,8 @@ class NextTokenPrior(CodePrior):
         targets = self.target_positions[:length]  # (n + 1, width)
         if order is not None:
             targets = F.embedding(order[:, :length], self.target_positions)  # (B, n + 1, width)
-        return tokens + F.pad(targets, (0, 0, self.config.prefix_length - 1, 0))
+        before = tokens.shape[1] - codes.shape[1] - 1  # of the prefix
+        return tokens + F.pad(targets, (0, 0, before, 0))
 
     def _prefix(self, condition: Condition) -> list[Tensor]:
         """The prefix tokens of the class, (B, 1, width), and of the caption, (B, T, width)."""
@@ -319,8 +336,15 @@ class NextTokenPrior(CodePrior):
             codes = codes.gather(1, order)
         tokens = self.tokens(condition, codes[:, :-1], order)  # (B, P + L - 1, width)
         mask = self.mask(condition, 0, tokens.shape[1])
-        hidden = self.transform(tokens, self.rope_freqs(tokens.device, order), mask, None)
-        return self.output(hidden[:, self.config.prefix_length - 1 :])
+        rope_freqs = self.rope_freqs(tokens.device, order)
+        missing = rope_freqs.shape[-2] - tokens.shape[1]  # columns of padding that were left out
+        if missing:
+            first = 0 if self.config.condition == "text" else 1  # the class stays before them
+            rope_freqs = torch.cat(
+                [rope_freqs[..., :first, :], rope_freqs[..., first + missing :, :]], -2
+            )
+        hidden = self.transform(tokens, rope_freqs, mask, None)
+        return self.output(hidden[:, self.config.prefix_length - missing - 1 :])
 
     # -- the condition --------------------------------------------------------------------------
 
@@ -373,9 +397,10 @@ class NextTokenPrior(CodePrior):
         inputs, order = latents, self._sample_orders(latents)
         if self.training and self.config.token_corruption:
             inputs = corrupted(latents, self.config.spec.vocab_size, self.config.token_corruption)
-        logits = self._logits(
-            inputs, self.drop(condition, self.config.label_dropout), order
-        ).float()  # (B, L, V)
+        condition = self.drop(condition, self.config.label_dropout)
+        if self.training and self.config.text is not None and not torch.compiler.is_compiling():
+            condition = _without_common_padding(condition)
+        logits = self._logits(inputs, condition, order).float()  # (B, L, V)
         targets = latents if order is None else latents.gather(1, order)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         correct = (logits.detach().argmax(-1) == targets).float().mean()

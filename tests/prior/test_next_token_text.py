@@ -11,6 +11,7 @@ from torch import Tensor
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
+from smalti.prior.conditions.base import Combination
 from smalti.prior.conditions.text import TextCondition
 from smalti.prior.next_token.decoding import TokenDecoder
 from smalti.prior.next_token.model import PRESETS, NextTokenConfig, NextTokenPrior
@@ -153,6 +154,26 @@ def test_a_shorter_prefix_is_the_same_caption() -> None:
 
 
 # -- no text ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"condition": "class+text", "num_classes": 3}, {"text_encoder": "bytes", "text_dim": 64}],
+)
+def test_training_leaves_out_padding_that_all_captions_share(changes: dict) -> None:
+    model = make_prior(replace(TINY, text_length=30, label_dropout=0.0, **changes))
+    mask = torch.arange(30) >= 30 - LENGTHS[:, None]
+    features = torch.randint(256, (4, 30)) if "text_encoder" in changes else None
+    text = TextCondition(torch.randn(4, 30, 6) if features is None else features, mask)
+    labels = torch.tensor([0, 1, 2, 0])
+    condition = Combination({"class": labels, "text": text}) if "condition" in changes else text
+    lengths: list[int] = []
+    model.norm.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    in_training = model.train()(CODES, condition).total
+    in_training.backward()
+    whole = model.eval()(CODES, condition).total
+    torch.testing.assert_close(in_training, whole, rtol=1e-5, atol=1e-6)
+    assert lengths[1] - lengths[0] == 22  # the longest caption has 5 tokens: 8 columns are left
 
 
 def test_no_text_is_the_learned_caption_with_the_same_padding(model) -> None:
