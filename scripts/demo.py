@@ -165,6 +165,9 @@ SCALES = {
 SETTINGS = "demo.json"
 LONGEST_CAPTION = 256  # bytes
 CONDITIONS = ("none", "class", "text", "class+text", "image")
+# Kinds of prior other than next-token. Only flow takes pictures; and a caption costs it less,
+# because its cross-attention to a caption is cheaper than a longer sequence.
+KINDS = {"text": "flow", "class+text": "flow", "image": "flow"}
 
 
 @dataclass(frozen=True)
@@ -319,8 +322,9 @@ def _kind(config: DemoConfig) -> str:
         if name and name not in known:
             raise ConfigurationError(f'no {what} preset is called "{name}"; {nearest(name, known)}')
     if not config.tokenizer:
-        default = "flow" if config.condition == "image" else "next-token"
-        return PRIORS[config.prior].kind if config.prior else default
+        return (
+            PRIORS[config.prior].kind if config.prior else KINDS.get(config.condition, "next-token")
+        )
     with torch.device("meta"):
         spec = Tokenizer.registry.build(TOKENIZERS[config.tokenizer]).spec
     registry = Prior.registry
