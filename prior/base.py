@@ -11,14 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.config import added, check_at_least
+from smalti.config import added
 from smalti.data.latents import CodeSpec, LatentSpec, as_tensor
 from smalti.errors import ConfigurationError, GenerationError
 from smalti.hub import Pretrained, Registry
-from smalti.prior.conditions.base import Combination, Condition, ConditionKind, count, part_of
-from smalti.prior.conditions.classes import ClassKind
+from smalti.prior.conditions.base import (
+    Combination,
+    Condition,
+    ConditionKind,
+    VectorKind,
+    count,
+    part_of,
+)
 from smalti.prior.conditions.image import ImageConfig
-from smalti.prior.conditions.none import NoneKind
+from smalti.prior.conditions.registry import CONDITIONS
 from smalti.prior.conditions.text import TextConfig
 from smalti.prior.registry import PRIORS
 from smalti.randomness import Generators, RandomInputs
@@ -58,8 +64,10 @@ class PriorConfig:
         "text_dim": "--text.dim",
         "text_encoder": "--text.encoder",
     }
-    # Kinds of condition that priors of this class take, beside none.
+    # Kinds of condition that priors of this class take, beside none, and whether they also take
+    # every `VectorKind`.
     CONDITIONS: ClassVar[tuple[str, ...]] = ("class",)
+    TAKES_VECTORS: ClassVar[bool] = False
 
     condition: str = added("class")  # kinds joined by "+", such as class+text; or none
     text_length: int = added(64)  # tokens of a caption, padded
@@ -91,28 +99,17 @@ class PriorConfig:
     def check_conditions(self, num_classes: int) -> None:
         """Raise `ConfigurationError` if conditions are unknown, or the number of classes or the
         size of captions does not fit them."""
+        kinds = {name: CONDITIONS.resolve(name) for name in CONDITIONS}
+        vectors = (name for name, kind in kinds.items() if issubclass(kind, VectorKind))
+        known = (*self.CONDITIONS, *(vectors if self.TAKES_VECTORS else ()))
         for name in self.conditions:
-            if name not in self.CONDITIONS or self.conditions.count(name) > 1:
+            if name not in known or self.conditions.count(name) > 1:
                 raise ConfigurationError(
                     f'condition is "{self.condition}"; a {getattr(self, "kind", "")} prior takes '
-                    f"none, {', '.join(self.CONDITIONS)}, or several of them joined by +"
+                    f"none, {', '.join(known)}, or several of them joined by +"
                 )
-        if "class" in self.conditions and num_classes < 1:
-            raise ConfigurationError(
-                f"num_classes is {num_classes}, but a prior with condition {self.condition} has "
-                "classes: give their number, or condition none"
-            )
-        if "class" not in self.conditions and num_classes:
-            raise ConfigurationError(
-                f"num_classes is {num_classes}, but a prior with condition {self.condition} has no "
-                "classes: set it to 0"
-            )
-        if ("image" in self.conditions) != (self.image_channels > 0):
-            raise ConfigurationError(
-                f"image_channels is {self.image_channels}, and the condition {self.condition}: a "
-                "prior has both or neither"
-            )
-        check_at_least(1, self, "text_length", "text_dim")
+        for name, kind in kinds.items():
+            kind.check_config(self, name in self.conditions, num_classes)
 
     def classes_of(self, num_classes: int) -> int:
         """The number of classes of a prior of latents with `num_classes` classes."""
@@ -134,15 +131,8 @@ class PriorConfig:
         kinds = condition.split("+")
         if "image" not in kinds:
             image = ImageConfig(0)
-        if image is not None:
-            changes |= {"image_channels": image.channels, "image_task": image.task}
-        if text is not None:
-            changes |= {
-                "text_length": text.length,
-                "text_dim": text.dim,
-                "text_encoder": text.encoder,
-                "text_encoder_fingerprint": text.encoder_fingerprint,
-            }
+        for part in filter(None, (text, image)):
+            changes |= part.fields
         classes = max(1, getattr(self, "num_classes", 0)) if "class" in kinds else 0
         found = replace(self, **changes, **self._with_classes(classes))
         found.check_conditions(classes)
@@ -360,18 +350,23 @@ class Prior(nn.Module, Pretrained, ABC):
     @property
     def condition_kinds(self) -> dict[str, ConditionKind]:
         """What this prior knows about each kind of its condition, by name."""
-        names = self.config.conditions
-        if not names:
-            return {"none": NoneKind()}
-        return {name: self._condition_kind(name) for name in names}
+        names = self.config.conditions or ("none",)
+        return {name: CONDITIONS.resolve(name).of(self, name) for name in names}
 
-    def _condition_kind(self, name: str) -> ConditionKind:
-        """One kind of condition. A prior that takes more than classes overrides this."""
-        assert name == "class", name
-        return ClassKind(self.num_classes, self._class_table_has_null)
+    def class_rows(self, condition: Condition) -> Tensor:
+        """The row of the class table for each condition, (B,): that of its class, or the only one.
+
+        Args:
+            condition: as `check_condition` takes it.
+        """
+        names = self.config.conditions
+        if "class" in names or not names:
+            return part_of(condition, "class")
+        device = next(self.parameters()).device
+        return torch.zeros(count(condition), dtype=torch.int64, device=device)
 
     @property
-    def _class_table_has_null(self) -> bool:
+    def class_table_has_null(self) -> bool:
         """Whether the null label has an embedding.
 
         Published weights that were trained without class dropout have none. A converted prior has

@@ -9,18 +9,20 @@ A batch of conditions is one of
 
 `count`, `rows`, `joined`, `repeated` and `moved` work on any of them. A `ConditionKind` is what a
 prior knows about one kind: which values fit, what stands for "no condition", and how a condition is
-dropped in training (classifier-free guidance, 2207.12598).
+dropped in training (classifier-free guidance, 2207.12598). A kind of one's own is a `VectorKind`,
+which all priors take.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smalti.errors import GenerationError
+from smalti.prior.conditions.registry import CONDITIONS
 
 # Labels, a frozen dataclass of tensors with a row for each sample, or a `Combination`.
 Condition = Any
@@ -113,6 +115,20 @@ def part_of(value: Condition, kind: str) -> Condition:
 class ConditionKind(ABC):
     """One kind of condition of a prior: which values fit, its null, and how it is dropped."""
 
+    @classmethod
+    @abstractmethod
+    def of(cls, prior: Any, name: str) -> "ConditionKind":
+        """This kind of a `Prior`, in which it has this name."""
+
+    @classmethod
+    def check_config(cls, config: Any, used: bool, num_classes: int) -> None:
+        """Raise `ConfigurationError` unless the fields of a `PriorConfig` fit.
+
+        Args:
+            used: whether this kind is among its conditions.
+        """
+        del config, used, num_classes
+
     @abstractmethod
     def check(self, value: Condition) -> None:
         """Raise `GenerationError` unless the prior takes this value."""
@@ -133,3 +149,40 @@ class ConditionKind(ABC):
     def dropped(self, value: Condition, which: Tensor) -> Condition:
         """The value, with the null condition in the rows where `which` (B,) bool is True."""
         return where(which, self.null(value), value)
+
+
+class VectorKind(nn.Module, ConditionKind):
+    """A kind of condition that is embedded as one vector. All priors take it: they add the vector
+    to the row of the class table, which is the prefix of a next-token prior and what modulates the
+    blocks of the others (adaLN).
+
+    Args:
+        width: channels of the prior.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    @classmethod
+    def of(cls, prior: Any, name: str) -> Self:
+        """The module of the prior."""
+        return prior.vectors[name]
+
+    @abstractmethod
+    def forward(self, value: Condition) -> Tensor:
+        """The vectors (B, width) of conditions, also of null ones."""
+
+
+def vector_kinds(conditions: Iterable[str], width: int) -> nn.ModuleDict:
+    """New embeddings of those of a prior's conditions that are `VectorKind`s, by name."""
+    kinds = {name: CONDITIONS.resolve(name) for name in conditions}
+    vectors = {name: kind for name, kind in kinds.items() if issubclass(kind, VectorKind)}
+    return nn.ModuleDict({name: kind(width) for name, kind in vectors.items()})
+
+
+def with_vectors(row: Tensor, vectors: nn.ModuleDict, condition: Condition) -> Tensor:
+    """Rows of a class table (B, width), and what the `vector_kinds` add to them."""
+    for name, kind in vectors.items():
+        row = row + kind(part_of(condition, name))
+    return row

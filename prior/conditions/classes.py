@@ -1,9 +1,11 @@
 """Class labels as a condition: one learned row for each class, and one for the null label."""
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor
 
-from smalti.errors import GenerationError
+from smalti.errors import ConfigurationError, GenerationError
 from smalti.prior.conditions.base import ConditionKind
 
 
@@ -11,11 +13,25 @@ class ClassKind(ConditionKind):
     """Labels (B,) int64 in [0, num_classes); `num_classes` itself is the null label.
 
     Args:
-        has_null: whether the null label has an embedding, see `Prior.has_null_class`.
+        has_null: whether the null label has an embedding, see `Prior.class_table_has_null`.
     """
 
     def __init__(self, num_classes: int, has_null: bool) -> None:
         self.num_classes, self._has_null = num_classes, has_null
+
+    @classmethod
+    def of(cls, prior: Any, name: str) -> Self:
+        del name
+        return cls(prior.num_classes, prior.class_table_has_null)
+
+    @classmethod
+    def check_config(cls, config: Any, used: bool, num_classes: int) -> None:
+        """Raise `ConfigurationError` unless there are classes if they are used, and none if not."""
+        given = f"num_classes is {num_classes}, but a prior with condition {config.condition} has"
+        if used and num_classes < 1:
+            raise ConfigurationError(f"{given} classes: give their number, or condition none")
+        if not used and num_classes:
+            raise ConfigurationError(f"{given} no classes: set it to 0")
 
     def check(self, value: Tensor) -> None:
         """Raise `GenerationError` unless labels are (B,) integers in [0, num_classes]."""

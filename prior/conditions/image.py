@@ -7,11 +7,12 @@ the task: `pipelines/image_tasks.py`.
 """
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from smalti.errors import GenerationError
+from smalti.errors import ConfigurationError, GenerationError
 from smalti.prior.conditions.base import Condition, ConditionKind
 
 
@@ -21,6 +22,11 @@ class ImageConfig:
 
     channels: int  # C', of their latents
     task: str = ""  # what they show: the text of a task in `pipelines.image_tasks`; "": unknown
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `PriorConfig`."""
+        return {"image_channels": self.channels, "image_task": self.task}
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +56,21 @@ class ImageKind(ConditionKind):
 
     def __init__(self, channels: int, grid: tuple[int, int]) -> None:
         self.shape = (channels, *grid)
+
+    @classmethod
+    def of(cls, prior: Any, name: str) -> Self:
+        del name
+        return cls(prior.config.image_channels, (prior.spec.height, prior.spec.width))
+
+    @classmethod
+    def check_config(cls, config: Any, used: bool, num_classes: int) -> None:
+        """Raise `ConfigurationError` unless there are channels if, and only if, they are used."""
+        del num_classes
+        if used != (config.image_channels > 0):
+            raise ConfigurationError(
+                f"image_channels is {config.image_channels}, and the condition {config.condition}: "
+                "a prior has both or neither"
+            )
 
     def check(self, value: Condition) -> None:
         """Raise `GenerationError` unless these are pictures of the right channels and grid."""

@@ -1,5 +1,7 @@
 """No condition: an unconditional prior."""
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,11 @@ from smalti.prior.conditions.base import ConditionKind
 class NoneKind(ConditionKind):
     """The value is labels (B,) of zeros, the null label of a prior without classes: its class table
     has one row."""
+
+    @classmethod
+    def of(cls, prior: Any, name: str) -> Self:
+        del prior, name
+        return cls()
 
     def check(self, value: object) -> None:
         """Raise `GenerationError` unless these are labels (B,) of zeros."""

@@ -8,13 +8,14 @@ cross-attention of the other priors attends to (`TextAttention`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from smalti.config import check_at_least
 from smalti.errors import GenerationError
 from smalti.prior.attention import attend
 from smalti.prior.conditions.base import Condition, ConditionKind, moved, repeated, rows
@@ -29,6 +30,16 @@ class TextConfig:
     dim: int  # D, channels of the features of a token
     encoder: str = ""  # "bytes": trained with the prior; a transformers model; "": any features
     encoder_fingerprint: str = ""  # of a transformers model, see `FrozenTextEncoder`
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `PriorConfig`."""
+        return {
+            "text_length": self.length,
+            "text_dim": self.dim,
+            "text_encoder": self.encoder,
+            "text_encoder_fingerprint": self.encoder_fingerprint,
+        }
 
 
 def _check_shapes(features: Tensor, mask: Tensor) -> None:
@@ -159,9 +170,13 @@ class CaptionEmbedding(nn.Module, ConditionKind):
     """Projects features of captions to tokens; has learned features for "no text".
 
     Module names are LlamaGen's. (Its features for "no text" are a buffer that was never trained.)
+
+    Args:
+        has_null: whether captions are dropped in training. If not, the features for "no text" are
+            zeros, as long as no other weights are loaded.
     """
 
-    def __init__(self, config: TextConfig, width: int) -> None:
+    def __init__(self, config: TextConfig, width: int, has_null: bool = True) -> None:
         super().__init__()
         self.config = config
         self.encoder = ByteEncoder(config.dim) if config.encoder == BYTES else None
@@ -169,6 +184,31 @@ class CaptionEmbedding(nn.Module, ConditionKind):
         self.uncond_embedding = nn.Parameter(
             torch.randn(config.length, config.dim) / config.dim**0.5
         )
+        self.is_dropped = has_null
+        if not has_null:
+            nn.init.zeros_(self.uncond_embedding)
+
+    @classmethod
+    def of(cls, prior: Any, name: str) -> Self:
+        """The module of the prior."""
+        del name
+        return prior.captions
+
+    @classmethod
+    def of_config(cls, config: Any, width: int) -> Self | None:
+        """That of a new prior with this `PriorConfig`; None if it takes no captions."""
+        return None if config.text is None else cls(config.text, width, config.label_dropout > 0)
+
+    @classmethod
+    def check_config(cls, config: Any, used: bool, num_classes: int) -> None:
+        """Raise `ConfigurationError` unless captions have tokens and channels."""
+        del used, num_classes
+        check_at_least(1, config, "text_length", "text_dim")
+
+    @property
+    def has_null(self) -> bool:
+        """Whether there are features for "no text": trained here, or loaded."""
+        return self.is_dropped or bool(self.uncond_embedding.any())
 
     def forward(self, value: TextCondition) -> Tensor:  # (B, T, width)
         features = value.features

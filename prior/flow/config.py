@@ -45,6 +45,7 @@ class FlowConfig(PriorConfig):
     )
 
     CONDITIONS: ClassVar[tuple[str, ...]] = ("class", "text", "image")
+    TAKES_VECTORS: ClassVar[bool] = True
 
     kind: Literal["flow"] = "flow"  # the kind of prior
     network: DiTConfig = field(default_factory=lambda: NETWORKS["dit-b/2"])  # sizes of the DiT

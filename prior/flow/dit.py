@@ -22,6 +22,7 @@ Shapes: B batch, C channels, (h, w) latent grid, p patch size, N = h w / p^2 tok
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self, TypeVar, get_args
 
@@ -35,7 +36,7 @@ from smalti.data.latents import ContinuousSpec
 from smalti.errors import ConfigurationError, DataError
 from smalti.prior.adaln import Modulation, modulate
 from smalti.prior.attention import FixedTable, attend, rotate
-from smalti.prior.conditions.base import Combination, Condition
+from smalti.prior.conditions.base import Combination, Condition, with_vectors
 from smalti.prior.conditions.image import ImageCondition, ImageKind
 from smalti.prior.conditions.text import (
     CaptionEmbedding,
@@ -377,10 +378,17 @@ class DiT(nn.Module):
     Args:
         text: the captions that are part of the conditions; None: there are none.
         image_channels: channels of the pictures that are part of the conditions; 0: there are none.
+        vectors: the conditions that are added to the row of the class, see `vector_kinds`.
+        has_null: see `CaptionEmbedding`.
     """
 
     def __init__(
-        self, config: DiTConfig, text: TextConfig | None = None, image_channels: int = 0
+        self,
+        config: DiTConfig,
+        text: TextConfig | None = None,
+        image_channels: int = 0,
+        vectors: nn.ModuleDict | None = None,
+        has_null: bool = True,
     ) -> None:
         super().__init__()
         self.config, self.image_channels = config, image_channels
@@ -397,8 +405,11 @@ class DiT(nn.Module):
             DiTBlock(config, has_text=text is not None) for _ in range(config.depth)
         )
         self.final_layer = FinalLayer(config)
-        self.caption_embedder = None if text is None else CaptionEmbedding(text, config.width)
+        self.caption_embedder = (
+            None if text is None else CaptionEmbedding(text, config.width, has_null)
+        )
         self.caption_mean = None if text is None else nn.Linear(config.width, config.width)
+        self.vectors = nn.ModuleDict() if vectors is None else vectors
         self._initialise()
 
     def _initialise(self) -> None:
@@ -432,8 +443,11 @@ class DiT(nn.Module):
         Args:
             condition: labels (B,), a `TextCondition`, an `ImageCondition`, or a `Combination`.
         """
-        labels, text = _part(condition, Tensor), _part(condition, TextCondition)
-        image = _part(condition, ImageCondition)
+        only = next(iter(self.vectors), "")  # kind of a condition that is no combination
+        parts = condition.parts if isinstance(condition, Combination) else {only: condition}
+        known = [part for name, part in parts.items() if name not in self.vectors]
+        labels, text = _part(known, Tensor), _part(known, TextCondition)
+        image = _part(known, ImageCondition)
         self._check(x, t, labels, text, image)
         if image is not None:
             x = torch.cat([x, image.latents.to(x.dtype)], 1)
@@ -445,7 +459,7 @@ class DiT(nn.Module):
         if labels is None:
             labels = torch.full_like(t, self.config.num_classes, dtype=torch.int64)
         embedded = self.embedded(labels, text)
-        c = self.t_embedder(t) + embedded.vector  # (B, width)
+        c = self.t_embedder(t) + with_vectors(embedded.vector, self.vectors, condition)
         for block in self.blocks:
             tokens = block(tokens, c, freqs, embedded)
         patches = self.final_layer(tokens, c).to(x.dtype)  # (B, N, p p C_out)
@@ -495,7 +509,6 @@ class DiT(nn.Module):
 T = TypeVar("T")
 
 
-def _part(condition: Condition, kind: type[T]) -> T | None:
-    """The part of a condition of this type, None if it has none."""
-    parts = condition.parts.values() if isinstance(condition, Combination) else (condition,)
+def _part(parts: Iterable[Condition], kind: type[T]) -> T | None:
+    """The condition of this type, None if there is none."""
     return next((part for part in parts if isinstance(part, kind)), None)

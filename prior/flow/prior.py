@@ -20,8 +20,8 @@ from smalti.config import plain
 from smalti.data.latents import ContinuousSpec, LatentSpec, as_tensor
 from smalti.errors import DataError, GenerationError
 from smalti.prior.base import Loss, Prior
-from smalti.prior.conditions.base import Condition, ConditionKind, count, moved, part_of
-from smalti.prior.conditions.image import ImageKind
+from smalti.prior.conditions.base import Condition, count, moved, part_of, vector_kinds
+from smalti.prior.conditions.text import CaptionEmbedding
 from smalti.prior.flow.classifier import LatentClassifier
 from smalti.prior.flow.config import PRESETS, FlowConfig
 from smalti.prior.flow.dit import DiT
@@ -140,7 +140,13 @@ class FlowPrior(Prior):
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
         self.config = config
-        self.network = DiT(config.network, config.text, config.image_channels)
+        self.network = DiT(
+            config.network,
+            config.text,
+            config.image_channels,
+            vector_kinds(config.conditions, config.network.width),
+            config.label_dropout > 0,
+        )
         # The times at which the network is trained and evaluated
         self.time_range = time_range(config.path, config.prediction)
 
@@ -171,15 +177,15 @@ class FlowPrior(Prior):
                 weights[name] = ours
         return super().adapt_conditions(weights, source)
 
-    def _condition_kind(self, name: str) -> ConditionKind:
-        spec = self.config.spec
-        match name:
-            case "text":
-                assert self.network.caption_embedder is not None
-                return self.network.caption_embedder
-            case "image":
-                return ImageKind(self.config.image_channels, (spec.height, spec.width))
-        return super()._condition_kind(name)
+    @property
+    def captions(self) -> CaptionEmbedding | None:
+        """The embedding of captions, if there are any."""
+        return self.network.caption_embedder
+
+    @property
+    def vectors(self) -> torch.nn.ModuleDict:
+        """The embeddings of other conditions, see `vector_kinds`."""
+        return self.network.vectors
 
     # -- training -----------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ class NextScaleConfig(PriorConfig):
     FROM_LATENTS: ClassVar[tuple[str, ...]] = (*PriorConfig.FROM_LATENTS, "quantizer")
 
     CONDITIONS: ClassVar[tuple[str, ...]] = ("class", "text")
+    TAKES_VECTORS: ClassVar[bool] = True
 
     kind: Literal["next-scale"] = "next-scale"  # the kind of prior
     # Vocabulary size, and the code grids from coarse to fine; `fitted` sets them.

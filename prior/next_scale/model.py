@@ -38,7 +38,14 @@ from smalti.prior.adaln import (
 )
 from smalti.prior.attention import KeyValueCache, attend, interpolated_positions
 from smalti.prior.base import CodePrior, KnownCodes, Loss, check_codes
-from smalti.prior.conditions.base import Condition, ConditionKind, count, moved, part_of
+from smalti.prior.conditions.base import (
+    Condition,
+    count,
+    moved,
+    part_of,
+    vector_kinds,
+    with_vectors,
+)
 from smalti.prior.conditions.text import CaptionEmbedding, Embedded, TextAttention
 from smalti.prior.layers import DropPath, drop_path_rates
 from smalti.prior.next_scale.config import PRESETS, NextScaleConfig
@@ -333,7 +340,8 @@ class NextScalePrior(CodePrior):
         width, grids = config.width, config.spec.grids
         self.quantizer = FrozenQuantizer(config.quantizer)
         self.class_emb = nn.Embedding(config.num_classes + 1, width)  # last row: null
-        self.captions = None if config.text is None else CaptionEmbedding(config.text, width)
+        self.captions = CaptionEmbedding.of_config(config, width)
+        self.vectors = vector_kinds(config.conditions, width)
         self.pos_start = nn.Parameter(torch.empty(1, config.spec.lengths[0], width))
         self.pos_1LC = nn.Parameter(torch.empty(1, config.spec.length, width))
         self.lvl_embed = nn.Embedding(len(grids), width)
@@ -412,21 +420,16 @@ class NextScalePrior(CodePrior):
 
     # -- the network ----------------------------------------------------------------------------
 
-    def _condition_kind(self, name: str) -> ConditionKind:
-        if name == "text":
-            assert self.captions is not None
-            return self.captions
-        return super()._condition_kind(name)
-
     def embedded(self, condition: Condition) -> Embedded:
         """The embedded condition; without classes, the single row of the class table."""
-        if self.captions is None:
-            return Embedded(self.class_emb(condition))
-        caption = self.captions.embedded(part_of(condition, "text"))
         if self.config.condition == "text":
             row = self.class_emb.weight[0]
         else:
-            row = self.class_emb(part_of(condition, "class"))
+            row = self.class_emb(self.class_rows(condition))
+        row = with_vectors(row, self.vectors, condition)
+        if self.captions is None:
+            return Embedded(row)
+        caption = self.captions.embedded(part_of(condition, "text"))
         return Embedded(row + caption.vector, caption.tokens, caption.mask)
 
     def first_tokens(self, embedded: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class NextTokenConfig(PriorConfig):
     )
 
     CONDITIONS: ClassVar[tuple[str, ...]] = ("class", "text")
+    TAKES_VECTORS: ClassVar[bool] = True
 
     kind: Literal["next-token"] = "next-token"  # the kind of prior
     # Vocabulary size, and the code grid; `fitted` sets both.

@@ -27,10 +27,11 @@ from smalti.prior.base import CodePrior, KnownCodes, Loss, check_codes
 from smalti.prior.conditions.base import (
     Combination,
     Condition,
-    ConditionKind,
     count,
     moved,
     part_of,
+    vector_kinds,
+    with_vectors,
 )
 from smalti.prior.conditions.text import CaptionEmbedding, causal_mask
 from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates
@@ -200,10 +201,11 @@ class NextTokenPrior(CodePrior):
         width, spec = config.width, config.spec
         # LlamaGen's names. Captions take that of the classes, which move where there are both.
         table = None if config.condition == "text" else nn.Embedding(config.num_classes + 1, width)
-        self.cls_embedding = table if config.text is None else CaptionEmbedding(config.text, width)
+        self.cls_embedding = CaptionEmbedding.of_config(config, width) or table
         if config.text is not None and table is not None:
             self.label_embedding = table  # last row: null
             self.class_table = "label_embedding.weight"
+        self.vectors = vector_kinds(config.conditions, width)
         self.tok_embeddings = nn.Embedding(spec.vocab_size, width)
         self.register_parameter("target_positions", None)
         if config.random_order is not None:  # added to a token: the position that it predicts
@@ -263,10 +265,10 @@ class NextTokenPrior(CodePrior):
         """The prefix tokens of the class, (B, 1, width), and of the caption, (B, T, width)."""
         prefix = []
         if self.config.condition != "text":
-            labels = part_of(condition, "class")
-            prefix.append(self._class_table(labels)[:, None])
+            row = self._class_table(self.class_rows(condition))
+            prefix.append(with_vectors(row, self.vectors, condition)[:, None])
         if self.config.text is not None:
-            prefix.append(self._captions(part_of(condition, "text")))
+            prefix.append(self.captions(part_of(condition, "text")))
         return prefix
 
     def mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
@@ -349,7 +351,7 @@ class NextTokenPrior(CodePrior):
     # -- the condition --------------------------------------------------------------------------
 
     @property
-    def _captions(self) -> CaptionEmbedding:
+    def captions(self) -> CaptionEmbedding:
         """The embedding of captions; only with condition text."""
         return cast(CaptionEmbedding, self.cls_embedding)
 
@@ -358,9 +360,6 @@ class NextTokenPrior(CodePrior):
         """The embedding of classes, or the single row of an unconditional prior."""
         table = self.cls_embedding if self.config.text is None else self.label_embedding
         return cast(nn.Embedding, table)
-
-    def _condition_kind(self, name: str) -> ConditionKind:
-        return self._captions if name == "text" else super()._condition_kind(name)
 
     def _check(self, codes: Tensor, condition: Condition) -> None:
         self.check_condition(condition, len(codes))

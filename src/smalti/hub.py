@@ -102,7 +102,9 @@ class Registry:
             hint = nearest(name, self._entries)
             raise ConfigurationError(f'no {self.kind} is called "{name}"; {hint}')
         target = self._entries[name]
-        return pkgutil.resolve_name(target) if isinstance(target, str) else target
+        if isinstance(target, str):
+            target = self._entries[name] = pkgutil.resolve_name(target)
+        return target
 
     def config_class(self, name: str) -> type:
         """The configuration of the class registered under `name`."""
