@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from smalti.data.latents import resolution
-from smalti.pipelines.image_tasks import make_task
+from smalti.pipelines.conditions import ConditionSource, sources_of
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
 
@@ -42,27 +42,24 @@ def model_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    kinds = prior.condition_kinds
-    tag = "unconditional-image-generation"
-    if "image" in kinds:
-        tag = "image-to-image"
-    elif "text" in kinds:
-        tag = "text-to-image"
+    sources = list(sources_of(prior.condition_kinds, prior.config, classes).values())
+    tasks = [source.HUB_TASK for source in sources if source.HUB_TASK]
     metadata = ModelCardData(
         library_name="smalti",
-        pipeline_tag=tag,
+        # image-to-image, if it is one of them
+        pipeline_tag=min(tasks, default="unconditional-image-generation"),
         tags=["smalti", "image-generation"],
     )
     body = BODY.format(
         grid=f"\n![samples]({SAMPLES})\n" if has_grid else "",
-        example=_example(prior, classes),
+        example=_example(prior, sources),
         tokenizer=Tokenizer.registry.name_of(type(tokenizer)),
         tokenizer_size=f"{_millions(tokenizer)} M",
         prior=Prior.registry.name_of(type(prior)),
         prior_size=f"{_millions(prior)} M",
         spec=_plain(str(tokenizer.spec)),
         size=image_words(tokenizer),
-        conditions=_conditions(prior, classes),
+        conditions=_conditions(sources),
         notes=notes,
     )
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{body}"))
@@ -76,37 +73,15 @@ def image_words(tokenizer: Tokenizer, unit: str = "pixels") -> str:
     return f"{resolution(size)} {unit}{order}{channels}"
 
 
-def _example(prior: Prior, classes: Sequence[str]) -> str:
+def _example(prior: Prior, sources: Sequence[ConditionSource]) -> str:
     """The arguments of a call that makes four images."""
-    given = []
-    if classes:
-        given.append(f"class_labels=[{classes[0]!r}]")
-    text = prior.config.text
-    if text is not None:
-        given.append('prompt=["a red apple"]' if text.encoder else "prompt_embeds=features")
-    image = prior.config.image
-    if image is not None:
-        given.append("image=picture")
-        if image.task and make_task(image.task).takes_mask:
-            given.append("mask_image=mask")
-    return ", ".join([*given, "num_images_per_prompt=4"]) if given else "num_images=4"
+    if not prior.config.conditions:
+        return "num_images=4"
+    return ", ".join([*(source.example for source in sources), "num_images_per_prompt=4"])
 
 
-def _conditions(prior: Prior, classes: Sequence[str]) -> str:
-    sentences = []
-    if classes:
-        sentences.append(f"Classes: {', '.join(_plain(name) for name in classes)}.")
-    text = prior.config.text
-    if text is not None:
-        encoder = {"": "an unknown text encoder", "bytes": "a byte-level encoder in the prior"}
-        encoded_by = encoder.get(text.encoder, f"the text encoder {_plain(text.encoder)}")
-        sentences.append(
-            f"Prompts have at most {text.length} tokens of {encoded_by}"
-            + (f" (sha256 {text.encoder_fingerprint[:12]})." if text.encoder_fingerprint else ".")
-        )
-    if prior.config.image is not None:
-        task = prior.config.image.task or "an unknown task"
-        sentences.append(f"They are conditional on pictures: {_plain(task)}.")
+def _conditions(sources: Sequence[ConditionSource]) -> str:
+    sentences = [_plain(source.in_words) for source in sources if source.in_words]
     return " ".join(sentences) or "They are generated without a condition."
 
 

@@ -1,42 +1,300 @@
-"""The inputs of a pipeline: the condition of every image, and the options of the prior.
+"""The conditions of a pipeline: one protocol for all kinds, from a data set to a call.
 
-label_ids        classes by name or number -> class labels
-Inputs           what a caller gives: classes, prompts, or a number of images
-Conditions       the same as a prior takes it, a row for each image
-CaptionFeatures  what a latent cache holds of captions for a frozen text encoder
-BatchConditions  the conditions of training batches
-check_options    whether a prior's `sample` takes these options, before any work is done
+ConditionSource    where the conditions of one kind come from; one file for each kind
+CONDITION_SOURCES  the registered ones
+Inputs             what a caller gives: classes, prompts, pictures, or a number of images
+Conditions         the same as a prior takes it, a row for each image
+BatchConditions    the conditions of training batches
+check_options      whether a prior's `sample` takes these options, before any work is done
 """
 
-import difflib
-import hashlib
 import inspect
-import logging
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from smalti.config import nearest
-from smalti.data.classes import class_number, shown
 from smalti.data.dataset import ImageBatch
 from smalti.data.latent_cache.cache import LatentBatch
-from smalti.data.latent_cache.manifest import CacheInfo, StoredCondition
+from smalti.data.latent_cache.manifest import StoredCondition
 from smalti.data.latent_cache.on_the_fly import Latents
-from smalti.data.latents import as_tensor
+from smalti.data.order import Key
 from smalti.errors import DataError, GenerationError
+from smalti.hub import Registry
 from smalti.prior.base import Prior, PriorConfig
-from smalti.prior.conditions.base import Combination, Condition, count, repeated, where
-from smalti.prior.conditions.image import ImageCondition, ImageConfig
-from smalti.prior.conditions.text import TextCondition, TextConfig
+from smalti.prior.conditions.base import (
+    Combination,
+    Condition,
+    ConditionKind,
+    count,
+    repeated,
+)
+from smalti.prior.conditions.image import ImageCondition
+from smalti.prior.conditions.registry import CONDITIONS
 from smalti.prior.conditions.text_encoder import TextEncoder
+from smalti.tokenizer.base import Tokenizer
 
-# -- class labels ---------------------------------------------------------------------------------
+
+class Sources(Registry):
+    """The registered sources. The kind of a class that is added here is known to priors, too."""
+
+    def register(self, name: str, target: "type[ConditionSource]") -> None:  # type: ignore[override]
+        """Add the source of a new kind, and the kind itself."""
+        super().register(name, target)
+        CONDITIONS.register(name, target.Kind)
+
+    @property
+    def classes(self) -> dict[str, "type[ConditionSource]"]:
+        """All of them by name."""
+        return {name: self.resolve(name) for name in self}
+
+
+CONDITION_SOURCES = Sources(
+    "condition",
+    {
+        "class": "smalti.pipelines.class_labels:ClassSource",
+        "image": "smalti.pipelines.image_tasks:ImageTaskSource",
+        "text": "smalti.pipelines.captions:TextSource",
+        "none": "smalti.pipelines.class_labels:Unconditional",
+    },
+)
+
+# -- what a latent cache holds --------------------------------------------------------------------
+
+
+class ConditionEncoder(ABC):
+    """Makes what a latent cache holds beside latents, labels and captions."""
+
+    @property
+    def versions(self) -> int:
+        """How often each view of a training picture is stored, with other random choices."""
+        return 1
+
+    @property
+    @abstractmethod
+    def stored(self) -> Sequence[StoredCondition]:
+        """What it makes."""
+
+    @abstractmethod
+    def __call__(self, batch: ImageBatch, views: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """By name, the rows of some samples, as `EncodedRange.conditions` takes them.
+
+        Args:
+            views: of the images, (B, C, H, W) each, on the device of the tokenizer.
+        """
+
+
+class PictureEncoder(ConditionEncoder):
+    """Makes conditions of the pictures themselves, a row for each view. Without a cache they are
+    made of the pictures of each training step."""
+
+    @abstractmethod
+    def of_images(self, images: Tensor, keys: Sequence[Key]) -> Mapping[str, Tensor]:
+        """By name, the rows (B, ...) of images (B, C, H, W) in [-1, 1].
+
+        Args:
+            keys: (epoch, index) of each sample, of which random choices are a pure function.
+        """
+
+    def __call__(self, batch: ImageBatch, views: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """Rows (B, views, ...). The random choices of view k are those of epoch k."""
+        indices = batch.indices.tolist()
+        made = [self.of_images(v, [(k, index) for index in indices]) for k, v in enumerate(views)]
+        return {name: torch.stack([rows[name] for rows in made], 1) for name in made[0]}
+
+
+# -- the protocol ---------------------------------------------------------------------------------
+
+
+class ConditionSource(ABC):
+    """Where the conditions of one kind come from: from a data set, from the arguments of a call of
+    a pipeline, or from the flags of a command. An object is the source of one prior.
+
+    Args:
+        config: of the prior.
+        classes: the names of its classes.
+        encoder: what encodes its captions; None if that is unknown, or not needed.
+    """
+
+    Kind: ClassVar[type[ConditionKind]]  # what priors know about it
+    # The arguments of a call of a pipeline. The first one takes a row for each image.
+    ARGUMENTS: ClassVar[tuple[str, ...]]
+    EXCLUSIVE: ClassVar[bool] = True  # whether a prior without this kind refuses the arguments
+    STORED: ClassVar[tuple[str, ...]] = ()  # what `of_batch` reads beside the latents
+    FLAGS: ClassVar[tuple[str, ...]] = ()  # of `smalti generate`
+    # The help text of the flag, if there is one that `smalti generate` does not declare itself; it
+    # takes several texts.
+    FLAG_HELP: ClassVar[str] = ""
+    # Whether the rows of a grid of samples are named; if not, they show samples of a data set.
+    HAS_NAMES: ClassVar[bool] = False
+    HUB_TASK: ClassVar[str] = ""  # the name of the task on the Hub
+
+    def __init__(
+        self,
+        config: PriorConfig,
+        classes: Sequence[str] = (),
+        encoder: TextEncoder | None = None,
+    ) -> None:
+        self.config, self.classes, self.encoder = config, classes, encoder
+
+    # From a data set. `options` are those of smalti encode or train-prior.
+
+    @classmethod
+    def check_options(cls, options: Any, used: bool) -> None:
+        """Raise `ConfigurationError` if options of this kind are missing, or given and not used."""
+        del options, used
+
+    @classmethod
+    def picture_encoder(cls, options: Any, tokenizer: Tokenizer) -> PictureEncoder | None:
+        """What makes the conditions of pictures, if they are among the options."""
+        del options, tokenizer
+        return None
+
+    @classmethod
+    def cache_encoder(cls, options: Any, tokenizer: Tokenizer) -> ConditionEncoder | None:
+        """What makes the conditions that a latent cache holds, if it holds any."""
+        return cls.picture_encoder(options, tokenizer)
+
+    @classmethod
+    def prior_options(cls, options: Any, latents: Latents, condition: str) -> Any:
+        """What `PriorConfig.conditioned` takes for this kind; None: nothing, or what is set.
+
+        Args:
+            condition: all kinds of the new prior.
+
+        Raises:
+            SmaltiError: the latents do not have what this kind needs.
+        """
+        del options, latents, condition
+        return None
+
+    def check_latents(self, latents: Latents, heldout: Latents | None) -> None:
+        """Raise `SmaltiError` unless `of_batch` can take the batches of a training run."""
+        del heldout
+        found = {condition.name for condition in latents.info.conditions}
+        if not found.issuperset(self.STORED):
+            raise DataError(
+                f"condition is {self.config.condition}, but the latents of {latents.place} have no "
+                f"{' and '.join(self.STORED)} beside them: encode with --condition "
+                f"{self.config.condition}"
+            )
+
+    @abstractmethod
+    def of_batch(self, batch: LatentBatch) -> Condition:
+        """The condition of each sample; on the CPU, or where the text encoder is."""
+
+    # From a call.
+
+    @classmethod
+    def is_given(cls, inputs: "Inputs") -> bool:
+        """Whether one of the arguments is given."""
+        return any(inputs.get(argument) is not None for argument in cls.ARGUMENTS)
+
+    @classmethod
+    def check_unused(cls, inputs: "Inputs") -> None:
+        """Raise `GenerationError` if an argument needs this kind, which the prior does not have."""
+        del inputs
+
+    @property
+    def argument(self) -> str:
+        """The argument that a caller should pass."""
+        return self.ARGUMENTS[0]
+
+    def is_needed(self, kinds: Iterable[str]) -> bool:
+        """Whether a call must give it, for a prior of these kinds."""
+        del kinds
+        return True
+
+    def check(self, inputs: "Inputs", each: int) -> None:
+        """Raise `GenerationError` if the arguments do not fit each other.
+
+        Args:
+            each: `num_images_per_prompt`.
+        """
+        del inputs, each
+
+    @abstractmethod
+    def of_call(self, inputs: "Inputs") -> Condition:
+        """The conditions of a call, one for each that is given.
+
+        Raises:
+            SmaltiError: they do not fit the prior.
+        """
+
+    def rows(self, inputs: "Inputs") -> list[Any]:
+        """What is recorded of each condition of a call, as JSON has it; [] for nothing."""
+        del inputs
+        return []
+
+    def negative(
+        self, inputs: "Inputs", value: Condition, kind: ConditionKind, each: int
+    ) -> Condition | None:
+        """What guidance leads away from instead of the null condition, for the conditions `value`
+        of all images, `each` of one kind next to each other."""
+        del inputs, value, kind, each
+        return None
+
+    # From a command, and in words.
+
+    def chosen(self, options: Any) -> list[Any]:
+        """The conditions that the flags of `smalti generate` give, as rows of the first argument;
+        [] if it has none of its own.
+
+        Raises:
+            SmaltiError: there are none, or they are not those of the prior.
+        """
+        texts = [text for flag in self.FLAGS for text in getattr(options, flag)]
+        if self.FLAGS and not texts:
+            raise GenerationError(
+                f"{options.model} makes pictures of {self.ARGUMENTS[0]}: give --{self.FLAGS[0]}"
+            )
+        return [self.read(text) for text in texts]
+
+    def read(self, text: str) -> Any:
+        """The row of the first argument that a flag gives, as JSON has it."""
+        return text
+
+    def shown(self, value: Condition, tokenizer: Tokenizer) -> Tensor | None:
+        """Images (B, C, H, W) in [-1, 1] of conditions, for a grid of samples; None: there are
+        none."""
+        del value, tokenizer
+        return None
+
+    @property
+    def example(self) -> str:
+        """The argument in the call that a model card shows."""
+        return f"{self.ARGUMENTS[0]}=..."
+
+    @property
+    def in_words(self) -> str:
+        """What a model card says about it, in whole sentences; "": nothing."""
+        return ""
+
+
+def sources_of(
+    kinds: Iterable[str],
+    config: PriorConfig,
+    classes: Sequence[str] = (),
+    encoder: TextEncoder | None = None,
+) -> dict[str, ConditionSource]:
+    """The sources of kinds of condition of a prior, by name."""
+    return {kind: CONDITION_SOURCES.resolve(kind)(config, classes, encoder) for kind in kinds}
+
+
+def combined(values: Mapping[str, Condition]) -> Condition:
+    """Conditions by kind as one."""
+    return Combination(values) if len(values) > 1 else next(iter(values.values()))
+
+
+# -- a call ---------------------------------------------------------------------------------------
 
 ClassLabels = int | str | Sequence[int | str] | Tensor
+Prompts = str | Sequence[str]
 
 
 def integer(name: str, value: Any) -> int:
@@ -53,47 +311,6 @@ def integer(name: str, value: Any) -> int:
     raise GenerationError(f"{name} is {value!r}; it must be an integer")
 
 
-def label_ids(class_labels: ClassLabels, classes: Sequence[str]) -> list[int]:
-    """The labels of one or several classes, each given by its name or its number.
-
-    Text is looked up as a name, in any Unicode form of its letters; it is read as a number only if
-    no class name is a number.
-
-    Raises:
-        GenerationError: there is no such class (the message lists similar names), or a label is
-            neither a name nor a number.
-    """
-    if isinstance(class_labels, Tensor):
-        class_labels = class_labels.flatten().tolist()
-    if isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
-        class_labels = [class_labels]
-    return [_label_id(label, classes) for label in class_labels]
-
-
-def _label_id(label: int | str, classes: Sequence[str]) -> int:
-    if isinstance(label, str):
-        if (number := class_number(label, classes)) is not None:
-            return number
-        if not label.isdecimal() or any(name.isdecimal() for name in classes):
-            near = difflib.get_close_matches(label, classes, n=3, cutoff=0.3) or classes[:10]
-            raise GenerationError(
-                f"no class is named {shown(label)}; known are for example {', '.join(near)}"
-            )
-        label = int(label)
-    number = integer("class label", label)
-    if not 0 <= number < len(classes):
-        named = f', or "{number}", the name of a class' if str(number) in classes else ""
-        raise GenerationError(
-            f"class label {number} is out of range: use 0 to {len(classes) - 1}{named}"
-        )
-    return number
-
-
-# -- conditions -----------------------------------------------------------------------------------
-
-Prompts = str | Sequence[str]
-
-
 @dataclass(frozen=True)
 class Inputs:
     """What the caller of a pipeline gives, as its arguments; None: not given."""
@@ -107,7 +324,12 @@ class Inputs:
     image: Any = None  # a condition, see image_tasks.py, or to edit, see editing.py
     mask_image: Any = None
     strength: float | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)  # arguments of other kinds
     encoded_image: ImageCondition | None = None  # the image as a condition
+
+    def get(self, argument: str) -> Any:
+        """An argument by name; None: not given."""
+        return getattr(self, argument, self.others.get(argument))
 
     @property
     def edits(self) -> bool:
@@ -116,60 +338,35 @@ class Inputs:
 
     @property
     def has_condition(self) -> bool:
-        """Whether there is a class, a text or a number of images."""
+        """Whether there is a class, a text, another condition, or a number of images."""
         texts = (self.prompt, self.negative_prompt, self.prompt_embeds, self.prompt_attention_mask)
-        return any(value is not None for value in (self.class_labels, *texts, self.num_images))
+        given = (self.class_labels, *texts, self.num_images, *self.others.values())
+        return any(value is not None for value in given)
 
     @property
     def needs_encoder(self) -> bool:
         """Whether there are texts to encode."""
         return self.prompt is not None or self.negative_prompt is not None
 
-    def check(
-        self, kinds: Iterable[str], num_images_per_prompt: int, text: TextConfig | None = None
-    ) -> None:
-        """Raise `GenerationError` unless these are the arguments of a prior with these kinds of
-        condition, and captions such as `text`."""
-        kinds = set(kinds)
-        features = text is not None and not text.encoder  # of an unknown encoder
-        wanted = " and ".join(
-            "prompt_embeds" if kind == "text" and features else ARGUMENTS[kind]
-            for kind in sorted(kinds)
-        )
-        given = {
-            "class": self.class_labels is not None,
-            "text": any(
-                value is not None
-                for value in (self.prompt, self.prompt_embeds, self.prompt_attention_mask)
-            ),
-            "none": self.num_images is not None,
-        }
-        for kind, is_given in given.items():
-            # One image if no number is given; no class if only a picture is.
-            needed = kind in kinds and kind != "none" and not (kind == "class" and "image" in kinds)
-            if (is_given and kind not in kinds) or (needed and not is_given):
-                others = [ARGUMENTS[kind] for kind in given if kind not in kinds]
+    def check(self, sources: Mapping[str, ConditionSource], num_images_per_prompt: int) -> None:
+        """Raise `GenerationError` unless these are the arguments of a prior with these sources."""
+        registered = CONDITION_SOURCES.classes
+        known = {name: source for name, source in registered.items() if source.EXCLUSIVE}
+        for name, source in known.items():
+            needed = name in sources and sources[name].is_needed(sources)
+            given = source.is_given(self)
+            if (given and name not in sources) or (needed and not given):
+                wanted = " and ".join(sources[kind].argument for kind in sorted(sources))
+                others = (known[kind].ARGUMENTS[0] for kind in known if kind not in sources)
                 raise GenerationError(
-                    f"this pipeline is {conditional_on(kinds)}: pass "
+                    f"this pipeline is {conditional_on(sources)}: pass "
                     f"{wanted}, and no {' or '.join(others)}"
                 )
-        if "image" in kinds and self.encoded_image is None:
-            raise GenerationError(
-                "this pipeline is conditional on pictures: pass image, or use smalti edit"
-            )
-        if self.negative_prompt is not None and "text" not in kinds:
-            raise GenerationError("negative_prompt is for a pipeline of captions: leave it out")
-        if (self.prompt is None) == (self.prompt_embeds is None) and "text" in kinds:
-            raise GenerationError("pass prompt or prompt_embeds, one of them")
-        if kinds == {"none"} and num_images_per_prompt != 1:
-            raise GenerationError(
-                "num_images_per_prompt is for prompts and classes, and this pipeline is "
-                "unconditional: pass num_images"
-            )
-
-
-# How a caller gives a condition of each kind.
-ARGUMENTS = {"class": "class_labels", "image": "image", "text": "prompt", "none": "num_images"}
+        for name, source in registered.items():
+            if name in sources:
+                sources[name].check(self, num_images_per_prompt)
+            else:
+                source.check_unused(self)
 
 
 def arguments_for(
@@ -206,25 +403,12 @@ class Conditions:
         return count(self.value)
 
 
-def as_texts(name: str, value: Prompts) -> list[str]:
-    """One or several texts.
-
-    Raises:
-        GenerationError: one of them is no text.
-    """
-    texts = [value] if isinstance(value, str) else list(value)
-    for text in texts:
-        if not isinstance(text, str):
-            raise GenerationError(f"{name} has {text!r}, a {type(text).__name__}: give texts")
-    return texts
-
-
 def conditions_of(
     prior: Prior, inputs: Inputs, each: int, classes: Sequence[str], encoder: TextEncoder | None
 ) -> Conditions:
     """`each` images of every condition, in order.
 
-    A single class or prompt is used with each of several prompts or classes.
+    A single condition of one kind is used with each of several of another kind.
 
     Raises:
         GenerationError: the inputs are not those of the prior, or do not fit together; there is no
@@ -232,155 +416,49 @@ def conditions_of(
         SmaltiError: captions do not fit, see `TextCondition`.
     """
     kinds = prior.condition_kinds
+    sources = sources_of(kinds, prior.config, classes, encoder)
     each = integer("num_images_per_prompt", each)
-    inputs.check(kinds, each, prior.config.text)
-    if list(kinds) == ["none"]:
-        wanted = 1 if inputs.num_images is None else integer("num_images", inputs.num_images)
-        _refuse_none(wanted, "num_images >= 1")
-        return Conditions(torch.zeros(wanted, dtype=torch.int64))
-    values: dict[str, Condition] = {}
-    labels: list[int] = []
-    if "class" in kinds and inputs.class_labels is not None:
-        labels = label_ids(inputs.class_labels, classes)
-        values["class"] = torch.tensor(labels, dtype=torch.int64)
-    elif "class" in kinds:
-        values["class"] = torch.tensor([prior.num_classes])
-    prompts: list[str] = []
-    if "text" in kinds:
-        prompts = [] if inputs.prompt is None else as_texts("prompt", inputs.prompt)
-        values["text"] = _captions(prior, inputs, prompts, encoder)
-    if "image" in kinds:
-        values["image"] = inputs.encoded_image
+    inputs.check(sources, each)
+    values = {name: source.of_call(inputs) for name, source in sources.items()}
     rows = max(count(value) for value in values.values())
-    _refuse_none(min(rows, each), "at least one class or prompt, num_images_per_prompt >= 1")
+    refuse_none(min(rows, each), "at least one class or prompt, num_images_per_prompt >= 1")
     for name, value in values.items():
         if count(value) not in (1, rows):
             raise GenerationError(
-                f"{count(value)} of {ARGUMENTS[name]} were given for {rows} images: give one, or "
-                "one for each"
+                f"{count(value)} of {sources[name].ARGUMENTS[0]} were given for {rows} images: "
+                "give one, or one for each"
             )
         values[name] = repeated(value, rows * each // count(value))
-    whole = Combination(values) if len(values) > 1 else next(iter(values.values()))
+    negatives = {
+        name: source.negative(inputs, values[name], kinds[name], each)
+        for name, source in sources.items()
+    }
+    negatives = {name: value for name, value in negatives.items() if value is not None}
+    nulls = {name: kinds[name].null(value) for name, value in values.items() if negatives}
+    recorded = {source.ARGUMENTS[0]: source.rows(inputs) for source in sources.values()}
+    labels, prompts = (
+        [row for row in given for _ in range(rows * each // len(given))]
+        for given in (recorded.get("class_labels", []), recorded.get("prompt", []))
+    )
     return Conditions(
-        whole,
-        _negative(prior, inputs.negative_prompt, values, each, encoder),
-        [label for label in labels for _ in range(rows * each // len(labels))],
-        [prompt for prompt in prompts for _ in range(rows * each // len(prompts))],
+        combined(values), combined({**nulls, **negatives}) if negatives else None, labels, prompts
     )
 
 
-def _refuse_none(images: int, what: str) -> None:
+def refuse_none(images: int, what: str) -> None:
+    """Raise `GenerationError` if no images are requested."""
     if images < 1:
         raise GenerationError(f"no images were requested: pass {what}")
 
 
-def _captions(
-    prior: Prior, inputs: Inputs, prompts: list[str], encoder: TextEncoder | None
-) -> TextCondition:
-    """The captions of the inputs: (B, T, D)."""
-    if inputs.prompt_embeds is not None:
-        features, mask = as_tensor(inputs.prompt_embeds), as_tensor(inputs.prompt_attention_mask)
-        if mask is None:
-            mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-        return TextCondition.left_padded(features, mask.bool())
-    return _encoded(prior, prompts, encoder)
-
-
-def _encoded(prior: Prior, prompts: Sequence[str], encoder: TextEncoder | None) -> TextCondition:
-    if encoder is None:
-        raise GenerationError(
-            "this prior was trained on features of an unknown text encoder: pass prompt_embeds, "
-            "and no prompt"
-        )
-    return encoder.encode(prompts, prior.config.text.length)
-
-
-def _negative(
-    prior: Prior, prompt: Prompts | None, values: Mapping[str, Condition], each: int, encoder: Any
-) -> Condition | None:
-    """What guidance leads away from: the negative prompts, and no class. An empty prompt is the
-    null condition."""
-    if prompt is None:
-        return None
-    prompts, rows = as_texts("negative_prompt", prompt), count(values["text"])
-    if len(prompts) not in (1, rows // each):
-        raise GenerationError(
-            f"{len(prompts)} of negative_prompt were given for {rows // each} conditions: give "
-            "one, or one for each"
-        )
-    texts = repeated(_encoded(prior, prompts, encoder), rows // len(prompts))
-    is_empty = torch.tensor([not text for text in prompts]).repeat_interleave(rows // len(prompts))
-    nulls = {name: prior.condition_kinds[name].null(value) for name, value in values.items()}
-    negative: Condition = where(is_empty.to(texts.mask.device), nulls["text"], texts)
-    if len(values) == 1:
-        return negative
-    return Combination({**nulls, "text": negative})
-
-
-# -- conditions of training ------------------------------------------------------------------------
-
-logger = logging.getLogger(__name__)
-FEATURES, MASK = "text_features", "text_mask"  # conditions of a latent cache
-
-
-class CaptionFeatures:
-    """The features of every caption of a data set, as a latent cache holds them for the training of
-    a prior: half-precision features (length, D) and a mask (length,) for each caption."""
-
-    def __init__(self, encoder: TextEncoder, length: int) -> None:
-        self.encoder, self.length = encoder, length
-
-    @property
-    def stored(self) -> tuple[StoredCondition, ...]:
-        """What the cache declares; nothing of an encoder that is trained with the prior."""
-        if not self.encoder.dim:
-            return ()
-        made = f"captions/{self.encoder.fingerprint}/{self.length}"
-        recipe = hashlib.sha256(made.encode()).hexdigest()
-        shape = (self.length, self.encoder.dim)
-        return (
-            StoredCondition(FEATURES, shape, "float16", "caption", recipe),
-            StoredCondition(MASK, shape[:1], "bool", "caption", recipe),
-        )
-
-    def __call__(self, batch: ImageBatch, views: Sequence[Tensor]) -> dict[str, Tensor]:
-        """A row for every caption of every picture of the batch."""
-        del views
-        captions = [text for own in batch.captions or () for text in own]
-        texts = self.encoder.encode(captions, self.length, batch_size=max(1, len(batch.images)))
-        return {FEATURES: texts.features.half(), MASK: texts.mask}
-
-    def are_in(self, info: CacheInfo) -> bool:
-        """Whether a cache holds these; if it holds others, the log says so."""
-        found = [condition for condition in info.conditions if condition.name in (FEATURES, MASK)]
-        if not found or not self.stored:
-            return False
-        if found == list(self.stored):
-            return True
-        logger.warning(
-            "the latents hold %s of another text encoder or --text.length than %s with %d: its "
-            "features are computed in every step",
-            found[0].in_words,
-            self.encoder.name,
-            self.length,
-        )
-        return False
-
-
-IMAGE = "image"  # the condition of a latent cache that holds encoded pictures
-
-
-def stored_image(latents: Latents) -> ImageConfig | None:
-    """The encoded pictures that a cache holds beside its latents; None if it holds none."""
-    found = next((c for c in latents.info.conditions if c.name == IMAGE), None)
-    return None if found is None else ImageConfig(found.shape[0], found.recipe)
+# -- conditions of training -----------------------------------------------------------------------
 
 
 class BatchConditions:
     """The conditions of batches of latents, from what the data set has beside them.
 
     Raises:
-        SmaltiError: the prior takes captions, and a data set has none, or one that is too long.
+        SmaltiError: the data set does not have them, or they do not fit the prior.
     """
 
     def __init__(
@@ -390,48 +468,14 @@ class BatchConditions:
         latents: Latents,
         heldout: Latents | None = None,
     ) -> None:
-        self.kinds, self.text, self.encoder = config.conditions, config.text, encoder
-        self.are_stored = False
-        if encoder is not None and self.text is not None:
-            self.are_stored = CaptionFeatures(encoder, self.text.length).are_in(latents.info)
-        if self.text is not None:
-            self._check_captions(config.condition, "", latents)
-            if heldout is not None:
-                self._check_captions(config.condition, "held-out ", heldout)
-        if config.image is not None and stored_image(latents) != config.image:
-            raise DataError(
-                f"condition is {config.condition}, but the latents of {latents.place} have no "
-                f"pictures for {config.image.task}: encode with --image_task {config.image.task}"
-            )
-
-    def _check_captions(self, condition: str, which: str, latents: Latents) -> None:
-        texts = latents.all_captions([0] if self.are_stored else range(len(latents)))
-        if texts is None:
-            raise DataError(
-                f"condition is {condition}, but the {which}pictures of {latents.place} have no "
-                "captions: encode pictures that have captions, see smalti check-data"
-            )
-        if self.encoder is not None and self.text is not None and not self.are_stored:
-            self.encoder.check_captions([t for own in texts for t in own], self.text.length)
+        kinds = config.conditions or ("none",)
+        self.sources = sources_of(kinds, config, latents.classes, encoder)
+        for source in self.sources.values():
+            source.check_latents(latents, heldout)
 
     def __call__(self, batch: LatentBatch) -> Condition:
         """The condition of each sample; on the CPU, or where the text encoder is."""
-        values: dict[str, Condition] = {}
-        if "class" in self.kinds:
-            values["class"] = batch.labels
-        if self.text is not None:
-            values["text"] = self._captions(batch)
-        if "image" in self.kinds:
-            values["image"] = ImageCondition(batch.conditions[IMAGE])
-        if not values:
-            return torch.zeros_like(batch.labels)
-        return Combination(values) if len(values) > 1 else next(iter(values.values()))
-
-    def _captions(self, batch: LatentBatch) -> TextCondition:
-        if self.are_stored:
-            return TextCondition(batch.conditions[FEATURES], batch.conditions[MASK])
-        assert self.encoder is not None and self.text is not None and batch.texts is not None
-        return self.encoder.encode(batch.texts, self.text.length, batch_size=len(batch.texts))
+        return combined({name: source.of_batch(batch) for name, source in self.sources.items()})
 
 
 # -- options of a prior's `sample` ----------------------------------------------------------------
@@ -452,6 +496,21 @@ def check_names(prior: Prior, options: Mapping[str, Any]) -> None:
             raise UnknownOption(
                 f'a {kind} prior has no sampling option "{name}"; {nearest(name, known)}'
             )
+
+
+def separated(prior: Prior, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keywords of a call of a pipeline that `Inputs` has no field for: the arguments of the
+    conditions, and the options of the prior's `sample`.
+
+    Raises:
+        UnknownOption: one of them is neither.
+    """
+    kinds = prior.condition_kinds
+    own = {name for kind in kinds for name in CONDITION_SOURCES.resolve(kind).ARGUMENTS}
+    others = {name: value for name, value in options.items() if name in own}
+    options = {name: value for name, value in options.items() if name not in own}
+    check_names(prior, options)
+    return others, options
 
 
 def check_options(prior: Prior, options: Mapping[str, Any]) -> None:

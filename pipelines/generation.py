@@ -30,7 +30,7 @@ from smalti.data.latents import ContinuousSpec
 from smalti.errors import GenerationError, SmaltiError
 from smalti.files import first_difference, read_hashed_json, sha256_of, write_hashed_json
 from smalti.folders import contents
-from smalti.pipelines.conditions import IMAGE, BatchConditions, Inputs, arguments_for, check_options
+from smalti.pipelines.conditions import BatchConditions, Inputs, arguments_for, check_options
 from smalti.pipelines.guided import GuidedPipeline
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
@@ -156,28 +156,37 @@ def condition_grid(
     scale: int = 2,
     **options: Any,
 ) -> Image.Image:
-    """Samples of an image-conditional prior, a row for each of some held-out pictures: the given
-    picture, the samples, and the original, all decoded from latents.
+    """Samples of a prior with a condition that has no name, a row for each of some held-out
+    pictures: what is given, if it can be shown, the samples, and the original, all decoded from
+    latents.
 
     Args:
-        latents: with the given pictures beside them.
+        latents: with the conditions beside them.
         scale, options: as for `sample_grid`.
     """
     prior, tokenizer, device = pipeline.prior, pipeline.tokenizer, pipeline.device
     batch = latents.first_view(latents.even_subset(GIVEN_ROWS, 0))
-    condition = BatchConditions(prior.config, pipeline.text_encoder, latents)(batch)
-    originals = tokenizer.latents(batch.stored.to(device))  # (B, C, h, w)
-    given = part_of(condition, IMAGE).latents[:, : originals.shape[1]].to(device)
+    conditions = BatchConditions(prior.config, pipeline.text_encoder, latents)
+    condition = conditions(batch)
+    originals = tokenizer.latents(batch.stored.to(device))
     samples = prior.sample(
         moved(repeated(condition, per_row), device),
-        generator=[picture_generator(seed, i) for i in range(per_row * len(given))],
+        generator=[picture_generator(seed, i) for i in range(per_row * len(originals))],
         **{"guidance_scale": pipeline.guidance_scale, **options},
     )
-    rows = zip(given, samples.split(per_row), originals, strict=True)
-    shown = torch.cat([part for row in rows for part in (row[0][None], row[1], row[2][None])])
-    images = torch.cat([tokenizer.decode(part).float() for part in shown.split(128)])
-    columns = ["given", *[""] * per_row, "original"]
-    return image_grid(images.cpu(), per_row + 2, column_labels=columns, scale=scale)
+    sampled, whole = (
+        torch.cat([tokenizer.decode(part).float() for part in latents.split(128)])
+        for latents in (samples, originals)
+    )
+    shown = [
+        source.shown(part_of(condition, name), tokenizer)
+        for name, source in conditions.sources.items()
+    ]
+    given = [images for images in shown if images is not None]
+    parts = [*(images.split(1) for images in given), sampled.split(per_row), whole.split(1)]
+    images = torch.cat([part.to(device) for row in zip(*parts, strict=True) for part in row])
+    columns = [*["given"] * len(given), *[""] * per_row, "original"]
+    return image_grid(images.cpu(), len(columns), column_labels=columns, scale=scale)
 
 
 def generate_folder(

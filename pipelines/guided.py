@@ -9,7 +9,7 @@ import torch
 from smalti.config import ImageSize
 from smalti.data.latents import as_image_size, resolution
 from smalti.errors import ConfigurationError, GenerationError
-from smalti.pipelines.conditions import Conditions, Inputs, integer
+from smalti.pipelines.conditions import Conditions, Inputs, integer, sources_of
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
 from smalti.prior.flow.classifier import LatentClassifier
@@ -59,7 +59,7 @@ class GuidedPipeline(Pipeline):
                 "an image is edited towards a class by a prior that knows the classes, and this "
                 "one is unconditional: leave image, mask_image and strength out"
             )
-        inputs.check(["class"], each)
+        inputs.check(sources_of(["class"], self.prior.config, self.classes), each)
         assert inputs.class_labels is not None
         each = integer("num_images_per_prompt", each)
         labels = [label for label in self.label_ids(inputs.class_labels) for _ in range(each)]

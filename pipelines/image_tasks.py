@@ -23,17 +23,20 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from smalti.config import check_at_least
-from smalti.data.dataset import ImageBatch
 from smalti.data.image_io import to_pil
+from smalti.data.latent_cache.cache import LatentBatch
 from smalti.data.latent_cache.manifest import StoredCondition
+from smalti.data.latent_cache.on_the_fly import Latents
 from smalti.data.latents import ContinuousSpec, as_image_size, height_and_width, rounded
+from smalti.data.order import Key
 from smalti.data.transforms import images_of
-from smalti.errors import ConfigurationError, GenerationError
+from smalti.errors import ConfigurationError, DataError, GenerationError
 from smalti.hub import Registry
-from smalti.pipelines.conditions import IMAGE, Inputs
+from smalti.pipelines.conditions import ConditionSource, Inputs, PictureEncoder
 from smalti.pipelines.editing import Edit, Size, image_of, masked, regions, separate
 from smalti.prior.base import Prior
-from smalti.prior.conditions.image import ImageCondition, ImageConfig
+from smalti.prior.conditions.base import Condition, ConditionKind
+from smalti.prior.conditions.image import ImageCondition, ImageConfig, ImageKind
 from smalti.tokenizer.base import Tokenizer
 
 IMAGE_TASKS = Registry(
@@ -295,15 +298,19 @@ def _check_inputs(task: ImageTask, inputs: Inputs) -> None:
         )
 
 
-@dataclass(frozen=True)
-class ImageTaskEncoder:
-    """What a latent cache holds for a prior of this task: the condition of each view of a picture.
+IMAGE = "image"  # the condition of a latent cache that holds encoded pictures
 
-    The random choices of view k are those of epoch k.
-    """
+
+@dataclass(frozen=True)
+class ImageTaskEncoder(PictureEncoder):
+    """The condition of a prior of this task, made of whole pictures."""
 
     task: ImageTask
     tokenizer: Tokenizer
+
+    @property
+    def versions(self) -> int:
+        return self.task.versions
 
     @property
     def stored(self) -> Sequence[StoredCondition]:
@@ -317,11 +324,95 @@ class ImageTaskEncoder:
         shape = self.task.channels(spec), spec.height, spec.width
         return (StoredCondition(IMAGE, shape, "float16", "view", self.task.text),)
 
-    def __call__(self, batch: ImageBatch, views: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        """Conditions (B, views, C', h, w)."""
-        found = []
-        for number, images in enumerate(views):
-            keys = [(number, index) for index in batch.indices.tolist()]
-            given = self.task.degraded(images, keys)
-            found.append(self.task.condition(self.tokenizer, given).latents)
-        return {IMAGE: torch.stack(found, 1)}
+    def of_images(self, images: Tensor, keys: Sequence[Key]) -> Mapping[str, Tensor]:
+        """Conditions (B, C', h, w)."""
+        given = self.task.degraded(images, keys)
+        return {IMAGE: self.task.condition(self.tokenizer, given).latents}
+
+
+def stored_image(latents: Latents) -> ImageConfig | None:
+    """The encoded pictures that are beside latents; None if there are none."""
+    found = next((c for c in latents.info.conditions if c.name == IMAGE), None)
+    return None if found is None else ImageConfig(found.shape[0], found.recipe)
+
+
+class ImageTaskSource(ConditionSource):
+    """Pictures made of those of a data set; `image` and `mask_image` of a call, which other priors
+    take to edit them."""
+
+    Kind: ClassVar[type[ConditionKind]] = ImageKind
+    ARGUMENTS: ClassVar[tuple[str, ...]] = ("image", "mask_image", "strength")
+    EXCLUSIVE: ClassVar[bool] = False
+    HUB_TASK: ClassVar[str] = "image-to-image"
+
+    @classmethod
+    def check_options(cls, options: Any, used: bool) -> None:
+        """Raise `ConfigurationError` if no task, or an unknown one, is given."""
+        if options.image_task:
+            make_task(options.image_task)
+        elif used:
+            raise ConfigurationError(
+                f"condition is {options.condition}: say of what pictures, with --image_task "
+                "super-resolution or inpainting"
+            )
+
+    @classmethod
+    def picture_encoder(cls, options: Any, tokenizer: Tokenizer) -> ImageTaskEncoder | None:
+        """That of the task, if there is one."""
+        if not options.image_task:
+            return None
+        return ImageTaskEncoder(make_task(options.image_task), tokenizer)
+
+    @classmethod
+    def prior_options(cls, options: Any, latents: Latents, condition: str) -> ImageConfig:
+        """The pictures that are beside the latents.
+
+        Raises:
+            ConfigurationError: there are none.
+        """
+        if (found := stored_image(latents)) is not None:
+            return found
+        remedy = "give" if options.data else "use smalti encode with"
+        raise ConfigurationError(
+            f"condition is {condition}, but the latents of {latents.place} have no pictures beside "
+            f"them: {remedy} --image_task super-resolution or inpainting"
+        )
+
+    def check_latents(self, latents: Latents, heldout: Latents | None) -> None:
+        """Raise `DataError` if the pictures beside the latents are those of another task."""
+        del heldout
+        if (image := self.config.image) and stored_image(latents) != image:
+            raise DataError(
+                f"condition is {self.config.condition}, but the latents of {latents.place} have no "
+                f"pictures for {image.task}: encode with --image_task {image.task}"
+            )
+
+    def of_batch(self, batch: LatentBatch) -> ImageCondition:
+        return ImageCondition(batch.conditions[IMAGE])
+
+    def check(self, inputs: Inputs, each: int) -> None:
+        """Raise `GenerationError` if there is no picture."""
+        del each
+        if inputs.encoded_image is None:
+            raise GenerationError(
+                "this pipeline is conditional on pictures: pass image, or use smalti edit"
+            )
+
+    def of_call(self, inputs: Inputs) -> ImageCondition:
+        assert inputs.encoded_image is not None
+        return inputs.encoded_image
+
+    def shown(self, value: Condition, tokenizer: Tokenizer) -> Tensor:
+        """The pictures, without their masks, decoded."""
+        given = value.latents[:, : tokenizer.spec.channels]  # type: ignore[union-attr]
+        return tokenizer.decode(given.to(tokenizer.last_layer.device)).float()
+
+    @property
+    def example(self) -> str:
+        task = self.config.image_task
+        mask = ", mask_image=mask" if task and make_task(task).takes_mask else ""
+        return f"image=picture{mask}"
+
+    @property
+    def in_words(self) -> str:
+        return f"They are conditional on pictures: {self.config.image_task or 'an unknown task'}."

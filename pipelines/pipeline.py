@@ -27,15 +27,15 @@ from smalti.errors import CheckpointError, ConfigurationError, GenerationError
 from smalti.files import check_hashes, write_hashed_json, write_text
 from smalti.folders import contents, replacing_folder
 from smalti.pipelines.card import SAMPLES, image_words, model_card
+from smalti.pipelines.class_labels import label_ids
 from smalti.pipelines.conditions import (
     ClassLabels,
     Conditions,
     Inputs,
     Prompts,
-    check_names,
     conditions_of,
     integer,
-    label_ids,
+    separated,
 )
 from smalti.pipelines.editing import Edit
 from smalti.pipelines.image_tasks import with_image_condition
@@ -389,17 +389,18 @@ class Pipeline(Uploadable):
                 tokenizer; for several calls, `resized` saves time. Priors with learned positions
                 refuse it.
             options: keyword options of the prior's `sample`: `temperature`, `solver`, ... An
-                option with a row for each image, such as `noise`, is divided like the images.
+                option with a row for each image, such as `noise`, is divided like the images. Also
+                the arguments of other kinds of condition, see `ConditionSource`.
 
         Raises:
             GenerationError: an input that the prior does not take, an unknown class, output type or
                 option, or a wrong number of generators or of rows.
         """
         pipe = self if image_size is None else self.resized(image_size)
-        check_names(pipe.prior, options)
+        others, options = separated(pipe.prior, options)
         options = {k: plain(v) if getattr(v, "ndim", None) == 0 else v for k, v in options.items()}
         texts = (prompt, negative_prompt, prompt_embeds, prompt_attention_mask)
-        inputs = Inputs(class_labels, *texts, num_images, image, mask_image, strength)
+        inputs = Inputs(class_labels, *texts, num_images, image, mask_image, strength, others)
         conditions, edit = pipe.conditions(inputs, num_images_per_prompt)
         options |= edit
         _check_output(output_type, batch_size)

@@ -83,6 +83,13 @@ class PriorConfig:
         return () if self.condition == "none" else tuple(self.condition.split("+"))
 
     @property
+    def known_conditions(self) -> tuple[str, ...]:
+        """The kinds of condition that priors of this class take, beside none."""
+        kinds = {name: CONDITIONS.resolve(name) for name in CONDITIONS}
+        vectors = (name for name, kind in kinds.items() if issubclass(kind, VectorKind))
+        return (*self.CONDITIONS, *(vectors if self.TAKES_VECTORS else ()))
+
+    @property
     def text(self) -> TextConfig | None:
         """The captions that the prior takes, if it takes any."""
         if "text" not in self.conditions:
@@ -99,17 +106,15 @@ class PriorConfig:
     def check_conditions(self, num_classes: int) -> None:
         """Raise `ConfigurationError` if conditions are unknown, or the number of classes or the
         size of captions does not fit them."""
-        kinds = {name: CONDITIONS.resolve(name) for name in CONDITIONS}
-        vectors = (name for name, kind in kinds.items() if issubclass(kind, VectorKind))
-        known = (*self.CONDITIONS, *(vectors if self.TAKES_VECTORS else ()))
+        known = self.known_conditions
         for name in self.conditions:
             if name not in known or self.conditions.count(name) > 1:
                 raise ConfigurationError(
                     f'condition is "{self.condition}"; a {getattr(self, "kind", "")} prior takes '
                     f"none, {', '.join(known)}, or several of them joined by +"
                 )
-        for name, kind in kinds.items():
-            kind.check_config(self, name in self.conditions, num_classes)
+        for name in CONDITIONS:
+            CONDITIONS.resolve(name).check_config(self, name in self.conditions, num_classes)
 
     def classes_of(self, num_classes: int) -> int:
         """The number of classes of a prior of latents with `num_classes` classes."""
@@ -466,9 +471,9 @@ class Prior(nn.Module, Pretrained, ABC):
         """Raise `GenerationError` if guidance is on and there is nothing to guide."""
         if guidance_scale == 1 or self.has_null_class:
             return
-        why = "was trained without class dropout and has no null class to guide against"
-        if "class" not in self.condition_kinds:
-            why = f"has condition {self.config.condition}: there is nothing to guide"
+        reasons = [kind.WITHOUT_NULL for kind in self.condition_kinds.values() if kind.WITHOUT_NULL]
+        nothing = f"has condition {self.config.condition}: there is nothing to guide"
+        why = next(iter(reasons), nothing)
         raise GenerationError(
             f"guidance_scale is {guidance_scale}, but this prior {why}: set guidance_scale to 1"
         )

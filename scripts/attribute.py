@@ -10,7 +10,7 @@ from pathlib import Path
 
 from smalti.cli import parse_config, run_command
 from smalti.errors import ConfigurationError
-from smalti.pipelines.conditions import label_ids
+from smalti.pipelines.class_labels import label_ids
 from smalti.pipelines.latent_editor import LatentEditor, StatisticsOptions, signed
 
 

@@ -5,10 +5,10 @@ smalti encode --tokenizer runs/tokenizer/tokenizer --data emoji --output_dir run
 After an interruption, the same command continues where it stopped.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,25 +16,20 @@ from torch import Tensor
 from smalti.checkpoints import Weights, is_checkpoint
 from smalti.cli import in_python, parse_config, run_command
 from smalti.config import ImageSize, check_at_least, nearest
-from smalti.data.dataset import DataOptions, ImageBatch, ImageDataset, Split, write_options
+from smalti.data.dataset import DataOptions, ImageDataset, Split, write_options
 from smalti.data.latent_cache.cache import EncodedRange, refuse_other_contents, write_cache
 from smalti.data.latent_cache.manifest import (
     SPLITS,
     TOKENIZER,
     CacheInfo,
-    StoredCondition,
     group_numbers,
 )
 from smalti.data.transforms import VIEW_SETS, ViewSet, decoded_size, views_of
 from smalti.errors import CheckpointError, ConfigurationError
-from smalti.pipelines.conditions import CaptionFeatures
-from smalti.pipelines.image_tasks import ImageTaskEncoder, make_task
-from smalti.prior.conditions.text_encoder import text_encoder_of
+from smalti.pipelines.conditions import CONDITION_SOURCES, ConditionEncoder, PictureEncoder
 from smalti.scripts.options import TextOptions
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import fills_folder, join_job, say, shared_work
-
-CONDITIONS = ("none", "class", "text", "image")
 
 
 @dataclass(frozen=True)
@@ -67,19 +62,14 @@ class EncodeConfig(DataOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, self, "batch_size", "shard_size")
-        for kind in filter(None, self.condition.split("+")):
-            if kind not in CONDITIONS:
+        kinds = [*filter(None, self.condition.split("+"))]
+        for kind in kinds:
+            if kind not in CONDITION_SOURCES:
                 raise ConfigurationError(
-                    f"condition is {self.condition}; {nearest(kind, CONDITIONS)}"
+                    f"condition is {self.condition}; {nearest(kind, CONDITION_SOURCES)}"
                 )
-        self.text.refuse_unless("text" in self.condition.split("+"))
-        if self.image_task:
-            make_task(self.image_task)  # raises if there is no such task
-        elif "image" in self.condition.split("+"):
-            raise ConfigurationError(
-                f"condition is {self.condition}: say of what pictures, with --image_task "
-                "super-resolution or inpainting"
-            )
+        for name, source in CONDITION_SOURCES.classes.items():
+            source.check_options(self, name in kinds)
 
 
 @fills_folder(deep=True)
@@ -99,29 +89,12 @@ def encode(config: EncodeConfig) -> Path:
     if config.image_size is not None:
         tokenizer = tokenizer.resized(config.image_size)
     encoders = condition_encoders(config, tokenizer)
-    versions = make_task(config.image_task).versions if config.image_task else 1
+    versions = max((encoder.versions for encoder in encoders), default=1)
     for split in SPLITS:
         encode_split(config, split, tokenizer, encoders, versions if split == "train" else 1)
     if state.is_main_process:
         write_options(config.output_dir / SPLITS[0], config)
     return config.output_dir
-
-
-class ConditionEncoder(Protocol):
-    """What a cache holds beside latents, labels and captions: for example text features."""
-
-    @property
-    def stored(self) -> Sequence[StoredCondition]:
-        """What it makes."""
-        ...
-
-    def __call__(self, batch: ImageBatch, views: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        """By name, the rows of some samples, as `EncodedRange.conditions` takes them.
-
-        Args:
-            views: of the images, (B, C, H, W) each, on the device of the tokenizer.
-        """
-        ...
 
 
 def condition_encoders(config: EncodeConfig, tokenizer: Tokenizer) -> list[ConditionEncoder]:
@@ -131,19 +104,20 @@ def condition_encoders(config: EncodeConfig, tokenizer: Tokenizer) -> list[Condi
         SmaltiError: the text encoder cannot be loaded; the pictures have no captions, or one that
             is too long.
     """
-    encoders: list[ConditionEncoder] = []
-    if config.image_task:
-        encoders.append(ImageTaskEncoder(make_task(config.image_task), tokenizer))
-    if "text" not in config.condition.split("+"):
-        return encoders
-    sources = config.sources()
-    for source in sources:
-        source.require_captions()
-    device: Any = join_job().device
-    encoder = text_encoder_of(config.text.encoder).to(device)
-    captions = [text for s in sources for i in range(len(s)) for text in s.captions(i)]
-    encoder.check_captions(captions, config.text.length)
-    return [*encoders, CaptionFeatures(encoder, config.text.length)] if encoder.dim else encoders
+    sources = CONDITION_SOURCES.classes.values()
+    made = (source.cache_encoder(config, tokenizer) for source in sources)
+    return [encoder for encoder in made if encoder is not None]
+
+
+def picture_encoders(config: Any, tokenizer: Tokenizer) -> list[PictureEncoder]:
+    """What makes the conditions of pictures, if they are made in each step of train-prior.
+
+    Args:
+        config: the options of train-prior.
+    """
+    sources = CONDITION_SOURCES.classes.values()
+    made = (source.picture_encoder(config, tokenizer) for source in sources)
+    return [encoder for encoder in made if encoder is not None]
 
 
 def encode_split(

@@ -17,6 +17,7 @@ from tyro.conf import arg
 from smalti.config import first_difference
 from smalti.errors import ConfigurationError
 from smalti.hub import named_options
+from smalti.pipelines.conditions import CONDITION_SOURCES
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.conditions.byte_encoder import BYTES
 from smalti.prior.flow.solvers.base import SOLVERS
@@ -133,9 +134,25 @@ def _flags() -> list[tuple[str, Any, Any]]:
     return flags
 
 
+def _condition_flags() -> list[tuple[str, Any, Any]]:
+    """A field for the flag of each kind of condition that has one of its own."""
+    return [
+        (source.FLAGS[0], Annotated[tuple[str, ...], arg(help=source.FLAG_HELP)], field(default=()))
+        for source in CONDITION_SOURCES.classes.values()
+        if source.FLAG_HELP
+    ]
+
+
 if TYPE_CHECKING:
     Sampling = SamplingBase
+    ConditionFlags = object
 else:
+    ConditionFlags = make_dataclass(
+        "ConditionFlags",
+        _condition_flags(),
+        frozen=True,
+        namespace={"__doc__": "The flags of registered conditions.", "__module__": __name__},
+    )
     Sampling = make_dataclass(
         "Sampling",
         _flags(),

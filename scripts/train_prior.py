@@ -8,7 +8,7 @@ The loop is the same for all priors: a prior's `forward` is its training objecti
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -25,21 +25,20 @@ from smalti.data.dataset import DataOptions, TrainingPictures, read_options, wri
 from smalti.data.latent_cache.cache import LatentBatch, LatentCache, open_splits
 from smalti.data.latent_cache.manifest import TOKENIZER
 from smalti.data.latent_cache.on_the_fly import Latents, OnTheFlyLatents
-from smalti.data.order import DataOrder
+from smalti.data.order import DataOrder, Key
 from smalti.data.transforms import VIEW_SETS
 from smalti.errors import CheckpointError, ConfigurationError
-from smalti.pipelines.conditions import BatchConditions, check_options, stored_image
+from smalti.pipelines.conditions import CONDITION_SOURCES, BatchConditions, check_options
 from smalti.pipelines.finetune import fitted_as, load_initial_weights, saved_prior
 from smalti.pipelines.generation import condition_grid, sample_grid
+from smalti.pipelines.image_tasks import make_task
 from smalti.pipelines.pipeline import Pipeline, guidance_of_run
 from smalti.prior.base import Loss, Prior
 from smalti.prior.conditions.base import Condition, moved
-from smalti.prior.conditions.text import TextConfig
-from smalti.prior.conditions.text_encoder import text_encoder_of
 from smalti.prior.flow.rectified import check_straight
 from smalti.prior.presets import PRESETS, PriorConfig
 from smalti.randomness import RandomInputs, generator
-from smalti.scripts.encode import latents_of
+from smalti.scripts.encode import latents_of, picture_encoders
 from smalti.scripts.options import Sampling, TextOptions
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.checkpoint import OptimizerState
@@ -83,6 +82,9 @@ class TrainPriorConfig(RunConfig, TrainingPictures):
     # or else the classes of the latents, or none if they have none.
     condition: str = ""
     text: TextOptions = field(default_factory=TextOptions)
+    # With --data and condition image: super-resolution (from a quarter of the size, or
+    # super-resolution:factor=2) or inpainting (a new random mask in every step).
+    image_task: str = ""
     # A pipeline, prior or checkpoint whose settings and weights the run starts from.
     initial: str = ""
     weights: Weights = "ema"  # of a checkpoint in --initial: averaged over its run (ema), or raw
@@ -106,11 +108,14 @@ class TrainPriorConfig(RunConfig, TrainingPictures):
             raise ConfigurationError(
                 f"--latents is {self.latents} and --data is {self.data}: leave out one of them"
             )
+        if self.image_task:
+            make_task(self.image_task)  # raises if there is no such task
         usual = TrainingPictures(data="")
-        for part in () if self.data else fields(TrainingPictures):
-            if getattr(self, part.name) != getattr(usual, part.name):
+        names = () if self.data else ["image_task", *(part.name for part in fields(usual))]
+        for name in names:
+            if getattr(self, name) != getattr(usual, name, ""):
                 raise ConfigurationError(
-                    f"{part.name} was given, but latents are read from a cache: give it to smalti "
+                    f"{name} was given, but latents are read from a cache: give it to smalti "
                     "encode, or add --data"
                 )
 
@@ -146,13 +151,20 @@ def open_latents(
     tokenizer = Tokenizer.from_pretrained(str(config.tokenizer)).to(device)
     size, channels = tokenizer.image_size, tokenizer.image_channels
     views = VIEW_SETS["identity"]
+    encoders = picture_encoders(config, tokenizer)
+    stored = tuple(condition for encoder in encoders for condition in encoder.stored)
+
+    def conditions(images: Tensor, keys: Sequence[Key]) -> dict[str, Tensor]:
+        return {k: v for encoder in encoders for k, v in encoder.of_images(images, keys).items()}
+
     train, heldout = (
         OnTheFlyLatents(
             images,
-            latents_of(tokenizer, images, views, shard_size=len(images)),
+            replace(latents_of(tokenizer, images, views, len(images)), conditions=stored),
             tokenizer.store,
             device,
             place,
+            conditions,
         )
         for place, images in zip(
             (config.data, config.heldout_data or config.data),
@@ -173,31 +185,19 @@ def conditioned(config: TrainPriorConfig, latents: Latents) -> PriorConfig:
     condition = config.condition or config.prior.condition
     if not config.condition and not config.initial and not latents.classes:
         condition = "none"
-    kinds, image = condition.split("+"), stored_image(latents)
-    if "image" in kinds and image is None and "image" in config.prior.CONDITIONS:
+    given: dict[str, Any] = {}
+    for kind in condition.split("+"):
+        if kind in config.prior.known_conditions:
+            found = CONDITION_SOURCES.resolve(kind).prior_options(config, latents, condition)
+            given |= {} if found is None else {kind: found}
+    prior = config.prior.conditioned(condition, **given)
+    config.text.refuse_unless("text" in given)
+    if config.image_task and "image" not in given:
         raise ConfigurationError(
-            f"condition is {condition}, but the latents of {latents.place} have no pictures beside "
-            "them: use smalti encode with --image_task super-resolution or inpainting"
+            f"image_task is {config.image_task}, but condition is {condition}: add image to "
+            "--condition, or leave it out"
         )
-    prior = config.prior.conditioned(condition, image=image)
-    if "class" in prior.conditions and not latents.classes:
-        others = "+".join(kind for kind in kinds if kind != "class")
-        raise ConfigurationError(
-            f"condition is {condition}, but the pictures of {latents.place} have no classes: give "
-            f"--condition {others or 'none'}"
-        )
-    chosen = "text" in prior.conditions and not (config.initial and not config.condition)
-    config.text.refuse_unless(chosen)
-    if not chosen:
-        return prior
-    encoder = text_encoder_of(config.text.encoder)
-    text = TextConfig(
-        config.text.length,
-        encoder.dim or config.text.dim,
-        config.text.encoder,
-        encoder.fingerprint,
-    )
-    return prior.conditioned(condition, text, image)
+    return prior
 
 
 def build_prior(config: PriorConfig, latents: Latents, tokenizer: Tokenizer) -> Prior:
@@ -395,7 +395,7 @@ def validation_batches(heldout: Latents, run: Run) -> Iterator[LatentBatch]:
 
 def shown_prompts(prior: Prior, heldout: Latents) -> list[str]:
     """Captions of held-out pictures, the prompts of the preview; [] without captions."""
-    if "text" not in prior.condition_kinds:
+    if prior.config.text is None:
         return []
     captions = heldout.first_view(heldout.even_subset(SHOWN_PROMPTS, 0)).captions or []
     return list(dict.fromkeys(texts[0] for texts in captions))
@@ -426,17 +426,17 @@ def train(config: TrainPriorConfig) -> Path:
     ema = learner.ema
     warn_of_empty_classes(latents.classes, latents.labels, latents.place)
     pairs = bool(latents.info.pairs)  # of latents and noise, for reflow
-    classes = latents.classes if "class" in prior.condition_kinds else ()
-    pipeline = Pipeline(tokenizer, ema.model, classes)
+    pipeline = Pipeline(tokenizer, ema.model, latents.classes if prior.num_classes else ())
+    condition_of = BatchConditions(prior.config, pipeline.text_encoder, latents, heldout)
     loss_of = partial(
         prior_loss,
         tokenizer=tokenizer,
         device=run.device,
         pairs=pairs,
-        condition_of=BatchConditions(prior.config, pipeline.text_encoder, latents, heldout),
+        condition_of=condition_of,
     )
     shown = partial(sample_grid, pipeline, prompts=shown_prompts(prior, heldout))
-    if prior.config.image is not None:
+    if not all(source.HAS_NAMES for source in condition_of.sources.values()):
         shown = partial(condition_grid, pipeline, heldout)
     pipeline.training_pictures = latents.info.dataset_fingerprint
     pipeline.guidance_scale = guidance_of_run(config_to_dict(config), pipeline.guidance_scale)

@@ -21,6 +21,7 @@ from smalti.prior.next_scale.model import NextScaleConfig
 from smalti.prior.next_token.model import NextTokenConfig
 from smalti.scripts import train_prior, train_tokenizer
 from smalti.scripts.encode import EncodeConfig, encode
+from smalti.scripts.options import TextOptions
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.discriminators.patchgan import PatchGANConfig
@@ -55,15 +56,18 @@ TOKENIZERS = {
     "multi-scale": VQConfig(image_size=16, conv=CONV, quantizer=SCALES),
     "kl": KLConfig(image_size=16, conv=replace(CONV, z_channels=2), equivariance=1.0),
 }
-PRIORS = {
-    "next-token": ("nearest", NextTokenConfig(depth=2, width=16, num_heads=2, hidden=32)),
-    "next-scale": ("multi-scale", NextScaleConfig(depth=2, width=16, num_heads=2)),
-    "flow": (
-        "kl",
-        FlowConfig(
-            network=DiTConfig(patch_size=2, depth=2, width=16, num_heads=1, frequency_size=16)
-        ),
+FLOW = FlowConfig(
+    network=DiTConfig(patch_size=2, depth=2, width=16, num_heads=1, frequency_size=16)
+)
+PRIORS = {  # tokenizer, prior, condition
+    "next-token": (
+        "nearest",
+        NextTokenConfig(depth=2, width=16, num_heads=2, hidden=32),
+        "class+text",
     ),
+    "next-scale": ("multi-scale", NextScaleConfig(depth=2, width=16, num_heads=2), "class"),
+    "flow": ("kl", FLOW, "class"),
+    "flow-all": ("kl", FLOW, "class+text+image"),
 }
 COMMON = {
     "max_train_steps": 1,
@@ -91,21 +95,23 @@ def tokenizer_config(root: Path, out: Path, name: str) -> train_tokenizer.TrainT
 
 
 def prior_config(root: Path, out: Path, name: str) -> train_prior.TrainPriorConfig:
-    tokenizer, prior = PRIORS[name]
-    within = ("dropout", "drop_path", *(() if name == "flow" else ("label_dropout",)))
+    tokenizer, prior, condition = PRIORS[name]
+    within = ("dropout", "drop_path", *(() if tokenizer == "kl" else ("label_dropout",)))
     without = {f: 0.0 for f in within if hasattr(prior, f)}
     return train_prior.TrainPriorConfig(
         output_dir=out / "run" / name,
         latents=root / f"{tokenizer}-latents",
         tokenizer=root / tokenizer,
         prior=replace(prior, **without),
+        condition=condition,
+        text=TextOptions(length=8, dim=64) if "text" in condition else TextOptions(),
         **COMMON,
     )
 
 
 def make_inputs(root: Path) -> None:
     """Tokenizers and latents, beside `root/pictures`."""
-    for name in {tokenizer for tokenizer, _ in PRIORS.values()}:
+    for name in {tokenizer for tokenizer, *_ in PRIORS.values()}:
         torch.manual_seed(0)
         Tokenizer.registry.build(TOKENIZERS[name]).save_pretrained(root / name)
         encode(
@@ -113,6 +119,7 @@ def make_inputs(root: Path) -> None:
                 data=str(root / "pictures"),
                 tokenizer=root / name,
                 output_dir=root / f"{name}-latents",
+                image_task="inpainting" if name == "kl" else "",
             )
         )
 

@@ -104,22 +104,28 @@ def test_python_in_the_pages_compiles(page: Path) -> None:
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SECTION = re.compile(r"^### ([^\n]+)$.*?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 EXAMPLES = dict(SECTION.findall(CONTRIBUTING))  # heading -> its code block
-IN_EXTENSION = ("A quantizer", "A tokenizer", "A prior")
+IN_FILES = {  # heading -> the file in tests/ with the same code
+    "A quantizer": "extension.py",
+    "A tokenizer": "extension.py",
+    "A prior": "extension.py",
+    "A condition": "colour.py",
+}
 
 
 def test_contributing_has_an_example_of_everything() -> None:
     others = {"A path of a flow prior", "A solver of a flow prior", "A discriminator"}
     others |= {"A data source", "A metric", "A text encoder"}
-    assert EXAMPLES.keys() == {*IN_EXTENSION, *others}
+    assert EXAMPLES.keys() == {*IN_FILES, *others}
 
 
-@pytest.mark.parametrize("heading", IN_EXTENSION)
-def test_the_first_examples_are_those_that_every_command_is_tested_with(heading: str) -> None:
-    """`tests/test_extension.py` runs them."""
-    assert EXAMPLES[heading] in (ROOT / "tests" / "extension.py").read_text(encoding="utf-8")
+@pytest.mark.parametrize("heading", IN_FILES)
+def test_some_examples_are_those_that_every_command_is_tested_with(heading: str) -> None:
+    """`tests/test_extension.py` and `tests/pipelines/test_own_condition.py` run them."""
+    file = ROOT / "tests" / IN_FILES[heading]
+    assert EXAMPLES[heading] in file.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("heading", [name for name in EXAMPLES if name not in IN_EXTENSION])
+@pytest.mark.parametrize("heading", [name for name in EXAMPLES if name not in IN_FILES])
 def test_an_example_of_contributing_runs(heading: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block is a module, and ends with its own test; what it registers is undone."""
     from smalti.data.sources.base import SOURCES

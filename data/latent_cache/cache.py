@@ -308,6 +308,7 @@ class LatentBatch:
     # By name, (B, ...): of the view and of the caption that each sample has in this epoch; float32,
     # int64 or bool.
     conditions: dict[str, Tensor] = field(default_factory=dict)
+    epochs: Tensor | None = None  # (B,) int64, of samples that are encoded for each step
 
     @property
     def texts(self) -> list[str] | None:

@@ -6,7 +6,7 @@ device of the training process, encodes them there.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,8 @@ class OnTheFlyLatents:
     store: Callable[[Tensor], Tensor]  # images (B, C, H, W) -> latents, see `Tokenizer.store`
     device: torch.device  # where `store` takes its images
     place: str  # the value of --data, for messages
+    # By name, the conditions (B, ...) of images (B, C, H, W) with keys (epoch, index)
+    conditions: Callable[[Tensor, Sequence[Key]], Mapping[str, Tensor]] = lambda images, keys: {}
 
     @property
     def spec(self) -> LatentSpec:
@@ -69,7 +71,7 @@ class OnTheFlyLatents:
     def first_view(self, indices: Sequence[int]) -> LatentBatch:
         """Some samples, not augmented, with their first captions."""
         (batch,) = self.images.batches_of(indices, len(indices))
-        return self._encoded(_to_encode(batch, [0] * len(indices)))
+        return self._encoded(_to_encode(batch, [(0, i) for i in indices], [0] * len(indices)))
 
     def even_subset(self, count: int, seed: int) -> list[int]:
         """At most `count` samples, evenly over classes and groups, to measure."""
@@ -88,9 +90,17 @@ class OnTheFlyLatents:
 
     @torch.no_grad()
     def _encoded(self, batch: LatentBatch) -> LatentBatch:
-        parts = batch.stored.split(ENCODED_AT_ONCE)
-        stored = torch.cat([self.store(images.to(self.device)) for images in parts])
-        return replace(batch, stored=stored)
+        assert batch.epochs is not None
+        keys = list(zip(batch.epochs.tolist(), batch.indices.tolist(), strict=True))
+        stored, conditions = [], dict[str, list[Tensor]]()
+        for start in range(0, len(keys), ENCODED_AT_ONCE):
+            part = slice(start, start + ENCODED_AT_ONCE)
+            images = batch.stored[part].to(self.device)
+            stored.append(self.store(images))
+            for name, rows in self.conditions(images, keys[part]).items():
+                conditions.setdefault(name, []).append(rows)
+        found = {name: torch.cat(rows) for name, rows in conditions.items()}
+        return replace(batch, stored=torch.cat(stored), conditions=found)
 
 
 Latents = LatentCache | OnTheFlyLatents  # that a prior can be trained on
@@ -106,14 +116,18 @@ class _Decoding:
         batch = self.images.__getitems__(keys)
         counts = [len(texts) for texts in batch.captions or [()] * len(keys)]
         pairs = zip(keys, counts, strict=True)
-        return _to_encode(batch, [choice("caption", self.images.seed, k, n) for k, n in pairs])
+        shown = [choice("caption", self.images.seed, k, n) for k, n in pairs]
+        return _to_encode(batch, keys, shown)
 
 
-def _to_encode(batch: ImageBatch, shown: Sequence[int]) -> LatentBatch:
+def _to_encode(batch: ImageBatch, keys: Sequence[Key], shown: Sequence[int]) -> LatentBatch:
     """A batch whose latents are still images.
 
     Args:
         shown: the caption that each sample has.
     """
     chosen = None if batch.captions is None else torch.tensor(shown)
-    return LatentBatch(batch.images, batch.labels, batch.indices, batch.captions, chosen)
+    epochs = torch.tensor([epoch for epoch, _ in keys])
+    return LatentBatch(
+        batch.images, batch.labels, batch.indices, batch.captions, chosen, epochs=epochs
+    )

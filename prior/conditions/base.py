@@ -16,7 +16,7 @@ which all priors take.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,8 @@ def part_of(value: Condition, kind: str) -> Condition:
 
 class ConditionKind(ABC):
     """One kind of condition of a prior: which values fit, its null, and how it is dropped."""
+
+    WITHOUT_NULL: ClassVar[str] = ""  # why a prior that could have a null has none, in words
 
     @classmethod
     @abstractmethod

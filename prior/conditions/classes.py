@@ -1,6 +1,6 @@
 """Class labels as a condition: one learned row for each class, and one for the null label."""
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ class ClassKind(ConditionKind):
     Args:
         has_null: whether the null label has an embedding, see `Prior.class_table_has_null`.
     """
+
+    WITHOUT_NULL: ClassVar[str] = (
+        "was trained without class dropout and has no null class to guide against"
+    )
 
     def __init__(self, num_classes: int, has_null: bool) -> None:
         self.num_classes, self._has_null = num_classes, has_null

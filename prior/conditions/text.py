@@ -8,7 +8,7 @@ cross-attention of the other priors attends to (`TextAttention`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -175,6 +175,10 @@ class CaptionEmbedding(nn.Module, ConditionKind):
         has_null: whether captions are dropped in training. If not, the features for "no text" are
             zeros, as long as no other weights are loaded.
     """
+
+    WITHOUT_NULL: ClassVar[str] = (
+        "was trained without dropping captions (label_dropout 0) and has no null to guide against"
+    )
 
     def __init__(self, config: TextConfig, width: int, has_null: bool = True) -> None:
         super().__init__()

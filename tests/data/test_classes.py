@@ -17,7 +17,7 @@ from smalti.data.latent_cache.imports import Division, Origin, import_latents, o
 from smalti.data.latents import CodeSpec
 from smalti.data.sources.base import ImageSource, open_source
 from smalti.errors import SmaltiError
-from smalti.pipelines.conditions import label_ids
+from smalti.pipelines.class_labels import label_ids
 from smalti.prior.presets import PRESETS
 from smalti.scripts.train_prior import build_prior
 

@@ -14,7 +14,8 @@ from smalti.data.latent_cache.cache import EncodedRange, LatentCache, write_cach
 from smalti.data.latent_cache.manifest import CacheInfo
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
-from smalti.pipelines.conditions import BatchConditions, CaptionFeatures
+from smalti.pipelines.captions import CaptionFeatures
+from smalti.pipelines.conditions import BatchConditions
 from smalti.prior.conditions.text import TextCondition, TextConfig
 from smalti.prior.conditions.text_encoder import TextEncoder, text_encoder_of
 from smalti.prior.next_token.model import NextTokenConfig
@@ -66,7 +67,7 @@ def test_training_takes_the_stored_features_of_the_shown_caption(encoder, tmp_pa
     latents = written(tmp_path, CaptionFeatures(encoder, LENGTH))
     assert [c.rows for c in latents.info.conditions] == ["caption", "caption"]
     condition_of = conditions(encoder, latents)
-    assert condition_of.are_stored
+    assert condition_of.sources["text"].are_stored  # type: ignore[attr-defined]
     seen = set()
     for epoch in range(4):
         batch = latents.__getitems__([(epoch, 3), (epoch, 0), (epoch, 1)])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from chance import generators, randomised
+from colour import ColourKind
 from torch import Tensor
 
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
@@ -25,6 +26,7 @@ from smalti.prior.conditions.base import (
     rows,
 )
 from smalti.prior.conditions.byte_encoder import BYTES
+from smalti.prior.conditions.registry import CONDITIONS
 from smalti.prior.conditions.text import TextCondition, TextConfig
 from smalti.prior.conditions.text_encoder import tokenize_bytes
 from smalti.prior.flow.config import FlowConfig
@@ -265,12 +267,20 @@ KINDS = {
     "bytes": tokenize_bytes(TEXTS, T),
 }
 KINDS["class+text"] = Combination({"class": KINDS["class"], "text": KINDS["text"]})
+COLOURS = torch.rand(4, 3, generator=torch.Generator().manual_seed(3))
+KINDS["class+colour"] = Combination({"class": KINDS["class"], "colour": COLOURS})
 TESTED = [
     (name, kind)
     for name, kind in product(CASES, KINDS)
     if kind == "none"
-    or set(kind.replace("bytes", "text").split("+")) <= set(CASES[name].config.CONDITIONS)
+    or set(kind.replace("bytes", "text").split("+")) <= {*CASES[name].config.CONDITIONS, "colour"}
 ]
+
+
+@pytest.fixture(autouse=True)
+def own_kind(monkeypatch) -> None:
+    """All priors take a kind of one's own."""
+    monkeypatch.setitem(CONDITIONS._entries, "colour", ColourKind)
 
 
 @pytest.fixture(params=TESTED, ids="-".join)
@@ -397,6 +407,20 @@ def test_dropped_conditions_are_the_null_condition(conditional, kind, condition,
     expected = torch.where(uniforms < 0.5, null, given)
     assert torch.equal(found, expected)
     assert torch.equal(given, null) == (kind == "none")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_captions_that_were_never_dropped_have_no_null(name) -> None:
+    """As classes; weights that were trained with dropout bring theirs."""
+    config = CASES[name].config.conditioned("text", TextConfig(T, D))
+    config = replace(config, label_dropout=0.0)
+    model = PRIORS.resolve(name)(config.fitted(config.spec, 0, None, SCALES))
+    assert not model.has_null_class
+    with pytest.raises(SmaltiError, match=r"without dropping captions .*: set guidance_scale to 1"):
+        model.check_guidance(2.0)
+    model.load_state_dict(make(name, "text").state_dict())
+    assert model.has_null_class
+    model.check_guidance(2.0)
 
 
 def test_guidance_leads_away_from_the_negative_condition(

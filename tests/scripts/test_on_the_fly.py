@@ -275,3 +275,48 @@ def test_commands_take_heldout_data(root: Path, tmp_path: Path) -> None:
     config = EvaluateConfig(data=str(root / "pictures"), heldout_data=str(held))
     evaluator = tokenizer_evaluator(config, smalti.Tokenizer.from_pretrained(root / "vq"))
     assert len(evaluator.dataset) == 4 and evaluator.protocol["heldout_data"] == str(held)
+
+
+def test_pictures_of_a_task_are_made_in_each_step(root: Path, tmp_path: Path) -> None:
+    """With the mask of another epoch, a pure function of (epoch, index); the run saves its task."""
+    task = {"condition": "class+image", "image_task": "inpainting"}
+    config = config_of(root, "kl", tmp_path / "run", **task, max_train_steps=2)
+    _, made, heldout = open_latents(config, CPU)
+
+    def given(*keys):
+        return made.__getitems__(list(keys)).conditions["image"]
+
+    assert given((0, 1), (0, 2)).shape == (2, 5, 8, 8)
+    masks = {tuple(given((epoch, 3))[0, 4].flatten().tolist()) for epoch in range(8)}
+    assert len(masks) == 8
+    torch.testing.assert_close(given((7, 3)), given((0, 1), (7, 3))[1:], rtol=1e-4, atol=1e-5)
+    encode(
+        EncodeConfig(
+            data=str(root / "pictures"),
+            tokenizer=root / "kl",
+            output_dir=tmp_path / "cache",
+            views="identity",
+            image_task="inpainting",
+        )
+    )
+    stored = LatentCache(tmp_path / "cache" / "heldout")
+    assert stored.info.conditions == heldout.info.conditions
+    ours, theirs = (latents.first_view([0, 1]).conditions["image"] for latents in (heldout, stored))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)  # a cache stores half precision
+    pipe = smalti.Pipeline.from_pretrained(train(config))
+    assert pipe.prior.config.image_task == "inpainting"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"condition": "image"}, "no pictures beside them: give --image_task super-resolution"),
+        ({"image_task": "inpainting"}, "condition is class: add image to --condition"),
+        ({"image_task": "painting"}, 'did you mean "inpainting"'),
+        ({"image_task": "inpainting", "data": ""}, "image_task was given, but .* from a cache"),
+    ],
+)
+def test_a_task_that_does_not_fit_is_refused(root, tmp_path: Path, changes, message) -> None:
+    with pytest.raises(SmaltiError, match=message):
+        train(config_of(root, "kl", tmp_path / "run", **{"flip": True, **changes}))
+    assert not (tmp_path / "run" / "pipeline").exists()

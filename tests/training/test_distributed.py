@@ -49,6 +49,7 @@ def one_process(tmp_path_factory) -> Path:
         for number in range(12):
             pixels = torch.randint(256, (16, 16, 3), generator=numbers, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(root / "pictures" / name / f"{number}.png")
+            (root / "pictures" / name / f"{number}.txt").write_text(f"{name} {number}")
     make_inputs(root)
     (root / "one").mkdir()
     gradients_of(root, root / "one")
@@ -79,7 +80,8 @@ def test_two_processes_sum_the_gradients_of_one(one_process: Path) -> None:
 
 @pytest.mark.slow
 def test_sharded_priors_have_the_gradients_of_one_process(one_process: Path) -> None:
-    """FSDP2 through Accelerate, each kind of prior: trained, validated, sampled from, saved."""
+    """FSDP2 through Accelerate, each kind of prior and of condition: trained, validated, sampled
+    from, saved."""
     (one_process / "sharded").mkdir()
     torchrun("first_gradients.py", str(one_process), str(one_process / "sharded"), "sharded")
     files = {f"prior-{name}-0.safetensors" for name in PRIORS}
