@@ -24,7 +24,7 @@ from smalti.config import ImageSize, config_from_dict, saved_fields
 from smalti.data.classes import class_number
 from smalti.data.image_io import TRANSPARENT, WHITE, to_channels
 from smalti.data.latents import as_image_size, height_and_width, resolution, to_float
-from smalti.data.order import Key, even_subset
+from smalti.data.order import Blocks, Key, even_subset
 from smalti.data.sources.base import (
     BadPicture,
     ImageSource,
@@ -145,6 +145,13 @@ class ImageDataset(Dataset):
     def levels(self) -> Tensor | None:
         """All samples as uint8 (N, C, H, W), if they are kept decoded."""
         return self._pixels
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The blocks in which samples are read; None if each is read by itself, or all are kept
+        decoded."""
+        whole = self.source.blocks if self._pixels is None else None
+        return None if whole is None else whole.part(self.positions)
 
     @property
     def decoded_bytes(self) -> int:

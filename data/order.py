@@ -8,6 +8,7 @@ sampler defines its order as such a function.
 import hashlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -113,14 +114,35 @@ def _in_turns(order: Sequence[int], keys: Sequence[Hashable]) -> list[int]:
     return sorted(order, key=turns.__getitem__)  # stable: equal turns stay in order
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Samples that are stored together, and can only be read together.
+
+    In an order of such samples the blocks are shuffled, and then the samples of each `mixed` blocks
+    that follow one another, so that a process reads a block once and keeps `mixed` of them.
+    """
+
+    of: Tensor  # (N,) int64: the block of each sample
+    mixed: int  # number of blocks
+
+    def part(self, samples: Tensor | Sequence[int]) -> "Blocks":
+        """The blocks of some of the samples."""
+        return Blocks(self.of[samples], self.mixed)
+
+
 class DataOrder:
     """An endless shuffled stream of samples, cut into batches.
 
     Position p of the stream is sample `permutation(epoch)[p % N]` of epoch p // N, so every epoch
     contains each sample exactly once; batch k contains positions k G to (k + 1) G - 1.
+
+    Args:
+        blocks: of the samples, if they can only be read in blocks.
     """
 
-    def __init__(self, num_samples: int, global_batch_size: int, seed: int) -> None:
+    def __init__(
+        self, num_samples: int, global_batch_size: int, seed: int, blocks: Blocks | None = None
+    ) -> None:
         if num_samples < 1:
             raise DataError("there are no samples to train on: check the data set")
         if global_batch_size < 1:
@@ -130,10 +152,24 @@ class DataOrder:
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size
         self.seed = seed
+        self.blocks = blocks
         self._permutation = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> list[int]:
-        return _permutation(self.num_samples, f"{self.seed}/order/{epoch}")
+        order = _permutation(self.num_samples, f"{self.seed}/order/{epoch}")
+        if self.blocks is None:
+            return order
+        count = int(self.blocks.of.max()) + 1
+        place = torch.tensor(_permutation(count, f"{self.seed}/blocks/{epoch}"))
+        turns = (place[self.blocks.of] // self.blocks.mixed).tolist()
+        return sorted(order, key=turns.__getitem__)  # stable: shuffled within a turn
+
+    def identity(self, data: str) -> str:
+        """The fingerprint `data` of the samples, with the blocks, on which their order depends."""
+        if self.blocks is None:
+            return data
+        digest = hashlib.sha256(self.blocks.of.numpy().astype("<i8").tobytes()).hexdigest()
+        return f"{data}/{self.blocks.mixed}/{digest}"
 
     def keys(self, step: int) -> list[Key]:
         """The samples of a step, for all processes."""

@@ -441,8 +441,8 @@ def train(config: TrainPriorConfig) -> Path:
     pipeline.training_pictures = latents.info.dataset_fingerprint
     pipeline.guidance_scale = guidance_of_run(config_to_dict(config), pipeline.guidance_scale)
     run.latents = latents.info if config.data else None
-    run.resume(latents.fingerprint)
-    order = DataOrder(len(latents), config.train_batch_size, config.seed)
+    order = DataOrder(len(latents), config.train_batch_size, config.seed, latents.blocks)
+    run.resume(order.identity(latents.fingerprint))
     batches = run.reading(latents.batches(order, **run.share_of_data()))
 
     def measure(step: int) -> None:

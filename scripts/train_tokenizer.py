@@ -341,8 +341,8 @@ def train(config: TrainTokenizerConfig) -> Path:
     tokenizer, model, ema = build_tokenizer(config, run)
     networks, discriminator = build_loss_networks(config, run)
     loss_of = partial(generator_loss, config.objective, networks, last_layer=tokenizer.last_layer)
-    run.resume(images.fingerprint)
-    order = DataOrder(len(images), config.train_batch_size, config.seed)
+    order = DataOrder(len(images), config.train_batch_size, config.seed, images.blocks)
+    run.resume(order.identity(images.fingerprint))
     batches = run.reading(stream_batches(images, order, **run.share_of_data()))
 
     measured = partial(measure, run, ema.model, heldout)

@@ -376,6 +376,11 @@ class LatentCache(Dataset):
         return len(self.info.classes)
 
     @property
+    def blocks(self) -> None:
+        """Each sample is read by itself; pictures that are encoded on the fly may not be."""
+        return None
+
+    @property
     def place(self) -> str:
         """Where the latents are, for messages."""
         return str(self.folder)

@@ -18,7 +18,7 @@ from smalti.data.latent_cache.cache import LatentBatch, LatentCache, choice
 from smalti.data.latent_cache.manifest import CacheInfo
 from smalti.data.latents import LatentSpec
 from smalti.data.loader import stream_batches
-from smalti.data.order import DataOrder, Key
+from smalti.data.order import Blocks, DataOrder, Key
 
 ENCODED_AT_ONCE = 64  # pictures
 
@@ -56,6 +56,11 @@ class OnTheFlyLatents:
     def labels(self) -> Tensor:
         """(N,) int64."""
         return self.images.labels
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The blocks in which the pictures are read, see `ImageDataset.blocks`."""
+        return self.images.blocks
 
     @property
     def fingerprint(self) -> str:

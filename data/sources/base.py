@@ -29,7 +29,7 @@ from smalti.data.image_io import (
     check_length,
     decode,
 )
-from smalti.data.order import divide
+from smalti.data.order import Blocks, divide
 from smalti.data.sources.annotations import NO_CAPTIONS, why_incomplete
 from smalti.data.sources.listing import is_picture, printable, split_called
 from smalti.data.sources.options import HuggingFaceOptions, ShardOptions, SourceOptions
@@ -58,6 +58,7 @@ class ImageSource(ABC):
     heldout: Tensor | None = None  # (N,) bool where the set has a split of its own
     remarks: tuple[str, ...] = ()  # what was recognised, and what is not read; also logged
     max_replaced: int = 0  # how many damaged pictures may be replaced by others of their class
+    blocks: Blocks | None = None  # of pictures that can only be read in blocks
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,6 +103,7 @@ class EncodedPictures(ABC):
     captions_problem: str = ""  # why there are none, where that is an error of the set
     heldout: Tensor | None = None  # (N,) bool where the set has a split of its own
     remarks: tuple[str, ...] = ()  # what was recognised, and what is not read; also logged
+    blocks: Blocks | None = None  # of pictures that can only be read in blocks
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,6 +119,10 @@ class EncodedPictures(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """The name of the picture within the set."""
+
+    def identity(self, index: int) -> str:
+        """What is known of the picture without reading it, for the fingerprint of a large set."""
+        return f"{self.size(index)}/{self.name(index)}"
 
     def place(self, index: int) -> str:
         """The location of the picture, for messages."""
@@ -249,6 +255,7 @@ class EncodedSource(ImageSource):
         self.labels = labels[self._rows]
         self._find_captions()
         self.heldout = None if pictures.heldout is None else pictures.heldout[self._rows]
+        self.blocks = None if pictures.blocks is None else pictures.blocks.part(self._rows)
         self.max_replaced = options.max_bad_images if options.bad_images == "replace" else 0
         self.fingerprint = fingerprint_of(
             [repr(self.classes).encode(), *self._identities()]
@@ -313,8 +320,7 @@ class EncodedSource(ImageSource):
         if self._findings:
             contents = [found.sha256 for found in self._findings]
         else:
-            size, name = self.pictures.size, self.pictures.name
-            contents = [f"{size(row)}/{name(row)}" for row in self._rows]
+            contents = [self.pictures.identity(row) for row in self._rows]
         texts = [f"{label}/{content}" for label, content in zip(labels, contents, strict=True)]
         return [text.encode(errors="surrogateescape") for text in texts]
 

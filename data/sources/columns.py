@@ -1,8 +1,8 @@
-"""The columns of a Hugging Face data set that hold pictures, labels and captions."""
+"""Tables of Hugging Face data sets: which columns hold pictures, labels and captions."""
 
 import logging
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from smalti.config import nearest
 from smalti.data.classes import named_classes, numbered_classes
 from smalti.data.sources.annotations import CAPTION_COLUMNS, LABEL_COLUMNS
 from smalti.data.sources.options import SourceOptions
-from smalti.errors import ConfigurationError, DataError
+from smalti.errors import ConfigurationError, DataError, SmaltiError
 
 logger = logging.getLogger(__name__)
 
@@ -136,3 +136,20 @@ def datasets_library() -> Any:
             "Hugging Face data sets need another package: pip install 'smalti[data]'"
         ) from error
     return datasets
+
+
+def guarded(spec: str, load: Callable[[], Any]) -> Any:
+    """The result of `load()`; any exception becomes a `DataError` of one line."""
+    try:
+        return load()
+    except SmaltiError:
+        raise
+    except Exception as error:  # the libraries raise many kinds; all mean "cannot be read"
+        raise DataError(f"{spec} cannot be read: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the original error; that of `datasets` often has no cause in it."""
+    while error.__cause__ is not None and type(error).__module__.startswith("datasets."):
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0]

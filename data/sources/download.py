@@ -124,7 +124,7 @@ def _copy(url: str, target: Path, check: Callable[[Path], object]) -> None:
                 check(temporary)
             return
         except FileNotFoundError:
-            if target.suffix == ".tar":
+            if target.suffix in (".tar", ".parquet"):
                 raise DataError(f"there is no shard {url}: check --data") from None
             raise
         except SmaltiError as error:

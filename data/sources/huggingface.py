@@ -24,21 +24,30 @@ import torch
 from smalti.config import nearest
 from smalti.data.sources.annotations import captions_of
 from smalti.data.sources.base import EncodedPictures, HuggingFaceOptions, SourceOptions
-from smalti.data.sources.columns import Columns, datasets_library, find_columns, labels_of
-from smalti.data.sources.download import folder_name
+from smalti.data.sources.columns import (
+    Columns,
+    datasets_library,
+    find_columns,
+    first_line,
+    guarded,
+    labels_of,
+)
+from smalti.data.sources.download import folder_name, local_copies
 from smalti.data.sources.folder import FolderPictures
 from smalti.data.sources.index import files_below
 from smalti.data.sources.listing import (
     PassedOver,
     RowFiles,
+    expand_braces,
     is_picture,
     is_special,
     kind_of,
     matching,
     split_called,
 )
+from smalti.data.sources.parquet import ParquetPictures
 from smalti.data.sources.streams import Sample, copy_stream
-from smalti.errors import ConfigurationError, DataError, SmaltiError
+from smalti.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
     import datasets
@@ -97,7 +106,7 @@ class HuggingFacePictures(EncodedPictures):
             self._rows = lib.concatenate_datasets(parts)
         except ValueError as error:  # different columns, or labels with different names
             raise DataError(
-                f"the splits of {title} have different columns: {_first_line(error)}"
+                f"the splits of {title} have different columns: {first_line(error)}"
             ) from error
         if len(self._rows) == 0:
             raise DataError(f"{title} holds no pictures: check --data and --hf.split")
@@ -105,16 +114,16 @@ class HuggingFacePictures(EncodedPictures):
             self.heldout = torch.arange(len(self._rows)) >= len(rows)
         values = [None] * len(self._rows) if columns.label is None else self._rows[columns.label]
         self.classes, self.labels = labels_of(title, list(values), columns)
-        self._sizes = _guarded(title, lambda: _sizes_of(self._rows, self._column))
+        self._sizes = guarded(title, lambda: _sizes_of(self._rows, self._column))
         self._texts = self._rows.select_columns([columns.captions] if columns.captions else [])
         self._caption_column = columns.captions
         if columns.captions:
             self.captions_from = f'the column "{columns.captions}"'
-            self.captioned = torch.tensor(_guarded(title, lambda: _have_text(self._texts)))
+            self.captioned = torch.tensor(guarded(title, lambda: _have_text(self._texts)))
 
     def open(self, index: int) -> BinaryIO:
         value = self._rows[index][self._column]
-        return io.BytesIO(_content(value, self.place(index), self._files))
+        return io.BytesIO(self._files.picture(value, self.place(index)))
 
     def size(self, index: int) -> int:
         return self._sizes[index]
@@ -138,20 +147,6 @@ def _plain(rows: Any, columns: Columns) -> Any:
         raise DataError(
             f'the column "{columns.image}" holds no pictures: name another in --hf.image_column'
         ) from error
-
-
-def _content(value: Any, place: str, files: RowFiles) -> bytes:
-    """The bytes of a picture.
-
-    Raises:
-        OSError: the row has no picture, or names a file that is not the set's.
-    """
-    if isinstance(value, dict) and value.get("bytes") is not None:
-        return value["bytes"]
-    path = value.get("path") if isinstance(value, dict) else None
-    if not path:
-        raise FileNotFoundError(f"{place} holds no picture")
-    return files.read(path)
 
 
 def _sizes_of(rows: Any, column: str) -> list[int]:
@@ -283,10 +278,20 @@ def _split_of(path: Path) -> str:
 
 
 def open_files(spec: str, options: SourceOptions) -> EncodedPictures:
-    """Parquet or arrow files: one, those that match a glob, or those in a folder."""
+    """Parquet or arrow files: one, those that match a glob, those in a folder, or at URLs.
+
+    Parquet files at URLs are copied to `stream_cache`, or read in place without it.
+    """
     datasets_library()
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if "://" in spec:
+        if spec.endswith(".arrow"):
+            raise DataError(f"{spec} is a URL, and arrow files are read from this disk: copy them")
+        urls, cache = expand_braces(spec), options.stream_cache
+        if cache is None and not spec.startswith("file:"):
+            return ParquetPictures(spec, urls, [], options, RowFiles(_unpacked(None)))
+        files = local_copies(urls, cache, (), check=lambda copy: _check_parquet(spec, [copy]))
+    elif path.is_dir():
         found = [file for file in sorted(path.iterdir()) if not is_special(file)]
         kinds = {kind: [f for f in found if f.suffix == kind] for kind in (".parquet", ".arrow")}
         if all(kinds.values()):
@@ -307,7 +312,7 @@ def open_files(spec: str, options: SourceOptions) -> EncodedPictures:
     if files[0].suffix == ".arrow":
         _refuse_unused(spec, options)
         lib = datasets_library()
-        parts = _guarded(spec, lambda: [lib.Dataset.from_file(str(file)) for file in files])
+        parts = guarded(spec, lambda: [lib.Dataset.from_file(str(file)) for file in files])
         return _map_style(spec, lib.concatenate_datasets(parts), options, row_files)
     _check_parquet(spec, files)
     names = [escape(str(file)) for file in files]
@@ -317,7 +322,7 @@ def open_files(spec: str, options: SourceOptions) -> EncodedPictures:
 def _check_parquet(spec: str, files: Sequence[Path]) -> None:
     """Raise `DataError` if a file is damaged, naming it, or if all are empty."""
     parquet: Any = importlib.import_module("pyarrow.parquet")  # without types
-    rows = [_guarded(str(file), partial(parquet.read_metadata, file)).num_rows for file in files]
+    rows = [guarded(str(file), partial(parquet.read_metadata, file)).num_rows for file in files]
     if not any(rows):
         raise DataError(f"{spec} holds no pictures: check --data")
 
@@ -326,7 +331,7 @@ def open_saved(spec: str, options: SourceOptions) -> EncodedPictures:
     """A folder that `save_to_disk` wrote."""
     _refuse_unused(spec, options)
     folder = os.path.expanduser(spec)
-    loaded = _guarded(spec, lambda: datasets_library().load_from_disk(folder))
+    loaded = guarded(spec, lambda: datasets_library().load_from_disk(folder))
     return _map_style(spec, loaded, options, RowFiles((Path(folder), *_unpacked(None))))
 
 
@@ -335,15 +340,39 @@ def _open(
 ) -> EncodedPictures:
     """The data set of `datasets.load_dataset(path)`, as a stream or not."""
     hf, cache = options.hf, options.stream_cache
-    if hf.streaming and cache is None:
-        raise ConfigurationError(
-            f"{spec} is streamed: pass --stream_cache FOLDER for a copy of the samples, without "
-            "which neither their order nor a resumed run would be exact"
-        )
     if hf.streaming and cache is not None:
         return _streamed(spec, options, cache, path, files, arguments)
-    loaded = _guarded(spec, lambda: _load(hf, path, cache_dir=_arrow_cache(cache), **arguments))
+    if hf.streaming:
+        return _in_place(spec, options, path, files, arguments)
+    loaded = guarded(spec, lambda: _load(hf, path, cache_dir=_arrow_cache(cache), **arguments))
     return _map_style(spec, loaded, options, files)
+
+
+def _in_place(
+    spec: str, options: SourceOptions, path: str, files: RowFiles, arguments: dict[str, Any]
+) -> ParquetPictures:
+    """The rows of parquet files, without a copy."""
+    hf, load = options.hf, datasets_library().load_dataset_builder
+    revision = hf.revision or None
+    builder = guarded(spec, lambda: load(path, hf.config or None, revision=revision, **arguments))
+    splits = builder.config.data_files or {}
+    names = [str(name) for split in splits.values() for name in split]
+    if not names or not all(name.endswith(".parquet") for name in names):
+        hub = (
+            ""
+            if os.path.isdir(path)
+            else ", or read the Hub's own: --hf.revision refs/convert/parquet"
+        )
+        raise ConfigurationError(
+            f"{spec} does not consist of parquet files, which alone are read in place: pass "
+            f"--stream_cache FOLDER for a copy of the samples{hub}"
+        )
+    rows = _choose_split(spec, splits, hf.split)
+    heldout = _choose_split(spec, splits, hf.heldout_split) if hf.heldout_split else []
+    features = builder.info.features
+    pictures = ParquetPictures(spec, rows, heldout, options, files, features)
+    pictures.remarks = _say_splits(spec, splits, rows, heldout)
+    return pictures
 
 
 def _load(hf: HuggingFaceOptions, path: str, **arguments: Any) -> Any:
@@ -418,7 +447,7 @@ def _streamed(
 
     def stream() -> tuple[Any, Columns]:
         if not opened:
-            loaded = _guarded(spec, lambda: _load(hf, path, streaming=True, **arguments))
+            loaded = guarded(spec, lambda: _load(hf, path, streaming=True, **arguments))
             rows = _choose_split(spec, loaded, hf.split)
             _say_splits(spec, loaded, rows)
             columns = find_columns(spec, rows.features, options)
@@ -430,11 +459,11 @@ def _streamed(
         rows = rows.take(hf.max_samples) if hf.max_samples else rows
         left = iter(rows.skip(start))
         for number in itertools.count(start):
-            row = _guarded(f"{spec}, from sample {number} on,", lambda: next(left, None))
+            row = guarded(f"{spec}, from sample {number} on,", lambda: next(left, None))
             if row is None:
                 return
             place = f"{spec}: sample {number}"
-            content = _guarded(place, partial(_content, row[columns.image], place, files))
+            content = guarded(place, partial(files.picture, row[columns.image], place))
             label = row[columns.label] if columns.label else None
             texts = captions_of(row[columns.captions]) if columns.captions else ()
             yield Sample(content, label, texts)
@@ -455,20 +484,3 @@ def _refuse_unused(spec: str, options: SourceOptions) -> None:
     for name, value in {**unused, "stream_cache": options.stream_cache}.items():
         if value:
             raise ConfigurationError(f"{spec} is read in place: leave out --{name}")
-
-
-def _guarded(spec: str, load: Any) -> Any:
-    """The result of `load()`; any exception becomes a `DataError` of one line."""
-    try:
-        return load()
-    except SmaltiError:
-        raise
-    except Exception as error:  # the libraries raise many kinds; all mean "cannot be read"
-        raise DataError(f"{spec} cannot be read: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of the original error; that of `datasets` often has no cause in it."""
-    while error.__cause__ is not None and type(error).__module__.startswith("datasets."):
-        error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from glob import escape, glob
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from braceexpand import braceexpand
 
@@ -112,6 +112,21 @@ class RowFiles:
 
     folders: tuple[Path, ...]  # of the set, and those into which `datasets` unpacks it
     repository: str = ""  # on the Hub, "owner/name", if the set is there
+
+    def picture(self, value: Any, place: str) -> bytes:
+        """The bytes of a picture in a row: a value of a column of pictures.
+
+        Raises:
+            OSError: the row has no picture, or names a file that is not the set's.
+        """
+        parts = value if isinstance(value, dict) else {}
+        content = value if isinstance(value, bytes) else parts.get("bytes")
+        if content is not None:
+            return content
+        path = value if isinstance(value, str) else parts.get("path")
+        if not path:
+            raise FileNotFoundError(f"{place} holds no picture")
+        return self.read(path)
 
     def read(self, name: str) -> bytes:
         """The content of a file of the set; relative names are relative to its first folder.

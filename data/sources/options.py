@@ -18,7 +18,9 @@ class HuggingFaceOptions:
     heldout_split: str = ""  # hold out this split instead of a part of the training pictures
     image_column: str = ""  # the column of the pictures
     label_column: str = ""  # an older name of --label_column
-    streaming: bool = False  # do not download the whole set: copy the samples to --stream_cache
+    # Do not download the whole set: read parquet files in place, or with --stream_cache copy the
+    # samples of any set.
+    streaming: bool = False
     max_samples: int = 0  # number of samples to read from a stream; 0 = all
 
     def __post_init__(self) -> None:
@@ -26,10 +28,6 @@ class HuggingFaceOptions:
             raise ConfigurationError(f"max_samples is {self.max_samples}; it must be at least 0")
         if self.max_samples and not self.streaming:
             raise ConfigurationError("--hf.max_samples is for streams: also pass --hf.streaming")
-        if self.streaming and self.heldout_split:
-            raise ConfigurationError(
-                "--hf.heldout_split cannot be streamed: leave it out, or leave out --hf.streaming"
-            )
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class SourceOptions:
 
     folder: FolderOptions = field(default_factory=FolderOptions)
     hf: HuggingFaceOptions = field(default_factory=HuggingFaceOptions)
-    # Where streams are copied once, for exact order and resuming; and shards behind a URL, which
-    # are read in place without it.
+    # Where streams, and files behind a URL, are copied once. Without it, shards and parquet files
+    # are read in place.
     stream_cache: Path | None = None
     shards: ShardOptions = field(default_factory=ShardOptions)  # how WebDataset shards are read
     # The stored values that are black and white in pictures with more than 8 bits per channel; or
@@ -64,6 +62,11 @@ class SourceOptions:
 
     def __post_init__(self) -> None:
         check_range(self.value_range)
+        if self.hf.streaming and self.hf.heldout_split and self.stream_cache is not None:
+            raise ConfigurationError(
+                "--hf.heldout_split cannot be copied from a stream: leave it out, or leave out "
+                "--stream_cache"
+            )
         for name, older in self._older_names:
             if self.label_column and older not in ("", self.label_column):
                 raise ConfigurationError(

@@ -400,14 +400,17 @@ def test_a_part_of_a_stream_can_be_copied(parquet: str, tmp_path: Path) -> None:
 
 
 def test_streams_that_could_not_be_exact_are_refused(parquet: str, tmp_path: Path) -> None:
-    with pytest.raises(SmaltiError, match="--stream_cache"):
-        open_source(parquet, hf=HuggingFaceOptions(streaming=True))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "train.csv").write_text("image,label\na.png,1\n")
+    with pytest.raises(SmaltiError, match="which alone are read in place: pass --stream_cache"):
+        open_source(f"hf:{tmp_path}/texts", hf=HuggingFaceOptions(streaming=True))
     with pytest.raises(SmaltiError, match="is read in place"):
         open_source(str(tmp_path / "set"), hf=HuggingFaceOptions(streaming=True))
     with pytest.raises(SmaltiError, match=r"also pass --hf.streaming"):
         HuggingFaceOptions(max_samples=3)
-    with pytest.raises(SmaltiError, match="heldout_split cannot be streamed"):
-        HuggingFaceOptions(streaming=True, heldout_split="test")
+    both = HuggingFaceOptions(streaming=True, heldout_split="test")
+    with pytest.raises(SmaltiError, match=r"heldout_split cannot be copied.*--stream_cache"):
+        open_source(parquet, hf=both, stream_cache=tmp_path / "cache")
 
 
 def test_an_interrupted_copy_continues_after_its_last_finished_shard(tmp_path: Path) -> None:

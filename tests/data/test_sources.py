@@ -85,6 +85,13 @@ def as_stream(pictures: Path, place: Path) -> dict:
     return {**as_hub_folder(pictures, place), "hf": HuggingFaceOptions(streaming=True)}
 
 
+def as_parquet_in_place(pictures: Path, place: Path) -> dict:
+    return {
+        "spec": as_hub_folder(pictures, place)["spec"],
+        "hf": HuggingFaceOptions(streaming=True),
+    }
+
+
 def as_saved(pictures: Path, place: Path) -> dict:
     table_of(pictures).save_to_disk(place)
     return {"spec": str(place)}
@@ -181,14 +188,14 @@ def test_every_source_is_divided_equally(source: ImageSource, pictures: Path) ->
         assert source.fingerprint == expected.fingerprint and ours.fingerprint == theirs.fingerprint
 
 
-@pytest.mark.parametrize("name", ["folder", *OPENERS.values()])
+@pytest.mark.parametrize("name", ["folder", "parquet_in_place", *OPENERS.values()])
 def test_the_order_is_that_of_one_process_at_any_world_size_and_number_of_workers(
     name: str, pictures: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(dataset_module, "MEMORY_LIMIT", 0)  # workers read the source itself
     source = open_source(**MAKERS[name](pictures, tmp_path / "made"))
     images = ImageDataset(source, 16, split="train", flip=True, crop=RandomCrop())
-    order = DataOrder(len(images), 8, seed=0)
+    order = DataOrder(len(images), 8, 0, images.blocks)
 
     def read(world_size: int, num_workers: int) -> torch.Tensor:
         streams = [
