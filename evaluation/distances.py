@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import DataError
-from smalti.evaluation.moments import Moments, TooFewFeaturesError
+from smalti.evaluation.moments import Moments, UndefinedMetricError
 from smalti.evaluation.pictures import StoredImages
 
 # torchmetrics is imported inside a function: importing it takes several seconds.
@@ -33,7 +33,7 @@ def check_features(features: Tensor) -> None:
     if features.ndim != 2:
         raise DataError(f"features have shape {tuple(features.shape)}; give (N, d), N >= 2")
     if len(features) < 2:
-        raise TooFewFeaturesError(
+        raise UndefinedMetricError(
             f"features have shape {tuple(features.shape)}; give (N, d), N >= 2"
         )
     broken = int((~features.isfinite()).any(1).sum())
@@ -113,7 +113,8 @@ def frechet_ratio(samples: Mapping[str, float], heldout: Mapping[str, float]) ->
             when there are few pictures, their number should be that of the samples.
 
     Raises:
-        DataError: there is no extractor, the extractors differ, or a held-out distance is 0.
+        DataError: there is no extractor, or the extractors differ.
+        UndefinedMetricError: a held-out distance is 0.
     """
     if not samples or samples.keys() != heldout.keys():
         raise DataError(
@@ -122,7 +123,7 @@ def frechet_ratio(samples: Mapping[str, float], heldout: Mapping[str, float]) ->
         )
     equal = [name for name, distance in heldout.items() if distance <= 0]
     if equal:
-        raise DataError(
+        raise UndefinedMetricError(
             f"the held-out pictures have a distance of 0 in the features of {equal[0]}, by which "
             "nothing can be divided: take held-out pictures that are not the training pictures"
         )
@@ -155,7 +156,7 @@ def kernel_distance(
 
     smallest = min(len(real), len(fake))
     if not 2 <= subset_size <= smallest:
-        raise TooFewFeaturesError(f"subset_size is {subset_size}; it must lie in [2, {smallest}]")
+        raise UndefinedMetricError(f"subset_size is {subset_size}; it must lie in [2, {smallest}]")
     estimates = []
     for _ in range(subsets):
         x = real[torch.randperm(len(real), generator=generator)[:subset_size]]
@@ -209,7 +210,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """
     check_features(logits)
     if len(logits) < splits:
-        raise TooFewFeaturesError(
+        raise UndefinedMetricError(
             f"the number of pictures is {len(logits)}; an Inception Score over {splits} parts "
             f"needs at least {splits}: give more pictures"
         )
@@ -281,7 +282,7 @@ def _check_pair(real: Tensor, fake: Tensor, k_real: int, k_fake: int) -> None:
     for features, k in ((real, k_real), (fake, k_fake)):
         check_features(features)
         if len(features) <= k:
-            raise TooFewFeaturesError(
+            raise UndefinedMetricError(
                 f"the number of pictures is {len(features)}; a nearest neighbour of order {k} "
                 f"needs at least {k + 1}: give more pictures"
             )

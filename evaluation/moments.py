@@ -16,8 +16,9 @@ from torch import Tensor
 from smalti.errors import DataError
 
 
-class TooFewFeaturesError(DataError):
-    """A statistic is not defined for so few features: a metric is left out, with this reason."""
+class UndefinedMetricError(DataError):
+    """A number is not defined for these features, for example because there are too few: it is left
+    out, with this reason."""
 
 
 class Moments:
@@ -81,10 +82,10 @@ class Moments:
         """Unbiased covariance, (d, d).
 
         Raises:
-            TooFewFeaturesError: fewer than 2 features.
+            UndefinedMetricError: fewer than 2 features.
         """
         if self.count < 2:
-            raise TooFewFeaturesError(
+            raise UndefinedMetricError(
                 f"the number of pictures is {self.count}; a covariance needs at least 2: give more "
                 "pictures"
             )

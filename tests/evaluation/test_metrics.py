@@ -14,8 +14,15 @@ from smalti.data.latents import to_float, to_levels
 from smalti.errors import DataError
 from smalti.evaluation.distances import frechet_distance, kernel_distance, nearest_neighbours
 from smalti.evaluation.features import random_split
-from smalti.evaluation.metrics import Metric, write_summary
-from smalti.evaluation.reconstruction import code_counts, perplexity, psnr, ssim, usage
+from smalti.evaluation.metrics import Metric, Undefined, defined, table, write_summary
+from smalti.evaluation.reconstruction import (
+    code_counts,
+    known_psnr,
+    perplexity,
+    psnr,
+    ssim,
+    usage,
+)
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +88,17 @@ def test_wrong_shapes_are_refused() -> None:
         psnr(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 9, 8))
     with pytest.raises(DataError, match="at least 11"):
         ssim(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+
+
+def test_psnr_of_known_pixels_sees_no_others() -> None:
+    images, reference = pair()
+    known = torch.zeros(3, 1, 32, 40, dtype=torch.bool)
+    known[0], known[1, :, :16] = True, True  # all, half, none
+    found = known_psnr(images, reference, known)
+    assert found[0].item() == pytest.approx(psnr(images, reference)[0].item(), rel=1e-5)
+    top = psnr(images[1:2, :, :16], reference[1:2, :, :16])
+    assert found[1].item() == pytest.approx(top.item(), rel=1e-5) and found[2].isnan()
+    assert known_psnr(reference, reference, known)[0].isinf()
 
 
 def test_usage_and_perplexity_of_known_codebooks() -> None:
@@ -248,3 +266,15 @@ def test_a_summary_keeps_the_protocol(tmp_path) -> None:
     assert summary["versions"].keys() == {"smalti", "torch", "torchvision", "torchmetrics"}
     assert summary["model"] == "m"
     assert summary["metrics"] == {"psnr": {"value": 20.5, "protocol": {"split": "heldout"}}}
+
+
+def test_what_is_not_defined_is_listed_with_its_reason(tmp_path) -> None:
+    found = {"lpips": Undefined("the pictures are small"), "psnr": Metric(20.5)}
+    write_summary(tmp_path / "s.json", found)
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert summary["metrics"].keys() == {"psnr"} == defined(found).keys()
+    assert summary["undefined"] == {"lpips": "the pictures are small"}
+    assert table(found).splitlines() == [
+        "psnr      20.5000",
+        "lpips  not defined: the pictures are small",
+    ]
