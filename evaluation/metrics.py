@@ -319,7 +319,7 @@ def distance_metrics(
     if count >= 2:
         some, others = random_split(train, count, seed("floor"))
     shared = {**protocol, "split": "train", **feature_protocol(extractor), "rounding": "uint8"}
-    sizes = [KID_SUBSET_SIZE, len(samples), len(heldout), *([count] if count >= 2 else [])]
+    sizes = [KID_SUBSET_SIZE, len(samples), len(heldout), count if count >= 2 else len(train)]
     kid_protocol = {
         "library": "torchmetrics",
         "subsets": KID_SUBSETS,

@@ -87,7 +87,7 @@ class EvaluateConfig(DataOptions, Sampling):
     num_references: int = 20_000  # at most this many training images, evenly spaced
     seed: int = 0  # of the samples, the classifier, and the random subsets of metrics
     batch_size: int = 128  # images encoded, decoded or sampled at once
-    # Networks for Frechet distance and KID; efflite0 needs smalti[eval] or --feature_weights.
+    # Networks for Frechet distances and KID; efflite0 needs smalti[eval] or --feature_weights.
     features: tuple[FeatureName, ...] = ("alexnet",)
     feature_weights: Path | None = None  # weight file of efflite0; None = that of smalti[eval]
     # Of training the classifier on the real training images or, for a pipeline of captions, the
