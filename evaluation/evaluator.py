@@ -25,16 +25,23 @@ from smalti.evaluation.classifier import train_classifier
 from smalti.evaluation.distances import NeighbourSearch
 from smalti.evaluation.features import FeatureExtractor
 from smalti.evaluation.metrics import (
+    CLASSIFIER_METRICS,
+    Found,
     ImageSets,
     Metric,
+    Undefined,
     classifier_metrics,
     codebook_metrics,
     distance_metrics,
+    enlargement_metrics,
+    known_pixel_metrics,
+    ratio_metrics,
     streamed_reconstruction_metrics,
 )
-from smalti.evaluation.pictures import Images, StoredImages, stored_pictures
+from smalti.evaluation.pictures import Images, StoredImages, stored, stored_pictures
 from smalti.evaluation.reconstruction import code_counts
 from smalti.evaluation.retrieval import (
+    RETRIEVAL_METRICS,
     CaptionedImages,
     ImageFeatures,
     retrieval_metrics,
@@ -44,6 +51,7 @@ from smalti.randomness import generator
 from smalti.tokenizer.losses.perceptual import LPIPS
 
 SHOWN_RECONSTRUCTIONS = 12
+SHOWN_GIVEN = 8  # given pictures in the strip of their samples
 SHOWN_CLASSES, SHOWN_PER_CLASS = 12, 2  # samples shown above their nearest training images
 BATCH = 128  # of the classifier's training and of likelihoods: both depend on it
 RETRIEVAL_BATCH = 256  # captions that a picture is compared with in the scorer's training
@@ -147,9 +155,13 @@ class TokenizerEvaluator:
             decoded.append(self.autoencoder.decode(latents[-1]).float().clamp(-1, 1).cpu())
         return torch.cat(latents).cpu(), torch.cat(decoded)
 
-    def reconstruction(self, grid: Path) -> dict[str, Metric]:
+    def reconstruction(self, grid: Path, extractors: Sequence[FeatureExtractor] = ()) -> Found:
         """Metrics over all held-out images; `grid` shows some of them, evenly over the classes,
-        above their reconstructions."""
+        above their reconstructions.
+
+        Args:
+            extractors: for each, the Frechet distance between reconstructions and originals.
+        """
         spec = self.autoencoder.spec
         shown = self.even_subset(SHOWN_RECONSTRUCTIONS)
         shown_outputs: list[Tensor] = []
@@ -166,7 +178,7 @@ class TokenizerEvaluator:
                 first += len(batch)
                 yield output, batch
 
-        metrics = streamed_reconstruction_metrics(pairs(), self.lpips, self.protocol)
+        metrics = streamed_reconstruction_metrics(pairs(), self.lpips, self.protocol, extractors)
         both = torch.cat([self.heldout[shown], *shown_outputs])
         names = ("held-out original", "reconstruction")
         save_png(grid, image_grid(both, columns=len(shown), row_labels=names, scale=2))
@@ -262,19 +274,59 @@ class SampleEvaluator:
         return {"heldout_bits_per_dimension": Metric(torch.cat(bits).mean().item(), protocol)}
 
     def distances(
-        self, sets: ImageSets, extractor: FeatureExtractor, protocol: dict[str, Any]
-    ) -> dict[str, Metric]:
-        """Frechet distance and KID on the features of one network."""
-        return distance_metrics(sets, extractor, protocol, self.generator)
+        self, sets: ImageSets, extractors: Sequence[FeatureExtractor], protocol: dict[str, Any]
+    ) -> Found:
+        """Frechet distance and KID on the features of each network, and the mean ratio of Frechet
+        distances over the networks."""
+        found: Found = {}
+        for extractor in extractors:
+            found |= distance_metrics(sets, extractor, protocol, self.generator)
+        return found | ratio_metrics(found, extractors) if extractors else found
+
+    def given(
+        self,
+        samples: Images,
+        rows: Sequence[int],
+        shown: StoredImages,
+        known: Tensor | None,
+        protocol: dict[str, Any],
+        strip: Path,
+    ) -> Found:
+        """How close samples (N, C, H, W) of given pictures are to the originals, beside the
+        tokenizer's reconstructions of the originals, which limit them. `strip` shows originals,
+        what was given of them, and the samples.
+
+        Args:
+            rows: N positions of held-out images, the originals.
+            shown: what was given of each, (N, C, H, W): enlarged, or with grey in place of what is
+                not known.
+            known: (N, 1, H, W) bool, the pixels that were given, which are compared; None: enlarged
+                pictures, which are compared as a whole, beside the samples.
+        """
+        tokenizer = self.tokenizer
+        originals = stored_pictures(tokenizer.dataset, torch.tensor(rows), tokenizer.folder)
+        batches = originals.split(tokenizer.batch_size)
+        decoded = stored((tokenizer.reconstruct(part)[1] for part in batches), tokenizer.folder)
+        sets: dict[str, Images] = {"samples": samples, "tokenizer": decoded}
+        some = slice(0, SHOWN_GIVEN)
+        columns = torch.cat([originals[some], shown[some], samples[some]])
+        names = ("held-out original", "given", "sample")
+        count = min(SHOWN_GIVEN, len(rows))
+        save_png(strip, image_grid(columns, columns=count, row_labels=names, scale=2))
+        if known is not None:
+            return known_pixel_metrics(sets, originals, known, protocol)
+        return enlargement_metrics({**sets, "bicubic": shown}, originals, tokenizer.lpips, protocol)
 
     def classification(
         self, sets: ImageSets, protocol: dict[str, Any], *, epochs: int, dtype: torch.dtype
-    ) -> dict[str, Metric]:
+    ) -> Found:
         """Accuracy on samples of a classifier trained on the real training images alone.
 
         Args:
             dtype: arithmetic of the classifier's training.
         """
+        if len(self.class_counts) < 2:
+            return dict.fromkeys(CLASSIFIER_METRICS, Undefined("there is one class"))
         steps = epochs * -(-len(self.train) // BATCH)  # rounded up
         with tqdm(total=steps, desc="train the classifier") as bar:
             classifier = train_classifier(
@@ -288,14 +340,17 @@ class SampleEvaluator:
                 dtype=dtype,
                 progress=bar.update,
             )
-        return classifier_metrics(sets, classifier, protocol)
+        return {**classifier_metrics(sets, classifier, protocol)}
 
     def retrieval(
         self, samples: Images, prompts: Sequence[str], protocol: dict[str, Any], *, epochs: int
-    ) -> dict[str, Metric]:
+    ) -> Found:
         """Accuracy of a scorer, trained on the real training images and captions alone, that
         chooses the prompt of each sample (N, C, H, W) in [-1, 1] among other captions."""
         extractor, heldout = ImageFeatures(self.tokenizer.lpips), self.tokenizer.dataset
+        if len({*prompts, *(heldout.captions(row)[0] for row in range(len(heldout)))}) < 2:
+            one = Undefined("the held-out pictures have one caption; retrieval needs 2 or more")
+            return dict.fromkeys(RETRIEVAL_METRICS, one)
         rows = range(len(self.dataset)) if self.rows is None else self.rows.tolist()
         train = captioned(self.dataset, rows, extractor)
         texts = [(prompt,) for prompt in prompts]
@@ -312,7 +367,7 @@ class SampleEvaluator:
                 progress=bar.update,
             )
         wrong = self.generator("wrong captions")
-        return retrieval_metrics(scorer, asked, real, protocol, generator=wrong)
+        return {**retrieval_metrics(scorer, asked, real, protocol, generator=wrong)}
 
     def neighbours(
         self, sets: ImageSets, protocol: dict[str, Any], grid: Path

@@ -74,6 +74,18 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     return inside.mean((1, 2, 3)).float()
 
 
+def known_psnr(images: Tensor, reference: Tensor, known: Tensor) -> Tensor:
+    """`psnr` over some pixels of each image, (B,); NaN where there are none.
+
+    Args:
+        known: (B, 1, H, W) bool, true at the pixels that count.
+    """
+    _check_shapes(images, reference)
+    errors = (to_levels(images) - to_levels(reference)).square().mean(1, keepdim=True)
+    mean = (errors * known).sum((1, 2, 3)) / known.sum((1, 2, 3))
+    return 10 * (DATA_RANGE**2 / mean).log10()
+
+
 def _check_shapes(images: Tensor, reference: Tensor) -> None:
     if images.shape != reference.shape or images.ndim != 4:
         raise DataError(

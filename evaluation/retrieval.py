@@ -23,6 +23,7 @@ from smalti.evaluation.metrics import Metric
 from smalti.tokenizer.losses.perceptual import LPIPS
 
 CANDIDATES = 64  # captions that a picture chooses from
+RETRIEVAL_METRICS = tuple(f"retrieval_accuracy_{x}" for x in ("samples", "heldout", "shuffled"))
 
 # -------------------------------------------------------------------------------------------------
 # Pictures and captions, as the scorer sees them

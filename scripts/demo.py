@@ -23,13 +23,14 @@ from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, added, nearest, saved_fields
 from smalti.data.dataset import DataOptions
 from smalti.errors import ConfigurationError
+from smalti.evaluation.metrics import table
 from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.folders import contents
 from smalti.prior.base import Prior, PriorConfig
 from smalti.prior.conditions.text_encoder import ByteTokenizer
 from smalti.prior.presets import PRESETS as PRIORS
 from smalti.scripts.encode import EncodeConfig, encode
-from smalti.scripts.evaluate import EvaluateConfig, evaluate, table
+from smalti.scripts.evaluate import EvaluateConfig, measured
 from smalti.scripts.options import Sampling, TextOptions
 from smalti.scripts.train_prior import TrainPriorConfig
 from smalti.scripts.train_prior import train as train_prior
@@ -243,7 +244,7 @@ def demo(config: DemoConfig) -> Path:
         )
     )
     _announce(4, "sample and evaluate")
-    print(f"\n{table(evaluate(replace(measure, model=str(pipeline))))}\n")
+    print(f"\n{table(measured(replace(measure, model=str(pipeline))))}\n")
     return folder
 
 

@@ -18,15 +18,32 @@ from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, check_at_least, saved_fields
 from smalti.data.dataset import DataOptions, ImageDataset
 from smalti.data.image_io import save_png
+from smalti.data.latents import height_and_width
 from smalti.errors import ConfigurationError, DataError, GenerationError
 from smalti.evaluation.evaluator import SampleEvaluator, TokenizerEvaluator, evenly_spaced
 from smalti.evaluation.features import FeatureName, feature_extractors
-from smalti.evaluation.metrics import SETTINGS, Metric, write_summary
+from smalti.evaluation.metrics import (
+    SETTINGS,
+    Found,
+    Metric,
+    Undefined,
+    defined,
+    table,
+    write_summary,
+)
 from smalti.evaluation.pictures import StoredImages, stored
 from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.conditions import Inputs, arguments_for, check_options, conditions_of
 from smalti.pipelines.generation import picture_generator, sample_grid
+from smalti.pipelines.image_tasks import (
+    GREY,
+    Given,
+    ImageTask,
+    make_task,
+    with_image_condition,
+)
+from smalti.pipelines.image_tasks import resized as enlarged
 from smalti.pipelines.model_index import INDEX
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.prior.conditions.base import moved
@@ -45,8 +62,6 @@ PIPELINE_FLAGS = {field.name for field in fields(Sampling)} | {
     "other_data",
     "num_samples",
     "num_references",
-    "features",
-    "feature_weights",
     "classifier_epochs",
 }
 
@@ -66,11 +81,13 @@ class EvaluateConfig(DataOptions, Sampling):
     image_size: ImageSize | None = None
     # Allow data that the pipeline was not trained on; then all of its images are held out.
     other_data: bool = False
-    num_samples: int = 1024  # with the class proportions of the training images
+    # With the class proportions of the training images; of a pipeline that is given pictures, at
+    # most one for each held-out picture.
+    num_samples: int = 1024
     num_references: int = 20_000  # at most this many training images, evenly spaced
     seed: int = 0  # of the samples, the classifier, and the random subsets of metrics
     batch_size: int = 128  # images encoded, decoded or sampled at once
-    # Networks for Frechet distance and KID; efflite0 needs smalti[eval] or --feature_weights.
+    # Networks for Frechet distances and KID; efflite0 needs smalti[eval] or --feature_weights.
     features: tuple[FeatureName, ...] = ("alexnet",)
     feature_weights: Path | None = None  # weight file of efflite0; None = that of smalti[eval]
     # Of training the classifier on the real training images or, for a pipeline of captions, the
@@ -83,13 +100,18 @@ class EvaluateConfig(DataOptions, Sampling):
         check_at_least(1, self, "batch_size", "classifier_epochs")
 
 
-@fills_folder()
 def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
+    """`measured`, without what is not defined."""
+    return defined(measured(config))
+
+
+@fills_folder()
+def measured(config: EvaluateConfig) -> Found:
     """Measure; write reconstructions.png and summary.json, and for a pipeline samples.png and
     neighbours.png.
 
     Returns:
-        The metrics by name.
+        The metrics by name; in place of one that is not defined, the reason.
     """
     check_model(config.model)
     folder = resolve_folder(config.model)
@@ -121,17 +143,18 @@ def resized(config: EvaluateConfig, pipeline: Pipeline, size: ImageSize) -> Pipe
     return same
 
 
-def evaluate_tokenizer(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Metric]:
+def evaluate_tokenizer(config: EvaluateConfig, tokenizer: Tokenizer) -> Found:
     """Metrics of reconstructions."""
     evaluator = tokenizer_evaluator(config, tokenizer)
+    extractors = feature_extractors(config.features, evaluator.lpips, config.feature_weights)
     claim(config, tokenizer.fingerprint)
-    metrics = evaluator.reconstruction(config.output_dir / "reconstructions.png")
+    metrics = evaluator.reconstruction(config.output_dir / "reconstructions.png", extractors)
     summary = config.output_dir / "summary.json"
     write_summary(summary, metrics, tokenizer=tokenizer.fingerprint)
     return metrics
 
 
-def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> dict[str, Metric]:
+def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> Found:
     """Metrics of reconstructions, of the prior's likelihood, and of samples."""
     config = config.guided_like(pipeline)
     evaluator = sample_evaluator(config, pipeline)
@@ -146,25 +169,32 @@ def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> dict[str, M
     claim(config, *fingerprints.values())
     out = config.output_dir
 
-    grid = sample_grid(pipeline, prompts=asked.shown, seed=config.seed, **config.options)
-    save_png(out / "samples.png", grid)
-    metrics = tokenizer.reconstruction(out / "reconstructions.png")
+    if asked.given is None:
+        grid = sample_grid(pipeline, prompts=asked.shown, seed=config.seed, **config.options)
+        save_png(out / "samples.png", grid)
+    metrics = tokenizer.reconstruction(out / "reconstructions.png", extractors)
     if pipeline.prior.has_likelihood:
-        condition_of = partial(heldout_condition, pipeline, evaluator)
+        condition_of = partial(heldout_condition, pipeline, evaluator, given=asked.given)
         metrics |= evaluator.likelihood(pipeline.prior.bits_per_dimension, condition_of)
+    else:
+        metrics["heldout_bits_per_dimension"] = Undefined("the prior has no likelihood")
     sets = evaluator.sets(sample(config, pipeline, asked), asked.labels)
     protocol = {
         **tokenizer.protocol,
         "sampling": {
-            "num_samples": config.num_samples,
+            "num_samples": len(asked.labels),
             "seed": config.seed,
             **config.options,
             **asked.protocol,
         },
     }
+    if asked.given is not None:
+        shown, known = asked.given.shown(), asked.given.known()
+        strip = out / "samples.png"
+        rows = asked.given.rows
+        metrics |= evaluator.given(sets.samples, rows, shown, known, protocol, strip)
     metrics |= evaluator.neighbours(sets, protocol, out / "neighbours.png")
-    for extractor in extractors:
-        metrics |= evaluator.distances(sets, extractor, protocol)
+    metrics |= evaluator.distances(sets, extractors, protocol)
     kinds, epochs = pipeline.prior.condition_kinds, config.classifier_epochs
     if "class" in kinds:
         bf16 = resolve_precision("auto", tokenizer.device) == "bf16"
@@ -177,12 +207,57 @@ def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> dict[str, M
 
 
 @dataclass(frozen=True)
+class GivenPictures:
+    """What an image-conditional pipeline is given: held-out pictures, reduced or with a mask."""
+
+    task: ImageTask
+    dataset: ImageDataset
+    rows: Sequence[int]  # of the pictures that samples are made of
+    size: ImageSize
+    batch_size: int
+    folder: Path  # for temporary files
+
+    def of(self, rows: Sequence[int]) -> Given:
+        """What is given of some pictures; their masks depend on their rows alone."""
+        originals = torch.cat([b.images for b in self.dataset.batches_of(rows, len(rows))])
+        return self.task.degraded(originals, [(0, row) for row in rows])
+
+    def added_to(self, arguments: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+        """Arguments of a pipeline, with what is given of some pictures, which says how many."""
+        given = self.of(rows)
+        others = {name: value for name, value in arguments.items() if name != "num_images"}
+        return {**others, "image": (given.images + 1) / 2, "mask_image": given.mask}
+
+    def batches(self) -> Iterator[Given]:
+        for first in range(0, len(self.rows), self.batch_size):
+            yield self.of(self.rows[first : first + self.batch_size])
+
+    def shown(self) -> StoredImages:
+        """All of them in the full size: enlarged (bicubic), or with grey inside the mask."""
+
+        def whole(given: Given) -> Tensor:
+            if given.mask is None:
+                return enlarged(given.images, *height_and_width(self.size))
+            return torch.where(given.mask > 0.5, GREY, given.images)
+
+        return stored(map(whole, self.batches()), self.folder)
+
+    def known(self) -> Tensor | None:
+        """The pixels outside the masks, (N, 1, H, W) bool; None for a task without masks."""
+        if not self.task.takes_mask:
+            return None
+        masks = [given.mask for given in self.batches()]
+        return torch.cat([mask < 0.5 for mask in masks if mask is not None])
+
+
+@dataclass(frozen=True)
 class Requests:
     """What the samples are asked to show."""
 
     labels: Tensor  # (N,), classes; 0 where the pictures have none
     protocol: dict[str, str]  # how they were chosen
     prompts: Sequence[str] = ()  # N of them, or none
+    given: GivenPictures | None = None  # the pictures that they are made of
 
     @property
     def shown(self) -> list[str]:
@@ -192,43 +267,80 @@ class Requests:
 
 
 def requests(config: EvaluateConfig, pipeline: Pipeline, evaluator: SampleEvaluator) -> Requests:
-    """Classes in the proportions of the training pictures; or, of a pipeline of captions, the
-    captions of held-out pictures, and their classes.
+    """Classes in the proportions of the training pictures; of a pipeline of captions, the captions
+    of held-out pictures, and their classes; of one that is given pictures, held-out pictures, and
+    their captions and classes.
 
     Raises:
-        SmaltiError: the pipeline is conditional on pictures; the pictures have no captions; one is
-            too long; what encodes them is unknown.
+        SmaltiError: the pictures have no captions; one is too long; what encodes them, or what
+            pictures are given, is unknown.
     """
     heldout = evaluator.tokenizer.dataset
     kinds = pipeline.prior.condition_kinds
-    if "image" in kinds:
-        raise GenerationError(
-            f"{config.model} samples from given pictures, which evaluate does not measure: look at "
-            "its samples with smalti edit, or measure its tokenizer, --model "
-            f"{Path(config.model) / 'tokenizer'}"
-        )
-    if "text" not in kinds:
+    if not {"text", "image"} & set(kinds):
         chosen = {"labels": "as in the training pictures"} if "class" in kinds else {}
         return Requests(evaluator.labels(config.num_samples), chosen)
+    given, chosen = None, {}
+    rows = evenly_spaced(config.num_samples, len(heldout)).tolist()
+    if "image" in kinds:
+        given = given_pictures(config, pipeline, heldout)
+        rows = list(given.rows)
+        chosen["given"] = f"{given.task.text}, of held-out pictures, evenly over classes and groups"
+    prompts = []
+    if "text" in kinds:
+        prompts = prompts_of(config, pipeline, heldout, rows)
+        chosen["prompts"] = "first captions of held-out pictures, evenly spaced"
+        if given is not None:
+            chosen["prompts"] = "first captions of the given pictures"
+    return Requests(heldout.labels[rows], chosen, prompts, given)
+
+
+def prompts_of(
+    config: EvaluateConfig, pipeline: Pipeline, heldout: ImageDataset, rows: Sequence[int]
+) -> list[str]:
+    """The first captions of some held-out pictures; raises as `requests`."""
     heldout.source.require_captions()
     if pipeline.text_encoder is None:
         raise GenerationError(
             f"{config.model} was trained on features of an unknown text encoder, so it cannot be "
             "given captions: measure one of smalti train-prior --text.encoder"
         )
-    rows = evenly_spaced(config.num_samples, len(heldout))
-    prompts = [heldout.captions(row)[0] for row in rows.tolist()]
+    prompts = [heldout.captions(row)[0] for row in rows]
     pipeline.text_encoder.check_captions(prompts, pipeline.prior.config.text.length)
-    chosen = {"prompts": "first captions of held-out pictures, evenly spaced"}
-    return Requests(heldout.labels[rows], chosen, prompts)
+    return prompts
 
 
-def heldout_condition(pipeline: Pipeline, evaluator: SampleEvaluator, rows: Sequence[int]) -> Any:
+def given_pictures(
+    config: EvaluateConfig, pipeline: Pipeline, heldout: ImageDataset
+) -> GivenPictures:
+    """The held-out pictures that a pipeline is given; raises as `requests`."""
+    image = pipeline.prior.config.image
+    if not image.task:
+        raise GenerationError(
+            f"{config.model} was trained on pictures of an unknown task, so it cannot be given "
+            "pictures: measure one of smalti encode --image_task"
+        )
+    rows = heldout.even_subset(config.num_samples, config.seed)
+    size, task = pipeline.tokenizer.image_size, make_task(image.task)
+    return GivenPictures(task, heldout, rows, size, config.batch_size, config.output_dir)
+
+
+def heldout_condition(
+    pipeline: Pipeline,
+    evaluator: SampleEvaluator,
+    rows: Sequence[int],
+    given: GivenPictures | None = None,
+) -> Any:
     """The condition of held-out pictures, on the device of the prior."""
     heldout = evaluator.tokenizer.dataset
     takes_prompts = "text" in pipeline.prior.condition_kinds
     prompts = [heldout.captions(row)[0] for row in rows] if takes_prompts else ()
-    inputs = Inputs(**arguments_for(pipeline.classes, heldout.labels[list(rows)], prompts))
+    arguments = arguments_for(pipeline.classes, heldout.labels[list(rows)], prompts)
+    if given is None:
+        inputs = Inputs(**arguments)
+    else:
+        inputs = Inputs(**given.added_to(arguments, rows))
+        inputs, _ = with_image_condition(pipeline.tokenizer, pipeline.prior, inputs)
     encoder = pipeline.text_encoder if inputs.needs_encoder else None
     found = conditions_of(pipeline.prior, inputs, 1, pipeline.classes, encoder)
     return moved(found.value, pipeline.device)
@@ -240,8 +352,11 @@ def sample(config: EvaluateConfig, pipeline: Pipeline, asked: Requests) -> Store
     def batches() -> Iterator[Tensor]:
         for rows in tqdm(torch.arange(len(asked.labels)).split(config.batch_size), unit="batch"):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
+            arguments = arguments_for(pipeline.classes, asked.labels[part], asked.prompts[part])
+            if asked.given is not None:
+                arguments = asked.given.added_to(arguments, asked.given.rows[part])
             output = pipeline(
-                **arguments_for(pipeline.classes, asked.labels[part], asked.prompts[part]),
+                **arguments,
                 generator=[picture_generator(config.seed, i) for i in rows.tolist()],
                 output_type="pt",
                 **config.options,
@@ -377,16 +492,10 @@ def claim(config: EvaluateConfig, *fingerprints: str) -> None:
 # Command line
 
 
-def table(metrics: dict[str, Metric]) -> str:
-    """The metrics, one per line."""
-    width = max(map(len, metrics))
-    return "\n".join(f"{name:{width}}  {metric.value:10.4f}" for name, metric in metrics.items())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti evaluate`."""
     config = parse_config(EvaluateConfig, argv, prog="smalti evaluate")
-    print(table(evaluate(config)))
+    print(table(measured(config)))
     print(f"summary: {config.output_dir / 'summary.json'}")
     return 0
 

@@ -98,3 +98,8 @@ def test_the_loader_is_compared_with_the_prior_that_it_feeds() -> None:
     line = json.loads(run("data_loading.py", "--rounds", "1", "--steps", "1"))
     assert line["loader_to_prior"] > 1 and line["promised"] == 10
     assert line["cache_256_codes"] > 0
+
+
+def test_accumulation_of_features_is_counted_per_second_of_cpu_time() -> None:
+    lines = run("feature_moments.py", "--features", "256", "--dim", "32").splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 32", "| 128", "| 1024"]

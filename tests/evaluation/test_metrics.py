@@ -10,12 +10,32 @@ import torch
 import torch.nn.functional as F
 import torchmetrics.functional.image as oracle
 
-from smalti.data.latents import to_float, to_levels
+from smalti.data.latents import rounded, to_float, to_levels
 from smalti.errors import DataError
 from smalti.evaluation.distances import frechet_distance, kernel_distance, nearest_neighbours
 from smalti.evaluation.features import random_split
-from smalti.evaluation.metrics import Metric, write_summary
-from smalti.evaluation.reconstruction import code_counts, perplexity, psnr, ssim, usage
+from smalti.evaluation.metrics import (
+    Found,
+    ImageSets,
+    Metric,
+    Undefined,
+    defined,
+    distance_metrics,
+    ratio_metrics,
+    streamed_reconstruction_metrics,
+    table,
+    undefined,
+    write_summary,
+)
+from smalti.evaluation.reconstruction import (
+    code_counts,
+    known_psnr,
+    perplexity,
+    psnr,
+    ssim,
+    usage,
+)
+from smalti.tokenizer.losses.perceptual import LPIPS
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +101,17 @@ def test_wrong_shapes_are_refused() -> None:
         psnr(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 9, 8))
     with pytest.raises(DataError, match="at least 11"):
         ssim(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+
+
+def test_psnr_of_known_pixels_sees_no_others() -> None:
+    images, reference = pair()
+    known = torch.zeros(3, 1, 32, 40, dtype=torch.bool)
+    known[0], known[1, :, :16] = True, True  # all, half, none
+    found = known_psnr(images, reference, known)
+    assert found[0].item() == pytest.approx(psnr(images, reference)[0].item(), rel=1e-5)
+    top = psnr(images[1:2, :, :16], reference[1:2, :, :16])
+    assert found[1].item() == pytest.approx(top.item(), rel=1e-5) and found[2].isnan()
+    assert known_psnr(reference, reference, known)[0].isinf()
 
 
 def test_usage_and_perplexity_of_known_codebooks() -> None:
@@ -248,3 +279,66 @@ def test_a_summary_keeps_the_protocol(tmp_path) -> None:
     assert summary["versions"].keys() == {"smalti", "torch", "torchvision", "torchmetrics"}
     assert summary["model"] == "m"
     assert summary["metrics"] == {"psnr": {"value": 20.5, "protocol": {"split": "heldout"}}}
+
+
+def test_what_is_not_defined_is_listed_with_its_reason(tmp_path) -> None:
+    found = {"lpips": Undefined("the pictures are small"), "psnr": Metric(20.5)}
+    write_summary(tmp_path / "s.json", found)
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert summary["metrics"].keys() == {"psnr"} == defined(found).keys()
+    assert summary["undefined"] == {"lpips": "the pictures are small"}
+    assert table(found).splitlines() == [
+        "psnr      20.5000",
+        "lpips  not defined: the pictures are small",
+    ]
+
+
+class Means:
+    """Features (B, 3): the mean of each channel."""
+
+    name, side, weights_sha256 = "means", 8, "none"
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3))
+
+
+def distances_of(train: int) -> Found:
+    images = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sets = ImageSets(
+        images[:16], torch.zeros(16), images[16:20], torch.zeros(4), images[20:][:train]
+    )
+    found = distance_metrics(sets, Means(), {}, lambda purpose: torch.Generator().manual_seed(0))
+    return found | ratio_metrics(found, [Means()])
+
+
+def test_distances_of_too_few_pictures_are_left_out_one_by_one() -> None:
+    names = {f"{kind}_means{suffix}" for kind in ("fd", "kid") for suffix in ("", "_heldout")}
+    floors = {"fd_means_floor", "kid_means_floor"}
+    assert defined(distances_of(4)).keys() == names | floors | {"fdr_1"}
+    three, one = distances_of(3), distances_of(1)
+    assert defined(three).keys() == names | {"fdr_1"} and undefined(three).keys() == floors
+    assert undefined(one).keys() == names | floors | {"fdr_1"}
+    assert "16 against 1; a distance needs at least 2 of each" in undefined(one)["fd_means"]
+    ratio = three["fd_means"].value / three["fd_means_heldout"].value
+    assert three["fdr_1"].value == pytest.approx(ratio)
+    assert three["fdr_1"].protocol["features"] == ["means"]
+    assert three["fdr_1"].protocol["heldout"] == 4
+
+
+def test_reconstructions_and_originals_have_a_frechet_distance() -> None:
+    rng = torch.Generator().manual_seed(0)
+    originals = torch.rand(20, 3, 8, 8, generator=rng) * 2 - 1
+    outputs = originals * 0.5 + 0.1
+    pairs = zip(outputs.split(7), originals.split(7), strict=True)
+    lpips = LPIPS.from_embedded()
+    found = streamed_reconstruction_metrics(pairs, lpips, {"data": "x"}, [Means()])
+    features = [Means()(rounded(images)) for images in (originals, outputs)]
+    assert found["rfd_means"].value == pytest.approx(frechet_distance(*features), rel=1e-9)
+    assert found["rfd_means"].protocol["pictures"] == 20
+    assert found["rfd_means"].protocol["features"] == "means"
+    assert undefined(found).keys() == {"ssim", "lpips"}
+    assert (
+        undefined(found)["ssim"] == "the pictures have 8 x 8 pixels; the window of SSIM has 11 x 11"
+    )
+    alone = streamed_reconstruction_metrics([(outputs[:1], originals[:1])], lpips, {}, [Means()])
+    assert "a covariance needs at least 2" in undefined(alone)["rfd_means"]

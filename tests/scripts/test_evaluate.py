@@ -10,17 +10,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from smalti.data.image_io import FolderOptions
 from smalti.data.latent_cache.cache import LatentCache
 from smalti.data.latent_cache.manifest import group_numbers
-from smalti.data.latents import CodeSpec
+from smalti.data.latents import CodeSpec, rounded
 from smalti.errors import ConfigurationError, DataError, SmaltiError
 from smalti.evaluation import evaluator as evaluator_module
+from smalti.evaluation.distances import frechet_distance
 from smalti.evaluation.evaluator import (
     TokenizerEvaluator,
     evenly_spaced,
     first_of_each,
     reference_rows,
 )
+from smalti.evaluation.features import AlexNetFeatures
+from smalti.evaluation.metrics import table, undefined
 from smalti.evaluation.pictures import stored_pictures
 from smalti.files import read_hashed_json, write_hashed_json
 from smalti.pipelines.pipeline import Pipeline
@@ -34,9 +38,11 @@ from smalti.scripts.evaluate import (
     check_training_images,
     claim,
     evaluate,
+    measured,
     sample_evaluator,
 )
 from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.losses.perceptual import LPIPS
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
@@ -257,8 +263,39 @@ def test_one_held_out_image_is_not_enough(config, pipeline) -> None:
 
 def test_a_prior_without_a_likelihood_is_evaluated(config, monkeypatch) -> None:
     monkeypatch.setattr(NextTokenPrior, "has_likelihood", False)
+    found = measured(config)
+    assert undefined(found) == {"heldout_bits_per_dimension": "the prior has no likelihood"}
+    assert "fd_alexnet" in found
+
+
+def test_reconstructions_of_a_tokenizer_have_a_frechet_distance(config, pipeline) -> None:
+    model, default = f"{config.model}/tokenizer", EvaluateConfig()
+    config = replace(config, model=model, num_samples=default.num_samples, classifier_epochs=12)
     metrics = evaluate(config)
-    assert "heldout_bits_per_dimension" not in metrics and "fd_alexnet" in metrics
+    assert {"psnr", "lpips", "rfd_alexnet", "codebook_usage"} <= metrics.keys()
+    images = config.dataset("heldout", 32).all_images()
+    extractor = AlexNetFeatures(LPIPS.from_embedded())
+    with torch.no_grad():
+        decoded = pipeline.tokenizer.eval().reconstruct(images)
+    expected = frechet_distance(extractor(images), extractor(rounded(decoded)))
+    assert metrics["rfd_alexnet"].value == pytest.approx(expected, rel=1e-3)
+    assert metrics["rfd_alexnet"].protocol["pictures"] == len(images)
+
+
+def test_one_class_has_no_accuracy(config, pipeline, pictures: Path) -> None:
+    for name in ("blue", "green"):
+        shutil.rmtree(pictures / name)
+    prior = NextTokenPrior(replace(pipeline.prior.config, num_classes=1))
+    Pipeline(pipeline.tokenizer, prior, ("red",)).save_pretrained(config.model)
+    config = replace(config, folder=FolderOptions(single_class=True), heldout_fraction=0.4)
+    found = measured(config)
+    names = [f"classifier_accuracy_{name}" for name in ("heldout", "samples", "ratio")]
+    assert undefined(found) == dict.fromkeys(names, "there is one class")
+    summary = read_hashed_json(config.output_dir / "summary.json")
+    assert summary["undefined"] == undefined(found)
+    assert not set(names) & summary["metrics"].keys()
+    line = next(x for x in table(found).splitlines() if x.startswith(names[2]))
+    assert line.split(None, 1)[1] == "not defined: there is one class"
 
 
 @pytest.mark.parametrize("option", ["shards", "split_seed"])

@@ -1,5 +1,6 @@
 """smalti evaluate of pipelines of captions and of unconditional ones."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,19 @@ from PIL import Image
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
+from smalti.evaluation.metrics import undefined
+from smalti.evaluation.retrieval import RETRIEVAL_METRICS
 from smalti.files import read_hashed_json
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.conditions.text import TextConfig
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
-from smalti.scripts.evaluate import EvaluateConfig, evaluate, heldout_condition, sample_evaluator
+from smalti.scripts.evaluate import (
+    EvaluateConfig,
+    evaluate,
+    heldout_condition,
+    measured,
+    sample_evaluator,
+)
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
@@ -97,3 +106,13 @@ def test_captions_are_needed(data: Path, tmp_path: Path) -> None:
         Image.open(path).save(tmp_path / "plain" / path.name)
     with pytest.raises(SmaltiError, match="captions"):
         evaluate(config("text", tmp_path / "plain", tmp_path))
+
+
+def test_one_caption_cannot_be_retrieved(data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    for path in root.rglob("*.txt"):
+        path.write_text("a square")
+    found = measured(config("text", root, tmp_path))
+    assert undefined(found).keys() == set(RETRIEVAL_METRICS)
+    assert "have one caption" in undefined(found)["retrieval_accuracy_samples"]

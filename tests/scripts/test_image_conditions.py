@@ -1,8 +1,5 @@
 """Image-conditional priors from the command line: encode, train, sample, edit."""
 
-import importlib.util
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +8,18 @@ from PIL import Image
 
 import smalti
 from smalti.cli import main as smalti_main
+from smalti.data.dataset import DataOptions
 from smalti.data.image_io import to_pil
 from smalti.data.latent_cache.cache import LatentCache
+from smalti.evaluation.reconstruction import psnr
+from smalti.files import read_hashed_json
 from smalti.pipelines.finetune import load_initial_weights
+from smalti.pipelines.image_tasks import resized
 from smalti.prior.conditions.base import Combination
 from smalti.prior.conditions.image import ImageCondition
 from smalti.prior.flow.config import FlowConfig
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.prior import FlowPrior
-from smalti.scripts.options import Sampling
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
 from smalti.tokenizer.presets import PRESETS
@@ -187,25 +187,45 @@ def test_edit_writes_the_original_the_condition_and_the_result(made, upscaler, p
         assert round(strip.width / strip.height) == columns
 
 
-def test_an_inpainting_is_measured(painter: Path, tmp_path: Path) -> None:
-    path = Path(__file__).parents[2] / "benchmarks" / "image_tasks.py"
-    spec = importlib.util.spec_from_file_location("image_tasks_benchmark", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = benchmark
-    spec.loader.exec_module(benchmark)
-    strip = tmp_path / "strip.png"
-    config = benchmark.MeasureConfig(
-        model=str(painter),
-        num_images=4,
-        output=strip,
-        sampling=Sampling(num_inference_steps=2),
-    )
-    made = replace(config, **benchmark.MeasureConfig.stored_defaults({"model": painter}.get))
-    found = benchmark.measure(made)
-    assert set(found) == {"samples", "tokenizer"} and strip.is_file()
+def measured(model: Path, out: Path, capsys) -> tuple[dict, dict, str]:
+    """Values, reasons and what `smalti evaluate` prints of a pipeline."""
+    argv = ["--model", str(model), "--output_dir", str(out), "--num_inference_steps", "2"]
+    assert smalti_main(["evaluate", *argv, "--classifier_epochs", "1"]) == 0
+    summary = read_hashed_json(out / "summary.json")
+    assert Image.open(out / "samples.png").height > Image.open(out / "reconstructions.png").height
+    protocols = {n: m["protocol"] for n, m in summary["metrics"].items() if n.endswith("_samples")}
+    given = [p["sampling"]["given"] for n, p in protocols.items() if "psnr" in n]
+    task = smalti.Prior.from_pretrained(model / "prior").config.image.task
+    assert given and all(text.startswith(f"{task}, of held-out pictures") for text in given)
+    values = {name: metric["value"] for name, metric in summary["metrics"].items()}
+    return values, summary["undefined"], capsys.readouterr().out
+
+
+def test_an_inpainting_is_measured(painter: Path, tmp_path: Path, capsys) -> None:
+    values, undefined, _ = measured(painter, tmp_path / "evaluation", capsys)
     # Near the mask the decoder looks at painted positions, so the two differ a little.
-    assert abs(found["samples"]["known_psnr"] - found["tokenizer"]["known_psnr"]) < 3
-    assert "| samples | " in benchmark.table(found)
+    assert abs(values["known_psnr_samples"] - values["known_psnr_tokenizer"]) < 3
+    assert {"fd_alexnet", "rfd_alexnet", "fdr_1", "heldout_bits_per_dimension"} <= values.keys()
+    assert not any("classifier" in name for name in {**values, **undefined})
+
+
+def test_super_resolution_is_measured_beside_bicubic(
+    made: Path, upscaler: Path, tmp_path: Path, capsys
+) -> None:
+    values, undefined, out = measured(upscaler, tmp_path / "evaluation", capsys)
+    sets = {"samples", "tokenizer", "bicubic"}
+    assert {f"{m}_{s}" for m in ("psnr", "ssim") for s in sets} <= values.keys()
+    data = DataOptions(data=str(made / "pictures"), heldout_fraction=0.2)
+    originals = data.dataset("heldout", 16).all_images()
+    enlarged = resized(resized(originals, 4, 4), 16, 16)
+    assert values["psnr_bicubic"] == pytest.approx(psnr(enlarged, originals).mean().item())
+    assert values["psnr_tokenizer"] == pytest.approx(values["psnr"])  # all held-out pictures
+    assert "classifier_accuracy_samples" in values
+    assert {"lpips", *(f"lpips_{s}" for s in sets)} == undefined.keys()  # of 16 px
+    assert undefined["lpips"] == "the pictures have 16 x 16 pixels; LPIPS needs at least 32 x 32"
+    assert f"not defined: {undefined['lpips']}\n" in out
+    assert smalti_main(["info", str(tmp_path / "evaluation")]) == 0
+    assert f"not defined: {undefined['lpips']}\n" in capsys.readouterr().out
 
 
 # -- errors ---------------------------------------------------------------------------------------
@@ -243,16 +263,6 @@ def test_wrong_inputs_are_one_clear_line(made: Path, upscaler: Path, painter: Pa
         with pytest.raises(smalti.SmaltiError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
-
-
-def test_evaluation_refuses_a_pipeline_of_given_pictures(
-    made: Path, upscaler: Path, tmp_path: Path, capsys
-) -> None:
-    argv = ["--data", str(made / "pictures"), "--output_dir", str(tmp_path / "evaluation")]
-    assert smalti_main(["evaluate", "--model", str(upscaler), *argv]) == 2
-    message = capsys.readouterr().err
-    assert "smalti edit" in message and not list((tmp_path / "evaluation").glob("[!.]*"))
-    assert Path(message.split("--model ")[1].split()[0], "config.json").is_file()
 
 
 def test_training_needs_pictures_beside_the_latents(made: Path, tmp_path: Path, capsys) -> None:
