@@ -94,6 +94,14 @@ def test_exact_generation_is_a_ratio_to_batches_of_any_size() -> None:
 
 
 @pytest.mark.slow
+def test_serving_many_clients_is_a_ratio_to_one_by_one() -> None:
+    arguments = ("--clients", "4", "--pictures", "4", "--singly", "1", "--rounds", "1")
+    lines = run("serving_load.py", *arguments).splitlines()
+    assert len(lines) == 2
+    assert all(float(line.rpartition("= ")[2]) > 0 for line in lines)
+
+
+@pytest.mark.slow
 def test_the_loader_is_compared_with_the_prior_that_it_feeds() -> None:
     line = json.loads(run("data_loading.py", "--rounds", "1", "--steps", "1"))
     assert line["loader_to_prior"] > 1 and line["promised"] == 10

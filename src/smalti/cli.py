@@ -53,6 +53,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "reflow": ("smalti.scripts.reflow", "generate pairs with a trained flow, to straighten it"),
     "generate": ("smalti.scripts.generate", "sample pictures with a saved pipeline"),
+    "serve": ("smalti.scripts.serve", "a saved pipeline behind HTTP"),
     "edit": ("smalti.scripts.edit", "fill regions of pictures, or change them, with a pipeline"),
     "evaluate": ("smalti.scripts.evaluate", "measure a saved tokenizer or pipeline"),
     "convert": ("smalti.scripts.convert", "published weights -> a smalti model folder"),

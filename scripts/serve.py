@@ -1,0 +1,180 @@
+"""A pipeline behind HTTP, in the form of OpenAI's image API: a saved pipeline -> a server.
+
+    smalti serve --model runs/demo/pipeline
+    curl http://127.0.0.1:8000/v1/images/generations -H 'Content-Type: application/json' \\
+        -d '{"class_label": "cat", "seed": 7}'
+
+It ends, with status 0, on SIGTERM or SIGINT, after it has finished what it has accepted.
+"""
+
+import ipaddress
+import math
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from smalti.checkpoints import Weights
+from smalti.cli import parse_config, run_command
+from smalti.config import ImageSize, check_at_least
+from smalti.errors import ConfigurationError
+from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
+from smalti.pipelines.serving import Batcher
+from smalti.prior.registry import PRIORS
+from smalti.scripts.options import sample_options
+from smalti.training.processes import join_job
+
+TOKEN = "SMALTI_SERVE_TOKEN"  # environment variable
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Answer requests for pictures over HTTP with a saved pipeline."""
+
+    # A pipeline: a folder, a repository on the Hub, or a checkpoint of a train-prior run.
+    model: str = DEMO
+    weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
+    host: str = "127.0.0.1"  # address to listen on; one that other machines reach needs a token
+    port: int = 8000  # 0 = any free one, which is printed
+    # What clients send as Authorization: Bearer TOKEN. Other users of the machine can see the
+    # options of a command: SMALTI_SERVE_TOKEN in the environment sets it, too.
+    token: str = ""
+    # fp32: a picture does not depend on the others of its batch; bf16: faster on GPUs
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    # Further sizes that requests may ask for: sides of squares or height x width, as in 48x64.
+    image_sizes: tuple[ImageSize, ...] = ()
+    # Pictures sampled at once; in fp32 always so many. Default: the number of a generation job.
+    max_batch_size: int | None = None
+    max_wait_ms: float = 20  # that a picture waits for others to share its batch, at most
+    max_queue: int = 256  # pictures that may wait; a request for more gets status 429
+    max_images: int = 10  # pictures of one request at most
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "max_images")
+        check_at_least(0, self, "port")
+        if self.max_batch_size is not None:
+            check_at_least(1, self, "max_batch_size")
+        if self.port > 65535:
+            raise ConfigurationError(f"port is {self.port}; it must lie between 0 and 65535")
+        if not 0 <= self.max_wait_ms < math.inf:
+            raise ConfigurationError(f"max_wait_ms is {self.max_wait_ms}; it must be 0 or more")
+        if self.max_queue < self.max_images:
+            raise ConfigurationError(
+                f"max_queue is {self.max_queue} and max_images {self.max_images}: a request for "
+                "so many would never have a place; raise --max_queue, or lower --max_images"
+            )
+
+    def checked_token(self) -> str:
+        """The token, of the configuration or the environment; "" is none.
+
+        Raises:
+            ConfigurationError: it is missing although other machines reach the host, or no client
+                could send it.
+        """
+        token = self.token or os.environ.get(TOKEN, "")
+        if any(
+            not letter.isascii() or not letter.isprintable() or letter == " " for letter in token
+        ):
+            raise ConfigurationError(
+                "the token has a character that a header cannot hold: use ASCII without spaces"
+            )
+        if not token and not is_loopback(self.host):
+            raise ConfigurationError(
+                f"host is {self.host}, which other machines may reach: give --token, or set {TOKEN}"
+            )
+        return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens on an address.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen on {host}, port {port} ({error.strerror or error}): choose another "
+            "--host or --port"
+        ) from error
+
+
+def serve(config: ServeConfig) -> None:
+    """Load the pipeline, and answer requests until a signal.
+
+    Raises:
+        SmaltiError: the pipeline cannot be loaded or served, or the address cannot be used.
+        KeyboardInterrupt: a second signal came before all requests were finished.
+    """
+    try:
+        from smalti.pipelines.image_api import ServerMetrics, image_app, server_of
+    except ImportError as error:
+        raise ConfigurationError(
+            f"serve needs other packages ({error.name} is missing): pip install 'smalti[serve]'"
+        ) from error
+    token = config.checked_token()
+    state = join_job()
+    if state.num_processes > 1:
+        raise ConfigurationError(
+            "serve runs in one process: start one for each GPU, each with its own --port"
+        )
+    check_model(config.model)
+    pipeline = Pipeline.from_pretrained(
+        config.model, device=state.device, weights=config.weights, dtype=DTYPES[config.dtype]
+    )
+    metrics = ServerMetrics()
+    batcher = Batcher(
+        pipeline,
+        max_batch_size=config.max_batch_size,
+        max_wait=config.max_wait_ms / 1000,
+        max_queue=config.max_queue,
+        image_sizes=config.image_sizes,
+        observe=metrics.observe_batch,
+    )
+    app = image_app(
+        batcher,
+        metrics,
+        model_id=Path(config.model).name if Path(config.model).exists() else config.model,
+        options=request_options(pipeline),
+        max_images=config.max_images,
+        token=token,
+    )
+    with listening(config.host, config.port) as place:
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        url = f"http://{host}:{place.getsockname()[1]}"
+        print(f"{config.model}: {url}/v1/images/generations", flush=True)
+        server_of(app, batcher).run([place])
+    batcher.join()
+
+
+def request_options(pipeline: Pipeline) -> dict[str, tuple[Any, str]]:
+    """Type and help text of the sampling options of a pipeline's prior, by name."""
+    kind = PRIORS.name_of(type(pipeline.prior))
+    return {
+        option.name: (option.type, option.help)
+        for option in sample_options()
+        if option.prior == kind
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `smalti serve`."""
+    serve(parse_config(ServeConfig, argv, prog="smalti serve"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

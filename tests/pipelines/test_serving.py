@@ -1,0 +1,270 @@
+"""Dynamic batching: answers do not mix, do not depend on each other, and the queue is bounded."""
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from chance import randomised
+from conftest import TINY_CONV, TINY_PRIOR
+from PIL import Image
+
+from smalti.errors import ConfigurationError, GenerationError
+from smalti.pipelines.generation import generate_folder, group_size
+from smalti.pipelines.pipeline import Pipeline
+from smalti.pipelines.serving import Batcher, PictureRequest, QueueFullError, StoppingError
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.prior import FlowConfig, FlowPrior
+from smalti.prior.next_token.model import NextTokenPrior
+from smalti.tokenizer.kl import KLConfig, KLTokenizer
+
+CLASSES = ("cat", "dog", "owl")
+
+
+@pytest.fixture
+def pipe(tokenizer, prior) -> Pipeline:
+    return Pipeline(tokenizer, prior, CLASSES)
+
+
+def images_of(batcher: Batcher, request: PictureRequest) -> list[bytes]:
+    return [picture.result.result(60).tobytes() for picture in batcher.submit(request)]
+
+
+def wanted(label: int, seed: int | None, **changes) -> PictureRequest:
+    return PictureRequest(class_labels=[label], seed=seed, **changes)
+
+
+class Held:
+    """A pipeline that begins to sample when it is told to, and notes the sizes of batches."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self.go, self.began, self.sizes = threading.Event(), threading.Event(), []
+        original = batcher._sample
+
+        def sample(batch):
+            self.sizes.append(len(batch))
+            self.began.set()
+            assert self.go.wait(60)
+            return original(batch)
+
+        batcher._sample = sample
+
+
+def test_a_picture_is_the_same_alone_and_in_a_crowd(pipe) -> None:
+    """To the byte, in fp32."""
+    alone = Batcher(pipe, max_wait=0)
+    expected = {(s % 3, s): images_of(alone, wanted(s % 3, s)) for s in range(20)}
+    alone.join()
+    sizes: list[int] = []
+    crowd = Batcher(pipe, max_wait=0.5, observe=lambda pictures, seconds: sizes.append(pictures))
+    found: dict[tuple[int, int], list[bytes]] = {}
+    threads = [
+        threading.Thread(target=lambda k=key: found.update({k: images_of(crowd, wanted(*k))}))
+        for key in expected
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    crowd.join()
+    assert found == expected
+    assert sum(sizes) == 20 and max(sizes) > 4
+    assert len({images[0] for images in found.values()}) == 20
+
+
+def test_the_first_picture_of_a_job_has_the_seed_of_the_job(pipe, tmp_path: Path) -> None:
+    paths = generate_folder(pipe, tmp_path / "job", [1], seed=16, guidance_scale=2.0, batch_size=1)
+    batcher = Batcher(pipe)
+    assert images_of(batcher, wanted(1, 16, guidance_scale=2.0)) == [Image.open(paths[0]).tobytes()]
+    batcher.join()
+
+
+def test_every_picture_of_a_request_can_be_made_again_by_its_seed(pipe) -> None:
+    batcher = Batcher(pipe, max_batch_size=4)
+    request = PictureRequest(class_labels=["owl", 0], num_images=3, seed=9)
+    pictures = batcher.submit(request)
+    assert [(p.label, p.seed) for p in pictures] == [
+        (2, 9), (2, 10), (2, 11), (0, 12), (0, 13), (0, 14),
+    ]  # fmt: skip
+    for picture in pictures:
+        again = images_of(batcher, wanted(picture.label, picture.seed))
+        assert again == [picture.result.result(60).tobytes()]
+    batcher.join()
+
+
+def test_pictures_without_a_seed_fill_a_batch(pipe) -> None:
+    batcher = Batcher(pipe, max_batch_size=8)
+    held = Held(batcher)
+    first = batcher.submit(wanted(0, None))
+    assert held.began.wait(60)
+    rest = [picture for _ in range(8) for picture in batcher.submit(wanted(1, None))]
+    held.go.set()
+    assert all(picture.result.result(60) for picture in [*first, *rest])
+    batcher.join()
+    assert held.sizes == [1, 8]
+    assert len({picture.seed for picture in rest}) == 8
+
+
+def test_only_equal_settings_share_a_batch(pipe) -> None:
+    batcher = Batcher(pipe, max_wait=0.2)
+    held = Held(batcher)
+    held.go.set()
+    made = [
+        batcher.submit(wanted(0, seed, options=options))
+        for seed, options in enumerate(({}, {"top_k": 3}, {}, {"top_k": 3}, {"top_k": 2}))
+    ]
+    assert all(pictures[0].result.result(60) for pictures in made)
+    batcher.join()
+    assert held.sizes == [2, 2, 1]
+
+
+def test_a_picture_waits_only_so_long(pipe) -> None:
+    batcher = Batcher(pipe, max_wait=0.3)
+    start = time.monotonic()
+    images_of(batcher, wanted(0, 1))
+    assert time.monotonic() - start >= 0.3
+    held = Held(batcher)
+    held.go.set()
+    for seed in range(group_size(pipe)):
+        batcher.submit(wanted(0, seed))
+    assert held.began.wait(0.25), "a full batch does not wait"
+    batcher.join()
+
+
+def test_a_full_queue_refuses_and_a_cancelled_request_makes_place(pipe) -> None:
+    batcher = Batcher(pipe, max_queue=3, max_batch_size=2)
+    held = Held(batcher)
+    running = batcher.submit(wanted(0, 0))
+    assert held.began.wait(60)
+    waiting = [batcher.submit(wanted(0, seed)) for seed in (1, 2)]
+    with pytest.raises(QueueFullError, match=r"2 pictures are waiting.* no place for 2") as full:
+        batcher.submit(PictureRequest(class_labels=[0, 1]))
+    assert 1 <= full.value.retry_after <= 60
+    batcher.cancel([*waiting[0], *running])
+    assert batcher.waiting == 1
+    both = batcher.submit(PictureRequest(class_labels=[0, 1]))
+    held.go.set()
+    assert all(picture.result.result(60) for picture in [*waiting[1], *both, *running])
+    assert waiting[0][0].result.cancelled()
+    batcher.join()
+    assert sum(held.sizes) == 4
+
+
+def test_a_stopped_batcher_finishes_what_it_accepted(pipe) -> None:
+    batcher = Batcher(pipe, max_wait=60)
+    held = Held(batcher)
+    pictures = batcher.submit(PictureRequest(class_labels=[0, 1, 2]))
+    assert batcher.is_ready and not batcher.is_idle
+    batcher.stop()
+    with pytest.raises(StoppingError, match="stopping"):
+        batcher.submit(wanted(0, 1))
+    assert not batcher.is_ready
+    held.go.set()
+    batcher.join()
+    assert batcher.is_idle and all(picture.result.done() for picture in pictures)
+
+
+def test_a_failed_batch_fails_its_pictures_only(pipe, monkeypatch) -> None:
+    batcher = Batcher(pipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(batcher, "_sample", lambda batch: 1 / 0)
+        failed = batcher.submit(wanted(0, 1))
+        with pytest.raises(ZeroDivisionError):
+            failed[0].result.result(60)
+    assert images_of(batcher, wanted(0, 1)) and batcher.is_ready
+    batcher.join()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_labels": ["cow"]}, "no class is named"),
+        ({"class_labels": [3]}, "out of range"),
+        ({"class_labels": []}, "at least one class"),
+        ({"class_labels": None}, "pass class_labels"),
+        ({"prompt": "a cat"}, "no prompt"),
+        ({"negative_prompt": "a cat"}, "negative_prompt is for"),
+        ({"num_images": 0}, "num_images is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**53}, "seed is"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"options": {"temprature": 1}}, 'did you mean "temperature"'),
+        ({"options": {"top_p": 2}}, "top_p is 2"),
+        ({"image_size": 24}, "image_size is 24; choose one of"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_it_waits(pipe, changes, message: str) -> None:
+    batcher = Batcher(pipe)
+    with pytest.raises(GenerationError, match=message):
+        batcher.submit(replace(PictureRequest(class_labels=[0]), **changes))
+    assert batcher.waiting == 0
+    batcher.join()
+
+
+def test_an_unconditional_pipeline_takes_a_number(tokenizer) -> None:
+    prior = NextTokenPrior(replace(TINY_PRIOR, condition="none", num_classes=0))
+    batcher = Batcher(Pipeline(tokenizer, prior, ()))
+    assert len(images_of(batcher, PictureRequest(num_images=2))) == 2
+    with pytest.raises(GenerationError, match="unconditional: give no class and no prompt"):
+        batcher.submit(PictureRequest(prompt="x"))
+    batcher.join()
+
+
+def test_captions_are_checked_and_batched(tokenizer) -> None:
+    config = replace(
+        TINY_PRIOR, condition="text", num_classes=0, text_encoder="bytes", text_length=12
+    )
+    pipe = Pipeline(tokenizer, randomised(NextTokenPrior(config)), ())
+    batcher = Batcher(pipe, max_wait=0.2, max_batch_size=4)
+    requests = [PictureRequest(prompt=text, seed=seed) for seed, text in enumerate(("a cat", "x"))]
+    together = [batcher.submit(request)[0] for request in requests]
+    for request, picture in zip(requests, together, strict=True):
+        assert images_of(batcher, request) == [picture.result.result(60).tobytes()]
+    with pytest.raises(GenerationError, match="longer than the text length of 12"):
+        batcher.submit(PictureRequest(prompt="a very long caption"))
+    negative = PictureRequest(prompt="a cat", negative_prompt="x", guidance_scale=3.0, seed=0)
+    assert images_of(batcher, negative) != images_of(batcher, requests[0])
+    batcher.join()
+
+
+def test_features_of_an_unknown_encoder_cannot_be_requested(tokenizer) -> None:
+    config = replace(TINY_PRIOR, condition="text", num_classes=0, text_length=5, text_dim=6)
+    with pytest.raises(ConfigurationError, match="prompt_embeds"):
+        Batcher(Pipeline(tokenizer, NextTokenPrior(config), ()))
+
+
+@pytest.fixture
+def flow() -> Pipeline:
+    network = DiTConfig(2, 2, (8, 8), 1, 32, 2, 2, num_classes=3, positions="rotary")
+    prior = randomised(FlowPrior(FlowConfig(network=network)), std=0.1)
+    vae = KLTokenizer(KLConfig(image_size=16, conv=replace(TINY_CONV, z_channels=2)))
+    return Pipeline(vae, prior, CLASSES)
+
+
+def test_a_flow_prior_serves_several_sizes_exactly(flow) -> None:
+    batcher = Batcher(flow, image_sizes=[(8, 16)], max_wait=0.2)
+    assert batcher.batch_sizes == {16: 8, (8, 16): 16}
+    options = {"num_inference_steps": 2, "solver": "euler"}
+    requests = [
+        wanted(0, seed, image_size=size, options=options)
+        for seed in range(3)
+        for size in (16, (8, 16))
+    ]
+    together = [batcher.submit(request)[0] for request in requests]
+    for request, picture in zip(requests, together, strict=True):
+        image = picture.result.result(60)
+        assert image.size == ((16, 8) if request.image_size == (8, 16) else (16, 16))
+        assert images_of(batcher, request) == [image.tobytes()]
+    batcher.join()
+
+
+def test_in_half_precision_a_batch_is_as_large_as_it_is_needed(pipe) -> None:
+    batcher = Batcher(pipe.to(torch.bfloat16), max_wait=0.2, max_batch_size=4)
+    held = Held(batcher)
+    held.go.set()
+    made = [batcher.submit(wanted(0, 4 * seed))[0] for seed in range(3)]  # the same row in fp32
+    assert all(picture.result.result(60) for picture in made)
+    batcher.join()
+    assert held.sizes == [3]
