@@ -140,7 +140,8 @@ class ConditionSource(ABC):
         classes: Sequence[str] = (),
         encoder: TextEncoder | None = None,
     ) -> None:
-        self.config, self.classes, self.encoder = config, classes, encoder
+        self.config: Any = config  # every subclass of `PriorConfig` has more fields
+        self.classes, self.encoder = classes, encoder
 
     # From a data set. `options` are those of smalti encode or train-prior.
 
