@@ -35,6 +35,7 @@ from smalti.pipelines.conditions import (
     check_options,
     conditional_on,
     integer,
+    sources_of,
 )
 from smalti.pipelines.generation import group_size, picture_generator
 from smalti.pipelines.pipeline import Pipeline
@@ -229,7 +230,7 @@ class Batcher:
         Raises:
             SmaltiError: the pipeline does not take these classes or this prompt.
         """
-        kinds, text = self.pipeline.prior.condition_kinds, self.pipeline.prior.config.text
+        kinds, config = self.pipeline.prior.condition_kinds, self.pipeline.prior.config
         each = integer("num_images", request.num_images)
         inputs = Inputs(request.class_labels, request.prompt, request.negative_prompt)
         if each < 1:
@@ -238,8 +239,8 @@ class Batcher:
             raise GenerationError(
                 f"this pipeline is {conditional_on(kinds)}: give no class and no prompt"
             )
-        inputs.check(kinds, 1, text)
-        encoder = self.pipeline.text_encoder
+        inputs.check(sources_of(kinds, config), 1)
+        text, encoder = config.text, self.pipeline.text_encoder
         if text is not None and encoder is not None:
             given = (request.prompt, request.negative_prompt)
             encoder.check_captions([words for words in given if words is not None], text.length)
