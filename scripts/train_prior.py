@@ -230,14 +230,16 @@ def tokenizer_of(
         CheckpointError: it is not the one that encoded them.
     """
     given = Tokenizer.from_pretrained(str(folder)).to(device)
-    caches = latents.caches if isinstance(latents, BucketedLatents) else (latents,)
+    bucketed = isinstance(latents, BucketedLatents)
+    caches = latents.caches if bucketed else (latents,)
     found = [given.for_latents(c.spec, c.info.tokenizer_fingerprint) for c in caches]
     tokenizer = found[0]
     if tokenizer is None or None in found:
-        beside = latents.folder.parent / TOKENIZER
+        place = latents.folder if bucketed else latents.folder.parent
+        beside = place / TOKENIZER
         remedy = f"give --tokenizer {beside}" if beside.is_dir() else "give the one that made them"
         raise CheckpointError(
-            f"the latents in {latents.folder.parent} were made by another tokenizer than "
+            f"the latents in {place} were made by another tokenizer than "
             f"{folder}: {remedy}, or encode again with this one"
         )
     return tokenizer

@@ -65,7 +65,9 @@ def root(tmp_path_factory) -> Path:
         images = DataOptions(data=str(root / "pictures")).dataset("train", 16)
         tokenizer.calibrate([images.all_images()])
     tokenizer.save_pretrained(root / "tokenizer")
-    encode(encoding(root))
+    job = ["encode", "--data", str(root / "pictures"), "--heldout_fraction", "0.25"]
+    job += ["--tokenizer", str(root / "tokenizer"), "--output_dir", str(root / "latents")]
+    assert smalti_main([*job, "--buckets", "16", "16x24", "24x16"]) == 0
     return root
 
 
@@ -163,6 +165,39 @@ def test_a_prior_learns_every_bucket_and_samples_each(trained: Path) -> None:
     assert [bucket.size for bucket in checkpoint.buckets] == list(BUCKETS)
 
 
+def test_generate_samples_one_bucket(trained: Path, tmp_path: Path) -> None:
+    job = ["generate", "--model", str(trained / "pipeline"), "--num_images", "2"]
+    job += ["--output_dir", str(tmp_path / "wide"), "--image_size", "16x24"]
+    assert smalti_main([*job, "--num_inference_steps", "1", "--solver", "euler"]) == 0
+    sizes = [Image.open(file).size for file in sorted((tmp_path / "wide").glob("*.png"))]
+    assert sizes == [(24, 16)] * 2
+
+
+def test_encoding_goes_on_where_it_was_stopped(root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "latents"
+    shutil.copytree(root / "latents", copy)
+    (copy / "buckets.json").unlink()
+    shutil.rmtree(copy / "24x16" / "heldout")
+    with pytest.raises(smalti.SmaltiError, match="does not exist"):
+        train_prior(training(root, tmp_path / "run", latents=copy))
+    encode(encoding(root, output_dir=copy))
+    for one, other in zip(open_buckets(root / "latents"), open_buckets(copy), strict=True):
+        assert one.fingerprint == other.fingerprint
+
+
+def test_a_prior_of_one_size_is_the_start_of_one_of_many(trained: Path, tmp_path: Path) -> None:
+    """And the other way round."""
+    root = trained.parent
+    one = training(root, tmp_path / "one", latents="latents/16x24", max_train_steps=1)
+    train_prior(replace(one, prior=FLOW))
+    many = training(root, tmp_path / "many", max_train_steps=1)
+    for job, initial in ((many, tmp_path / "one"), (one, trained)):
+        start = str(initial / "pipeline")
+        given = {"initial": start, "output_dir": tmp_path / f"from_{initial.name}"}
+        pipe = smalti.Pipeline.from_pretrained(train_prior(replace(job, **given)))
+        assert len(pipe.buckets) == (3 if job is many else 0)
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(root: Path, tmp_path: Path) -> None:
     straight, stopped = (
         training(root, tmp_path / name, validation_steps=100, checkpointing_steps=3)
@@ -244,6 +279,12 @@ def test_codes_and_priors_of_one_grid_have_no_buckets(root: Path, tmp_path: Path
     with pytest.raises(smalti.SmaltiError, match="train a flow prior"):
         NextTokenConfig().bucketed([(8, 8), (8, 12)])
     assert NextTokenConfig().bucketed([]) == NextTokenConfig()
+
+
+def test_pictures_that_are_encoded_on_the_fly_have_one_size(root: Path, capsys) -> None:
+    job = ["train-prior", "--data", str(root / "pictures"), "--buckets", "16", "16x24"]
+    assert smalti_main(job) == 2
+    assert "--buckets is an option of smalti encode; " in capsys.readouterr().err
 
 
 def test_commands_of_one_size_read_one_bucket(root: Path, tmp_path: Path, capsys) -> None:
