@@ -21,8 +21,10 @@ from torch.utils.data import Dataset
 
 from smalti.checkpoints import is_checkpoint, state_of
 from smalti.config import ImageSize, config_from_dict, saved_fields
+from smalti.data.buckets import Bucket
 from smalti.data.classes import class_number
 from smalti.data.image_io import TRANSPARENT, WHITE, to_channels
+from smalti.data.latent_cache.manifest import training_cache
 from smalti.data.latents import as_image_size, height_and_width, resolution, to_float
 from smalti.data.order import Blocks, Key, even_subset
 from smalti.data.sources.base import (
@@ -54,6 +56,15 @@ MEMORY_LIMIT = 2 * 2**30  # bytes; a set whose uint8 pixels fit into this is kep
 Split = Literal["train", "heldout", "all"]
 
 
+def kept(source: ImageSource, split: Split, fraction: float, seed: int) -> Tensor:
+    """Which pictures of a source are of a split, (N,) bool; for the arguments see
+    `ImageDataset`."""
+    if split == "all":
+        return torch.ones(len(source), dtype=torch.bool)
+    heldout = heldout_mask(source, fraction, seed)
+    return heldout if split == "heldout" else ~heldout
+
+
 @dataclass
 class ImageBatch:
     """Images as a tokenizer takes them."""
@@ -77,6 +88,7 @@ class ImageDataset(Dataset):
         flip: mirror half of the samples, chosen by (seed, epoch, index).
         crop: show a part of each sample, chosen by (seed, epoch, index); None = its centre.
         captions: batches have the captions, if the source has any.
+        bucket: only the pictures that go to this one of several sizes; None: all.
 
     Raises:
         DataError: a picture cannot be decoded, or more are damaged than may be replaced.
@@ -95,6 +107,7 @@ class ImageDataset(Dataset):
         crop: RandomCrop | None = None,
         seed: int = 0,
         captions: bool = True,
+        bucket: Bucket | None = None,
     ) -> None:
         image_size = as_image_size(image_size)
         height, width = height_and_width(image_size)
@@ -105,10 +118,9 @@ class ImageDataset(Dataset):
         self.shape = (channels, height, width)  # of an image
         self.flip, self.crop, self.seed = flip, crop, seed
         self.has_captions = captions and source.has_captions
-        keep = torch.ones(len(source), dtype=torch.bool)
-        if split != "all":
-            heldout = heldout_mask(source, heldout_fraction, split_seed)
-            keep = heldout if split == "heldout" else ~heldout
+        keep = kept(source, split, heldout_fraction, split_seed)
+        if bucket is not None:
+            keep = keep & bucket.keeps(source.sizes)
         self.positions = keep.nonzero().flatten().tolist()  # in the source
         self.classes = source.classes
         self.labels = source.labels[keep]
@@ -445,9 +457,15 @@ class DataOptions(PictureOptions):
         crop: RandomCrop | None = None,
         seed: int = 0,
         captions: bool = True,
+        bucket: Bucket | None = None,
+        opened: tuple[ImageSource, Split] | None = None,
     ) -> ImageDataset:
-        """One split of the pictures; for the arguments see `ImageDataset`."""
-        source, part = self.for_channels(channels).source_of(split)
+        """One split of the pictures; for the arguments see `ImageDataset`.
+
+        Args:
+            opened: what `source_of` returned, where several data sets read it.
+        """
+        source, part = opened or self.for_channels(channels).source_of(split)
         return ImageDataset(
             source,
             image_size,
@@ -459,6 +477,7 @@ class DataOptions(PictureOptions):
             crop=crop,
             seed=seed,
             captions=captions,
+            bucket=bucket,
         )
 
 
@@ -527,7 +546,7 @@ def read_options(model: Path) -> DataOptions | None:
     if not isinstance(run, dict):
         return None
     if run.get("latents") and not run.get("data"):  # of a prior, which reads no pictures
-        return read_options(Path(str(run["latents"])) / "train")
+        return read_options(training_cache(Path(str(run["latents"]))))
     known = {name: run[name] for name in ("data", *STORED) if name in run}
     return config_from_dict(DataOptions, known, str(model)) if known.get("data") else None
 

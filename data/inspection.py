@@ -14,10 +14,12 @@ from torch import Tensor
 from smalti.data.dataset import read_options
 from smalti.data.image_io import FolderOptions
 from smalti.data.latent_cache.manifest import (
+    BUCKETS,
     MANIFEST,
     SPLITS,
     TOKENIZER,
     CacheInfo,
+    bucket_folders,
     read_manifest,
 )
 from smalti.data.latent_cache.shard import identity_in, shard_path
@@ -308,8 +310,12 @@ def of_cache(path: Path) -> Info:
     """Report on a latent cache, or on a folder with the caches of several splits."""
     folders = [path] if holds_latents(path) else splits(path)
     lines, complete = [("kind", "latent cache")], True
+    if (path / BUCKETS).is_file():
+        names = [inside.name for inside in bucket_folders(path)]
+        lines.append(("buckets", f"{', '.join(names)} (height x width, the default first)"))
+        folders = [split for inside in bucket_folders(path) for split in splits(inside)]
     for folder in folders:
-        name = "" if folder == path else f"{folder.name}: "
+        name = "" if folder == path else f"{folder.relative_to(path)}: "
         if (folder / MANIFEST).is_file():
             found = read_manifest(folder)
             bad = [f"{shard} differs from the manifest" for shard in _damaged_shards(folder, found)]
@@ -339,7 +345,8 @@ def _damaged_options(folder: Path) -> list[str]:
 
 def _of_both_splits(path: Path) -> Path | None:
     """The folder if it has a cache for each split, as `train-prior` needs."""
-    return path if all(holds_latents(path / split) for split in SPLITS) else None
+    both = all(holds_latents(path / split) for split in SPLITS)
+    return path if both or (path / BUCKETS).is_file() else None
 
 
 def _cache_lines(name: str, found: CacheInfo) -> list[tuple[str, str]]:

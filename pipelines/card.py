@@ -26,7 +26,7 @@ images = pipe({example}).images
 | tokenizer | {tokenizer} | {tokenizer_size} | {spec} |
 | prior | {prior} | {prior_size} | |
 
-Images are {size}. {conditions}
+Images are {size}{sizes}. {conditions}
 
 {notes}"""
 
@@ -59,6 +59,7 @@ def model_card(
         prior_size=f"{_millions(prior)} M",
         spec=_plain(str(tokenizer.spec)),
         size=image_words(tokenizer),
+        sizes=_other_sizes(tokenizer, prior),
         conditions=_conditions(sources),
         notes=notes,
     )
@@ -71,6 +72,15 @@ def image_words(tokenizer: Tokenizer, unit: str = "pixels") -> str:
     order = "" if isinstance(size, int) else " (height x width)"
     channels = {1: ", grey", 4: ", RGB with alpha"}.get(tokenizer.image_channels, "")
     return f"{resolution(size)} {unit}{order}{channels}"
+
+
+def _other_sizes(tokenizer: Tokenizer, prior: Prior) -> str:
+    """The other sizes that a prior was trained on, to follow that of its images."""
+    sizes = [tokenizer.size_of(grid) for grid in getattr(prior.config, "buckets", ())]
+    others = [resolution(size) for size in sizes if size != tokenizer.image_size]
+    if not others:
+        return ""
+    return f", or, with `image_size`, {', '.join(others)} (height x width)"
 
 
 def _example(prior: Prior, sources: Sequence[ConditionSource]) -> str:

@@ -25,6 +25,7 @@ from PIL import Image
 
 from smalti.config import plain
 from smalti.data.image_io import image_grid, save_png
+from smalti.data.latent_cache.buckets import BucketedLatents
 from smalti.data.latent_cache.on_the_fly import Latents
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import GenerationError, SmaltiError
@@ -165,6 +166,8 @@ def condition_grid(
         scale, options: as for `sample_grid`.
     """
     prior, tokenizer, device = pipeline.prior, pipeline.tokenizer, pipeline.device
+    if isinstance(latents, BucketedLatents):
+        latents = latents.caches[0]  # on the grid of the pipeline
     batch = latents.first_view(latents.even_subset(GIVEN_ROWS, 0))
     conditions = BatchConditions(prior.config, pipeline.text_encoder, latents)
     condition = conditions(batch)

@@ -120,6 +120,7 @@ def of_pipeline(path: Path) -> Info:
             ("kind", "pipeline"),
             *((f"tokenizer {k}", v) for k, v in _model_lines(pipe.tokenizer)),
             *((f"prior {k}", v) for k, v in _model_lines(pipe.prior)),
+            *([("buckets", ", ".join(b.in_words for b in pipe.buckets))] if pipe.buckets else []),
             ("condition", " and ".join(pipe.prior.condition_kinds)),
             *([("classes", _some(pipe.classes))] if pipe.classes else []),
             ("verified", _verified(path / INDEX, "tokenizer and prior belong together")),

@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from smalti.checkpoints import Weights, check_weights, is_checkpoint, state_of
 from smalti.config import ImageSize, config_from_dict, config_to_dict, plain
+from smalti.data.buckets import Bucket
 from smalti.data.classes import check_class_names
-from smalti.data.latent_cache.manifest import CacheInfo, read_manifest
+from smalti.data.latent_cache.manifest import CacheInfo, read_manifest, training_cache
 from smalti.data.latents import as_image_size, as_tensor
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
 from smalti.files import check_hashes, write_hashed_json, write_text
@@ -188,7 +189,7 @@ class Pipeline(Uploadable):
         if "latents" in state:  # without a cache
             info = config_from_dict(CacheInfo, state["latents"], str(folder))
         else:
-            info = read_manifest(Path(run["latents"]) / "train")
+            info = read_manifest(training_cache(Path(run["latents"])))
         as_saved = precision if precision == AS_SAVED else None
         given = Tokenizer.from_pretrained(Path(run["tokenizer"]), dtype=as_saved)
         tokenizer = given.for_latents(info.spec, info.tokenizer_fingerprint) or given
@@ -309,6 +310,20 @@ class Pipeline(Uploadable):
         pipeline.notes, pipeline.training_pictures = self.notes, self.training_pictures
         pipeline.guidance_scale, pipeline._text_encoder = self.guidance_scale, self._text_encoder
         return pipeline
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The sizes of images that the prior was trained on, each for pictures of another aspect
+        ratio; () if it was trained on one."""
+        grids = getattr(self.prior.config, "buckets", ())
+        sizes = tuple(self.tokenizer.size_of(grid) for grid in grids)
+        return tuple(Bucket(number, sizes) for number in range(len(sizes)))
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """The bucket of its image size; None if it has none."""
+        mine = (b for b in self.buckets if b.size == self.tokenizer.image_size)
+        return next(mine, None)
 
     @property
     def device(self) -> torch.device:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
@@ -165,6 +165,21 @@ class PriorConfig:
         """
         raise NotImplementedError
 
+    def bucketed(self, grids: Sequence[tuple[int, int]]) -> Self:
+        """This configuration for latents on several grids (h, w), those of aspect-ratio buckets;
+        none: for those of `spec` alone.
+
+        Raises:
+            ConfigurationError: the prior models latents on one grid.
+        """
+        if grids:
+            raise ConfigurationError(
+                f"a {getattr(self, 'kind', '')} prior models a fixed number of latents, and these "
+                f"are on {len(grids)} grids: train a flow prior, as in --prior.preset flow-nano, "
+                "or give the latents of one bucket"
+            )
+        return self
+
 
 class Prior(nn.Module, Pretrained, ABC):
     """A distribution over the latents described by `spec`, given a condition.
@@ -288,6 +303,7 @@ class Prior(nn.Module, Pretrained, ABC):
             )
         quantizer = getattr(self.config, "quantizer", None)
         config = self.config.fitted(spec, self.num_classes, tokenizer_fingerprint, quantizer)
+        config = config.bucketed(getattr(self.config, "buckets", ()))
         with torch.random.fork_rng(devices=[]):
             prior = type(self)(config)
         prior.load_state_dict(self.state_dict(), assign=True)

@@ -5,6 +5,7 @@ smalti encode --tokenizer runs/tokenizer/tokenizer --data emoji --output_dir run
 After an interruption, the same command continues where it stopped.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,20 +17,33 @@ from torch import Tensor
 from smalti.checkpoints import Weights, is_checkpoint
 from smalti.cli import in_python, parse_config, run_command
 from smalti.config import ImageSize, check_at_least, nearest
-from smalti.data.dataset import DataOptions, ImageDataset, Split, write_options
+from smalti.data.buckets import (
+    Bucket,
+    bucket_name,
+    check_buckets,
+    cropped_share,
+    nearest_buckets,
+)
+from smalti.data.dataset import DataOptions, ImageDataset, Split, kept, write_options
+from smalti.data.latent_cache.buckets import write_buckets
 from smalti.data.latent_cache.cache import EncodedRange, refuse_other_contents, write_cache
 from smalti.data.latent_cache.manifest import (
+    BUCKETS,
     SPLITS,
     TOKENIZER,
     CacheInfo,
     group_numbers,
 )
+from smalti.data.latents import ContinuousSpec, as_image_size, resolution
+from smalti.data.sources.base import ImageSource
 from smalti.data.transforms import VIEW_SETS, ViewSet, decoded_size, views_of
-from smalti.errors import CheckpointError, ConfigurationError
+from smalti.errors import CheckpointError, ConfigurationError, DataError
 from smalti.pipelines.conditions import CONDITION_SOURCES, ConditionEncoder, PictureEncoder
 from smalti.scripts.options import TextOptions
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import fills_folder, join_job, say, shared_work
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,10 @@ class EncodeConfig(DataOptions):
     output_dir: Path = Path("runs/latents")  # folder of the caches of both splits
     # Pixels: the side of a square, or height x width as in 48x64; default: the tokenizer's.
     image_size: ImageSize | None = None
+    # Several sizes instead of one (aspect-ratio buckets), as in 64 48x80 80x48: each picture is
+    # encoded at the one whose aspect ratio is nearest to its own. A flow prior is trained on all of
+    # them; the first is its default size.
+    buckets: tuple[ImageSize, ...] = ()
     # Views of each training picture: itself (identity), itself and its mirror image (flip), or
     # LlamaGen's ten crops (ten-crop). A held-out picture is encoded as it is.
     views: ViewSet = "flip"
@@ -62,6 +80,14 @@ class EncodeConfig(DataOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, self, "batch_size", "shard_size")
+        object.__setattr__(self, "buckets", tuple(map(as_image_size, self.buckets)))
+        if self.buckets:
+            check_buckets(self.buckets)
+        if self.buckets and self.image_size is not None:
+            raise ConfigurationError(
+                f"image_size is {resolution(self.image_size)}, and there are "
+                f"{len(self.buckets)} buckets: leave out one of them"
+            )
         kinds = [*filter(None, self.condition.split("+"))]
         for kind in kinds:
             if kind not in CONDITION_SOURCES:
@@ -78,7 +104,8 @@ def encode(config: EncodeConfig) -> Path:
     state = join_job()
     if state.is_main_process:
         config.note_stored()
-    refuse_other_contents(config.output_dir)
+    names = [*map(bucket_name, config.buckets), BUCKETS]
+    refuse_other_contents(config.output_dir, names if config.buckets else SPLITS)
     if config.heldout_data:
         config.source_of("heldout")  # raises before the training pictures are encoded
     if is_checkpoint(config.tokenizer):
@@ -88,13 +115,77 @@ def encode(config: EncodeConfig) -> Path:
     tokenizer = tokenizer.to(state.device)
     if config.image_size is not None:
         tokenizer = tokenizer.resized(config.image_size)
+    if config.buckets:
+        encode_buckets(config, tokenizer)
+        return config.output_dir
     encoders = condition_encoders(config, tokenizer)
-    versions = max((encoder.versions for encoder in encoders), default=1)
     for split in SPLITS:
-        encode_split(config, split, tokenizer, encoders, versions if split == "train" else 1)
+        encode_split(config, split, tokenizer, encoders)
     if state.is_main_process:
         write_options(config.output_dir / SPLITS[0], config)
     return config.output_dir
+
+
+def encode_buckets(config: EncodeConfig, tokenizer: Tokenizer) -> None:
+    """Write the caches of both splits of every bucket, and then the list of the buckets.
+
+    Raises:
+        SmaltiError: the latents are codes; the tokenizer has no latents of one of the sizes; one
+            has no training pictures, or the first no held-out pictures.
+    """
+    if not isinstance(tokenizer.spec, ContinuousSpec):
+        raise ConfigurationError(
+            "buckets are for a flow prior, which models continuous latents; this tokenizer makes "
+            "codes, and priors of codes model a fixed number of them: use a KL tokenizer, or "
+            "--image_size instead of --buckets"
+        )
+    for size in config.buckets:
+        tokenizer.config_at(size)  # raises
+    pictures = config.for_channels(tokenizer.image_channels)
+    opened = {split: pictures.source_of(split) for split in SPLITS}
+    counts = {split: pictures_in_buckets(config, split, opened[split]) for split in SPLITS}
+    encoders = condition_encoders(config, tokenizer.resized(config.buckets[0]))
+    others = [encoder for encoder in encoders if not isinstance(encoder, PictureEncoder)]
+    for number, size in enumerate(config.buckets):
+        bucket, resized = Bucket(number, config.buckets), tokenizer.resized(size)
+        own = [*others, *picture_encoders(config, resized)]
+        for split in SPLITS:
+            if counts[split][number]:
+                encode_split(config, split, resized, own, bucket, opened[split])
+        if join_job().is_main_process:
+            write_options(config.output_dir / bucket_name(size) / SPLITS[0], config)
+    if join_job().is_main_process:
+        write_buckets(config.output_dir, config.buckets)
+    join_job().wait_for_everyone()
+
+
+def pictures_in_buckets(
+    config: EncodeConfig, split: Split, opened: tuple[ImageSource, Split]
+) -> list[int]:
+    """The number of pictures of a split that go to each bucket; the log says how many, and how much
+    of them is cropped.
+
+    Raises:
+        DataError: no training picture goes to one of them, or no held-out picture to the first.
+    """
+    source, part = opened
+    sizes = source.sizes[kept(source, part, config.heldout_fraction, config.split_seed)]
+    where, counts = nearest_buckets(sizes, config.buckets), []
+    for number, size in enumerate(config.buckets):
+        inside = sizes[where == number]
+        counts.append(len(inside))
+        logger.info(
+            "%s, bucket %s: %d pictures, of which the crop leaves out %.0f %%",
+            *(split, bucket_name(size), len(inside), 100 * cropped_share(inside, size)),
+        )
+        if not len(inside) and (split == "train" or number == 0):
+            what = "training" if split == "train" else "held-out"
+            raise DataError(
+                f"no {what} picture has an aspect ratio near that of the bucket "
+                f"{bucket_name(size)} (height x width): leave it out of --buckets"
+                + ("" if split == "train" else ", or give another one first")
+            )
+    return counts
 
 
 def condition_encoders(config: EncodeConfig, tokenizer: Tokenizer) -> list[ConditionEncoder]:
@@ -113,7 +204,7 @@ def picture_encoders(config: Any, tokenizer: Tokenizer) -> list[PictureEncoder]:
     """What makes the conditions of pictures, if they are made in each step of train-prior.
 
     Args:
-        config: the options of train-prior.
+        config: the options of train-prior or encode.
     """
     sources = CONDITION_SOURCES.classes.values()
     made = (source.picture_encoder(config, tokenizer) for source in sources)
@@ -125,26 +216,33 @@ def encode_split(
     split: Split,
     tokenizer: Tokenizer,
     encoders: Sequence[ConditionEncoder] = (),
-    versions: int = 1,
+    bucket: Bucket | None = None,
+    opened: tuple[ImageSource, Split] | None = None,
 ) -> None:
     """Write the cache of one split; `encoders` make the conditions in it.
 
     Args:
-        versions: how often each view is stored, with other random choices of the encoders.
+        bucket: of whose pictures; None: all.
+        opened: see `DataOptions.dataset`.
     """
     views: ViewSet = config.views if split == "train" else "identity"
+    # How often each view is stored, with other random choices of the encoders.
+    versions = max((encoder.versions for encoder in encoders), default=1)
+    versions = versions if split == "train" else 1
     side = decoded_size(views, tokenizer.image_size)
     channels, same = tokenizer.image_channels, side == tokenizer.image_size
-    images = config.dataset(split, tokenizer.image_size, channels=channels)
-    larger = images if same else config.dataset(split, side, channels=channels)
+    read: dict[str, Any] = {"channels": channels, "bucket": bucket, "opened": opened}
+    images = config.dataset(split, tokenizer.image_size, **read)
+    larger = images if same else config.dataset(split, side, **read)
     info = replace(
         latents_of(tokenizer, images, VIEW_SETS[views] * versions, config.shard_size),
         groups=group_numbers(images.groups) if split == "heldout" else (),
         conditions=tuple(condition for encoder in encoders for condition in encoder.stored),
     )
-    with shared_work(len(images), f"encode {split}") as share:
+    name = bucket_name(bucket.size) if bucket else ""
+    with shared_work(len(images), f"encode {name and f'{name} '}{split}") as share:
         write_cache(
-            config.output_dir / split,
+            config.output_dir / name / split,
             info,
             EncodedViews(tokenizer, larger, info.views, config.batch_size, encoders),
             **share,

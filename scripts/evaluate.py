@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from smalti.checkpoints import Weights, has_prior
 from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, check_at_least, saved_fields
+from smalti.data.buckets import Bucket
 from smalti.data.dataset import DataOptions, ImageDataset
 from smalti.data.image_io import save_png
 from smalti.data.latents import height_and_width
@@ -135,7 +136,9 @@ def resized(config: EvaluateConfig, pipeline: Pipeline, size: ImageSize) -> Pipe
     same = pipeline.resized(size)
     channels = pipeline.tokenizer.image_channels
     before, after = (
-        config.dataset("train", one.tokenizer.image_size, channels=channels).fingerprint
+        config.dataset(
+            "train", one.tokenizer.image_size, channels=channels, bucket=one.bucket
+        ).fingerprint
         for one in (pipeline, same)
     )
     if same.training_pictures == before:
@@ -371,14 +374,20 @@ def sample(config: EvaluateConfig, pipeline: Pipeline, asked: Requests) -> Store
 
 
 def tokenizer_evaluator(
-    config: EvaluateConfig, tokenizer: Tokenizer, classes: Sequence[str] = (), **protocol: Any
+    config: EvaluateConfig,
+    tokenizer: Tokenizer,
+    classes: Sequence[str] = (),
+    bucket: Bucket | None = None,
+    **protocol: Any,
 ) -> TokenizerEvaluator:
     """The evaluator of a tokenizer on held-out images; `protocol` is recorded beside the data.
 
     Args:
         classes: the names of the classes in the order of a pipeline's labels.
+        bucket: only the pictures of this one; None: all.
     """
-    heldout = config.dataset("heldout", tokenizer.image_size, channels=tokenizer.image_channels)
+    size, channels = tokenizer.image_size, tokenizer.image_channels
+    heldout = config.dataset("heldout", size, channels=channels, bucket=bucket)
     if classes:
         heldout.number_as(classes)
     data_protocol = {
@@ -390,6 +399,8 @@ def tokenizer_evaluator(
         "split": "heldout",
         "heldout_fingerprint": heldout.fingerprint,
     }
+    if bucket is not None:
+        data_protocol["buckets"] = list(bucket.sizes)
     if tokenizer.image_channels != 3:
         data_protocol["image_channels"] = tokenizer.image_channels
         data_protocol["networks_see"] = SEEN[tokenizer.image_channels]
@@ -412,11 +423,16 @@ def sample_evaluator(config: EvaluateConfig, pipeline: Pipeline) -> SampleEvalua
             those of the pipeline and `other_data` does not allow that.
     """
     tokenizer = pipeline.tokenizer
-    train = config.dataset("train", tokenizer.image_size, channels=tokenizer.image_channels)
+    read: dict[str, Any] = {"channels": tokenizer.image_channels, "bucket": pipeline.bucket}
+    train = config.dataset("train", tokenizer.image_size, **read)
     trained_on_the_rest = check_training_images(config, pipeline, train)
     return SampleEvaluator(
         tokenizer_evaluator(
-            config, pipeline.tokenizer, pipeline.classes, trained_on_the_rest=trained_on_the_rest
+            config,
+            pipeline.tokenizer,
+            pipeline.classes,
+            pipeline.bucket,
+            trained_on_the_rest=trained_on_the_rest,
         ),
         train,
         num_references=config.num_references,

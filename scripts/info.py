@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from smalti.cli import parse_config, run_command
 from smalti.data.inspection import holds_latents, is_shards, of_cache, of_shards, splits
+from smalti.data.latent_cache.manifest import BUCKETS
 from smalti.errors import ConfigurationError, DataError
 from smalti.evaluation.metrics import of_summary
 from smalti.files import Info
@@ -37,7 +38,10 @@ KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], Info]]] = [
     (is_model, of_model),
     (is_generated, of_generated),
     (is_shards, of_shards),
-    (lambda path: holds_latents(path) or bool(splits(path)), of_cache),
+    (
+        lambda path: holds_latents(path) or bool(splits(path)) or (path / BUCKETS).is_file(),
+        of_cache,
+    ),
     (
         lambda path: (path / SUMMARY).is_file() and not (path / DEMO).is_file(),
         lambda path: of_summary(path / SUMMARY),

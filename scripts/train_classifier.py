@@ -19,7 +19,8 @@ import torch
 from smalti.cli import in_python, parse_config, run_command
 from smalti.config import first_difference
 from smalti.data.classes import warn_of_empty_classes
-from smalti.data.latent_cache.cache import LatentCache, open_splits
+from smalti.data.latent_cache.cache import LatentCache
+from smalti.data.latent_cache.splits import open_splits
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import ConfigurationError

@@ -22,10 +22,12 @@ from smalti.cli import in_python, parse_config, run_command
 from smalti.config import config_to_dict, first_difference
 from smalti.data.classes import warn_of_empty_classes
 from smalti.data.dataset import DataOptions, TrainingPictures, read_options, write_options
-from smalti.data.latent_cache.cache import LatentBatch, LatentCache, open_splits
-from smalti.data.latent_cache.manifest import TOKENIZER
+from smalti.data.latent_cache.buckets import BucketedLatents, open_buckets
+from smalti.data.latent_cache.cache import LatentBatch, LatentCache
+from smalti.data.latent_cache.manifest import TOKENIZER, bucket_folders, training_cache
 from smalti.data.latent_cache.on_the_fly import Latents, OnTheFlyLatents
-from smalti.data.order import DataOrder, Key
+from smalti.data.latent_cache.splits import open_splits
+from smalti.data.order import Key
 from smalti.data.transforms import VIEW_SETS
 from smalti.errors import CheckpointError, ConfigurationError
 from smalti.pipelines.conditions import CONDITION_SOURCES, BatchConditions, check_options
@@ -139,7 +141,8 @@ def open_latents(
         SmaltiError: tokenizer and latents do not fit together, or the pictures cannot be used.
     """
     if not config.data:
-        latents, heldout = open_splits(config.latents, seed=config.seed)
+        opened = open_buckets if bucket_folders(config.latents) else open_splits
+        latents, heldout = opened(config.latents, seed=config.seed)
         return tokenizer_of(latents, config.tokenizer, device), latents, heldout
     config.note_stored()
     if is_checkpoint(config.tokenizer):
@@ -212,25 +215,31 @@ def build_prior(config: PriorConfig, latents: Latents, tokenizer: Tokenizer) -> 
         config.classes_of(latents.num_classes),
         latents.info.tokenizer_fingerprint,
         getattr(quantizer, "config", None),
-    )
+    ).bucketed(latents.buckets)
     prior: Prior = Prior.registry.build(fitted)
     prior.bind(quantizer)
     return prior
 
 
-def tokenizer_of(latents: LatentCache, folder: Path, device: torch.device) -> Tokenizer:
-    """The tokenizer in a folder, at the image size of the latents.
+def tokenizer_of(
+    latents: LatentCache | BucketedLatents, folder: Path, device: torch.device
+) -> Tokenizer:
+    """The tokenizer in a folder, at the image size of the latents, or of those of the first bucket.
 
     Raises:
         CheckpointError: it is not the one that encoded them.
     """
     given = Tokenizer.from_pretrained(str(folder)).to(device)
-    tokenizer = given.for_latents(latents.spec, latents.info.tokenizer_fingerprint)
-    if tokenizer is None:
-        beside = latents.folder.parent / TOKENIZER
+    bucketed = isinstance(latents, BucketedLatents)
+    caches = latents.caches if bucketed else (latents,)
+    found = [given.for_latents(c.spec, c.info.tokenizer_fingerprint) for c in caches]
+    tokenizer = found[0]
+    if tokenizer is None or None in found:
+        place = latents.folder if bucketed else latents.folder.parent
+        beside = place / TOKENIZER
         remedy = f"give --tokenizer {beside}" if beside.is_dir() else "give the one that made them"
         raise CheckpointError(
-            f"the latents in {latents.folder.parent} were made by another tokenizer than "
+            f"the latents in {place} were made by another tokenizer than "
             f"{folder}: {remedy}, or encode again with this one"
         )
     return tokenizer
@@ -256,11 +265,13 @@ def initial_prior(config: TrainPriorConfig, latents: Latents, tokenizer: Tokeniz
 # Parts of a step.
 
 
-def posterior_noise(run: Run, tokenizer: Tokenizer, step: int) -> list[Tensor | None]:
+def posterior_noise(
+    run: Run, tokenizer: Tokenizer, step: int, **options: Any
+) -> list[Tensor | None]:
     """Noise that samples latents from their posterior, for each micro-batch of this process; None
     for codes."""
     source = generator(run.config.seed, "posterior", step, 0, 0)
-    inputs = random_inputs_of_step(run, tokenizer, step, source)
+    inputs = random_inputs_of_step(run, tokenizer, step, source, **options)
     return [part.get("noise") for part in inputs]
 
 
@@ -335,10 +346,13 @@ def learn(
                 model.train()
                 if isinstance(module, Prior):
                     module.set_progress(step / config.max_train_steps)
-                random_inputs = random_inputs_of_step(run, module, step)
-                noise = posterior_noise(run, tokenizer, step)
+                micro_batches = next(batches)
+                grid = micro_batches[0].grid  # that of all samples of the step
+                options = {} if grid is None else {"grid": grid}
+                random_inputs = random_inputs_of_step(run, module, step, **options)
+                noise = posterior_noise(run, tokenizer, step, **options)
                 losses, parts = [], []
-                for index, batch in enumerate(next(batches)):
+                for index, batch in enumerate(micro_batches):
                     with run.micro_batch(index, model):
                         loss = loss_of(
                             model, batch, noise=noise[index], random_inputs=random_inputs[index]
@@ -389,15 +403,14 @@ def validate(
 def validation_batches(heldout: Latents, run: Run) -> Iterator[LatentBatch]:
     """The held-out latents that are measured, evenly over the classes."""
     chosen = heldout.even_subset(VALIDATION_SAMPLES, run.config.seed)
-    for start in range(0, len(chosen), 128):
-        yield heldout.first_view(chosen[start : start + 128])
+    yield from heldout.batches_of(chosen, 128)
 
 
 def shown_prompts(prior: Prior, heldout: Latents) -> list[str]:
     """Captions of held-out pictures, the prompts of the preview; [] without captions."""
     if prior.config.text is None:
         return []
-    captions = heldout.first_view(heldout.even_subset(SHOWN_PROMPTS, 0)).captions or []
+    captions = heldout.all_captions(heldout.even_subset(SHOWN_PROMPTS, 0)) or []
     return list(dict.fromkeys(texts[0] for texts in captions))
 
 
@@ -441,7 +454,7 @@ def train(config: TrainPriorConfig) -> Path:
     pipeline.training_pictures = latents.info.dataset_fingerprint
     pipeline.guidance_scale = guidance_of_run(config_to_dict(config), pipeline.guidance_scale)
     run.latents = latents.info if config.data else None
-    order = DataOrder(len(latents), config.train_batch_size, config.seed, latents.blocks)
+    order = latents.order(config.train_batch_size, config.seed)
     run.resume(order.identity(latents.fingerprint))
     batches = run.reading(latents.batches(order, **run.share_of_data()))
 
@@ -455,7 +468,7 @@ def train(config: TrainPriorConfig) -> Path:
         )
 
     learn(run, learner, batches, loss_of, tokenizer, measure)
-    read = read_options(config.latents / "train") or read_options(config.tokenizer)
+    read = read_options(training_cache(config.latents)) or read_options(config.tokenizer)
     pictures = config if config.data else read
     grid = partial(shown, **config.preview.options)
     finished = partial(save, run=run, pipeline=pipeline, grid=grid)

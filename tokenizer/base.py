@@ -144,14 +144,18 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         check_finite(images, "the decoder", latents, "latents")
         return images
 
-    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_random_inputs(
+        self, count: int, generator: torch.Generator, grid: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
         """Random numbers for a training pass over `count` images, a row for each; most tokenizers
         need none.
 
         Args:
             generator: on the device of the model.
+            grid: (h, w) of continuous latents, where stored ones of another size than `spec` are
+                sampled; None: that of `spec`.
         """
-        del count, generator
+        del count, generator, grid
         return {}
 
     @abstractmethod
@@ -270,6 +274,11 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         weight = self.last_layer
         return model.to(weight.device, weight.dtype).train(self.training)
 
+    def size_of(self, grid: tuple[int, int]) -> ImageSize:
+        """Size in pixels of the images whose latents, or finest codes, are on a grid (h, w)."""
+        sides, own = height_and_width(self.image_size), _last_grid(self.spec)
+        return as_image_size([s * new // old for s, new, old in zip(sides, grid, own, strict=True)])
+
     def for_latents(self, spec: LatentSpec, fingerprint: str) -> Self | None:
         """This tokenizer at the image size of latents that were stored with the fingerprint of
         their tokenizer; None if they were made by another tokenizer."""
@@ -277,13 +286,9 @@ class Tokenizer(nn.Module, Pretrained, ABC):
             return self if fingerprint == self.fingerprint else None
         if type(spec) is not type(self.spec):
             return None
-        sides = height_and_width(self.image_size)
-        own, other = (_last_grid(s) for s in (self.spec, spec))
         grids = spec.grids if isinstance(spec, CodeSpec) else None
         try:
-            size = as_image_size(
-                [side * new // old for side, new, old in zip(sides, other, own, strict=True)]
-            )
+            size = self.size_of(_last_grid(spec))
             same = copy.copy(self)
             same.config = self.config_at(size, grids)
         except SmaltiError:

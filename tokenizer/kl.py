@@ -283,13 +283,15 @@ class KLTokenizer(Tokenizer):
         z = z.to(self.last_layer.dtype)
         return self.decoder(self.post_quant_conv(z) if self.post_quant_conv else z)
 
-    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_random_inputs(
+        self, count: int, generator: torch.Generator, grid: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
         """`noise` of the posterior (B, C, h, w) and uniforms of the `transformation` (B, 3).
 
         All images of a batch are transformed alike, so all rows of the uniforms are equal.
         """
         spec, device = self.spec, generator.device
-        shape = (count, spec.channels, spec.height, spec.width)
+        shape = (count, spec.channels, *(grid or (spec.height, spec.width)))
         noise = torch.randn(shape, generator=generator, device=device)
         uniforms = torch.rand(3, generator=generator, device=device)
         return {"noise": noise, "transformation": uniforms.expand(count, 3)}

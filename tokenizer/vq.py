@@ -150,7 +150,10 @@ class VQTokenizer(Tokenizer):
         codes = self._checked(codes, first=scales)
         return self.decode_vectors(self.quantizer.lookup_first(codes, scales)).clamp(-1, 1)
 
-    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def sample_random_inputs(
+        self, count: int, generator: torch.Generator, grid: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        del grid
         return self.quantizer.sample_random_inputs(count, generator)
 
     def forward(self, images: Tensor, random_inputs: RandomInputs | None = None) -> Reconstruction:

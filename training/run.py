@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from PIL import Image
@@ -511,12 +511,6 @@ def _refuse_other_run(checkpoint: Checkpoint, kind: str, config: RunConfig) -> N
 # the random numbers of the uninterrupted run.
 
 
-class HasRandomInputs(Protocol):
-    """A model whose training pass takes random numbers, one row for each sample."""
-
-    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]: ...
-
-
 def seed_everything(seed: int, step: int, rank: int) -> None:
     """Seed torch's global generators for one step of one process: for dropout and other sampling
     within the forward pass of a model."""
@@ -530,19 +524,25 @@ def local_micro_batches(run: Run, rows: Tensor) -> list[Tensor]:
 
 
 def random_inputs_of_step(
-    run: Run, model: HasRandomInputs, step: int, generator: torch.Generator | None = None
+    run: Run,
+    model: Any,
+    step: int,
+    generator: torch.Generator | None = None,
+    **options: Any,
 ) -> list[dict[str, Tensor]]:
     """The random inputs of a model for each micro-batch of this process, by name.
 
     Args:
+        model: with `sample_random_inputs(count, generator)`, which returns one row per sample.
         generator: equal on all processes; None is one on the run's device, seeded by
             (config.seed, step, 0).
+        options: further arguments of `sample_random_inputs`, for the samples of this step.
     """
     config = run.config
     if generator is None:
         seed = derive_seed(config.seed, step, 0)
         generator = torch.Generator(run.device).manual_seed(seed)
-    inputs = model.sample_random_inputs(config.train_batch_size, generator)
+    inputs = model.sample_random_inputs(config.train_batch_size, generator, **options)
     parts = {name: local_micro_batches(run, rows) for name, rows in inputs.items()}
     return [
         {name: part[index] for name, part in parts.items()}

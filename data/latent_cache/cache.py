@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from smalti.config import saved_fields
-from smalti.data.classes import normal_form
 from smalti.data.dataset import OPTIONS
 from smalti.data.latent_cache.manifest import (
     MANIFEST,
@@ -264,12 +263,16 @@ def _difference(folder: Path, found: CacheInfo, info: CacheInfo) -> str:
     )
 
 
-def refuse_other_contents(folder: Path) -> None:
-    """Raise `DataError` if `folder` contains anything but the caches of `SPLITS`, and the tokenizer
-    that `smalti encode` made of a checkpoint."""
+def refuse_other_contents(folder: Path, caches: Sequence[str] = SPLITS) -> None:
+    """Raise `DataError` if `folder` contains anything but the folders of these caches, and the
+    tokenizer that `smalti encode` made of a checkpoint.
+
+    Args:
+        caches: names; those of the splits, or of the buckets and their list.
+    """
     held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     others = sorted(
-        name for name in held if name not in (*SPLITS, TOKENIZER) and not name.startswith(".")
+        name for name in held if name not in (*caches, TOKENIZER) and not name.startswith(".")
     )
     if others:
         raise DataError(
@@ -309,6 +312,7 @@ class LatentBatch:
     # int64 or bool.
     conditions: dict[str, Tensor] = field(default_factory=dict)
     epochs: Tensor | None = None  # (B,) int64, of samples that are encoded for each step
+    grid: tuple[int, int] | None = None  # (h, w) of the latents, of a set with several buckets
 
     @property
     def texts(self) -> list[str] | None:
@@ -368,17 +372,17 @@ class LatentCache(Dataset):
         return self.info.spec
 
     @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """The grids of several buckets: a cache has one grid."""
+        return ()
+
+    @property
     def classes(self) -> tuple[str, ...]:
         return self.info.classes
 
     @property
     def num_classes(self) -> int:
         return len(self.info.classes)
-
-    @property
-    def blocks(self) -> None:
-        """Each sample is read by itself; pictures that are encoded on the fly may not be."""
-        return None
 
     @property
     def place(self) -> str:
@@ -405,9 +409,18 @@ class LatentCache(Dataset):
         their first captions."""
         return self._batch(np.asarray(indices), _first, _first)
 
+    def batches_of(self, indices: Sequence[int], size: int) -> Iterator[LatentBatch]:
+        """The first view of some samples in order, at most `size` at a time."""
+        for start in range(0, len(indices), size):
+            yield self.first_view(indices[start : start + size])
+
     def even_subset(self, count: int, seed: int) -> list[int]:
         """At most `count` samples, evenly over classes and groups, to measure."""
         return even_subset(self.labels, self.info.groups or None, count, seed)
+
+    def order(self, batch_size: int, seed: int) -> DataOrder:
+        """The order of training."""
+        return DataOrder(len(self), batch_size, seed)
 
     def batches(self, order: DataOrder, **share: Any) -> Iterator[list[LatentBatch]]:
         """The batches of each step in this process; for `share` see `stream_batches`."""
@@ -565,29 +578,3 @@ def in_memory(array: np.ndarray) -> Tensor:
     """The values of a condition in the type that models take: float32, int64 or bool."""
     kinds: dict[str, type] = {"f": np.float32, "b": np.bool_}
     return torch.from_numpy(array.astype(kinds.get(array.dtype.kind, np.int64)))
-
-
-def open_splits(folder: Path, *, seed: int = 0) -> tuple[LatentCache, LatentCache]:
-    """The training and the held-out latents of a folder.
-
-    Args:
-        seed: of the views of training latents.
-
-    Raises:
-        DataError: one is missing or damaged, or the two do not belong together.
-    """
-    train, heldout = (LatentCache(folder / split, seed=seed) for split in SPLITS)
-    for name, one, other in (
-        ("tokenizer", train.info.tokenizer_fingerprint, heldout.info.tokenizer_fingerprint),
-        ("specification of latents", train.spec, heldout.spec),
-        ("shape of latents", train.info.shape, heldout.info.shape),
-        ("kind of latents", bool(train.info.pairs), bool(heldout.info.pairs)),
-        ("condition", train.info.conditions, heldout.info.conditions),
-        ("table of classes", *(list(map(normal_form, c.classes)) for c in (train, heldout))),
-    ):
-        if one != other:
-            raise DataError(
-                f"{train.folder} and {heldout.folder} do not belong together, because the {name} "
-                "differs: write both with one command into a new folder"
-            )
-    return train, heldout

@@ -27,8 +27,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from smalti.config import saved_fields
-from smalti.data.latent_cache.cache import LatentCache, open_splits
-from smalti.data.latent_cache.manifest import MANIFEST, SPLITS, CacheInfo
+from smalti.data.latent_cache.cache import LatentCache
+from smalti.data.latent_cache.manifest import MANIFEST, SPLITS, CacheInfo, bucket_folders
+from smalti.data.latent_cache.splits import open_splits
 from smalti.data.latents import ContinuousSpec
 from smalti.data.sources.webdataset import tar_writer, write_sample
 from smalti.errors import DataError
@@ -80,6 +81,8 @@ def _open_caches(folder: Path) -> list[LatentCache]:
     """A cache itself, or those of its splits."""
     if (folder / MANIFEST).is_file():
         return [LatentCache(folder)]
+    if bucket_folders(folder):
+        open_splits(folder)  # raises
     missing = [split for split in SPLITS if not (folder / split / MANIFEST).is_file()]
     if len(missing) == len(SPLITS):
         raise DataError(

@@ -14,13 +14,15 @@ from smalti.config import ADDED, config_from_dict, saved_fields
 from smalti.data.classes import check_class_names
 from smalti.data.latents import CodeSpec, ContinuousSpec, LatentSpec
 from smalti.errors import DataError
-from smalti.files import HASHES, read_hashed_json, read_json
+from smalti.files import HASHES, check_hashes, read_hashed_json, read_json, recorded_hashes
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")  # a cache for each
+BUCKETS = "buckets.json"  # beside the folders of several buckets, see `latent_cache/buckets.py`
 TOKENIZER = "tokenizer"  # beside them: the tokenizer that encoded them, if it was in a checkpoint
 NAME = re.compile(r"[a-z0-9_]{1,64}")
+BUCKET = re.compile(r"[0-9]{1,5}x[0-9]{1,5}")
 
 Rows = Literal["sample", "view", "caption"]
 
@@ -217,3 +219,35 @@ def read_manifest(folder: Path) -> CacheInfo:
         )
     read_hashed_json(path, "remove it, and encode again")
     return info
+
+
+# -- Folders with the caches of several buckets ----------------------------------------------------
+
+
+def bucket_folders(latents: Path) -> list[Path]:
+    """The folders of the buckets in a folder of latents, each with its splits; [] if it has none.
+
+    Raises:
+        SmaltiError: the list of the buckets, or a manifest that it names, is damaged.
+    """
+    path = latents / BUCKETS
+    if not path.is_file():
+        return []
+    again = "remove it, and encode again"
+    content = read_hashed_json(path, again)
+    names = content.get("buckets")
+    known = isinstance(names, list) and all(BUCKET.fullmatch(str(name)) for name in names)
+    if content.get("format_version") != FORMAT_VERSION or not names or not known:
+        raise DataError(f"{path} is no list of buckets that this version of smalti reads: {again}")
+    manifests = [name for name in recorded_hashes(path) if name != BUCKETS]
+    for name in manifests:
+        if not (latents / name).is_file():
+            raise DataError(f"{latents / name} is missing: {again}")
+    check_hashes(path, manifests)
+    return [latents / name for name in names]
+
+
+def training_cache(latents: Path) -> Path:
+    """The cache of the training pictures in a folder of latents; that of the first bucket, if there
+    are several."""
+    return (bucket_folders(latents) or [latents])[0] / SPLITS[0]

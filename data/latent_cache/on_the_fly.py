@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from smalti.data.dataset import ImageBatch, ImageDataset
+from smalti.data.latent_cache.buckets import BucketedLatents
 from smalti.data.latent_cache.cache import LatentBatch, LatentCache, choice
 from smalti.data.latent_cache.manifest import CacheInfo
 from smalti.data.latents import LatentSpec
 from smalti.data.loader import stream_batches
-from smalti.data.order import Blocks, DataOrder, Key
+from smalti.data.order import DataOrder, Key
 
 ENCODED_AT_ONCE = 64  # pictures
 
@@ -45,6 +46,11 @@ class OnTheFlyLatents:
         return self.info.spec
 
     @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """The grids of several buckets: these latents have one grid."""
+        return ()
+
+    @property
     def classes(self) -> tuple[str, ...]:
         return self.images.classes
 
@@ -56,11 +62,6 @@ class OnTheFlyLatents:
     def labels(self) -> Tensor:
         """(N,) int64."""
         return self.images.labels
-
-    @property
-    def blocks(self) -> Blocks | None:
-        """The blocks in which the pictures are read, see `ImageDataset.blocks`."""
-        return self.images.blocks
 
     @property
     def fingerprint(self) -> str:
@@ -78,6 +79,11 @@ class OnTheFlyLatents:
         (batch,) = self.images.batches_of(indices, len(indices))
         return self._encoded(_to_encode(batch, [(0, i) for i in indices], [0] * len(indices)))
 
+    def batches_of(self, indices: Sequence[int], size: int) -> Iterator[LatentBatch]:
+        """Some samples in order, as `first_view` gives them, at most `size` at a time."""
+        for start in range(0, len(indices), size):
+            yield self.first_view(indices[start : start + size])
+
     def even_subset(self, count: int, seed: int) -> list[int]:
         """At most `count` samples, evenly over classes and groups, to measure."""
         return self.images.even_subset(count, seed)
@@ -87,6 +93,10 @@ class OnTheFlyLatents:
         if not self.images.has_captions:
             return None
         return [self.images.captions(index) for index in indices]
+
+    def order(self, batch_size: int, seed: int) -> DataOrder:
+        """The order of training, in the blocks in which the pictures are read, if they are."""
+        return DataOrder(len(self), batch_size, seed, self.images.blocks)
 
     def batches(self, order: DataOrder, **share: Any) -> Iterator[list[LatentBatch]]:
         """The batches of each step in this process; for `share` see `stream_batches`."""
@@ -108,7 +118,7 @@ class OnTheFlyLatents:
         return replace(batch, stored=torch.cat(stored), conditions=found)
 
 
-Latents = LatentCache | OnTheFlyLatents  # that a prior can be trained on
+Latents = LatentCache | BucketedLatents | OnTheFlyLatents  # that a prior can be trained on
 
 
 class _Decoding:

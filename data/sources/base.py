@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -59,6 +60,20 @@ class ImageSource(ABC):
     remarks: tuple[str, ...] = ()  # what was recognised, and what is not read; also logged
     max_replaced: int = 0  # how many damaged pictures may be replaced by others of their class
     blocks: Blocks | None = None  # of pictures that can only be read in blocks
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Height and width of each picture in pixels, upright: (N, 2) int64; 0 of a damaged one.
+        All pictures are decoded."""
+
+        def size(index: int) -> tuple[int, int]:
+            try:
+                picture = self.read(index)
+            except BadPicture:
+                return 0, 0
+            return picture.height, picture.width
+
+        return torch.tensor(in_threads(size, len(self), "read sizes of pictures"))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -280,6 +295,13 @@ class EncodedSource(ImageSource):
                 "%s: %s; perhaps of others too, which smalti check-data counts", place, found.note
             )
         return found.image
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """As they were found when the set was verified; those of a large set are read."""
+        if not self._findings:
+            return super().sizes
+        return torch.tensor([(found.height, found.width) for found in self._findings])
 
     def name(self, index: int) -> str:
         return self.pictures.name(self._rows[index])

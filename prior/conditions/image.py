@@ -51,16 +51,18 @@ class ImageCondition:
 
 
 class ImageKind(ConditionKind):
-    """Latents (B, channels, h, w) of pictures. A picture is its own null: it is the condition of
-    both passes of classifier-free guidance, so guidance is of classes and captions alone."""
+    """Latents (B, channels, h, w) of pictures, (h, w) one of `grids`. A picture is its own null: it
+    is the condition of both passes of classifier-free guidance, so guidance is of classes and
+    captions alone."""
 
-    def __init__(self, channels: int, grid: tuple[int, int]) -> None:
-        self.shape = (channels, *grid)
+    def __init__(self, channels: int, *grids: tuple[int, int]) -> None:
+        self.shapes = [(channels, *grid) for grid in grids]
 
     @classmethod
     def of(cls, prior: Any, name: str) -> Self:
         del name
-        return cls(prior.config.image_channels, (prior.spec.height, prior.spec.width))
+        own = (prior.spec.height, prior.spec.width)
+        return cls(prior.config.image_channels, *getattr(prior.config, "grids", [own]))
 
     @classmethod
     def check_config(cls, config: Any, used: bool, num_classes: int) -> None:
@@ -78,14 +80,15 @@ class ImageKind(ConditionKind):
             raise GenerationError(
                 f"this prior takes pictures, not a {type(value).__name__}: give an ImageCondition"
             )
-        if tuple(value.latents.shape[1:]) != self.shape:
+        if tuple(value.latents.shape[1:]) not in self.shapes:
+            taken = (f"(B, {', '.join(map(str, shape))})" for shape in self.shapes)
             raise GenerationError(
                 f"the latents of an image condition have shape {tuple(value.latents.shape)}; this "
-                f"prior takes (B, {', '.join(map(str, self.shape))})"
+                f"prior takes {' or '.join(taken)}"
             )
 
     def empty(self, device: torch.device) -> ImageCondition:
-        return ImageCondition(torch.empty(0, *self.shape, device=device))
+        return ImageCondition(torch.empty(0, *self.shapes[0], device=device))
 
     def null(self, value: ImageCondition) -> ImageCondition:
         return value

@@ -16,9 +16,11 @@ When sampling:
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
+from smalti.config import added
 from smalti.data.latents import ContinuousSpec, LatentSpec
 from smalti.errors import ConfigurationError
 from smalti.prior.base import PriorConfig
@@ -42,7 +44,9 @@ class FlowConfig(PriorConfig):
         "loss_weight",
         "label_dropout",
         "guided_channels",
+        "buckets",
     )
+    FROM_LATENTS: ClassVar[tuple[str, ...]] = (*PriorConfig.FROM_LATENTS, "buckets")
 
     CONDITIONS: ClassVar[tuple[str, ...]] = ("class", "text", "image")
     TAKES_VECTORS: ClassVar[bool] = True
@@ -63,9 +67,13 @@ class FlowConfig(PriorConfig):
     time_scale: float = 1.0
     time_shift: float = 0.0  # the network's time input at t = 0, see time_scale
     tokenizer_fingerprint: str | None = None  # of the tokenizer that made the training latents
+    # (h, w) of the latents of each aspect-ratio bucket that the prior was trained on; (): one size.
+    buckets: tuple[tuple[int, int], ...] = added(())
 
     def __post_init__(self) -> None:
         self.check_conditions(self.num_classes)
+        for grid in self.buckets:
+            replace(self.network, grid=grid)  # raises if it cannot be cut into patches
         channels, outputs = self.network.in_channels, self.network.out_channels
         if outputs not in (channels, 2 * channels):
             raise ConfigurationError(
@@ -90,6 +98,15 @@ class FlowConfig(PriorConfig):
     def spec(self) -> ContinuousSpec:
         """The specification of the latents that this prior models."""
         return ContinuousSpec(self.network.in_channels, *self.network.grid)
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """(h, w) of all latents that the network takes, those of `spec` first."""
+        return tuple(dict.fromkeys([self.network.grid, *self.buckets]))
+
+    def bucketed(self, grids: Sequence[tuple[int, int]]) -> Self:
+        """This configuration for latents on several grids, or on that of `spec` alone."""
+        return replace(self, buckets=tuple(grids))
 
     @property
     def predicts_variance(self) -> bool:
@@ -126,7 +143,9 @@ class FlowConfig(PriorConfig):
             )
         del quantizer
         network = self.network.fitted(spec, self.classes_of(num_classes))
-        return replace(self, network=network, tokenizer_fingerprint=tokenizer_fingerprint)
+        return replace(
+            self, network=network, tokenizer_fingerprint=tokenizer_fingerprint, buckets=()
+        )
 
 
 def _published() -> dict[str, FlowConfig]:

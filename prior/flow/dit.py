@@ -22,9 +22,9 @@ Shapes: B batch, C channels, (h, w) latent grid, p patch size, N = h w / p^2 tok
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -367,6 +367,16 @@ class FinalLayer(nn.Module):
 # The network
 
 
+class GridPositions(nn.Module):
+    """Positions of the tokens of one grid; an attribute is None where a network does not use it."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        grid, use = config.token_grid, config.positions
+        self.pos_embed = FixedTable.sin_cos(grid, config.width) if use != "rotary" else None
+        self.rope_freqs = FixedTable.rotary(grid, config.head_dim) if use != "sin-cos" else None
+
+
 class DiT(nn.Module):
     """Latents (B, C, h, w), times (B,) and conditions (B,) -> (B, C_out, h, w).
 
@@ -380,6 +390,7 @@ class DiT(nn.Module):
         image_channels: channels of the pictures that are part of the conditions; 0: there are none.
         vectors: the conditions that are added to the row of the class, see `vector_kinds`.
         has_null: see `CaptionEmbedding`.
+        grids: further grids (h, w) that the latents of a batch may have.
     """
 
     def __init__(
@@ -389,6 +400,7 @@ class DiT(nn.Module):
         image_channels: int = 0,
         vectors: nn.ModuleDict | None = None,
         has_null: bool = True,
+        grids: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__()
         self.config, self.image_channels = config, image_channels
@@ -398,9 +410,11 @@ class DiT(nn.Module):
             config.frequency_size, config.width, config.frequency_shift
         )
         self.y_embedder = LabelEmbedder(config.num_classes, config.width)
-        grid, use = config.token_grid, config.positions
-        self.pos_embed = FixedTable.sin_cos(grid, config.width) if use != "rotary" else None
-        self.rope_freqs = FixedTable.rotary(grid, config.head_dim) if use != "sin-cos" else None
+        positions = GridPositions(config)
+        self.pos_embed, self.rope_freqs = positions.pos_embed, positions.rope_freqs
+        self.grid_positions = nn.ModuleDict(
+            {_name(grid): GridPositions(replace(config, grid=grid)) for grid in grids}
+        )
         self.blocks = nn.ModuleList(
             DiTBlock(config, has_text=text is not None) for _ in range(config.depth)
         )
@@ -449,13 +463,16 @@ class DiT(nn.Module):
         labels, text = _part(known, Tensor), _part(known, TextCondition)
         image = _part(known, ImageCondition)
         self._check(x, t, labels, text, image)
+        grid: tuple[int, int] = (x.shape[2], x.shape[3])
+        positions: Any = self if grid == self.config.grid else self.grid_positions[_name(grid)]
         if image is not None:
             x = torch.cat([x, image.latents.to(x.dtype)], 1)
         tokens = self.x_embedder(x)  # (B, N, width)
-        if self.pos_embed is not None:
-            tokens = tokens + self.pos_embed.table.to(tokens.dtype)
+        if positions.pos_embed is not None:
+            tokens = tokens + positions.pos_embed.table.to(tokens.dtype)
         # (N, head_dim / 2) complex, stored as pairs of real numbers
-        freqs = None if self.rope_freqs is None else torch.view_as_complex(self.rope_freqs.table)
+        rotary = positions.rope_freqs
+        freqs = None if rotary is None else torch.view_as_complex(rotary.table)
         if labels is None:
             labels = torch.full_like(t, self.config.num_classes, dtype=torch.int64)
         embedded = self.embedded(labels, text)
@@ -463,7 +480,8 @@ class DiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, c, freqs, embedded)
         patches = self.final_layer(tokens, c).to(x.dtype)  # (B, N, p p C_out)
-        return unpatchify(patches, self.config.token_grid, self.config.patch_size)
+        size = self.config.patch_size
+        return unpatchify(patches, (grid[0] // size, grid[1] // size), size)
 
     def embedded(self, labels: Tensor, text: TextCondition | None) -> Embedded:
         """The embedded condition; an image is part of the latents instead."""
@@ -482,8 +500,9 @@ class DiT(nn.Module):
         text: TextCondition | None,
         image: ImageCondition | None,
     ) -> None:
-        expected = (self.config.in_channels, *self.config.grid)
-        if tuple(x.shape[1:]) != expected:
+        expected, given = (self.config.in_channels, *self.config.grid), tuple(x.shape[1:])
+        known = given[:1] == expected[:1] and _name(given[1:]) in self.grid_positions
+        if given != expected and not known:
             raise DataError(
                 f"latents have shape {tuple(x.shape)}; this network takes (B, "
                 f"{', '.join(map(str, expected))})"
@@ -503,7 +522,12 @@ class DiT(nn.Module):
                 wanted = f"{len(x)}, one for each of the latents" if takes else "none"
                 raise DataError(f"{found} given of {name}; this network takes {wanted}")
         if image is not None:
-            ImageKind(self.image_channels, self.config.grid).check(image)
+            ImageKind(self.image_channels, (x.shape[2], x.shape[3])).check(image)
+
+
+def _name(grid: tuple[int, ...]) -> str:
+    """The key of a grid (h, w)."""
+    return "x".join(map(str, grid))
 
 
 T = TypeVar("T")

@@ -146,6 +146,7 @@ class FlowPrior(Prior):
             config.image_channels,
             vector_kinds(config.conditions, config.network.width),
             config.label_dropout > 0,
+            config.grids[1:],
         )
         # The times at which the network is trained and evaluated
         self.time_range = time_range(config.path, config.prediction)
@@ -189,14 +190,23 @@ class FlowPrior(Prior):
 
     # -- training -----------------------------------------------------------------------------
 
-    def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Uniforms in [0, 1) for label dropout and for times, (B,), and noise (B, C, h, w)."""
+    def sample_random_inputs(
+        self,
+        count: int,
+        generator: torch.Generator,
+        grid: tuple[int, int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Uniforms in [0, 1) for label dropout and for times, (B,), and noise (B, C, h, w).
+
+        Args:
+            grid: (h, w) of the latents; None: that of `spec`.
+        """
         spec, options = self.config.spec, {"generator": generator, "device": generator.device}
         random_inputs = {}
         if self.config.label_dropout:
             random_inputs["label_dropout"] = torch.rand(count, **options)
         random_inputs["times"] = torch.rand(count, **options)
-        shape = (count, spec.channels, spec.height, spec.width)
+        shape = (count, spec.channels, *(grid or (spec.height, spec.width)))
         random_inputs["noise"] = torch.randn(shape, **options)
         return random_inputs
 
@@ -250,14 +260,16 @@ class FlowPrior(Prior):
 
     def _check_latents(self, latents: Tensor, name: str, rows: int | None = None) -> None:
         """Raise `DataError` unless latents are floats (B, C, h, w); B = rows where given."""
-        spec = self.config.spec
-        expected = (spec.channels, spec.height, spec.width)
+        channels = self.config.spec.channels
+        shapes = [(channels, *grid) for grid in self.config.grids]
         batch = latents.shape[:1] if rows is None else (rows,)
-        if tuple(latents.shape) != (*batch, *expected) or not latents.is_floating_point():
+        fits = any(tuple(latents.shape) == (*batch, *shape) for shape in shapes)
+        if not fits or not latents.is_floating_point():
             count = "B" if rows is None else rows
+            taken = (f"({count}, {', '.join(map(str, shape))})" for shape in shapes)
             raise DataError(
                 f"{name} of shape {tuple(latents.shape)} and type {latents.dtype} do not fit; "
-                f"this prior takes ({count}, {', '.join(map(str, expected))}) of floats"
+                f"this prior takes {' or '.join(taken)} of floats"
             )
 
     # -- dynamics -----------------------------------------------------------------------------
@@ -372,7 +384,8 @@ class FlowPrior(Prior):
             schedule: a name in `SCHEDULES`, "name:option=value,...", {"kind": name, option: value},
                 or a schedule. None is "ddpm" (ten steps of 1000 are the indices 900, 800, ..., 0)
                 for a DDPM path and a solver that is not an ODE solver, and otherwise "uniform".
-            noise: standard normal x_0 (B, C, h, w); None samples it.
+            noise: standard normal x_0 (B, C, h, w), on any grid that the prior was trained on;
+                None samples it on that of `spec`.
             guidance_interval: the times, from 0, noise, to 1, data, between which s applies.
             negative_condition: what guidance leads away from, one for each sample; None: the null
                 condition.
@@ -400,23 +413,41 @@ class FlowPrior(Prior):
             self._check_latents(known, "known", count(condition))
         kept = KnownLatents.checked(known, known_mask, strength, solver)
         normal = NormalSource(generator, count(condition))
-        noise = self._starting_noise(noise, count(condition), normal)
+        noise = self._starting_noise(
+            noise, count(condition), normal, self._grid_of(condition, known)
+        )
+        if known is not None and noise.shape != known.shape:
+            raise DataError(
+                f"noise has shape {tuple(noise.shape)} and known {tuple(known.shape)}: give both "
+                "on the same grid"
+            )
         if not len(noise):
             return noise
         with self.evaluating():
             x = sampled(dynamics, solver, times, noise, normal, kept, on_step)
         return _finite(x)
 
-    def _starting_noise(self, given: Tensor | None, rows: int, normal: NormalSource) -> Tensor:
-        """The x_0 that was given, or new noise, (rows, C, h, w) fp32."""
-        noise = self.initial_noise(rows, normal) if given is None else given
+    def _grid_of(self, condition: Condition, known: Tensor | None) -> tuple[int, int]:
+        """(h, w) of new samples: that of latents or pictures which are given, or that of `spec`."""
+        if known is None and "image" in self.condition_kinds:
+            known = part_of(condition, "image").latents
+        return self.config.network.grid if known is None else (known.shape[2], known.shape[3])
+
+    def _starting_noise(
+        self, given: Tensor | None, rows: int, normal: NormalSource, grid: tuple[int, int]
+    ) -> Tensor:
+        """The x_0 that was given, or new noise on a grid, (rows, C, h, w) fp32."""
+        noise = self.initial_noise(rows, normal, grid) if given is None else given
         self._check_latents(noise, "noise", rows)
         return noise.to(next(self.parameters()).device, torch.float32)
 
-    def initial_noise(self, rows: int, normal: NormalSource) -> Tensor:
-        """Standard normal x_0 (rows, C, h, w)."""
+    def initial_noise(
+        self, rows: int, normal: NormalSource, grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Standard normal x_0 (rows, C, h, w) on a grid; None: that of `spec`."""
         spec, device = self.config.spec, next(self.parameters()).device
-        return normal(torch.empty(rows, spec.channels, spec.height, spec.width, device=device))
+        sides = grid or (spec.height, spec.width)
+        return normal(torch.empty(rows, spec.channels, *sides, device=device))
 
     # -- likelihood ---------------------------------------------------------------------------
 

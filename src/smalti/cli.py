@@ -9,6 +9,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -382,7 +383,24 @@ def _errors_as_one_line(prog: str) -> Iterator[None]:
             .partition("For full helptext")[0]
             .strip()
         )
-        raise ConfigurationError(f"{text.rstrip('.')}; {prog} --help lists the options") from None
+        raise ConfigurationError(
+            f"{text.rstrip('.')}; {_command_of(text)}{prog} --help lists the options"
+        ) from None
+
+
+def _command_of(message: str) -> str:
+    """For an error about an unknown option: which commands have it; "" if none has."""
+    flag = re.search(r"Unrecognized options: (--\w[\w.]*)", message)
+    if flag is None:
+        return ""
+    entry = re.compile(rf"^  {re.escape(flag[1])} ", re.MULTILINE)
+    texts = {name: saved_help(name) for name in COMMANDS}
+    names = [
+        f"smalti {name}"
+        for name, file in texts.items()
+        if file.is_file() and entry.search(file.read_text(encoding="utf-8"))
+    ]
+    return f"{flag[1]} is an option of {', '.join(names[:3])}; " if names else ""
 
 
 def _with_presets(

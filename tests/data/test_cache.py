@@ -14,13 +14,9 @@ import torch
 
 from smalti.data.dataset import DataOptions, write_options
 from smalti.data.latent_cache import cache as cache_module
-from smalti.data.latent_cache.cache import (
-    EncodedRange,
-    LatentCache,
-    open_splits,
-    write_cache,
-)
+from smalti.data.latent_cache.cache import EncodedRange, LatentCache, write_cache
 from smalti.data.latent_cache.manifest import CacheInfo, StoredCondition, read_manifest
+from smalti.data.latent_cache.splits import open_splits
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.data.transforms import VIEW_SETS
 from smalti.errors import SmaltiError

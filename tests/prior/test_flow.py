@@ -7,7 +7,7 @@ import pytest
 import torch
 from chance import generators, randomised
 
-from smalti.config import config_from_dict, config_to_dict
+from smalti.config import config_from_dict, config_to_dict, saved_fields
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.errors import SmaltiError
 from smalti.prior.flow.dit import DiTConfig
@@ -380,3 +380,64 @@ def test_impossible_configs_are_refused(changes, message: str) -> None:
 def test_errors_are_explained(call, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
         call(FlowPrior(TINY))
+
+
+# -- several grids --------------------------------------------------------------------------------
+
+BUCKETED = replace(TINY, buckets=((4, 6), (6, 4), (2, 8)))
+
+
+@pytest.mark.parametrize("positions", ["sin-cos", "rotary", "both"])
+def test_each_bucket_has_the_positions_of_its_grid(positions) -> None:
+    network = replace(NETWORK, positions=positions, num_heads=1)
+    prior = make_prior(replace(BUCKETED, network=network)).eval()
+    for grid in prior.config.grids:
+        alone = FlowPrior(replace(TINY, network=replace(network, grid=grid))).eval()
+        alone.load_state_dict(prior.state_dict())
+        x, t = torch.randn(4, 2, *grid), torch.rand(4)
+        assert torch.equal(prior.network(x, t, LABELS), alone.network(x, t, LABELS))
+        assert prior(x, LABELS).total == alone(x, LABELS).total
+        noise = torch.randn(4, 2, *grid)
+        options = {"noise": noise, "num_inference_steps": 2}
+        assert torch.equal(prior.sample(LABELS, **options), alone.sample(LABELS, **options))
+        inputs, theirs = (
+            p.sample_random_inputs(4, torch.Generator().manual_seed(0), **given)
+            for p, given in ((prior, {"grid": grid}), (alone, {}))
+        )
+        assert all(torch.equal(inputs[name], theirs[name]) for name in theirs)
+    assert prior.sample(LABELS, num_inference_steps=1).shape == LATENTS.shape  # its own grid
+    known = torch.randn(4, 2, 6, 4)
+    mask = torch.zeros(4, 1, 6, 4, dtype=torch.bool)
+    mask[..., :2] = True
+    edited = prior.sample(LABELS, known=known, known_mask=mask, num_inference_steps=2)
+    assert torch.equal(edited[..., :2], known[..., :2])
+
+
+def test_buckets_are_saved_and_kept_at_another_size(tmp_path) -> None:
+    saved = make_prior(BUCKETED)
+    loaded = FlowPrior.from_pretrained(saved.save_pretrained(tmp_path / "prior"))
+    assert loaded.config == BUCKETED
+    high = loaded.resized(ContinuousSpec(2, 6, 4), "abc")
+    assert high.spec == ContinuousSpec(2, 6, 4) and high.config.buckets == BUCKETED.buckets
+    assert set(high.config.grids) == set(BUCKETED.grids)
+    assert saved.state_dict().keys() == make_prior().state_dict().keys()
+    assert BUCKETED.fitted(ContinuousSpec(2, 4, 6), 3, None).buckets == ()
+
+
+def test_a_config_without_buckets_is_saved_as_before() -> None:
+    assert "buckets" not in saved_fields(TINY) and "buckets" in saved_fields(BUCKETED)
+    assert FlowPrior(TINY).config.grids == ((4, 6),)
+
+
+def test_other_grids_than_those_of_the_buckets_are_refused() -> None:
+    prior = make_prior(BUCKETED)
+    with pytest.raises(
+        SmaltiError, match=r"takes \(B, 2, 4, 6\) or \(B, 2, 6, 4\) or \(B, 2, 2, 8\)"
+    ):
+        prior(torch.randn(4, 2, 8, 2), LABELS)
+    known, mask = torch.randn(4, 2, 6, 4), torch.ones(4, 1, 6, 4, dtype=torch.bool)
+    mask[:, :, 0] = False
+    with pytest.raises(SmaltiError, match="give both on the same grid"):
+        prior.sample(LABELS, noise=LATENTS, known=known, known_mask=mask)
+    with pytest.raises(SmaltiError, match="cannot be cut into patches"):
+        replace(TINY, buckets=((4, 6), (3, 8)))
