@@ -25,7 +25,7 @@ from smalti.evaluation.pictures import StoredImages
 
 # torchmetrics is imported inside a function: importing it takes several seconds.
 
-BLOCK_ROWS, BLOCK_COLUMNS = 1024, 4096  # of a block of distances, 32 MiB
+BLOCK_ROWS, BLOCK_COLUMNS = 1024, 2048  # of a block of distances, 16 MiB
 
 
 def check_features(features: Tensor) -> None:
@@ -36,7 +36,7 @@ def check_features(features: Tensor) -> None:
         raise UndefinedMetricError(
             f"features have shape {tuple(features.shape)}; give (N, d), N >= 2"
         )
-    broken = int((~features.isfinite()).any(1).sum())
+    broken = sum(int((~part.isfinite()).any(1).sum()) for part in features.split(BLOCK_COLUMNS))
     if broken:
         raise DataError(
             f"{broken} of {len(features)} feature vectors are not finite: check that the images "
@@ -244,14 +244,14 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     """
     _check_pair(real, fake, k, k)
 
-    def covered(queries: Tensor, centres: Tensor) -> float:
-        reach = _neighbour_distances(centres, k) * (1 + TIE)  # its surface belongs to a ball
-        inside = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
-        for rows, columns, distances in _blocks(queries, centres):
-            inside[rows] |= (distances <= reach[columns]).any(1)
-        return inside.double().mean().item()
-
-    return covered(fake, real), covered(real, fake)
+    # The surface of a ball belongs to it.
+    of_real, of_fake = (_neighbour_distances(x, k) * (1 + TIE) for x in (real, fake))
+    precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for rows, columns, distances in _blocks(real, fake):
+        precise[columns] |= (distances <= of_real[rows, None]).any(0)
+        recalled[rows] |= (distances <= of_fake[columns]).any(1)
+    return precise.double().mean().item(), recalled.double().mean().item()
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
@@ -294,8 +294,8 @@ def _check_pair(real: Tensor, fake: Tensor, k_real: int, k_fake: int) -> None:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a - b|^2 of float64 vectors (A, d) and (B, d), (A, B). What a rounding error of the product
-    cannot be told from is 0, so that equal vectors are."""
+    """|a - b|^2 of float64 vectors (A, d) and (B, d), (A, B). What cannot be told from a rounding
+    error of the product is 0, so that the distance of equal vectors is."""
     lengths = a.square().sum(1)[:, None] + b.square().sum(1)
     distances = torch.addmm(lengths, a, b.T, alpha=-2)
     return distances.masked_fill_(distances <= ROUNDING * lengths, 0.0)

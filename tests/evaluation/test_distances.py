@@ -256,6 +256,20 @@ def test_the_size_of_blocks_does_not_matter(measure: Callable, monkeypatch) -> N
             assert found == whole
 
 
+def test_one_block_of_distances_exists_at_a_time(monkeypatch) -> None:
+    monkeypatch.setattr(distances, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(distances, "BLOCK_COLUMNS", 64)
+    sizes, compute = set(), distances._squared_distances
+    monkeypatch.setattr(
+        distances,
+        "_squared_distances",
+        lambda a, b: sizes.add((len(a), len(b))) or compute(a, b),
+    )
+    for measure in (precision_recall, density_coverage, cmmd):
+        measure(REAL.half(), FAKE.half())
+    assert max(rows for rows, _ in sizes) == 32 and max(columns for _, columns in sizes) == 64
+
+
 def test_sets_that_are_too_small_or_of_other_features_are_refused() -> None:
     for call, message in (
         (lambda: precision_recall(REAL[:3], FAKE), "is 3; a nearest neighbour of order 3 needs"),
