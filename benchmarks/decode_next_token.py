@@ -78,7 +78,7 @@ def measure(prior: NextTokenPrior, labels: Tensor, guidance_scale: float) -> Res
     steps, probes = [], []
     started = now(device)
 
-    def on_step(done: int, total: int) -> None:
+    def on_step(done: int, total: int, _: Tensor) -> None:
         nonlocal started
         steps.append(now(device) - started)
         probes.append(probe.seconds())

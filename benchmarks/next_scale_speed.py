@@ -11,7 +11,6 @@ second is the first with the projections computed again before every scale but t
 import argparse
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from smalti.data.latents import CodeSpec
 from smalti.prior.next_scale.model import PRESETS, NextScalePrior
+from smalti.prior.sampling import OnStep
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
 
 PUBLISHED_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # VAR at 256 px
@@ -54,11 +54,11 @@ def measure(prior: NextScalePrior, labels: Tensor, guidance_scale: float, rounds
     guided = guidance_scale != 1  # rows are the labels, then as many null labels
     rows = torch.cat([labels, torch.full_like(labels, prior.num_classes)]) if guided else labels
 
-    def project_again(done: int, total: int) -> None:
+    def project_again(done: int, total: int, _: Tensor) -> None:
         if done < total:
             prior.modulation(prior.class_emb(rows))
 
-    def seconds(on_step: Callable[[int, int], None] | None) -> float:
+    def seconds(on_step: OnStep | None) -> float:
         start = now(labels.device)
         prior.sample(labels, guidance_scale=guidance_scale, on_step=on_step)
         return now(labels.device) - start

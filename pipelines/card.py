@@ -1,6 +1,7 @@
 """The model card that is saved with a pipeline: README.md, with the metadata that the Hub reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -28,17 +29,27 @@ images = pipe({example}).images
 
 Images are {size}{sizes}. {conditions}
 
+## Sampling defaults
+
+Options of a call that gives none ([`sampling.json`](sampling.json)): {sampling}.
+
 {notes}"""
 
 
 def model_card(
-    tokenizer: Tokenizer, prior: Prior, classes: Sequence[str], has_grid: bool, notes: str
+    tokenizer: Tokenizer,
+    prior: Prior,
+    classes: Sequence[str],
+    has_grid: bool,
+    notes: str,
+    sampling: Mapping[str, Any],
 ) -> str:
     """The content of README.md.
 
     Args:
         has_grid: whether the file `SAMPLES` is saved beside it.
         notes: Markdown about the training data and the measurements, appended as it is.
+        sampling: the options of a call that gives none.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -61,6 +72,7 @@ def model_card(
         size=image_words(tokenizer),
         sizes=_other_sizes(tokenizer, prior),
         conditions=_conditions(sources),
+        sampling=", ".join(f"`{_plain(f'{k}={v}')}`" for k, v in sampling.items()),
         notes=notes,
     )
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{body}"))

@@ -175,7 +175,7 @@ def condition_grid(
     samples = prior.sample(
         moved(repeated(condition, per_row), device),
         generator=[picture_generator(seed, i) for i in range(per_row * len(originals))],
-        **{"guidance_scale": pipeline.guidance_scale, **options},
+        **pipeline.sampling_options(options),
     )
     sampled, whole = (
         torch.cat([tokenizer.decode(part).float() for part in latents.split(128)])
@@ -234,15 +234,15 @@ def generate_folder(
         GenerationError: the prior does not have an option; the folder contains other files, or
             images of a job with other settings.
     """
-    options = {name: plain(value) for name, value in options.items()}
-    scale: float = plain(pipeline.guidance_scale if guidance_scale is None else guidance_scale)
-    check_options(pipeline.prior, {"guidance_scale": scale, **options})
+    given = {"guidance_scale": guidance_scale, **options}
+    options = {name: plain(value) for name, value in pipeline.sampling_options(given).items()}
+    check_options(pipeline.prior, options)
     guide = pipeline.settings if isinstance(pipeline, GuidedPipeline) else {}
     job = GenerationJob(
         model="/".join(map(_exact_name, (pipeline.tokenizer, pipeline.prior))),
         labels=tuple(map(plain, labels)),
         seed=plain(seed),
-        guidance_scale=scale,
+        guidance_scale=options.pop("guidance_scale"),
         options=dict(sorted({**options, **guide}.items())),
         prompts=tuple(prompts),
         negative_prompt=negative_prompt,
@@ -261,7 +261,7 @@ def generate_folder(
             continue
         output = pipeline(
             **job.inputs(group, pipeline.classes),
-            guidance_scale=scale,
+            guidance_scale=job.guidance_scale,
             generator=[picture_generator(job.seed, index) for index in group],
             **options,
         )

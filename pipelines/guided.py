@@ -38,7 +38,7 @@ class GuidedPipeline(Pipeline):
         _check_prior(pipeline, classifier)
         super().__init__(pipeline.tokenizer, pipeline.prior, pipeline.classes)
         self.notes, self.training_pictures = pipeline.notes, pipeline.training_pictures
-        self.guidance_scale = pipeline.guidance_scale
+        self._sampling, self._progress = dict(pipeline.sampling), pipeline._progress
         self.classifier = classifier.to(self.device).eval()
         self._guide = Classifier.of(self.classifier, scale)
         self.classes = pipeline.classes or classifier.classes

@@ -1,16 +1,40 @@
-"""model_index.json, which makes a folder a pipeline: which models, the class names, and hashes."""
+"""The folder of a pipeline: model_index.json, which says which models it has, the class names and
+hashes, and what lies beside it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from smalti.config import config_from_dict
+import torch
+
+from smalti.checkpoints import Weights, state_of
+from smalti.config import config_from_dict, config_to_dict
+from smalti.data.latent_cache.manifest import CacheInfo, read_manifest, training_cache
 from smalti.errors import CheckpointError
-from smalti.files import HASHES, read_config_file
+from smalti.files import (
+    HASHES,
+    check_hashes,
+    read_config_file,
+    recorded_hashes,
+    write_hashed_json,
+    write_json,
+    write_text,
+)
+from smalti.pipelines.card import SAMPLES, model_card
+from smalti.pipelines.sampling import (
+    SAMPLING,
+    checked_sampling,
+    default_sampling,
+    guidance_of_run,
+    read_sampling,
+)
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
+from smalti.weights import AS_SAVED
 
 FORMAT_VERSION = 1
+Precision = torch.dtype | Literal["auto"] | None
 INDEX = "model_index.json"
 CONFIGS = ("tokenizer/config.json", "prior/config.json")  # whose hashes the index records
 WEIGHTS = ("tokenizer/model.safetensors", "prior/model.safetensors")
@@ -32,7 +56,8 @@ class PipelineIndex:
     classes: tuple[str, ...]
     notes: str = ""  # Markdown for the model card
     training_pictures: str = ""  # fingerprint of the prior's training data; empty if unknown
-    guidance_scale: float | None = None  # of a call that gives none; None: the default
+    # Of a call that gives none, for versions that do not read sampling.json; None: the default
+    guidance_scale: float | None = None
     _class_name: Literal["Pipeline"] = "Pipeline"
     format_version: int = FORMAT_VERSION
 
@@ -63,3 +88,102 @@ def components_of(tokenizer: Tokenizer, prior: Prior) -> Components:
         tokenizer=Tokenizer.registry.name_of(type(tokenizer)),
         prior=Prior.registry.name_of(type(prior)),
     )
+
+
+@dataclass(frozen=True)
+class SavedPipeline:
+    """What a pipeline is saved as."""
+
+    tokenizer: Tokenizer
+    prior: Prior
+    classes: Sequence[str]
+    notes: str  # Markdown for the model card
+    training_pictures: str  # fingerprint of the prior's training data; empty if unknown
+    sampling: Mapping[str, Any]  # options of a call that gives none
+    grid: bytes | None = None  # PNG of samples for the card
+
+
+def write_pipeline(folder: Path, saved: SavedPipeline) -> None:
+    """Write the files of a pipeline into a new folder.
+
+    Raises:
+        SmaltiError: the prior does not take the sampling defaults; a model cannot be saved.
+    """
+    tokenizer, prior, grid = saved.tokenizer, saved.prior, saved.grid
+    defaults = checked_sampling(prior, saved.sampling)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    prior.save_pretrained(folder / "prior")
+    if grid is not None:
+        (folder / SAMPLES).write_bytes(grid)
+    card = model_card(tokenizer, prior, saved.classes, grid is not None, saved.notes, defaults)
+    write_text(folder / "README.md", card)
+    write_json(folder / SAMPLING, defaults)
+    index = PipelineIndex(
+        components=components_of(tokenizer, prior),
+        classes=tuple(saved.classes),
+        notes=saved.notes,
+        training_pictures=saved.training_pictures,
+        guidance_scale=defaults["guidance_scale"],
+    )
+    write_hashed_json(folder / INDEX, config_to_dict(index), (*CONFIGS, SAMPLING))
+
+
+def read_pipeline(folder: Path, precision: Precision, verify: bool) -> SavedPipeline:
+    """What is in the folder of a pipeline.
+
+    Args:
+        verify: compare the files of both models with their hashes; `check_pipeline` does that for
+            the others.
+
+    Raises:
+        SmaltiError: a file is missing, damaged or does not fit.
+    """
+    index = read_index(folder)
+    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer", dtype=precision, verify=verify)
+    prior = Prior.from_pretrained(folder / "prior", dtype=precision, verify=verify)
+    if components_of(tokenizer, prior) != index.components:
+        raise CheckpointError(
+            f"{folder / INDEX} names {index.components}; the folder holds "
+            f"{components_of(tokenizer, prior)}: it was put together from different pipelines"
+        )
+    sampling = read_sampling(folder, prior)
+    if not (folder / SAMPLING).is_file() and index.guidance_scale is not None:
+        sampling["guidance_scale"] = index.guidance_scale  # of an earlier version
+    grid = (folder / SAMPLES).read_bytes() if (folder / SAMPLES).is_file() else None
+    return SavedPipeline(
+        tokenizer, prior, index.classes, index.notes, index.training_pictures, sampling, grid
+    )
+
+
+def check_pipeline(folder: Path) -> None:
+    """Compare all files of a pipeline, but those of its models, with their hashes.
+
+    Raises:
+        CheckpointError: one was changed; there are sampling defaults that were not saved with it.
+    """
+    recorded = recorded_hashes(folder / INDEX)
+    is_there = (folder / SAMPLING).is_file()
+    if SAMPLING in recorded and not is_there:
+        raise CheckpointError(f"{folder} has no {SAMPLING}, which {INDEX} records: copy it again")
+    check_hashes(folder / INDEX, (*CONFIGS, SAMPLING) if is_there else CONFIGS)
+
+
+def read_run(folder: Path, weights: Weights, precision: Precision) -> SavedPipeline:
+    """The prior in a checkpoint of a train-prior run with the tokenizer, and the class names, of
+    the run."""
+    prior = Prior.from_pretrained(folder, dtype=precision, weights=weights)
+    state = state_of(folder)
+    run = state["config"]
+    if "latents" in state:  # without a cache
+        info = config_from_dict(CacheInfo, state["latents"], str(folder))
+    else:
+        info = read_manifest(training_cache(Path(run["latents"])))
+    as_saved = precision if precision == AS_SAVED else None
+    given = Tokenizer.from_pretrained(Path(run["tokenizer"]), dtype=as_saved)
+    tokenizer = given.for_latents(info.spec, info.tokenizer_fingerprint) or given
+    if isinstance(precision, torch.dtype):  # last: a rounded copy cannot be resized
+        tokenizer.cast(precision)
+    classes = info.classes if "class" in prior.condition_kinds else ()
+    sampling = default_sampling(prior)
+    sampling["guidance_scale"] = guidance_of_run(run, sampling["guidance_scale"])
+    return SavedPipeline(tokenizer, prior, classes, "", info.dataset_fingerprint, sampling)

@@ -31,6 +31,10 @@ class PipelineOutput:
     names: list[str] = field(default_factory=list)  # class name of each image, likewise
     prompts: list[str] = field(default_factory=list)  # of each image; empty without prompts
 
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields, in their order: images first."""
+        return self.images, self.latents, self.labels, self.names, self.prompts
+
     def __repr__(self) -> str:
         texts = self.prompts or self.names
         shown = ", ".join(dict.fromkeys(texts))

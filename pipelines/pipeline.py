@@ -2,32 +2,31 @@
 
 A saved pipeline is a folder:
 
-    model_index.json     which models, the class names, and the hashes of this and of both
-                         config.json, which hold those of the weights
+    model_index.json     which models, the class names, and the hashes of this, of sampling.json
+                         and of both config.json, which hold those of the weights
+    sampling.json        options of a call that gives none
     tokenizer/ prior/    config.json and model.safetensors each
     README.md            the model card
     samples.png          the grid that the card shows, if there is one
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast, get_args
+from typing import Any, ClassVar, Self, cast, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from smalti.checkpoints import Weights, check_weights, is_checkpoint, state_of
-from smalti.config import ImageSize, config_from_dict, config_to_dict, plain
+from smalti.checkpoints import Weights, check_weights, is_checkpoint
+from smalti.config import ImageSize, plain
 from smalti.data.buckets import Bucket
 from smalti.data.classes import check_class_names
-from smalti.data.latent_cache.manifest import CacheInfo, read_manifest, training_cache
 from smalti.data.latents import as_image_size, as_tensor
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
-from smalti.files import check_hashes, write_hashed_json, write_text
 from smalti.folders import contents, replacing_folder
-from smalti.pipelines.card import SAMPLES, image_words, model_card
+from smalti.pipelines.callbacks import Callback, Progress, Steps, preview
+from smalti.pipelines.card import SAMPLES, image_words
 from smalti.pipelines.class_labels import label_ids
 from smalti.pipelines.conditions import (
     ClassLabels,
@@ -44,21 +43,23 @@ from smalti.pipelines.model_index import (
     CONFIGS,
     INDEX,
     WEIGHTS,
-    PipelineIndex,
-    components_of,
-    read_index,
+    SavedPipeline,
+    check_pipeline,
+    read_pipeline,
+    read_run,
+    write_pipeline,
 )
 from smalti.pipelines.output import OutputType, PipelineOutput, as_output, png_of
+from smalti.pipelines.sampling import checked_sampling, default_sampling, sampling_words
 from smalti.prior.base import Prior
 from smalti.prior.conditions.base import moved, rows
 from smalti.prior.conditions.text_encoder import TextEncoder, text_encoder_of
 from smalti.randomness import Generators, check_generators
-from smalti.repository import Uploadable, check_options, resolve_folder
+from smalti.repository import Uploadable, check_not_diffusers, check_options, resolve_folder
 from smalti.tokenizer.base import Tokenizer, check_finite
-from smalti.weights import AS_SAVED, chosen_dtype, unwrapped
+from smalti.weights import chosen_dtype, unwrapped
 
 DEMO = "runs/demo/pipeline"  # what `smalti demo` writes, and other commands read by default
-DEFAULT_GUIDANCE = 2.0  # guidance_scale of a pipeline that does not say otherwise
 
 
 class Pipeline(Uploadable):
@@ -99,8 +100,8 @@ class Pipeline(Uploadable):
         self.notes = ""  # Markdown for the model card
         self.training_pictures = ""  # fingerprint of the prior's training data, if known
         self._text_encoder: TextEncoder | None = None  # loaded when it is first needed
-        # Of calls that give none. A prior without a null condition cannot be guided.
-        self.guidance_scale = DEFAULT_GUIDANCE if prior.has_null_class else 1.0
+        self._sampling = default_sampling(prior)
+        self._progress = Progress()
         self._samples: bytes | None = None  # PNG of the grid that the model card shows
 
     # -- loading and saving -------------------------------------------------------------------
@@ -122,6 +123,7 @@ class Pipeline(Uploadable):
         verify: bool = True,
         variant: str | None = None,
         low_cpu_mem_usage: bool | None = None,
+        device_map: Any = None,
     ) -> Self:
         """Load a folder written by `save_pretrained`, or a model repository on the Hub.
 
@@ -139,13 +141,13 @@ class Pipeline(Uploadable):
             torch_dtype: another name of `dtype`.
             verify: compare all files but the model card with the hashes that were saved with them,
                 see `Tokenizer.from_pretrained`.
-            variant, low_cpu_mem_usage: see `Tokenizer.from_pretrained`.
+            variant, low_cpu_mem_usage, device_map: see `Tokenizer.from_pretrained`.
 
         Raises:
             SmaltiError: the folder does not exist, or a file is missing, damaged or does not fit;
                 there is no such precision; an option cannot be met.
         """
-        check_options(variant=variant, low_cpu_mem_usage=low_cpu_mem_usage)
+        check_options(variant=variant, device_map=device_map, low_cpu_mem_usage=low_cpu_mem_usage)
         precision = chosen_dtype(dtype, torch_dtype)
         folder = resolve_folder(
             path_or_hub_id,
@@ -156,50 +158,19 @@ class Pipeline(Uploadable):
             cache_dir=cache_dir,
             needs=(INDEX, *CONFIGS, *WEIGHTS),
         )
+        check_not_diffusers(folder)
         check_weights(folder, weights)
-        if is_checkpoint(folder):
-            return cls._of_checkpoint(folder, weights, precision).to(device)
-        index = read_index(folder)
-        tokenizer = Tokenizer.from_pretrained(folder / "tokenizer", dtype=precision, verify=verify)
-        prior = Prior.from_pretrained(folder / "prior", dtype=precision, verify=verify)
-        if components_of(tokenizer, prior) != index.components:
-            raise CheckpointError(
-                f"{folder / INDEX} names {index.components}; the folder holds "
-                f"{components_of(tokenizer, prior)}: it was put together from different pipelines"
-            )
-        pipeline = cls(tokenizer, prior, index.classes)
-        if verify:
-            check_hashes(folder / INDEX, CONFIGS)
-        pipeline.notes = index.notes
-        pipeline.training_pictures = index.training_pictures
-        if index.guidance_scale is not None:
-            pipeline.guidance_scale = index.guidance_scale
-        grid = folder / SAMPLES
-        pipeline._samples = grid.read_bytes() if grid.is_file() else None
-        return pipeline.to(device)
-
-    @classmethod
-    def _of_checkpoint(
-        cls, folder: Path, weights: Weights, precision: torch.dtype | Literal["auto"] | None
-    ) -> Self:
-        """The prior in a checkpoint with the tokenizer, and the class names, of its run."""
-        prior = Prior.from_pretrained(folder, dtype=precision, weights=weights)
-        state = state_of(folder)
-        run = state["config"]
-        if "latents" in state:  # without a cache
-            info = config_from_dict(CacheInfo, state["latents"], str(folder))
+        of_run = is_checkpoint(folder)
+        if of_run:
+            saved = read_run(folder, weights, precision)
         else:
-            info = read_manifest(training_cache(Path(run["latents"])))
-        as_saved = precision if precision == AS_SAVED else None
-        given = Tokenizer.from_pretrained(Path(run["tokenizer"]), dtype=as_saved)
-        tokenizer = given.for_latents(info.spec, info.tokenizer_fingerprint) or given
-        if isinstance(precision, torch.dtype):  # last: a rounded copy cannot be resized
-            tokenizer.cast(precision)
-        classes = info.classes if "class" in prior.condition_kinds else ()
-        pipeline = cls(tokenizer, prior, classes)
-        pipeline.training_pictures = info.dataset_fingerprint
-        pipeline.guidance_scale = guidance_of_run(run, pipeline.guidance_scale)
-        return pipeline
+            saved = read_pipeline(folder, precision, verify)
+        pipeline = cls(saved.tokenizer, saved.prior, saved.classes)
+        if verify and not of_run:  # last: the checks before it have more precise messages
+            check_pipeline(folder)
+        pipeline.notes, pipeline.training_pictures = saved.notes, saved.training_pictures
+        pipeline._sampling, pipeline._samples = saved.sampling, saved.grid
+        return pipeline.to(device)
 
     def save_pretrained(
         self, path: str | Path, *, samples: Image.Image | None = None, notes: str | None = None
@@ -227,33 +198,10 @@ class Pipeline(Uploadable):
         with replacing_folder(
             folder, products=(SAMPLES,), check=lambda: _check_target(folder)
         ) as new:
-            self._write(new, tokenizer, prior, grid, notes)
+            about = (notes, self.training_pictures, self.sampling, grid)
+            write_pipeline(new, SavedPipeline(tokenizer, prior, self.classes, *about))
         self.notes, self._samples = notes, grid
         return folder
-
-    def _write(
-        self,
-        folder: Path,
-        tokenizer: Tokenizer,
-        prior: Prior,
-        grid: bytes | None,
-        notes: str,
-    ) -> None:
-        """Write the files of the pipeline into a new folder."""
-        tokenizer.save_pretrained(folder / "tokenizer")
-        prior.save_pretrained(folder / "prior")
-        if grid is not None:
-            (folder / SAMPLES).write_bytes(grid)
-        card = model_card(tokenizer, prior, self.classes, grid is not None, notes)
-        write_text(folder / "README.md", card)
-        index = PipelineIndex(
-            components=components_of(tokenizer, prior),
-            classes=self.classes,
-            notes=notes,
-            training_pictures=self.training_pictures,
-            guidance_scale=self.guidance_scale,
-        )
-        write_hashed_json(folder / INDEX, config_to_dict(index), CONFIGS)
 
     def to(
         self,
@@ -285,7 +233,7 @@ class Pipeline(Uploadable):
             f"  tokenizer: {size(tokenizer)}, {image_words(tokenizer)} <-> "
             f"{tokenizer.spec.in_words}\n"
             f"  prior: {size(self.prior)}, {conditions}\n"
-            f"  guidance_scale {self.guidance_scale}, {dtype} on {self.device}\n"
+            f"  {sampling_words(self.sampling)}, {dtype} on {self.device}\n"
             ")"
         )
 
@@ -308,7 +256,8 @@ class Pipeline(Uploadable):
         prior = cast(Prior, unwrapped(self.prior)).resized(tokenizer.spec, tokenizer.fingerprint)
         pipeline = type(self)(tokenizer, prior, self.classes)
         pipeline.notes, pipeline.training_pictures = self.notes, self.training_pictures
-        pipeline.guidance_scale, pipeline._text_encoder = self.guidance_scale, self._text_encoder
+        pipeline._sampling, pipeline._text_encoder = dict(self.sampling), self._text_encoder
+        pipeline._progress = self._progress
         return pipeline
 
     @property
@@ -329,7 +278,76 @@ class Pipeline(Uploadable):
     def device(self) -> torch.device:
         return next(self.prior.parameters()).device
 
+    @property
+    def components(self) -> dict[str, Any]:
+        """What makes another pipeline of the same models: `Pipeline(**pipe.components)`."""
+        return {"tokenizer": self.tokenizer, "prior": self.prior, "classes": self.classes}
+
     # -- sampling -----------------------------------------------------------------------------
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The options of a call that gives none, `guidance_scale` among them, by name. They are
+        saved with the pipeline.
+
+        Raises:
+            SmaltiError: when it is set: the prior has no such option, or refuses the value.
+        """
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, options: Mapping[str, Any]) -> None:
+        self._sampling = checked_sampling(self.prior, options)
+
+    def sampling_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a call: those that are given, and not None, and otherwise `sampling`."""
+        explicit = {
+            name: plain(value) if getattr(value, "ndim", None) == 0 else value
+            for name, value in given.items()
+            if value is not None
+        }
+        return {**self.sampling, **explicit}
+
+    @property
+    def guidance_scale(self) -> float:
+        """`sampling["guidance_scale"]`."""
+        return self.sampling["guidance_scale"]
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float) -> None:
+        self.sampling["guidance_scale"] = scale
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether sampling ends after the step that is running, with what there is then: codes not
+        yet sampled are -1, latents of a flow contain noise, and further batches are left out. A
+        callback, or another thread during a call with a callback or a progress bar, sets it; a
+        call begins with False."""
+        return self._progress.interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._progress.interrupt = value
+
+    _interrupt = interrupt  # what callbacks that were written for Diffusers set
+
+    @property
+    def num_timesteps(self) -> int:
+        """The steps of a batch of the running or last call that had a callback or progress bar."""
+        return self._progress.steps
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Show a progress bar over the steps of every call, with these options of tqdm, such as
+        `desc` and `leave`; `disable=True` shows none, which is the default."""
+        self._progress.bar = options
+
+    @torch.no_grad()
+    def preview(self, latents: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] of the latents that a callback gets, to be called inside
+        it: of the codes so far, a next-scale prior's coarse scales or the first codes of a
+        next-token prior, whose other positions are zero vectors; or of E[x_1 | x_t], which takes
+        one evaluation of a flow prior's network."""
+        return (preview(self.tokenizer, self.prior, latents.to(self.device)).cpu() + 1) / 2
 
     @property
     def text_encoder(self) -> TextEncoder | None:
@@ -372,7 +390,10 @@ class Pipeline(Uploadable):
         output_type: OutputType = "pil",
         batch_size: int | None = None,
         image_size: ImageSize | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
         **options: Any,
     ) -> PipelineOutput:
         """Generate images of classes, of prompts or of both, as the prior was trained; without
@@ -394,18 +415,21 @@ class Pipeline(Uploadable):
             strength: in (0, 1]: how far a flow prior goes from the image; None is 1 inside a mask,
                 and 0.8 without one.
             guidance_scale: s in uncond + s (cond - uncond); 1 is off and costs no second pass; None
-                is `self.guidance_scale`, which is saved with the pipeline.
+                is that of `sampling`, as for all options of the prior.
             generator: one generator, or a list with one per image. With a list, image i does not
                 depend on its neighbours or on `batch_size`, except that sampling rounds
                 differently in batches of another size; a generation job excludes that, too.
             output_type: "pil", "np", "pt" or "latent" (nothing is decoded).
             batch_size: images per batch; None is one batch of all images.
             image_size: pixels, the side of a square or (height, width), if not that of the
-                tokenizer; for several calls, `resized` saves time. Priors with learned positions
-                refuse it.
-            options: keyword options of the prior's `sample`: `temperature`, `solver`, ... An
-                option with a row for each image, such as `noise`, is divided like the images. Also
-                the arguments of other kinds of condition, see `ConditionSource`.
+                tokenizer; see `resized`. Priors with learned positions refuse it.
+            progress: show a progress bar over the steps; None: as `set_progress_bar_config` says.
+            callback_on_step_end: called after each step of each batch with the pipeline, the index
+                of the step from 0, the share of the steps that are done, and {"latents": ...};
+                latents in a mapping that it returns replace them. See `preview`, `interrupt`.
+            callback_on_step_end_tensor_inputs: what the callback gets: ["latents"], or [].
+            return_dict: False returns the fields of the result as a tuple, images first.
+            options: of the prior's `sample`, and arguments of a further `ConditionSource`.
 
         Raises:
             GenerationError: an input that the prior does not take, an unknown class, output type or
@@ -413,27 +437,40 @@ class Pipeline(Uploadable):
         """
         pipe = self if image_size is None else self.resized(image_size)
         others, options = separated(pipe.prior, options)
-        options = {k: plain(v) if getattr(v, "ndim", None) == 0 else v for k, v in options.items()}
+        options = pipe.sampling_options({"guidance_scale": guidance_scale, **options})
         texts = (prompt, negative_prompt, prompt_embeds, prompt_attention_mask)
         inputs = Inputs(class_labels, *texts, num_images, image, mask_image, strength, others)
         conditions, edit = pipe.conditions(inputs, num_images_per_prompt)
         options |= edit
         _check_output(output_type, batch_size)
         check_generators(generator, len(conditions))
-        options["guidance_scale"] = (
-            pipe.guidance_scale if guidance_scale is None else guidance_scale
-        )
-        latents, images = [], []
         size = int(batch_size or len(conditions))
-        for sampled in pipe._batches(conditions, options, generator, size, progress):
+        steps = Steps(pipe, pipe._progress, -(-len(conditions) // size), progress)
+        steps.call(options.pop("on_step", None))
+        steps.call_back(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        with steps:
+            sampled = pipe._batches(conditions, options, generator, size, steps)
+            output = pipe._output(sampled, conditions, generator, output_type)
+        return output if return_dict else cast(Any, output.to_tuple())
+
+    def _output(
+        self,
+        batches: Iterable[Tensor],
+        conditions: Conditions,
+        generator: Generators,
+        output_type: OutputType,
+    ) -> PipelineOutput:
+        """Latents, decoded batch by batch unless they are asked for."""
+        latents, images = [], []
+        for sampled in batches:
             latents.append(sampled)
             if output_type != "latent":
-                images.append(pipe._decode(sampled, singly=isinstance(generator, Sequence)))
+                images.append(self._decode(sampled, singly=isinstance(generator, Sequence)))
         decoded = as_output(torch.cat(images), output_type) if images else None
-        names = [pipe.classes[label] for label in conditions.labels]
-        return PipelineOutput(
-            decoded, torch.cat(latents), conditions.labels, names, conditions.prompts
-        )
+        made = sum(map(len, latents))  # fewer than conditions if sampling was interrupted
+        labels, prompts = conditions.labels[:made], conditions.prompts[:made]
+        names = [self.classes[label] for label in labels]
+        return PipelineOutput(decoded, torch.cat(latents), labels, names, prompts)
 
     def _batches(
         self,
@@ -441,13 +478,14 @@ class Pipeline(Uploadable):
         options: Mapping[str, Any],
         generator: Generators,
         size: int,
-        progress: bool,
+        steps: Steps,
     ) -> Iterator[Tensor]:
         """The sampled latents, `size` at a time."""
         by_row = self._row_options(options, len(conditions))
         if conditions.negative is not None:
             by_row["negative_condition"] = conditions.negative
-        for start in tqdm(range(0, len(conditions), size), disable=not progress, unit="batch"):
+        options = {**options, **steps.options}
+        for start in range(0, len(conditions), size):
             part = slice(start, start + size)
             sampled = self.prior.sample(
                 moved(rows(conditions.value, part), self.device),
@@ -455,7 +493,10 @@ class Pipeline(Uploadable):
                 **{**options, **{name: rows(value, part) for name, value in by_row.items()}},
             )
             check_finite(sampled, "the prior", None, "conditions")
+            steps.batch_is_done()
             yield sampled
+            if self.interrupt:
+                return
 
     def conditions(self, inputs: Inputs, each: int) -> tuple[Conditions, dict[str, Any]]:
         """The conditions of the images, and the options of `sample` that edit given ones."""
@@ -500,6 +541,8 @@ class Pipeline(Uploadable):
                 then decoded one by one, because convolutions round differently in batches of
                 another size. In half precision sampling rounds too coarsely for that to help.
         """
+        if self.interrupt and not latents.is_floating_point() and (latents < 0).any():
+            return preview(self.tokenizer, self.prior, latents).cpu()
         exact = singly and self.tokenizer.last_layer.dtype in (torch.float32, torch.float64)
         parts = latents.split(1) if exact else (latents,)
         return torch.cat([self.tokenizer.decode(part).float().clamp(-1, 1).cpu() for part in parts])
@@ -511,21 +554,6 @@ class Pipeline(Uploadable):
             GenerationError: there is no such class; the message lists similar names.
         """
         return label_ids(class_labels, self.classes)
-
-
-def guidance_of_run(run: Mapping[str, Any], default: float) -> float:
-    """The `guidance_scale` of the pipeline that a train-prior run makes.
-
-    Args:
-        run: its configuration, as plain values.
-        default: that of a pipeline of which no run is known.
-    """
-    given = run.get("preview", {}).get("guidance_scale")
-    if given is not None:
-        return given
-    if run["prior"].get("label_dropout") == 0 and not run.get("initial"):
-        return 1.0  # the null label, against which to guide, is never trained
-    return default
 
 
 def _check_output(output_type: str, batch_size: int | None) -> None:

@@ -27,6 +27,7 @@ from smalti.prior.conditions.image import ImageConfig
 from smalti.prior.conditions.registry import CONDITIONS
 from smalti.prior.conditions.text import TextConfig
 from smalti.prior.registry import PRIORS
+from smalti.prior.sampling import OnStep
 from smalti.randomness import Generators, RandomInputs
 
 
@@ -238,12 +239,19 @@ class Prior(nn.Module, Pretrained, ABC):
         *,
         guidance_scale: float = 1.0,
         generator: Generators = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Sample latents for every condition (B,). Each prior adds keyword options of its own.
 
         `generator` may be a list with one generator per sample: sample i then depends on its own
-        generator only. guidance_scale s means uncond + s (cond - uncond); 1 is off.
+        generator only. guidance_scale s means uncond + s (cond - uncond); 1 is off. `on_step` is
+        called after each step; a prior that samples in one step need not have it.
         """
+
+    def estimated(self, latents: Tensor) -> Tensor:
+        """The best guess of the finished sample that the latents of an `OnStep` give, to be called
+        inside it: the latents themselves, if the prior has no better one."""
+        return latents
 
     @property
     def in_full_precision(self) -> bool:

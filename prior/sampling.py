@@ -1,4 +1,7 @@
-"""From logits to codes: guidance, temperature, top-k, top-p, and sampling. Pure functions."""
+"""From logits to codes: guidance, temperature, top-k, top-p, and sampling. Pure functions.
+
+Also what a caller may do after each step of sampling, of any prior: `OnStep`.
+"""
 
 import math
 from collections.abc import Callable
@@ -19,6 +22,66 @@ GUIDANCE_SCHEDULES: dict[str, Callable[[float], float]] = {
     # RAR (2411.00776): its power is 1.2 to 2.75, depending on the size of the model; 2.5 is RAR-L's
     "power-cosine": lambda progress: (1 - math.cos(math.pi * progress**2.5)) / 2,
 }
+
+
+# -------------------------------------------------------------------------------------------------
+# After each step: a code, a scale, or an interval of the solver
+
+# Called with the number of steps done, from 1, the number of all steps, and a copy of the latents
+# so far; what it returns, unless that is None, replaces them.
+OnStep = Callable[[int, int, Tensor], Tensor | None]
+UNSAMPLED = -1  # stands for a code that is not sampled yet
+
+
+class StopSampling(Exception):
+    """Raised by an `OnStep`: the remaining steps are skipped, and `sample` returns what there is.
+
+    Codes that are not sampled yet are `UNSAMPLED`; latents of a flow still contain noise.
+
+    Args:
+        latents: what replaces the latents so far; None keeps them.
+    """
+
+    def __init__(self, latents: Tensor | None = None) -> None:
+        super().__init__("sampling was stopped after a step")
+        self.latents = latents
+
+
+def after_step(
+    on_step: OnStep, step: int, total: int, latents: Tensor
+) -> tuple[Tensor | None, bool]:
+    """Call an `OnStep`: what replaces the latents, if anything, and whether sampling goes on.
+
+    Raises:
+        GenerationError: the replacement has another shape, or is no tensor.
+    """
+    try:
+        given, goes_on = on_step(step, total, latents), True
+    except StopSampling as stop:
+        given, goes_on = stop.latents, False
+    if given is None:
+        return None, goes_on
+    shape = getattr(given, "shape", None)
+    if shape != latents.shape:
+        found = type(given).__name__ if shape is None else f"shape {tuple(shape)}"
+        raise GenerationError(
+            f"the callback after step {step} returned {found}; it must return latents of shape "
+            f"{tuple(latents.shape)}, or None to keep them"
+        )
+    return given.to(latents), goes_on
+
+
+def check_replacement(codes: Tensor, vocab_size: int) -> None:
+    """Raise `GenerationError` unless codes that a callback returned are 0 to vocab_size - 1."""
+    if codes.numel() and (codes.min() < 0 or codes.max() >= vocab_size):
+        raise GenerationError(
+            f"the callback returned codes in [{codes.min().item()}, {codes.max().item()}]; the "
+            f"codes that are sampled so far must be 0 to {vocab_size - 1}"
+        )
+
+
+# -------------------------------------------------------------------------------------------------
+# From logits to codes
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,13 @@ class SamplingBase:
     ] = None
 
     def guided_like(self, pipeline: Pipeline) -> Self:
-        """With the guidance of the pipeline, if none was given."""
-        if self.guidance_scale is not None:
-            return self
-        return replace(self, guidance_scale=pipeline.guidance_scale)
+        """With the sampling defaults of the pipeline, guidance among them, where none was given."""
+        missing = {
+            name: _as_flag(value)
+            for name, value in pipeline.sampling.items()
+            if getattr(self, name, ...) is None
+        }
+        return replace(self, **missing)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -74,6 +77,14 @@ class SamplingBase:
             for name, value in given.items()
             if value is not None
         }
+
+
+def _as_flag(value: Any) -> Any:
+    """A sampling default as a flag has it: {"kind": "ddim", "eta": 0.5} as "ddim:eta=0.5"."""
+    if isinstance(value, dict) and "kind" in value:
+        options = ",".join(f"{k}={v}" for k, v in value.items() if k != "kind")
+        return f"{value['kind']}:{options}" if options else value["kind"]
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass

@@ -34,7 +34,8 @@ from smalti.pipelines.conditions import CONDITION_SOURCES, BatchConditions, chec
 from smalti.pipelines.finetune import fitted_as, load_initial_weights, saved_prior
 from smalti.pipelines.generation import condition_grid, sample_grid
 from smalti.pipelines.image_tasks import make_task
-from smalti.pipelines.pipeline import Pipeline, guidance_of_run
+from smalti.pipelines.pipeline import Pipeline
+from smalti.pipelines.sampling import guidance_of_run
 from smalti.prior.base import Loss, Prior
 from smalti.prior.conditions.base import Condition, moved
 from smalti.prior.flow.rectified import check_straight

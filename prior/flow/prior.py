@@ -8,7 +8,9 @@ training objective, `FlowPrior.sample` integrates the dynamics from noise to dat
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -45,6 +47,7 @@ from smalti.prior.flow.prediction import (
 from smalti.prior.flow.solvers.base import ODESolver, Solver, make_solver, times_of
 from smalti.prior.flow.solvers.schedules import Schedule, make_schedule
 from smalti.prior.flow.times import loss_weight, times_and_noise
+from smalti.prior.sampling import OnStep, after_step
 from smalti.randomness import Generators, NormalSource, RandomInputs
 
 __all__ = ["PRESETS", "FlowConfig", "FlowPrior"]
@@ -101,22 +104,48 @@ def sampled(
     noise: Tensor,
     normal: NormalSource,
     kept: KnownLatents | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
-    """Samples (B, C, h, w) at t = 1 from noise x_0, along the times (N + 1,)."""
+    """Samples (B, C, h, w) at t = 1 from noise x_0, along the times (N + 1,); or, if `on_step`
+    stops sampling, x_t at the time of that step."""
     x = dynamics.path.marginal_std(times[0]).item() * noise  # x_t at the first time
     states = solver.states
     if kept is not None:
         kept, times = kept.to(x.device), kept.times(times)
         x = kept.start(dynamics.path, x, times[0].item(), noise)
         states = partial(kept.states, solver, noise=noise)
-    for done, state in enumerate(states(dynamics, x, times, normal), start=1):
-        x = state
-        if on_step is not None:
-            on_step(done, len(times) - 1)
+    coming = iter(states(dynamics, x, times, normal))
+    for done in range(1, len(times)):
+        x = next(coming)
+        if on_step is None:
+            continue
+        with _known_estimate(dynamics, times[done].item()):
+            given, goes_on = after_step(on_step, done, len(times) - 1, x.clone())
+        if given is not None:
+            x, coming = given, iter(states(dynamics, given, times[done:], normal))
+        if not goes_on:
+            return x
     if times[-1] < 1:  # from the end of the time range to the expected data
         x = dynamics.estimate(x, times_of(times[-1].item(), x)).data
     return x if kept is None else kept.finished(x)
+
+
+# E[x_1 | x_t] of x_t at the time of the step after which an `on_step` is being called.
+_ESTIMATE: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("estimate", default=None)
+
+
+@contextmanager
+def _known_estimate(dynamics: Dynamics, time: float) -> Iterator[None]:
+    """Let `FlowPrior.estimated` use these dynamics at this time."""
+
+    def estimate(x: Tensor) -> Tensor:
+        return x if time >= 1 else dynamics.estimate(x, times_of(time, x)).data
+
+    token = _ESTIMATE.set(estimate)
+    try:
+        yield
+    finally:
+        _ESTIMATE.reset(token)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -369,7 +398,7 @@ class FlowPrior(Prior):
         known: Tensor | None = None,
         known_mask: Tensor | None = None,
         strength: float = 1.0,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Samples of the latents, (B, C, h, w) fp32, for conditions (B,).
 
@@ -396,7 +425,9 @@ class FlowPrior(Prior):
             known_mask: (B, 1, h, w) bool, True where the latents of `known` are kept.
             strength: of the noise that `known` gets where it is not kept: sampling starts at time
                 1 - strength, and takes the later times of the grid; 1 starts from noise alone.
-            on_step: called with (intervals done, intervals) after every interval.
+            on_step: called after every interval with the number of intervals done, their number,
+                and x_t (B, C, h, w); what it returns replaces x_t. Inside it, `estimated` gives
+                E[x_1 | x_t], by one evaluation of the network.
 
         Raises:
             SmaltiError: a label or an option is out of its range; the network's output is not
@@ -426,6 +457,13 @@ class FlowPrior(Prior):
         with self.evaluating():
             x = sampled(dynamics, solver, times, noise, normal, kept, on_step)
         return _finite(x)
+
+    @torch.no_grad()
+    def estimated(self, latents: Tensor) -> Tensor:
+        """E[x_1 | x_t] of the latents x_t (B, C, h, w) that an `on_step` gets; outside it there is
+        no time t, and they are returned as they are."""
+        estimate = _ESTIMATE.get()
+        return latents if estimate is None else estimate(latents)
 
     def _grid_of(self, condition: Condition, known: Tensor | None) -> tuple[int, int]:
         """(h, w) of new samples: that of latents or pictures which are given, or that of `spec`."""

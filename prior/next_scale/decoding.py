@@ -1,9 +1,10 @@
 """Decoding of the next-scale prior: scale by scale, with a cache of keys and values."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -13,12 +14,21 @@ from smalti.prior.base import KnownCodes
 from smalti.prior.conditions.base import Condition, count, joined
 from smalti.prior.conditions.text import Embedded
 from smalti.prior.next_scale.config import NextScaleConfig
-from smalti.prior.sampling import SamplingOptions, filtered, guide, sample_codes, sample_uniforms
+from smalti.prior.sampling import (
+    UNSAMPLED,
+    OnStep,
+    SamplingOptions,
+    after_step,
+    check_replacement,
+    filtered,
+    guide,
+    sample_codes,
+    sample_uniforms,
+)
 from smalti.randomness import Generators
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleQuantizer
 
 LOGITS_AT_ONCE = 2**24  # most logits in memory while sampling: 128 MB in fp64
-Progress = Callable[[int, int], None] | None
 
 
 class ScaleModel(Protocol):
@@ -95,12 +105,17 @@ class ScaleDecoder:
         self.scales = options.guidance_scales(len(config.spec.grids))
         self.guided = options.guided_steps(len(config.spec.grids))
         self.batch = count(condition)
-        rows = joined(condition, unconditional) if self.guided else condition
-        self.embedded = model.embedded(rows)
-        self.modulation = model.modulation(self.embedded.vector)
-        device = self.embedded.vector.device
+        self.rows = joined(condition, unconditional) if self.guided else condition
         self.lengths = config.spec.lengths
         self.positions = model.positions().split(self.lengths, 1)
+        self._start()
+
+    def _start(self) -> None:
+        """The state before the first scale."""
+        model, config = self.model, self.model.config
+        self.embedded = model.embedded(self.rows)
+        self.modulation = model.modulation(self.embedded.vector)
+        device = self.embedded.vector.device
         self.tokens = model.first_tokens(
             self.embedded.vector
         )  # input of the next scale, (rows, n, width)
@@ -109,7 +124,7 @@ class ScaleDecoder:
         self.total = torch.zeros(shape, device=device)  # the sum over scales so far, fp32
         self.cache = KeyValueCache(
             config.depth,
-            count(rows),
+            count(self.rows),
             config.num_heads,
             config.spec.length,
             config.width // config.num_heads,
@@ -118,9 +133,11 @@ class ScaleDecoder:
 
     # -- all scales -----------------------------------------------------------------------------
 
-    def codes(self, uniforms: Tensor, on_step: Progress, known: KnownCodes | None = None) -> Tensor:
+    def codes(
+        self, uniforms: Tensor, on_step: OnStep | None, known: KnownCodes | None = None
+    ) -> Tensor:
         """Codes (B, L), each sampled with one of the uniforms (B, L) in [0, 1), or known."""
-        codes = []
+        codes: list[Tensor] = []
         kept = None if known is None else KnownScales(self.model.quantizer, known)
         for scale, scale_uniforms in enumerate(uniforms.split(self.lengths, 1)):
             hidden = self.hidden(scale)
@@ -129,10 +146,42 @@ class ScaleDecoder:
                 codes[-1] = kept.held(codes[-1], self.total, scale)
             if scale + 1 < len(self.lengths):
                 self.append(self.model.quantizer.contribution(codes[-1], scale), scale)
-            self._report(scale, on_step)
+            if on_step is not None and not self._goes_on(codes, on_step):
+                return self._with_unsampled(codes)
         return torch.cat(codes, 1)
 
-    def smooth_codes(self, generator: Generators, on_step: Progress) -> Tensor:
+    def _goes_on(self, codes: list[Tensor], on_step: OnStep) -> bool:
+        """Call `on_step` and make what it returns the codes (B, n) of the scales so far; whether
+        sampling goes on."""
+        done, lengths = len(codes), self.lengths[: len(codes)]
+        so_far = self._with_unsampled(codes)
+        given, goes_on = after_step(on_step, done, len(self.lengths), so_far.clone())
+        if given is None:
+            return goes_on
+        given = given[:, : sum(lengths)]
+        check_replacement(given, self.model.config.spec.vocab_size)
+        before = sum(lengths[:-1])
+        same_context = torch.equal(given[:, :before], so_far[:, :before])
+        codes[:] = given.split(lengths, 1)
+        if done < len(self.lengths) and goes_on:
+            quantizer = self.model.quantizer
+            if not same_context:
+                self._start()
+                for scale, part in enumerate(codes[:-1]):
+                    self.hidden(scale)
+                    self.append(quantizer.contribution(part, scale), scale)
+                self.hidden(done - 1)
+            self.total = quantizer.lookup_first(given, done - 1)
+            self.append(quantizer.contribution(codes[-1], done - 1), done - 1)
+        return goes_on
+
+    def _with_unsampled(self, codes: list[Tensor]) -> Tensor:
+        """Codes (B, L) of the scales so far, and `UNSAMPLED` in the others."""
+        done = torch.cat(codes, 1)
+        missing = sum(self.lengths) - done.shape[1]
+        return F.pad(done, (0, missing), value=UNSAMPLED)
+
+    def smooth_codes(self, generator: Generators, on_step: OnStep | None) -> Tensor:
         """Codes (B, L) of the features that are the sum over scales of codebook mixtures."""
         quantizer = self.model.quantizer
         for scale, length in enumerate(self.lengths):
@@ -140,12 +189,17 @@ class ScaleDecoder:
             uniforms = sample_uniforms(self.batch, length * quantizer.vocab_size, generator)
             uniforms = uniforms.to(self.total.device).view(self.batch, length, -1)  # (B, n, V)
             self.append(quantizer.place(self._mix(hidden, uniforms, scale), scale), scale)
-            self._report(scale, on_step)
+            if on_step is None:
+                continue
+            codes = quantizer.search(self.total)
+            given, goes_on = after_step(on_step, scale + 1, len(self.lengths), codes.clone())
+            if given is not None:
+                check_replacement(given, quantizer.vocab_size)
+                self.total = quantizer.lookup_first(given, len(self.lengths))
+                self.append(torch.zeros_like(self.total), scale)  # makes the next input
+            if scale + 1 == len(self.lengths) or not goes_on:
+                return codes if given is None else given
         return quantizer.search(self.total)
-
-    def _report(self, scale: int, on_step: Progress) -> None:
-        if on_step is not None:
-            on_step(sum(self.lengths[: scale + 1]), sum(self.lengths))
 
     # -- one scale ------------------------------------------------------------------------------
 

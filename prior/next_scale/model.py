@@ -50,7 +50,7 @@ from smalti.prior.conditions.text import CaptionEmbedding, Embedded, TextAttenti
 from smalti.prior.layers import DropPath, drop_path_rates
 from smalti.prior.next_scale.config import PRESETS, NextScaleConfig
 from smalti.prior.next_scale.decoding import ScaleDecoder
-from smalti.prior.sampling import SamplingOptions, sample_uniforms
+from smalti.prior.sampling import OnStep, SamplingOptions, sample_uniforms
 from smalti.randomness import Generators, RandomInputs
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
 
@@ -538,7 +538,7 @@ class NextScalePrior(CodePrior):
         smooth: bool = False,
         known: Tensor | None = None,
         known_mask: Tensor | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Sample codes (B, L) for labels (B,), captions or both.
 
@@ -564,7 +564,9 @@ class NextScalePrior(CodePrior):
             known: codes (B, L) of given images, of which those in `known_mask` are kept, each
                 corrected for what the scales before it differ from those of `known`.
             known_mask: (B, L) bool, True where the code of `known` is kept.
-            on_step: called with (codes sampled, L) after every scale.
+            on_step: called after every scale with the number of scales sampled, their number, and
+                codes (B, L), -1 in the scales that are not sampled yet (with `smooth` the codes
+                nearest to the features so far); what it returns replaces the sampled codes.
 
         Raises:
             SmaltiError: a label or an option is out of its range; the model's logits are not

@@ -1,6 +1,5 @@
 """Decoding of the next-token prior: token by token, with a cache of keys and values."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -10,7 +9,15 @@ from smalti.prior.attention import KeyValueCache
 from smalti.prior.base import KnownCodes
 from smalti.prior.conditions.base import Condition, count
 from smalti.prior.next_token.config import NextTokenConfig
-from smalti.prior.sampling import SamplingOptions, guide, sample_codes
+from smalti.prior.sampling import (
+    UNSAMPLED,
+    OnStep,
+    SamplingOptions,
+    after_step,
+    check_replacement,
+    guide,
+    sample_codes,
+)
 
 
 class TokenModel(Protocol):
@@ -35,7 +42,7 @@ class TokenDecoder:
     A step with guidance processes twice the rows: the samples, then the same samples with the
     condition that guidance leads away from. The second half starts at the first guided step, where
     it processes all tokens so far at once, and ends with the last one: a step without guidance is
-    one pass over the samples.
+    one pass over the samples. After a replacement of earlier codes both halves start again.
     """
 
     def __init__(
@@ -68,26 +75,46 @@ class TokenDecoder:
     def sample(
         self,
         uniforms: Tensor,
-        on_step: Callable[[int, int], None] | None,
+        on_step: OnStep | None,
         known: KnownCodes | None = None,
     ) -> Tensor:
         """Codes (B, L), each sampled with one of the uniforms (B, L) in [0, 1), or known."""
         uniforms = uniforms.to(self.codes.device)
+        if on_step is not None:
+            self.codes.fill_(UNSAMPLED)
         for step in range(len(self.scales)):
             codes = sample_codes(self.logits(step), uniforms[:, step], self.options)
             if known is not None:
                 codes = torch.where(known.mask[:, step], known.codes[:, step], codes)
             self.append(codes, step)
-            if on_step is not None:
-                on_step(step + 1, len(self.scales))
+            if on_step is not None and not self._goes_on(step, on_step):
+                break
         return self.codes
+
+    def _goes_on(self, step: int, on_step: OnStep) -> bool:
+        """Call `on_step` and make what it returns the codes so far; whether sampling goes on."""
+        given, goes_on = after_step(on_step, step + 1, len(self.scales), self.codes.clone())
+        if given is not None:
+            check_replacement(given[:, : step + 1], self.model.config.spec.vocab_size)
+            same_context = torch.equal(given[:, :step], self.codes[:, :step])
+            self.codes[:, :step] = given[:, :step]
+            self.append(given[:, step], step)
+            if not same_context and step + 1 < len(self.scales):
+                self._read_again(step + 1)
+        return goes_on
+
+    def _read_again(self, step: int) -> None:
+        """Empty the cache: the next input is all tokens before a step, some of which changed."""
+        self.full_cache.length = 0
+        self.cache = self.full_cache.part(slice(self.batch))
+        self.next_input = self.model.tokens(self.condition, self.codes[:, :step])
 
     def logits(self, step: int) -> Tensor:
         """Logits (B, V) fp32 of the next code, with guidance if the step is guided. To be called
         for each step in order, with `append` between two calls."""
         if step not in self.guided:
             return self._read(self.next_input, self.cache, self.condition)
-        if step == self.guided.start:
+        if self.cache is not self.full_cache:  # the second half is not in it
             conditional = self._read(self.next_input, self.cache, self.condition)
             unconditional = self._start_guidance(step)
         else:

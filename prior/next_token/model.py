@@ -6,7 +6,7 @@ later code is predicted from the condition and the codes before it. Module names
 whose published weights load without renaming.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -37,7 +37,7 @@ from smalti.prior.conditions.text import CaptionEmbedding, causal_mask
 from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates
 from smalti.prior.next_token.config import PRESETS, NextTokenConfig
 from smalti.prior.next_token.decoding import TokenDecoder
-from smalti.prior.sampling import SamplingOptions, sample_uniforms
+from smalti.prior.sampling import OnStep, SamplingOptions, sample_uniforms
 from smalti.randomness import Generators, RandomInputs
 
 __all__ = ["PRESETS", "NextTokenConfig", "NextTokenPrior"]
@@ -434,7 +434,7 @@ class NextTokenPrior(CodePrior):
         top_p: float = 1.0,
         known: Tensor | None = None,
         known_mask: Tensor | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Sample codes (B, L) for labels (B,), captions or both, in raster order.
 
@@ -455,7 +455,8 @@ class NextTokenPrior(CodePrior):
             known: codes (B, L) of given images, of which those in `known_mask` are kept. A sampled
                 code depends on the kept and sampled codes before it, not on kept ones after it.
             known_mask: (B, L) bool, True where the code of `known` is kept.
-            on_step: called with (codes sampled, L) after every code.
+            on_step: called after every code with the number of codes sampled, L, and codes (B, L),
+                -1 where none is sampled yet; what it returns replaces the sampled codes.
 
         Raises:
             SmaltiError: a condition or an option is out of its range; the model's logits are not

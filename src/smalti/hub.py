@@ -24,7 +24,13 @@ from smalti.config import config_from_dict, config_to_dict, nearest, read_value,
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.files import HASHES, check_hashes, read_config_file, recorded_hashes, write_hashed_json
 from smalti.folders import contents, replacing_folder
-from smalti.repository import Uploadable, check_options, first_line, resolve_folder
+from smalti.repository import (
+    Uploadable,
+    check_not_diffusers,
+    check_options,
+    first_line,
+    resolve_folder,
+)
 from smalti.weights import (
     AS_SAVED,
     WeightsFile,
@@ -302,10 +308,11 @@ class Pretrained(Uploadable):
         verify: bool = True,
         variant: str | None = None,
         low_cpu_mem_usage: bool | None = None,
+        device_map: Any = None,
     ) -> Self:
         """Load a model saved by `save_pretrained`, from a folder or from the Hub, in eval mode.
 
-        A folder may also be a checkpoint of a training run.
+        A folder may also be a checkpoint of a training run, or a pipeline with such a model.
 
         Args:
             weights: of a checkpoint: "ema", the average over the run, or "raw".
@@ -320,6 +327,7 @@ class Pretrained(Uploadable):
             variant: refused, because a folder holds one set of weights: give `dtype`.
             low_cpu_mem_usage: always True, and False is refused: loading takes little more memory
                 than the model.
+            device_map: refused: give `device`.
 
         Raises:
             CheckpointError: there is no model, or one of another kind; a config key or a tensor is
@@ -327,7 +335,7 @@ class Pretrained(Uploadable):
             ConfigurationError: no such precision; an option that cannot be met, such as raw
                 weights of a saved model, which has one set.
         """
-        check_options(variant=variant, low_cpu_mem_usage=low_cpu_mem_usage)
+        check_options(variant=variant, device_map=device_map, low_cpu_mem_usage=low_cpu_mem_usage)
         precision = chosen_dtype(dtype, torch_dtype)
         folder = resolve_folder(
             path_or_hub_id,
@@ -337,7 +345,9 @@ class Pretrained(Uploadable):
             local_files_only=local_files_only,
             cache_dir=cache_dir,
             needs=(CONFIG, WEIGHTS),
+            part=cls.registry.kind,
         )
+        check_not_diffusers(folder)
         checkpoints.check_weights(folder, weights)
         target, config, copy = cls._saved(folder)
         path, beside, hashes = folder / WEIGHTS, (), {}

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from smalti.errors import CheckpointError, ConfigurationError
+from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
+from smalti.files import command, read_config_file
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 PATTERNS = ("*.json", "*.safetensors", "*.md", "samples.png")
 
 
-def check_options(*, variant: str | None, low_cpu_mem_usage: bool | None) -> None:
+def check_options(*, variant: str | None, device_map: Any, low_cpu_mem_usage: bool | None) -> None:
     """Refuse options of Diffusers and transformers that smalti does not have.
 
     Raises:
@@ -26,6 +27,11 @@ def check_options(*, variant: str | None, low_cpu_mem_usage: bool | None) -> Non
         raise ConfigurationError(
             f'variant is "{variant}"; a folder of smalti holds one set of weights, which are '
             'converted while loading: give dtype="float16" or "bfloat16" instead'
+        )
+    if device_map is not None:
+        raise ConfigurationError(
+            f"device_map is {device_map!r}; a model of smalti is on one device: give "
+            'device="cuda", or call enable_model_cpu_offload() of a pipeline if memory is short'
         )
     if low_cpu_mem_usage is False:
         raise ConfigurationError(
@@ -43,6 +49,7 @@ def resolve_folder(
     cache_dir: str | Path | None = None,
     needs: Sequence[str] = (),
     patterns: Sequence[str] = PATTERNS,
+    part: str = "",
 ) -> Path:
     """A local folder, or the local copy of a Hub repository (JSON, safetensors and model card).
 
@@ -50,13 +57,14 @@ def resolve_folder(
         subfolder: a folder in it, which is returned; nothing else is downloaded.
         needs: files without which the copy of a repository is not complete.
         patterns: of the files that are downloaded.
+        part: the folder in that of a pipeline that is returned, if it is a pipeline.
 
     Raises:
         CheckpointError: no such folder, and no such repository that can be downloaded.
     """
     text, inside = os.path.expanduser(str(path_or_hub_id)), subfolder or "."
     if os.path.isdir(text):
-        return Path(text, inside)
+        return part_of_pipeline(Path(text, inside), part)
     parts = text.split("/")
     looks_like_path = isinstance(path_or_hub_id, Path) or text.startswith((".", "/", "~"))
     if looks_like_path or len(parts) != 2 or not all(parts) or os.path.isdir(parts[0]):
@@ -78,7 +86,7 @@ def resolve_folder(
             f'there is no folder "{text}" here, and it cannot be downloaded from the Hub: '
             f"{first_line(error)}"
         ) from error
-    folder = Path(copy, inside)
+    folder = part_of_pipeline(Path(copy, inside), part)
     missing = [name for name in needs if not (folder / name).is_file()]
     if missing and (local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE):
         raise CheckpointError(
@@ -87,6 +95,78 @@ def resolve_folder(
             "local_files_only and HF_HUB_OFFLINE"
         )
     return folder
+
+
+PIPELINE = "model_index.json"  # of our pipelines, and of Diffusers'
+MODEL = "config.json"
+
+
+def part_of_pipeline(folder: Path, part: str) -> Path:
+    """The folder of a model: `part` of the folder of a pipeline, else `folder` itself."""
+    inside = folder / part
+    is_pipeline = (folder / PIPELINE).is_file() and not (folder / MODEL).is_file()
+    return inside if part and is_pipeline and (inside / MODEL).is_file() else folder
+
+
+# Diffusers' classes that smalti converts -> the source of `smalti convert`
+DIFFUSERS = {
+    "AutoencoderKL": "diffusers-kl",
+    "VQModel": "diffusers-vq",
+    "DiTTransformer2DModel": "diffusers-dit",
+    "Transformer2DModel": "diffusers-dit",
+}
+
+
+def check_not_diffusers(folder: Path) -> None:
+    """Raise `CheckpointError`, with the command that converts it, if a folder is Diffusers'."""
+    for name in (PIPELINE, MODEL):
+        kind, ours = _class_name(folder / name)
+        if kind and not ours:
+            what = f"{folder} is a {kind} of Diffusers, not a model of smalti"
+            raise CheckpointError(what + _conversion(folder, kind))
+
+
+def _conversion(folder: Path, kind: str) -> str:
+    """What to do with a folder of Diffusers, as the end of a sentence."""
+    out = f"{folder.resolve().name}-smalti"
+    if kind in DIFFUSERS:
+        tokenizer = ("--tokenizer", "DIR") if DIFFUSERS[kind] == "diffusers-dit" else ()
+        words = command("convert", DIFFUSERS[kind], folder, out, *tokenizer)
+        about = ", where DIR is the converted VAE" if tokenizer else ""
+        return f": convert it with {words}{about}"
+    vae, transformer = folder / "vae", folder / "transformer"
+    source = DIFFUSERS.get(_class_name(vae / MODEL)[0])
+    if source is None:
+        return ", and none that smalti converts"
+    pixels = _image_size(vae, transformer)
+    tokenizer_out = f"{out}-vae"
+    first = command("convert", source, vae, tokenizer_out, *pixels)
+    if DIFFUSERS.get(_class_name(transformer / MODEL)[0]) != "diffusers-dit":
+        return f", and none that smalti converts; its VAE is converted by {first}"
+    second = command("convert", "diffusers-dit", transformer, out, "--tokenizer", tokenizer_out)
+    return f": convert it with {first} and then {second}"
+
+
+def _class_name(path: Path) -> tuple[str, bool]:
+    """The class that a JSON file of Diffusers names, or "", and whether the file is smalti's."""
+    try:
+        content = read_config_file(path) if path.is_file() else {}
+    except SmaltiError:  # reading it as ours names what is wrong
+        content = {}
+    if not isinstance(content, dict) or not isinstance(content.get("_class_name"), str):
+        return "", False
+    return content["_class_name"], "classes" in content or "type" in content
+
+
+def _image_size(vae: Path, transformer: Path) -> tuple[str, ...]:
+    """The flag for the size of the pictures of a Diffusers pipeline, if its files state it."""
+    side, levels = (
+        read_config_file(path / MODEL).get(key) if (path / MODEL).is_file() else None
+        for path, key in ((transformer, "sample_size"), (vae, "block_out_channels"))
+    )
+    if type(side) is not int or not isinstance(levels, list):
+        return ()
+    return ("--image_size", str(side * 2 ** (len(levels) - 1)))
 
 
 class Uploadable(ABC):

@@ -260,7 +260,7 @@ def test_image_to_image_starts_at_an_intermediate_time(recorded, strength, times
         noise=noise,
         known=Z,
         strength=strength,
-        on_step=lambda done, total: steps.append((done, total)),
+        on_step=lambda done, total, _: steps.append((done, total)),
     )
     assert seen.times == pytest.approx(times, abs=1e-7)
     torch.testing.assert_close(seen.states[0], (1 - strength) * Z + strength * noise)

@@ -215,7 +215,7 @@ def test_one_generator_repeats_and_none_leaves_the_global_state_alone() -> None:
 def test_sampling_leaves_the_mode_alone_and_reports_progress() -> None:
     model, steps = make_prior().train(), []
     model.sample(
-        LABELS, num_inference_steps=3, on_step=lambda done, total: steps.append((done, total))
+        LABELS, num_inference_steps=3, on_step=lambda done, total, _: steps.append((done, total))
     )
     assert model.training and steps == [(1, 3), (2, 3), (3, 3)]
     assert model.sample(LABELS[:0], generator=[], num_inference_steps=2).shape == (0, 2, 4, 6)

@@ -381,9 +381,9 @@ def test_one_generator_repeats_and_the_global_random_state_is_left_alone(model) 
 def test_sampling_leaves_the_mode_alone_and_reports_progress(model) -> None:
     steps = []
     modes = {name: module.training for name, module in model.train().named_modules()}
-    model.sample(LABELS, on_step=lambda done, total: steps.append((done, total)))
+    model.sample(LABELS, on_step=lambda done, total, _: steps.append((done, total)))
     assert modes == {name: module.training for name, module in model.named_modules()}
-    assert steps == [(1, 13), (3, 13), (7, 13), (13, 13)]
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert model.sample(LABELS[:0], generator=[]).shape == (0, LENGTH)
 
 

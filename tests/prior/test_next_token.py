@@ -162,7 +162,7 @@ def test_sampling_leaves_the_mode_alone_and_reports_progress(prior) -> None:
     prior.train()
     prior.norm.eval()
     modes = {name: module.training for name, module in prior.named_modules()}
-    prior.sample(LABELS, on_step=lambda done, total: steps.append((done, total)))
+    prior.sample(LABELS, on_step=lambda done, total, _: steps.append((done, total)))
     assert modes == {name: module.training for name, module in prior.named_modules()}
     assert steps == [(j + 1, 64) for j in range(64)]
 
