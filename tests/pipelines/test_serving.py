@@ -214,7 +214,12 @@ def test_an_unconditional_pipeline_takes_a_number(tokenizer) -> None:
 
 def test_captions_are_checked_and_batched(tokenizer) -> None:
     config = replace(
-        TINY_PRIOR, condition="text", num_classes=0, text_encoder="bytes", text_length=12
+        TINY_PRIOR,
+        condition="text",
+        num_classes=0,
+        text_encoder="bytes",
+        text_length=12,
+        text_dim=8,
     )
     pipe = Pipeline(tokenizer, randomised(NextTokenPrior(config)), ())
     batcher = Batcher(pipe, max_wait=0.2, max_batch_size=4)
