@@ -265,14 +265,16 @@ def test_a_full_queue_answers_429_and_a_client_that_leaves_frees_its_place(pipe)
 
 def test_a_body_that_does_not_arrive_is_refused(served, monkeypatch) -> None:
     monkeypatch.setattr("smalti.pipelines.image_api.BODY_SECONDS", 0.1)
-    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
     with served.on_loopback() as url:
         place = ("127.0.0.1", int(url.rpartition(":")[2]))
         with socket.create_connection(place, timeout=30) as line:
-            line.sendall(f"{head}Content-Length: 10\r\n\r\n{{".encode())
+            line.sendall(
+                f"{head}Content-Type: application/json\r\nContent-Length: 10\r\n\r\n{{".encode()
+            )
             answer = b""
-            while b"}}" not in answer:
-                answer += line.recv(4096)
+            while part := line.recv(4096):
+                answer += part
     assert b"400 Bad Request" in answer and b"did not arrive within" in answer
 
 
