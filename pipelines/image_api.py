@@ -259,17 +259,27 @@ def _answer(pictures: list[QueuedPicture], images: list[Image.Image]) -> dict[st
 async def images_of(
     request: Request, batcher: Batcher, pictures: list[QueuedPicture]
 ) -> list[Image.Image] | None:
-    """The finished pictures; None if the client went away, whose places are then given back."""
-    finished = asyncio.gather(*(asyncio.wrap_future(picture.result) for picture in pictures))
+    """The finished pictures; None if the client went away, whose places are then given back.
+
+    Raises:
+        StoppingError: the server ends at once, after a second signal.
+    """
+    finished = asyncio.create_task(_finished(pictures))
     gone = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait((finished, gone), return_when=asyncio.FIRST_COMPLETED)
         return await finished if finished.done() else None
+    except asyncio.CancelledError:
+        raise StoppingError("the server was ended: send the request to another one") from None
     finally:
         gone.cancel()
         if not finished.done():
             finished.cancel()
             batcher.cancel(pictures)
+
+
+async def _finished(pictures: list[QueuedPicture]) -> list[Image.Image]:
+    return [await asyncio.wrap_future(picture.result) for picture in pictures]
 
 
 async def _disconnected(request: Request) -> None:
@@ -285,17 +295,23 @@ class ServerMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
-        self.requests = Counter("smalti_requests", "Requests answered", ["path", "status"], **own)
+        self.requests = Counter(
+            "smalti_requests", "Requests answered", ["path", "status"], registry=self.registry
+        )
         self.seconds = Histogram(
-            "smalti_request_seconds", "From the request to the end of the answer", ["path"], **own
+            "smalti_request_seconds",
+            "From the request to the end of the answer",
+            ["path"],
+            registry=self.registry,
         )
-        self.pictures = Counter("smalti_pictures", "Pictures sampled", **own)
+        self.pictures = Counter("smalti_pictures", "Pictures sampled", registry=self.registry)
         self.batches = Histogram(
-            "smalti_batch_pictures", "Pictures in a batch", buckets=BATCHES, **own
+            "smalti_batch_pictures", "Pictures in a batch", buckets=BATCHES, registry=self.registry
         )
-        self.batch_seconds = Histogram("smalti_batch_seconds", "Time of a batch", **own)
-        self.queue = Gauge("smalti_queue_pictures", "Pictures that wait", **own)
+        self.batch_seconds = Histogram(
+            "smalti_batch_seconds", "Time of a batch", registry=self.registry
+        )
+        self.queue = Gauge("smalti_queue_pictures", "Pictures that wait", registry=self.registry)
 
     def observe_batch(self, pictures: int, seconds: float) -> None:
         """Count a batch: the `observe` of a batcher."""
@@ -379,7 +395,7 @@ def image_app(
         try:
             given = read_request(request_type, await read_body(request))
             wanted = picture_request(given, batcher, model_id, max_images)
-            pictures = batcher.submit(wanted)
+            pictures = await asyncio.to_thread(batcher.submit, wanted)  # it checks all options
             images = await images_of(request, batcher, pictures)
             if images is None:
                 return Response(status_code=NOBODY)

@@ -110,7 +110,7 @@ class Batcher:
             number of a generation job.
         max_wait: seconds that a picture waits for others to share its batch, at most.
         max_queue: pictures that may wait; more are refused.
-        image_sizes: further sizes that requests may ask for.
+        image_sizes: sizes that requests may ask for, beside those that the prior was trained on.
         observe: called after each batch with the number of pictures and the seconds it took.
 
     Raises:
@@ -131,8 +131,9 @@ class Batcher:
         _check_served(pipeline)
         self.pipeline, self.exact = pipeline, pipeline.prior.in_full_precision
         self.max_wait, self.max_queue, self.observe = max_wait, max_queue, observe
-        sizes = [pipeline.tokenizer.image_size, *map(as_image_size, image_sizes)]
-        self.pipelines = {size: pipeline.resized(size) for size in sizes}
+        trained = [bucket.size for bucket in pipeline.buckets]
+        sizes = [pipeline.tokenizer.image_size, *trained, *map(as_image_size, image_sizes)]
+        self.pipelines = {size: pipeline.resized(size) for size in dict.fromkeys(sizes)}
         self.batch_sizes = {
             size: max_batch_size or group_size(resized) for size, resized in self.pipelines.items()
         }

@@ -44,7 +44,8 @@ class ServeConfig:
     token: str = ""
     # fp32: a picture does not depend on the others of its batch; bf16: faster on GPUs
     dtype: Literal["fp32", "bf16"] = "fp32"
-    # Further sizes that requests may ask for: sides of squares or height x width, as in 48x64.
+    # Sizes that requests may ask for, beside those that the prior was trained on: the side of a
+    # square, or height x width as in 48x64.
     image_sizes: tuple[ImageSize, ...] = ()
     # Pictures sampled at once; in fp32 always so many. Default: the number of a generation job.
     max_batch_size: int | None = None

@@ -214,7 +214,12 @@ def test_an_unconditional_pipeline_takes_a_number(tokenizer) -> None:
 
 def test_captions_are_checked_and_batched(tokenizer) -> None:
     config = replace(
-        TINY_PRIOR, condition="text", num_classes=0, text_encoder="bytes", text_length=12
+        TINY_PRIOR,
+        condition="text",
+        num_classes=0,
+        text_encoder="bytes",
+        text_length=12,
+        text_dim=8,
     )
     pipe = Pipeline(tokenizer, randomised(NextTokenPrior(config)), ())
     batcher = Batcher(pipe, max_wait=0.2, max_batch_size=4)
@@ -235,16 +240,21 @@ def test_features_of_an_unknown_encoder_cannot_be_requested(tokenizer) -> None:
         Batcher(Pipeline(tokenizer, NextTokenPrior(config), ()))
 
 
-@pytest.fixture
-def flow() -> Pipeline:
+def flow_pipeline(**changes) -> Pipeline:
     network = DiTConfig(2, 2, (8, 8), 1, 32, 2, 2, num_classes=3, positions="rotary")
-    prior = randomised(FlowPrior(FlowConfig(network=network)), std=0.1)
+    prior = randomised(FlowPrior(FlowConfig(network=network, **changes)), std=0.1)
     vae = KLTokenizer(KLConfig(image_size=16, conv=replace(TINY_CONV, z_channels=2)))
     return Pipeline(vae, prior, CLASSES)
 
 
-def test_a_flow_prior_serves_several_sizes_exactly(flow) -> None:
-    batcher = Batcher(flow, image_sizes=[(8, 16)], max_wait=0.2)
+def test_the_sizes_that_a_prior_was_trained_on_are_served() -> None:
+    batcher = Batcher(flow_pipeline(buckets=((8, 8), (8, 4))))
+    assert [*batcher.pipelines] == [16, (16, 8)]
+    batcher.join()
+
+
+def test_a_flow_prior_serves_several_sizes_exactly() -> None:
+    batcher = Batcher(flow_pipeline(), image_sizes=[(8, 16)], max_wait=0.2)
     assert batcher.batch_sizes == {16: 8, (8, 16): 16}
     options = {"num_inference_steps": 2, "solver": "euler"}
     requests = [
