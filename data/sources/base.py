@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -135,9 +136,9 @@ class EncodedPictures(ABC):
     def name(self, index: int) -> str:
         """The name of the picture within the set."""
 
-    def identity(self, index: int) -> str:
-        """What is known of the picture without reading it, for the fingerprint of a large set."""
-        return f"{self.size(index)}/{self.name(index)}"
+    def identities(self, rows: Sequence[int]) -> list[str]:
+        """What is known of pictures without reading them, for the fingerprint of a large set."""
+        return [f"{self.size(row)}/{self.name(row)}" for row in rows]
 
     def place(self, index: int) -> str:
         """The location of the picture, for messages."""
@@ -228,8 +229,10 @@ def heldout_mask(source: ImageSource, fraction: float, seed: int = 0) -> Tensor:
 
 def fingerprint_of(parts: Sequence[bytes]) -> str:
     """sha256 over length-prefixed parts."""
-    pieces = (piece for part in parts for piece in (len(part).to_bytes(8, "big"), part))
-    return hashlib.sha256(b"".join(pieces)).hexdigest()
+    lengths = [len(part) for part in parts]
+    prefixes = {length: length.to_bytes(8, "big") for length in set(lengths)}
+    pairs = zip(map(prefixes.__getitem__, lengths), parts, strict=True)
+    return hashlib.sha256(b"".join(chain.from_iterable(pairs))).hexdigest()
 
 
 # -- A source over encoded picture files ----------------------------------------------------------
@@ -338,13 +341,13 @@ class EncodedSource(ImageSource):
     def _identities(self) -> list[bytes]:
         """The parts of the fingerprint that the pictures contribute."""
         classes = self.classes or ("",)
-        labels = [classes[number] for number in self.labels.tolist()]
+        labels = map(classes.__getitem__, self.labels.tolist())
         if self._findings:
             contents = [found.sha256 for found in self._findings]
         else:
-            contents = [self.pictures.identity(row) for row in self._rows]
-        texts = [f"{label}/{content}" for label, content in zip(labels, contents, strict=True)]
-        return [text.encode(errors="surrogateescape") for text in texts]
+            contents = self.pictures.identities(self._rows)
+        pairs = zip(labels, contents, strict=True)
+        return [f"{label}/{of}".encode(errors="surrogateescape") for label, of in pairs]
 
     def _apply_policy(self, findings: list[Finding]) -> None:
         """Keep the pictures that the options accept, or raise."""
