@@ -35,7 +35,14 @@ from smalti.data.order import Blocks, divide
 from smalti.data.sources.annotations import NO_CAPTIONS, why_incomplete
 from smalti.data.sources.listing import is_picture, printable, split_called
 from smalti.data.sources.options import HuggingFaceOptions, ShardOptions, SourceOptions
-from smalti.data.sources.verification import Finding, few_levels, in_threads, measured_over, verify
+from smalti.data.sources.verification import (
+    Finding,
+    few_levels,
+    in_threads,
+    measured_over,
+    verify,
+    without_effect,
+)
 from smalti.data.value_range import RangeOption, ValueRange, limits_of, needs_measuring, written
 from smalti.errors import ConfigurationError, DataError
 
@@ -380,8 +387,13 @@ class EncodedSource(ImageSource):
                 place,
                 note,
             )
-        if remark := few_levels(self.pictures, findings):
-            logger.warning(remark)
+        deep = sum(found.extent is not None for found in findings)
+        for remark in (
+            few_levels(self.pictures, findings),
+            without_effect(title, self.value_range, deep),
+        ):
+            if remark:
+                logger.warning(remark)
         if len(damaged) == len(findings):
             raise DataError(f"{title} has no picture that can be used: check --data")
         good = [row for row, found in enumerate(findings) if not found.problem]
@@ -461,6 +473,8 @@ def open_verified(spec: str, options: SourceOptions) -> ImageSource:
         found = EncodedSource(found, options.folder, limits)
     elif needs_measuring(options.value_range):
         measured_range(spec, options, found)
+    elif remark := without_effect(spec, options.value_range, deep=0):
+        logger.warning(remark)
     if options.caption_column:
         found.require_captions()
     return found
