@@ -24,7 +24,7 @@ from smalti.config import ImageSize, config_from_dict, saved_fields
 from smalti.data.buckets import Bucket
 from smalti.data.classes import class_number
 from smalti.data.image_io import TRANSPARENT, WHITE, to_channels
-from smalti.data.latent_cache.manifest import training_cache
+from smalti.data.latent_cache.manifest import SPLITS, training_cache
 from smalti.data.latents import as_image_size, height_and_width, resolution, to_float
 from smalti.data.order import Blocks, Key, even_subset
 from smalti.data.sources.base import (
@@ -429,14 +429,19 @@ class DataOptions(PictureOptions):
         heldout = [self.source_of("heldout")[0]] if self.heldout_data else []
         return [self.source(), *heldout]
 
-    def source_of(self, split: Split) -> tuple[ImageSource, Split]:
+    def source_of(
+        self, split: Split, whole: ImageSource | None = None
+    ) -> tuple[ImageSource, Split]:
         """The source of a split, and what to read of it. (What the training pictures are, and so
         their fingerprint, does not depend on the held-out pictures of another source.)
+
+        Args:
+            whole: the set of `data`, if it is open already.
 
         Raises:
             DataError: the pictures cannot be used, or the held-out ones do not fit the others.
         """
-        source = self.source()
+        source = whole or self.source()
         if self.heldout_data and split != "all":
             if split == "heldout":
                 limits = measured_range(self.data, self)  # those of the training pictures
@@ -446,6 +451,16 @@ class DataOptions(PictureOptions):
         if isinstance(source, SplitSource) and split != "all":
             return source.train if split == "train" else source.held, "all"
         return source, split
+
+    def opened(self, channels: int = 3) -> dict[Split, tuple[ImageSource, Split]]:
+        """What `source_of` returns for both splits; a set that they share is opened once.
+
+        Raises:
+            DataError: as `source_of`.
+        """
+        options = self.for_channels(channels)
+        whole = options.source()
+        return {split: options.source_of(split, whole) for split in SPLITS}
 
     def dataset(
         self,
@@ -463,7 +478,7 @@ class DataOptions(PictureOptions):
         """One split of the pictures; for the arguments see `ImageDataset`.
 
         Args:
-            opened: what `source_of` returned, where several data sets read it.
+            opened: what `source_of` returned, where several data sets read it; see `opened`.
         """
         source, part = opened or self.for_channels(channels).source_of(split)
         return ImageDataset(
@@ -507,8 +522,10 @@ class TrainingPictures(DataOptions):
         """
         crop = self.random_crop if self.crop == "random" else None
         read: dict[str, Any] = {"channels": channels, "captions": captions}
-        images = self.dataset("train", image_size, flip=self.flip, crop=crop, seed=seed, **read)
-        return images, self.dataset("heldout", image_size, **read)
+        train, heldout = self.opened(channels).values()
+        augmented: dict[str, Any] = {"flip": self.flip, "crop": crop, "seed": seed}
+        images = self.dataset("train", image_size, opened=train, **augmented, **read)
+        return images, self.dataset("heldout", image_size, opened=heldout, **read)
 
 
 # -- Options that are stored with what was made from the pictures ---------------------------------

@@ -31,7 +31,7 @@ from smalti.data.sources.base import (
     classes_kept,
 )
 from smalti.data.sources.listing import printable
-from smalti.data.sources.verification import Finding, in_threads, verify
+from smalti.data.sources.verification import Finding, in_threads, verify, without_effect
 from smalti.data.sources.webdataset import ShardPictures
 from smalti.data.value_range import ValueRange, common_range, written
 from smalti.errors import SmaltiError
@@ -124,6 +124,9 @@ def inspect(
     remarks += _remarks(classes, duplicates)
     captions = _captions(pictures, remarks)
     remarks += _remarks_on_files(pictures, findings)
+    deep = sum(found.extent is not None for found in findings)
+    if remark := without_effect(data, value_range, deep):
+        remarks.append(remark)
     return Report(
         data=data,
         pictures=len(findings),

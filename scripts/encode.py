@@ -106,8 +106,6 @@ def encode(config: EncodeConfig) -> Path:
         config.note_stored()
     names = [*map(bucket_name, config.buckets), BUCKETS]
     refuse_other_contents(config.output_dir, names if config.buckets else SPLITS)
-    if config.heldout_data:
-        config.source_of("heldout")  # raises before the training pictures are encoded
     if is_checkpoint(config.tokenizer):
         tokenizer = finished_tokenizer(config)
     else:
@@ -118,9 +116,10 @@ def encode(config: EncodeConfig) -> Path:
     if config.buckets:
         encode_buckets(config, tokenizer)
         return config.output_dir
+    opened = config.opened(tokenizer.image_channels)  # raises before anything is encoded
     encoders = condition_encoders(config, tokenizer)
     for split in SPLITS:
-        encode_split(config, split, tokenizer, encoders)
+        encode_split(config, split, tokenizer, encoders, opened=opened[split])
     if state.is_main_process:
         write_options(config.output_dir / SPLITS[0], config)
     return config.output_dir
@@ -141,8 +140,7 @@ def encode_buckets(config: EncodeConfig, tokenizer: Tokenizer) -> None:
         )
     for size in config.buckets:
         tokenizer.config_at(size)  # raises
-    pictures = config.for_channels(tokenizer.image_channels)
-    opened = {split: pictures.source_of(split) for split in SPLITS}
+    opened = config.opened(tokenizer.image_channels)
     counts = {split: pictures_in_buckets(config, split, opened[split]) for split in SPLITS}
     encoders = condition_encoders(config, tokenizer.resized(config.buckets[0]))
     others = [encoder for encoder in encoders if not isinstance(encoder, PictureEncoder)]

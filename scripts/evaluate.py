@@ -4,7 +4,7 @@ smalti evaluate --model runs/demo/pipeline --data emoji --output_dir runs/demo/e
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -422,9 +422,7 @@ def sample_evaluator(config: EvaluateConfig, pipeline: Pipeline) -> SampleEvalua
         DataError: the data has other classes than the pipeline, or its training images are not
             those of the pipeline and `other_data` does not allow that.
     """
-    tokenizer = pipeline.tokenizer
-    read: dict[str, Any] = {"channels": tokenizer.image_channels, "bucket": pipeline.bucket}
-    train = config.dataset("train", tokenizer.image_size, **read)
+    train = training_images(config, pipeline)
     trained_on_the_rest = check_training_images(config, pipeline, train)
     return SampleEvaluator(
         tokenizer_evaluator(
@@ -438,6 +436,19 @@ def sample_evaluator(config: EvaluateConfig, pipeline: Pipeline) -> SampleEvalua
         num_references=config.num_references,
         seed=config.seed,
     )
+
+
+def training_images(config: EvaluateConfig, pipeline: Pipeline) -> ImageDataset:
+    """The training images: all pictures of `data`, if others are held out; but those that the
+    pipeline was trained on, if a part of `data` was held out then."""
+    size, channels = pipeline.tokenizer.image_size, pipeline.tokenizer.image_channels
+    read: dict[str, Any] = {"channels": channels, "bucket": pipeline.bucket}
+    train = config.dataset("train", size, **read)
+    if config.heldout_data and pipeline.training_pictures not in ("", train.fingerprint):
+        divided = replace(config, heldout_data="").dataset("train", size, **read)
+        if divided.fingerprint == pipeline.training_pictures:
+            return divided
+    return train
 
 
 def check_training_images(config: EvaluateConfig, pipeline: Pipeline, train: ImageDataset) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +35,14 @@ from smalti.data.order import Blocks, divide
 from smalti.data.sources.annotations import NO_CAPTIONS, why_incomplete
 from smalti.data.sources.listing import is_picture, printable, split_called
 from smalti.data.sources.options import HuggingFaceOptions, ShardOptions, SourceOptions
-from smalti.data.sources.verification import Finding, few_levels, in_threads, measured_over, verify
+from smalti.data.sources.verification import (
+    Finding,
+    few_levels,
+    in_threads,
+    measured_over,
+    verify,
+    without_effect,
+)
 from smalti.data.value_range import RangeOption, ValueRange, limits_of, needs_measuring, written
 from smalti.errors import ConfigurationError, DataError
 
@@ -135,9 +143,9 @@ class EncodedPictures(ABC):
     def name(self, index: int) -> str:
         """The name of the picture within the set."""
 
-    def identity(self, index: int) -> str:
-        """What is known of the picture without reading it, for the fingerprint of a large set."""
-        return f"{self.size(index)}/{self.name(index)}"
+    def identities(self, rows: Sequence[int]) -> list[str]:
+        """What is known of pictures without reading them, for the fingerprint of a large set."""
+        return [f"{self.size(row)}/{self.name(row)}" for row in rows]
 
     def place(self, index: int) -> str:
         """The location of the picture, for messages."""
@@ -228,8 +236,10 @@ def heldout_mask(source: ImageSource, fraction: float, seed: int = 0) -> Tensor:
 
 def fingerprint_of(parts: Sequence[bytes]) -> str:
     """sha256 over length-prefixed parts."""
-    pieces = (piece for part in parts for piece in (len(part).to_bytes(8, "big"), part))
-    return hashlib.sha256(b"".join(pieces)).hexdigest()
+    lengths = [len(part) for part in parts]
+    prefixes = {length: length.to_bytes(8, "big") for length in set(lengths)}
+    pairs = zip(map(prefixes.__getitem__, lengths), parts, strict=True)
+    return hashlib.sha256(b"".join(chain.from_iterable(pairs))).hexdigest()
 
 
 # -- A source over encoded picture files ----------------------------------------------------------
@@ -338,13 +348,13 @@ class EncodedSource(ImageSource):
     def _identities(self) -> list[bytes]:
         """The parts of the fingerprint that the pictures contribute."""
         classes = self.classes or ("",)
-        labels = [classes[number] for number in self.labels.tolist()]
+        labels = map(classes.__getitem__, self.labels.tolist())
         if self._findings:
             contents = [found.sha256 for found in self._findings]
         else:
-            contents = [self.pictures.identity(row) for row in self._rows]
-        texts = [f"{label}/{content}" for label, content in zip(labels, contents, strict=True)]
-        return [text.encode(errors="surrogateescape") for text in texts]
+            contents = self.pictures.identities(self._rows)
+        pairs = zip(labels, contents, strict=True)
+        return [f"{label}/{of}".encode(errors="surrogateescape") for label, of in pairs]
 
     def _apply_policy(self, findings: list[Finding]) -> None:
         """Keep the pictures that the options accept, or raise."""
@@ -377,8 +387,13 @@ class EncodedSource(ImageSource):
                 place,
                 note,
             )
-        if remark := few_levels(self.pictures, findings):
-            logger.warning(remark)
+        deep = sum(found.extent is not None for found in findings)
+        for remark in (
+            few_levels(self.pictures, findings),
+            without_effect(title, self.value_range, deep),
+        ):
+            if remark:
+                logger.warning(remark)
         if len(damaged) == len(findings):
             raise DataError(f"{title} has no picture that can be used: check --data")
         good = [row for row, found in enumerate(findings) if not found.problem]
@@ -458,6 +473,8 @@ def open_verified(spec: str, options: SourceOptions) -> ImageSource:
         found = EncodedSource(found, options.folder, limits)
     elif needs_measuring(options.value_range):
         measured_range(spec, options, found)
+    elif remark := without_effect(spec, options.value_range, deep=0):
+        logger.warning(remark)
     if options.caption_column:
         found.require_captions()
     return found

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from bisect import bisect_left
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -89,13 +90,15 @@ class FolderPictures(EncodedPictures):
             self._names = kept + rest
             self.heldout = torch.arange(len(found)) >= len(kept) if rest else None
             self.remarks += (remark,)
+            by_name = dict(zip(files, sizes, strict=True))
+            self._sizes = [by_name[name] for name in self._names]
         else:
-            self._names, found = files, _labels_of(root, root, files, labels)
-        self._sizes = sizes
+            self._names, self._sizes = files, sizes
+            found = _labels_of(root, root, files, labels)
         self.classes, self.labels = _classes_of(root, found)
         used = self._find_captions(metadata, beside, options.caption_column)
         described = labels is not None or (self._captions and not used) or self.captions_problem
-        if any(type(label) is int for label in found):
+        if int in set(map(type, found)):
             used.add(root / CLASSES)
         for path in beside:
             if not (described if path.name in METADATA else path in used):
@@ -175,7 +178,11 @@ class FolderPictures(EncodedPictures):
         return open_file(self.root / self._names[index])
 
     def size(self, index: int) -> int:
-        return self._sizes[self._names[index]]
+        return self._sizes[index]
+
+    def identities(self, rows: Sequence[int]) -> list[str]:
+        sizes, names = self._sizes, self._names
+        return [f"{sizes[row]}/{names[row]}" for row in rows]
 
     def name(self, index: int) -> str:
         return self._names[index]
@@ -213,18 +220,16 @@ def read_picture(
 # -- Files, and the classes that their folders are ------------------------------------------------
 
 
-def _list_pictures(root: Path, passed: PassedOver) -> tuple[list[str], dict[str, int], list[Path]]:
-    """Every picture below root, sorted, the size of every file, and the files that may annotate
-    pictures; all other files are counted in `passed`."""
+def _list_pictures(root: Path, passed: PassedOver) -> tuple[list[str], list[int], list[Path]]:
+    """Every picture below root, sorted, their sizes, and the files that may annotate pictures; all
+    other files are counted in `passed`."""
     if not root.exists():
         raise DataError(f"the folder {root} does not exist: check --data")
     if not root.is_dir():
         raise DataError(f"{root} is a file: --data takes a folder with a sub-folder per class")
     listing, beside = list_folder(root), list[Path]()
     listing.count_unread(passed)
-    found = [name for name in listing.files if name[name.rfind(".") :].lower() in EXTENSIONS]
-    pictures = set(found) if len(found) < len(listing.files) else listing.files
-    others = () if pictures is listing.files else [n for n in listing.files if n not in pictures]
+    found, others = _divided(listing.files)
     for name in others:
         if may_annotate(root / name):
             beside.append(root / name)
@@ -236,7 +241,39 @@ def _list_pictures(root: Path, passed: PassedOver) -> tuple[list[str], dict[str,
         raise DataError(_no_pictures(root, passed))
     # By their bytes, which for ASCII is the order of texts.
     found.sort(key=None if "".join(found).isascii() else os.fsencode)
-    return found, dict(zip(listing.files, listing.sizes, strict=True)), beside
+    if found == listing.files:
+        return found, listing.sizes, beside
+    sizes = dict(zip(listing.files, listing.sizes, strict=True))
+    return found, [sizes[name] for name in found], beside
+
+
+def _divided(files: list[str]) -> tuple[list[str], list[str]]:
+    """The pictures among files, and the others."""
+    text = "\0".join(files).lower() + "\0"  # to count suffixes takes less time than to look at each
+    if sum(text.count(f"{suffix}\0") for suffix in EXTENSIONS) == len(files):
+        return list(files), []
+    found = [name for name in files if name[name.rfind(".") :].lower() in EXTENSIONS]
+    pictures = set(found)
+    return found, [name for name in files if name not in pictures]
+
+
+def _folders_of(files: Sequence[str], before: int = 0) -> list[tuple[str, int]]:
+    """The sub-folders in sorted names, and how many files each has; "" stands for files in none.
+
+    Args:
+        before: letters of the folder that contains them.
+    """
+    found, start = list[tuple[str, int]](), 0
+    while start < len(files):
+        name = files[start]
+        end = name.find("/", before)
+        stop = start + 1
+        if end >= 0:  # up to the first name after folder/..., and "0" follows "/"
+            after = os.fsencode(f"{name[:end]}0")
+            stop = bisect_left(files, after, start, key=os.fsencode)
+        found.append((name[before : max(before, end)], stop - start))
+        start = stop
+    return found
 
 
 def _no_pictures(root: Path, passed: PassedOver) -> str:
@@ -268,20 +305,24 @@ def _labels_of(
                 raise DataError(f"{path} has no label: no metadata file names it; add a line")
         return [labels[root / name] for name in files]
     before = 0 if base == root else len(base.name) + 1
-    folders = [name[before : max(before, name.find("/", before))] for name in files]
-    classes = {folder: _class_of(folder, base) for folder in set(folders)}
-    loose = next((name for name, folder in zip(files, folders, strict=True) if not folder), None)
-    if loose and len(classes) > 1:
-        raise DataError(f"{root / loose} is outside the class folders: move it into one of them")
-    if not loose:
+    folders = _folders_of(files, before)
+    classes = {folder: _class_of(folder, base) for folder, _ in folders}
+    if "" not in classes:
         _refuse_empty_folders(base, "class", classes)
-    return [classes[folder] for folder in folders]
+    elif len(classes) > 1:
+        loose = next(name for name in files if "/" not in name[before:])
+        raise DataError(f"{root / loose} is outside the class folders: move it into one of them")
+    found = list[Label]()
+    for folder, count in folders:
+        found += [classes[folder]] * count
+    return found
 
 
 def _classes_of(root: Path, labels: list[Label]) -> tuple[tuple[str, ...], torch.Tensor]:
     """Class names, () if there are none, and the labels (N,) int64."""
-    names = [label for label in labels if type(label) is str]
-    numbers = [label for label in labels if type(label) is int]
+    kinds = set(map(type, labels))
+    names = [label for label in labels if type(label) is str] if str in kinds else []
+    numbers = [label for label in labels if type(label) is int] if int in kinds else []
     if names and numbers:
         raise DataError(
             f"some labels of {root} are names, such as {names[0]!r}, and some are numbers, such as "
@@ -334,17 +375,17 @@ class _Split:
 
 def _splits_of(root: Path, files: list[str]) -> dict[str, _Split]:
     """The splits, if all folders with pictures are splits; else nothing."""
-    folders = dict.fromkeys(name.partition("/")[0] for name in files)
     splits: dict[str, _Split] = {}
-    for name in folders:
+    start, folders = 0, _folders_of(files)
+    for name, count in folders:
         split, folder = split_called(name), root / name
-        if split is None or not folder.is_dir():
+        if split is None:
             return {}
         if split in splits:
             raise DataError(f"{splits[split].folder} and {folder} are both {split}: merge them")
-        inside = [file for file in files if file.startswith(f"{name}/")]
-        splits[split] = _Split(folder, inside)
-    _refuse_empty_folders(root, "split", folders)
+        splits[split] = _Split(folder, files[start : start + count])
+        start += count
+    _refuse_empty_folders(root, "split", dict(folders))
     return splits
 
 

@@ -48,11 +48,13 @@ def cache_folder() -> Path | None:
 
 @dataclass
 class Entries:
-    """What one folder directly contains, each list sorted by name."""
+    """What one folder directly contains, all sorted by name."""
 
     changed: int  # ns: when an entry was last added, removed or renamed
     folders: list[str] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
+    # Of the files, with "/" between them, which no name contains. A text of many names is read and
+    # put behind the name of the folder in a fraction of the time that a list takes.
+    names: str = ""
     sizes: list[int] = field(default_factory=list)  # bytes, of the files
     hidden: list[str] = field(default_factory=list)
     special: list[str] = field(default_factory=list)  # pipes, devices and sockets
@@ -90,16 +92,19 @@ def list_folder(root: Path) -> FolderListing:
     """
     path = _index_path(root)
     known = {} if path is None else _load(path)
-    listing, current, listed = FolderListing(), dict[str, Entries](), 0
+    listing, current, listed, texts = FolderListing(), dict[str, Entries](), 0, list[str]()
     now = time.time_ns()
     with tqdm(desc=f"list {root}", unit=" files", delay=2, leave=False) as bar:
         for name, entries, is_new in _walk(root, known, bar):
             current[name] = entries
             listed += is_new
             prefix = f"{name}/" if name else ""
-            listing.sizes += entries.sizes
-            for kind in ("files", "hidden", "special"):
-                getattr(listing, kind).extend(prefix + entry for entry in getattr(entries, kind))
+            if entries.sizes:
+                listing.sizes += entries.sizes
+                texts.append(prefix + entries.names.replace("/", f"\0{prefix}"))
+            listing.hidden += [prefix + entry for entry in entries.hidden]
+            listing.special += [prefix + entry for entry in entries.special]
+    listing.files = "\0".join(texts).split("\0") if texts else []
     if path is not None and (listed or current.keys() != known.keys()):
         if len(listing.files) >= SAVED_FROM:
             _save(path, current, now)
@@ -131,7 +136,7 @@ def _walk(root: Path, known: dict[str, Entries], bar: tqdm) -> Iterator[tuple[st
 
 
 def _entries_of(folder: str, changed: int, bar: tqdm) -> Entries:
-    entries = Entries(changed)
+    entries, names = Entries(changed), list[str]()
     with os.scandir(folder) as found:
         for entry in sorted(found, key=lambda entry: os.fsencode(entry.name)):
             if entry.name.startswith("."):
@@ -139,8 +144,9 @@ def _entries_of(folder: str, changed: int, bar: tqdm) -> Entries:
             elif _is_folder(entry):
                 entries.folders.append(entry.name)
             else:
-                _add_file(entry, entries)
+                _add_file(entry, entries, names)
                 bar.update()
+    entries.names = "/".join(names)
     return entries
 
 
@@ -151,15 +157,15 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _add_file(entry: os.DirEntry, entries: Entries) -> None:
+def _add_file(entry: os.DirEntry, entries: Entries, names: list[str]) -> None:
     try:
         found = entry.stat()
     except OSError:  # a dangling link, likewise
-        entries.files.append(entry.name)
+        names.append(entry.name)
         entries.sizes.append(0)
         return
     if stat.S_ISREG(found.st_mode):
-        entries.files.append(entry.name)
+        names.append(entry.name)
         entries.sizes.append(found.st_size)
     else:
         entries.special.append(entry.name)

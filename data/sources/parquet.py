@@ -261,9 +261,10 @@ class ParquetPictures(EncodedPictures):
         content = value.get("bytes") if isinstance(value, dict) else value
         return len(content) if isinstance(content, bytes) else 0
 
-    def identity(self, index: int) -> str:
-        group = self._groups[bisect_right(self._first_rows, index) - 1]
-        return f"{group.packed_bytes}/{self.name(index)}"
+    def identities(self, rows: Sequence[int]) -> list[str]:
+        groups = self.blocks.of[rows].tolist()
+        packed = [self._groups[group].packed_bytes for group in groups]
+        return [f"{size}/{self.name(row)}" for size, row in zip(packed, rows, strict=True)]
 
     def name(self, index: int) -> str:
         return f"row {index}"

@@ -6,6 +6,7 @@ last. An interrupted copy continues after its last finished shard.
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from smalti.data.sources.listing import EXTENSIONS
 from smalti.data.sources.shard_members import list_members
 from smalti.data.sources.webdataset import MANIFESTS, ShardPictures, tar_writer, write_sample
 from smalti.errors import DataError
-from smalti.files import replacing, write_json
+from smalti.files import read_json, replacing, write_json
+
+logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 1000  # samples
 MANIFEST = MANIFESTS[0]
@@ -59,7 +62,14 @@ def copy_stream(
             names = classes()
             if names is not None:
                 write_json(folder / "classes.json", list(names))
-            write_json(folder / MANIFEST, {"shards": counts, "stream": request})
+            content = {"shards": counts, "stream": request, "captions": True}
+            write_json(folder / MANIFEST, content)
+        elif "captions" not in read_json(folder / MANIFEST):
+            logger.warning(
+                "the copy of %s in %s was made when captions were not copied: if the set has some, "
+                "name their column in --caption_column for another copy",
+                *(title, folder),
+            )
     return ShardPictures(title, sorted(folder.glob("[0-9]*.tar")), expect_all=True)
 
 

@@ -167,6 +167,20 @@ def measured_over(
     return found
 
 
+def without_effect(title: str, value_range: object, deep: int) -> str | None:
+    """That a range of values was given for a set without deep pictures; None = it has some.
+
+    Args:
+        deep: number of its deep pictures.
+    """
+    if value_range is None or deep:
+        return None
+    return (
+        f"value_range has no effect on {title}, whose pictures have 8 bits per channel: leave it "
+        "out, unless other pictures need it"
+    )
+
+
 def few_levels(pictures: PictureFiles, findings: list[Finding]) -> str | None:
     """How many pictures keep few grey levels within a measured range; None = none of them."""
     extents = [(row, f.extent) for row, f in enumerate(findings) if f.extent and f.extent.kept]

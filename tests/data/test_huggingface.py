@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -465,3 +466,30 @@ def test_an_empty_stream_is_refused(tmp_path: Path) -> None:
             request={},
         )
     assert stream_module.SHARD_SIZE >= 100
+
+
+def test_a_copy_from_before_captions_were_copied_says_so(tmp_path: Path, caplog) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    table = datasets.Dataset.from_dict(
+        {"image": PICTURES, "text": [f"picture {n}" for n in range(10)]},
+        features=datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")}),
+    )
+    table.to_parquet(folder / "train.parquet")
+    streamed = {
+        "spec": f"{folder}/train.parquet",
+        "hf": HuggingFaceOptions(streaming=True),
+        "stream_cache": tmp_path / "cache",
+    }
+    for _ in range(2):  # a new copy has them
+        assert open_source(**streamed).captions(3) == ("picture 3",)
+    assert "when captions were not copied" not in caplog.text
+    (manifest,) = (tmp_path / "cache").rglob("manifest.json")
+    content = json.loads(manifest.read_text())
+    del content["captions"]
+    manifest.write_text(json.dumps(content))
+    open_source(**streamed)
+    said = [text for text in caplog.messages if "when captions were not copied" in text]
+    assert len(said) == 1 and "name their column in --caption_column" in said[0]
+    assert open_source(**streamed, caption_column="text").captions(3) == ("picture 3",)
+    assert len([text for text in caplog.messages if "were not copied" in text]) == 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from smalti.data.dataset import DataOptions, read_options, write_options
+from smalti.data.dataset import DataOptions, TrainingPictures, read_options, write_options
 from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
 
@@ -220,3 +220,20 @@ def test_shards_of_several_splits_in_one_folder_are_named(tmp_path: Path) -> Non
     options = DataOptions(data=data, heldout_data=heldout)
     check(options.dataset("train", 16), {"ant": 3, "bee": 3, "cat": 3})
     check(options.dataset("heldout", 16), {"bee": 2, "cat": 2})
+
+
+def test_a_set_is_opened_once_for_both_splits(tmp_path: Path, caplog, monkeypatch) -> None:
+    """What is said of it is said once."""
+    caplog.set_level("INFO")
+    flat = folder(tmp_path / "set", {"ant": pictures("ant", 12)}) / "ant"
+    (flat / "notes.pdf").write_bytes(b"")
+    apart = TrainingPictures(data=str(flat))
+    images, heldout = apart.training_and_heldout(16, 3, seed=0)
+    assert images.source is heldout.source and len(images) + len(heldout) == 12
+    for said in ("have no classes", "ignored 1 files"):
+        assert sum(said in text for text in caplog.messages) == 1
+    ours, theirs = (apart.dataset(split, 16) for split in ("train", "heldout"))
+    assert ours.fingerprint == images.fingerprint and theirs.fingerprint == heldout.fingerprint
+    with_own = replace(apart, heldout_data=str(folder(tmp_path / "val", {"b": pictures("bee", 3)})))
+    images, heldout = with_own.training_and_heldout(16, 3, seed=0)
+    assert (len(images), len(heldout)) == (12, 3)

@@ -362,3 +362,27 @@ def test_percentiles_are_given_on_the_command_line(pictures: Path, capsys) -> No
         main(["check-data", "--data", str(pictures), "--value_range", "0.5%=1000", "99.5%=2990"])
         == 0
     )
+
+
+def test_a_range_without_deep_pictures_has_no_effect_and_says_so(tmp_path: Path, caplog) -> None:
+    (tmp_path / "red").mkdir()
+    Image.new("RGB", (40, 36), (9, 9, 9)).save(tmp_path / "red" / "8.png")
+    np.savez(tmp_path / "set.npz", images=np.zeros((3, 36, 40, 3), np.uint8))
+    said = "value_range has no effect on"
+    for data in (f"{tmp_path}/red", f"{tmp_path}/set.npz"):
+        caplog.clear()
+        open_source(data, value_range=(0, 4095))
+        assert caplog.text.count(f"{said} {data}, whose pictures have 8 bits") == 1
+        caplog.clear()
+        open_source(data)  # the remedy
+        assert said not in caplog.text
+    written_to(tmp_path, "deep.png", DEEP["12 bits.png"][0])
+    open_source(f"{tmp_path}/red", value_range=(0, 4095))
+    assert said not in caplog.text
+
+
+def test_check_data_names_a_range_without_effect(tmp_path: Path, capsys) -> None:
+    (tmp_path / "red").mkdir()
+    Image.new("RGB", (40, 36), (9, 9, 9)).save(tmp_path / "red" / "8.png")
+    main(["check-data", "--data", str(tmp_path / "red"), "--value_range", "0", "4095"])
+    assert capsys.readouterr().out.count("note: value_range has no effect on") == 1

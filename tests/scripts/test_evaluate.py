@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from smalti.data.image_io import FolderOptions
 from smalti.data.latent_cache.cache import LatentCache
@@ -40,6 +41,7 @@ from smalti.scripts.evaluate import (
     evaluate,
     measured,
     sample_evaluator,
+    training_images,
 )
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.losses.perceptual import LPIPS
@@ -318,3 +320,22 @@ def test_options_that_an_earlier_version_did_not_store_had_their_defaults(
     write_hashed_json(tmp_path / name, {**stored, option: "another"})
     with pytest.raises(ConfigurationError, match=rf"{option}.*choose another --output_dir"):
         mark(tmp_path)
+
+
+def test_other_held_out_pictures_may_be_given_to_a_pipeline_that_held_out_a_part(
+    config, pipeline, tmp_path: Path
+) -> None:
+    """Its samples are then compared with what it was trained on, not with all of --data."""
+    held = tmp_path / "held"
+    for number, name in enumerate(config.dataset("train", 32).classes):
+        (held / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (number, 9, 9)).save(held / name / "0.png")
+    apart = config.dataset("train", 32)
+    pipeline.training_pictures = apart.fingerprint
+    other = replace(config, heldout_data=str(held))
+    assert other.dataset("train", 32).fingerprint != apart.fingerprint  # all of --data
+    found = training_images(other, pipeline)
+    assert found.fingerprint == apart.fingerprint
+    assert check_training_images(other, pipeline, found) == "yes"
+    pipeline.training_pictures = other.dataset("train", 32).fingerprint  # with --heldout_data
+    assert len(training_images(other, pipeline)) > len(apart)
