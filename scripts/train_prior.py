@@ -349,7 +349,7 @@ def learn(
                     module.set_progress(step / config.max_train_steps)
                 micro_batches = next(batches)
                 grid = micro_batches[0].grid  # that of all samples of the step
-                options = {} if grid is None else {"grid": grid}
+                options: dict[str, Any] = {} if grid is None else {"grid": grid}
                 random_inputs = random_inputs_of_step(run, module, step, **options)
                 noise = posterior_noise(run, tokenizer, step, **options)
                 losses, parts = [], []

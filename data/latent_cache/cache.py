@@ -27,6 +27,8 @@ from torch.utils.data import Dataset
 from smalti.config import saved_fields
 from smalti.data.dataset import OPTIONS
 from smalti.data.latent_cache.manifest import (
+    BUCKET,
+    BUCKETS,
     MANIFEST,
     SPLITS,
     TOKENIZER,
@@ -275,9 +277,9 @@ def refuse_other_contents(folder: Path, caches: Sequence[str] = SPLITS) -> None:
         name for name in held if name not in (*caches, TOKENIZER) and not name.startswith(".")
     )
     if others:
-        raise DataError(
-            f"{folder} holds {others[0]}, which is not a latent cache: choose another output folder"
-        )
+        known = others[0] in (*SPLITS, BUCKETS) or BUCKET.fullmatch(others[0])
+        what = "the latents of other buckets" if known else "which is not a latent cache"
+        raise DataError(f"{folder} holds {others[0]}, {what}: choose another output folder")
 
 
 def most_mapped() -> int:

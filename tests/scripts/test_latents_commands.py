@@ -23,6 +23,7 @@ from smalti.data.latent_cache.manifest import StoredCondition, read_manifest
 from smalti.data.latents import ContinuousSpec
 from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
+from smalti.pipelines.conditions import ConditionEncoder
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.next_token.model import NextTokenConfig
@@ -144,7 +145,7 @@ def test_the_pictures_do_not_depend_on_the_views(root: Path, tmp_path: Path) -> 
     assert np.array_equal(caches[0].all_views([3, 5])[:, 0], caches[1].all_views([3, 5])[:, 0])
 
 
-class Brightness:
+class Brightness(ConditionEncoder):
     """A condition of each view: the mean of its pixels."""
 
     stored = (StoredCondition("brightness", (), "float32", "view", "mean"),)
