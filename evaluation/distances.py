@@ -7,9 +7,9 @@ at a time where all vectors of one set are compared with all of another, and are
 the features: an extractor, and so the name under which a number may be published, is the caller's.
 
 torchmetrics computes the kernel of KID. Ours, each compared with torchmetrics or torch-fidelity by
-the tests, are the Frechet distance, by symmetric instead of general eigenvalues, in a fraction of
-the time; subsets that a generator chooses instead of the global random state; and the statistics of
-nearest neighbours, for which torch-fidelity holds the distances of all pairs in memory.
+the tests, are the Frechet distance of means and covariances, which torchmetrics computes of
+features only; subsets that a generator chooses instead of the global random state; and statistics
+of nearest neighbours, for which torch-fidelity holds the distances of all pairs in memory.
 """
 
 from collections.abc import Iterator, Mapping
