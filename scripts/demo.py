@@ -262,7 +262,7 @@ def prior_condition(config: DemoConfig, prior: PriorConfig) -> dict[str, Any]:
         )
     if not {"none", *prior.CONDITIONS}.issuperset(condition.split("+")):
         raise ConfigurationError(
-            f"condition is {condition}, and a {prior.kind} prior takes none or "
+            f"condition is {condition}, and this kind of prior takes none or "
             f"{' or '.join(prior.CONDITIONS)}: leave out --prior and --tokenizer"
         )
     if config.image_task and condition != "image":

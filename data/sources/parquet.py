@@ -262,6 +262,7 @@ class ParquetPictures(EncodedPictures):
         return len(content) if isinstance(content, bytes) else 0
 
     def identities(self, rows: Sequence[int]) -> list[str]:
+        assert self.blocks is not None
         groups = self.blocks.of[rows].tolist()
         packed = [self._groups[group].packed_bytes for group in groups]
         return [f"{size}/{self.name(row)}" for size, row in zip(packed, rows, strict=True)]

@@ -534,7 +534,7 @@ def test_the_demo_runs_stops_and_continues(trained: Path, tmp_path: Path, capsys
     ("flags", "message"),
     [
         (["--image_task", "inpainting"], "image_task is inpainting, and condition is class"),
-        (["--condition", "image", "--prior", "gpt-nano"], "a next-token prior takes none or class"),
+        (["--condition", "image", "--prior", "gpt-nano"], "this kind of prior takes none or class"),
         (["--condition", "sound"], "condition is sound; the demo has none, class, text"),
     ],
 )
