@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from smalti.data.latents import CodeSpec
+from smalti.data.latents import CodeSpec, LatentSpec
 from smalti.errors import GenerationError
 from smalti.prior.base import Prior
 from smalti.prior.sampling import OnStep, StopSampling
@@ -42,7 +42,8 @@ class Progress:
 
 
 class Steps:
-    """One call of a pipeline, step by step; a context manager that closes the progress bar.
+    """One call of a pipeline, step by step; a context manager that closes the progress bar and
+    releases the accelerator.
 
     Args:
         batches: how many batches the call samples, one after the other.
@@ -110,6 +111,7 @@ class Steps:
 
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
+        self.pipeline.release()
 
     @property
     def options(self) -> dict[str, OnStep]:
@@ -132,12 +134,11 @@ class Steps:
         return changed
 
 
-def preview(tokenizer: Tokenizer, prior: Prior, latents: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] of the latents that a callback gets: of the codes so far, or
-    of the data that a flow prior expects. Positions without a code are zero vectors."""
-    spec = prior.spec
+def preview(tokenizer: Tokenizer, spec: LatentSpec, latents: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] of the codes so far, or of other latents. Positions without a
+    code are zero vectors."""
     if not isinstance(spec, CodeSpec):
-        return tokenizer.decode(prior.estimated(latents)).float().clamp(-1, 1)
+        return tokenizer.decode(latents).float().clamp(-1, 1)
     missing = latents < 0
     if len(spec.grids) > 1 and hasattr(tokenizer, "preview"):
         sampled = [not part.any() for part in missing.split(spec.lengths, 1)]

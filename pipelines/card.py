@@ -78,6 +78,22 @@ def model_card(
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{body}"))
 
 
+def described(tokenizer: Tokenizer, prior: Prior, classes: Sequence[str]) -> list[str]:
+    """A line about each model."""
+
+    def size(model: nn.Module) -> str:
+        return f"{type(model).__name__}, {_millions(model)} M parameters"
+
+    some = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+    conditions = f"{len(classes)} classes: {some}" if classes else "no classes"
+    if "text" in prior.condition_kinds:
+        conditions += ", prompts"
+    return [
+        f"tokenizer: {size(tokenizer)}, {image_words(tokenizer)} <-> {tokenizer.spec.in_words}",
+        f"prior: {size(prior)}, {conditions}",
+    ]
+
+
 def image_words(tokenizer: Tokenizer, unit: str = "pixels") -> str:
     """Size and channels of a tokenizer's images: 48 x 64 pixels (height x width), grey."""
     size = tokenizer.image_size

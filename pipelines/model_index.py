@@ -11,7 +11,7 @@ import torch
 from smalti.checkpoints import Weights, state_of
 from smalti.config import config_from_dict, config_to_dict
 from smalti.data.latent_cache.manifest import CacheInfo, read_manifest, training_cache
-from smalti.errors import CheckpointError
+from smalti.errors import CheckpointError, ConfigurationError
 from smalti.files import (
     HASHES,
     check_hashes,
@@ -21,6 +21,7 @@ from smalti.files import (
     write_json,
     write_text,
 )
+from smalti.folders import contents
 from smalti.pipelines.card import SAMPLES, model_card
 from smalti.pipelines.sampling import (
     SAMPLING,
@@ -30,6 +31,7 @@ from smalti.pipelines.sampling import (
     read_sampling,
 )
 from smalti.prior.base import Prior
+from smalti.shards import weight_names
 from smalti.tokenizer.base import Tokenizer
 from smalti.weights import AS_SAVED
 
@@ -37,7 +39,6 @@ FORMAT_VERSION = 1
 Precision = torch.dtype | Literal["auto"] | None
 INDEX = "model_index.json"
 CONFIGS = ("tokenizer/config.json", "prior/config.json")  # whose hashes the index records
-WEIGHTS = ("tokenizer/model.safetensors", "prior/model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,26 @@ class SavedPipeline:
     grid: bytes | None = None  # PNG of samples for the card
 
 
-def write_pipeline(folder: Path, saved: SavedPipeline) -> None:
+def weights_of_parts(variant: str | None) -> list[tuple[str, ...]]:
+    """The files of weights of both models: of each the file, or the index of shards."""
+    names = weight_names(variant)
+    return [tuple(f"{part}/{name}" for name in names) for part in ("tokenizer", "prior")]
+
+
+def write_pipeline(folder: Path, saved: SavedPipeline, replaces: Path, **weights: Any) -> None:
     """Write the files of a pipeline into a new folder.
+
+    Args:
+        replaces: the old folder, whose other variants of the weights are kept.
+        weights: options of `Tokenizer.save_pretrained`.
 
     Raises:
         SmaltiError: the prior does not take the sampling defaults; a model cannot be saved.
     """
     tokenizer, prior, grid = saved.tokenizer, saved.prior, saved.grid
     defaults = checked_sampling(prior, saved.sampling)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    prior.save_pretrained(folder / "prior")
+    for name, model in (("tokenizer", tokenizer), ("prior", prior)):
+        model.save_pretrained(folder / name, replaces=replaces / name, **weights)
     if grid is not None:
         (folder / SAMPLES).write_bytes(grid)
     card = model_card(tokenizer, prior, saved.classes, grid is not None, saved.notes, defaults)
@@ -128,7 +139,9 @@ def write_pipeline(folder: Path, saved: SavedPipeline) -> None:
     write_hashed_json(folder / INDEX, config_to_dict(index), (*CONFIGS, SAMPLING))
 
 
-def read_pipeline(folder: Path, precision: Precision, verify: bool) -> SavedPipeline:
+def read_pipeline(
+    folder: Path, precision: Precision, verify: bool, variant: str | None
+) -> SavedPipeline:
     """What is in the folder of a pipeline.
 
     Args:
@@ -139,8 +152,9 @@ def read_pipeline(folder: Path, precision: Precision, verify: bool) -> SavedPipe
         SmaltiError: a file is missing, damaged or does not fit.
     """
     index = read_index(folder)
-    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer", dtype=precision, verify=verify)
-    prior = Prior.from_pretrained(folder / "prior", dtype=precision, verify=verify)
+    options: dict[str, Any] = {"dtype": precision, "verify": verify, "variant": variant}
+    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer", **options)
+    prior = Prior.from_pretrained(folder / "prior", **options)
     if components_of(tokenizer, prior) != index.components:
         raise CheckpointError(
             f"{folder / INDEX} names {index.components}; the folder holds "
@@ -187,3 +201,36 @@ def read_run(folder: Path, weights: Weights, precision: Precision) -> SavedPipel
     sampling = default_sampling(prior)
     sampling["guidance_scale"] = guidance_of_run(run, sampling["guidance_scale"])
     return SavedPipeline(tokenizer, prior, classes, "", info.dataset_fingerprint, sampling)
+
+
+def check_pair(tokenizer: Tokenizer, prior: Prior) -> None:
+    """Raise `ConfigurationError` if the prior was trained on latents of another tokenizer."""
+    if tokenizer.spec != prior.spec:
+        same = tokenizer.for_latents(prior.spec, prior.tokenizer_fingerprint or "")
+        if same is not None:
+            size, grids = same.image_size, getattr(prior.spec, "grids", ())
+            scales = f", {grids}" if len(grids) > 1 else ""
+            raise ConfigurationError(
+                f"the prior models latents of images of {size} pixels, and the tokenizer is "
+                f"for images of {tokenizer.image_size}: pass "
+                f"tokenizer.resized({size}{scales})"
+            )
+        raise ConfigurationError(
+            f"the tokenizer makes {tokenizer.spec}, the prior models {prior.spec}: "
+            "they do not belong together"
+        )
+    expected = prior.tokenizer_fingerprint
+    if expected is not None and expected != tokenizer.fingerprint:
+        raise ConfigurationError(
+            f"the prior was trained on the latents of tokenizer {expected[:12]}, this one is "
+            f"{tokenizer.fingerprint[:12]}: pair it with its own tokenizer, and change the "
+            "precision with dtype= or cast()"
+        )
+
+
+def check_target(folder: Path) -> None:
+    """Raise `CheckpointError` if a folder contains anything but a pipeline."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: choose a folder")
+    if contents(folder) and not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} exists and is not a pipeline: choose another folder")

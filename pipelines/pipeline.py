@@ -19,14 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.checkpoints import Weights, check_weights, is_checkpoint
-from smalti.config import ImageSize, plain
+from smalti.config import ImageSize
 from smalti.data.buckets import Bucket
 from smalti.data.classes import check_class_names
 from smalti.data.latents import as_image_size, as_tensor
 from smalti.errors import CheckpointError, ConfigurationError, GenerationError
-from smalti.folders import contents, replacing_folder
+from smalti.folders import replacing_folder
 from smalti.pipelines.callbacks import Callback, Progress, Steps, preview
-from smalti.pipelines.card import SAMPLES, image_words
+from smalti.pipelines.card import SAMPLES, described
 from smalti.pipelines.class_labels import label_ids
 from smalti.pipelines.conditions import (
     ClassLabels,
@@ -42,15 +42,18 @@ from smalti.pipelines.image_tasks import with_image_condition
 from smalti.pipelines.model_index import (
     CONFIGS,
     INDEX,
-    WEIGHTS,
     SavedPipeline,
+    check_pair,
     check_pipeline,
+    check_target,
     read_pipeline,
     read_run,
+    weights_of_parts,
     write_pipeline,
 )
+from smalti.pipelines.offloading import Offloading
 from smalti.pipelines.output import OutputType, PipelineOutput, as_output, png_of
-from smalti.pipelines.sampling import checked_sampling, default_sampling, sampling_words
+from smalti.pipelines.sampling import checked_sampling, default_sampling, explicit, sampling_words
 from smalti.prior.base import Prior
 from smalti.prior.conditions.base import moved, rows
 from smalti.prior.conditions.text_encoder import TextEncoder, text_encoder_of
@@ -74,21 +77,7 @@ class Pipeline(Uploadable):
     uploaded_as: ClassVar[str] = "pipeline"
 
     def __init__(self, tokenizer: Tokenizer, prior: Prior, classes: Sequence[str]) -> None:
-        if tokenizer.spec != prior.spec:
-            same = tokenizer.for_latents(prior.spec, prior.tokenizer_fingerprint or "")
-            if same is not None:
-                size, grids = same.image_size, getattr(prior.spec, "grids", ())
-                scales = f", {grids}" if len(grids) > 1 else ""
-                raise ConfigurationError(
-                    f"the prior models latents of images of {size} pixels, and the tokenizer is "
-                    f"for images of {tokenizer.image_size}: pass "
-                    f"tokenizer.resized({size}{scales})"
-                )
-            raise ConfigurationError(
-                f"the tokenizer makes {tokenizer.spec}, the prior models {prior.spec}: "
-                "they do not belong together"
-            )
-        _check_pair(tokenizer, prior)
+        check_pair(tokenizer, prior)
         if len(classes) != prior.num_classes:
             raise ConfigurationError(
                 f"{len(classes)} class names were given; the prior has {prior.num_classes} classes"
@@ -102,6 +91,7 @@ class Pipeline(Uploadable):
         self._text_encoder: TextEncoder | None = None  # loaded when it is first needed
         self._sampling = default_sampling(prior)
         self._progress = Progress()
+        self._offloading: Offloading | None = None
         self._samples: bytes | None = None  # PNG of the grid that the model card shows
 
     # -- loading and saving -------------------------------------------------------------------
@@ -147,7 +137,7 @@ class Pipeline(Uploadable):
             SmaltiError: the folder does not exist, or a file is missing, damaged or does not fit;
                 there is no such precision; an option cannot be met.
         """
-        check_options(variant=variant, device_map=device_map, low_cpu_mem_usage=low_cpu_mem_usage)
+        check_options(device_map=device_map, low_cpu_mem_usage=low_cpu_mem_usage)
         precision = chosen_dtype(dtype, torch_dtype)
         folder = resolve_folder(
             path_or_hub_id,
@@ -156,15 +146,15 @@ class Pipeline(Uploadable):
             token=token,
             local_files_only=local_files_only,
             cache_dir=cache_dir,
-            needs=(INDEX, *CONFIGS, *WEIGHTS),
+            needs=(INDEX, *CONFIGS, *weights_of_parts(variant)),
         )
         check_not_diffusers(folder)
-        check_weights(folder, weights)
+        check_weights(folder, weights, variant)
         of_run = is_checkpoint(folder)
         if of_run:
             saved = read_run(folder, weights, precision)
         else:
-            saved = read_pipeline(folder, precision, verify)
+            saved = read_pipeline(folder, precision, verify, variant)
         pipeline = cls(saved.tokenizer, saved.prior, saved.classes)
         if verify and not of_run:  # last: the checks before it have more precise messages
             check_pipeline(folder)
@@ -173,7 +163,12 @@ class Pipeline(Uploadable):
         return pipeline.to(device)
 
     def save_pretrained(
-        self, path: str | Path, *, samples: Image.Image | None = None, notes: str | None = None
+        self,
+        path: str | Path,
+        *,
+        samples: Image.Image | None = None,
+        notes: str | None = None,
+        **weights: Any,
     ) -> Path:
         """Write tokenizer/, prior/, a model card and `model_index.json`.
 
@@ -184,6 +179,7 @@ class Pipeline(Uploadable):
             samples: a grid of samples for the card, saved as samples.png; None keeps the one that
                 the pipeline was loaded with or last saved with.
             notes: Markdown for the card, for example measurements; None keeps the current notes.
+            weights: `variant` and `max_shard_size`, see `Tokenizer.save_pretrained`.
 
         Raises:
             CheckpointError: `path` exists and is not a saved pipeline.
@@ -192,14 +188,15 @@ class Pipeline(Uploadable):
         folder = Path(path)
         tokenizer = cast(Tokenizer, unwrapped(self.tokenizer))
         prior = cast(Prior, unwrapped(self.prior))
-        _check_pair(tokenizer, prior)
+        check_pair(tokenizer, prior)
         notes = self.notes if notes is None else notes
         grid = self._samples if samples is None else png_of(samples)
         with replacing_folder(
-            folder, products=(SAMPLES,), check=lambda: _check_target(folder)
+            folder, products=(SAMPLES,), check=lambda: check_target(folder)
         ) as new:
             about = (notes, self.training_pictures, self.sampling, grid)
-            write_pipeline(new, SavedPipeline(tokenizer, prior, self.classes, *about))
+            saved = SavedPipeline(tokenizer, prior, self.classes, *about)
+            write_pipeline(new, saved, folder, **weights)
         self.notes, self._samples = notes, grid
         return folder
 
@@ -211,6 +208,9 @@ class Pipeline(Uploadable):
         """Move both models, change their precision, or both; return self."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        if self._offloading is not None:
+            self._offloading.remove()
+            self._offloading = None
         for model in (self.tokenizer, self.prior):
             if dtype is not None:
                 model.cast(dtype)
@@ -218,24 +218,10 @@ class Pipeline(Uploadable):
         return self
 
     def __repr__(self) -> str:
-        def size(model: torch.nn.Module) -> str:
-            count = sum(parameter.numel() for parameter in model.parameters())
-            return f"{type(model).__name__}, {count / 1e6:.1f} M parameters"
-
-        tokenizer = self.tokenizer
-        some = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
-        conditions = f"{len(self.classes)} classes: {some}" if self.classes else "no classes"
-        if "text" in self.prior.condition_kinds:
-            conditions += ", prompts"
         dtype = str(next(self.prior.parameters()).dtype).removeprefix("torch.")
-        return (
-            "Pipeline(\n"
-            f"  tokenizer: {size(tokenizer)}, {image_words(tokenizer)} <-> "
-            f"{tokenizer.spec.in_words}\n"
-            f"  prior: {size(self.prior)}, {conditions}\n"
-            f"  {sampling_words(self.sampling)}, {dtype} on {self.device}\n"
-            ")"
-        )
+        where = f"{sampling_words(self.sampling)}, {dtype} on {self.device}"
+        models = described(self.tokenizer, self.prior, self.classes)
+        return "\n  ".join(["Pipeline(", *models, where]) + "\n)"
 
     def resized(self, image_size: ImageSize) -> Self:
         """A pipeline with the same weights, not a copy, for images of another size; itself at its
@@ -258,7 +244,37 @@ class Pipeline(Uploadable):
         pipeline.notes, pipeline.training_pictures = self.notes, self.training_pictures
         pipeline._sampling, pipeline._text_encoder = dict(self.sampling), self._text_encoder
         pipeline._progress = self._progress
+        if self._offloading is not None:
+            pipeline.enable_model_cpu_offload(self._offloading.device)
         return pipeline
+
+    def compile(self, **options: Any) -> Self:
+        """Compile what sampling runs, the blocks of the prior's network and the decoder, with
+        options of torch.compile; return self. Samples then differ by rounding."""
+        self.prior.compile_parts(**options)
+        self.tokenizer.compile_parts(**options)
+        return self
+
+    def enable_model_cpu_offload(self, device: torch.device | str | None = None) -> None:
+        """Keep both models in the memory of the CPU, and move each to the accelerator while it is
+        used. `to` ends that.
+
+        Args:
+            device: the accelerator; None: the one that the machine has.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        self._offloading = Offloading([self.tokenizer, self.prior], device)
+
+    def release(self) -> None:
+        """Move models that are offloaded off the accelerator, as every call does at its end."""
+        if self._offloading is not None:
+            self._offloading.release()
+
+    def _use(self, model: torch.nn.Module) -> None:
+        if self._offloading is not None:
+            self._offloading.use(model)
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -276,6 +292,9 @@ class Pipeline(Uploadable):
 
     @property
     def device(self) -> torch.device:
+        """Where models run."""
+        if self._offloading is not None:
+            return self._offloading.device
         return next(self.prior.parameters()).device
 
     @property
@@ -301,12 +320,7 @@ class Pipeline(Uploadable):
 
     def sampling_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a call: those that are given, and not None, and otherwise `sampling`."""
-        explicit = {
-            name: plain(value) if getattr(value, "ndim", None) == 0 else value
-            for name, value in given.items()
-            if value is not None
-        }
-        return {**self.sampling, **explicit}
+        return {**self.sampling, **explicit(given)}
 
     @property
     def guidance_scale(self) -> float:
@@ -347,7 +361,11 @@ class Pipeline(Uploadable):
         it: of the codes so far, a next-scale prior's coarse scales or the first codes of a
         next-token prior, whose other positions are zero vectors; or of E[x_1 | x_t], which takes
         one evaluation of a flow prior's network."""
-        return (preview(self.tokenizer, self.prior, latents.to(self.device)).cpu() + 1) / 2
+        latents = self.prior.estimated(latents.to(self.device))
+        self._use(self.tokenizer)
+        images = (preview(self.tokenizer, self.prior.spec, latents).cpu() + 1) / 2
+        self._use(self.prior)
+        return images
 
     @property
     def text_encoder(self) -> TextEncoder | None:
@@ -487,6 +505,7 @@ class Pipeline(Uploadable):
         options = {**options, **steps.options}
         for start in range(0, len(conditions), size):
             part = slice(start, start + size)
+            self._use(self.prior)
             sampled = self.prior.sample(
                 moved(rows(conditions.value, part), self.device),
                 generator=generator[part] if isinstance(generator, Sequence) else generator,
@@ -501,6 +520,8 @@ class Pipeline(Uploadable):
     def conditions(self, inputs: Inputs, each: int) -> tuple[Conditions, dict[str, Any]]:
         """The conditions of the images, and the options of `sample` that edit given ones."""
         encoder = self.text_encoder if inputs.needs_encoder else None
+        if inputs.edits or self.prior.config.image is not None:
+            self._use(self.tokenizer)
 
         def conditions(each: int) -> Conditions:
             return conditions_of(self.prior, inputs, each, self.classes, encoder)
@@ -541,8 +562,9 @@ class Pipeline(Uploadable):
                 then decoded one by one, because convolutions round differently in batches of
                 another size. In half precision sampling rounds too coarsely for that to help.
         """
+        self._use(self.tokenizer)
         if self.interrupt and not latents.is_floating_point() and (latents < 0).any():
-            return preview(self.tokenizer, self.prior, latents).cpu()
+            return preview(self.tokenizer, self.prior.spec, latents).cpu()
         exact = singly and self.tokenizer.last_layer.dtype in (torch.float32, torch.float64)
         parts = latents.split(1) if exact else (latents,)
         return torch.cat([self.tokenizer.decode(part).float().clamp(-1, 1).cpu() for part in parts])
@@ -572,23 +594,4 @@ def check_model(model: str) -> None:
         raise CheckpointError(
             f"there is no model in {DEMO}, which is the default of --model: train one with smalti "
             "demo, or give --model with a folder or an id on the Hub"
-        )
-
-
-def _check_target(folder: Path) -> None:
-    """Raise `CheckpointError` if a folder contains anything but a pipeline."""
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file: choose a folder")
-    if contents(folder) and not (folder / INDEX).is_file():
-        raise CheckpointError(f"{folder} exists and is not a pipeline: choose another folder")
-
-
-def _check_pair(tokenizer: Tokenizer, prior: Prior) -> None:
-    """Raise `ConfigurationError` if the prior was trained on latents of another tokenizer."""
-    expected = prior.tokenizer_fingerprint
-    if expected is not None and expected != tokenizer.fingerprint:
-        raise ConfigurationError(
-            f"the prior was trained on the latents of tokenizer {expected[:12]}, this one is "
-            f"{tokenizer.fingerprint[:12]}: pair it with its own tokenizer, and change the "
-            "precision with dtype= or cast()"
         )

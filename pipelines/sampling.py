@@ -73,6 +73,15 @@ def checked_sampling(prior: Prior, options: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
+def explicit(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not None; numbers of numpy and torch as Python's."""
+    return {
+        name: plain(value) if getattr(value, "ndim", None) == 0 else value
+        for name, value in options.items()
+        if value is not None
+    }
+
+
 def read_sampling(folder: Path, prior: Prior) -> dict[str, Any]:
     """The sampling defaults in the folder of a pipeline, or those of a pipeline that sets none.
 

@@ -22,6 +22,7 @@ FRONT_DOOR = (
     "hub",
     "randomness",
     "repository",
+    "shards",
     "signals",
     "weights",
 )

@@ -23,6 +23,7 @@ from smalti.errors import ConfigurationError, DataError, SmaltiError
 from smalti.hub import Pretrained, Registry
 from smalti.randomness import Generators, RandomInputs
 from smalti.tokenizer.registry import TOKENIZERS
+from smalti.tokenizer.tiling import Tiling
 
 
 @dataclass
@@ -77,6 +78,8 @@ class Tokenizer(nn.Module, Pretrained, ABC):
     registry: ClassVar[Registry] = TOKENIZERS
     PRESETS: ClassVar[Mapping[str, Any]] = {}  # configurations by name, for --tokenizer.preset
     config: Any
+    _tiling: Tiling | None = None
+    _slicing: bool = False
 
     @classmethod
     def settings_before_training(cls, config: Any) -> Any:
@@ -140,9 +143,45 @@ class Tokenizer(nn.Module, Pretrained, ABC):
             DataError: latents, or the images that the decoder makes of them, are infinite or NaN.
         """
         latents = as_tensor(latents)
-        images = self.decode_vectors(self.vectors(latents))
+        vectors = self.vectors(latents)
+        if self._slicing and len(vectors) > 1:
+            images = torch.cat([self._decode(part) for part in vectors.split(1)])
+        else:
+            images = self._decode(vectors)
         check_finite(images, "the decoder", latents, "latents")
         return images
+
+    def _decode(self, vectors: Tensor) -> Tensor:
+        if self._tiling is None:
+            return self.decode_vectors(vectors)
+        rows, columns = vectors.shape[2:]
+        size = height_and_width(self.size_of((rows, columns)))
+        return self._tiling.decode(self.decode_vectors, vectors, size)
+
+    def enable_slicing(self) -> None:
+        """Let `decode` take one image at a time: less memory, more time."""
+        self._slicing = True
+
+    def disable_slicing(self) -> None:
+        """Let `decode` take all images at once."""
+        self._slicing = False
+
+    def enable_tiling(self, tile: int = 512, overlap: int = 128) -> None:
+        """Let `decode` take images in tiles that are blended where they overlap: memory for large
+        images is that of a tile. Each tile is normalised by itself, and attends to itself, so that
+        the images differ slightly from those of a whole decode.
+
+        Args:
+            tile, overlap: pixels.
+
+        Raises:
+            ConfigurationError: not 0 <= overlap < tile.
+        """
+        self._tiling = Tiling(tile, overlap)
+
+    def disable_tiling(self) -> None:
+        """Let `decode` take whole images."""
+        self._tiling = None
 
     def sample_random_inputs(
         self, count: int, generator: torch.Generator, grid: tuple[int, int] | None = None
@@ -271,7 +310,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
                 f"a {self.registry.name_of(type(self))} tokenizer cannot be resized, because its "
                 f"weights depend on the image size: train one for {resolution(image_size)} pixels"
             ) from error
-        weight = self.last_layer
+        weight, model._tiling, model._slicing = self.last_layer, self._tiling, self._slicing
         return model.to(weight.device, weight.dtype).train(self.training)
 
     def size_of(self, grid: tuple[int, int]) -> ImageSize:

@@ -169,6 +169,7 @@ class KLTokenizer(Tokenizer):
     """Images <-> latents (B, C, h, w), each channel of mean 0, variance 1 on the training set."""
 
     Config: ClassVar[type] = KLConfig
+    compiled_parts: ClassVar[tuple[str, ...]] = ("decoder",)
     config: KLConfig
 
     @classmethod

@@ -57,6 +57,7 @@ class VQTokenizer(Tokenizer):
     """Images <-> codes of one grid, or of several from coarse to fine."""
 
     Config: ClassVar[type] = VQConfig
+    compiled_parts: ClassVar[tuple[str, ...]] = ("decoder",)
     config: VQConfig
 
     def __init__(self, config: VQConfig) -> None:

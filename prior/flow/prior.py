@@ -158,6 +158,7 @@ class FlowPrior(Prior):
     Config: ClassVar[type] = FlowConfig
     PRESETS: ClassVar[Mapping[str, FlowConfig]] = PRESETS
     class_table: str = "network.y_embedder.embedding_table.weight"
+    compiled_parts: ClassVar[tuple[str, ...]] = ("network",)
     row_options: ClassVar[tuple[str, ...]] = ("noise", "known", "known_mask", "classifier_labels")
     config: FlowConfig
 

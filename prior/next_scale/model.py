@@ -326,6 +326,7 @@ class NextScalePrior(CodePrior):
     PRESETS: ClassVar[Mapping[str, NextScaleConfig]] = PRESETS
     no_weight_decay: ClassVar[tuple[str, ...]] = ("lvl_embed.weight",)  # like positions
     class_table: str = "class_emb.weight"
+    compiled_parts: ClassVar[tuple[str, ...]] = ("blocks",)
     row_options: ClassVar[tuple[str, ...]] = ("known", "known_mask")
     config: NextScaleConfig
 
@@ -389,14 +390,14 @@ class NextScalePrior(CodePrior):
         """
         self.quantizer.bind(quantizer)
 
-    def save_pretrained(self, path: str | Path) -> Path:
+    def save_pretrained(self, path: str | Path, **options: Any) -> Path:
         """Write config.json and model.safetensors, with the quantizer in it, into a folder.
 
         Raises:
             SmaltiError: no quantizer is bound; the folder contains other files.
         """
         self._check_bound()
-        return super().save_pretrained(path)
+        return super().save_pretrained(path, **options)
 
     def _check_bound(self) -> None:
         if not torch.compiler.is_compiling() and not self.quantizer.bound:

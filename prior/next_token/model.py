@@ -186,6 +186,7 @@ class NextTokenPrior(CodePrior):
     Config: ClassVar[type] = NextTokenConfig
     PRESETS: ClassVar[Mapping[str, NextTokenConfig]] = PRESETS
     class_table: str = "cls_embedding.weight"
+    compiled_parts: ClassVar[tuple[str, ...]] = ("layers",)
     row_options: ClassVar[tuple[str, ...]] = ("known", "known_mask")
     config: NextTokenConfig
     order_probability: Tensor | None  # () fp32, of a random order in the next training steps

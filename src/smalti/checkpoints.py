@@ -25,9 +25,13 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / STATE).is_file() and (folder / MANIFEST).is_file()
 
 
-def check_weights(folder: Path, weights: str) -> None:
+def check_weights(folder: Path, weights: str, variant: str | None = None) -> None:
     """Raise `ConfigurationError` unless a folder has this set of weights. Of a saved model, "ema"
-    is the only one."""
+    is the only one; a checkpoint has no variants, such as "fp16"."""
+    if variant is not None and is_checkpoint(folder):
+        raise ConfigurationError(
+            f'variant is "{variant}", but {folder} is a checkpoint, which has none: leave it out'
+        )
     if weights not in FILES:
         raise ConfigurationError(f"weights is {weights!r}; choose one of {', '.join(FILES)}")
     if weights != "ema" and not is_checkpoint(folder):

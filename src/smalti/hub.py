@@ -3,7 +3,7 @@
     folder/config.json          {"type": registry name, "format_version": 1, "smalti_version": ...,
                                  the fields of the model's config, and "sha256": the hashes of
                                  all this and of model.safetensors, which loading verifies}
-    folder/model.safetensors    every parameter and buffer
+    folder/model.safetensors    every parameter and buffer; shards, and variants: see shards.py
 
 Only JSON and safetensors are ever read, never pickle; a name in a file is looked up in a registry,
 never imported; a tensor that is missing, unknown or of the wrong shape is an error. Loading a local
@@ -12,8 +12,10 @@ folder never uses the network.
 
 import json
 import pkgutil
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -31,13 +33,20 @@ from smalti.repository import (
     first_line,
     resolve_folder,
 )
+from smalti.shards import (
+    MAX_SHARD_SIZE,
+    find_shards,
+    is_weight_file,
+    save_shards,
+    variant_of,
+    weight_names,
+)
 from smalti.weights import (
     AS_SAVED,
     WeightsFile,
     chosen_dtype,
     hash_weights,
     plain_state,
-    save_weights,
     saved_dtype,
     state_to_save,
 )
@@ -49,8 +58,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-COPY = "copy_of"  # in config.json of a model whose precision was changed by `cast`
+COPY = "copy_of"  # in config.json: of weights whose precision was changed by `cast`, by variant
 
 # The registries of models: an error names the right one if a model is loaded as another kind.
 REGISTRIES = (
@@ -254,12 +262,33 @@ class Pretrained(Uploadable):
     registry: ClassVar[Registry]
     Config: ClassVar[type]
     config: Any
+    compiled_parts: ClassVar[tuple[str, ...]] = ()  # modules that `compile_parts` takes, by name
     _copy_of: Copy | None = None  # set by `cast`; no longer valid once the weights change
 
-    def save_pretrained(self, path: str | Path) -> Path:
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the modules that sampling or decoding runs, with options of torch.compile. Names
+        and values of weights stay."""
+        for part in (getattr(self, name) for name in self.compiled_parts):
+            for module in part if hasattr(part, "__iter__") else [part]:
+                module.compile(**options)
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+        replaces: Path | None = None,
+    ) -> Path:
         """Write config.json and model.safetensors into the folder `path`, replaced as a whole.
 
         Parts inside torch.compile, DataParallel or pruning are saved as they are without.
+
+        Args:
+            variant: a part of the name of the weights: "fp16" writes model.fp16.safetensors. Other
+                variants of the same weights that the folder has stay.
+            max_shard_size: of a file, in bytes or as a text; larger weights are saved in several.
+            replaces: the folder whose other variants are kept; None: `path`.
 
         Raises:
             CheckpointError: the folder exists and contains something else than such a model; the
@@ -267,14 +296,50 @@ class Pretrained(Uploadable):
                 as it was.
         """
         folder = Path(path)
-        with replacing_folder(folder, check=lambda: _check_target(folder, self.registry)) as new:
-            content, model = self._content_of_config(), cast("nn.Module", self)
+        before = [name for name in contents(folder) if is_weight_file(name)]
+        weight_names(variant)  # raises
+        with replacing_folder(
+            folder, products=before, check=lambda: _check_target(folder, self.registry)
+        ) as new:
+            content, model = self._content_of_config(variant), cast("nn.Module", self)
             state = state_to_save(model, lambda: type(self)(self.config))  # type: ignore[call-arg]
-            save_weights(new / WEIGHTS, state)
-            write_hashed_json(new / CONFIG, content, [WEIGHTS])
+            names = save_shards(new, state, variant, max_shard_size)
+            names += self._keep_variants(replaces or folder, new, variant, content)
+            write_hashed_json(new / CONFIG, content, names)
         return folder
 
-    def _content_of_config(self) -> dict[str, Any]:
+    def _keep_variants(
+        self, old: Path, new: Path, variant: str | None, content: dict[str, Any]
+    ) -> list[str]:
+        """Copy the other variants of these weights in an old folder to a new one.
+
+        Args:
+            content: of config.json, where they are recorded as copies.
+
+        Returns:
+            The names of their files.
+        """
+        kept = []
+        weights = filter(is_weight_file, contents(old))
+        for other in sorted({variant_of(name) for name in weights} - {variant}, key=str):
+            try:
+                _, config, copies = type(self)._saved(old)
+                paths, indices = find_shards(old, other)
+                values = WeightsFile(paths, partial(_build, type(self), config, old)).values()
+                checksum, copy = self._checksum_of(values), copies.get(_copy_key(other))
+                original = _read_copy(copy, checksum, old).fingerprint if copy else checksum
+            except SmaltiError:
+                continue  # of another kind of model, or damaged
+            if config == self.config and original == self.fingerprint:
+                own = [*(path.name for path in paths), *indices]
+                for name in own:
+                    shutil.copyfile(old / name, new / name)
+                if copy:
+                    content[_copy_key(other)] = copy
+                kept += own
+        return kept
+
+    def _content_of_config(self, variant: str | None) -> dict[str, Any]:
         """The content of config.json, which loading turns into an equal config."""
         fields = saved_fields(self.config)
         if config_from_dict(type(self.config), fields, "the config") != self.config:
@@ -288,7 +353,7 @@ class Pretrained(Uploadable):
             "smalti_version": version("smalti"),
         }
         if self._copy_of is not None and self._copy_of.checksum == self.checksum:
-            header[COPY] = config_to_dict(self._copy_of)
+            header[_copy_key(variant)] = config_to_dict(self._copy_of)
         return {**header, **_rename_key(fields, "kind", "type")}
 
     @classmethod
@@ -324,7 +389,8 @@ class Pretrained(Uploadable):
             torch_dtype: another name of `dtype`.
             verify: compare config and weights with the hashes that were saved with them; the
                 weights are hashed while they are read. Models of smalti 0.1.0 have no hashes.
-            variant: refused, because a folder holds one set of weights: give `dtype`.
+            variant: of the weights, such as "fp16", as Diffusers names it: it reads
+                model.fp16.safetensors.
             low_cpu_mem_usage: always True, and False is refused: loading takes little more memory
                 than the model.
             device_map: refused: give `device`.
@@ -335,7 +401,7 @@ class Pretrained(Uploadable):
             ConfigurationError: no such precision; an option that cannot be met, such as raw
                 weights of a saved model, which has one set.
         """
-        check_options(variant=variant, device_map=device_map, low_cpu_mem_usage=low_cpu_mem_usage)
+        check_options(device_map=device_map, low_cpu_mem_usage=low_cpu_mem_usage)
         precision = chosen_dtype(dtype, torch_dtype)
         folder = resolve_folder(
             path_or_hub_id,
@@ -344,25 +410,26 @@ class Pretrained(Uploadable):
             token=token,
             local_files_only=local_files_only,
             cache_dir=cache_dir,
-            needs=(CONFIG, WEIGHTS),
+            needs=(CONFIG, weight_names(variant)),
             part=cls.registry.kind,
         )
         check_not_diffusers(folder)
-        checkpoints.check_weights(folder, weights)
-        target, config, copy = cls._saved(folder)
-        path, beside, hashes = folder / WEIGHTS, (), {}
+        checkpoints.check_weights(folder, weights, variant)
+        target, config, copies = cls._saved(folder)
+        copy = copies.get(_copy_key(variant))
+        beside, hashes, indices = (), {}, []
         if is_checkpoint(folder):
-            path, beside = checkpoints.weight_file(folder, weights), (checkpoints.UPDATES,)
-        elif verify:
-            hashes = recorded_hashes(folder / CONFIG)
-        expected = hashes.get(WEIGHTS, "not recorded") if hashes else None
-        file = WeightsFile(path, lambda: _build(target, config, folder), beside)
+            paths, beside = [checkpoints.weight_file(folder, weights)], (checkpoints.UPDATES,)
+        else:
+            paths, indices = find_shards(folder, variant)
+            hashes = recorded_hashes(folder / CONFIG) if verify else {}
+        file = WeightsFile(paths, lambda: _build(target, config, folder), beside)
         if precision == AS_SAVED:
-            precision = saved_dtype(path)
-        model: Any = file.load(expected, precision)
+            precision = saved_dtype(paths)
+        model: Any = file.load(hashes or None, precision)
         if verify and not is_checkpoint(folder):
             # last: errors in a config that have a more precise message come first
-            check_hashes(folder / CONFIG)
+            check_hashes(folder / CONFIG, indices)
         if copy is not None or precision is not None:
             checksum = model._checksum_of(file.values())  # of the model before `precision`
             original = _read_copy(copy, checksum, folder).fingerprint if copy else checksum
@@ -380,19 +447,20 @@ class Pretrained(Uploadable):
 
     @classmethod
     def _saved(cls, folder: Path) -> tuple[Any, Any, Any]:
-        """The class, the config, and the `copy_of` entry of config.json."""
+        """The class, the config, and the `copy_of` entries of config.json."""
         if is_checkpoint(folder):
-            copy, where = None, folder
+            copies, where = {}, folder
             settings = checkpoints.model_settings(folder, cls.registry.kind)
             name = settings["kind"]
         else:
             content, where = _read_config(folder, cls.registry), folder / CONFIG
-            copy, name = content.pop(COPY, None), content.pop("type")
+            copies = {key: content.pop(key) for key in list(content) if key.startswith(COPY)}
+            name = content.pop("type")
             settings = _rename_key(content, "type", "kind")
         target: Any = cls.registry.resolve(name)
         if not issubclass(target, cls):
             raise CheckpointError(f"{folder} contains a {target.__name__}, not a {cls.__name__}")
-        return target, config_from_dict(target.Config, settings, str(where)), copy
+        return target, config_from_dict(target.Config, settings, str(where)), copies
 
     def cast(self, dtype: "torch.dtype") -> Self:
         """Change the precision of all weights in place, keep the fingerprint, and return self.
@@ -479,12 +547,17 @@ def _read_config(folder: Path, registry: Registry) -> dict[str, Any]:
     return content
 
 
+def _copy_key(variant: str | None) -> str:
+    """The name of the `copy_of` entry of a variant."""
+    return COPY if variant is None else f"{COPY}.{variant}"
+
+
 def _read_copy(content: Any, checksum: str, folder: Path) -> Copy:
     """The `copy_of` entry of config.json, if the weights are those that were saved."""
     copy = config_from_dict(Copy, content, f"{folder / CONFIG}: {COPY}")
     if copy.checksum != checksum:
         raise CheckpointError(
-            f"{folder / WEIGHTS} is not the copy of {copy.fingerprint[:12]} that {CONFIG} "
+            f"the weights in {folder} are not the copy of {copy.fingerprint[:12]} that {CONFIG} "
             f'records: save it again, or remove "{COPY}" from {CONFIG} if it is another model now'
         )
     return copy

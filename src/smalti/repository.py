@@ -17,17 +17,12 @@ logger = logging.getLogger(__name__)
 PATTERNS = ("*.json", "*.safetensors", "*.md", "samples.png")
 
 
-def check_options(*, variant: str | None, device_map: Any, low_cpu_mem_usage: bool | None) -> None:
+def check_options(*, device_map: Any, low_cpu_mem_usage: bool | None) -> None:
     """Refuse options of Diffusers and transformers that smalti does not have.
 
     Raises:
         ConfigurationError: there is such an option.
     """
-    if variant is not None:
-        raise ConfigurationError(
-            f'variant is "{variant}"; a folder of smalti holds one set of weights, which are '
-            'converted while loading: give dtype="float16" or "bfloat16" instead'
-        )
     if device_map is not None:
         raise ConfigurationError(
             f"device_map is {device_map!r}; a model of smalti is on one device: give "
@@ -47,7 +42,7 @@ def resolve_folder(
     token: str | None = None,
     local_files_only: bool = False,
     cache_dir: str | Path | None = None,
-    needs: Sequence[str] = (),
+    needs: Sequence[str | Sequence[str]] = (),
     patterns: Sequence[str] = PATTERNS,
     part: str = "",
 ) -> Path:
@@ -55,7 +50,7 @@ def resolve_folder(
 
     Args:
         subfolder: a folder in it, which is returned; nothing else is downloaded.
-        needs: files without which the copy of a repository is not complete.
+        needs: files without which the copy of a repository is not complete; of a sequence, one.
         patterns: of the files that are downloaded.
         part: the folder in that of a pipeline that is returned, if it is a pipeline.
 
@@ -87,7 +82,10 @@ def resolve_folder(
             f"{first_line(error)}"
         ) from error
     folder = part_of_pipeline(Path(copy, inside), part)
-    missing = [name for name in needs if not (folder / name).is_file()]
+    choices = [(names,) if isinstance(names, str) else names for names in needs]
+    missing = [
+        names[0] for names in choices if not any((folder / name).is_file() for name in names)
+    ]
     if missing and (local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE):
         raise CheckpointError(
             f'the copy of "{text}" in {folder} has no {missing[0]}: its download was not finished, '

@@ -1,4 +1,4 @@
-"""The weights of a model in one safetensors file, compared with the model before they are used.
+"""The weights of a model in safetensors files, compared with the model before they are used.
 
     chosen_dtype    the precision that a user asks for
     plain_state     a state dict without what torch.compile, DataParallel and others put into names
@@ -23,6 +23,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    Sequence,
 )
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,11 +97,12 @@ def _read_dtype(
     raise ConfigurationError(f"{argument} is {value!r}, not a precision of a model; {hint}")
 
 
-def saved_dtype(path: Path) -> "torch.dtype | None":
-    """The type of the floating-point numbers in a safetensors file; None if there are several."""
+def saved_dtype(paths: Iterable[Path]) -> "torch.dtype | None":
+    """The type of the floating-point numbers in safetensors files; None if there are several."""
     import torch
 
-    names = {TYPES[part.code] for part in _read_headers(path).values()} & set(PRECISIONS)
+    headers = [header for path in paths for header in _read_headers(path).values()]
+    names = {TYPES[header.code] for header in headers} & set(PRECISIONS)
     return getattr(torch, names.pop()) if len(names) == 1 else None
 
 
@@ -197,6 +199,7 @@ class _Header:
     kind: str  # "float", "integer", "bool" or "complex"
     code: str = ""  # of the type in a safetensors file
     start: int = 0  # of the values in that file, in bytes
+    path: Path = Path()  # that file
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -246,7 +249,7 @@ def _read_headers(path: Path) -> dict[str, _Header]:
             raise CheckpointError(f"{path}: {name} has numbers of type {code}, which are not read")
         kind = "bool" if code == "BOOL" else KINDS[code[0]]
         start = 8 + size + entry["data_offsets"][0]
-        headers[name] = _Header(tuple(entry["shape"]), kind, code, start)
+        headers[name] = _Header(tuple(entry["shape"]), kind, code, start, path)
     return headers
 
 
@@ -327,12 +330,12 @@ def _registering_at_most(limit: int, path: Path) -> Iterator[None]:
         handle.remove()
 
 
-def _check_tables(model: "nn.Module", path: Path) -> None:
+def _check_tables(model: "nn.Module", paths: Collection[Path], path: Path) -> None:
     """Raise `CheckpointError` if tables that are not saved, but computed from the config, would
     take far more memory than the saved weights: for a grid of ten million positions, for example.
     """
     size = sum(buffer.nbytes for buffer in model.buffers())
-    if size > TABLES + 4 * path.stat().st_size:
+    if size > TABLES + 4 * sum(own.stat().st_size for own in paths):
         raise CheckpointError(
             f"the tables of the model that the config beside {path} describes would take "
             f"{size / 1e6:,.0f} MB, far more than its weights: the config is damaged or hostile"
@@ -418,49 +421,56 @@ def hash_weights(weights: "Iterable[tuple[str, Tensor]]", prefix: bytes = b"") -
 
 
 class WeightsFile:
-    """A safetensors file that has every parameter and buffer of a model, and nothing else.
+    """Safetensors files that have every parameter and buffer of a model, and nothing else.
 
     Args:
+        paths: one, or several of which each has some of the tensors.
         build: makes the model. It is called with parameters on the meta device, so it initialises
             them with functions such as those of torch.nn.init, and does not read their values.
-        beside: names of tensors that the file may have and that are not of the model.
+        beside: names of tensors that the files may have and that are not of the model.
 
     Raises:
-        CheckpointError: the file is missing or damaged; a tensor is missing, unknown, or has
-            the wrong shape or kind.
+        CheckpointError: a file is damaged; a tensor is missing, unknown, in two files, or has the
+            wrong shape or kind.
     """
 
     def __init__(
-        self, path: Path, build: "Callable[[], nn.Module]", beside: Collection[str] = ()
+        self, paths: Sequence[Path], build: "Callable[[], nn.Module]", beside: Collection[str] = ()
     ) -> None:
         import torch
 
-        if not path.is_file():
-            raise CheckpointError(f"{path.parent} has no {path.name}{_pickle_hint(path.parent)}")
-        self.path, self._build = path, build
-        headers = _read_headers(path)
+        self.paths, self._build = paths, build
+        headers: dict[str, _Header] = {}
+        for own in paths:
+            for name, header in _read_headers(own).items():
+                if name in headers:
+                    raise CheckpointError(f"{own} and {headers[name].path} both have {name}")
+                headers[name] = header
+        path = paths[0] if len(paths) == 1 else paths[0].parent
         with torch.device("meta"), _registering_at_most(4 * len(headers) + 64, path):
             self._outline = build()
         expected = self._outline.state_dict()
         names = plain_names([name for name in headers if name not in beside], expected)
         found = {names[name]: header for name, header in headers.items() if name in names}
         _compare({name: _header(value) for name, value in expected.items()}, found, str(path))
-        _check_tables(self._outline, path)
+        _check_tables(self._outline, paths, path)
         self._headers = found  # in the order of the values
         self._types = {name: value.dtype for name, value in expected.items()}
 
-    def load(self, sha256: str | None = None, dtype: "torch.dtype | None" = None) -> "nn.Module":
-        """The model, with all values read from the file.
+    def load(
+        self, sha256: Mapping[str, str] | None = None, dtype: "torch.dtype | None" = None
+    ) -> "nn.Module":
+        """The model, with all values read from the files.
 
         The memory in use never exceeds that of the model by more than two of its tensors. The
         global random state stays as it was.
 
         Args:
-            sha256: the hash that the file must have; None: any.
+            sha256: the hash that each file must have, by name; None: any.
             dtype: as of `model.to(dtype)`; None: the precision that the model is built in.
 
         Raises:
-            CheckpointError: the file has another hash.
+            CheckpointError: a file has another hash.
         """
         import torch
 
@@ -470,10 +480,12 @@ class WeightsFile:
         if dtype is not None:
             model.to(dtype)
             types = {k: v.dtype for k, v in self._outline.to(dtype).state_dict().items()}
-        digest = hashlib.sha256() if sha256 is not None else None
-        state = dict(self._read(types, digest))
-        if digest is not None and digest.hexdigest() != sha256:
-            raise changed(self.path)
+        state: dict[str, Tensor] = {}
+        for path in self.paths:
+            digest = hashlib.sha256() if sha256 is not None else None
+            state.update(self._read(path, types, digest))
+            if digest is not None and sha256 and digest.hexdigest() != sha256.get(path.name):
+                raise changed(path)
         model.load_state_dict(state, assign=True)
         return model
 
@@ -481,18 +493,18 @@ class WeightsFile:
         """Names and tensors, by name, in the precision that the model is built in."""
         import torch
 
-        with self.path.open("rb") as stream:
-            for name in sorted(self._headers):
-                header = self._headers[name]
-                tensor = torch.empty(header.shape, dtype=header.dtype)
+        for name in sorted(self._headers):
+            header = self._headers[name]
+            tensor = torch.empty(header.shape, dtype=header.dtype)
+            with header.path.open("rb") as stream:
                 stream.seek(header.start)
                 _fill(tensor, stream)
-                yield name, tensor.to(self._types[name])
+            yield name, tensor.to(self._types[name])
 
     def _read(
-        self, types: "Mapping[str, torch.dtype]", digest: Any
+        self, path: Path, types: "Mapping[str, torch.dtype]", digest: Any
     ) -> "Iterator[tuple[str, Tensor]]":
-        """Names and tensors of the given types, in the order of the file; `digest`, if given, takes
+        """Names and tensors of a file, of the given types, in its order; `digest`, if given, takes
         all its bytes.
 
         Tensors of another type are read into one piece of memory and converted from there: a new
@@ -500,10 +512,11 @@ class WeightsFile:
         """
         import torch
 
-        largest = max((header.size for header in self._headers.values()), default=0)
+        headers = {name: header for name, header in self._headers.items() if header.path == path}
+        largest = max((header.size for header in headers.values()), default=0)
         position, scratch = 0, torch.empty(largest, dtype=torch.uint8)
-        with self.path.open("rb") as stream:
-            for name, header in self._headers.items():
+        with path.open("rb") as stream:
+            for name, header in headers.items():
                 if digest is not None:  # the header, and counters, which are no tensors of a model
                     digest.update(stream.read(header.start - position))
                 stream.seek(header.start)
@@ -523,7 +536,8 @@ class WeightsFile:
                 digest.update(stream.read())
 
 
-def _pickle_hint(folder: Path) -> str:
+def pickle_hint(folder: Path) -> str:
+    """The end of a sentence that names a pickle in a folder, if there is one."""
     names = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     return f" ({names[0]} is a pickle, which can run code and is not read)" if names else ""
 

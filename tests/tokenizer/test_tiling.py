@@ -1,0 +1,78 @@
+"""Tiled and sliced decoding: bounded memory, and the same pictures."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smalti.errors import SmaltiError
+from smalti.tokenizer.conv import ConvConfig
+from smalti.tokenizer.kl import KLConfig, KLTokenizer
+from smalti.tokenizer.tiling import Tiling
+
+CONV = ConvConfig(
+    channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=2
+)
+
+
+def decoder() -> nn.Sequential:
+    """Without norms: pixels depend on those at most 3 away. Twice the resolution."""
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.Upsample(scale_factor=2.0),
+        nn.Conv2d(8, 3, 3, padding=1),
+    ).double()
+
+
+@pytest.mark.parametrize(
+    ("grid", "tile", "overlap"),
+    [((32, 32), 32, 16), ((19, 40), 24, 16), ((8, 33), 40, 20), ((64, 9), 30, 18)],
+)
+@torch.no_grad()
+def test_tiles_make_the_whole_picture_where_the_receptive_field_allows(grid, tile, overlap) -> None:
+    model, vectors = decoder(), torch.randn(2, 2, *grid, dtype=torch.float64)
+    sides, sizes = [], tuple(2 * side for side in grid)
+
+    def decode(part: Tensor) -> Tensor:
+        sides.append(tuple(part.shape[2:]))
+        return model(part)
+
+    tiled = Tiling(tile, overlap).decode(decode, vectors, sizes)
+    torch.testing.assert_close(tiled, model(vectors), rtol=0, atol=1e-12)
+    assert len(sides) > 1 and all(max(side) <= tile // 2 for side in sides)
+
+
+@torch.no_grad()
+def test_tiles_without_overlap_are_set_side_by_side() -> None:
+    model, vectors = decoder(), torch.randn(1, 2, 16, 16, dtype=torch.float64)
+    tiled = Tiling(16, 0).decode(model, vectors, (32, 32))
+    corner = model(vectors[:, :, :8, :8])
+    torch.testing.assert_close(tiled[:, :, :16, :16], corner)
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(0, 0), (8, 8), (8, -1), (8.0, 2)])
+def test_sizes_that_make_no_tiles_are_refused(tile, overlap) -> None:
+    with pytest.raises(SmaltiError, match="0 <= overlap < tile"):
+        KLTokenizer(KLConfig(image_size=16, conv=CONV)).enable_tiling(tile, overlap)
+
+
+@torch.no_grad()
+def test_a_tokenizer_decodes_in_tiles_and_slices() -> None:
+    model = KLTokenizer(KLConfig(image_size=(32, 48), conv=CONV)).eval()
+    latents = torch.randn(3, model.spec.channels, model.spec.height, model.spec.width)
+    whole, seen = model.decode(latents), []
+    model.decoder.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
+    model.enable_slicing()
+    torch.testing.assert_close(model.decode(latents), whole)
+    assert [shape[0] for shape in seen] == [1, 1, 1]
+    model.enable_tiling(16, 4)
+    seen.clear()
+    assert model.decode(latents).shape == whole.shape
+    assert {shape[0] for shape in seen} == {1} and {shape[2:] for shape in seen} == {(8, 8)}
+    large = model.sharing_weights((64, 48))  # keeps both
+    assert large._tiling == model._tiling and large._slicing
+    model.disable_tiling()
+    model.disable_slicing()
+    seen.clear()
+    assert torch.equal(model.decode(latents), whole) and len(seen) == 1
+    model.enable_tiling(64, 16)  # one tile
+    assert torch.equal(model.decode(latents), whole)

@@ -1,0 +1,97 @@
+"""Tiled decoding: large pictures in parts that overlap, in bounded memory.
+
+Of every overlap the outer quarter of each tile is discarded, because it was decoded with zeros, not
+with its neighbours, outside; in the middle half both tiles are blended. So where the receptive
+field of the decoder reaches less than a quarter of the overlap, and the decoder normalises nothing
+over the whole picture, the result is that of decoding the whole picture.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smalti.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Sides of the tiles and of their overlap, in pixels."""
+
+    tile: int
+    overlap: int
+
+    def __post_init__(self) -> None:
+        sizes = (self.tile, self.overlap)
+        if any(type(size) is not int for size in sizes) or not 0 <= self.overlap < self.tile:
+            raise ConfigurationError(
+                f"tile is {self.tile} and overlap {self.overlap} pixels; give whole numbers, "
+                "0 <= overlap < tile"
+            )
+
+    def decode(
+        self,
+        decode: Callable[[Tensor], Tensor],
+        vectors: Tensor,
+        image_size: tuple[int, int],
+    ) -> Tensor:
+        """Images (B, C, H, W) of features (B, d, h, w).
+
+        Args:
+            decode: features of a tile -> its images.
+            image_size: H and W in pixels.
+        """
+        factors = [side // n for side, n in zip(image_size, vectors.shape[2:], strict=True)]
+        tiles = [max(1, self.tile // factor) for factor in factors]  # in positions of the latents
+        overlaps = [
+            min(-(-self.overlap // factor), tile - 1)
+            for factor, tile in zip(factors, tiles, strict=True)
+        ]
+        if all(tile >= n for tile, n in zip(tiles, vectors.shape[2:], strict=True)):
+            return decode(vectors)
+        images = total = None
+        rows, columns = (
+            list(_spans(n, tile, overlap))
+            for n, tile, overlap in zip(vectors.shape[2:], tiles, overlaps, strict=True)
+        )
+        for top, bottom in rows:
+            for left, right in columns:
+                part = decode(vectors[:, :, top:bottom, left:right])  # (B, C, a, b)
+                if images is None or total is None:
+                    images = part.new_zeros(*part.shape[:2], *image_size)
+                    total = part.new_zeros(1, 1, *image_size)
+                weight = _weights(top, bottom, vectors.shape[2], overlaps[0], factors[0])[:, None]
+                weight = weight * _weights(
+                    left, right, vectors.shape[3], overlaps[1], factors[1]
+                )  # (a, b)
+                weight = weight.to(part)
+                place = (
+                    slice(top * factors[0], bottom * factors[0]),
+                    slice(left * factors[1], right * factors[1]),
+                )
+                images[:, :, *place] += weight * part
+                total[:, :, *place] += weight
+        assert images is not None and total is not None
+        return images / total
+
+
+def _spans(length: int, tile: int, overlap: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of the tiles along one side; the last one ends where the side ends."""
+    start = 0
+    while start + tile < length:
+        yield start, start + tile
+        start += tile - overlap
+    yield max(0, length - tile), length
+
+
+def _weights(start: int, stop: int, length: int, overlap: int, factor: int) -> Tensor:
+    """Weight of each pixel of a tile along one side, (a,) in [0, 1]."""
+    weight, pixels = torch.ones((stop - start) * factor), overlap * factor
+    centres = (torch.arange(pixels) + 0.5) / max(pixels, 1)
+    ramp = (2 * centres - 0.5).clamp(0, 1)  # 0 in the first quarter, 1 in the last
+    if start > 0 and pixels:
+        weight[:pixels] *= ramp
+    if stop < length and pixels:
+        weight[-pixels:] *= ramp.flip(0)
+    return weight
