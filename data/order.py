@@ -127,7 +127,7 @@ class Blocks:
 
     def part(self, samples: Tensor | Sequence[int]) -> "Blocks":
         """The blocks of some of the samples."""
-        return Blocks(self.of[samples], self.mixed)
+        return Blocks(self.of[torch.as_tensor(samples, dtype=torch.int64)], self.mixed)
 
 
 class DataOrder:

@@ -277,7 +277,8 @@ def finished_tokenizer(config: EncodeConfig) -> Tokenizer:
     ours = tokenizer.state_dict()
     if state.is_main_process and not folder.exists():
         channels = tokenizer.image_channels
-        images = config.dataset("train", tokenizer.image_size, channels=channels)
+        train = config.opened(channels)["train"]  # raises for either split
+        images = config.dataset("train", tokenizer.image_size, channels=channels, opened=train)
         tokenizer.to(state.device)
         tokenizer.calibrate(batch.images.to(state.device) for batch in images.batches(64))
         tokenizer.save_pretrained(folder)

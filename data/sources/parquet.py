@@ -262,9 +262,8 @@ class ParquetPictures(EncodedPictures):
         return len(content) if isinstance(content, bytes) else 0
 
     def identities(self, rows: Sequence[int]) -> list[str]:
-        assert self.blocks is not None
-        groups = self.blocks.of[rows].tolist()
-        packed = [self._groups[group].packed_bytes for group in groups]
+        numbers = [bisect_right(self._first_rows, row) - 1 for row in rows]
+        packed = [self._groups[number].packed_bytes for number in numbers]
         return [f"{size}/{self.name(row)}" for size, row in zip(packed, rows, strict=True)]
 
     def name(self, index: int) -> str:
