@@ -76,3 +76,15 @@ def test_a_tokenizer_decodes_in_tiles_and_slices() -> None:
     assert torch.equal(model.decode(latents), whole) and len(seen) == 1
     model.enable_tiling(64, 16)  # one tile
     assert torch.equal(model.decode(latents), whole)
+
+
+@torch.no_grad()
+def test_normalisations_of_equal_statistics_make_the_whole_picture() -> None:
+    """Where every n-th position has the means and variances of all, the estimate is exact; and no
+    hook stays."""
+    model = nn.Sequential(nn.Conv2d(2, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 1)).double()
+    vectors = torch.randn(2, 2, 8, 8, dtype=torch.float64).repeat_interleave(4, 2)
+    vectors = vectors.repeat_interleave(4, 3)
+    tiled = Tiling(16, 4).decode(model, vectors, (32, 32), [model[1]])
+    torch.testing.assert_close(tiled, model(vectors), rtol=1e-5, atol=1e-5)  # statistics are fp32
+    assert not model[1]._forward_hooks
