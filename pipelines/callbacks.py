@@ -143,7 +143,8 @@ def preview(tokenizer: Tokenizer, spec: LatentSpec, latents: Tensor) -> Tensor:
     if len(spec.grids) > 1 and hasattr(tokenizer, "preview"):
         sampled = [not part.any() for part in missing.split(spec.lengths, 1)]
         done = sampled.index(False) if False in sampled else len(sampled)
-        return tokenizer.preview(latents[:, : sum(spec.lengths[:done])], done).float()
+        show: Any = tokenizer.preview  # of tokenizers with several scales
+        return show(latents[:, : sum(spec.lengths[:done])], done).float()
     vectors = tokenizer.vectors(latents.clamp(min=0))  # (B, d, h, w)
     mask = missing[:, -vectors[0, 0].numel() :].view(len(latents), 1, *vectors.shape[2:])
     return tokenizer.decode_vectors(vectors.masked_fill(mask, 0)).float().clamp(-1, 1)

@@ -80,6 +80,11 @@ class GuidedPipeline(Pipeline):
         self.classifier.to(self.device)
         return self
 
+    def enable_model_cpu_offload(self, device: torch.device | str | None = None) -> None:
+        """As of a pipeline; the classifier, which runs with the prior, stays on the accelerator."""
+        super().enable_model_cpu_offload(device)
+        self.classifier.to(self.device)
+
     def resized(self, image_size: ImageSize) -> Self:
         """Itself at its own size; another one is refused.
 

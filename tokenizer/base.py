@@ -156,7 +156,8 @@ class Tokenizer(nn.Module, Pretrained, ABC):
             return self.decode_vectors(vectors)
         rows, columns = vectors.shape[2:]
         size = height_and_width(self.size_of((rows, columns)))
-        return self._tiling.decode(self.decode_vectors, vectors, size)
+        norms = [module for module in self.modules() if isinstance(module, nn.GroupNorm)]
+        return self._tiling.decode(self.decode_vectors, vectors, size, norms)
 
     def enable_slicing(self) -> None:
         """Let `decode` take one image at a time: less memory, more time."""
@@ -168,8 +169,8 @@ class Tokenizer(nn.Module, Pretrained, ABC):
 
     def enable_tiling(self, tile: int = 512, overlap: int = 128) -> None:
         """Let `decode` take images in tiles that are blended where they overlap: memory for large
-        images is that of a tile. Each tile is normalised by itself, and attends to itself, so that
-        the images differ slightly from those of a whole decode.
+        images is that of a tile. Means and variances of normalisations are estimated, and a tile
+        attends to itself alone, so that the images differ slightly from those of a whole decode.
 
         Args:
             tile, overlap: pixels.

@@ -4,13 +4,20 @@ Of every overlap the outer quarter of each tile is discarded, because it was dec
 with its neighbours, outside; in the middle half both tiles are blended. So where the receptive
 field of the decoder reaches less than a quarter of the overlap, and the decoder normalises nothing
 over the whole picture, the result is that of decoding the whole picture.
+
+Group normalisation (1803.08494) does: mean and variance are those of the whole picture. Those of a
+tile differ, which would show as a change of colour from tile to tile. So they are estimated once,
+by decoding every n-th position of the picture, and are the same for all tiles.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from smalti.errors import ConfigurationError
 
@@ -35,12 +42,14 @@ class Tiling:
         decode: Callable[[Tensor], Tensor],
         vectors: Tensor,
         image_size: tuple[int, int],
+        norms: Sequence[nn.GroupNorm] = (),
     ) -> Tensor:
         """Images (B, C, H, W) of features (B, d, h, w).
 
         Args:
             decode: features of a tile -> its images.
             image_size: H and W in pixels.
+            norms: the group normalisations of the decoder.
         """
         factors = [side // n for side, n in zip(image_size, vectors.shape[2:], strict=True)]
         tiles = [max(1, self.tile // factor) for factor in factors]  # in positions of the latents
@@ -50,6 +59,21 @@ class Tiling:
         ]
         if all(tile >= n for tile, n in zip(tiles, vectors.shape[2:], strict=True)):
             return decode(vectors)
+        sides = [min(tile, n) for tile, n in zip(tiles, vectors.shape[2:], strict=True)]
+        with _shared_statistics(norms, decode, F.interpolate(vectors, sides, mode="nearest-exact")):
+            return self._blended(decode, vectors, image_size, tiles, overlaps, factors)
+
+    def _blended(
+        self,
+        decode: Callable[[Tensor], Tensor],
+        vectors: Tensor,
+        image_size: tuple[int, int],
+        tiles: Sequence[int],
+        overlaps: Sequence[int],
+        factors: Sequence[int],
+    ) -> Tensor:
+        """The images of tiles with these sides and overlaps, in positions of the latents, of which
+        each is `factors` pixels high and wide."""
         images = total = None
         rows, columns = (
             list(_spans(n, tile, overlap))
@@ -74,6 +98,45 @@ class Tiling:
                 total[:, :, *place] += weight
         assert images is not None and total is not None
         return images / total
+
+
+@contextmanager
+def _shared_statistics(
+    norms: Sequence[nn.GroupNorm], decode: Callable[[Tensor], Tensor], vectors: Tensor
+) -> Iterator[None]:
+    """Let normalisations use the means and variances that they have while these features (B, d, a,
+    b) are decoded."""
+    found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def grouped(norm: nn.GroupNorm, x: Tensor) -> Tensor:  # (B, groups, n)
+        return x.float().reshape(len(x), norm.num_groups, -1)
+
+    def record(norm: nn.GroupNorm, given: tuple[Tensor], normed: Tensor) -> None:
+        del normed
+        variance, mean = torch.var_mean(grouped(norm, given[0]), 2, correction=0, keepdim=True)
+        found[norm] = (mean, (variance + norm.eps).rsqrt())
+
+    def replace(norm: nn.GroupNorm, given: tuple[Tensor], normed: Tensor) -> Tensor:
+        if norm not in found:
+            return normed
+        mean, scale = found[norm]
+        x = ((grouped(norm, given[0]) - mean) * scale).view_as(given[0])
+        if norm.affine:
+            x = x * norm.weight[:, None, None] + norm.bias[:, None, None]
+        return x.to(normed.dtype)
+
+    handles: list[RemovableHandle] = []
+    try:
+        handles += [norm.register_forward_hook(record) for norm in norms]
+        if norms:
+            decode(vectors)
+        while handles:
+            handles.pop().remove()
+        handles += [norm.register_forward_hook(replace) for norm in norms]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _spans(length: int, tile: int, overlap: int) -> Iterator[tuple[int, int]]:

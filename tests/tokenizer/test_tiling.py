@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.errors import SmaltiError
@@ -76,3 +77,38 @@ def test_a_tokenizer_decodes_in_tiles_and_slices() -> None:
     assert torch.equal(model.decode(latents), whole) and len(seen) == 1
     model.enable_tiling(64, 16)  # one tile
     assert torch.equal(model.decode(latents), whole)
+
+
+@torch.no_grad()
+def test_normalisations_of_equal_statistics_make_the_whole_picture() -> None:
+    """Where every n-th position has the means and variances of all, the estimate is exact; and no
+    hook stays."""
+    model = nn.Sequential(nn.Conv2d(2, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 1)).double()
+    vectors = torch.randn(2, 2, 8, 8, dtype=torch.float64).repeat_interleave(4, 2)
+    vectors = vectors.repeat_interleave(4, 3)
+    tiled = Tiling(16, 4).decode(model, vectors, (32, 32), [model[1]])
+    torch.testing.assert_close(tiled, model(vectors), rtol=1e-5, atol=1e-5)  # statistics are fp32
+    assert not model[1]._forward_hooks
+
+
+@torch.no_grad()
+def test_seams_of_a_smooth_picture_are_below_a_grey_level() -> None:
+    """Away from the border, no step between neighbouring pixels differs by a grey level, of which
+    the picture has 255, from that of a whole decode, by a decoder that normalises."""
+    conv = ConvConfig(
+        channels=16,
+        channel_mult=(1,),
+        num_res_blocks=1,
+        attention_levels=(),
+        mid_attention=False,
+        z_channels=4,
+    )
+    model = KLTokenizer(KLConfig(image_size=96, conv=conv)).eval()
+    coarse = torch.randn(1, model.spec.channels, 2, 2)
+    latents = F.interpolate(coarse, (96, 96), mode="bilinear", align_corners=True)
+    whole = model.decode(latents)
+    model.enable_tiling(48, 32)
+    pictures = [image[..., 16:-16, 16:-16] for image in (whole, model.decode(latents))]
+    steps = [[picture.diff(dim=dim) for dim in (2, 3)] for picture in pictures]
+    seams = max((a - b).abs().max() for a, b in zip(*steps, strict=True))
+    assert seams * 255 / (whole.max() - whole.min()) < 1
