@@ -11,9 +11,8 @@ The hash is that of the file; of the member in a shard; of the bytes of the pixe
 import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -49,7 +48,9 @@ class Manifest:
         conditions: the seed, and the class or prompt, of a picture, for its row.
     """
 
-    def __init__(self, store: Store, count: int, conditions: Any, rank: int) -> None:
+    def __init__(
+        self, store: Store, count: int, conditions: Callable[[int], Row], rank: int
+    ) -> None:
         self.store, self.count, self.rank = store, count, rank
         self.folder = store.folder
         self._conditions, self._part = conditions, self.folder / PART.format(rank)

@@ -49,8 +49,8 @@ class GenerateConfig(Sampling):
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     output_dir: Path = Path("samples")  # folder of the pictures
     class_labels: tuple[str, ...] = ()  # class names or numbers; empty = all classes
-    # Shares of the classes in num_images: a number for each of class_labels, or pictures or latents
-    # (as in --data) that have these shares; empty = equal.
+    # Shares of the classes in num_images: a number for each of class_labels; or the place of
+    # pictures or of latents that have these shares. Empty = equal.
     class_weights: tuple[str, ...] = ()
     prompts: Path | None = None  # text file with a prompt in each line, for a prior of captions
     prompt: tuple[str, ...] = ()  # prompts, instead of a file
@@ -66,7 +66,7 @@ class GenerateConfig(Sampling):
     classifier: str = ""
     classifier_scale: float = 1.0  # factor of the classifier's gradient
     layout: Layout = "flat"  # flat: one folder; class: one for each class
-    # webp is lossless unless a quality is given. webdataset: tar files of 1,000 pictures; npz: one
+    # webp is lossless unless a quality is given. webdataset: tar files of 1000 pictures; npz: one
     # file for ADM's evaluator.
     format: FormatName = "png"
     quality: int | None = None  # of jpeg (default: 95) and of lossy webp, 1 to 100
@@ -242,6 +242,14 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def compile_models(pipeline: Pipeline) -> None:
+    """torch.compile the parts of both models that sampling calls."""
+    for model in (pipeline.tokenizer, pipeline.prior):
+        for part in model.children():
+            for module in part if isinstance(part, torch.nn.ModuleList) else [part]:
+                module.compile()
+
+
 @fills_folder(deep=True)
 def generate(config: GenerateConfig) -> list[Path]:
     """Write the pictures, and return their paths.
@@ -262,7 +270,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         pipeline = GuidedPipeline(pipeline, classifier, config.classifier_scale)
     labels, prompts = continued_labels(config.output_dir, *config.rows(pipeline))
     if config.compile:
-        pipeline.compile()
+        compile_models(pipeline)
     with shared_work(len(labels), "generate", unit=" images") as share:
         paths = generate_folder(
             pipeline,
