@@ -156,7 +156,8 @@ class GenerateConfig(Sampling):
         if self.num_images is None:
             chosen = [row for row in wanted for _ in range(getattr(self, number))]
         else:
-            weights = class_weights(self.class_weights, [pipeline.classes[i] for i in ids])
+            names = [pipeline.classes[i] for i in ids] if pipeline.classes else []
+            weights = class_weights(self.class_weights, names)
             shares = [weight for _ in texts or [""] for weight in weights] or [1.0] * len(wanted)
             chosen = [wanted[i] for i in by_shares(shares, self.num_images)]
         return [label for label, _ in chosen], [text for _, text in chosen if texts]
@@ -242,14 +243,6 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def compile_models(pipeline: Pipeline) -> None:
-    """torch.compile the parts of both models that sampling calls."""
-    for model in (pipeline.tokenizer, pipeline.prior):
-        for part in model.children():
-            for module in part if isinstance(part, torch.nn.ModuleList) else [part]:
-                module.compile()
-
-
 @fills_folder(deep=True)
 def generate(config: GenerateConfig) -> list[Path]:
     """Write the pictures, and return their paths.
@@ -270,7 +263,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         pipeline = GuidedPipeline(pipeline, classifier, config.classifier_scale)
     labels, prompts = continued_labels(config.output_dir, *config.rows(pipeline))
     if config.compile:
-        compile_models(pipeline)
+        pipeline.compile()
     with shared_work(len(labels), "generate", unit=" images") as share:
         paths = generate_folder(
             pipeline,

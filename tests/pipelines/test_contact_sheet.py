@@ -2,6 +2,8 @@
 
 import html
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -62,3 +64,25 @@ def test_prompts_can_be_searched(tmp_path: Path) -> None:
     page = (tmp_path / "index.html").read_text()
     assert '<input id="prompt" type="search">' in page and 'id="class"' not in page
     assert 'data-prompt="a &quot;red&quot; apple"' in page
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_shows_the_pictures_of_the_chosen_class_and_words(tmp_path: Path) -> None:
+    rows = [
+        {"index": i, "file": f"{i:06d}.png", "class": name, "prompt": text}
+        for i, (name, text) in enumerate((n, t) for n in CLASSES for t in ("A pear", "apples"))
+    ]
+    store = PictureFormat().store(tmp_path, [row["file"] for row in rows], len(rows))
+    page = tmp_path / "index.html"
+    write_contact_sheet(page, "six", lambda: rows, store)
+    choose = (
+        'chosen.value = "<dog> & #1"; text.value = "PEAR"; text.dispatchEvent(new Event("input"));'
+    )
+    page.write_text(page.read_text().replace("</html>", f"<script>{choose}</script></html>"))
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    shown = subprocess.run(
+        [*browser, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    assert '<output id="shown">1 shown</output>' in shown
+    figures = re.findall(r"<figure ([^>]*)>.*?<figcaption>(\d+)", shown, re.DOTALL)
+    assert [number for kind, number in figures if "hidden" not in kind] == ["2"]
