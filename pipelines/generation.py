@@ -3,49 +3,41 @@ settings, the seed, i, and its class or prompt.
 
     out/
         generation.json             the settings of the job; another job is refused
-        000000.png  000001.png ...  or in a folder for each class
-        index.json                  file, class or prompt, and sha256 of each picture; written last
+        000000.png  000001.png ...  or in other files, see `picture_files`
+        manifest.jsonl              file, class or prompt, and sha256 of each picture
+        index.html                  a page that shows them
 
 More pictures of the same job may be added. A picture that was swapped, edited or put there by
 someone else does not have its hash, and is generated again.
 """
 
 import hashlib
-import json
-import logging
-import re
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
 from smalti.config import plain
-from smalti.data.image_io import image_grid, save_png
+from smalti.data.image_io import image_grid
 from smalti.data.latent_cache.buckets import BucketedLatents
 from smalti.data.latent_cache.on_the_fly import Latents
-from smalti.data.latents import ContinuousSpec
-from smalti.errors import GenerationError, SmaltiError
-from smalti.files import first_difference, read_hashed_json, sha256_of, write_hashed_json
+from smalti.data.latents import ContinuousSpec, height_and_width
+from smalti.errors import GenerationError
+from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.folders import contents
 from smalti.pipelines.conditions import BatchConditions, Inputs, arguments_for, check_options
 from smalti.pipelines.guided import GuidedPipeline
+from smalti.pipelines.manifest import SETTINGS, Manifest
+from smalti.pipelines.picture_files import PER_SHARD, Layout, PictureFormat, picture_names
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
 from smalti.prior.conditions.base import moved, part_of, repeated
 from smalti.tokenizer.base import Tokenizer
-
-logger = logging.getLogger(__name__)
-
-Layout = Literal["flat", "class"]
-
-SETTINGS = "generation.json"
-INDEX = "index.json"
-PICTURE = re.compile(r"(.+/)?\d{6,}\.png")  # file of a picture, in any layout
-PART = ".index-{:05d}.jsonl"  # hashes of the pictures of one process, until the index is written
 
 # Pictures of a job are sampled in groups of a fixed size: group g holds the pictures g n to
 # (g + 1) n - 1, whichever of them are wanted. Matrix products round differently at another size,
@@ -55,6 +47,19 @@ LARGEST_GROUP = 16  # ... and pictures
 SHOWN_ROWS = 20  # of a grid of samples, at most
 GIVEN_ROWS = 8  # of a grid of samples with their given pictures
 UNNAMED_ROWS = 4  # of a grid of unconditional samples
+WRITERS = 4  # threads that encode and write pictures while the next ones are sampled
+MOST_WAITING = 4 * LARGEST_GROUP  # pictures that wait for them
+
+# What settings mean that do not name these.
+UNSAID = {
+    "layout": "flat",
+    "negative_prompt": "",
+    "compiled": False,
+    "format": "png",
+    "quality": None,
+    "pictures_per_shard": PER_SHARD,
+    "image_size": None,
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class GenerationJob:
     options: dict[str, Any]  # temperature, solver, ...
     prompts: tuple[str, ...] = ()  # prompt of each image; () without prompts
     negative_prompt: str = ""
+    compiled: bool = False  # compiled models round differently
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -76,7 +82,7 @@ class GenerationJob:
         return {
             name: value
             for name, value in content.items()
-            if value or name not in ("prompts", "negative_prompt")
+            if value or name not in ("prompts", "negative_prompt", "compiled")
         }
 
     def inputs(self, indices: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
@@ -85,6 +91,22 @@ class GenerationJob:
         prompts = [self.prompts[row] for row in rows] if self.prompts else ()
         given = arguments_for(classes, [self.labels[row] for row in rows], prompts)
         return {**given, "negative_prompt": self.negative_prompt} if prompts else given
+
+    def conditions(self, index: int, classes: Sequence[str]) -> dict[str, Any]:
+        """The seed of an image, and its class and prompt as far as it has them."""
+        label, found = self.labels[index], dict[str, Any](seed=self.seed)
+        if classes:
+            found |= {"class": classes[label], "label": label}
+        if self.prompts:
+            found["prompt"] = self.prompts[index]
+        return found
+
+    @property
+    def title(self) -> str:
+        """One line about the job, for people."""
+        options = {"seed": self.seed, "guidance_scale": self.guidance_scale, **self.options}
+        named = ", ".join(f"{name} {value}" for name, value in options.items())
+        return f"{len(self.labels)} pictures, {named}"
 
 
 def picture_generator(seed: int, index: int) -> torch.Generator:
@@ -203,6 +225,8 @@ def generate_folder(
     prompts: Sequence[str] = (),
     negative_prompt: str = "",
     layout: Layout = "flat",
+    picture_format: PictureFormat | None = None,
+    compiled: bool = False,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -223,55 +247,127 @@ def generate_folder(
         prompts: of each image, for a pipeline of captions.
         negative_prompt: what guidance leads away from, for all images; "" is no text.
         layout: "class" puts each image into a folder with the name of its class.
+        picture_format: PNG, or another format.
+        compiled: whether the models of the pipeline are compiled: they round differently.
         rank, world_size, barrier: the index of this process, the number of processes, and a
             function that waits for all of them; each generates every `world_size`-th group.
         progress: called with the number of images finished since the last call.
 
     Returns:
-        The paths of all images, in order.
+        The path of the file of each image, in order.
 
     Raises:
-        GenerationError: the prior does not have an option; the folder contains other files, or
-            images of a job with other settings.
+        GenerationError: the prior does not have an option; the format cannot hold the images; the
+            folder contains other files, or images of a job with other settings.
     """
+    job = _job(pipeline, labels, seed, guidance_scale, options)
+    job = replace(job, prompts=tuple(prompts), negative_prompt=negative_prompt, compiled=compiled)
+    kind = _format_for(pipeline, picture_format or PictureFormat(), layout)
+    check_conditions(pipeline, job, layout)
+    _claim_together(folder, {"layout": layout, **kind.settings, **job.settings}, rank, barrier)
+    names = picture_names(job.labels, pipeline.classes, layout, kind)
+    store = kind.store(folder, names, len(names))
+    manifest = Manifest(
+        store, len(names), lambda index: job.conditions(index, pipeline.classes), rank
+    )
+    exact = pipeline.prior.in_full_precision
+    size = group_size(pipeline) if exact else min(batch_size, -(-len(labels) // world_size))
+    starts = range(rank * size, len(labels), world_size * size)
+    _generate(pipeline, job, manifest, (range(start, start + size) for start in starts), progress)
+    barrier()  # all images are written
+    manifest.finish(job.title, pipeline.classes)
+    barrier()
+    return [folder / store.place(index)["file"] for index in range(len(names))]
+
+
+def _job(
+    pipeline: Pipeline,
+    labels: Sequence[int],
+    seed: int,
+    guidance_scale: float | None,
+    options: dict[str, Any],
+) -> GenerationJob:
+    """The job with these options, which the prior has."""
     given = {"guidance_scale": guidance_scale, **options}
     options = {name: plain(value) for name, value in pipeline.sampling_options(given).items()}
     check_options(pipeline.prior, options)
-    guide = pipeline.settings if isinstance(pipeline, GuidedPipeline) else {}
-    job = GenerationJob(
+    return GenerationJob(
         model="/".join(map(_exact_name, (pipeline.tokenizer, pipeline.prior))),
         labels=tuple(map(plain, labels)),
         seed=plain(seed),
         guidance_scale=options.pop("guidance_scale"),
-        options=dict(sorted({**options, **guide}.items())),
-        prompts=tuple(prompts),
-        negative_prompt=negative_prompt,
+        options=dict(sorted({**options, **_guide(pipeline)}.items())),
     )
-    check_conditions(pipeline, job, layout)
-    _claim_together(folder, job, layout, rank, barrier)
-    pictures = Pictures(folder, job, pipeline.classes, layout, rank)
-    exact = pipeline.prior.in_full_precision
-    size = group_size(pipeline) if exact else min(batch_size, -(-len(labels) // world_size))
-    for start in range(rank * size, len(labels), world_size * size):
-        group = range(start, start + size)
-        wanted = [index for index in group if index < len(labels)]
-        missing = [index for index in wanted if not pictures.has(index)]
-        progress(len(wanted) - len(missing))
-        if not missing:
-            continue
-        output = pipeline(
-            **job.inputs(group, pipeline.classes),
-            guidance_scale=job.guidance_scale,
-            generator=[picture_generator(job.seed, index) for index in group],
-            **options,
+
+
+def _format_for(pipeline: Pipeline, kind: PictureFormat, layout: Layout) -> PictureFormat:
+    """The format with the size of the images of a pipeline.
+
+    Raises:
+        GenerationError: it cannot hold them, or has no such layout.
+    """
+    channels = pipeline.tokenizer.image_channels
+    if channels == 4 and kind.name in ("jpeg", "npz"):
+        raise GenerationError(
+            f"the pictures have an alpha channel, which {kind.name} cannot hold: use format png, "
+            "webp or webdataset"
         )
-        for index in missing:
-            pictures.save(index, output.images[index - start])
-        progress(len(missing))
-    barrier()  # all images are written
-    pictures.finish()
-    barrier()
-    return pictures.paths
+    if layout == "class" and kind.name in ("webdataset", "npz"):
+        raise GenerationError(
+            f"layout class makes a folder for each class, and {kind.name} has none: use flat"
+        )
+    if kind.name != "npz":
+        return kind
+    return replace(kind, image_size=height_and_width(pipeline.tokenizer.image_size))
+
+
+def _generate(
+    pipeline: Pipeline,
+    job: GenerationJob,
+    manifest: Manifest,
+    groups: Iterable[range],
+    progress: Callable[[int], object],
+) -> None:
+    """Sample the missing images of some groups. Threads store them, so that the device need not
+    wait for the disk."""
+    sampling = {name: v for name, v in job.options.items() if name not in _guide(pipeline)}
+    waiting = deque[tuple[int, Future[str]]]()
+
+    def note(most: int) -> None:
+        """Record what was stored, until at most so many wait."""
+        while len(waiting) > most:
+            manifest.note(waiting[0][0], waiting[0][1].result())
+            waiting.popleft()
+
+    try:
+        with ThreadPoolExecutor(WRITERS) as pool:
+            for group in groups:
+                wanted = [index for index in group if index < len(job.labels)]
+                missing = [index for index in wanted if not manifest.has(index)]
+                progress(len(wanted) - len(missing))
+                if not missing:
+                    continue
+                output = pipeline(
+                    **job.inputs(group, pipeline.classes),
+                    guidance_scale=job.guidance_scale,
+                    generator=[picture_generator(job.seed, index) for index in group],
+                    **sampling,
+                )
+                for index in missing:
+                    image = output.images[index - group.start]
+                    waiting.append((index, pool.submit(manifest.store.save, index, image)))
+                note(MOST_WAITING)
+                progress(len(missing))
+            note(0)
+    finally:  # after an error or an interruption: the others were stored
+        for index, stored in waiting:
+            if stored.done() and not stored.exception():
+                manifest.note(index, stored.result())
+
+
+def _guide(pipeline: Pipeline) -> dict[str, Any]:
+    """What identifies the classifier that guides a pipeline, if there is one."""
+    return pipeline.settings if isinstance(pipeline, GuidedPipeline) else {}
 
 
 def check_conditions(pipeline: Pipeline, job: GenerationJob, layout: Layout) -> None:
@@ -331,18 +427,18 @@ def continued_labels(
 
 
 def _claim_together(
-    folder: Path, job: GenerationJob, layout: Layout, rank: int, barrier: Callable[[], None]
+    folder: Path, settings: dict[str, Any], rank: int, barrier: Callable[[], None]
 ) -> None:
     """`_claim` in the first process, then in all of them."""
     try:
         if rank == 0:
-            _claim(folder, job, layout)
+            _claim(folder, settings)
     finally:
         barrier()
-    _claim(folder, job, layout)
+    _claim(folder, settings)
 
 
-def _claim(folder: Path, job: GenerationJob, layout: Layout) -> None:
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings of the job into the folder, or check those that are there.
 
     Other processes of the job may be writing already. They write the settings before any image;
@@ -353,14 +449,13 @@ def _claim(folder: Path, job: GenerationJob, layout: Layout) -> None:
         raise GenerationError(f"{folder} is a file: choose a folder")
     folder.mkdir(parents=True, exist_ok=True)
     foreign, path = contents(folder), folder / SETTINGS
-    settings = {"layout": layout, **job.settings}
     if not path.is_file():
         if foreign:
             raise GenerationError(
                 f"{folder} is not empty and holds no {SETTINGS}: choose another folder"
             )
         write_hashed_json(path, settings)
-    elif _stored_count(folder, settings) < len(job.labels):
+    elif _stored_count(folder, settings) < len(settings["labels"]):
         write_hashed_json(path, settings)
 
 
@@ -372,11 +467,9 @@ def _stored_count(folder: Path, settings: dict[str, Any]) -> int:
     """
     stored = read_hashed_json(folder / SETTINGS)
     rows = ("labels", "prompts")  # a job may grow
-    same = {name: value for name, value in settings.items() if name not in (*rows, "layout")}
-    different = first_difference(stored, same)
+    same = {name: v for name, v in {**UNSAID, **settings}.items() if name not in rows}
+    different = first_difference(stored, same, UNSAID)
     labels, wanted = stored.get("labels"), list(settings["labels"])
-    if different is None and stored.get("layout", "flat") != settings["layout"]:
-        different = ("layout", stored.get("layout"))
     if not isinstance(labels, list):
         labels = []
         different = different or ("labels", None)
@@ -395,164 +488,3 @@ def _stored_count(folder: Path, settings: dict[str, Any]) -> int:
             f"ask for {len(labels)} or more, or choose another output folder"
         )
     return len(labels)
-
-
-# -------------------------------------------------------------------------------------------------
-# The images of a job and their hashes
-
-
-class Pictures:
-    """The images of a job in a folder, each known by its hash.
-
-    A process notes the hash of each image that it wrote in a file of its own; the main process
-    joins them at the end. So an image without a hash was written by a process that was killed, or
-    by smalti 0.1.0, which kept no hashes.
-    """
-
-    def __init__(
-        self, folder: Path, job: GenerationJob, classes: Sequence[str], layout: Layout, rank: int
-    ) -> None:
-        self.folder, self.job, self.classes = folder, job, classes
-        self.names = [f"{index:06d}.png" for index in range(len(job.labels))]
-        if layout == "class":
-            inside = class_folders(classes)
-            self.names = [f"{inside[label]}/{self.names[i]}" for i, label in enumerate(job.labels)]
-        self.rank, self._part = rank, folder / PART.format(rank)
-        self._hashes = picture_hashes(folder)
-        self._has_hashes = (folder / INDEX).is_file() or bool(self._hashes)
-
-    @property
-    def paths(self) -> list[Path]:
-        return [self.folder / name for name in self.names]
-
-    def has(self, index: int) -> bool:
-        """Whether image `index` is there, and is the one that was written."""
-        name, path = self.names[index], self.folder / self.names[index]
-        if not path.is_file():
-            return False
-        known = self._hashes.get(name)
-        if known is None:
-            return not self._has_hashes and _is_complete(path)
-        if sha256_of(path) == known:
-            return True
-        logger.warning("%s is not the picture that this job wrote: it is generated again", path)
-        return False
-
-    def save(self, index: int, image: Image.Image) -> None:
-        """Write image `index`, and note its hash."""
-        path = self.folder / self.names[index]
-        save_png(path, image)
-        with self._part.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"file": self.names[index], "sha256": sha256_of(path)}) + "\n")
-
-    def _condition(self, index: int) -> dict[str, Any]:
-        """The class and the prompt of an image, as far as it has them."""
-        label, found = self.job.labels[index], dict[str, Any]()
-        if self.classes:
-            found |= {"class": self.classes[label], "label": label}
-        if self.job.prompts:
-            found["prompt"] = self.job.prompts[index]
-        return found
-
-    def finish(self) -> None:
-        """In the first process: write the index of all images, and name the files that are none of
-        them."""
-        if self.rank:
-            return
-        hashes = picture_hashes(self.folder)
-        entries = [
-            {
-                "file": name,
-                **self._condition(index),
-                "sha256": hashes.get(name) or sha256_of(self.folder / name),
-            }
-            for index, name in enumerate(self.names)
-            if (self.folder / name).is_file()
-        ]
-        write_hashed_json(self.folder / INDEX, {"pictures": entries})
-        for part in _parts(self.folder):
-            part.unlink()
-        foreign = foreign_files(self.folder, self.names)
-        if foreign:
-            logger.warning(
-                "%s holds %d files that this job did not write, for example %s",
-                self.folder,
-                len(foreign),
-                foreign[0],
-            )
-
-
-def class_folders(classes: Sequence[str]) -> list[str]:
-    """A name for the folder of each class: the name of the class, without what file systems do not
-    allow; where two would be the same, their numbers are appended."""
-    plain = [re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*]', "_", name)[:60].strip(" .") for name in classes]
-    counts = Counter(name.lower() for name in plain)
-    return [
-        name if name and counts[name.lower()] == 1 else f"{name} ({label})".strip()
-        for label, name in enumerate(plain)
-    ]
-
-
-def picture_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each image of a job by its name in the folder, from the index and its parts."""
-    hashes: dict[str, str] = {}
-    if (folder / INDEX).is_file():
-        try:
-            entries = read_hashed_json(folder / INDEX)["pictures"]
-            hashes = {entry["file"]: entry["sha256"] for entry in entries}
-        except (SmaltiError, LookupError, TypeError):
-            logger.warning("%s is damaged: its pictures are generated again", folder / INDEX)
-    for part in _parts(folder):
-        for line in part.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-                hashes[entry["file"]] = entry["sha256"]
-            except (ValueError, LookupError, TypeError):
-                continue  # cut by a kill: its picture is generated again
-    return hashes
-
-
-def problems_in(folder: Path) -> list[str]:
-    """What is wrong with the images of a job: each that is missing or changed, and other files.
-
-    While pictures are missing, one without a hash is no other file: a process that was killed may
-    have written it, and smalti 0.1.0 recorded no hashes. The job judges it when it goes on.
-    """
-    if (folder / INDEX).is_file():
-        try:
-            read_hashed_json(folder / INDEX)
-        except SmaltiError as error:
-            return [str(error)]
-    problems, hashes = [], picture_hashes(folder)
-    for name, known in sorted(hashes.items()):
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif sha256_of(path) != known:
-            problems.append(f"{path} is not the picture that this job wrote")
-    others = foreign_files(folder, list(hashes))
-    if len(hashes) < len(read_hashed_json(folder / SETTINGS)["labels"]):
-        others = [name for name in others if not PICTURE.fullmatch(name)]
-    return problems + [f"{folder / name} was not written by this job" for name in others]
-
-
-def foreign_files(folder: Path, names: Sequence[str]) -> list[str]:
-    """The files below a folder that are neither images of its job nor its records."""
-    own = {SETTINGS, INDEX, *names}
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    visible = (path for path in found if not any(part.startswith(".") for part in path.parts))
-    return sorted({path.as_posix() for path in visible} - own)
-
-
-def _parts(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.startswith(".index-"))
-
-
-def _is_complete(path: Path) -> bool:
-    """Whether a file is a complete PNG: one that was truncated later is generated again."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            image.verify()
-        return True
-    except Exception:  # decoders raise many kinds of errors
-        return False

@@ -8,8 +8,8 @@ from smalti.data.dataset import read_options
 from smalti.errors import SmaltiError
 from smalti.files import Info, command, read_hashed_json, read_json, recorded_hashes
 from smalti.pipelines.card import image_words
-from smalti.pipelines.generation import SETTINGS, picture_hashes, problems_in
 from smalti.pipelines.image_tasks import make_task
+from smalti.pipelines.manifest import SETTINGS, problems_in, recorded_rows
 from smalti.pipelines.model_index import INDEX
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
@@ -40,17 +40,18 @@ def is_generated(path: Path) -> bool:
 def of_generated(path: Path) -> Info:
     """The pictures of a generation job."""
     try:
-        settings, hashes = read_hashed_json(path / SETTINGS), picture_hashes(path)
+        settings, (rows, _) = read_hashed_json(path / SETTINGS), recorded_rows(path)
     except SmaltiError as error:
         return Info([("kind", "generated pictures"), ("verified", f"no: {error}")], whole=False)
     problems = problems_in(path)
-    wanted, there = len(settings["labels"]), len(hashes) or len(list(path.glob("*.png")))
-    good = "yes: each picture has its hash" if hashes else "no hash: smalti 0.1.0 recorded none"
-    next_step = [] if wanted == len(hashes) else [("next", "repeat the command that made them")]
+    wanted, there = len(settings["labels"]), len(rows) or len(list(path.glob("*.png")))
+    good = "yes: each picture has its hash" if rows else "no hash: smalti 0.1.0 recorded none"
+    next_step = [] if wanted == len(rows) else [("next", "repeat the command that made them")]
     return Info(
         [
             ("kind", "generated pictures"),
             ("pictures", f"{there} of {wanted}, seed {settings['seed']}"),
+            ("format", settings.get("format", "png")),
             *_guide_lines(settings.get("options", {})),
             ("verified", f"no: {problems[0]}" if problems else good),
             *(("damaged", problem) for problem in problems[1:]),

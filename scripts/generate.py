@@ -1,27 +1,43 @@
-"""Batch generation: a pipeline and a seed -> a folder of numbered PNG files.
+"""Batch generation: a pipeline and a seed -> a folder of numbered picture files, WebDataset shards
+or one npz.
 
     smalti generate --model runs/demo/pipeline --output_dir samples --num_images_per_class 8
     smalti generate --model runs/text/pipeline --prompts prompts.txt     a pipeline of captions
     smalti generate --model runs/flow/pipeline --classifier runs/classifier/classifier
+    smalti generate --model runs/demo/pipeline --format npz --num_images 50000 --dtype bf16
 
 After an interruption the same command continues. With a larger number it adds pictures.
 """
 
+import heapq
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, check_at_least
+from smalti.data.latent_cache.cache import LatentCache
+from smalti.data.latent_cache.manifest import MANIFEST
+from smalti.data.sources.base import open_unverified
+from smalti.data.sources.options import SourceOptions
 from smalti.errors import ConfigurationError, DataError, GenerationError
 from smalti.pipelines.conditions import conditional_on
-from smalti.pipelines.generation import Layout, continued_labels, generate_folder
+from smalti.pipelines.generation import continued_labels, generate_folder
 from smalti.pipelines.guided import GuidedPipeline
+from smalti.pipelines.picture_files import FormatName, Layout, PictureFormat
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.prior.flow.classifier import LatentClassifier
 from smalti.scripts.options import Sampling
 from smalti.training.processes import fills_folder, join_job, say, shared_work
+
+DType = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -31,8 +47,11 @@ class GenerateConfig(Sampling):
     # A pipeline: a folder, a repository on the Hub, or a checkpoint of a train-prior run.
     model: str = DEMO
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
-    output_dir: Path = Path("samples")  # folder of the PNG files
+    output_dir: Path = Path("samples")  # folder of the pictures
     class_labels: tuple[str, ...] = ()  # class names or numbers; empty = all classes
+    # Shares of the classes in num_images: a number for each of class_labels; or the place of
+    # pictures or of latents that have these shares. Empty = equal.
+    class_weights: tuple[str, ...] = ()
     prompts: Path | None = None  # text file with a prompt in each line, for a prior of captions
     prompt: tuple[str, ...] = ()  # prompts, instead of a file
     negative_prompt: str = ""  # what guidance leads away from; empty = no text
@@ -47,6 +66,13 @@ class GenerateConfig(Sampling):
     classifier: str = ""
     classifier_scale: float = 1.0  # factor of the classifier's gradient
     layout: Layout = "flat"  # flat: one folder; class: one for each class
+    # webp is lossless unless a quality is given. webdataset: tar files of 1000 pictures; npz: one
+    # file for ADM's evaluator.
+    format: FormatName = "png"
+    quality: int | None = None  # of jpeg (default: 95) and of lossy webp, 1 to 100
+    # Precision of both models. In bf16 and fp16 a picture depends on the others of its batch.
+    dtype: DType = "fp32"
+    compile: bool = False  # torch.compile, for large jobs: the first batch takes minutes
     seed: int = 0  # picture i depends on the seed and i alone
     # Pictures sampled at once in half precision. In fp32 their number is fixed, because the last
     # bits of a picture depend on it.
@@ -70,6 +96,19 @@ class GenerateConfig(Sampling):
         if self.prompt and self.prompts is not None:
             raise ConfigurationError("give --prompts or --prompt, one of them")
 
+        if self.class_weights and self.num_images is None:
+            raise ConfigurationError("class_weights are shares of num_images: give --num_images")
+        _ = self.picture_format  # raises
+
+    @property
+    def picture_format(self) -> PictureFormat:
+        """The format of the files.
+
+        Raises:
+            ConfigurationError: it has no quality, or not this one.
+        """
+        return PictureFormat(self.format, self.quality)
+
     def texts(self) -> list[str]:
         """The prompts, as given.
 
@@ -90,6 +129,7 @@ class GenerateConfig(Sampling):
         kinds |= {"class"} if pipeline.classes else set()  # of a classifier, for an unguided prior
         for flag, kind in (
             ("class_labels", "class"),
+            ("class_weights", "class"),
             ("prompts", "text"),
             ("prompt", "text"),
             ("negative_prompt", "text"),
@@ -113,12 +153,78 @@ class GenerateConfig(Sampling):
         if pipeline.classes:
             ids = pipeline.label_ids(self.class_labels or range(len(pipeline.classes)))
         wanted = [(label, text) for text in texts or [""] for label in ids]
-        each = getattr(self, number)
-        total = len(wanted) * each if self.num_images is None else self.num_images
-        chosen = [
-            wanted[i // each if self.num_images is None else i % len(wanted)] for i in range(total)
-        ]
+        if self.num_images is None:
+            chosen = [row for row in wanted for _ in range(getattr(self, number))]
+        else:
+            names = [pipeline.classes[i] for i in ids] if pipeline.classes else []
+            weights = class_weights(self.class_weights, names)
+            shares = [weight for _ in texts or [""] for weight in weights] or [1.0] * len(wanted)
+            chosen = [wanted[i] for i in by_shares(shares, self.num_images)]
         return [label for label, _ in chosen], [text for _, text in chosen if texts]
+
+
+def class_weights(given: Sequence[str], classes: Sequence[str]) -> list[float]:
+    """The shares of some classes, which need not add up to 1; empty if none are given.
+
+    Args:
+        given: numbers, or the place of pictures or latents.
+
+    Raises:
+        GenerationError: they are not one finite number of 0 or more for each class, or all 0; the
+            pictures have none of the classes.
+        DataError: the pictures cannot be opened.
+    """
+    try:
+        weights = [float(text) for text in given]
+    except ValueError:
+        if len(given) > 1:
+            raise GenerationError(
+                f"class_weights are {' '.join(given)}: give numbers, or one place of pictures"
+            ) from None
+        weights = _counted(given[0], classes)
+    if given and len(weights) != len(classes):
+        raise GenerationError(
+            f"{len(weights)} class_weights were given for {len(classes)} classes: give one each"
+        )
+    if any(not 0 <= weight < math.inf for weight in weights) or (weights and not any(weights)):
+        raise GenerationError(
+            f"class_weights are {' '.join(given)}: give numbers of 0 or more, not all 0"
+        )
+    return weights
+
+
+def _counted(place: str, classes: Sequence[str]) -> list[float]:
+    """The numbers of pictures of some classes in a set of pictures, or in a latent cache or the
+    training split of one."""
+    folders = (Path(place), Path(place, "train"))
+    caches = [folder for folder in folders if (folder / MANIFEST).is_file()]
+    found = LatentCache(caches[0]) if caches else open_unverified(place, SourceOptions())
+    counts = Counter(found.classes[label] for label in found.labels.tolist() if found.classes)
+    if missing := [name for name in classes if name not in found.classes]:
+        raise GenerationError(
+            f"class_weights are those of {place}, which has no class {missing[0]}: give "
+            "--class_labels of classes that it has, or numbers"
+        )
+    return [float(counts[name]) for name in classes]
+
+
+def by_shares(shares: Sequence[float], total: int) -> list[int]:
+    """A sequence of numbers 0 to len(shares) - 1, each as often as its share says.
+
+    The method of Webster and Sainte-Lague: the next place goes to the largest share / (2 n + 1),
+    where n is how many places it has. So a longer sequence begins with the shorter one, and equal
+    shares take turns.
+    """
+    queue = [(-share, number) for number, share in enumerate(shares) if share > 0]
+    heapq.heapify(queue)
+    given = [0] * len(shares)
+    chosen = []
+    for _ in range(total):
+        number = queue[0][1]
+        chosen.append(number)
+        given[number] += 1
+        heapq.heapreplace(queue, (-shares[number] / (2 * given[number] + 1), number))
+    return chosen
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -146,14 +252,19 @@ def generate(config: GenerateConfig) -> list[Path]:
     """
     state = join_job()
     check_model(config.model)
+    picture_format = config.picture_format
     pipeline = Pipeline.from_pretrained(config.model, device=state.device, weights=config.weights)
     if config.image_size is not None:
         pipeline = pipeline.resized(config.image_size)
+    if config.dtype in DTYPES:
+        pipeline.to(dtype=DTYPES[config.dtype])  # last: a rounded copy cannot be resized
     if config.classifier:
         classifier = LatentClassifier.from_pretrained(config.classifier)
         pipeline = GuidedPipeline(pipeline, classifier, config.classifier_scale)
     labels, prompts = continued_labels(config.output_dir, *config.rows(pipeline))
-    with shared_work(len(labels), "generate") as share:
+    if config.compile:
+        pipeline.compile()
+    with shared_work(len(labels), "generate", unit=" images") as share:
         paths = generate_folder(
             pipeline,
             config.output_dir,
@@ -163,6 +274,8 @@ def generate(config: GenerateConfig) -> list[Path]:
             prompts=prompts,
             negative_prompt=config.negative_prompt,
             layout=config.layout,
+            picture_format=picture_format,
+            compiled=config.compile,
             **share,
             **config.options,
         )

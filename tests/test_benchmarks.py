@@ -111,3 +111,11 @@ def test_the_loader_is_compared_with_the_prior_that_it_feeds() -> None:
 def test_accumulation_of_features_is_counted_per_second_of_cpu_time() -> None:
     lines = run("feature_moments.py", "--features", "256", "--dim", "32").splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 32", "| 128", "| 1024"]
+
+
+@pytest.mark.slow
+def test_the_share_of_generation_outside_the_models_is_printed() -> None:
+    out = run("generation_overhead.py", "--num_images", "2", "--formats", "png", "npz")
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| `")]
+    assert [row[1] for row in rows] == ["png", "npz"] * 3
+    assert all(0 < float(row[3].strip(" |%")) < 100 for row in rows)

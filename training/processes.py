@@ -156,22 +156,28 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def shared_work(total: int, title: str) -> Iterator[dict[str, Any]]:
+def shared_work(total: int, title: str, *, unit: str = "it") -> Iterator[dict[str, Any]]:
     """Keyword arguments for work that is divided by index among the processes: rank, world_size,
-    barrier, and progress, which advances a bar on the main process.
+    barrier, and progress, which advances a bar on the main process. The bar shows the work of all
+    processes, on the assumption that the others are as fast.
 
     Args:
         total: number of samples, over all processes.
+        unit: what is counted.
     """
     state = join_job()
     if said := said_of_precision(LaunchSettings.current()):
         logger.info(said)
-    with progress_bar(total, title, shown=state.is_main_process) as bar:
+    with progress_bar(total, title, unit=unit, shown=state.is_main_process) as bar:
+
+        def progress(count: int) -> None:
+            bar.update(min(count * state.num_processes, total - bar.n))
+
         yield {
             "rank": state.process_index,
             "world_size": state.num_processes,
             "barrier": state.wait_for_everyone,
-            "progress": bar.update,
+            "progress": progress,
         }
 
 

@@ -245,6 +245,13 @@ def append_line(path: Path, content: dict[str, Any]) -> None:
         stream.write(_with_checksum(content) + "\n")
 
 
+def write_lines(path: Path, contents: Iterable[dict[str, Any]]) -> None:
+    """Write lines of JSON, with their checksums, in place of a file."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        for content in contents:
+            stream.write(_with_checksum(content) + "\n")
+
+
 def drop_lines_after(path: Path, step: int) -> list[str]:
     """Keep the lines of a log, if there is one, up to a step.
 
@@ -264,15 +271,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return checked_lines(path)[0]
 
 
-def checked_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def checked_lines(path: Path, counter: str = "step") -> tuple[list[dict[str, Any]], list[str]]:
     """The undamaged lines of a log, without their checksums, and what is wrong with the others.
 
     An incomplete last line, which a killed run leaves, is not damage.
+
+    Args:
+        counter: the entry of every line that is an integer.
     """
     *texts, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
     lines, damaged = [], []
     for number, text in enumerate([*texts, rest], start=1):
-        line = _checked(text)
+        line = _checked(text, counter)
         if line is not None:
             lines.append(line)
         elif number <= len(texts) or re.search(COMPLETE, text):
@@ -285,13 +295,13 @@ def _with_checksum(content: dict[str, Any]) -> str:
     return f'{text[:-1]}, "{CHECKSUM}": "{zlib.crc32(text.encode()):08x}"}}'
 
 
-def _checked(text: str) -> dict[str, Any] | None:
+def _checked(text: str, counter: str) -> dict[str, Any] | None:
     """The content of a line; None if it is incomplete or damaged."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+    if not isinstance(line, dict) or not isinstance(line.get(counter), int):
         return None
     *content, last = line.items()
     expected = f"{zlib.crc32(json.dumps(dict(content)).encode()):08x}"

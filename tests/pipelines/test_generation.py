@@ -15,14 +15,11 @@ from runs import in_a_fork, kill_at
 from smalti.cli import main
 from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
-from smalti.files import read_json, sha256_of
+from smalti.files import checked_lines, read_json, sha256_of, write_hashed_json
 from smalti.folders import FolderLock, locked
-from smalti.pipelines.generation import (
-    class_folders,
-    continued_labels,
-    generate_folder,
-    problems_in,
-)
+from smalti.pipelines.generation import continued_labels, generate_folder
+from smalti.pipelines.manifest import problems_in
+from smalti.pipelines.picture_files import class_folders
 from smalti.pipelines.pipeline import Pipeline
 
 CLASSES = ("cat", "dog", "a/b: c")
@@ -47,15 +44,64 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_the_index_names_file_class_and_hash_of_each_picture(pipe, tmp_path: Path) -> None:
-    paths = generate(pipe, tmp_path / "a")
-    entries = read_json(tmp_path / "a" / "index.json")["pictures"]
-    assert [tmp_path / "a" / entry["file"] for entry in entries] == paths
-    assert [entry["class"] for entry in entries] == [CLASSES[label] for label in LABELS]
-    assert [entry["label"] for entry in entries] == LABELS
-    assert [entry["sha256"] for entry in entries] == [sha256_of(path) for path in paths]
-    assert sorted(os.listdir(tmp_path / "a"))[:2] == ["000000.png", "000001.png"]
-    assert not [name for name in os.listdir(tmp_path / "a") if name.startswith(".")]
+def manifest(folder: Path) -> list[dict]:
+    """The rows of a job, none of which is damaged."""
+    rows, damaged = checked_lines(folder / "manifest.jsonl", "index")
+    assert damaged == []
+    return rows
+
+
+def test_the_manifest_names_file_class_and_hash_of_each_picture(pipe, tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    paths = generate(pipe, folder)
+    assert manifest(folder) == [
+        {
+            "index": index,
+            "seed": 1,
+            "file": f"{index:06d}.png",
+            "class": CLASSES[label],
+            "label": label,
+            "sha256": sha256_of(paths[index]),
+        }
+        for index, label in enumerate(LABELS)
+    ]
+    records = ["generation.json", "index.html", "manifest.jsonl"]
+    assert sorted(os.listdir(folder)) == [*(f"{index:06d}.png" for index in range(5)), *records]
+
+
+def test_a_folder_with_the_index_of_an_earlier_version_is_continued(
+    pipe, tmp_path: Path, capsys
+) -> None:
+    """It has index.json instead of manifest.jsonl, and no page."""
+    generate(pipe, tmp_path / "whole")
+    folder = tmp_path / "old"
+    paths = generate(pipe, folder, LABELS[:3])
+    names = ("file", "class", "label", "sha256")
+    entries = [{name: row[name] for name in names} for row in manifest(folder)]
+    write_hashed_json(folder / "index.json", {"pictures": entries})
+    for name in ("manifest.jsonl", "index.html"):
+        (folder / name).unlink()
+    assert main(["info", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "3 of 3, seed 1" in shown and "each picture has its hash" in shown
+    times = [path.stat().st_mtime_ns for path in paths]
+    generate(pipe, folder)
+    assert [path.stat().st_mtime_ns for path in paths] == times
+    assert files_of(folder) == files_of(tmp_path / "whole")
+
+
+def test_a_killed_process_of_an_earlier_version_loses_nothing(pipe, tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    paths = generate(pipe, folder, LABELS[:3])
+    lines = [json.dumps({"file": row["file"], "sha256": row["sha256"]}) for row in manifest(folder)]
+    (folder / ".index-00000.jsonl").write_text("\n".join([*lines[:2], lines[2][:9]]))
+    for name in ("manifest.jsonl", "index.html"):
+        (folder / name).unlink()
+    times = [path.stat().st_mtime_ns for path in paths]
+    generate(pipe, folder, LABELS[:3])
+    kept = [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)]
+    assert kept == [True, True, False]
+    assert len(manifest(folder)) == 3 and not (folder / ".index-00000.jsonl").exists()
 
 
 def test_swapped_edited_and_foreign_files_are_found(pipe, tmp_path: Path, caplog, capsys) -> None:
@@ -106,7 +152,8 @@ def test_an_interrupted_job_is_not_damaged(pipe, tmp_path: Path, capsys) -> None
 
 def test_a_folder_of_smalti_0_1_0_without_hashes_is_kept(pipe, tmp_path: Path, capsys) -> None:
     paths = generate(pipe, tmp_path / "a")
-    (tmp_path / "a" / "index.json").unlink()
+    for name in ("manifest.jsonl", "index.html"):
+        (tmp_path / "a" / name).unlink()
     settings = read_json(tmp_path / "a" / "generation.json")
     settings = {name: settings[name] for name in settings if name not in ("layout", "sha256")}
     (tmp_path / "a" / "generation.json").write_text(json.dumps(settings))
@@ -123,7 +170,7 @@ def test_a_folder_of_smalti_0_1_0_without_hashes_is_kept(pipe, tmp_path: Path, c
         True,
         True,
     ]
-    assert len(read_json(tmp_path / "a" / "index.json")["pictures"]) == 5
+    assert len(manifest(tmp_path / "a")) == 5
 
 
 @pytest.mark.slow
@@ -203,7 +250,7 @@ def test_the_command_extends_a_finished_folder(pipe, tmp_path: Path, capsys) -> 
     assert len([name for name in after if name.endswith(".png")]) == 7
     assert run("--num_images_per_class", "3") == 0  # 9 pictures, 7 of which are there
     assert all(files_of(tmp_path / "out")[n] == after[n] for n in after if n.endswith(".png"))
-    assert len(read_json(tmp_path / "out" / "index.json")["pictures"]) == 9
+    assert len(manifest(tmp_path / "out")) == 9
     shown = open_source(str(tmp_path / "out"))
     assert shown.classes == ("a_b_ c", "cat", "dog") and len(shown) == 9
     assert run("--num_images", "4") == 2 and run("--num_images", "0") == 2
@@ -242,4 +289,5 @@ def test_a_second_job_in_the_folder_is_refused_and_leftovers_are_cleared(
         assert main(job) == 0
         assert (out / ".tmp-pipeline-0123abcd").is_dir()
     assert main(job) == 0
-    assert sorted(os.listdir(out)) == ["000000.png", "000001.png", "generation.json", "index.json"]
+    records = ["generation.json", "index.html", "manifest.jsonl"]
+    assert sorted(os.listdir(out)) == ["000000.png", "000001.png", *records]

@@ -1,6 +1,5 @@
 """Pipelines of captions, and unconditional ones."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from chance import generators, randomised
 
 import smalti
 from smalti.cli import main as smalti_main
+from smalti.files import checked_lines
 from smalti.prior.conditions.text import TextCondition
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.tokenizer.vq import VQTokenizer
@@ -201,7 +201,7 @@ def test_the_command_generates_pictures_of_prompts(byte_pipe, tmp_path: Path, ca
     command += ["--prompts", str(prompts), "--num_images_per_prompt"]
     assert smalti_main([*command, "2"]) == 0
     first = {path.name: path.read_bytes() for path in out.glob("*.png")}
-    index = json.loads((out / "index.json").read_text())["pictures"]
+    index, _ = checked_lines(out / "manifest.jsonl", "index")
     assert [entry["prompt"] for entry in index] == ["red", "red", "blue", "blue"]
     assert "label" not in index[0]
     assert smalti_main([*command, "3"]) == 0
@@ -277,8 +277,8 @@ def test_the_command_generates_unconditional_pictures(unconditional, tmp_path: P
     unconditional.save_pretrained(tmp_path / "pipe")
     command = ["generate", "--model", str(tmp_path / "pipe"), "--output_dir", str(tmp_path / "o")]
     assert smalti_main([*command, "--num_images", "3"]) == 0
-    index = json.loads((tmp_path / "o" / "index.json").read_text())["pictures"]
-    assert [sorted(entry) for entry in index] == [["file", "sha256"]] * 3
+    index, _ = checked_lines(tmp_path / "o" / "manifest.jsonl", "index")
+    assert [sorted(entry) for entry in index] == [["file", "index", "seed", "sha256"]] * 3
     for flag in (["--class_labels", "a"], ["--prompt", "a"], ["--negative_prompt", "a"]):
         assert smalti_main([*command, *flag]) == 2
         assert f"{flag[0]} is given, but {tmp_path / 'pipe'} is unconditional: leave it out" in (

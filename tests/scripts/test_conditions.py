@@ -11,6 +11,7 @@ from PIL import Image
 
 import smalti
 from smalti.cli import main as smalti_main
+from smalti.files import checked_lines
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
@@ -103,7 +104,7 @@ def train(made: Path, kind: str, out: Path, *more: str, latents: str = "latents"
 def generate(kind: str, out: Path, *more: str) -> list[dict]:
     where = ["--model", str(out / "pipeline"), "--output_dir", str(out / "new")]
     assert smalti_main(["generate", *where, *SAMPLING.get(kind, []), *more]) == 0
-    return json.loads((out / "new" / "index.json").read_text())["pictures"]
+    return checked_lines(out / "new" / "manifest.jsonl", "index")[0]
 
 
 @pytest.mark.parametrize("latents", ["latents", "flat"])
@@ -115,7 +116,7 @@ def test_an_unconditional_prior(made, kind, tmp_path, latents: str) -> None:
     assert pipe.prior.config.condition == "none" and pipe.classes == ()
     assert pipe.prior.num_classes == 0 and pipe.guidance_scale == 1.0
     pictures = generate(kind, tmp_path, "--num_images", "3")
-    assert [sorted(entry) for entry in pictures] == [["file", "sha256"]] * 3
+    assert [sorted(entry) for entry in pictures] == [["file", "index", "seed", "sha256"]] * 3
 
 
 def test_a_prior_of_captions(made, kind, tmp_path) -> None:

@@ -15,7 +15,7 @@ from smalti.cli import main as smalti_main
 from smalti.cli import parse_config
 from smalti.data.latent_cache.cache import LatentCache
 from smalti.data.latents import to_float
-from smalti.files import read_json
+from smalti.files import checked_lines
 from smalti.prior.flow.classifier import LatentClassifier, LatentClassifierConfig
 from smalti.prior.flow.config import FlowConfig
 from smalti.prior.flow.dit import DiTConfig
@@ -164,7 +164,7 @@ def test_guided_pictures_are_recognised_and_unguided_ones_are_not(
         found = classifier.logits(tokenizer.encode(images), torch.ones(len(files))).argmax(1)
         return (found == labels).float().mean().item()
 
-    entries = read_json(tmp_path / "guided" / "index.json")["pictures"]
+    entries, _ = checked_lines(tmp_path / "guided" / "manifest.jsonl", "index")
     assert [entry["class"] for entry in entries[::12]] == ["blue", "green", "red"]
     assert accuracy(tmp_path / "guided") > 0.8 and accuracy(tmp_path / "plain") < 0.6
 
