@@ -35,7 +35,7 @@ from smalti.errors import ConfigurationError, DataError
 from smalti.evaluation.features import FeatureName
 from smalti.evaluation.metrics import Metric
 from smalti.files import read_hashed_json, write_hashed_json, write_text
-from smalti.hub import CONFIG, PretrainedModel
+from smalti.hub import CONFIG
 from smalti.pipelines.conditions import arguments_for, check_options
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.model_index import INDEX
@@ -98,11 +98,6 @@ class CompareConfig(DataOptions, Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, self, "timed_images", "rounds", "columns")
-        if len(self.models) < 2:
-            raise ConfigurationError(
-                f"{len(self.models)} models were given: give at least two folders, as in smalti "
-                "compare runs/a/pipeline runs/b/pipeline"
-            )
         if self.names and len(self.names) != len(self.models):
             raise ConfigurationError(
                 f"{len(self.names)} names were given for {len(self.models)} models: give one each"
@@ -159,7 +154,7 @@ class Candidate(ABC):
 
     @property
     @abstractmethod
-    def parts(self) -> list[PretrainedModel]:
+    def parts(self) -> list[Tokenizer | Prior]:
         """The networks; the last one names the kind."""
 
     @property
@@ -242,7 +237,7 @@ class TokenizerCandidate(Candidate):
         self.model = model
 
     @property
-    def parts(self) -> list[PretrainedModel]:
+    def parts(self) -> list[Tokenizer | Prior]:
         return [self.model]
 
     @property
@@ -264,7 +259,7 @@ class PipelineCandidate(Candidate):
         self.evaluations = 0
 
     @property
-    def parts(self) -> list[PretrainedModel]:
+    def parts(self) -> list[Tokenizer | Prior]:
         return [self.model.tokenizer, self.model.prior]
 
     @property
@@ -377,11 +372,6 @@ def check_comparable(candidates: Sequence[Candidate], config: "CompareConfig") -
                 f"{named[0].name} and {other.name} have different classes: compare pipelines of "
                 "the same pictures"
             )
-    if config.options and not pipelines:
-        raise ConfigurationError(
-            f"--{next(iter(config.options))} is for pipelines, and these are tokenizers: leave it "
-            "out"
-        )
     for one in pipelines:
         check_options(one.model.prior, config.options)
 
@@ -454,6 +444,11 @@ def compare(config: CompareConfig) -> list[dict[str, str]]:
         SmaltiError: a model cannot be loaded; tokenizers and pipelines are mixed, or models of
             images of different sizes or classes.
     """
+    if len(config.models) < 2:
+        raise ConfigurationError(
+            f"{len(config.models)} models were given: give at least two folders, as in smalti "
+            "compare runs/a/pipeline runs/b/pipeline"
+        )
     names = config.names or tuple(map(short_name, config.models))
     paths = map(located, config.models)
     candidates = [candidate(name, path) for name, path in zip(names, paths, strict=True)]
