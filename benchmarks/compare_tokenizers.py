@@ -1,12 +1,11 @@
-"""Trains every tokenizer with one recipe and measures it on held-out images: the README's table.
+"""Trains every tokenizer with one recipe and compares them: the table of docs/tokenizers.md.
 
     python benchmarks/compare_tokenizers.py --output_dir runs/tokenizers
 
-Steps, batch size and losses are those of `smalti demo` on a CPU. Finished tokenizers are not
-trained again.
+Steps, batch size and losses are those of `smalti demo` on a CPU. `smalti compare` then measures the
+tokenizers. Finished tokenizers are not trained again.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,16 +13,13 @@ from pathlib import Path
 
 from smalti.cli import parse_config, run_command
 from smalti.config import nearest
-from smalti.data.latents import CodeSpec
 from smalti.errors import ConfigurationError
-from smalti.files import write_json
+from smalti.files import read_json, write_json
+from smalti.scripts.compare import CompareConfig, compare, markdown
 from smalti.scripts.demo import SCALES
-from smalti.scripts.evaluate import EvaluateConfig, evaluate
 from smalti.scripts.train_tokenizer import train
-from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.presets import PRESETS
 
-COLUMNS = ("preset", "latents", "bits/pixel", "PSNR", "SSIM", "LPIPS", "usage", "seconds")
 DEFAULT = (
     "vq-1024-tiny",
     "ema-32-tiny",
@@ -39,10 +35,10 @@ DEFAULT = (
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class TokenizersConfig:
     """Train several tokenizers with the same recipe and compare them."""
 
-    output_dir: Path = Path("runs/tokenizers")  # a folder for each preset
+    output_dir: Path = Path("runs/tokenizers")  # a folder for each preset, one of the comparison
     presets: tuple[str, ...] = DEFAULT  # presets of tokenizers
     data: str = "emoji"  # as in `smalti train-tokenizer`
     max_train_steps: int = SCALES["cpu"].tokenizer.max_train_steps  # of each tokenizer
@@ -53,13 +49,12 @@ class CompareConfig:
                 raise ConfigurationError(f'no preset is called "{name}"; {nearest(name, PRESETS)}')
 
 
-def measure(config: CompareConfig, name: str) -> dict[str, str]:
-    """Train one tokenizer unless it is finished; return its row of the table."""
+def trained(config: TokenizersConfig, name: str) -> tuple[Path, int]:
+    """Train one tokenizer unless it is finished; return its folder and the seconds it took."""
     folder = config.output_dir / name
     timing = folder / "seconds.json"
-    base = SCALES["cpu"].tokenizer
     recipe = replace(
-        base,
+        SCALES["cpu"].tokenizer,
         tokenizer=PRESETS[name],
         data=config.data,
         max_train_steps=config.max_train_steps,
@@ -67,33 +62,27 @@ def measure(config: CompareConfig, name: str) -> dict[str, str]:
         resume_from_checkpoint="latest",
     )
     started = time.monotonic()
-    tokenizer_folder = train(recipe)
+    tokenizer = train(recipe)
     if not timing.is_file():
         write_json(timing, round(time.monotonic() - started))
-    metrics = evaluate(
-        EvaluateConfig(model=str(tokenizer_folder), output_dir=folder, data=config.data)
-    )
-    values = {key: metric.value for key, metric in metrics.items()}
-    spec = Tokenizer.from_pretrained(tokenizer_folder).spec
-    if isinstance(spec, CodeSpec):
-        latents = f"{spec.length} codes of {spec.vocab_size}"
-        bits, usage = f"{values['bits_per_pixel']:.2f}", f"{values['codebook_usage']:.1%}"
-    else:
-        latents = f"{spec.channels} x {spec.height} x {spec.width} numbers"
-        bits, usage = "-", "-"
-    quality = [f"{values['psnr']:.2f}", f"{values['ssim']:.3f}", f"{values['lpips']:.4f}"]
-    seconds = str(json.loads(timing.read_text()))
-    row = [f"`{name}`", latents, bits, *quality, usage, seconds]
-    return dict(zip(COLUMNS, row, strict=True))
+    return tokenizer, read_json(timing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: train, measure, print a Markdown table."""
-    config = parse_config(CompareConfig, argv, prog="compare_tokenizers")
-    rows = [measure(config, name) for name in config.presets]
-    print(f"\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
-    for row in rows:
-        print(f"| {' | '.join(row.values())} |")
+    """Command line: train, compare, print a Markdown table."""
+    config = parse_config(TokenizersConfig, argv, prog="compare_tokenizers")
+    folders, seconds = zip(*(trained(config, name) for name in config.presets), strict=True)
+    comparison = CompareConfig(
+        models=tuple(map(str, folders)),
+        names=config.presets,
+        data=config.data,
+        output_dir=config.output_dir / "comparison",
+    )
+    rows = [
+        {**row, "seconds of training": str(took)}
+        for row, took in zip(compare(comparison), seconds, strict=True)
+    ]
+    print(f"\n{markdown(rows)}\n\n{comparison.output_dir / 'reconstructions.png'}")
     return 0
 
 

@@ -21,7 +21,7 @@ from smalti.data.dataset import ImageDataset
 from smalti.data.image_io import image_grid, save_png
 from smalti.data.latents import CodeSpec, LatentSpec, height_and_width, rounded
 from smalti.errors import DataError
-from smalti.evaluation.classifier import train_classifier
+from smalti.evaluation.classifier import ImageClassifier, train_classifier
 from smalti.evaluation.distances import NeighbourSearch
 from smalti.evaluation.features import FeatureExtractor
 from smalti.evaluation.metrics import (
@@ -327,9 +327,13 @@ class SampleEvaluator:
         """
         if len(self.class_counts) < 2:
             return dict.fromkeys(CLASSIFIER_METRICS, Undefined("there is one class"))
+        return {**classifier_metrics(sets, self.trained_classifier(epochs, dtype), protocol)}
+
+    def trained_classifier(self, epochs: int, dtype: torch.dtype) -> ImageClassifier:
+        """A classifier trained on the real training images alone, in arithmetic of `dtype`."""
         steps = epochs * -(-len(self.train) // BATCH)  # rounded up
         with tqdm(total=steps, desc="train the classifier") as bar:
-            classifier = train_classifier(
+            return train_classifier(
                 self.train,
                 self.train_labels,
                 len(self.class_counts),
@@ -340,7 +344,6 @@ class SampleEvaluator:
                 dtype=dtype,
                 progress=bar.update,
             )
-        return {**classifier_metrics(sets, classifier, protocol)}
 
     def retrieval(
         self, samples: Images, prompts: Sequence[str], protocol: dict[str, Any], *, epochs: int

@@ -5,6 +5,7 @@ flag, with its type, its default, and the help text of its docstring.
 """
 
 import inspect
+import itertools
 import re
 import typing
 from collections.abc import Iterator
@@ -170,4 +171,45 @@ else:
         bases=(SamplingBase,),
         frozen=True,
         namespace={"__doc__": SamplingBase.__doc__, "__module__": __name__},
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Grids of sampling options: every flag takes several values
+
+
+@dataclass(frozen=True)
+class SamplingGridBase:
+    """Options of a prior's `sample`, with several values each. An option that is left out has the
+    default of the pipeline."""
+
+    @property
+    def combinations(self) -> list[dict[str, Any]]:
+        """Every combination of the values that were given; empty if there are none."""
+        given = {part.name: getattr(self, part.name) for part in fields(SamplingGrid)}
+        given = {name: values for name, values in given.items() if values}
+        rows = itertools.product(*given.values()) if given else ()
+        return [dict(zip(given, row, strict=True)) for row in rows]
+
+
+def _grid_flags() -> list[tuple[str, Any, Any]]:
+    """A field for each sampling flag, for a tuple of its values."""
+    hints = typing.get_type_hints(Sampling, include_extras=True)
+    flags = []
+    for part in fields(Sampling):
+        optional, *about = typing.get_args(hints[part.name])
+        one = next(kind for kind in typing.get_args(optional) if kind is not type(None))
+        flags.append((part.name, Annotated[tuple[one, ...], *about], field(default=())))
+    return flags
+
+
+if TYPE_CHECKING:
+    SamplingGrid = SamplingGridBase
+else:
+    SamplingGrid = make_dataclass(
+        "SamplingGrid",
+        _grid_flags(),
+        bases=(SamplingGridBase,),
+        frozen=True,
+        namespace={"__doc__": SamplingGridBase.__doc__, "__module__": __name__},
     )

@@ -57,6 +57,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("smalti.scripts.serve", "a saved pipeline behind HTTP"),
     "edit": ("smalti.scripts.edit", "fill regions of pictures, or change them, with a pipeline"),
     "evaluate": ("smalti.scripts.evaluate", "measure a saved tokenizer or pipeline"),
+    "compare": ("smalti.scripts.compare", "several models: one table, one grid of pictures"),
+    "sweep": ("smalti.scripts.sweep", "find the best sampling options of a pipeline"),
     "convert": ("smalti.scripts.convert", "published weights -> a smalti model folder"),
     "export": ("smalti.scripts.export", "a model -> a file for other code"),
     "info": (

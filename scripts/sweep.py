@@ -1,0 +1,371 @@
+"""The best sampling options of a pipeline: a grid of them, measured, and the best saved with it.
+
+    smalti sweep --model runs/demo/pipeline --data emoji --metric fd_alexnet \
+        --guidance_scale 1 1.5 2 3 --temperature 0.9 1
+
+Every combination is sampled with the same classes or prompts and seeds. The folder holds sweep.md
+(the table, the best first), sweep.html (the table and a plot), sweep.json (every value) and
+samples.png of the best. After an interruption, the same command continues; with more values it
+measures those that are new.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from smalti.checkpoints import Weights
+from smalti.cli import parse_config, run_command
+from smalti.config import check_at_least, saved_fields
+from smalti.data.dataset import DataOptions
+from smalti.data.image_io import save_png
+from smalti.errors import ConfigurationError
+from smalti.evaluation.distances import frechet_distance, kernel_distance
+from smalti.evaluation.evaluator import SampleEvaluator
+from smalti.evaluation.features import FeatureExtractor, extract, feature_extractors
+from smalti.evaluation.metrics import CHUNK, KID_SUBSET_SIZE, KID_SUBSETS
+from smalti.evaluation.pictures import StoredImages
+from smalti.files import first_difference, read_hashed_json, write_hashed_json, write_text
+from smalti.pipelines.conditions import check_options
+from smalti.pipelines.generation import sample_grid
+from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
+from smalti.scripts.evaluate import EvaluateConfig, Requests, requests, sample, sample_evaluator
+from smalti.scripts.options import SamplingGrid
+from smalti.training.processes import fills_folder, say
+
+RESULTS = "sweep.json"
+COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
+WIDTH, HEIGHT, LEFT, BOTTOM = 640, 320, 70, 40  # of the plot, and room for its axes, in pixels
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; } td, th { padding: 0.2em 1em; border-bottom: 1px solid #ddd; }
+td { text-align: right; } svg text { font-size: 12px; fill: #444; }
+img { max-width: 100%; image-rendering: pixelated; }
+""".strip()
+
+Combination = dict[str, Any]  # sampling options
+
+
+@dataclass(frozen=True)
+class SweepConfig(DataOptions, SamplingGrid):
+    """Measure combinations of sampling options of a pipeline, and save the best with it.
+
+    Give several values for an option to vary it, or one to fix it.
+    """
+
+    TRAINED: ClassVar[str] = "model"
+
+    model: str = DEMO  # folder of a pipeline, or an id on the Hub
+    weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
+    output_dir: Path = Path("runs/sweep")  # continues a sweep in it
+    # fd_FEATURES or kid_FEATURES, such as fd_alexnet: distance of the samples to the training
+    # pictures; or classifier_accuracy: of a classifier trained on real pictures, on the samples
+    metric: str = "fd_alexnet"
+    # Write the best combination into the pipeline, as its sampling defaults.
+    save_best: bool = True
+    # Allow data that the pipeline was not trained on; then all of its images are held out.
+    other_data: bool = False
+    num_samples: int = 1024  # of each combination, with the class proportions of the training set
+    num_references: int = 20_000  # at most this many training images, evenly spaced
+    seed: int = 0  # of the samples and the classifier
+    batch_size: int = 128  # images sampled at once
+    feature_weights: Path | None = None  # as of smalti evaluate
+    classifier_epochs: int = 12  # of the classifier
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(16, self, "num_samples", "num_references")
+        check_at_least(1, self, "batch_size", "classifier_epochs")
+
+    @property
+    def evaluation(self) -> EvaluateConfig:
+        """The same pictures and samples as of `smalti evaluate`, with the defaults of sampling."""
+        options = {part.name for part in fields(SamplingGrid)}
+        ours = {part.name for part in fields(self)} - options
+        shared = {part.name for part in fields(EvaluateConfig)} & ours
+        return EvaluateConfig(**{name: getattr(self, name) for name in shared})
+
+
+# -------------------------------------------------------------------------------------------------
+# The metric
+
+
+class Objective:
+    """What is measured of the samples of a combination.
+
+    Raises:
+        ConfigurationError: there is no such metric, or it is not defined for this pipeline.
+    """
+
+    def __init__(self, config: SweepConfig, evaluator: SampleEvaluator, pipeline: Pipeline) -> None:
+        self.config, self.evaluator = config, evaluator
+        kind, _, features = config.metric.partition("_")
+        self.lower_is_better = kind in ("fd", "kid")
+        self.measure: Callable[[StoredImages, torch.Tensor], float]
+        if config.metric == "classifier_accuracy":
+            if not pipeline.classes:
+                raise ConfigurationError(
+                    "metric is classifier_accuracy, and the pipeline has no classes: use fd_alexnet"
+                )
+            self.measure = self._accuracy
+        elif self.lower_is_better and features:
+            names: Any = (features,)
+            found = feature_extractors(names, evaluator.tokenizer.lpips, config.feature_weights)
+            if not found:
+                raise ConfigurationError(
+                    f"metric is {config.metric}; use fd_ or kid_ with alexnet or efflite0"
+                )
+            self.extractor: FeatureExtractor = found[0]
+            self.measure = self._frechet if kind == "fd" else self._kernel
+        else:
+            raise ConfigurationError(
+                f"metric is {config.metric}; use fd_ or kid_ with a network, as in fd_alexnet, or "
+                "classifier_accuracy"
+            )
+
+    @cached_property
+    def references(self) -> torch.Tensor:
+        """Features (N, d) of the training pictures."""
+        return extract(self.extractor, self.evaluator.train.split(CHUNK))
+
+    @cached_property
+    def classifier(self) -> Any:
+        """Trained on the real training pictures alone."""
+        return self.evaluator.trained_classifier(self.config.classifier_epochs, torch.float32)
+
+    def _features(self, samples: StoredImages) -> torch.Tensor:
+        return extract(self.extractor, samples.split(CHUNK))
+
+    def _frechet(self, samples: StoredImages, labels: torch.Tensor) -> float:
+        del labels
+        return frechet_distance(self.references, self._features(samples))
+
+    def _kernel(self, samples: StoredImages, labels: torch.Tensor) -> float:
+        del labels
+        features = self._features(samples)
+        size = min(KID_SUBSET_SIZE, len(features), len(self.references))
+        generator = self.evaluator.generator("kid")
+        return kernel_distance(
+            self.references, features, subsets=KID_SUBSETS, subset_size=size, generator=generator
+        ).mean
+
+    def _accuracy(self, samples: StoredImages, labels: torch.Tensor) -> float:
+        return self.classifier.accuracy(samples, labels)
+
+    def best(self, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The best result; the first of equal ones."""
+        return (min if self.lower_is_better else max)(results, key=lambda result: result["value"])
+
+
+# -------------------------------------------------------------------------------------------------
+# The sweep
+
+
+@fills_folder()
+def sweep(config: SweepConfig) -> list[dict[str, Any]]:
+    """Measure every combination, and write the results.
+
+    Returns:
+        {"options", "value", "seconds_per_picture"} of each combination, in their order.
+
+    Raises:
+        SmaltiError: an option that the prior does not have; no such metric; the folder has another
+            sweep.
+    """
+    check_model(config.model)
+    if not config.combinations:
+        raise ConfigurationError(
+            "no option has several values: give some, as in --guidance_scale 1 2 3"
+        )
+    config.note_stored()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = Pipeline.from_pretrained(config.model, device=device, weights=config.weights)
+    evaluation = config.evaluation
+    for options in config.combinations:
+        check_options(pipeline.prior, replace(evaluation, **options).options)
+    evaluator = sample_evaluator(evaluation, pipeline)
+    objective = Objective(config, evaluator, pipeline)
+    asked = requests(evaluation, pipeline, evaluator)
+    known = claimed(config, pipeline)
+    results = []
+    for number, options in enumerate(config.combinations, 1):
+        done = next((result for result in known if result["options"] == options), None)
+        if done is None:
+            done = measured(options, evaluation, pipeline, asked, objective)
+            known.append(done)
+            write_results(config, pipeline, known)
+        results.append(done)
+        say(f"{number} of {len(config.combinations)}: {words(options)}: {done['value']:.4g}")
+    best = objective.best(results)
+    pipeline.sampling = {**pipeline.sampling, **best["options"]}
+    grid = sample_grid(pipeline, prompts=asked.shown, seed=config.seed)
+    save_png(config.output_dir / "samples.png", grid)
+    write_pages(config, results, best)
+    if config.save_best:
+        save_into(config.model, pipeline)
+    return results
+
+
+def measured(
+    options: Combination,
+    evaluation: EvaluateConfig,
+    pipeline: Pipeline,
+    asked: Requests,
+    objective: Objective,
+) -> dict[str, Any]:
+    """Sample with these options, and measure."""
+    started = time.perf_counter()
+    samples = sample(replace(evaluation, **options), pipeline, asked)
+    seconds = (time.perf_counter() - started) / len(asked.labels)
+    value = objective.measure(samples, asked.labels)
+    return {"options": options, "value": value, "seconds_per_picture": seconds}
+
+
+def save_into(model: str, pipeline: Pipeline) -> None:
+    """Save the sampling defaults of a pipeline with it, where it is a local folder."""
+    if not Path(model).is_dir():
+        say(f"{model} is no local folder: its sampling defaults stay as they are")
+        return
+    pipeline.save_pretrained(model)
+    say(f"sampling defaults of {model}: {words(pipeline.sampling)}")
+
+
+# -------------------------------------------------------------------------------------------------
+# The output folder
+
+
+def settings_of(config: SweepConfig, pipeline: Pipeline) -> dict[str, Any]:
+    """What all results of a folder have in common."""
+    varied = {part.name for part in fields(SamplingGrid)}
+    free = {*varied, "output_dir", "weights", "save_best"}
+    settings = {name: value for name, value in saved_fields(config).items() if name not in free}
+    return {**settings, "models": [pipeline.tokenizer.fingerprint, pipeline.prior.fingerprint]}
+
+
+def claimed(config: SweepConfig, pipeline: Pipeline) -> list[dict[str, Any]]:
+    """The results that the folder has.
+
+    Raises:
+        ConfigurationError: they are those of another sweep.
+    """
+    path = config.output_dir / RESULTS
+    if not path.is_file():
+        return []
+    stored = read_hashed_json(path)
+    different = first_difference(stored.get("settings", {}), settings_of(config, pipeline))
+    if different:
+        raise ConfigurationError(
+            f"{config.output_dir} holds another sweep (its {different[0]} differs): choose another "
+            "--output_dir"
+        )
+    return stored["results"]
+
+
+def write_results(config: SweepConfig, pipeline: Pipeline, results: Sequence[Any]) -> None:
+    """Write every result so far."""
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    content = {"settings": settings_of(config, pipeline), "results": list(results)}
+    write_hashed_json(config.output_dir / RESULTS, content)
+
+
+def words(options: Combination) -> str:
+    """Options as text."""
+    return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def write_pages(config: SweepConfig, results: Sequence[Any], best: Any) -> None:
+    """Write sweep.md and sweep.html."""
+    order = sorted(results, key=lambda r: (r is not best, abs(r["value"] - best["value"])))
+    names = list(results[0]["options"])
+    heads = [*names, config.metric, "seconds per picture"]
+    rows = [
+        [
+            *(str(result["options"][name]) for name in names),
+            f"{result['value']:.4g}",
+            f"{result['seconds_per_picture']:.4f}",
+        ]
+        for result in order
+    ]
+    lines = [heads, ["---"] * len(heads), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    write_text(config.output_dir / "sweep.md", f"{table}\n\n![the best](samples.png)\n")
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows
+    )
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>sweep</title>'
+        f"<style>{STYLE}</style></head><body>\n{plot(results, config.metric)}\n"
+        f"<table>\n<tr>{head}</tr>\n{body}</table>\n"
+        '<h2>The best</h2>\n<img src="samples.png" alt="samples of the best combination">\n'
+        "</body></html>\n"
+    )
+    write_text(config.output_dir / "sweep.html", page)
+
+
+def plot(results: Sequence[Any], metric: str) -> str:
+    """The metric over the option with the most values, a line for each choice of the others."""
+    names = list(results[0]["options"])
+    counts = {name: len({str(result["options"][name]) for result in results}) for name in names}
+    over = max(names, key=lambda name: counts[name])
+    places = list(dict.fromkeys(result["options"][over] for result in results))
+    numeric = all(isinstance(place, int | float) and math.isfinite(place) for place in places)
+    places = sorted(places) if numeric else places
+    low, high = (function(result["value"] for result in results) for function in (min, max))
+
+    def point(result: Any) -> tuple[float, float]:
+        value = result["options"][over]
+        share = places.index(value) / max(1, len(places) - 1)
+        if numeric and places[-1] > places[0]:
+            share = (value - places[0]) / (places[-1] - places[0])
+        height = (result["value"] - low) / (high - low) if high > low else 0.5
+        inner = HEIGHT - BOTTOM - 20
+        return LEFT + share * (WIDTH - LEFT - 180), 20 + inner * (1 - height)
+
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for result in results:
+        others = {name: v for name, v in result["options"].items() if name != over}
+        lines.setdefault(words({n: v for n, v in others.items() if counts[n] > 1}), []).append(
+            point(result)
+        )
+    drawn = ""
+    for (name, points), colour in zip(lines.items(), itertools.cycle(COLOURS), strict=False):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(points))
+        x, y = max(points)
+        drawn += f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        drawn += "".join(
+            f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in points
+        )
+        drawn += f'<text x="{x + 8:.1f}" y="{y + 4:.1f}">{escape(name)}</text>'
+    bottom = HEIGHT - BOTTOM
+    ticks = "".join(
+        f'<text x="{point({"options": {over: place}, "value": low})[0]:.1f}" y="{bottom + 16}" '
+        f'text-anchor="middle">{escape(str(place))}</text>'
+        for place in places
+    )
+    return (
+        f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{escape(metric)}">'
+        f'<path d="M{LEFT},20V{bottom}H{WIDTH - 180}" fill="none" stroke="#ccc"/>{drawn}{ticks}'
+        f'<text x="{LEFT - 6}" y="24" text-anchor="end">{high:.4g}</text>'
+        f'<text x="{LEFT - 6}" y="{bottom}" text-anchor="end">{low:.4g}</text>'
+        f'<text x="{LEFT}" y="{HEIGHT - 6}">{escape(metric)} over {escape(over)}</text></svg>'
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `smalti sweep`."""
+    config = parse_config(SweepConfig, argv, prog="smalti sweep")
+    sweep(config)
+    say(f"table and plot: {config.output_dir / 'sweep.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
