@@ -143,7 +143,7 @@ def compare(
     fake, real = samples.subset, reference.subset
     if fake is None or real is None:
         which = "samples" if fake is None else "reference"
-        reason = f"the {which} are statistics without pictures: give the pictures"
+        reason = f"only statistics of the {which} are given: give the pictures"
         return found | {called: Undefined(reason) for called in subset_names}
     chosen = {"samples_used": len(fake), "reference_used": len(real), "chosen": "random subset"}
     return found | _subset_metrics(real, fake, name, is_clip, {**base, **chosen}, seed)

@@ -356,13 +356,14 @@ def read_statistics(path: Path) -> Statistics:
 # Opening
 
 
-@dataclass(frozen=True)
+@dataclass
 class OpenedSet:
     """Pictures, statistics, or both: ADM's reference files have the statistics of all pictures, and
     some of the pictures."""
 
     pictures: ImageSet | None
     statistics: Statistics | None = None
+    fits: set[str] = field(default_factory=set)  # names of extractors that the statistics may be of
 
     @property
     def identity(self) -> str:
@@ -391,7 +392,9 @@ def open_set(
         return OpenedSet(None, statistics)
     if place.is_dir() and any((place / name).is_file() for name in (MANIFEST, INDEX)):
         return OpenedSet(GeneratedSet(spec, place, size))
-    options = dataclasses.replace(options, data=spec)
+    # Those of a command may be of a subclass, which has options of its own.
+    given = {part.name: getattr(options, part.name) for part in dataclasses.fields(DataOptions)}
+    options = DataOptions(**{**given, "data": spec})
     if "arr_1" in names and "labels" not in names and not options.label_column:
         options = dataclasses.replace(options, label_column="arr_1")  # as ADM names the labels
     source, part = options.source_of(split)

@@ -79,7 +79,9 @@ class SetOptions(DataOptions, Sampling):
     # pictures. Priors with learned positions (next-scale) refuse it. With --samples: the pictures
     # of data sets and folders are cropped to their centre and resized.
     image_size: ImageSize | None = None
-    num_samples: int = 1024  # with the class proportions of the training images
+    # With the class proportions of the training images; of a pipeline that is given pictures, at
+    # most one for each held-out picture.
+    num_samples: int = 1024
     num_references: int = 20_000  # at most this many training images, evenly spaced
     seed: int = 0  # of the samples, the classifier, and the random subsets of metrics
     batch_size: int = 128  # images encoded, decoded or sampled at once
@@ -271,9 +273,12 @@ class Comparison:
                 )
         pictures = reference.pictures if reference is not None else None
         samples = opened(config, config.samples, device, pictures, "all")
+        dims = {extractor.name: dims_of(extractor)["features"] for extractor in extractors}
         for one in (samples, reference):
             if one is not None and one.statistics is not None:
-                extractors = fitting(extractors, one.statistics, one.pictures is None)
+                one.fits = names_that_fit(extractors, dims, one.statistics)
+                if one.pictures is None:
+                    extractors = [e for e in extractors if e.name in one.fits]
         return cls(config, samples, reference, heldout, extractors, lpips)
 
     @property
@@ -331,7 +336,7 @@ class Comparison:
 
     def _sides(self, name: str, gathered: list[Gathered | None]) -> tuple[Side, Side, Side | None]:
         a, b, c = (
-            Side.of(name, found, one.statistics if one is not None else None)
+            Side.of(name, found, one.statistics if one is not None and name in one.fits else None)
             for one, found in zip(self._sets, gathered, strict=True)
         )
         return a, b, c if self.heldout is not None else None
@@ -395,23 +400,22 @@ def opened(
     return open_set(spec, config, size=config.image_size, split=split)
 
 
-def fitting(
-    extractors: list[FeatureExtractor], statistics: Statistics, alone: bool
-) -> list[FeatureExtractor]:
-    """The extractors that statistics may be of; all, if there are also pictures for the others.
+def names_that_fit(
+    extractors: list[FeatureExtractor], dims: dict[str, int], statistics: Statistics
+) -> set[str]:
+    """The names of the extractors that statistics may be of.
 
     Raises:
         DataError: there is none.
     """
-    fits: list[FeatureExtractor] = []
-    problem: DataError | None = None
+    fits, problems = set[str](), list[DataError]()
     for extractor in extractors:
+        name = extractor.name
         try:
-            dim = dims_of(extractor)["features"]
-            statistics.check_extractor(extractor.name, extractor.weights_sha256, dim)
-            fits.append(extractor)
+            statistics.check_extractor(name, extractor.weights_sha256, dims[name])
+            fits.add(name)
         except DataError as error:
-            problem = problem or error
-    if not fits and problem is not None:
-        raise problem
-    return fits if alone else extractors
+            problems.append(error)
+    if not fits:
+        raise problems[0]
+    return fits
