@@ -367,8 +367,9 @@ class TransformersFeatures:
         self.family = str(self.model.config.model_type)  # "clip", "dinov2", ...
         self.name = Path(source).expanduser().resolve().name.lower()
         self.weights_sha256 = weights_sha256(self.model)
-        size = getattr(self.processor, "crop_size", None) or self.processor.size
-        self.side = int(size.get("height", size.get("shortest_edge", 0)))
+        settings = self.processor.to_dict()
+        size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+        self.side = int(size.get("height") or size.get("shortest_edge") or 0)
         self.resize = f"that of the image processor of {source}: {_in_words(self.processor)}"
 
     @torch.no_grad()
@@ -392,8 +393,9 @@ class TransformersFeatures:
 
 def _in_words(processor: Any) -> str:
     """The settings of an image processor that change an image."""
-    names = ("size", "crop_size", "do_center_crop", "resample", "image_mean", "image_std")
     settings = processor.to_dict()
+    crop = ("crop_size",) if settings.get("do_center_crop") else ()
+    names = ("size", "resample", *crop, "image_mean", "image_std")
     return ", ".join(f"{name} {settings[name]}" for name in names if settings.get(name) is not None)
 
 

@@ -28,7 +28,7 @@ from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
-from tests.backbones import write_folder, write_inception
+from tests.backbones import CONFIGS, write_folder, write_inception
 
 COUNT = 12
 
@@ -77,6 +77,7 @@ def test_torch_fidelity_gives_the_same_numbers(folders, inception: Path, tmp_pat
         input2=str(folders[1]),
         feature_extractor_weights_path=str(inception),
         **dict.fromkeys(("isc", "fid", "kid", "prc"), True),
+        feature_extractor="inception-v3-compat",  # of all four: that of prc is another
         kid_subset_size=COUNT,
         cuda=False,
         cache=False,
@@ -139,11 +140,20 @@ def test_weights_are_known_by_their_hash(inception: Path, tmp_path: Path, monkey
         InceptionFeatures(broken)
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "clip", "siglip"])
+@pytest.mark.parametrize("kind", ["dinov2", "clip", "siglip", "clip with texts"])
 def test_a_vision_model_of_transformers_gives_pooled_features(tmp_path: Path, kind: str) -> None:
-    from transformers import BitImageProcessor
+    from transformers import BitImageProcessor, CLIPConfig, CLIPModel, CLIPTextConfig
 
-    folder = write_folder(tmp_path / f"Tiny-{kind}", kind)
+    folder = tmp_path / f"Tiny-{kind}"
+    if kind == "clip with texts":  # as published models are saved
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+        text = CLIPTextConfig(**sizes, num_hidden_layers=1, vocab_size=8)
+        whole = CLIPConfig(
+            text_config=text.to_dict(), vision_config=CONFIGS["clip"].to_dict(), projection_dim=10
+        )
+        CLIPModel(whole).save_pretrained(folder)
+    else:
+        write_folder(folder, kind)
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
         TransformersFeatures(str(folder))
     sizes = {"size": {"height": 16, "width": 16}, "do_center_crop": False}
@@ -151,11 +161,16 @@ def test_a_vision_model_of_transformers_gives_pooled_features(tmp_path: Path, ki
     BitImageProcessor(**sizes, image_mean=mean, image_std=std).save_pretrained(folder)
     extractor = TransformersFeatures(str(folder))
     assert extractor.name == f"tiny-{kind}" and len(extractor.weights_sha256) == 64
-    assert extractor.family.startswith(kind) and extractor.side == 16
+    assert extractor.family.startswith(kind.split()[0]) and extractor.side == 16
     images = torch.randint(256, (3, 3, 16, 16)).float()
     features = extractor(images / 127.5 - 1)
     normal = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    expected = extractor.model(pixel_values=normal).pooler_output
+    if kind == "clip with texts":
+        pooled = extractor.model.vision_model(pixel_values=normal).pooler_output
+        expected = extractor.model.visual_projection(pooled)
+        assert expected.shape == (3, 10)
+    else:
+        expected = extractor.model(pixel_values=normal).pooler_output
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
 
 
