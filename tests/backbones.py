@@ -3,9 +3,10 @@ give."""
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     ByT5Tokenizer,
@@ -131,3 +132,24 @@ def write_text_encoder(folder: Path, kind: str, seed: int = 7) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+# -------------------------------------------------------------------------------------------------
+# The Inception network of FID
+
+
+def write_inception(path: Path) -> Path:
+    """A weight file in torch-fidelity's format, with random weights that keep the scale."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    module = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        torch.manual_seed(0)
+        patch.setattr(module, lambda *args, **options: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
+        network = FeatureExtractorInceptionV3("random", ["2048"])
+        for part in network.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
+    torch.save(network.state_dict(), path)
+    return path

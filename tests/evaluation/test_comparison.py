@@ -1,0 +1,213 @@
+"""One pass over a set, and the metrics of two sets: other numbers of processes, interruptions,
+memory, and the names of metrics. (torch-fidelity is the oracle in `tests/scripts`.)"""
+
+import resource
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from smalti.evaluation import streaming
+from smalti.evaluation.comparison import Side, compare, ratio_metric
+from smalti.evaluation.distances import inception_score
+from smalti.evaluation.features import INCEPTION_SHA256
+from smalti.evaluation.image_sets import Gaussian, ImageSet
+from smalti.evaluation.metrics import Metric, Undefined
+from smalti.evaluation.streaming import Gathered, ScoreSums, gather, parts_of
+
+
+class Noise(ImageSet):
+    """Pictures of 8 x 8 pixels that depend on their position and a seed."""
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        super().__init__("noise", "test", f"{count}/{seed}")
+        self.count, self.seed = count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def levels(self, rows) -> Tensor:
+        made = torch.Generator().manual_seed(self.seed * 1_000_003 + rows[0])
+        return torch.randint(256, (len(rows), 3, 8, 8), generator=made, dtype=torch.uint8)
+
+
+class Projection:
+    """Features that are a projection of the pixels; logits that are another."""
+
+    name, side, weights_sha256 = "projection", 8, "0" * 64
+    published = False
+
+    def __init__(self, dim: int = 12, fail_after: int = 10**9) -> None:
+        made = torch.Generator().manual_seed(1)
+        self.matrix = torch.randn(192, dim, generator=made) / 14
+        self.calls, self.fail_after, self.pictures = 0, fail_after, 0
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        if images.shape[-1] != 8:  # the picture that measures the lengths
+            images = images[..., :8, :8]
+        else:
+            self.calls += 1
+            self.pictures += len(images)
+        if self.calls > self.fail_after:
+            raise KeyboardInterrupt
+        features = images.flatten(1) @ self.matrix
+        return {"features": features, "spatial": features[:, :5], "logits": 3 * features}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.outputs(images)["features"]
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "MIN_PART", 128)
+
+
+def passed(folder: Path, images: ImageSet, extractor=None, **share) -> Gathered:
+    found = gather(images, [extractor or Projection()], folder, seed=0, **share)
+    assert found is not None
+    return found
+
+
+def assert_equal(a: Gathered, b: Gathered) -> None:
+    """To the bit."""
+    assert a.hashes == b.hashes
+    one, other = (x.kept["projection"].arrays() for x in (a, b))
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name].tobytes() != other[name].tobytes()] == []
+
+
+def test_parts_are_whole_blocks_and_at_most_sixteen(monkeypatch) -> None:
+    monkeypatch.setattr(streaming, "MIN_PART", 1024)
+    for count in (1, 1000, 1025, 50_000, 1_281_167):
+        parts = parts_of(count)
+        assert [row for part in parts for row in (part.start, part.stop)][-1] == count
+        assert all(a.stop == b.start for a, b in pairwise(parts))
+        assert all(part.start % 64 == 0 for part in parts) and len(parts) <= 16
+
+
+def test_what_is_kept_is_what_all_features_give(tmp_path: Path) -> None:
+    images, extractor = Noise(700), Projection()
+    kept = passed(tmp_path, images).kept["projection"]
+    all_levels = torch.cat([images.levels(range(i, min(i + 64, 700))) for i in range(0, 700, 64)])
+    outputs = extractor.outputs(all_levels / 127.5 - 1)
+    features = outputs["features"].double()
+    torch.testing.assert_close(kept.moments["features"].mean, features.mean(0))
+    torch.testing.assert_close(kept.moments["features"].covariance, features.T.cov())
+    assert kept.scores is not None
+    expected = inception_score(outputs["logits"])
+    assert kept.scores.score() == pytest.approx(expected, rel=1e-9)
+    torch.testing.assert_close(kept.subset, outputs["features"])  # all 700, in order
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
+    alone = passed(tmp_path / "one", Noise(700))
+    other = gather(Noise(700), [Projection()], tmp_path / "two", seed=0, rank=1, world_size=2)
+    assert other is None
+    assert_equal(passed(tmp_path / "two", Noise(700), rank=0, world_size=2), alone)
+
+
+def test_a_killed_pass_goes_on_with_identical_numbers(tmp_path: Path) -> None:
+    whole = passed(tmp_path / "whole", Noise(700))
+    with pytest.raises(KeyboardInterrupt):
+        passed(tmp_path / "cut", Noise(700), Projection(fail_after=7))
+    rest = Projection()
+    assert_equal(passed(tmp_path / "cut", Noise(700), rest), whole)
+    assert rest.pictures == 700 - 3 * 128  # three parts were finished
+    # What belongs to other pictures, or is damaged, is not taken.
+    again = Projection()
+    passed(tmp_path / "cut", Noise(700, seed=1), again)
+    assert again.pictures == 700
+    next((tmp_path / "cut").glob("*-02.npz")).write_bytes(b"damaged")
+    for file in (tmp_path / "cut").glob("*-02.npz"):
+        file.write_bytes(b"damaged")
+    again = Projection()
+    assert_equal(passed(tmp_path / "cut", Noise(700), again), whole)
+    assert again.pictures == 128
+
+
+def test_what_is_kept_does_not_grow_with_the_set(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(streaming, "SUBSET", 100)
+    sizes = []
+    for count in (1000, 3000):
+        kept = passed(tmp_path / str(count), Noise(count)).kept["projection"]
+        sizes.append(sum(array.nbytes for array in kept.arrays().values()))
+        assert len(kept.subset) == 100
+        assert len(parts_of(count)) <= 16
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.slow
+def test_50_000_pictures_need_under_1_gb(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(streaming, "MIN_PART", 1024)
+    passed(tmp_path / "warm", Noise(64), Projection(2048))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sides = [passed(tmp_path / str(s), Noise(50_000, s), Projection(2048)) for s in (0, 1)]
+    assert [one.kept["projection"].moments["features"].count for one in sides] == [50_000] * 2
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
+    assert grown < 2**20
+
+
+# -------------------------------------------------------------------------------------------------
+# Names and reasons
+
+
+def side(count: int | None, dim: int = 4, seed: int = 0) -> Side:
+    subset = torch.randn(50, dim, generator=torch.Generator().manual_seed(seed))
+    one = Gaussian(subset.double().mean(0), subset.double().T.cov(), count)
+    scores = ScoreSums(3)
+    scores.add(subset[:, :3], torch.arange(50) % 10)
+    return Side({"features": one, "spatial": one}, count, subset, scores)
+
+
+def extractor(name: str, published: bool, **more) -> SimpleNamespace:
+    return SimpleNamespace(
+        name=name, side=8, weights_sha256=INCEPTION_SHA256, published=published, **more
+    )
+
+
+@pytest.mark.parametrize(
+    ("published", "samples", "reference", "official"),
+    [
+        (True, 10_000, 10_000, True),
+        (True, 50_000, None, True),  # statistics of ADM, whose file has no count
+        (True, 9_999, 50_000, False),
+        (True, 50_000, 9_999, False),
+        (False, 50_000, 50_000, False),
+    ],
+)
+def test_only_inception_on_10_000_pictures_is_called_fid(
+    published: bool, samples: int, reference: int | None, official: bool
+) -> None:
+    name = "inception" if published else "inception-like"
+    found = compare(side(samples), side(reference, seed=1), extractor(name, published), {}, 0)
+    of_fid = {"fid", "sfid", "inception_score"}
+    assert (of_fid <= found.keys()) is official
+    assert not (of_fid & found.keys()) or official
+    if not official:
+        assert {f"fd_{name}", f"fd_{name}_spatial", f"score_{name}"} <= found.keys()
+
+
+def test_cmmd_needs_features_of_clip() -> None:
+    sides = side(100), side(100, seed=1)
+    assert "cmmd_vit" in compare(*sides, extractor("vit", False, family="clip"), {}, 0)
+    assert "cmmd_vit" not in compare(*sides, extractor("vit", False, family="dinov2"), {}, 0)
+
+
+def test_what_is_not_defined_is_left_out_with_its_reason() -> None:
+    statistics = Side({"features": side(100).moments["features"]}, None)
+    found = compare(side(100), statistics, extractor("inception", True), {}, 0)
+    assert isinstance(found["fd_inception"], Metric)
+    reasons = {name: one.reason for name, one in found.items() if isinstance(one, Undefined)}
+    assert "mu_s" in reasons["fd_inception_spatial"]
+    assert "only statistics of the reference" in reasons["kid_inception"]
+    few = Side(side(3).moments, 3, torch.randn(3, 4))
+    found = compare(few, few, extractor("x", False), {}, 0)
+    assert "needs at least 4" in getattr(found["precision_x"], "reason", "")
+    assert "singular" in getattr(found["fd_x"], "protocol", {})["note"]
+    found = ratio_metric({"x": (side(100), side(100, seed=1), None)}, {})
+    assert "--reference_split train" in getattr(found["fdr_1"], "reason", "")
+    found = ratio_metric({"x": (side(99), side(99, seed=1), side(99, seed=2))}, {})
+    assert isinstance(found["fdr_1"], Metric)
