@@ -101,10 +101,11 @@ def test_torch_fidelity_gives_the_same_numbers(folders, inception: Path, tmp_pat
     std = found[f"score_{name}"].protocol["std"]
     assert std == pytest.approx(expected["inception_score_std"], rel=1e-4)
     assert f"fd_{name}_spatial" in found and not {"fid", "sfid", "inception_score"} & found.keys()
-    # The other way round, with the statistics that were saved.
+    # The other way round, with the statistics that were saved: the roots of singular covariances
+    # are those of rounding errors.
     back = evaluate(settings(folders[1], statistics, tmp_path / "back", inception=inception))
     for metric in (f"fd_{name}", f"fd_{name}_spatial"):
-        assert back[metric].value == pytest.approx(found[metric].value, rel=1e-9)
+        assert back[metric].value == pytest.approx(found[metric].value, rel=1e-6)
 
 
 def test_spatial_features_are_the_first_channels_of_mixed_6(inception: Path) -> None:
