@@ -158,7 +158,7 @@ class Gathered:
         }
         about = np.array(json.dumps({"key": key, "hashes": self.hashes}))
         with replacing(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, about=about, **arrays)
+            np.savez(stream, about=about, **arrays)  # type: ignore[arg-type]
 
     def read(self, path: Path, key: str) -> bool:
         """Take what was written; False if there is nothing, or it belongs to another evaluation."""

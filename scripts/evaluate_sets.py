@@ -322,7 +322,7 @@ class Comparison:
         if config.save_statistics is not None:
             self._save_statistics(config.save_statistics, gathered[0], records[0])
         names = ("samples", "reference", "heldout")
-        protocol = dict(zip(names, records, strict=False))
+        protocol: dict[str, Any] = dict(zip(names, records, strict=False))
         metrics: Found = {}
         if self.reference is not None:
             sides = {e.name: self._sides(e.name, gathered) for e in self.extractors}
