@@ -32,7 +32,6 @@ from smalti.data.dataset import DataOptions
 from smalti.data.image_io import image_grid, save_png
 from smalti.data.latents import resolution
 from smalti.errors import ConfigurationError, DataError
-from smalti.evaluation.features import FeatureName
 from smalti.evaluation.metrics import Metric
 from smalti.files import read_hashed_json, write_hashed_json, write_text
 from smalti.hub import CONFIG
@@ -88,7 +87,7 @@ class CompareConfig(DataOptions, Sampling):
     num_references: int = 20_000  # at most this many training images, evenly spaced
     seed: int = 0  # of the samples, the classifier, and the random subsets of metrics
     batch_size: int = 128  # images encoded, decoded or sampled at once in the evaluation
-    features: tuple[FeatureName, ...] = ("alexnet",)  # as of smalti evaluate
+    features: tuple[str, ...] = ("alexnet",)  # as of smalti evaluate
     feature_weights: Path | None = None  # as of smalti evaluate
     classifier_epochs: int = 12  # as of smalti evaluate
     timed_images: int = 64  # images of a timed batch

@@ -116,13 +116,9 @@ class Objective:
                 )
             self.measure = self._accuracy
         elif self.lower_is_better and features:
-            names: Any = (features,)
-            found = feature_extractors(names, evaluator.tokenizer.lpips, config.feature_weights)
-            if not found:
-                raise ConfigurationError(
-                    f"metric is {config.metric}; use fd_ or kid_ with alexnet or efflite0"
-                )
-            self.extractor: FeatureExtractor = found[0]
+            self.extractor: FeatureExtractor = feature_extractors(
+                [features], evaluator.tokenizer.lpips, config.feature_weights
+            )[0]
             self.measure = self._frechet if kind == "fd" else self._kernel
         else:
             raise ConfigurationError(
