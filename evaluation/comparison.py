@@ -69,7 +69,9 @@ class Side:
         moments: dict[str, Moments | Gaussian] = dict(kept.moments) if kept is not None else {}
         count = kept.moments["features"].count if kept is not None else None
         if statistics is not None:
-            moments, count = {"features": statistics.features}, statistics.features.count
+            moments.clear()
+            moments["features"] = statistics.features
+            count = statistics.features.count
             if statistics.spatial is not None:
                 moments["spatial"] = statistics.spatial
         scores = kept.scores if kept is not None else None
@@ -91,7 +93,7 @@ def record_of(
             "name": images.name,
             "kind": images.kind,
             "pictures": len(images),
-            "size": resolution(images.shape[1:]),
+            "size": resolution((images.shape[1], images.shape[2])),
             "channels": images.shape[0],
             "sha256_of_pixels": fingerprint,
             **images.protocol,
@@ -329,7 +331,7 @@ def retrieval(
     def captioned(images: ImageSet, rows: Tensor) -> CaptionedImages:
         parts = [part.tolist() for part in rows.split(BLOCK_PICTURES)]
         batches = (
-            (to_float(images.levels(part)), [(images.captions[row],) for row in part])
+            (to_float(images.levels(part)), [(str(images.captions[row]),) for row in part])
             for part in parts
         )
         return CaptionedImages.of(batches, extractor)

@@ -19,7 +19,7 @@ import pkgutil
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -271,7 +271,7 @@ class InceptionFeatures:
         self.network = _inception(content, path).to(device)
         self.device = torch.device(device)
         self._grid = torch.empty(0)
-        self.network.Mixed_6d.register_forward_hook(self._keep_grid)
+        self.network.get_submodule("Mixed_6d").register_forward_hook(self._keep_grid)
 
     def _keep_grid(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         # The first branch, mixed_6/conv, comes first in the channels of the block.
@@ -455,7 +455,7 @@ def feature_extractors(
     device = next(lpips.parameters()).device
     wanted = [*dict.fromkeys([*names, *(["inception"] if inception is not None else [])])]
     extractors: list[FeatureExtractor] = []
-    for name in sorted(wanted, key=lambda name: name != "alexnet"):
+    for name in [n for n in wanted if n == "alexnet"] + [n for n in wanted if n != "alexnet"]:
         if name == "alexnet":
             extractors.append(AlexNetFeatures(lpips))
         elif name == "efflite0":
@@ -496,14 +496,16 @@ def own_extractor(text: str) -> FeatureExtractor:
             f"features is {text}, which cannot be imported ({error}): put the folder of {module} "
             "into PYTHONPATH"
         ) from error
-    made = found() if isinstance(found, type) or not hasattr(found, "weights_sha256") else found
+    made: Any = (
+        found() if isinstance(found, type) or not hasattr(found, "weights_sha256") else found
+    )
     lacking = [n for n in ("name", "side", "weights_sha256") if not hasattr(made, n)]
     if lacking or not callable(made):
         raise ConfigurationError(
             f"{text} has no {lacking[0] if lacking else '__call__'}: make it as "
             "smalti.evaluation.features.FeatureExtractor describes"
         )
-    return made
+    return cast(FeatureExtractor, made)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class ImageSet(ABC):
 
 
 def _in_words(shape: tuple[int, ...]) -> str:
-    return f"{resolution(shape[1:])} pixels in {shape[0]} channels"
+    return f"{resolution((shape[1], shape[2]))} pixels in {shape[0]} channels"
 
 
 class SourceSet(ImageSet):
@@ -298,7 +298,7 @@ def save_statistics(
     path: Path, features: Gaussian, spatial: Gaussian | None, record: dict[str, Any]
 ) -> None:
     """Write the npz that ADM's evaluator and pytorch-fid read, with a record of its making."""
-    arrays = {"mu": features.mean.numpy(), "sigma": features.covariance.numpy()}
+    arrays: dict[str, Any] = {"mu": features.mean.numpy(), "sigma": features.covariance.numpy()}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.covariance.numpy()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -333,10 +333,12 @@ def read_statistics(path: Path) -> Statistics:
             pairs = [("mu", "sigma"), ("mu_s", "sigma_s")]
             found = [
                 Gaussian(
-                    *(torch.from_numpy(arrays[name].astype(np.float64)) for name in pair), count
+                    torch.from_numpy(arrays[mean].astype(np.float64)),
+                    torch.from_numpy(arrays[covariance].astype(np.float64)),
+                    count,
                 )
-                for pair in pairs
-                if set(pair) <= set(arrays.files)
+                for mean, covariance in pairs
+                if {mean, covariance} <= set(arrays.files)
             ]
     except _DAMAGE as error:
         raise DataError(f"{path} is damaged, or not an archive of arrays: {error}") from error

@@ -232,7 +232,7 @@ def pipeline_set(
                 f"{spec} makes pictures of prompts: give a --reference with captions"
             )
         rows = evenly_spaced(count, len(reference)).tolist()
-        prompts = [reference.captions[row] for row in rows]
+        prompts = [str(reference.captions[row]) for row in rows]
         chosen = {**chosen, "prompts": "captions of the reference, evenly spaced"}
     return PipelineSet(config, spec, pipeline, labels, prompts, chosen)
 
