@@ -63,7 +63,7 @@ class ClassSource(ConditionSource):
 
     Kind: ClassVar[type[ConditionKind]] = ClassKind
     ARGUMENTS: ClassVar[tuple[str, ...]] = ("class_labels",)
-    FLAGS: ClassVar[tuple[str, ...]] = ("class_labels",)
+    FLAGS: ClassVar[tuple[str, ...]] = ("class_labels", "class_weights")
     HAS_NAMES: ClassVar[bool] = True
 
     @classmethod

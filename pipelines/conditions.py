@@ -12,8 +12,8 @@ import inspect
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -328,6 +328,13 @@ class Inputs:
     others: Mapping[str, Any] = field(default_factory=dict)  # arguments of other kinds
     encoded_image: ImageCondition | None = None  # the image as a condition
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """From the arguments of a call, also those of other kinds."""
+        known = {part.name for part in fields(cls)}
+        others = {name: value for name, value in arguments.items() if name not in known}
+        return cls(**{k: v for k, v in arguments.items() if k in known}, others=others)
+
     def get(self, argument: str) -> Any:
         """An argument by name; None: not given."""
         return getattr(self, argument, self.others.get(argument))
@@ -371,11 +378,18 @@ class Inputs:
 
 
 def arguments_for(
-    classes: Sequence[str], labels: Sequence[int] | Tensor, prompts: Sequence[str]
+    classes: Sequence[str],
+    labels: Sequence[int] | Tensor,
+    prompts: Sequence[str],
+    **others: Any,
 ) -> dict[str, Any]:
     """The arguments of a pipeline with these classes for images of these labels, and of these
-    prompts if it takes prompts; () otherwise. Without classes, labels only tell the number."""
-    given: dict[str, Any] = {}
+    prompts if it takes prompts; () otherwise. Without classes, labels only tell the number.
+
+    Args:
+        others: arguments of other kinds of condition, with a row for each image.
+    """
+    given = dict(others)
     if classes:
         given["class_labels"] = labels
     if prompts:

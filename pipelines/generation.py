@@ -13,9 +13,9 @@ someone else does not have its hash, and is generated again.
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +55,7 @@ UNSAID = {
     "layout": "flat",
     "negative_prompt": "",
     "compiled": False,
+    "given": {},
     "format": "png",
     "quality": None,
     "pictures_per_shard": PER_SHARD,
@@ -74,6 +75,8 @@ class GenerationJob:
     prompts: tuple[str, ...] = ()  # prompt of each image; () without prompts
     negative_prompt: str = ""
     compiled: bool = False  # compiled models round differently
+    # Other arguments of the pipeline, whose rows the images take in turn, as JSON has them
+    given: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,24 +85,25 @@ class GenerationJob:
         return {
             name: value
             for name, value in content.items()
-            if value or name not in ("prompts", "negative_prompt", "compiled")
+            if value or name not in ("prompts", "negative_prompt", "compiled", "given")
         }
 
     def inputs(self, indices: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
         """The arguments of a pipeline for some images; a number past the last is the last one."""
         rows = [min(index, len(self.labels) - 1) for index in indices]
         prompts = [self.prompts[row] for row in rows] if self.prompts else ()
-        given = arguments_for(classes, [self.labels[row] for row in rows], prompts)
+        others = {name: [v[row % len(v)] for row in rows] for name, v in self.given.items()}
+        given = arguments_for(classes, [self.labels[row] for row in rows], prompts, **others)
         return {**given, "negative_prompt": self.negative_prompt} if prompts else given
 
     def conditions(self, index: int, classes: Sequence[str]) -> dict[str, Any]:
-        """The seed of an image, and its class and prompt as far as it has them."""
+        """The seed of an image, and its class, prompt and the like as far as it has them."""
         label, found = self.labels[index], dict[str, Any](seed=self.seed)
         if classes:
             found |= {"class": classes[label], "label": label}
         if self.prompts:
             found["prompt"] = self.prompts[index]
-        return found
+        return found | {name: v[index % len(v)] for name, v in self.given.items()}
 
     @property
     def title(self) -> str:
@@ -224,6 +228,7 @@ def generate_folder(
     batch_size: int,
     prompts: Sequence[str] = (),
     negative_prompt: str = "",
+    given: Mapping[str, list[Any]] | None = None,
     layout: Layout = "flat",
     picture_format: PictureFormat | None = None,
     compiled: bool = False,
@@ -246,6 +251,8 @@ def generate_folder(
             the rounding of the images depends.
         prompts: of each image, for a pipeline of captions.
         negative_prompt: what guidance leads away from, for all images; "" is no text.
+        given: other arguments of the pipeline, whose rows the images take in turn, as JSON has
+            them.
         layout: "class" puts each image into a folder with the name of its class.
         picture_format: PNG, or another format.
         compiled: whether the models of the pipeline are compiled: they round differently.
@@ -262,6 +269,7 @@ def generate_folder(
     """
     job = _job(pipeline, labels, seed, guidance_scale, options)
     job = replace(job, prompts=tuple(prompts), negative_prompt=negative_prompt, compiled=compiled)
+    job = replace(job, given=dict(given or {}))
     kind = _format_for(pipeline, picture_format or PictureFormat(), layout)
     check_conditions(pipeline, job, layout)
     _claim_together(folder, {"layout": layout, **kind.settings, **job.settings}, rank, barrier)
@@ -380,8 +388,8 @@ def check_conditions(pipeline: Pipeline, job: GenerationJob, layout: Layout) -> 
         )
     if layout == "class" and not pipeline.classes:
         raise GenerationError("layout class needs classes, and this pipeline has none: use flat")
-    first = job.inputs([0], pipeline.classes)
-    pipeline.conditions(Inputs(**first), 1)  # raises
+    first = {**job.inputs([0], pipeline.classes), **job.given}
+    pipeline.conditions(Inputs.of(first), 1)  # raises
     text, encoder = pipeline.prior.config.text, pipeline.text_encoder
     if job.prompts and text is not None and encoder is not None:
         texts = dict.fromkeys((*job.prompts, job.negative_prompt))

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,13 +27,13 @@ from smalti.data.latent_cache.manifest import MANIFEST
 from smalti.data.sources.base import open_unverified
 from smalti.data.sources.options import SourceOptions
 from smalti.errors import ConfigurationError, DataError, GenerationError
-from smalti.pipelines.conditions import conditional_on
+from smalti.pipelines.conditions import CONDITION_SOURCES, conditional_on, sources_of
 from smalti.pipelines.generation import continued_labels, generate_folder
 from smalti.pipelines.guided import GuidedPipeline
 from smalti.pipelines.picture_files import FormatName, Layout, PictureFormat
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.prior.flow.classifier import LatentClassifier
-from smalti.scripts.options import Sampling
+from smalti.scripts.options import ConditionFlags, Sampling
 from smalti.training.processes import fills_folder, join_job, say, shared_work
 
 DType = Literal["fp32", "bf16", "fp16"]
@@ -41,7 +41,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class GenerateConfig(Sampling):
+class GenerateConfig(Sampling, ConditionFlags):
     """Sample pictures with a saved pipeline."""
 
     # A pipeline: a folder, a repository on the Hub, or a checkpoint of a train-prior run.
@@ -117,30 +117,24 @@ class GenerateConfig(Sampling):
         """
         return list(self.prompt) if self.prompts is None else read_prompts(self.prompts)
 
-    def rows(self, pipeline: Pipeline) -> tuple[list[int], list[str]]:
-        """The class label, and the prompt if there are prompts, of each picture.
+    def rows(self, pipeline: Pipeline) -> tuple[list[int], list[str], dict[str, list[Any]]]:
+        """The class label, and the prompt if there are prompts, of each picture; and the rows of
+        other conditions, which the pictures take in turn.
 
         Raises:
-            GenerationError: a class or prompts are given to a prior that takes none, or the prompts
-                are missing; there is no such class.
+            GenerationError: a condition is given to a prior that does not take it, or is missing;
+                there is no such class.
         """
-        kinds, texts = {*pipeline.prior.condition_kinds}, self.texts()
+        kinds = {*pipeline.prior.condition_kinds}
         described = f"{self.model} is {conditional_on(kinds)}"
         kinds |= {"class"} if pipeline.classes else set()  # of a classifier, for an unguided prior
-        for flag, kind in (
-            ("class_labels", "class"),
-            ("class_weights", "class"),
-            ("prompts", "text"),
-            ("prompt", "text"),
-            ("negative_prompt", "text"),
-        ):
-            if getattr(self, flag) and kind not in kinds:
-                raise GenerationError(f"--{flag} is given, but {described}: leave it out")
-        if "text" in kinds and not texts:
-            raise GenerationError(
-                f"{self.model} makes pictures of prompts: give --prompts FILE, a prompt in each "
-                'line, or --prompt "a red apple"'
-            )
+        for name, source in CONDITION_SOURCES.classes.items():
+            for flag in source.FLAGS if name not in kinds else ():
+                if getattr(self, flag):
+                    raise GenerationError(f"--{flag} is given, but {described}: leave it out")
+        sources = sources_of(sorted(kinds), pipeline.prior.config, pipeline.classes)
+        given = {source.ARGUMENTS[0]: source.chosen(self) for source in sources.values()}
+        ids, texts = given.pop("class_labels", [0]), given.pop("prompt", [])
         number, other = "num_images_per_class", "num_images_per_prompt"
         if texts:
             number, other = other, number
@@ -149,9 +143,6 @@ class GenerateConfig(Sampling):
                 f"{other} is {getattr(self, other)}, but {described}: give --{number} or "
                 "--num_images"
             )
-        ids = [0]
-        if pipeline.classes:
-            ids = pipeline.label_ids(self.class_labels or range(len(pipeline.classes)))
         wanted = [(label, text) for text in texts or [""] for label in ids]
         if self.num_images is None:
             chosen = [row for row in wanted for _ in range(getattr(self, number))]
@@ -160,7 +151,8 @@ class GenerateConfig(Sampling):
             weights = class_weights(self.class_weights, names)
             shares = [weight for _ in texts or [""] for weight in weights] or [1.0] * len(wanted)
             chosen = [wanted[i] for i in by_shares(shares, self.num_images)]
-        return [label for label, _ in chosen], [text for _, text in chosen if texts]
+        others = {name: rows for name, rows in given.items() if rows}
+        return [label for label, _ in chosen], [text for _, text in chosen if texts], others
 
 
 def class_weights(given: Sequence[str], classes: Sequence[str]) -> list[float]:
@@ -261,7 +253,8 @@ def generate(config: GenerateConfig) -> list[Path]:
     if config.classifier:
         classifier = LatentClassifier.from_pretrained(config.classifier)
         pipeline = GuidedPipeline(pipeline, classifier, config.classifier_scale)
-    labels, prompts = continued_labels(config.output_dir, *config.rows(pipeline))
+    labels, prompts, given = config.rows(pipeline)
+    labels, prompts = continued_labels(config.output_dir, labels, prompts)
     if config.compile:
         pipeline.compile()
     with shared_work(len(labels), "generate", unit=" images") as share:
@@ -273,6 +266,7 @@ def generate(config: GenerateConfig) -> list[Path]:
             batch_size=config.batch_size,
             prompts=prompts,
             negative_prompt=config.negative_prompt,
+            given=given,
             layout=config.layout,
             picture_format=picture_format,
             compiled=config.compile,
