@@ -63,7 +63,7 @@ class SamplingBase:
     def guided_like(self, pipeline: Pipeline) -> Self:
         """With the sampling defaults of the pipeline, guidance among them, where none was given."""
         missing = {
-            name: _as_flag(value)
+            name: as_flag(value)
             for name, value in pipeline.sampling.items()
             if getattr(self, name, ...) is None
         }
@@ -80,7 +80,7 @@ class SamplingBase:
         }
 
 
-def _as_flag(value: Any) -> Any:
+def as_flag(value: Any) -> Any:
     """A sampling default as a flag has it: {"kind": "ddim", "eta": 0.5} as "ddim:eta=0.5"."""
     if isinstance(value, dict) and "kind" in value:
         options = ",".join(f"{k}={v}" for k, v in value.items() if k != "kind")

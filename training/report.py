@@ -42,16 +42,13 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; }
 
 def write_report(folder: Path) -> Path:
     """Write the page about the run in a folder, and return its path."""
-    metrics, timing = (_lines(folder / name) for name in (METRICS, TIMING))
     recipe = folder / RECIPE
     parts = [
         "<!DOCTYPE html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(folder.name)}</title>',
         f"<style>{STYLE}</style></head><body>",
         f"<h1>{escape(folder.name)}</h1>",
-        _summary(metrics, timing),
-        "<h2>Curves</h2>",
-        *_charts(curves(metrics), curves(timing)),
+        *charts(folder),
         *(_gallery(folder, name) for name in IMAGE_FOLDERS),
         "<h2>Config</h2>",
         f"<pre>{escape(recipe.read_text(encoding='utf-8') if recipe.is_file() else '')}</pre>",
@@ -59,6 +56,13 @@ def write_report(folder: Path) -> Path:
     ]
     write_text(folder / REPORT, "\n".join(part for part in parts if part) + "\n")
     return folder / REPORT
+
+
+def charts(folder: Path) -> list[str]:
+    """The last values of a run as an HTML table, then its curves as SVG."""
+    metrics, timing = (_lines(folder / name) for name in (METRICS, TIMING))
+    drawn = _charts(curves(metrics), curves(timing))
+    return [_summary(metrics, timing), "<h2>Curves</h2>", *drawn]
 
 
 def curves(lines: list[dict[str, Any]]) -> dict[str, Curve]:

@@ -55,6 +55,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reflow": ("smalti.scripts.reflow", "generate pairs with a trained flow, to straighten it"),
     "generate": ("smalti.scripts.generate", "sample pictures with a saved pipeline"),
     "serve": ("smalti.scripts.serve", "a saved pipeline behind HTTP"),
+    "ui": ("smalti.scripts.ui", "saved pipelines and runs in a window of the browser"),
     "edit": ("smalti.scripts.edit", "fill regions of pictures, or change them, with a pipeline"),
     "evaluate": ("smalti.scripts.evaluate", "measure a saved tokenizer or pipeline"),
     "compare": ("smalti.scripts.compare", "several models: one table, one grid of pictures"),

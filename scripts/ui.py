@@ -1,0 +1,496 @@
+"""Saved pipelines and runs in a window of the browser: sample, look at codes, edit, compare, watch.
+
+    smalti ui --model runs/demo/pipeline --run runs/demo/prior
+
+It ends, with status 0, on SIGTERM or SIGINT. What the tabs compute is in `window.py`.
+"""
+
+import contextlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from smalti.checkpoints import Weights
+from smalti.cli import parse_config, run_command
+from smalti.config import check_at_least
+from smalti.errors import ConfigurationError, GenerationError, SmaltiError
+from smalti.machine import failure_of
+from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
+from smalti.scripts import window
+from smalti.scripts.options import SampleOption, as_flag
+from smalti.scripts.serve import DTYPES, is_loopback, listening
+from smalti.scripts.window import Frame, Settings
+from smalti.training.processes import join_job
+
+AUTH = "SMALTI_UI_AUTH"  # environment variable
+LARGEST_UPLOAD = "64mb"
+REFRESH = 5  # seconds between two readings of a run
+KEPT = 3600  # seconds that pictures of the window are kept in its temporary folder
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipelines"}
+CSS = ".pixels img { image-rendering: pixelated; } figure { display: inline-block; margin: 0.5em; }"
+FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
+FIXED_FONTS = ("ui-monospace", "monospace")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class UIConfig:
+    """Show saved pipelines and runs in a window of the browser."""
+
+    # Pipelines to choose from: folders, repositories on the Hub, checkpoints of train-prior runs.
+    model: tuple[str, ...] = (DEMO,)
+    run: tuple[Path, ...] = ()  # folders of runs, to watch while they train
+    weights: Weights = "ema"  # of checkpoints: averaged over their runs (ema), or raw
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    host: str = "127.0.0.1"  # address to listen on; one that other machines reach needs --auth
+    port: int = 7860  # 0 = any free one, which is printed
+    # What a user has to enter, as NAME:PASSWORD. Other users of the machine can see the options of
+    # a command: SMALTI_UI_AUTH in the environment sets it, too.
+    auth: str = ""
+
+    def __post_init__(self) -> None:
+        check_at_least(0, self, "port")
+        if self.port > 65535:
+            raise ConfigurationError(f"port is {self.port}; it must lie between 0 and 65535")
+        if len(set(self.model)) < len(self.model):
+            raise ConfigurationError("--model names a pipeline twice: give each once")
+
+    def checked_auth(self) -> tuple[str, str] | None:
+        """Name and password, of the configuration or the environment; None if there are none.
+
+        Raises:
+            ConfigurationError: they are missing although other machines reach the host, or one of
+                them is empty.
+        """
+        given = self.auth or os.environ.get(AUTH, "")
+        name, _, password = given.partition(":")
+        if given and not (name and password):
+            raise ConfigurationError("auth has no name or no password: give NAME:PASSWORD")
+        if not given and not is_loopback(self.host):
+            raise ConfigurationError(
+                f"host is {self.host}, which other machines may reach: give --auth NAME:PASSWORD, "
+                f"or set {AUTH}"
+            )
+        return (name, password) if given else None
+
+
+def ui(config: UIConfig) -> None:
+    """Load the pipelines, and show the window until a signal.
+
+    Raises:
+        SmaltiError: a pipeline cannot be loaded, or the address cannot be used.
+    """
+    with showing(config) as url:
+        print(f"{', '.join(config.model)}: {url}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+
+
+@contextlib.contextmanager
+def showing(config: UIConfig) -> Iterator[str]:
+    """Context with the address of the window, which is open meanwhile.
+
+    Raises:
+        SmaltiError: as for `ui`.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio would send them over the network
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise ConfigurationError(
+            f"ui needs other packages ({error.name} is missing): pip install 'smalti[ui]'"
+        ) from error
+    auth = config.checked_auth()
+    state = join_job()
+    if state.num_processes > 1:
+        raise ConfigurationError("ui runs in one process: start it without accelerate launch")
+    pipelines = {}
+    for model in config.model:
+        check_model(model)
+        pipelines[model] = Pipeline.from_pretrained(
+            model, device=state.device, weights=config.weights, dtype=DTYPES[config.dtype]
+        )
+    with listening(config.host, config.port) as place:  # raises our error if it is in use
+        port = place.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="smalti-ui-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read when the page is made
+        blocks = Window(pipelines, config.run).blocks()
+        _, url, _ = blocks.queue(max_size=32).launch(
+            server_name=config.host,
+            server_port=port,
+            auth=auth,
+            share=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            inbrowser=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+            max_file_size=LARGEST_UPLOAD,
+            theme=gr.themes.Default(font=FONTS, font_mono=FIXED_FONTS),
+            css=CSS,
+        )
+        try:
+            yield url
+        finally:
+            blocks.close(verbose=False)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """An error of the library, or of the machine, as a message in the window."""
+    import gradio as gr
+
+    try:
+        yield
+    except SmaltiError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+    except (OSError, MemoryError, RuntimeError) as error:
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        raise gr.Error(failure, print_exception=False) from None
+
+
+class Window:
+    """The widgets, and what they call.
+
+    The settings at the left belong to the tabs that sample; a change of the pipeline changes which
+    of them are shown, and sets them to its sampling defaults.
+    """
+
+    def __init__(self, pipelines: Mapping[str, Pipeline], runs: Sequence[Path]) -> None:
+        self.pipelines, self.runs = pipelines, runs
+        self.options: dict[str, SampleOption] = {}  # of all pipelines, by name
+        for pipeline in pipelines.values():
+            for option in window.options_of(pipeline):
+                self.options.setdefault(option.name, option)
+        self.first = next(iter(pipelines))
+
+    def blocks(self) -> Any:
+        """The page."""
+        import gradio as gr
+
+        with (
+            gr.Blocks(
+                title="smalti", analytics_enabled=False, fill_width=True, delete_cache=(KEPT, KEPT)
+            ) as blocks,
+            gr.Row(),
+        ):
+            with gr.Column(scale=1, min_width=280):
+                self._settings()
+            with gr.Column(scale=3), gr.Tabs():
+                self._generate()
+                self._reconstruct()
+                self._interpolate()
+                self._inpaint()
+                self._compare()
+                self._run()
+        return blocks
+
+    # -- settings -----------------------------------------------------------------------------
+
+    def _settings(self) -> None:
+        import gradio as gr
+
+        values = self._values(self.first)
+        names = [*self.pipelines]
+        self.model = gr.Dropdown(names, value=self.first, label="Pipeline", elem_id="model")
+        self.classes = gr.Dropdown(multiselect=True, label="Classes", **values["classes"])
+        self.prompt = gr.Textbox(label="Prompt", **values["prompt"])
+        self.negative = gr.Textbox(label="Negative prompt", **values["negative_prompt"])
+        most = window.MAX_IMAGES
+        self.number = gr.Slider(
+            1, most, value=4, step=1, label="Pictures of each", elem_id="number"
+        )
+        self.seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", elem_id="seed")
+        self.guidance = gr.Number(label="guidance_scale", step=0.1, **values["guidance_scale"])
+        with gr.Accordion("Sampling", open=False):
+            self.widgets = [self._widget(o, values[o.name]) for o in self.options.values()]
+        self.stop = gr.Button("Stop", variant="stop", elem_id="stop")
+        self.stop.click(self.interrupt, queue=False, api_visibility="private")
+        changed = [
+            self.classes,
+            self.prompt,
+            self.negative,
+            self.guidance,
+            *self.widgets,
+        ]
+        self.model.change(self._updates, self.model, changed, api_visibility="private")
+        self.inputs = [
+            self.model,
+            self.classes,
+            self.prompt,
+            self.negative,
+            self.number,
+            self.seed,
+            self.guidance,
+            *self.widgets,
+        ]
+
+    def _widget(self, option: SampleOption, values: Mapping[str, Any]) -> Any:
+        """The widget of a sampling option: empty is the prior's default."""
+        import gradio as gr
+
+        about: dict[str, Any] = {"label": option.name, "info": option.help, **values}
+        if option.type is bool:
+            return gr.Checkbox(**about)
+        if option.type in (int, float):
+            return gr.Number(precision=0 if option.type is int else None, **about)
+        if option.name in window.CHOICES:
+            names = [*window.CHOICES[option.name]]
+            return gr.Dropdown(names, allow_custom_value=True, **about)
+        return gr.Textbox(**about)
+
+    def _values(self, model: str) -> dict[str, dict[str, Any]]:
+        """Of each widget that depends on the pipeline: whether it is shown, and its value."""
+        pipeline = self.pipelines[model]
+        classes, takes_text = list(pipeline.classes), pipeline.prior.config.text is not None
+        sampling = pipeline.sampling
+        values: dict[str, dict[str, Any]] = {
+            "classes": {"choices": classes, "value": classes[:1], "visible": bool(classes)},
+            "prompt": {"value": "", "visible": takes_text},
+            "negative_prompt": {"value": "", "visible": takes_text},
+            "guidance_scale": {"value": sampling.get("guidance_scale")},
+        }
+        own = {option.name: option.default for option in window.options_of(pipeline)}
+        for name in self.options:
+            value = sampling.get(name, own.get(name))
+            values[name] = {"value": _shown(value), "visible": name in own}
+        return values
+
+    def _updates(self, model: str) -> list[Any]:
+        import gradio as gr
+
+        return [gr.update(**values) for values in self._values(model).values()]
+
+    def given(self, *values: Any) -> tuple[Pipeline, Settings]:
+        """The pipeline and the settings that the widgets hold, in the order of `inputs`.
+
+        Raises:
+            GenerationError: one of them is out of range.
+        """
+        model, classes, prompt, negative, number, seed, guidance, *rest = values
+        pipeline = self.pipelines[model]
+        if seed is None:
+            raise GenerationError("there is no seed: give a whole number, 0 or more")
+        own = {option.name: option for option in window.options_of(pipeline)}
+        options = {
+            name: window.option_value(own[name], value)
+            for name, value in zip(self.options, rest, strict=True)
+            if name in own
+        }
+        text = (prompt or "", negative or "")
+        settings = Settings(tuple(classes or ()), *text, int(number), int(seed), guidance, options)
+        return pipeline, settings
+
+    def interrupt(self) -> None:
+        """End the sampling that is running after its step."""
+        for pipeline in self.pipelines.values():
+            pipeline.interrupt = True
+
+    # -- tabs ---------------------------------------------------------------------------------
+
+    def _generate(self) -> None:
+        import gradio as gr
+
+        with gr.Tab("Generate"):
+            button = gr.Button("Generate", variant="primary", elem_id="generate")
+            status = gr.Markdown(elem_id="generate-status")
+            gallery = _gallery("Pictures", "generated")
+
+        def generate(*values: Any) -> Iterator[Any]:
+            with told():
+                pipeline, settings = self.given(*values)
+                for frame in window.live(pipeline, **settings.keywords(pipeline)):
+                    yield _status(frame), _captioned(frame)
+
+        _on(button, generate, self.inputs, [status, gallery])
+
+    def _reconstruct(self) -> None:
+        import gradio as gr
+
+        with gr.Tab("Reconstruct"):
+            with gr.Row():
+                picture = _upload("Picture", "reconstruct-input")
+                outputs = [
+                    _shown_picture(name, f"reconstruct-{name.lower()}")
+                    for name in ("Original", "Codes", "Reconstruction")
+                ]
+            button = gr.Button("Reconstruct", variant="primary", elem_id="reconstruct")
+            words = gr.Markdown(elem_id="reconstruct-words")
+
+        def reconstruct(model: str, picture: Any) -> tuple[Any, ...]:
+            with told():
+                found = window.reconstructed(self.pipelines[model], picture)
+                return found.original, found.codes, found.reconstruction, found.words
+
+        _on(button, reconstruct, [self.model, picture], [*outputs, words])
+
+    def _interpolate(self) -> None:
+        import gradio as gr
+
+        with gr.Tab("Interpolate"):
+            with gr.Row():
+                pictures = [_upload(f"{name} picture", name.lower()) for name in ("First", "Last")]
+            steps = gr.Slider(2, window.MAX_BLENDS, value=7, step=1, label="Blends")
+            button = gr.Button("Interpolate", variant="primary", elem_id="interpolate")
+            strip = _shown_picture("Blends, on a line and on an arc", "strip")
+
+        def interpolate(model: str, first: Any, second: Any, steps: int) -> Any:
+            with told():
+                return window.interpolated(self.pipelines[model], first, second, int(steps))
+
+        _on(button, interpolate, [self.model, *pictures, steps], strip)
+
+    def _inpaint(self) -> None:
+        import gradio as gr
+
+        with gr.Tab("Inpaint"):
+            editor = gr.ImageEditor(
+                label="Picture: paint over what is to be generated",
+                type="pil",
+                image_mode="RGBA",
+                sources=["upload", "clipboard"],
+                transforms=(),
+                brush=gr.Brush(colors=["#ff3366"], color_mode="fixed"),
+                elem_id="editor",
+            )
+            button = gr.Button("Inpaint", variant="primary", elem_id="inpaint")
+            status = gr.Markdown(elem_id="inpaint-status")
+            gallery = _gallery("Pictures", "inpainted")
+
+        def inpaint(drawn: Any, *values: Any) -> Iterator[Any]:
+            with told():
+                pipeline, settings = self.given(*values)
+                picture, layers = (drawn or {}).get("background"), (drawn or {}).get("layers", [])
+                for frame in window.inpainted(pipeline, picture, layers, settings):
+                    yield _status(frame), _captioned(frame)
+
+        _on(button, inpaint, [editor, *self.inputs], [status, gallery])
+
+    def _compare(self) -> None:
+        import gradio as gr
+
+        with gr.Tab("Compare"):
+            names = [*self.pipelines]
+            other = gr.Dropdown(names, value=names[-1], label="With", elem_id="other")
+            button = gr.Button("Compare", variant="primary", elem_id="compare")
+            with gr.Row():
+                galleries = [_gallery("Pipeline", "left"), _gallery("With", "right")]
+
+        def compare(other: str, *values: Any) -> Iterator[Any]:
+            with told():
+                pipeline, settings = self.given(*values)
+                second = self.pipelines[other]
+                for frames in window.side_by_side(pipeline, second, settings):
+                    yield tuple(_captioned(frame) if frame else [] for frame in frames)
+
+        _on(button, compare, [other, *self.inputs], galleries)
+
+    def _run(self) -> None:
+        import gradio as gr
+
+        if not self.runs:
+            return
+        with gr.Tab("Run"):
+            names = [str(run) for run in self.runs]
+            run = gr.Dropdown(names, value=names[0], label="Run", elem_id="run")
+            curves = gr.HTML(elem_id="curves")
+            gallery = _gallery("Newest pictures", "previews")
+        timer = gr.Timer(REFRESH)
+
+        def refresh(name: str) -> tuple[Any, ...]:
+            with told():
+                view = window.run_view(self.runs[names.index(name)])
+                return view.curves, view.previews
+
+        gr.on(
+            [timer.tick, run.change],
+            refresh,
+            run,
+            [curves, gallery],
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+
+def _shown(value: Any) -> Any:
+    """A sampling option as its widget shows it."""
+    value = as_flag(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _gallery(label: str, elem_id: str) -> Any:
+    import gradio as gr
+
+    return gr.Gallery(
+        label=label,
+        format="png",
+        columns=4,
+        object_fit="contain",
+        height="auto",
+        interactive=False,
+        elem_id=elem_id,
+        elem_classes="pixels",
+    )
+
+
+def _upload(label: str, elem_id: str) -> Any:
+    import gradio as gr
+
+    return gr.Image(
+        label=label,
+        type="pil",
+        image_mode=None,
+        sources=["upload", "clipboard"],
+        format="png",
+        elem_id=elem_id,
+    )
+
+
+def _shown_picture(label: str, elem_id: str) -> Any:
+    import gradio as gr
+
+    return gr.Image(
+        label=label, format="png", interactive=False, elem_id=elem_id, elem_classes="pixels"
+    )
+
+
+def _on(button: Any, function: Any, inputs: Any, outputs: Any) -> None:
+    """Call a function when a button is pressed; one call at a time uses the pipelines."""
+    button.click(
+        function,
+        inputs,
+        outputs,
+        show_progress="minimal",
+        api_visibility="private",
+        **ONE_AT_A_TIME,
+    )
+
+
+def _status(frame: Frame) -> str:
+    return "Done" if frame.done == 1 else f"{frame.done:.0%} of the steps"
+
+
+def _captioned(frame: Frame) -> list[tuple[Any, str]]:
+    return [*zip(frame.pictures, frame.captions, strict=True)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `smalti ui`."""
+    ui(parse_config(UIConfig, argv, prog="smalti ui"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,380 @@
+"""`smalti ui`: what its tabs compute, and the window itself in headless Chromium."""
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chance import randomised
+from conftest import TINY_VQ
+from PIL import Image, ImageDraw
+
+from smalti.cli import main
+from smalti.errors import ConfigurationError, DataError, GenerationError
+from smalti.evaluation.reconstruction import psnr
+from smalti.pipelines.generation import picture_generator
+from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.flow.config import FlowConfig
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.prior import FlowPrior
+from smalti.scripts import window
+from smalti.scripts.ui import UIConfig, Window, showing
+from smalti.scripts.window import Settings
+from smalti.tokenizer.kl import KLConfig, KLTokenizer
+
+CLASSES = ("cat", "dog", "owl")
+REQUIRED = "SMALTI_BROWSER_REQUIRED"  # set by .ci/run: without a browser the tests then fail
+PROGRAMS = ("chromium", "chromedriver")
+PATIENCE = 40  # seconds
+
+
+@pytest.fixture
+def pipe(tokenizer, prior) -> Pipeline:
+    return Pipeline(tokenizer, prior, CLASSES)
+
+
+@pytest.fixture
+def flow_pipe() -> Pipeline:
+    conv = replace(TINY_VQ.conv, attention_levels=(), z_channels=2)
+    tokenizer = KLTokenizer(KLConfig(image_size=16, conv=conv)).eval()
+    spec = tokenizer.spec
+    network = DiTConfig(
+        in_channels=spec.channels,
+        out_channels=spec.channels,
+        grid=(spec.height, spec.width),
+        patch_size=2,
+        depth=1,
+        width=16,
+        num_heads=1,
+        num_classes=3,
+        frequency_size=16,
+    )
+    pipe = Pipeline(tokenizer, randomised(FlowPrior(FlowConfig(network=network))), CLASSES)
+    pipe.sampling = {"num_inference_steps": 6, "solver": "euler"}
+    return pipe
+
+
+def photo(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    random = np.random.default_rng(seed)
+    return Image.fromarray(random.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def arrays(pictures: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+# -- Without a browser --
+
+
+def test_previews_grow_into_the_pictures_that_generate_would_make(pipe) -> None:
+    settings = Settings(classes=("dog", "cat"), number=2, seed=7, options={"temperature": 0.5})
+    frames = list(window.live(pipe, **settings.keywords(pipe)))
+    assert 2 < len(frames) <= window.PREVIEWS + 1
+    assert [frame.done for frame in frames] == sorted(frame.done for frame in frames)
+    assert frames[-1].done == 1 and all(frame.done < 1 for frame in frames[:-1])
+    assert all(len(frame.pictures) == 4 for frame in frames)
+    assert frames[-1].captions == ["dog", "dog", "cat", "cat"]
+    made = pipe(
+        ["dog", "cat"],
+        num_images_per_prompt=2,
+        generator=[picture_generator(7, index) for index in range(4)],
+        temperature=0.5,
+    )
+    assert (arrays(frames[-1].pictures) == arrays(made.images)).all()
+
+
+def test_a_flow_shows_estimates(flow_pipe) -> None:
+    frames = list(window.live(flow_pipe, **Settings().keywords(flow_pipe)))
+    assert [round(frame.done * 6) for frame in frames] == [1, 2, 3, 4, 5, 6]
+    assert frames[0].pictures[0].size == (16, 16)
+
+
+def test_closing_the_frames_ends_the_sampling(pipe) -> None:
+    frames = window.live(pipe, **Settings().keywords(pipe))
+    next(frames)
+    frames.close()
+    assert pipe.interrupt
+    assert not any(thread.name == "sampling" for thread in threading.enumerate())
+
+
+def test_stop_leaves_what_there_is(pipe) -> None:
+    frames = window.live(pipe, **Settings().keywords(pipe))
+    next(frames)
+    Window({"tiny": pipe}, ()).interrupt()
+    assert len(list(frames)[-1].pictures) == 4
+
+
+def test_errors_of_a_call_come_out_of_its_frames(pipe) -> None:
+    with pytest.raises(GenerationError, match="no class is named"):
+        list(window.live(pipe, **Settings(classes=("cow",)).keywords(pipe)))
+    assert not any(thread.name == "sampling" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"number": 65}, "65 pictures are asked for: choose 1 to 64"),
+        ({"number": 33, "classes": ("cat", "dog")}, "66 pictures"),
+        ({"number": 0}, "0 pictures"),
+        ({"seed": -1}, "seed is -1"),
+        ({"options": {"num_inference_steps": 10**6}}, "num_inference_steps is 1000000"),
+    ],
+)
+def test_what_is_asked_for_is_bounded(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(GenerationError, match=message):
+        Settings(**given)
+
+
+def test_the_settings_are_those_of_the_pipeline(pipe, flow_pipe) -> None:
+    both = Window({"codes": pipe, "flow": flow_pipe}, ())
+    codes, flow = both._values("codes"), both._values("flow")
+    assert codes["temperature"]["visible"] and not codes["solver"]["visible"]
+    assert flow["solver"] == {"value": "euler", "visible": True}
+    assert flow["num_inference_steps"]["value"] == 6 and not flow["temperature"]["visible"]
+    assert codes["classes"] == {"choices": [*CLASSES], "value": ["cat"], "visible": True}
+    assert not codes["prompt"]["visible"]
+    values = {name: each["value"] for name, each in flow.items()}
+    options = [values[name] for name in both.options]
+    pipeline, settings = both.given("flow", ["owl"], "", "", 2, 3, 1.5, *options)
+    assert pipeline is flow_pipe and (settings.number, settings.seed) == (2, 3)
+    assert settings.options["guidance_interval"] == (0.0, 1.0)
+    assert set(settings.options) == {o.name for o in window.options_of(flow_pipe)}
+    list(window.live(pipeline, **settings.keywords(pipeline)))
+
+
+def test_an_interval_is_two_numbers(pipe) -> None:
+    option = next(o for o in window.options_of(pipe) if o.name == "guidance_interval")
+    assert window.option_value(option, "0.25, 1") == (0.25, 1.0)
+    assert window.option_value(option, "") is None
+    with pytest.raises(GenerationError, match="guidance_interval is half: give two numbers"):
+        window.option_value(option, "half")
+
+
+def test_two_pipelines_get_the_same_seeds(pipe, flow_pipe) -> None:
+    settings = Settings(classes=("owl",), number=2, seed=5, options={"temperature": 0.5})
+    *_, (left, right) = window.side_by_side(pipe, flow_pipe, settings)
+    assert left.captions == right.captions == ["owl", "owl"]
+    *_, (_, same) = window.side_by_side(flow_pipe, pipe, replace(settings, options={}))
+    plain = list(window.live(pipe, **replace(settings, options={}).keywords(pipe)))[-1]
+    assert (arrays(same.pictures) == arrays(plain.pictures)).all()
+
+
+def test_a_reconstruction_its_codes_and_its_psnr(pipe) -> None:
+    found = window.reconstructed(pipe, photo())
+    images = window.image_of(pipe.tokenizer, photo())
+    expected = psnr(pipe.tokenizer.reconstruct(images), images).item()
+    assert found.words == f"PSNR {expected:.2f} dB from 64 codes of 16 (8 x 8)"
+    assert found.original.size == found.reconstruction.size == found.codes.size == (128, 128)
+    codes = pipe.tokenizer.encode(images).view(8, 8).numpy()
+    shown = np.asarray(found.codes)[8::16, 8::16]  # the middle of each code's square
+    assert len({tuple(colour) for colour in shown.reshape(-1, 3)}) == len(np.unique(codes))
+    assert (shown[codes == codes[0, 0]] == shown[0, 0]).all()
+
+
+def test_channels_of_continuous_latents_are_grey_tiles(flow_pipe) -> None:
+    spec = flow_pipe.tokenizer.spec
+    shown = window.shown_latents(flow_pipe.tokenizer, torch.zeros(1, 2, spec.height, spec.width))
+    assert {127, 128} & {*np.asarray(shown).ravel().tolist()}
+
+
+def test_every_code_of_a_small_codebook_has_its_colour() -> None:
+    colours = window.code_colours(np.arange(256).reshape(16, 16))
+    assert len({tuple(c) for c in colours.reshape(-1, 3).tolist()}) == 256
+
+
+def test_an_interpolation_begins_and_ends_with_the_pictures(pipe) -> None:
+    strip = window.interpolated(pipe, photo(0), photo(1), steps=3)
+    assert strip.width > 5 * 96 and strip.height > 2 * 96
+    with pytest.raises(ConfigurationError, match="steps is 33; use 2 to 32"):
+        window.interpolated(pipe, photo(0), photo(1), steps=33)
+    with pytest.raises(DataError, match="there is no picture"):
+        window.interpolated(pipe, photo(0), None, steps=3)
+
+
+def test_what_is_painted_is_generated_and_the_rest_is_kept(pipe) -> None:
+    picture = photo(size=(32, 32))
+    layer = Image.new("RGBA", picture.size)
+    ImageDraw.Draw(layer).rectangle((0, 0, 15, 31), fill=(255, 0, 80, 128))
+    settings = Settings(number=2)
+    first, *_, last = window.inpainted(pipe, picture, [layer], settings)
+    kept = np.asarray(window.cropped(pipe.tokenizer, picture))
+    assert (np.asarray(first.pictures[0])[:, :8] == 128).all()
+    assert len(last.pictures) == 2 and last.done == 1
+    for made in arrays(last.pictures):
+        assert (made[:, 8:] == kept[:, 8:]).all() and (made[:, :8] != kept[:, :8]).any()
+    for layers in ([], [Image.new("RGBA", picture.size)]):
+        with pytest.raises(DataError, match="nothing is painted"):
+            list(window.inpainted(pipe, picture, layers, settings))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "prior"
+    (folder / "samples").mkdir(parents=True)
+    lines = [{"step": step, "loss": 1 / step, "val_loss": 2 / step} for step in (1, 2, 3)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"step": 4, "lo')
+    for step in (10, 20):
+        photo(step).save(folder / "samples" / f"{step:06}.png")
+    return folder
+
+
+def test_a_run_shows_its_curves_and_its_newest_pictures(run, tmp_path) -> None:
+    view = window.run_view(run)
+    assert 'aria-label="loss"' in view.curves and "validation: 0.6667" in view.curves
+    assert [caption for _, caption in view.previews] == ["samples, 000020"]
+    assert not list(run.glob("*.html"))  # nothing is written
+    missing = window.run_view(tmp_path / "missing")
+    assert "no metrics in missing yet" in missing.curves and missing.previews == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "give --auth NAME:PASSWORD, or set SMALTI_UI_AUTH"),
+        (["--auth", "me"], "auth has no name or no password"),
+        (["--port", "99999"], "port is 99999"),
+        (["--model", "a", "a"], "--model names a pipeline twice"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("SMALTI_UI_AUTH", raising=False)
+    assert main(["ui", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_missing_extra_is_one_line(monkeypatch, capsys) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["ui"]) == 2
+    assert "pip install 'smalti[ui]'" in capsys.readouterr().err
+
+
+# -- In headless Chromium --
+
+
+@contextlib.contextmanager
+def chromium(profile: Path) -> Iterator[Any]:
+    """A fresh browser that reaches nothing but this machine."""
+    from selenium import webdriver
+
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing and os.environ.get(REQUIRED):
+        pytest.fail(f"{REQUIRED} is set, but {missing[0]} is not installed")
+    if missing:
+        pytest.skip(f"{missing[0]} is not installed (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "disable-dev-shm-usage",
+        "window-size=1280,1000",
+        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        f"user-data-dir={profile}",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+class Page:
+    """The window in a browser."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        return WebDriverWait(self.driver, PATIENCE, 0.1).until(lambda _: condition())
+
+    def all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
+
+    def one(self, selector: str) -> Any:
+        return self.until(lambda: self.all(selector))[0]
+
+    def press(self, selector: str) -> None:
+        element = self.until(lambda: [e for e in self.all(selector) if e.is_displayed()])[0]
+        self.driver.execute_script("arguments[0].click()", element)
+
+    def open_tab(self, name: str) -> None:
+        tabs = self.until(lambda: [e for e in self.all("button[role=tab]") if e.text == name])
+        self.driver.execute_script("arguments[0].click()", tabs[0])
+
+    def loaded(self, selector: str) -> list[Any]:
+        """The pictures there, once there are any and all have their pixels."""
+        script = "return arguments[0].complete && arguments[0].naturalWidth > 0"
+
+        def found() -> Any:
+            images = self.all(f"{selector} img")
+            return all(self.driver.execute_script(script, i) for i in images) and images
+
+        return self.until(found)
+
+    def requested(self) -> set[str]:
+        """The hosts that the page has asked for anything."""
+        messages = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
+        sent = [m for m in messages if m["method"] == "Network.requestWillBeSent"]
+        urls = [m["params"]["request"]["url"] for m in sent]
+        return {url.split("/")[2] for url in urls if url.startswith("http")}
+
+
+@pytest.mark.slow
+def test_the_window_in_a_browser(pipe, flow_pipe, run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    models = (str(pipe.save_pretrained(tmp_path / "codes")),)
+    models += (str(flow_pipe.save_pretrained(tmp_path / "flow")),)
+    photo().save(tmp_path / "photo.png")
+    config = UIConfig(model=models, run=(run,), port=0)
+    with chromium(tmp_path / "profile") as driver, showing(config) as url:
+        page = Page(driver)
+        driver.get(url)
+        page.press("#generate")
+        page.until(lambda: page.one("#generate-status").text == "Done")
+        assert len(page.loaded("#generated")) == 4
+
+        page.open_tab("Reconstruct")
+        page.one("#reconstruct-input input[type=file]").send_keys(str(tmp_path / "photo.png"))
+        page.loaded("#reconstruct-input")
+        page.press("#reconstruct")
+        page.until(lambda: "dB from 64 codes" in page.one("#reconstruct-words").text)
+        assert page.loaded("#reconstruct-codes")
+
+        page.open_tab("Compare")
+        page.press("#compare")
+        page.until(lambda: len(page.loaded("#right")) == 4)
+        assert len(page.loaded("#left")) == 4
+
+        page.open_tab("Run")
+        page.until(lambda: page.all('#curves svg[aria-label="loss"] polyline'))
+        assert page.loaded("#previews")
+
+        page.open_tab("Inpaint")  # without a picture: our sentence, and no traceback
+        page.press("#inpaint")
+        page.until(lambda: any("there is no picture" in e.text for e in page.all(".toast-body")))
+        assert page.requested() == {url.split("/")[2]}
