@@ -19,7 +19,6 @@ from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import check_at_least
 from smalti.errors import ConfigurationError, GenerationError, SmaltiError
-from smalti.machine import failure_of
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.scripts import window
 from smalti.scripts.options import SampleOption, as_flag
@@ -147,18 +146,17 @@ def showing(config: UIConfig) -> Iterator[str]:
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """An error of the library, or of the machine, as a message in the window."""
+    """An error as a message in the window; the log has the traceback of one that is not ours."""
     import gradio as gr
 
     try:
         yield
     except SmaltiError as error:
         raise gr.Error(str(error), print_exception=False) from None
-    except (OSError, MemoryError, RuntimeError) as error:
-        failure = failure_of(error)
-        if failure is None:
-            raise
-        raise gr.Error(failure, print_exception=False) from None
+    except Exception as error:
+        logger.exception("a call of the window failed")
+        words = f"the call failed ({type(error).__name__}): the terminal says why"
+        raise gr.Error(words, print_exception=False) from None
 
 
 class Window:
@@ -322,19 +320,18 @@ class Window:
         with gr.Tab("Reconstruct"):
             with gr.Row():
                 picture = _upload("Picture", "reconstruct-input")
-                outputs = [
-                    _shown_picture(name, f"reconstruct-{name.lower()}")
-                    for name in ("Original", "Codes", "Reconstruction")
-                ]
+                original = _shown_picture("Original", "reconstruct-original")
+                result = _shown_picture("Reconstruction", "reconstruct-result")
             button = gr.Button("Reconstruct", variant="primary", elem_id="reconstruct")
             words = gr.Markdown(elem_id="reconstruct-words")
+            codes = _shown_picture("Codes", "reconstruct-codes")
 
         def reconstruct(model: str, picture: Any) -> tuple[Any, ...]:
             with told():
                 found = window.reconstructed(self.pipelines[model], picture)
-                return found.original, found.codes, found.reconstruction, found.words
+                return found.original, found.reconstruction, found.words, found.codes
 
-        _on(button, reconstruct, [self.model, picture], [*outputs, words])
+        _on(button, reconstruct, [self.model, picture], [original, result, words, codes])
 
     def _interpolate(self) -> None:
         import gradio as gr
@@ -361,6 +358,7 @@ class Window:
                 type="pil",
                 image_mode="RGBA",
                 sources=["upload", "clipboard"],
+                buttons=["fullscreen"],
                 transforms=(),
                 brush=gr.Brush(colors=["#ff3366"], color_mode="fixed"),
                 elem_id="editor",
@@ -385,17 +383,19 @@ class Window:
             names = [*self.pipelines]
             other = gr.Dropdown(names, value=names[-1], label="With", elem_id="other")
             button = gr.Button("Compare", variant="primary", elem_id="compare")
+            status = gr.Markdown(elem_id="compare-status")
             with gr.Row():
-                galleries = [_gallery("Pipeline", "left"), _gallery("With", "right")]
+                galleries = [_gallery("Pipeline", "left", 2), _gallery("With", "right", 2)]
 
         def compare(other: str, *values: Any) -> Iterator[Any]:
             with told():
                 pipeline, settings = self.given(*values)
                 second = self.pipelines[other]
-                for frames in window.side_by_side(pipeline, second, settings):
-                    yield tuple(_captioned(frame) if frame else [] for frame in frames)
+                for left, right in window.side_by_side(pipeline, second, settings):
+                    words = _status(right) if right else _status(left, "Pipeline: ")
+                    yield words, _captioned(left), _captioned(right)
 
-        _on(button, compare, [other, *self.inputs], galleries)
+        _on(button, compare, [other, *self.inputs], [status, *galleries])
 
     def _run(self) -> None:
         import gradio as gr
@@ -430,16 +430,17 @@ def _shown(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def _gallery(label: str, elem_id: str) -> Any:
+def _gallery(label: str, elem_id: str, columns: int = 4) -> Any:
     import gradio as gr
 
     return gr.Gallery(
         label=label,
         format="png",
-        columns=4,
+        columns=columns,
         object_fit="contain",
         height="auto",
         interactive=False,
+        buttons=["download", "download_all", "fullscreen"],  # none that uploads
         elem_id=elem_id,
         elem_classes="pixels",
     )
@@ -453,6 +454,7 @@ def _upload(label: str, elem_id: str) -> Any:
         type="pil",
         image_mode=None,
         sources=["upload", "clipboard"],
+        buttons=["fullscreen"],
         format="png",
         elem_id=elem_id,
     )
@@ -462,7 +464,12 @@ def _shown_picture(label: str, elem_id: str) -> Any:
     import gradio as gr
 
     return gr.Image(
-        label=label, format="png", interactive=False, elem_id=elem_id, elem_classes="pixels"
+        label=label,
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        elem_id=elem_id,
+        elem_classes="pixels",
     )
 
 
@@ -478,12 +485,12 @@ def _on(button: Any, function: Any, inputs: Any, outputs: Any) -> None:
     )
 
 
-def _status(frame: Frame) -> str:
-    return "Done" if frame.done == 1 else f"{frame.done:.0%} of the steps"
+def _status(frame: Frame, before: str = "") -> str:
+    return "Done" if frame.done == 1 and not before else f"{before}{frame.done:.0%} of the steps"
 
 
-def _captioned(frame: Frame) -> list[tuple[Any, str]]:
-    return [*zip(frame.pictures, frame.captions, strict=True)]
+def _captioned(frame: Frame | None) -> list[tuple[Any, str]]:
+    return [*zip(frame.pictures, frame.captions, strict=True)] if frame else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:

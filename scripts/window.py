@@ -173,7 +173,7 @@ def live(pipeline: Pipeline, **keywords: Any) -> Iterator[Frame]:
 
 def side_by_side(
     first: Pipeline, second: Pipeline, settings: Settings
-) -> Iterator[tuple[Frame | None, Frame | None]]:
+) -> Iterator[tuple[Frame, Frame | None]]:
     """Two pipelines, one after the other, with the same classes or prompts and the same seeds.
 
     The sampling options of the settings are for the first prior; the second one takes those that
@@ -182,7 +182,7 @@ def side_by_side(
     Raises:
         SmaltiError: that of a call.
     """
-    left = None
+    left = Frame([], [], 0.0)
     for left in live(first, **settings.keywords(first)):
         yield left, None
     known = {option.name for option in options_of(second)}

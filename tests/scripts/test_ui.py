@@ -1,11 +1,10 @@
 """`smalti ui`: what its tabs compute, and the window itself in headless Chromium."""
 
-import contextlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import PROGRAMS, Page, chromium
 from chance import randomised
 from conftest import TINY_VQ
 from PIL import Image, ImageDraw
@@ -32,8 +32,6 @@ from smalti.tokenizer.kl import KLConfig, KLTokenizer
 
 CLASSES = ("cat", "dog", "owl")
 REQUIRED = "SMALTI_BROWSER_REQUIRED"  # set by .ci/run: without a browser the tests then fail
-PROGRAMS = ("chromium", "chromedriver")
-PATIENCE = 40  # seconds
 
 
 @pytest.fixture
@@ -264,96 +262,27 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys) -> None:
 # -- In headless Chromium --
 
 
-@contextlib.contextmanager
-def chromium(profile: Path) -> Iterator[Any]:
-    """A fresh browser that reaches nothing but this machine."""
-    from selenium import webdriver
-
+@pytest.fixture
+def page(tmp_path) -> Iterator[Page]:
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing and os.environ.get(REQUIRED):
         pytest.fail(f"{REQUIRED} is set, but {missing[0]} is not installed")
     if missing:
         pytest.skip(f"{missing[0]} is not installed (Debian: chromium, chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    for flag in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "disable-dev-shm-usage",
-        "window-size=1280,1000",
-        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        f"user-data-dir={profile}",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
-    try:
-        yield driver
-    finally:
-        driver.quit()
-
-
-class Page:
-    """The window in a browser."""
-
-    def __init__(self, driver: Any) -> None:
-        self.driver = driver
-
-    def until(self, condition: Callable[[], Any]) -> Any:
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        return WebDriverWait(self.driver, PATIENCE, 0.1).until(lambda _: condition())
-
-    def all(self, selector: str) -> list[Any]:
-        return self.driver.find_elements("css selector", selector)
-
-    def one(self, selector: str) -> Any:
-        return self.until(lambda: self.all(selector))[0]
-
-    def press(self, selector: str) -> None:
-        element = self.until(lambda: [e for e in self.all(selector) if e.is_displayed()])[0]
-        self.driver.execute_script("arguments[0].click()", element)
-
-    def open_tab(self, name: str) -> None:
-        tabs = self.until(lambda: [e for e in self.all("button[role=tab]") if e.text == name])
-        self.driver.execute_script("arguments[0].click()", tabs[0])
-
-    def loaded(self, selector: str) -> list[Any]:
-        """The pictures there, once there are any and all have their pixels."""
-        script = "return arguments[0].complete && arguments[0].naturalWidth > 0"
-
-        def found() -> Any:
-            images = self.all(f"{selector} img")
-            return all(self.driver.execute_script(script, i) for i in images) and images
-
-        return self.until(found)
-
-    def requested(self) -> set[str]:
-        """The hosts that the page has asked for anything."""
-        messages = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
-        sent = [m for m in messages if m["method"] == "Network.requestWillBeSent"]
-        urls = [m["params"]["request"]["url"] for m in sent]
-        return {url.split("/")[2] for url in urls if url.startswith("http")}
+    with chromium(tmp_path / "profile") as page:
+        yield page
 
 
 @pytest.mark.slow
-def test_the_window_in_a_browser(pipe, flow_pipe, run, tmp_path, monkeypatch) -> None:
+def test_the_window_in_a_browser(page, pipe, flow_pipe, run, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     models = (str(pipe.save_pretrained(tmp_path / "codes")),)
     models += (str(flow_pipe.save_pretrained(tmp_path / "flow")),)
     photo().save(tmp_path / "photo.png")
     config = UIConfig(model=models, run=(run,), port=0)
-    with chromium(tmp_path / "profile") as driver, showing(config) as url:
-        page = Page(driver)
-        driver.get(url)
+    with showing(config) as url:
+        page.driver.get(url)
         page.press("#generate")
         page.until(lambda: page.one("#generate-status").text == "Done")
         assert len(page.loaded("#generated")) == 4

@@ -1,0 +1,84 @@
+"""Debian's Chromium without a screen, for the test of the window and for its pictures in docs/."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from selenium import webdriver
+from selenium.webdriver.support.ui import WebDriverWait
+
+PROGRAMS = ("chromium", "chromedriver")
+PATIENCE = 40  # seconds
+
+
+@contextlib.contextmanager
+def chromium(profile: Path) -> Iterator["Page"]:
+    """A fresh browser that reaches nothing but this machine."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "disable-dev-shm-usage",
+        "window-size=1280,1000",
+        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        f"user-data-dir={profile}",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    try:
+        yield Page(driver)
+    finally:
+        driver.quit()
+
+
+class Page:
+    """The window in a browser."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        return WebDriverWait(self.driver, PATIENCE, 0.1).until(lambda _: condition())
+
+    def all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
+
+    def one(self, selector: str) -> Any:
+        return self.until(lambda: self.all(selector))[0]
+
+    def press(self, selector: str) -> None:
+        element = self.until(lambda: [e for e in self.all(selector) if e.is_displayed()])[0]
+        self.driver.execute_script("arguments[0].click()", element)
+
+    def open_tab(self, name: str) -> None:
+        tabs = self.until(lambda: [e for e in self.all("button[role=tab]") if e.text == name])
+        self.driver.execute_script("arguments[0].click()", tabs[0])
+
+    def loaded(self, selector: str) -> list[Any]:
+        """The pictures there, once there are any and all have their pixels."""
+        script = "return arguments[0].complete && arguments[0].naturalWidth > 0"
+
+        def found() -> Any:
+            images = self.all(f"{selector} img")
+            return all(self.driver.execute_script(script, i) for i in images) and images
+
+        return self.until(found)
+
+    def requested(self) -> set[str]:
+        """The hosts that the page has asked for anything."""
+        messages = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
+        sent = [m for m in messages if m["method"] == "Network.requestWillBeSent"]
+        urls = [m["params"]["request"]["url"] for m in sent]
+        return {url.split("/")[2] for url in urls if url.startswith("http")}
