@@ -204,7 +204,7 @@ class Window:
         names = [*self.pipelines]
         self.model = gr.Dropdown(names, value=self.first, label="Pipeline", elem_id="model")
         self.classes = gr.Dropdown(multiselect=True, label="Classes", **values["classes"])
-        self.prompt = gr.Textbox(label="Prompt", **values["prompt"])
+        self.prompt = gr.Textbox(label="Prompt", elem_id="prompt", **values["prompt"])
         self.negative = gr.Textbox(label="Negative prompt", **values["negative_prompt"])
         most = window.MAX_IMAGES
         self.number = gr.Slider(

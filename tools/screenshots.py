@@ -29,6 +29,7 @@ class Screenshots:
     model: tuple[str, ...]
     run: Path  # folder of a run, for its curves
     picture: Path  # a picture to reconstruct
+    prompt: str = ""  # of a prior of captions
     output: Path = ROOT / "docs"
 
 
@@ -55,6 +56,8 @@ def main(options: Screenshots) -> None:
 
 def photograph_tabs(page: Page, options: Screenshots) -> None:
     """Use the tabs, and photograph each."""
+    if options.prompt:
+        page.one("#prompt textarea").send_keys(options.prompt)
     page.press("#generate")
     page.until(lambda: page.one("#generate-status").text == "Done")
     page.loaded("#generated")
