@@ -231,6 +231,8 @@ class Candidate(ABC):
 
 
 class TokenizerCandidate(Candidate):
+    """A tokenizer, which reconstructs held-out pictures."""
+
     GRID = "reconstructions.png"
     COLUMNS = OF_TOKENIZERS
 
@@ -253,6 +255,8 @@ class TokenizerCandidate(Candidate):
 
 
 class PipelineCandidate(Candidate):
+    """A pipeline, which makes samples."""
+
     GRID = "samples.png"
     COLUMNS = tuple(name for name in QUALITY if name not in OF_TOKENIZERS)
 
