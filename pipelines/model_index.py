@@ -1,8 +1,9 @@
 """The folder of a pipeline: model_index.json, which says which models it has, the class names and
 hashes, and what lies beside it."""
 
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +22,13 @@ from smalti.files import (
     write_json,
     write_text,
 )
-from smalti.folders import contents
+from smalti.folders import contents, replacing_folder
 from smalti.pipelines.card import SAMPLES, model_card
 from smalti.pipelines.sampling import (
     SAMPLING,
     checked_sampling,
-    default_sampling,
-    guidance_of_run,
     read_sampling,
+    sampling_of_run,
 )
 from smalti.prior.base import Prior
 from smalti.shards import weight_names
@@ -120,10 +120,19 @@ def write_pipeline(folder: Path, saved: SavedPipeline, replaces: Path, **weights
     Raises:
         SmaltiError: the prior does not take the sampling defaults; a model cannot be saved.
     """
+    for name, model in (("tokenizer", saved.tokenizer), ("prior", saved.prior)):
+        model.save_pretrained(folder / name, replaces=replaces / name, **weights)
+    write_description(folder, saved)
+
+
+def write_description(folder: Path, saved: SavedPipeline) -> None:
+    """Write the files of a pipeline that lie beside its models, whose config.json are there.
+
+    Raises:
+        SmaltiError: the prior does not take the sampling defaults.
+    """
     tokenizer, prior, grid = saved.tokenizer, saved.prior, saved.grid
     defaults = checked_sampling(prior, saved.sampling)
-    for name, model in (("tokenizer", tokenizer), ("prior", prior)):
-        model.save_pretrained(folder / name, replaces=replaces / name, **weights)
     if grid is not None:
         (folder / SAMPLES).write_bytes(grid)
     card = model_card(tokenizer, prior, saved.classes, grid is not None, saved.notes, defaults)
@@ -137,6 +146,21 @@ def write_pipeline(folder: Path, saved: SavedPipeline, replaces: Path, **weights
         guidance_scale=defaults["guidance_scale"],
     )
     write_hashed_json(folder / INDEX, config_to_dict(index), (*CONFIGS, SAMPLING))
+
+
+def save_sampling(folder: Path, sampling: Mapping[str, Any]) -> None:
+    """Change the sampling defaults of a saved pipeline, and its card. Its models, and what else its
+    folder has, stay as they are, to the byte.
+
+    Raises:
+        SmaltiError: it is not a saved pipeline; its prior does not take these options.
+    """
+    with replacing_folder(folder, check=lambda: check_target(folder)) as new:
+        saved = replace(read_pipeline(folder, AS_SAVED, True, None), sampling=sampling)
+        for config in CONFIGS:
+            (new / config).parent.mkdir()
+            shutil.copy2(folder / config, new / config)
+        write_description(new, saved)
 
 
 def read_pipeline(
@@ -198,8 +222,7 @@ def read_run(folder: Path, weights: Weights, precision: Precision) -> SavedPipel
     if isinstance(precision, torch.dtype):  # last: a rounded copy cannot be resized
         tokenizer.cast(precision)
     classes = info.classes if "class" in prior.condition_kinds else ()
-    sampling = default_sampling(prior)
-    sampling["guidance_scale"] = guidance_of_run(run, sampling["guidance_scale"])
+    sampling = sampling_of_run(run, prior)
     return SavedPipeline(tokenizer, prior, classes, "", info.dataset_fingerprint, sampling)
 
 

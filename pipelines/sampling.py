@@ -27,19 +27,20 @@ def default_sampling(prior: Prior) -> dict[str, Any]:
     return {"guidance_scale": DEFAULT_GUIDANCE if prior.has_null_class else 1.0}
 
 
-def guidance_of_run(run: Mapping[str, Any], default: float) -> float:
-    """The `guidance_scale` of the pipeline that a train-prior run makes.
+def sampling_of_run(run: Mapping[str, Any], prior: Prior) -> dict[str, Any]:
+    """The sampling defaults of the pipeline that a train-prior run makes: the options of its
+    previews.
 
     Args:
         run: its configuration, as plain values.
-        default: that of a pipeline of which no run is known.
+
+    Raises:
+        SmaltiError: the prior does not take them.
     """
-    given = run.get("preview", {}).get("guidance_scale")
-    if given is not None:
-        return given
+    found = default_sampling(prior)
     if run["prior"].get("label_dropout") == 0 and not run.get("initial"):
-        return 1.0  # the null label, against which to guide, is never trained
-    return default
+        found["guidance_scale"] = 1.0  # the null label, against which to guide, is never trained
+    return checked_sampling(prior, {**found, **explicit(run.get("preview", {}))})
 
 
 def checked_sampling(prior: Prior, options: Mapping[str, Any]) -> dict[str, Any]:

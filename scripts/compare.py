@@ -46,7 +46,6 @@ from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import fills_folder
 
 QUALITY = {  # metric in summary.json: heading and format
-    "fid": ("FID", ".2f"),
     "fd_alexnet": ("Frechet distance, AlexNet", ".1f"),
     "fd_efflite0": ("Frechet distance, EfficientNet", ".1f"),
     "classifier_accuracy_ratio": ("classifier, samples / held-out", ".2f"),
@@ -206,13 +205,17 @@ class Candidate(ABC):
             "kind": kind.registry.name_of(type(kind)),
             "latents": self.tokenizer.spec.in_words,
             "parameters": f"{sum(p.numel() for p in parameters) / 1e6:.1f} M",
-            **{
-                QUALITY[name][0]: format(self.metrics[name].value, QUALITY[name][1])
-                for name in self.COLUMNS
-                if name in self.metrics
-            },
+            **self.qualities(),
             "seconds per picture": f"{statistics.median(self.seconds) / images:.4f}",
             "memory, MB": f"{held / 1e6:.0f} + {self.memory / 1e6:.0f}",
+        }
+
+    def qualities(self) -> dict[str, str]:
+        """Heading -> value of its metrics in the table."""
+        return {
+            QUALITY[name][0]: format(self.metrics[name].value, QUALITY[name][1])
+            for name in self.COLUMNS
+            if name in self.metrics
         }
 
     def record(self) -> dict[str, Any]:
@@ -228,6 +231,8 @@ class Candidate(ABC):
 
 
 class TokenizerCandidate(Candidate):
+    """A tokenizer, which reconstructs held-out pictures."""
+
     GRID = "reconstructions.png"
     COLUMNS = OF_TOKENIZERS
 
@@ -244,18 +249,21 @@ class TokenizerCandidate(Candidate):
         return self.model
 
     def make(self, task: "Task", count: int) -> Tensor:
-        """Reconstructions."""
-        return self.model.reconstruct(task.originals[:count].to(self.device)).cpu()
+        """Reconstructions; after the last image, the first follows."""
+        originals = task.originals[torch.arange(count) % len(task.originals)]
+        return self.model.reconstruct(originals.to(self.device)).cpu()
 
 
 class PipelineCandidate(Candidate):
+    """A pipeline, which makes samples."""
+
     GRID = "samples.png"
     COLUMNS = tuple(name for name in QUALITY if name not in OF_TOKENIZERS)
 
     def __init__(self, name: str, path: str, model: Pipeline) -> None:
         super().__init__(name, path)
         self.model = model
-        self.evaluations = 0
+        self.evaluations, self.options = 0, dict[str, Any]()
 
     @property
     def parts(self) -> list[Tokenizer | Prior]:
@@ -270,6 +278,7 @@ class PipelineCandidate(Candidate):
 
     def make(self, task: "Task", count: int) -> Tensor:
         """Samples; image i has the same seed in every pipeline."""
+        self.options = task.options
         with counted(self.model.prior) as calls:
             output = self.model(
                 **task.given_to(self.model, count),
@@ -280,6 +289,17 @@ class PipelineCandidate(Candidate):
         self.evaluations = calls[0]
         return output.images * 2 - 1
 
+    def qualities(self) -> dict[str, str]:
+        """Also the Frechet distances in the features of other networks."""
+        ends = ("_heldout", "_floor")
+        others = (n for n in self.metrics if n.startswith("fd_") and not n.endswith(ends))
+        distances = {
+            f"Frechet distance, {name.removeprefix('fd_')}": f"{self.metrics[name].value:.1f}"
+            for name in others
+            if name not in QUALITY
+        }
+        return distances | super().qualities()
+
     def row(self, images: int) -> dict[str, str]:
         row = super().row(images)
         seconds, memory = row.pop("seconds per picture"), row.pop("memory, MB")
@@ -287,7 +307,11 @@ class PipelineCandidate(Candidate):
         return {**row, "evaluations": str(self.evaluations), **costs}
 
     def record(self) -> dict[str, Any]:
-        return {**super().record(), "evaluations": self.evaluations}
+        return {
+            **super().record(),
+            "evaluations": self.evaluations,
+            "sampling": self.model.sampling_options(self.options),
+        }
 
 
 @dataclass(frozen=True)
@@ -372,6 +396,11 @@ def check_comparable(candidates: Sequence[Candidate], config: "CompareConfig") -
                 "the same pictures"
             )
     for one in pipelines:
+        if "image" in one.model.prior.condition_kinds:
+            raise ConfigurationError(
+                f"{one.name} makes pictures of given ones: measure it with smalti evaluate, and "
+                "compare the others"
+            )
         check_options(one.model.prior, config.options)
 
 
@@ -478,7 +507,7 @@ def side_by_side(candidates: Sequence[Candidate], task: Task, columns: int) -> I
     names = [one.name for one in candidates]
     if isinstance(candidates[0], TokenizerCandidate):
         shown = task.originals[:GRID_ROWS]
-        made = [shown, *(one.make(task, GRID_ROWS) for one in candidates)]
+        made = [shown, *(one.make(task, len(shown)) for one in candidates)]
         images = torch.stack(made, 1).flatten(0, 1)
         return image_grid(images, len(made), column_labels=["original", *names], scale=2)
     made = [one.make(task, len(task.labels)).unflatten(0, (-1, columns)) for one in candidates]

@@ -9,7 +9,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -259,6 +259,8 @@ class Comparison:
         Raises:
             SmaltiError: a set cannot be opened, or does not fit the extractors.
         """
+        if not any(spec and is_pipeline(spec) for spec in (config.samples, config.reference)):
+            refuse_pipeline_flags(config)
         device = join_job().device
         assert device is not None, "PartialState always has a device"
         lpips = LPIPS.from_embedded().to(device)
@@ -385,6 +387,15 @@ class Comparison:
             "set": record,
         }
         save_statistics(path, pairs["features"], pairs.get("spatial"), about)
+
+
+def refuse_pipeline_flags(config: SetOptions) -> None:
+    """Raise `ConfigurationError` if a flag of sampling is given, and no set is a pipeline."""
+    for name in (*(part.name for part in fields(Sampling)), "num_samples", "dtype", "weights"):
+        if getattr(config, name) != getattr(SetOptions, name):
+            raise ConfigurationError(
+                f"neither --samples nor --reference is a pipeline to sample: leave out --{name}"
+            )
 
 
 def opened(

@@ -5,12 +5,11 @@
 
 Every combination is sampled with the same classes or prompts and seeds. The folder holds sweep.md
 (the table, the best first), sweep.html (the table and a plot), sweep.json (every value) and
-samples.png of the best. After an interruption, the same command continues; with more values it
-measures those that are new.
+samples.png of the best (not of a pipeline that is given pictures). After an interruption, the same
+command continues; with more values it measures those that are new.
 """
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -33,14 +32,18 @@ from smalti.evaluation.features import FeatureExtractor, extract, feature_extrac
 from smalti.evaluation.metrics import CHUNK, KID_SUBSET_SIZE, KID_SUBSETS
 from smalti.evaluation.pictures import StoredImages
 from smalti.files import first_difference, read_hashed_json, write_hashed_json, write_text
+from smalti.pipelines.card import SAMPLES
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import sample_grid
+from smalti.pipelines.model_index import INDEX, save_sampling
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
+from smalti.pipelines.sampling import checked_sampling, sampling_words
 from smalti.scripts.evaluate import EvaluateConfig, Requests, requests, sample, sample_evaluator
 from smalti.scripts.options import SamplingGrid
 from smalti.training.processes import fills_folder, say
 
 RESULTS = "sweep.json"
+BEST = f'<h2>The best</h2>\n<img src="{SAMPLES}" alt="samples of the best combination">\n'
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 320, 70, 40  # of the plot, and room for its axes, in pixels
 STYLE = """
@@ -110,9 +113,10 @@ class Objective:
         self.lower_is_better = kind in ("fd", "kid")
         self.measure: Callable[[StoredImages, torch.Tensor], float]
         if config.metric == "classifier_accuracy":
-            if not pipeline.classes:
+            if len(pipeline.classes) < 2:
                 raise ConfigurationError(
-                    "metric is classifier_accuracy, and the pipeline has no classes: use fd_alexnet"
+                    f"metric is classifier_accuracy, and the pipeline has {len(pipeline.classes)} "
+                    "classes: use fd_alexnet"
                 )
             self.measure = self._accuracy
         elif self.lower_is_better and features:
@@ -169,7 +173,8 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     """Measure every combination, and write the results.
 
     Returns:
-        {"options", "value", "seconds_per_picture"} of each combination, in their order.
+        {"options", "value", "seconds_per_picture", "sampling"} of each combination, in their order;
+        "sampling" are its options with the pipeline's own defaults.
 
     Raises:
         SmaltiError: an option that the prior does not have; no such metric; the folder has another
@@ -184,29 +189,44 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = Pipeline.from_pretrained(config.model, device=device, weights=config.weights)
     evaluation = config.evaluation
-    for options in config.combinations:
-        check_options(pipeline.prior, replace(evaluation, **options).options)
+    samplings = [checked(pipeline, evaluation, options) for options in config.combinations]
     evaluator = sample_evaluator(evaluation, pipeline)
     objective = Objective(config, evaluator, pipeline)
     asked = requests(evaluation, pipeline, evaluator)
     known = claimed(config, pipeline)
     results = []
-    for number, options in enumerate(config.combinations, 1):
-        done = next((result for result in known if result["options"] == options), None)
+    for number, (options, sampling) in enumerate(samplings, 1):
+        done = next((result for result in known if result["sampling"] == sampling), None)
         if done is None:
             done = measured(options, evaluation, pipeline, asked, objective)
+            done["sampling"] = sampling
             known.append(done)
             write_results(config, pipeline, known)
         results.append(done)
-        say(f"{number} of {len(config.combinations)}: {words(options)}: {done['value']:.4g}")
+        say(f"{number} of {len(samplings)}: {sampling_words(options)}: {done['value']:.4g}")
     best = objective.best(results)
-    pipeline.sampling = {**pipeline.sampling, **best["options"]}
-    grid = sample_grid(pipeline, prompts=asked.shown, seed=config.seed)
-    save_png(config.output_dir / "samples.png", grid)
+    pipeline.sampling = best["sampling"]
+    if asked.given is None:
+        grid = sample_grid(pipeline, prompts=asked.shown, seed=config.seed)
+        save_png(config.output_dir / SAMPLES, grid)
     write_pages(config, results, best)
     if config.save_best:
-        save_into(config.model, pipeline)
+        save_into(config.model, best["sampling"])
     return results
+
+
+def checked(
+    pipeline: Pipeline, evaluation: EvaluateConfig, options: Combination
+) -> tuple[Combination, dict[str, Any]]:
+    """A combination as JSON holds it, and all options of its samples: the pipeline's own defaults
+    stand where it has none.
+
+    Raises:
+        SmaltiError: the prior refuses an option.
+    """
+    check_options(pipeline.prior, replace(evaluation, **options).options)
+    sampling = checked_sampling(pipeline.prior, pipeline.sampling_options(options))
+    return {name: sampling[name] for name in options}, sampling
 
 
 def measured(
@@ -224,13 +244,13 @@ def measured(
     return {"options": options, "value": value, "seconds_per_picture": seconds}
 
 
-def save_into(model: str, pipeline: Pipeline) -> None:
+def save_into(model: str, sampling: dict[str, Any]) -> None:
     """Save the sampling defaults of a pipeline with it, where it is a local folder."""
-    if not Path(model).is_dir():
-        say(f"{model} is no local folder: its sampling defaults stay as they are")
+    if not (Path(model) / INDEX).is_file():
+        say(f"{model} is no local folder of a pipeline: its sampling defaults stay as they are")
         return
-    pipeline.save_pretrained(model)
-    say(f"sampling defaults of {model}: {words(pipeline.sampling)}")
+    save_sampling(Path(model), sampling)
+    say(f"sampling defaults of {model}: {sampling_words(sampling)}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -271,11 +291,6 @@ def write_results(config: SweepConfig, pipeline: Pipeline, results: Sequence[Any
     write_hashed_json(config.output_dir / RESULTS, content)
 
 
-def words(options: Combination) -> str:
-    """Options as text."""
-    return ", ".join(f"{name} {value}" for name, value in options.items())
-
-
 def write_pages(config: SweepConfig, results: Sequence[Any], best: Any) -> None:
     """Write sweep.md and sweep.html."""
     order = sorted(results, key=lambda r: (r is not best, abs(r["value"] - best["value"])))
@@ -291,7 +306,9 @@ def write_pages(config: SweepConfig, results: Sequence[Any], best: Any) -> None:
     ]
     lines = [heads, ["---"] * len(heads), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    write_text(config.output_dir / "sweep.md", f"{table}\n\n![the best](samples.png)\n")
+    has_grid = (config.output_dir / SAMPLES).is_file()
+    shown = f"\n![the best]({SAMPLES})\n" if has_grid else ""
+    write_text(config.output_dir / "sweep.md", f"{table}\n{shown}")
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows
@@ -300,8 +317,7 @@ def write_pages(config: SweepConfig, results: Sequence[Any], best: Any) -> None:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>sweep</title>'
         f"<style>{STYLE}</style></head><body>\n{plot(results, config.metric)}\n"
         f"<table>\n<tr>{head}</tr>\n{body}</table>\n"
-        '<h2>The best</h2>\n<img src="samples.png" alt="samples of the best combination">\n'
-        "</body></html>\n"
+        f"{BEST if has_grid else ''}</body></html>\n"
     )
     write_text(config.output_dir / "sweep.html", page)
 
@@ -311,13 +327,13 @@ def plot(results: Sequence[Any], metric: str) -> str:
     names = list(results[0]["options"])
     counts = {name: len({str(result["options"][name]) for result in results}) for name in names}
     over = max(names, key=lambda name: counts[name])
-    places = list(dict.fromkeys(result["options"][over] for result in results))
-    numeric = all(isinstance(place, int | float) and math.isfinite(place) for place in places)
-    places = sorted(places) if numeric else places
+    values = [result["options"][over] for result in results]
+    numeric = all(isinstance(value, int | float) for value in values)
+    places = sorted({*values}) if numeric else list(dict.fromkeys(map(str, values)))
     low, high = (function(result["value"] for result in results) for function in (min, max))
 
     def point(result: Any) -> tuple[float, float]:
-        value = result["options"][over]
+        value = result["options"][over] if numeric else str(result["options"][over])
         share = places.index(value) / max(1, len(places) - 1)
         if numeric and places[-1] > places[0]:
             share = (value - places[0]) / (places[-1] - places[0])
@@ -328,9 +344,8 @@ def plot(results: Sequence[Any], metric: str) -> str:
     lines: dict[str, list[tuple[float, float]]] = {}
     for result in results:
         others = {name: v for name, v in result["options"].items() if name != over}
-        lines.setdefault(words({n: v for n, v in others.items() if counts[n] > 1}), []).append(
-            point(result)
-        )
+        varied = {n: v for n, v in others.items() if counts[n] > 1}
+        lines.setdefault(sampling_words(varied), []).append(point(result))
     drawn = ""
     for (name, points), colour in zip(lines.items(), itertools.cycle(COLOURS), strict=False):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(points))

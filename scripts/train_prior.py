@@ -35,7 +35,7 @@ from smalti.pipelines.finetune import fitted_as, load_initial_weights, saved_pri
 from smalti.pipelines.generation import condition_grid, sample_grid
 from smalti.pipelines.image_tasks import make_task
 from smalti.pipelines.pipeline import Pipeline
-from smalti.pipelines.sampling import guidance_of_run
+from smalti.pipelines.sampling import sampling_of_run
 from smalti.prior.base import Loss, Prior
 from smalti.prior.conditions.base import Condition, moved
 from smalti.prior.flow.rectified import check_straight
@@ -91,7 +91,8 @@ class TrainPriorConfig(RunConfig, TrainingPictures):
     # A pipeline, prior or checkpoint whose settings and weights the run starts from.
     initial: str = ""
     weights: Weights = "ema"  # of a checkpoint in --initial: averaged over its run (ema), or raw
-    preview: Sampling = field(default_factory=Sampling)  # sampling options of the preview grids
+    # Sampling options of the preview grids, and the sampling defaults of the pipeline.
+    preview: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
@@ -453,7 +454,7 @@ def train(config: TrainPriorConfig) -> Path:
     if not all(source.HAS_NAMES for source in condition_of.sources.values()):
         shown = partial(condition_grid, pipeline, heldout)
     pipeline.training_pictures = latents.info.dataset_fingerprint
-    pipeline.guidance_scale = guidance_of_run(config_to_dict(config), pipeline.guidance_scale)
+    pipeline.sampling = sampling_of_run(config_to_dict(config), pipeline.prior)
     run.latents = latents.info if config.data else None
     order = latents.order(config.train_batch_size, config.seed)
     run.resume(order.identity(latents.fingerprint))

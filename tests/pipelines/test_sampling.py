@@ -9,6 +9,7 @@ from chance import generators
 from smalti.errors import SmaltiError
 from smalti.files import sha256_of, write_hashed_json
 from smalti.pipelines.generation import generate_folder
+from smalti.pipelines.model_index import save_sampling
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.flow.solvers.runge_kutta import Euler
 from smalti.scripts.options import Sampling
@@ -138,6 +139,11 @@ def test_a_solver_is_named_with_its_options(flow_pipe, tmp_path) -> None:
     assert flags.options == {"guidance_scale": 2.0, "num_inference_steps": 3} | {
         "solver": {"kind": "ddim", "eta": 0.5}
     }
+    loaded.sampling = {"num_inference_steps": 2, "solver": "ddim:eta=0.5"}  # as smalti sweep has it
+    save_sampling(tmp_path / "p", loaded.sampling)
+    again = Pipeline.from_pretrained(tmp_path / "p")
+    assert again.sampling["solver"] == "ddim:eta=0.5" and torch.equal(latents(again), given)
+    assert Sampling(num_inference_steps=3).guided_like(again).options == flags.options
     with pytest.raises(SmaltiError, match=r"solver is Euler.* give a number or a text"):
         flow_pipe.sampling = {"solver": Euler()}
     assert flow_pipe.resized(16).sampling == flow_pipe.sampling

@@ -142,7 +142,7 @@ def test_a_checkpoint_for_pictures_of_another_size_is_read_in_half_precision(
         latents=encode(replace(job, image_size=VQ.image_size // 2)),
         tokenizer=tokenizer,
         prior=NextTokenConfig(depth=1, width=16, num_heads=2, hidden=32),
-        preview=replace(TrainPriorConfig().preview, guidance_scale=3.0),
+        preview=replace(TrainPriorConfig().preview, guidance_scale=3.0, temperature=0.5),
         **COMMON,
     )
     checkpoint = tmp_path / "prior" / "checkpoint-000003"
@@ -151,7 +151,7 @@ def test_a_checkpoint_for_pictures_of_another_size_is_read_in_half_precision(
     assert half.tokenizer.last_layer.dtype == half.prior.output.weight.dtype == torch.bfloat16
     assert half.tokenizer.image_size == VQ.image_size // 2
     assert half.tokenizer.fingerprint == finished.tokenizer.fingerprint
-    assert half.guidance_scale == finished.guidance_scale == 3.0
+    assert half.sampling == finished.sampling == {"guidance_scale": 3.0, "temperature": 0.5}
 
 
 def test_a_damaged_checkpoint_is_no_model(tmp_path: Path, pictures: Path) -> None:

@@ -11,12 +11,21 @@ from PIL import Image
 
 from smalti.cli import main as smalti_main
 from smalti.data.latents import CodeSpec
+from smalti.errors import ConfigurationError
+from smalti.evaluation.metrics import Metric
 from smalti.files import read_hashed_json
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.flow.config import FlowConfig
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.prior import FlowPrior
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
+from smalti.scripts.compare import (
+    CompareConfig,
+    PipelineCandidate,
+    Task,
+    TokenizerCandidate,
+    check_comparable,
+)
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
@@ -83,6 +92,7 @@ def test_pipelines_are_compared_in_a_table_and_a_grid(compare, place: Path, tmp_
     assert [row["model"] for row in by_name] == ["codes", "flow"]
     assert [row["kind"] for row in by_name] == ["next-token", "flow"]
     record = read_hashed_json(tmp_path / "out" / "comparison.json")
+    assert record["codes"]["sampling"] == {"guidance_scale": 2.0}
     assert [record[name]["evaluations"] for name in ("codes", "flow")] == [65, 100]
     assert [row["evaluations"] for row in by_name] == ["65", "100"]  # Heun: 2 x 50
     assert all(len(record[name]["seconds"]) == 2 for name in ("codes", "flow"))
@@ -150,6 +160,28 @@ def test_what_cannot_be_compared_is_refused(
     status, _, said = compare(*paths)
     assert status == 2 and message in said
     assert not (tmp_path / "out" / "comparison.md").exists()
+
+
+def test_pipelines_that_are_given_pictures_are_refused(place: Path, monkeypatch) -> None:
+    path = str(place / "flow" / "pipeline")
+    one = PipelineCandidate("flow", path, Pipeline.from_pretrained(path))
+    monkeypatch.setattr(FlowPrior, "condition_kinds", ("class", "image"))
+    with pytest.raises(ConfigurationError, match="flow makes pictures of given ones"):
+        check_comparable([one, one], CompareConfig(models=("a", "b")))
+
+
+def test_distances_of_any_network_are_in_the_table() -> None:
+    one = object.__new__(PipelineCandidate)
+    names = ("fd_dino", "fd_dino_heldout", "fd_dino_floor", "fd_alexnet")
+    one.metrics = {name: Metric(1.0, {}) for name in names}
+    assert list(one.qualities()) == ["Frechet distance, dino", "Frechet distance, AlexNet"]
+
+
+def test_a_timed_batch_is_full_where_few_pictures_are_held_out(place: Path) -> None:
+    path = place / "codes" / "pipeline" / "tokenizer"
+    one = TokenizerCandidate("codes", str(path), Tokenizer.from_pretrained(path))
+    images = one.make(Task(torch.rand(3, 3, 32, 32), [], [], [], 0, {}), 5)
+    assert len(images) == 5 and torch.allclose(images[3:], images[:2], atol=1e-5)
 
 
 def test_tokenizers_of_other_sizes_are_refused(compare, place: Path, tmp_path: Path) -> None:

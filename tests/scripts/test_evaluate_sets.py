@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from smalti.cli import main as smalti_main
 from smalti.data.latents import CodeSpec
 from smalti.errors import CheckpointError, ConfigurationError, DataError
 from smalti.evaluation import features as features_module
@@ -329,6 +330,16 @@ def test_sets_that_cannot_be_measured_are_refused_before_any_work(folders, tmp_p
     measured(settings(*folders, tmp_path / "out"))
     with pytest.raises(ConfigurationError, match="choose another --output_dir"):
         measured(settings(folders[1], folders[0], tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "flag", [("--temperature", "0.5"), ("--num_samples", "64"), ("--dtype", "bf16")]
+)
+def test_flags_of_sampling_are_for_pipelines(folders, tmp_path: Path, capsys, flag) -> None:
+    sets = ["--samples", str(folders[0]), "--reference", str(folders[1])]
+    assert smalti_main(["evaluate", *sets, "--output_dir", str(tmp_path / "out"), *flag]) == 2
+    assert f"is a pipeline to sample: leave out {flag[0]}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_prints_what_is_not_defined(folders, tmp_path: Path, capsys) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from smalti.cli import main as smalti_main
 from smalti.data.latents import CodeSpec
 from smalti.files import read_hashed_json
+from smalti.pipelines.model_index import save_sampling
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.scripts import sweep as module
@@ -117,6 +118,34 @@ def test_a_sweep_continues_and_grows(run, tmp_path: Path, monkeypatch) -> None:
     assert len(sampled) == 1 and results(tmp_path)[:2] == before
     status, _, said = run("--guidance_scale", "1", "2", "--seed", "1")
     assert status == 2 and "holds another sweep (its seed differs)" in said
+
+
+def test_results_count_for_all_options(run, model, tmp_path: Path, monkeypatch) -> None:
+    """Results count for the options that they were sampled with, the pipeline's own among them."""
+    grid = ["--guidance_interval", "0", "1", "0", "0.5"]
+    assert run(*grid, "--no-save_best")[0] == 0
+    found = results(tmp_path)
+    assert [one["options"]["guidance_interval"] for one in found] == [[0, 1], [0, 0.5]]
+    sampled = []
+    original = module.sample
+    monkeypatch.setattr(module, "sample", lambda *given: sampled.append(1) or original(*given))
+    assert run(*grid, "--no-save_best")[0] == 0
+    assert not sampled and results(tmp_path) == found
+    save_sampling(model, {"guidance_scale": 2.0, "temperature": 0.5})
+    assert run(*grid)[0] == 0
+    assert len(sampled) == 2 and results(tmp_path)[2]["sampling"]["temperature"] == 0.5
+    saved = Pipeline.from_pretrained(model).sampling
+    assert saved in [one["sampling"] for one in results(tmp_path)[2:]]
+
+
+def test_the_models_stay_to_the_byte(run, model: Path) -> None:
+    Pipeline.from_pretrained(model, dtype="bfloat16").save_pretrained(model)
+    (model / "tokenizer" / "notes.txt").write_text("mine")
+    files = [file for part in ("tokenizer", "prior") for file in (model / part).iterdir()]
+    before = {file: file.read_bytes() for file in files}
+    assert run("--temperature", "0.5")[0] == 0
+    assert {file: file.read_bytes() for file in files} == before
+    assert Pipeline.from_pretrained(model).sampling == {"guidance_scale": 2.0, "temperature": 0.5}
 
 
 @pytest.mark.parametrize(
