@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from smalti.data.latents import resolution
-from smalti.pipelines.conditions import ConditionSource, sources_of
+from smalti.pipelines.conditions import CONDITION_SOURCES, ConditionSource, sources_of
 from smalti.prior.base import Prior
 from smalti.tokenizer.base import Tokenizer
 
@@ -86,8 +86,8 @@ def described(tokenizer: Tokenizer, prior: Prior, classes: Sequence[str]) -> lis
 
     some = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
     conditions = f"{len(classes)} classes: {some}" if classes else "no classes"
-    if "text" in prior.condition_kinds:
-        conditions += ", prompts"
+    others = [kind for kind in prior.condition_kinds if kind not in ("class", "none")]
+    conditions += "".join(f", {CONDITION_SOURCES.resolve(kind).ARGUMENTS[0]}" for kind in others)
     return [
         f"tokenizer: {size(tokenizer)}, {image_words(tokenizer)} <-> {tokenizer.spec.in_words}",
         f"prior: {size(prior)}, {conditions}",

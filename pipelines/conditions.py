@@ -24,7 +24,7 @@ from smalti.data.latent_cache.cache import LatentBatch
 from smalti.data.latent_cache.manifest import StoredCondition
 from smalti.data.latent_cache.on_the_fly import Latents
 from smalti.data.order import Key
-from smalti.errors import DataError, GenerationError
+from smalti.errors import DataError, GenerationError, SmaltiError
 from smalti.hub import Registry
 from smalti.prior.base import Prior, PriorConfig
 from smalti.prior.conditions.base import (
@@ -254,10 +254,21 @@ class ConditionSource(ABC):
             raise GenerationError(
                 f"{options.model} makes pictures of {self.ARGUMENTS[0]}: give --{self.FLAGS[0]}"
             )
-        return [self.read(text) for text in texts]
+        try:
+            return [self.read(text) for text in texts]
+        except SmaltiError:
+            raise
+        except ValueError as error:
+            raise GenerationError(
+                f"--{self.FLAGS[0]} is {' '.join(texts)} ({error}): give {self.FLAG_HELP}"
+            ) from error
 
     def read(self, text: str) -> Any:
-        """The row of the first argument that a flag gives, as JSON has it."""
+        """The row of the first argument that a flag gives, as JSON has it.
+
+        Raises:
+            ValueError: it is none.
+        """
         return text
 
     def shown(self, value: Condition, tokenizer: Tokenizer) -> Tensor | None:

@@ -8,6 +8,7 @@ from smalti.data.dataset import read_options
 from smalti.errors import SmaltiError
 from smalti.files import Info, command, read_hashed_json, read_json, recorded_hashes
 from smalti.pipelines.card import image_words
+from smalti.pipelines.conditions import CONDITION_SOURCES
 from smalti.pipelines.image_tasks import make_task
 from smalti.pipelines.manifest import SETTINGS, problems_in, recorded_rows
 from smalti.pipelines.model_index import INDEX
@@ -116,6 +117,8 @@ def of_pipeline(path: Path) -> Info:
         following += ["--prompt", "TEXT"] if "text" in kinds else []
     elif "text" in kinds:
         following += ["--prompts", "FILE"]
+    for source in map(CONDITION_SOURCES.resolve, kinds):
+        following += [f"--{source.FLAGS[0]}", "VALUE"] if source.FLAG_HELP else []
     return Info(
         [
             ("kind", "pipeline"),

@@ -328,8 +328,9 @@ class Shards(Store):
 
 def _about(row: Row) -> bytes:
     """The description of a picture in a shard."""
-    names = ("index", "class", "label", "prompt", "seed")
-    return json.dumps({name: row[name] for name in names if name in row}).encode()
+    first = ("index", "class", "label", "prompt", "seed")
+    others = [name for name in row if name not in (*first, "file", "member", "sha256")]
+    return json.dumps({name: row[name] for name in (*first, *others) if name in row}).encode()
 
 
 class Npz(Store):

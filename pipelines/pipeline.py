@@ -250,7 +250,8 @@ class Pipeline(Uploadable):
 
     def compile(self, **options: Any) -> Self:
         """Compile what sampling runs, the blocks of the prior's network and the decoder, with
-        options of torch.compile; return self. Samples then differ by rounding."""
+        options of torch.compile; return self. Samples then differ by rounding. Pipelines that
+        `resized` makes are not compiled."""
         self.prior.compile_parts(**options)
         self.tokenizer.compile_parts(**options)
         return self

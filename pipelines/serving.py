@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 SEEDS = 2**53  # seeds are below it: every program that reads JSON keeps such an integer exactly
 LONGEST_RETRY = 60  # seconds after which a caller that was refused may try again, at most
 CHECKED = 1024  # settings that are remembered as valid
+REQUESTED = ("class_labels", "prompt")  # the conditions of a request
 
 
 class QueueFullError(GenerationError):
@@ -368,13 +369,12 @@ class Batcher:
 
 def _check_served(pipeline: Pipeline) -> None:
     """Raise `ConfigurationError` if requests cannot hold what a pipeline is conditional on."""
-    config = pipeline.prior.config
-    if config.image is not None:
-        raise ConfigurationError(
-            "this pipeline is conditional on pictures, and a request holds none: use smalti edit"
-        )
-    if config.text is not None and pipeline.text_encoder is None:
-        raise ConfigurationError(
-            "this pipeline takes features of an unknown text encoder, and a request holds prompts: "
-            "call the pipeline in Python with prompt_embeds"
-        )
+    prior, _ = pipeline.prior, pipeline.text_encoder  # which must load
+    sources = sources_of(prior.condition_kinds, prior.config, pipeline.classes)
+    for source in sources.values():
+        if source.is_needed(sources) and source.argument not in REQUESTED:
+            remedy = "use smalti edit" if source.argument == "image" else "call it in Python"
+            raise ConfigurationError(
+                f"this pipeline is {conditional_on(sources)} and needs {source.argument}, which a "
+                f"request does not have: {remedy}"
+            )

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -47,12 +47,11 @@ from smalti.pipelines.conditions import arguments_for, check_options
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.model_index import INDEX
 from smalti.pipelines.pipeline import Pipeline
-from smalti.scripts.options import Sampling
+from smalti.scripts.options import DTYPES, DType, Sampling
 from smalti.tokenizer.losses.perceptual import LPIPS
 from smalti.training.processes import join_job, resolve_precision, shared_work
 
 PARTS = "parts"  # folder in --output_dir, until the evaluation is finished
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class SetOptions(DataOptions, Sampling):
     inception: Path | None = None
     # npz file for the mean and covariance of --samples (mu, sigma), a --reference of later ones.
     save_statistics: Path | None = None
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of a pipeline that --samples names
+    dtype: DType = "fp32"  # of a pipeline that --samples names
     output_dir: Path = Path("runs/evaluation")  # for summary.json and the image grids
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     # Pixels, the side of a square or height x width as in 48x64, if not the size of the training

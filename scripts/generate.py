@@ -15,9 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
@@ -33,11 +31,8 @@ from smalti.pipelines.guided import GuidedPipeline
 from smalti.pipelines.picture_files import FormatName, Layout, PictureFormat
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.prior.flow.classifier import LatentClassifier
-from smalti.scripts.options import ConditionFlags, Sampling
+from smalti.scripts.options import DTYPES, ConditionFlags, DType, Sampling
 from smalti.training.processes import fills_folder, join_job, say, shared_work
-
-DType = Literal["fp32", "bf16", "fp16"]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -248,8 +243,8 @@ def generate(config: GenerateConfig) -> list[Path]:
     pipeline = Pipeline.from_pretrained(config.model, device=state.device, weights=config.weights)
     if config.image_size is not None:
         pipeline = pipeline.resized(config.image_size)
-    if config.dtype in DTYPES:
-        pipeline.to(dtype=DTYPES[config.dtype])  # last: a rounded copy cannot be resized
+    if config.dtype != "fp32":
+        pipeline.to(dtype=DTYPES[config.dtype])
     if config.classifier:
         classifier = LatentClassifier.from_pretrained(config.classifier)
         pipeline = GuidedPipeline(pipeline, classifier, config.classifier_scale)

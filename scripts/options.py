@@ -10,8 +10,9 @@ import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, make_dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
+import torch
 from docstring_parser import parse
 from tyro.conf import arg
 
@@ -28,6 +29,9 @@ from smalti.prior.registry import PRIORS
 # The part of a docstring that says how an object of a registry is given in Python.
 IN_PYTHON = re.compile(r"a name in `(\w+)`,.*? or an? \w+")
 REGISTRIES = {"SOLVERS": SOLVERS, "SCHEDULES": SCHEDULES}
+
+DType = Literal["fp32", "bf16", "fp16"]  # the precision of both models while they sample
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
@@ -23,11 +23,10 @@ from smalti.errors import ConfigurationError
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.pipelines.serving import Batcher
 from smalti.prior.registry import PRIORS
-from smalti.scripts.options import sample_options
+from smalti.scripts.options import DTYPES, DType, sample_options
 from smalti.training.processes import join_job
 
 TOKEN = "SMALTI_SERVE_TOKEN"  # environment variable
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,9 @@ class ServeConfig:
     # What clients send as Authorization: Bearer TOKEN. Other users of the machine can see the
     # options of a command: SMALTI_SERVE_TOKEN in the environment sets it, too.
     token: str = ""
-    # fp32: a picture does not depend on the others of its batch; bf16: faster on GPUs
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    # fp32: a picture does not depend on the others of its batch; bf16 and fp16: faster on GPUs
+    dtype: DType = "fp32"
+    compile: bool = False  # torch.compile: the first request of each size takes minutes
     # Sizes that requests may ask for, beside those that the prior was trained on: the side of a
     # square, or height x width as in 48x64.
     image_sizes: tuple[ImageSize, ...] = ()
@@ -145,6 +145,9 @@ def serve(config: ServeConfig) -> None:
         image_sizes=config.image_sizes,
         observe=metrics.observe_batch,
     )
+    if config.compile:
+        for sized in batcher.pipelines.values():
+            sized.compile()
     app = image_app(
         batcher,
         metrics,

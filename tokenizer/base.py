@@ -1,6 +1,7 @@
 """Stage one: the interface of every tokenizer."""
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -22,8 +23,11 @@ from smalti.data.latents import (
 from smalti.errors import ConfigurationError, DataError, SmaltiError
 from smalti.hub import Pretrained, Registry
 from smalti.randomness import Generators, RandomInputs
+from smalti.tokenizer.conv import AttentionBlock
 from smalti.tokenizer.registry import TOKENIZERS
 from smalti.tokenizer.tiling import Tiling
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -170,7 +174,9 @@ class Tokenizer(nn.Module, Pretrained, ABC):
     def enable_tiling(self, tile: int = 512, overlap: int = 128) -> None:
         """Let `decode` take images in tiles that are blended where they overlap: memory for large
         images is that of a tile. Means and variances of normalisations are estimated, and a tile
-        attends to itself alone, so that the images differ slightly from those of a whole decode.
+        attends to itself alone, so that the images differ from those of a whole decode: less than a
+        grey level at the seams of a smooth picture, but more, with a warning, if there is
+        attention.
 
         Args:
             tile, overlap: pixels.
@@ -179,6 +185,14 @@ class Tokenizer(nn.Module, Pretrained, ABC):
             ConfigurationError: not 0 <= overlap < tile.
         """
         self._tiling = Tiling(tile, overlap)
+        decoding = [getattr(self, name) for name in self.compiled_parts] or [self]
+        modules = (module for part in decoding for module in part.modules())
+        if any(isinstance(module, (AttentionBlock, nn.MultiheadAttention)) for module in modules):
+            logger.warning(
+                "the decoder attends within each tile of %d pixels alone, so that seams exceed one "
+                "grey level: give a tile of at least the size of the training pictures",
+                tile,
+            )
 
     def disable_tiling(self) -> None:
         """Let `decode` take whole images."""

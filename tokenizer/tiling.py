@@ -8,6 +8,8 @@ over the whole picture, the result is that of decoding the whole picture.
 Group normalisation (1803.08494) does: mean and variance are those of the whole picture. Those of a
 tile differ, which would show as a change of colour from tile to tile. So they are estimated once,
 by decoding every n-th position of the picture, and are the same for all tiles.
+
+Attention is within a tile, not over the whole picture: with it, seams exceed one grey level of 255.
 """
 
 from collections.abc import Callable, Iterator, Sequence

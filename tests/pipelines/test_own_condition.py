@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,10 @@ from smalti.data.latent_cache.cache import LatentCache
 from smalti.errors import SmaltiError
 from smalti.pipelines.conditions import CONDITION_SOURCES
 from smalti.pipelines.finetune import load_initial_weights
+from smalti.pipelines.generation import generate_folder
+from smalti.pipelines.info import of_pipeline
+from smalti.pipelines.picture_files import PictureFormat
+from smalti.pipelines.serving import Batcher
 from smalti.prior.conditions.base import Combination
 from smalti.prior.conditions.registry import CONDITIONS
 from smalti.prior.flow.config import FlowConfig
@@ -175,6 +181,32 @@ def test_without_a_cache_it_is_made_of_the_pictures_of_each_step(root: Path) -> 
     assert made.info.conditions == stored.info.conditions
     colours = made.__getitems__(keys).conditions["colour"]
     torch.testing.assert_close(colours, stored.first_view([1, 0]).conditions["colour"])
+
+
+def test_each_picture_of_a_shard_is_described_with_it(pipe, tmp_path: Path) -> None:
+    kind, options = PictureFormat("webdataset"), {"batch_size": 4, "num_inference_steps": 1}
+    given = {"colour": [RED, BLUE]}
+    generate_folder(pipe, tmp_path, [0, 1, 0], seed=0, given=given, picture_format=kind, **options)
+    with tarfile.open(tmp_path / "shard-000000.tar") as shard:
+        rows = [json.load(shard.extractfile(name)) for name in shard.getnames()[1::2]]
+    assert [(row["class"], row["colour"]) for row in rows] == [("a", RED), ("b", BLUE), ("a", RED)]
+    assert [*rows[0]] == ["index", "class", "label", "seed", "colour"]
+
+
+def test_a_flag_that_cannot_be_read_is_one_line(pipe: smalti.Pipeline) -> None:
+    options = SimpleNamespace(model="m", colour=["1,0,red"])
+    with pytest.raises(SmaltiError, match=r"--colour is 1,0,red \(.*\): give mean colours of the"):
+        ColourSource(pipe.prior.config).chosen(options)
+
+
+def test_what_a_request_cannot_hold_is_not_served(pipe: smalti.Pipeline) -> None:
+    with pytest.raises(SmaltiError, match="needs colour, which a request does not have"):
+        Batcher(pipe)
+
+
+def test_it_is_named_by_repr_and_info(pipe: smalti.Pipeline, root: Path) -> None:
+    assert "2 classes: a, b, colour" in repr(pipe)
+    assert "--colour VALUE" in dict(of_pipeline(root / "run" / "pipeline").lines)["next"]
 
 
 @pytest.mark.slow

@@ -12,11 +12,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from conftest import TINY_CONV
 from fastapi.testclient import TestClient
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -27,7 +30,11 @@ from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.image_api import LARGEST_BODY, PATHS, ServerMetrics, image_app, server_of
 from smalti.pipelines.pipeline import Pipeline
 from smalti.pipelines.serving import Batcher, PictureRequest
-from smalti.scripts.serve import ServeConfig, request_options
+from smalti.prior.flow.config import FlowConfig
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.prior import FlowPrior
+from smalti.scripts.serve import ServeConfig, request_options, serve
+from smalti.tokenizer.kl import KLConfig, KLTokenizer
 
 GENERATIONS, MODELS, HEALTH, METRICS = PATHS
 CLASSES = ("cat", "dog", "owl")
@@ -346,6 +353,25 @@ def test_a_port_in_use_is_one_line(pipe, tmp_path: Path, capsys) -> None:
         assert main(["serve", "--model", folder, "--port", port]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"cannot listen on 127.0.0.1, port {port}" in line
+
+
+def test_compile_compiles_the_models_of_every_size(tmp_path: Path, monkeypatch) -> None:
+    network = DiTConfig(2, 2, (8, 8), 1, 32, 2, 2, num_classes=3, positions="rotary")
+    vae = KLTokenizer(KLConfig(image_size=16, conv=replace(TINY_CONV, z_channels=2)))
+    pipe = Pipeline(vae, FlowPrior(FlowConfig(network=network)), CLASSES)
+    folder, batchers = str(pipe.save_pretrained(tmp_path / "p")), list[Batcher]()
+
+    def server_of(app: Any, batcher: Batcher) -> Any:
+        batchers.append(batcher)
+        return SimpleNamespace(run=lambda places: None)
+
+    monkeypatch.setattr("smalti.pipelines.image_api.server_of", server_of)
+    for flag in (False, True):
+        serve(ServeConfig(model=folder, port=0, compile=flag, image_sizes=((8, 16),)))
+        sized = batchers[-1].pipelines
+        assert [*sized] == [16, (8, 16)]
+        parts: list[Any] = [[p.prior.network, p.tokenizer.decoder] for p in sized.values()]
+        assert all((part._compiled_call_impl is not None) == flag for two in parts for part in two)
 
 
 def started(folder: Path, *flags: str, stderr: Any = None) -> tuple[subprocess.Popen, str]:

@@ -1,5 +1,7 @@
 """Tiled and sliced decoding: bounded memory, and the same pictures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,3 +114,14 @@ def test_seams_of_a_smooth_picture_are_below_a_grey_level() -> None:
     steps = [[picture.diff(dim=dim) for dim in (2, 3)] for picture in pictures]
     seams = max((a - b).abs().max() for a, b in zip(*steps, strict=True))
     assert seams * 255 / (whole.max() - whole.min()) < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns"),
+    [({"mid_attention": True}, True), ({"attention_levels": (0,)}, True), ({}, False)],
+)
+def test_attention_is_warned_of_in_one_line(changes, warns, caplog) -> None:
+    conv = replace(CONV, mid_attention=False)
+    KLTokenizer(KLConfig(image_size=16, conv=replace(conv, **changes))).enable_tiling(16, 4)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == warns and all("seams exceed one grey level" in m for m in messages)
