@@ -4,7 +4,7 @@
     a generated folder                of `smalti generate`: its manifest has classes and prompts
     statistics                        an npz with mu and sigma, as ADM and torch-fidelity write them
 
-(A pipeline, whose pictures are sampled, is made a set in `scripts/evaluate.py`.) All give 8-bit
+(A pipeline, whose pictures are sampled, is a set in `scripts/evaluate_sets.py`.) All give 8-bit
 pictures at given positions, so that a set is read by several processes, and again from any position
 after an interruption.
 """
@@ -175,7 +175,7 @@ class GeneratedSet(ImageSet):
             classes=list(names.values()) if complete else (),
             labels=torch.tensor([numbers[label] for _, label in given]) if complete else None,
             captions=prompts if len(prompts) == len(self.rows) else (),
-            protocol={"crop": crop, "sampling": _settings_of(folder)},
+            protocol={"crop": crop, "sampling": _settings_of(folder, len(self.rows))},
         )
 
     def __len__(self) -> int:
@@ -246,12 +246,24 @@ def _rows_of(folder: Path) -> list[dict[str, Any]]:
     raise DataError(f"the manifest of {folder} names no pictures: run smalti generate again")
 
 
-def _settings_of(folder: Path) -> dict[str, Any]:
-    """How the pictures of a generated folder were sampled, without the list of their classes."""
+def _settings_of(folder: Path, pictures: int) -> dict[str, Any]:
+    """How the pictures of a generated folder were sampled, without the lists of what they show.
+
+    Args:
+        pictures: their number.
+
+    Raises:
+        DataError: some are missing.
+    """
     if not (folder / GENERATION).is_file():
         return {}
     stored = read_hashed_json(folder / GENERATION)
-    return {name: value for name, value in stored.items() if name not in ("labels", "prompts")}
+    wanted = len(stored.get("labels", ()))
+    if pictures < wanted:
+        raise DataError(
+            f"{folder} has {pictures} of {wanted} pictures: finish it with the same smalti generate"
+        )
+    return {n: value for n, value in stored.items() if n not in ("labels", "prompts", "given")}
 
 
 # -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from smalti.evaluation.image_sets import (
     read_statistics,
     save_statistics,
 )
+from smalti.files import write_hashed_json
 
 
 def arrays(count: int = 6, seed: int = 0) -> np.ndarray:
@@ -96,6 +97,15 @@ def test_a_generated_folder_has_its_classes_and_prompts(tmp_path: Path, containe
     assert images.labels is not None
     assert [images.classes[label] for label in images.labels] == ["dog", "cat"] * 3
     assert list(images.captions) == [f"picture {index}" for index in range(6)]
+
+
+def test_an_unfinished_folder_is_refused(tmp_path: Path) -> None:
+    write_generated(tmp_path / "made", "png")
+    write_hashed_json(tmp_path / "made/generation.json", {"labels": [0] * 6, "seed": 3})
+    assert opened(tmp_path / "made").protocol["sampling"] == {"seed": 3}
+    write_hashed_json(tmp_path / "made/generation.json", {"labels": [0] * 7, "seed": 3})
+    with pytest.raises(DataError, match="has 6 of 7 pictures: finish it"):
+        opened(tmp_path / "made")
 
 
 def test_a_damaged_manifest_or_picture_has_a_remedy(tmp_path: Path) -> None:
