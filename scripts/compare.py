@@ -86,9 +86,9 @@ class CompareConfig(DataOptions, Sampling):
     num_references: int = 20_000  # at most this many training images, evenly spaced
     seed: int = 0  # of the samples, the classifier, and the random subsets of metrics
     batch_size: int = 128  # images encoded, decoded or sampled at once in the evaluation
-    features: tuple[str, ...] = ("alexnet",)  # as of smalti evaluate
-    feature_weights: Path | None = None  # as of smalti evaluate
-    classifier_epochs: int = 12  # as of smalti evaluate
+    features: tuple[str, ...] = ("alexnet",)  # networks, as of smalti evaluate
+    feature_weights: Path | None = None  # weight file of efflite0, as of smalti evaluate
+    classifier_epochs: int = 12  # of training the classifier, as of smalti evaluate
     timed_images: int = 64  # images of a timed batch
     rounds: int = 3  # timed batches of each model, in turn with the others; the median counts
     columns: int = 4  # samples of each pipeline in a row of the grid

@@ -329,7 +329,7 @@ def plot(results: Sequence[Any], metric: str) -> str:
     over = max(names, key=lambda name: counts[name])
     values = [result["options"][over] for result in results]
     numeric = all(isinstance(value, int | float) for value in values)
-    places = sorted({*values}) if numeric else list(dict.fromkeys(map(str, values)))
+    places: list[Any] = sorted({*values}) if numeric else list(dict.fromkeys(map(str, values)))
     low, high = (function(result["value"] for result in results) for function in (min, max))
 
     def point(result: Any) -> tuple[float, float]:
