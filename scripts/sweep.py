@@ -333,7 +333,7 @@ def plot(results: Sequence[Any], metric: str) -> str:
     low, high = (function(result["value"] for result in results) for function in (min, max))
 
     def point(result: Any) -> tuple[float, float]:
-        value = result["options"][over] if numeric else str(result["options"][over])
+        value: Any = result["options"][over] if numeric else str(result["options"][over])
         share = places.index(value) / max(1, len(places) - 1)
         if numeric and places[-1] > places[0]:
             share = (value - places[0]) / (places[-1] - places[0])
