@@ -46,7 +46,7 @@ class UIConfig:
     model: tuple[str, ...] = (DEMO,)
     run: tuple[Path, ...] = ()  # folders of runs, to watch while they train
     weights: Weights = "ema"  # of checkpoints: averaged over their runs (ema), or raw
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16"] = "fp32"  # precision of the models
     host: str = "127.0.0.1"  # address to listen on; one that other machines reach needs --auth
     port: int = 7860  # 0 = any free one, which is printed
     # What a user has to enter, as NAME:PASSWORD. Other users of the machine can see the options of
