@@ -101,7 +101,7 @@ def showing(config: UIConfig) -> Iterator[str]:
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio would send them over the network
     try:
-        from gradio.themes import Default
+        import gradio.themes
     except ImportError as error:
         raise ConfigurationError(
             f"ui needs other packages ({error.name} is missing): pip install 'smalti[ui]'"
@@ -135,7 +135,7 @@ def showing(config: UIConfig) -> Iterator[str]:
             quiet=True,
             footer_links=[],
             max_file_size=LARGEST_UPLOAD,
-            theme=Default(font=FONTS, font_mono=FIXED_FONTS),
+            theme=gradio.themes.Default(font=FONTS, font_mono=FIXED_FONTS),
             css=CSS,
         )
         try:
