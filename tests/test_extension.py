@@ -72,7 +72,8 @@ def test_a_new_prior_is_evaluated_without_a_likelihood(
     )
     summary = json.loads((tmp_path / "measured/summary.json").read_text())
     assert "psnr" in json.dumps(summary) and "fd_alexnet" in json.dumps(summary)
-    assert "bits_per_dimension" not in json.dumps(summary)
+    assert "heldout_bits_per_dimension" not in summary["metrics"]
+    assert "the prior has no likelihood" in json.dumps(summary)
 
 
 @pytest.mark.slow

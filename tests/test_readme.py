@@ -98,7 +98,7 @@ def test_nothing_is_left_to_fill_in() -> None:
 
 
 def test_the_readme_is_one_screen_and_its_links_lead_somewhere() -> None:
-    assert len(README.splitlines()) <= 85
+    assert len(README.splitlines()) <= 100
     links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]+))?\)", README)
     assert len(links) > 12
     for target, anchor in links:
