@@ -15,8 +15,9 @@ from smalti.cli import parse_config, run_command
 from smalti.config import nearest
 from smalti.errors import ConfigurationError
 from smalti.prior.presets import PRESETS
-from smalti.scripts.compare import CompareConfig, compare, markdown
+from smalti.scripts.compare import CompareConfig, compare
 from smalti.scripts.demo import DemoConfig, demo
+from smalti.scripts.pages import markdown
 
 PRIOR_STEPS = 1000
 

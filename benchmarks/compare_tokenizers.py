@@ -15,8 +15,9 @@ from smalti.cli import parse_config, run_command
 from smalti.config import nearest
 from smalti.errors import ConfigurationError
 from smalti.files import read_json, write_json
-from smalti.scripts.compare import CompareConfig, compare, markdown
+from smalti.scripts.compare import CompareConfig, compare
 from smalti.scripts.demo import SCALES
+from smalti.scripts.pages import markdown
 from smalti.scripts.train_tokenizer import train
 from smalti.tokenizer.presets import PRESETS
 

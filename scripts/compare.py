@@ -42,6 +42,7 @@ from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
 from smalti.scripts.evaluate import EvaluateConfig, claim, evaluate
 from smalti.scripts.options import Sampling
+from smalti.scripts.pages import html_table, markdown, page
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import fills_folder
 
@@ -61,12 +62,6 @@ QUALITY = {  # metric in summary.json: heading and format
 OF_TOKENIZERS = ("bits_per_pixel", "psnr", "ssim", "lpips", "codebook_usage")
 GRID_ROWS = 12  # classes or prompts, or pictures of tokenizers
 POLL = 0.005  # seconds between two looks at the memory of the process
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1160px; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; } td, th { padding: 0.2em 1em; border-bottom: 1px solid #ddd; }
-td { text-align: right; } td:first-child { text-align: left; }
-img { max-width: 100%; image-rendering: pixelated; }
-""".strip()
 
 
 @dataclass(frozen=True)
@@ -493,7 +488,10 @@ def compare(config: CompareConfig) -> list[dict[str, str]]:
     write_text(
         config.output_dir / "comparison.md", f"{markdown(rows)}\n\n![{grid}]({grid})\n\n{NOTE}\n"
     )
-    write_text(config.output_dir / "comparison.html", html(rows, grid))
+    shown = f'<p>{escape(NOTE)}</p>\n<img src="{grid}" alt="the models side by side">\n'
+    write_text(
+        config.output_dir / "comparison.html", page("comparison", f"{html_table(rows)}{shown}")
+    )
     write_hashed_json(
         config.output_dir / "comparison.json",
         {"images_per_batch": config.timed_images, **{one.name: one.record() for one in candidates}},
@@ -521,44 +519,6 @@ NOTE = (
     "fullest batch needed beside them. With guidance, each evaluation of the network is of two "
     "rows for a picture."
 )
-
-
-def headings(rows: Sequence[dict[str, str]]) -> list[str]:
-    """Every heading of some row, at its place in the first row that has it."""
-    found: list[str] = []
-    for row in rows:
-        at = 0
-        for heading in row:
-            if heading in found:
-                at = found.index(heading) + 1
-            else:
-                found.insert(at, heading)
-                at += 1
-    return found
-
-
-def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """The table in Markdown; a value that a model does not have is a dash."""
-    columns = headings(rows)
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[row.get(name, "-") for name in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def html(rows: Sequence[dict[str, str]], grid: str) -> str:
-    """The table and the grid as a page that needs nothing from the network."""
-    columns = headings(rows)
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(row.get(name, '-'))}</td>" for name in columns) + "</tr>\n"
-        for row in rows
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>comparison</title>'
-        f"<style>{STYLE}</style></head><body>\n<table>\n<tr>{head}</tr>\n{body}</table>\n"
-        f'<p>{escape(NOTE)}</p>\n<img src="{grid}" alt="the models side by side">\n'
-        "</body></html>\n"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

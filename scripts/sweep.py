@@ -40,18 +40,13 @@ from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.pipelines.sampling import checked_sampling, sampling_words
 from smalti.scripts.evaluate import EvaluateConfig, Requests, requests, sample, sample_evaluator
 from smalti.scripts.options import SamplingGrid
+from smalti.scripts.pages import html_table, markdown, page
 from smalti.training.processes import fills_folder, say
 
 RESULTS = "sweep.json"
 BEST = f'<h2>The best</h2>\n<img src="{SAMPLES}" alt="samples of the best combination">\n'
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 320, 70, 40  # of the plot, and room for its axes, in pixels
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; } td, th { padding: 0.2em 1em; border-bottom: 1px solid #ddd; }
-td { text-align: right; } svg text { font-size: 12px; fill: #444; }
-img { max-width: 100%; image-rendering: pixelated; }
-""".strip()
 
 Combination = dict[str, Any]  # sampling options
 
@@ -295,31 +290,19 @@ def write_pages(config: SweepConfig, results: Sequence[Any], best: Any) -> None:
     """Write sweep.md and sweep.html."""
     order = sorted(results, key=lambda r: (r is not best, abs(r["value"] - best["value"])))
     names = list(results[0]["options"])
-    heads = [*names, config.metric, "seconds per picture"]
     rows = [
-        [
-            *(str(result["options"][name]) for name in names),
-            f"{result['value']:.4g}",
-            f"{result['seconds_per_picture']:.4f}",
-        ]
+        {
+            **{name: str(result["options"][name]) for name in names},
+            config.metric: f"{result['value']:.4g}",
+            "seconds per picture": f"{result['seconds_per_picture']:.4f}",
+        }
         for result in order
     ]
-    lines = [heads, ["---"] * len(heads), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     has_grid = (config.output_dir / SAMPLES).is_file()
     shown = f"\n![the best]({SAMPLES})\n" if has_grid else ""
-    write_text(config.output_dir / "sweep.md", f"{table}\n{shown}")
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows
-    )
-    page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>sweep</title>'
-        f"<style>{STYLE}</style></head><body>\n{plot(results, config.metric)}\n"
-        f"<table>\n<tr>{head}</tr>\n{body}</table>\n"
-        f"{BEST if has_grid else ''}</body></html>\n"
-    )
-    write_text(config.output_dir / "sweep.html", page)
+    write_text(config.output_dir / "sweep.md", f"{markdown(rows)}\n{shown}")
+    body = f"{plot(results, config.metric)}\n{html_table(rows)}{BEST if has_grid else ''}"
+    write_text(config.output_dir / "sweep.html", page("sweep", body))
 
 
 def plot(results: Sequence[Any], metric: str) -> str:

@@ -21,8 +21,8 @@ from smalti.config import check_at_least
 from smalti.errors import ConfigurationError, GenerationError, SmaltiError
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.scripts import window
-from smalti.scripts.options import SampleOption, as_flag
-from smalti.scripts.serve import DTYPES, is_loopback, listening
+from smalti.scripts.options import DTYPES, SampleOption, as_flag
+from smalti.scripts.serve import is_loopback, listening
 from smalti.scripts.window import Frame, Settings
 from smalti.training.processes import join_job
 

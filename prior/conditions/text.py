@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from smalti.config import check_at_least
 from smalti.errors import GenerationError
 from smalti.prior.attention import attend
-from smalti.prior.conditions.base import Condition, ConditionKind, moved, repeated, rows
+from smalti.prior.conditions.base import (
+    Combination,
+    Condition,
+    ConditionKind,
+    moved,
+    part_of,
+    repeated,
+    rows,
+)
 from smalti.prior.conditions.byte_encoder import BYTES, ByteEncoder
 
 
@@ -104,13 +112,6 @@ class TextCondition:
     def __len__(self) -> int:
         return len(self.features)
 
-    def without_common_padding(self) -> Self:
-        """Without the first columns that are padding in every row, in steps of 8 columns, so that
-        few lengths occur."""
-        used = int(self.mask.any(0).sum())
-        kept = min(-(-used // 8) * 8, self.mask.shape[1])
-        return type(self)(self.features[:, -kept:], self.mask[:, -kept:], self.is_null)
-
     def __getitem__(self, chosen: slice | Tensor) -> Self:
         return rows(self, chosen)
 
@@ -121,6 +122,22 @@ class TextCondition:
     def to(self, device: torch.device | str) -> Self:
         """The same captions on another device."""
         return moved(self, device)
+
+
+def without_common_padding(condition: Condition) -> Condition:
+    """The condition, captions alone or with others, without the first columns that are padding in
+    every row, in steps of 8 columns, so that few lengths occur.
+
+    Padding is never attended to, and in training a batch need not have the length of the longest
+    caption of all.
+    """
+    text = part_of(condition, "text")
+    used = int(text.mask.any(0).sum())
+    kept = min(-(-used // 8) * 8, text.mask.shape[1])
+    shorter = TextCondition(text.features[:, -kept:], text.mask[:, -kept:], text.is_null)
+    if isinstance(condition, Combination):
+        return Combination({**condition.parts, "text": shorter})
+    return shorter
 
 
 def causal_mask(masks: Tensor, start: int, stop: int) -> Tensor:

@@ -25,7 +25,6 @@ from smalti.prior.attention import (
 )
 from smalti.prior.base import CodePrior, KnownCodes, Loss, check_codes
 from smalti.prior.conditions.base import (
-    Combination,
     Condition,
     count,
     moved,
@@ -33,7 +32,7 @@ from smalti.prior.conditions.base import (
     vector_kinds,
     with_vectors,
 )
-from smalti.prior.conditions.text import CaptionEmbedding, causal_mask
+from smalti.prior.conditions.text import CaptionEmbedding, causal_mask, without_common_padding
 from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates
 from smalti.prior.next_token.config import PRESETS, NextTokenConfig
 from smalti.prior.next_token.decoding import TokenDecoder
@@ -138,15 +137,6 @@ def sample_orders(rows: int, length: int, probability: Tensor) -> Tensor:
     shuffled = torch.rand(rows, length, device=device).argsort(1)
     is_random = torch.rand(rows, 1, device=device) < probability
     return torch.where(is_random, shuffled, torch.arange(length, device=device))
-
-
-def _without_common_padding(condition: Condition) -> Condition:
-    """The condition with shorter captions: padding is never attended to, and in training a batch
-    need not have the length of the longest caption of all."""
-    text = part_of(condition, "text").without_common_padding()
-    if isinstance(condition, Combination):
-        return Combination({**condition.parts, "text": text})
-    return text
 
 
 def check_order(order: Tensor, rows: int, length: int) -> None:
@@ -399,7 +389,7 @@ class NextTokenPrior(CodePrior):
             inputs = corrupted(latents, self.config.spec.vocab_size, self.config.token_corruption)
         condition = self.drop(condition, self.config.label_dropout)
         if self.training and self.config.text is not None and not torch.compiler.is_compiling():
-            condition = _without_common_padding(condition)
+            condition = without_common_padding(condition)
         logits = self._logits(inputs, condition, order).float()  # (B, L, V)
         targets = latents if order is None else latents.gather(1, order)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())

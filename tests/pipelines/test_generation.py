@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from generated import files_of, manifest
 from PIL import Image
 from runs import in_a_fork, kill_at
 
 from smalti.cli import main
 from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
-from smalti.files import checked_lines, read_json, sha256_of, write_hashed_json
+from smalti.files import read_json, sha256_of, write_hashed_json
 from smalti.folders import FolderLock, locked
 from smalti.pipelines.generation import continued_labels, generate_folder
 from smalti.pipelines.manifest import problems_in
@@ -34,21 +35,6 @@ def pipe(tokenizer, prior) -> Pipeline:
 def generate(pipe: Pipeline, folder: Path, labels=LABELS, **changes) -> list[Path]:
     options = {"seed": 1, "guidance_scale": 1.0, "batch_size": 2, **changes}
     return generate_folder(pipe, folder, labels, **options)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def manifest(folder: Path) -> list[dict]:
-    """The rows of a job, none of which is damaged."""
-    rows, damaged = checked_lines(folder / "manifest.jsonl", "index")
-    assert damaged == []
-    return rows
 
 
 def test_the_manifest_names_file_class_and_hash_of_each_picture(pipe, tmp_path: Path) -> None:

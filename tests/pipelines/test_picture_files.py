@@ -18,13 +18,13 @@ import pytest
 import torch
 import webdataset
 from conftest import TINY_VQ
+from generated import files_of, manifest
 from PIL import Image
 from runs import in_a_fork, kill_self
 
 from smalti.cli import main
 from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
-from smalti.files import checked_lines
 from smalti.folders import locked
 from smalti.pipelines import picture_files
 from smalti.pipelines.generation import generate_folder
@@ -54,20 +54,6 @@ def pipe(tokenizer, prior) -> Pipeline:
 def generate(pipe: Pipeline, folder: Path, kind: PictureFormat, labels=LABELS, **changes):
     options = {"seed": 1, "guidance_scale": 1.0, "batch_size": 2, **changes}
     return generate_folder(pipe, folder, labels, picture_format=kind, **options)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def manifest(folder: Path) -> list[dict]:
-    rows, damaged = checked_lines(folder / "manifest.jsonl", "index")
-    assert damaged == []
-    return rows
 
 
 @pytest.fixture
