@@ -329,7 +329,8 @@ class Shards(Store):
 def _about(row: Row) -> bytes:
     """The description of a picture in a shard."""
     first = ("index", "class", "label", "prompt", "seed")
-    others = [name for name in row if name not in (*first, "file", "member", "sha256")]
+    of_files = ("file", "member", "sha256", "crc32")  # the last is of the line in the manifest
+    others = [name for name in row if name not in (*first, *of_files)]
     return json.dumps({name: row[name] for name in (*first, *others) if name in row}).encode()
 
 
