@@ -454,15 +454,26 @@ class GracefulServer(uvicorn.Server):
         self.batcher, self.is_stopping = batcher, False
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end; called ten times a second."""
+        """Whether to end; called ten times a second.
+
+        Raises:
+            KeyboardInterrupt: a second signal came.
+        """
         ends = await super().on_tick(counter)
+        if self.force_exit:
+            raise KeyboardInterrupt
         return ends or (self.is_stopping and self.batcher.is_idle)
 
     def stop(self, number: int, frame: object) -> None:
-        """Handle a signal: the first ends the server when it is idle, the second at once."""
+        """Handle a signal: the first ends the server when it is idle, the second at once.
+
+        The second only sets a flag: an exception raised here would reach whatever code the signal
+        interrupts, and uvicorn discards the exceptions of a request.
+        """
         del frame
         if self.is_stopping:
-            raise KeyboardInterrupt
+            self.force_exit = True
+            return
         self.is_stopping = True
         self.batcher.stop()
         name = signal.Signals(number).name
