@@ -120,3 +120,13 @@ def test_the_share_of_generation_outside_the_models_is_printed() -> None:
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| `")]
     assert [row[1] for row in rows] == ["png", "npz"] * 3
     assert all(0 < float(row[3].strip(" |%")) < 100 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_budget_of_a_recipe_is_that_of_its_paper() -> None:
+    out = run("training_budget.py", "--recipes", "sit_xl2_prior", "vq_f16")
+    prior, tokenizer = (line.split(" | ") for line in out.splitlines()[2:])
+    # 118.6 GFLOPs by DiT's paper (2212.09748), which counts a multiplication and addition as one.
+    assert float(prior[4]) == pytest.approx(3 * 2 * 118.6, rel=0.05)
+    assert prior[3] == "1399" and tokenizer[3] == "40"
+    assert tokenizer[6] == "0.7 GB |"  # 256 codes of 2 bytes, 1,281,167 times

@@ -146,3 +146,33 @@ def test_an_example_of_contributing_runs(heading: str, monkeypatch: pytest.Monke
     finally:
         SOURCES.clear()
         SOURCES.update(sources)
+
+
+# -------------------------------------------------------------------------------------------------
+# Messages that the pages quote
+
+TROUBLES = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+SOURCES = ("src/smalti", "data", "tokenizer", "prior", "pipelines", "training", "evaluation")
+
+
+def text_of(node: ast.expr) -> str | None:
+    """A string of the source, with "..." for what is filled in when it is shown."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"%[-.0-9]*[sdg]", "...", node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part) or "..." for part in node.values)
+    return None
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Every string in the sources."""
+    files = [path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    return [text for node in nodes if isinstance(node, ast.expr) and (text := text_of(node))]
+
+
+@pytest.mark.parametrize("quoted", re.findall(r'"([^"]+)"', TROUBLES.replace("\n", " ")))
+def test_a_message_that_is_quoted_is_in_the_sources(quoted: str, texts: list[str]) -> None:
+    pattern = re.compile(".*".join(map(re.escape, quoted.split("..."))), re.DOTALL)
+    assert any(pattern.search(text) for text in texts), quoted
