@@ -37,8 +37,9 @@ def shell_blocks(text: str) -> list[str]:
 
 
 def prose(text: str) -> str:
-    """A page without code, addresses and versions of Python."""
+    """A page without code, addresses, numbers of papers and versions of Python."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"\[\d{4}\.\d{5}\]\([^)]*\)", "", text)  # a paper
     return re.sub(r"`[^`]*`|\]\([^)]*\)|Python \d\.\d+|Apache-2\.0", "", text)
 
 
@@ -93,8 +94,8 @@ def test_every_preset_exists() -> None:
 def test_nothing_is_left_to_fill_in() -> None:
     assert "@@" not in EVERYTHING
     assert len(re.findall(r"!\[[^\]]+\]\(docs/\w+\.png\)", README)) >= 1
-    shown = set(re.findall(r"!\[[^\]]+\]\((?:docs/)?(\w+\.png)\)", EVERYTHING))
-    assert shown == {path.name for path in ROOT.glob("docs/*.png")}
+    shown = {Path(image).name for image in re.findall(r"!\[[^\]]+\]\(([^)]+\.png)\)", EVERYTHING)}
+    assert shown == {path.name for path in ROOT.glob("docs/**/*.png")}
 
 
 def test_the_readme_is_one_screen_and_its_links_lead_somewhere() -> None:
