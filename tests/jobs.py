@@ -22,7 +22,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 SECONDS = 240  # that a job may take on a busy machine
-GRACE = 10  # seconds that processes have to end by themselves after one has failed
+GRACE = 5  # seconds that processes have to end by themselves after one has failed
 
 
 def program(path: Path, *arguments: object) -> Callable[[], None]:
