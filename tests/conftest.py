@@ -1,6 +1,7 @@
 """Shared fixtures: tiny models, a folder of pictures, and no network."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +27,15 @@ TINY_SPEC = CodeSpec(16, ((8, 8),))
 TINY_PRIOR = NextTokenConfig(
     spec=TINY_SPEC, num_classes=3, depth=2, width=16, num_heads=2, hidden=32
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fast_writes() -> Iterator[None]:
+    """Without fsync, which takes milliseconds for each file: tests kill processes, and what those
+    wrote outlives them; only a machine that loses its power would lose it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

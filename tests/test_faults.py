@@ -33,6 +33,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
+from jobs import forked, program
 from PIL import Image
 from runs import assert_same, in_a_fork, kill_at, kill_self, losses, weights
 from safetensors import SafetensorError
@@ -1006,10 +1007,11 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, errors
 
 
-def torchrun(processes: int, **job) -> tuple[int, str]:
-    """A toy run on some processes, which asserts that there are so many."""
-    launcher = (*TORCHRUN, f"--nproc_per_node={processes}")
-    return finish(start(*launcher, processes=processes, **job))
+def on_processes(processes: int, **job) -> tuple[int, str]:
+    """Status and stderr of a toy run on some processes, which asserts that there are so many."""
+    text = json.dumps({"processes": processes, **job, "folder": str(job["folder"])})
+    done = forked(program(TOY, text), processes)
+    return done.returncode, done.stderr
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -1034,10 +1036,10 @@ def test_f3_two_processes_resume_bit_exactly(tmp_path: Path) -> None:
     alike (each save compares them)."""
     for name in ("whole", "cut"):
         if name == "cut":
-            status, _ = torchrun(2, folder=tmp_path / name, fault="die", at=4)
+            status, _ = on_processes(2, folder=tmp_path / name, fault="die", at=4)
             assert status != 0
         changes = {"resume_from_checkpoint": "latest"}
-        status, errors = torchrun(2, folder=tmp_path / name, changes=changes)
+        status, errors = on_processes(2, folder=tmp_path / name, changes=changes)
         assert status == 0, errors[-2000:]
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
@@ -1052,7 +1054,7 @@ def test_f4_the_data_do_not_depend_on_the_number_of_processes(tmp_path: Path) ->
         for file in folder.glob(".keys-*"):
             file.unlink()
         changes = {"resume_from_checkpoint": "latest", "max_train_steps": steps}
-        status, errors = torchrun(processes, folder=folder, changes=changes, dropout=0.0)
+        status, errors = on_processes(processes, folder=folder, changes=changes, dropout=0.0)
         assert status == 0, errors[-2000:]
         seen |= keys_by_step(folder)
         said += errors
@@ -1068,7 +1070,8 @@ def test_f4_the_data_do_not_depend_on_the_number_of_processes(tmp_path: Path) ->
 def test_f7_one_rank_that_is_not_finite_makes_all_skip(tmp_path: Path) -> None:
     """F7 same decision on all ranks: only rank 1 sees an infinite loss (of finite gradient)."""
     changes = {"checkpointing_steps": 1, "checkpoints_total_limit": 0}
-    status, errors = torchrun(2, folder=tmp_path / "run", changes=changes, fault="infinite", at=2)
+    folder = tmp_path / "run"
+    status, errors = on_processes(2, folder=folder, changes=changes, fault="infinite", at=2)
     assert status == 0, errors[-2000:]
     before, after = (
         load_file(tmp_path / "run" / f"checkpoint-{step:06d}" / "model.safetensors")
@@ -1133,7 +1136,7 @@ def test_f16_a_rank_that_dies_or_hangs_ends_the_job(tmp_path: Path, fault: str) 
     intact."""
     folder = tmp_path / "run"
     changes = {"process_timeout": 10}
-    status, _ = torchrun(2, folder=folder, changes=changes, fault=fault, at=3)
+    status, _ = on_processes(2, folder=folder, changes=changes, fault=fault, at=3)
     assert status != 0
     found, skipped = newest_valid(folder)
     assert found is not None and found.step == 2 and skipped == []
@@ -1166,7 +1169,7 @@ def test_f16_a_worker_that_dies_ends_the_run(pictures: Path, tmp_path: Path, mon
 def test_f23_a_rank_with_other_weights_is_named(tmp_path: Path) -> None:
     """F23 DDP sync check (parameter checksum), perturb one rank: detected, named."""
     folder = tmp_path / "run"
-    status, errors = torchrun(2, folder=folder, fault="perturb", at=3)
+    status, errors = on_processes(2, folder=folder, fault="perturb", at=3)
     assert status != 0
     assert "process 1 has other weights of model than process 0" in errors
     assert [p.name for p in checkpoints(folder)] == ["checkpoint-000002"]

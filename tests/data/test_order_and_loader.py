@@ -7,10 +7,10 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from jobs import forked
 
 from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder, even_subset
@@ -170,25 +170,18 @@ class Fatal:
 
 @pytest.mark.parametrize("tensors", [True, False])  # of tensors, the worker holds the memory
 def test_a_killed_worker_ends_the_batches_at_once(tensors: bool) -> None:
-    """In a separate process, because a failure would hang forever."""
-    code = (
-        "import test_order_and_loader as tests\n"
-        "stream = tests.stream_batches(\n"
-        f"    tests.Fatal({tensors}), tests.DataOrder(10, 5, 0), num_workers=2\n"
-        ")\n"
-        "try:\n"
-        "    for _ in stream: pass\n"
-        "except RuntimeError as error:\n"
-        "    print(error)\n"
-        "print(len(tests.multiprocessing.active_children()))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    """In a child, because a failure would hang forever."""
+
+    def work() -> None:
+        stream = stream_batches(Fatal(tensors), DataOrder(10, 5, 0), num_workers=2)
+        try:
+            for _ in stream:
+                pass
+        except RuntimeError as error:
+            print(error)
+        print(len(multiprocessing.active_children()))
+
+    done = forked(work)
     first, last = done.stdout.splitlines()
     assert first.startswith("DataLoader worker (pid") and last == "0", done.stderr
 

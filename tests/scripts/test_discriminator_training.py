@@ -2,8 +2,6 @@
 how a batch is divided among micro-batches and processes."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +11,11 @@ import pytest
 import torch
 import yaml
 from backbones import write_file
+from jobs import forked
 from PIL import Image
 from runs import losses, weights
 
+from smalti.cli import main as smalti_main
 from smalti.config import config_to_dict
 from smalti.scripts.train_tokenizer import TrainTokenizerConfig, discriminator_uniforms, train
 from smalti.tokenizer.conv import ConvConfig
@@ -183,14 +183,8 @@ def launch(settings: TrainTokenizerConfig, processes: int) -> None:
     """Train on some processes, as a recipe."""
     recipe = settings.output_dir.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(config_to_dict(settings)))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*command, "--standalone", "-m", "smalti.scripts.train_tokenizer", "--config", recipe],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    command = ["train-tokenizer", "--config", str(recipe)]
+    done = forked(lambda: sys.exit(smalti_main(command)), processes)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,16 +1,14 @@
 """Many processes do what one does: gradients, samples, sharded models, launch configs."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from first_gradients import PRIORS, TOKENIZERS, gradients_of, make_inputs
+from jobs import forked, program
 from runs import assert_same, losses, weights
 from safetensors.torch import load_file
 from toy_run import Toy, toy_config, train
@@ -21,19 +19,11 @@ from smalti.training import processes
 
 TESTS = Path(__file__).parents[1]
 CONFIGS = TESTS.parent / "scripts" / "configs" / "accelerate"
-SECONDS = 300
 
 
-def torchrun(script: str, *arguments: str) -> None:
+def on_two(name: str, *arguments: str) -> None:
     """A script of tests/ on two processes (gloo)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*command, "--nproc_per_node=2", str(TESTS / script), *arguments],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    done = forked(program(TESTS / name, *arguments), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -70,7 +60,7 @@ def assert_gradients_agree(one: Path, two: Path, files: set[str]) -> None:
 def test_two_processes_sum_the_gradients_of_one(one_process: Path) -> None:
     """Both stages, with discriminator and adaptive weight, in two micro-batches."""
     (one_process / "two").mkdir()
-    torchrun("first_gradients.py", str(one_process), str(one_process / "two"))
+    on_two("first_gradients.py", str(one_process), str(one_process / "two"))
     files = {f"prior-{name}-0.safetensors" for name in PRIORS}
     for name in TOKENIZERS:
         files |= {f"tokenizer-{name}-{optimizer}.safetensors" for optimizer in (0, 1)}
@@ -83,7 +73,7 @@ def test_sharded_priors_have_the_gradients_of_one_process(one_process: Path) -> 
     """FSDP2 through Accelerate, each kind of prior and of condition: trained, validated, sampled
     from, saved."""
     (one_process / "sharded").mkdir()
-    torchrun("first_gradients.py", str(one_process), str(one_process / "sharded"), "sharded")
+    on_two("first_gradients.py", str(one_process), str(one_process / "sharded"), "sharded")
     files = {f"prior-{name}-0.safetensors" for name in PRIORS}
     assert_gradients_agree(one_process / "one", one_process / "sharded", files)
     for name in PRIORS:
@@ -95,18 +85,18 @@ def test_a_sharded_run_writes_and_reads_the_checkpoints_of_any_run(tmp_path: Pat
     """Weights, averages and optimizer have one format; resume is bit-exact; worlds may change."""
     whole, cut, mixed = tmp_path / "whole", tmp_path / "cut", tmp_path / "mixed"
     job = {"processes": 2, "sharded": True, "dropout": 0.0}
-    torchrun("toy_run.py", json.dumps({**job, "folder": str(whole)}))
+    on_two("toy_run.py", json.dumps({**job, "folder": str(whole)}))
     train(toy_config(tmp_path / "one"), dropout=0.0)
     assert_close(tmp_path / "one", whole)
 
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoint-000006")
     resumed = {"resume_from_checkpoint": "latest"}
-    torchrun("toy_run.py", json.dumps({**job, "folder": str(cut), "changes": resumed}))
+    on_two("toy_run.py", json.dumps({**job, "folder": str(cut), "changes": resumed}))
     assert_same(whole, cut)
 
     train(toy_config(mixed, max_train_steps=4, lr_final_ratio=1.0), dropout=0.0)
-    torchrun("toy_run.py", json.dumps({**job, "folder": str(mixed), "changes": resumed}))
+    on_two("toy_run.py", json.dumps({**job, "folder": str(mixed), "changes": resumed}))
     assert_close(tmp_path / "one", mixed)
     shutil.rmtree(mixed / "checkpoint-000006")
     train(toy_config(mixed, **resumed), dropout=0.0)
