@@ -111,15 +111,18 @@ def record_of(
 
 
 def cautions(samples: dict[str, Any], reference: dict[str, Any], shared: int) -> list[str]:
-    """What makes numbers of two sets, by their records, hard to compare with others: each as a
-    sentence with a remedy.
+    """What makes numbers of two sets hard to compare with others, each in one sentence.
 
     Args:
+        samples, reference: see `record_of`.
         shared: how many samples are equal to a picture of the reference.
     """
     found = []
     # Statistics that smalti wrote have the record of their pictures.
-    real = reference.get("statistics", {}).get("record", {}).get("set", {}) or reference
+    samples, real = (
+        one.get("statistics", {}).get("record", {}).get("set", {}) or one
+        for one in (samples, reference)
+    )
     sizes = [one.get("size") for one in (samples, real)]
     if None not in sizes and sizes[0] != sizes[1]:
         found.append(
@@ -178,7 +181,8 @@ def compare(
         if output in samples.moments or output == "features":
             found[called] = frechet_metric(samples, reference, output, base)
     if samples.scores is not None:
-        called = "inception_score" if official else f"score_{name}"
+        scored = official and samples.scores.counts.sum() >= ENOUGH  # statistics may be of more
+        called = "inception_score" if scored else f"score_{name}"
         found |= _defined([called], lambda: _score(samples, base, called))
     subset_names = [f"{kind}_{name}" for kind in ("kid", "precision", "recall")]
     subset_names += [f"{kind}_{name}" for kind in ("density", "coverage")]

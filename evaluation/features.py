@@ -378,7 +378,7 @@ class TransformersFeatures:
         settings = self.processor.to_dict()
         size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
         self.side = int(size.get("height") or size.get("shortest_edge") or 0)
-        self.resize = f"that of the image processor of {source}: {_in_words(self.processor)}"
+        self.resize = f"that of its image processor: {_in_words(self.processor)}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -327,11 +327,11 @@ class Comparison:
         if config.save_statistics is not None:
             self._save_statistics(config.save_statistics, gathered[0], records[0])
         names = ("samples", "reference", "heldout")
-        protocol: dict[str, Any] = dict(zip(names, records, strict=False))
+        sets: dict[str, Any] = dict(zip(names, records, strict=False))
         metrics: Found = {}
         if self.reference is not None:
             shared = gathered[0].shared_with(gathered[1]) if gathered[0] and gathered[1] else 0
-            protocol["cautions"] = cautions(records[0], records[1], shared)
+            protocol = {**sets, "cautions": cautions(records[0], records[1], shared)}
             sides = {e.name: self._sides(e.name, gathered) for e in self.extractors}
             for extractor in self.extractors:
                 samples, reference, _ = sides[extractor.name]
@@ -341,7 +341,7 @@ class Comparison:
             notes = [m.protocol["note"] for m in defined(metrics).values() if "note" in m.protocol]
             for caution in dict.fromkeys([*protocol["cautions"], *notes]):
                 logger.warning(caution)
-        write_summary(config.output_dir / "summary.json", metrics, sets=protocol)
+        write_summary(config.output_dir / "summary.json", metrics, sets=sets)
         return metrics
 
     def _sides(self, name: str, gathered: list[Gathered | None]) -> tuple[Side, Side, Side | None]:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from smalti.evaluation import streaming
-from smalti.evaluation.comparison import Side, cautions, compare, ratio_metric
+from smalti.evaluation.comparison import (
+    Side,
+    cautions,
+    compare,
+    frechet_metric,
+    ratio_metric,
+)
 from smalti.evaluation.distances import inception_score
 from smalti.evaluation.features import INCEPTION_SHA256
 from smalti.evaluation.image_sets import Gaussian, ImageSet
@@ -173,11 +179,18 @@ def test_what_is_kept_does_not_grow_with_the_set(tmp_path: Path, monkeypatch) ->
 
 @pytest.mark.slow
 def test_50_000_pictures_need_under_1_gb(tmp_path: Path, monkeypatch) -> None:
+    """Beside the extractor: samples, a reference of more pictures than features are kept of, and
+    their Frechet distance, all with features of the length of Inception's."""
     monkeypatch.setattr(streaming, "MIN_PART", 1024)
     passed(tmp_path / "warm", Noise(64), Projection(2048))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    sides = [passed(tmp_path / str(s), Noise(50_000, s), Projection(2048)) for s in (0, 1)]
-    assert [one.kept["projection"].moments["features"].count for one in sides] == [50_000] * 2
+    sides = [
+        Side.of("projection", passed(tmp_path / str(count), Noise(count), Projection(2048)), None)
+        for count in (50_000, streaming.SUBSET + 1)
+    ]
+    assert [one.count for one in sides] == [50_000, streaming.SUBSET + 1]
+    found = frechet_metric(*sides, "features", {})
+    assert isinstance(found, Metric) and 0 < found.value < 10  # of variance 670
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
     assert grown < 2**20
 
@@ -191,6 +204,8 @@ def side(count: int | None, dim: int = 4, seed: int = 0) -> Side:
     one = Gaussian(subset.double().mean(0), subset.double().T.cov(), count)
     scores = ScoreSums(3)
     scores.add(subset[:, :3], torch.arange(50) % 10)
+    for sums in vars(scores).values():
+        sums *= (count or 10_000) / 50
     return Side({"features": one, "spatial": one}, count, subset, scores)
 
 
@@ -220,6 +235,13 @@ def test_only_inception_on_10_000_pictures_is_called_fid(
     assert not (of_fid & found.keys()) or official
     if not official:
         assert {f"fd_{name}", f"fd_{name}_spatial", f"score_{name}"} <= found.keys()
+
+
+def test_statistics_of_many_pictures_make_no_inception_score_of_few() -> None:
+    """As of an npz of ADM's with all statistics and some pictures, as samples."""
+    few = Side(side(None).moments, None, None, side(500).scores)
+    found = compare(few, side(50_000), extractor("inception", True), {}, 0)
+    assert "fid" in found and "score_inception" in found and "inception_score" not in found
 
 
 SET = {"pictures": 50_000, "size": "32 x 32", "channels": 3}
