@@ -84,18 +84,20 @@ class Side:
 
 
 def record_of(
-    images: ImageSet | None, statistics: Statistics | None, fingerprint: str
+    images: ImageSet | None, statistics: Statistics | None, gathered: Gathered | None
 ) -> dict[str, Any]:
     """A set, for the protocol."""
     found: dict[str, Any] = {}
-    if images is not None:
+    if images is not None and gathered is not None:
         found |= {
             "name": images.name,
             "kind": images.kind,
             "pictures": len(images),
             "size": resolution((images.shape[1], images.shape[2])),
             "channels": images.shape[0],
-            "sha256_of_pixels": fingerprint,
+            "sha256_of_pixels": gathered.fingerprint,
+            **({"copies": gathered.copies} if gathered.copies else {}),
+            **({"lossy": images.lossy} if images.lossy else {}),
             **images.protocol,
         }
     if statistics is not None:
@@ -105,6 +107,49 @@ def record_of(
             "pictures": statistics.features.count or "not recorded",
             **({"record": statistics.record} if statistics.record else {}),
         }
+    return found
+
+
+def cautions(samples: dict[str, Any], reference: dict[str, Any], shared: int) -> list[str]:
+    """What makes numbers of two sets hard to compare with others, each in one sentence.
+
+    Args:
+        samples, reference: see `record_of`.
+        shared: how many samples are equal to a picture of the reference.
+    """
+    found = []
+    # Statistics that smalti wrote have the record of their pictures.
+    samples, real = (
+        one.get("statistics", {}).get("record", {}).get("set", {}) or one
+        for one in (samples, reference)
+    )
+    sizes = [one.get("size") for one in (samples, real)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        found.append(
+            f"the samples have {sizes[0]} pixels and the reference {sizes[1]}, and networks see "
+            "either resized: give --image_size, or pictures of one size"
+        )
+    channels = [one.get("channels") for one in (samples, real)]
+    if None not in channels and channels[0] != channels[1]:
+        found.append(
+            f"the samples have {channels[0]} channels and the reference {channels[1]}: networks "
+            "see grey as RGB, and alpha on white"
+        )
+    if samples.get("lossy") and samples["lossy"] != real.get("lossy"):
+        found.append(
+            f"the samples are compressed ({samples['lossy']}), which changes distances: generate "
+            "them as PNG"
+        )
+    for name, one in (("samples", samples), ("pictures of the reference", real)):
+        if one.get("copies"):
+            found.append(
+                f"{one['copies']:,} of {one['pictures']:,} {name} are equal to another: each counts"
+            )
+    if shared:
+        found.append(
+            f"{shared:,} of {samples['pictures']:,} samples are equal to a picture of the "
+            "reference: distances of a set to itself say nothing of new pictures"
+        )
     return found
 
 
@@ -136,7 +181,8 @@ def compare(
         if output in samples.moments or output == "features":
             found[called] = frechet_metric(samples, reference, output, base)
     if samples.scores is not None:
-        called = "inception_score" if official else f"score_{name}"
+        scored = official and samples.scores.counts.sum() >= ENOUGH  # statistics may be of more
+        called = "inception_score" if scored else f"score_{name}"
         found |= _defined([called], lambda: _score(samples, base, called))
     subset_names = [f"{kind}_{name}" for kind in ("kid", "precision", "recall")]
     subset_names += [f"{kind}_{name}" for kind in ("density", "coverage")]

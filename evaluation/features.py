@@ -19,16 +19,16 @@ import pkgutil
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from smalti.config import nearest
 from smalti.data.latents import as_rgb, to_levels
 from smalti.errors import CheckpointError, ConfigurationError, DataError
+from smalti.pretrained import import_transformers, load_model, load_part, loading_errors
 from smalti.tokenizer.losses.perceptual import LPIPS
 
 # -------------------------------------------------------------------------------------------------
@@ -360,9 +360,17 @@ class TransformersFeatures:
         CheckpointError: the model cannot be loaded, or gives no features of images.
     """
 
+    REMEDY: ClassVar[str] = (
+        "give a folder with config.json, model.safetensors and preprocessor_config.json, or an id "
+        "on the Hub"
+    )
+
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
         self.source, self.device = source, torch.device(device)
-        self.model, self.processor = _from_transformers(source)
+        transformers = import_transformers(f"{TRANSFORMERS}{source}")
+        with loading_errors("the vision model", source, self.REMEDY):
+            self.processor = load_part(transformers.AutoImageProcessor, source)
+            self.model = load_model(transformers.AutoModel, source)
         self.model.to(device).eval().requires_grad_(False)
         self.family = str(self.model.config.model_type)  # "clip", "dinov2", ...
         self.name = Path(source).expanduser().resolve().name.lower()
@@ -370,7 +378,7 @@ class TransformersFeatures:
         settings = self.processor.to_dict()
         size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
         self.side = int(size.get("height") or size.get("shortest_edge") or 0)
-        self.resize = f"that of the image processor of {source}: {_in_words(self.processor)}"
+        self.resize = f"that of its image processor: {_in_words(self.processor)}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -397,38 +405,6 @@ def _in_words(processor: Any) -> str:
     crop = ("crop_size",) if settings.get("do_center_crop") else ()
     names = ("size", "resample", *crop, "image_mean", "image_std")
     return ", ".join(f"{name} {settings[name]}" for name in names if settings.get(name) is not None)
-
-
-def _from_transformers(source: str) -> tuple[Any, Any]:
-    """A vision model and its image processor."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{TRANSFORMERS}{source} needs the package transformers: pip install 'smalti[vision]'"
-        ) from error
-    place = Path(source).expanduser()
-    local = place.is_dir()
-    options = {"local_files_only": local, "trust_remote_code": False}
-    name = str(place) if local else source
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name, **options)
-        model, report = transformers.AutoModel.from_pretrained(
-            name,
-            **options,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"the vision model {source} cannot be loaded ({reason}): give a folder with config.json"
-            ", model.safetensors and preprocessor_config.json, or an id on the Hub"
-        ) from error
-    if missing := sorted(report["missing_keys"]):  # transformers would leave them random
-        raise CheckpointError(f"{source} lacks the tensor {missing[0]}")
-    return model, processor
 
 
 # -------------------------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ after an interruption.
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import tarfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from smalti.config import ImageSize
 from smalti.data.dataset import DataOptions, Split
+from smalti.data.generated import SETTINGS, Row, has_manifest, manifest_parts, recorded_rows
 from smalti.data.image_io import to_8_bit
 from smalti.data.latents import resolution
 from smalti.data.sources.arrays import ArraySource
@@ -37,8 +39,6 @@ from smalti.data.sources.verification import in_threads
 from smalti.data.transforms import center_crop, to_tensor
 from smalti.errors import DataError
 from smalti.files import read_hashed_json, replacing, sha256_of
-
-GENERATION, INDEX, MANIFEST = "generation.json", "index.json", "manifest.jsonl"
 
 # -------------------------------------------------------------------------------------------------
 # Sets of pictures
@@ -51,6 +51,9 @@ class ImageSet(ABC):
         name: as the user gave it.
         kind: what it is, for the protocol.
         identity: changes when any picture does; known before they are read.
+        exact: whether it covers the content of all pictures; otherwise their names and lengths, so
+            that one could change and the identity stay.
+        lossy: the format of its files, if that changes pixels, such as JPEG; "" if not.
         classes: names of the classes; () = the pictures have none.
         labels: (N,) the class of each picture.
         captions: a text for each picture; () = they have none.
@@ -67,8 +70,11 @@ class ImageSet(ABC):
         labels: Tensor | None = None,
         captions: Sequence[str] = (),
         protocol: dict[str, Any] | None = None,
+        exact: bool = True,
+        lossy: str = "",
     ) -> None:
         self.name, self.kind, self.identity = name, kind, identity
+        self.exact, self.lossy = exact, lossy
         self.classes, self.labels = tuple(classes), labels if classes else None
         self.captions, self.protocol = captions, protocol or {}
 
@@ -115,10 +121,17 @@ class SourceSet(ImageSet):
     Args:
         size: the centre of each picture is cropped and resized to it, as for training; None: the
             pictures as they are.
+        exact: whether the fingerprint of the source covers the content of its pictures.
     """
 
     def __init__(
-        self, name: str, source: ImageSource, rows: Tensor, size: ImageSize | None, split: Split
+        self,
+        name: str,
+        source: ImageSource,
+        rows: Tensor,
+        size: ImageSize | None,
+        split: Split,
+        exact: bool,
     ) -> None:
         self.source, self.rows, self.size = source, rows.tolist(), size
         if not self.rows:
@@ -134,6 +147,8 @@ class SourceSet(ImageSet):
             labels=source.labels[rows],
             captions=[source.captions(row)[0] for row in self.rows] if has_captions else (),
             protocol={"split": split, "crop": crop},
+            exact=exact,
+            lossy=_lossy_format(source.name(row) for row in self.rows),
         )
 
     def __len__(self) -> int:
@@ -166,8 +181,12 @@ class GeneratedSet(ImageSet):
         numbers = {label: number for number, label in enumerate(names)}
         complete = len(given) == len(self.rows)
         prompts = [str(row["prompt"]) for row in self.rows if "prompt" in row]
-        hashes = [str(row.get("sha256", "")).encode() for row in self.rows]
+        hashes = [row["sha256"].encode() for row in self.rows]
         crop = "none" if size is None else f"centre, to {resolution(size)}, box and bicubic (ADM's)"
+        settings = _settings_of(folder, len(self.rows))
+        lossy = _lossy_format(row.get("member", row["file"]) for row in self.rows)
+        if settings.get("format") == "webp" and settings.get("quality") is not None:
+            lossy = f"WebP, quality {settings['quality']}"
         super().__init__(
             name,
             "generated folder",
@@ -175,7 +194,8 @@ class GeneratedSet(ImageSet):
             classes=list(names.values()) if complete else (),
             labels=torch.tensor([numbers[label] for _, label in given]) if complete else None,
             captions=prompts if len(prompts) == len(self.rows) else (),
-            protocol={"crop": crop, "sampling": _settings_of(folder, len(self.rows))},
+            protocol={"crop": crop, "sampling": settings},
+            lossy=lossy,
         )
 
     def __len__(self) -> int:
@@ -201,49 +221,56 @@ class GeneratedSet(ImageSet):
         except (OSError, tarfile.TarError) as error:
             raise DataError(f"{path} cannot be read ({error}): generate it again") from error
 
-    def _read(self, row: dict[str, Any]) -> Tensor:
-        file = str(row["file"])
-        path = self.folder / file
+    def _read(self, row: Row) -> Tensor:
         try:
-            if file in self._arrays:
-                picture = Image.fromarray(np.ascontiguousarray(self._arrays[file][row["index"]]))
-            else:
-                content = self._content(path, file, row)
+            content, picture = self._content(row)
+            if hashlib.sha256(content).hexdigest() != row["sha256"]:
+                raise OSError("it is not the picture that this job wrote")
+            if picture is None:
                 with Image.open(io.BytesIO(content)) as opened:
                     picture = to_8_bit(opened) if opened.mode != "RGBA" else opened.copy()
         except (OSError, KeyError, IndexError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(
-                f"{row.get('member', file)} of {self.folder} cannot be read ({error}): run the same"
-                " smalti generate again"
+                f"{row.get('member', row['file'])} of {self.folder} cannot be read ({error}): run "
+                "the same smalti generate again"
             ) from error
         return to_tensor(picture if self.size is None else center_crop(picture, self.size))
 
-    def _content(self, path: Path, file: str, row: dict[str, Any]) -> bytes:
+    def _content(self, row: Row) -> tuple[bytes, Image.Image | None]:
+        """The bytes of a picture that its hash is of; and the picture, if they are pixels."""
+        file = row["file"]
+        if file in self._arrays:
+            pixels = np.ascontiguousarray(self._arrays[file][row["index"]])
+            return pixels.tobytes(), Image.fromarray(pixels)
         if file not in self._shards:
-            return path.read_bytes()
+            return (self.folder / file).read_bytes(), None
         offset, length = self._shards[file][row["member"]]
-        with path.open("rb") as stream:
+        with (self.folder / file).open("rb") as stream:
             stream.seek(offset)
-            return stream.read(length)
+            return stream.read(length), None
 
 
-def _rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The pictures of a generated folder: `manifest.jsonl`, or `index.json` of earlier versions."""
-    manifest = folder / MANIFEST
-    try:
-        if manifest.is_file():
-            lines = manifest.read_text(encoding="utf-8").splitlines()
-            rows = sorted((json.loads(line) for line in lines if line), key=lambda r: r["index"])
-        else:
-            pictures = read_hashed_json(folder / INDEX)["pictures"]
-            rows = [{"index": index, **row} for index, row in enumerate(pictures)]
-        if all(isinstance(row["file"], str) for row in rows) and rows:
-            return rows
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(
-            f"the manifest of {folder} is damaged ({error}): run the same smalti generate again"
-        ) from error
-    raise DataError(f"the manifest of {folder} names no pictures: run smalti generate again")
+def _lossy_format(names: Iterable[str]) -> str:
+    """JPEG, if a file has such a name; ""."""
+    return "JPEG" if any(name.lower().endswith((".jpg", ".jpeg")) for name in names) else ""
+
+
+def _rows_of(folder: Path) -> list[Row]:
+    """The rows of the pictures of a generated folder, in their order.
+
+    Raises:
+        DataError: it is not finished; its manifest is damaged, or names no pictures.
+    """
+    rows, damaged = recorded_rows(folder)
+    found = [rows[index] for index in sorted(rows)]
+    if not all(isinstance(row.get(name), str) for row in found for name in ("file", "sha256")):
+        damaged.append("a line names no file or no hash")
+    if damaged or not found:
+        problem = f"is damaged ({damaged[0]})" if damaged else "names no pictures"
+        raise DataError(f"the manifest of {folder} {problem}: run the same smalti generate again")
+    if manifest_parts(folder):
+        raise DataError(f"{folder} is not finished: run the same smalti generate again")
+    return found
 
 
 def _settings_of(folder: Path, pictures: int) -> dict[str, Any]:
@@ -255,9 +282,9 @@ def _settings_of(folder: Path, pictures: int) -> dict[str, Any]:
     Raises:
         DataError: some are missing.
     """
-    if not (folder / GENERATION).is_file():
+    if not (folder / SETTINGS).is_file():
         return {}
-    stored = read_hashed_json(folder / GENERATION)
+    stored = read_hashed_json(folder / SETTINGS)
     wanted = len(stored.get("labels", ()))
     if pictures < wanted:
         raise DataError(
@@ -290,8 +317,18 @@ class Statistics:
     # Of files that smalti wrote: the extractor, its weights, and the pictures.
     record: dict[str, Any] = field(default_factory=dict)
 
-    def check_extractor(self, name: str, weights_sha256: str, dim: int) -> None:
-        """Raise `DataError` unless the statistics may be those of this extractor."""
+    def check_extractor(self, name: str, weights_sha256: str, dim: int, resize: str = "") -> None:
+        """Raise `DataError` unless the statistics may be those of this extractor.
+
+        Args:
+            resize: how it resizes pictures, if that is known.
+        """
+        before = self.record.get("resize", resize)
+        if resize and before != resize:
+            raise DataError(
+                f"{self.name} has statistics of pictures with another resize ({before}) than that "
+                f"of {name} ({resize}): save them again with --save_statistics"
+            )
         known = self.record.get("weights_sha256")
         if known is not None and known != weights_sha256:
             raise DataError(
@@ -404,7 +441,7 @@ def open_set(
     statistics = read_statistics(place) if {"mu", "sigma"} <= set(names) else None
     if statistics is not None and not {"arr_0", "images"} & set(names):
         return OpenedSet(None, statistics)
-    if place.is_dir() and any((place / name).is_file() for name in (MANIFEST, INDEX)):
+    if place.is_dir() and has_manifest(place):
         return OpenedSet(GeneratedSet(spec, place, size))
     # Those of a command may be of a subclass, which has options of its own.
     given = {part.name: getattr(options, part.name) for part in dataclasses.fields(DataOptions)}
@@ -417,4 +454,5 @@ def open_set(
         heldout = heldout_mask(source, options.heldout_fraction, options.split_seed)
         keep = heldout if part == "heldout" else ~heldout
     rows = keep.nonzero().flatten()
-    return OpenedSet(SourceSet(spec, source, rows, size, split), statistics)
+    exact = len(source) <= options.folder.verify_up_to
+    return OpenedSet(SourceSet(spec, source, rows, size, split, exact), statistics)

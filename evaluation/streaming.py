@@ -2,16 +2,19 @@
 
 A set is divided into at most 16 parts, and a part into blocks of 64 pictures. Of a part are kept
 the moments of its features in float64, sums for the Inception Score, the features of a random
-subset of the set, and a hash of each block; they are written to a file when the part is finished.
-So memory does not grow with the set; processes divide the parts among them; after an interruption
-the finished parts are read instead of measured; and as the parts are joined in their order, the
-numbers are the same to the bit in each of these cases.
+subset of the set, and hashes of its blocks and of its pictures; they are written to a file when the
+part is finished. So memory does not grow with the set, but for 8 bytes a picture; processes divide
+the parts among them; after an interruption the finished parts are read instead of measured; and as
+the parts are joined in their order, the numbers are the same to the bit in each of these cases.
+Pictures of a set too large to be hashed when it is opened are read again for that, and compared
+with the hashes of their part.
 """
 
 import hashlib
 import json
+import logging
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +31,12 @@ from smalti.evaluation.pictures import BLOCK
 from smalti.files import replacing
 from smalti.randomness import generator
 
+logger = logging.getLogger(__name__)
+
 BLOCK_PICTURES = 64  # read, hashed and extracted at once
 MAX_PARTS, MIN_PART = 16, 1024  # parts of a set, and pictures of one
 SUBSET = 10_000  # pictures of a set whose features are kept, for metrics of neighbours and kernels
+FORMAT = 2  # of the files of parts: another is measured again
 SPLITS, SPLIT_SEED = 10, 2020  # of the Inception Score, as in torch-fidelity
 
 # -------------------------------------------------------------------------------------------------
@@ -143,11 +149,21 @@ class Gathered:
 
     kept: dict[str, Kept]  # by the name of the extractor
     hashes: list[str]  # sha256 of each block
+    digests: Tensor  # (n,) int64, a hash of each picture, by which equal ones are found
 
     @property
     def fingerprint(self) -> str:
         """A hash of the pixels of all pictures, whatever contains them."""
         return hashlib.sha256("".join(self.hashes).encode()).hexdigest()
+
+    @property
+    def copies(self) -> int:
+        """How many pictures are equal to one before them."""
+        return len(self.digests) - len(self.digests.unique())
+
+    def shared_with(self, other: "Gathered") -> int:
+        """How many pictures are equal to one of another set."""
+        return int(torch.isin(self.digests, other.digests).sum())
 
     def write(self, path: Path, key: str) -> None:
         """Write all at once or nothing."""
@@ -158,7 +174,8 @@ class Gathered:
         }
         about = np.array(json.dumps({"key": key, "hashes": self.hashes}))
         with replacing(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, about=about, **arrays)  # type: ignore[arg-type]
+            digests = self.digests.numpy()
+            np.savez(stream, about=about, digests=digests, **arrays)  # type: ignore[arg-type]
 
     def read(self, path: Path, key: str) -> bool:
         """Take what was written; False if there is nothing, or it belongs to another evaluation."""
@@ -170,6 +187,7 @@ class Gathered:
                 for name, kept in self.kept.items():
                     names = [n for n in stored_arrays.files if n.startswith(f"{name}/")]
                     kept.restore({n.removeprefix(f"{name}/"): stored_arrays[n] for n in names})
+                self.digests = torch.from_numpy(stored_arrays["digests"])
             self.hashes = list(about["hashes"])
         except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
             return False
@@ -209,13 +227,14 @@ def gather(
     """
     dims = {extractor.name: dims_of(extractor) for extractor in extractors}
     networks = [(e.name, e.weights_sha256, resize_of(e)) for e in extractors]
-    settings = [images.identity, len(images), networks, seed, SUBSET, BLOCK_PICTURES, MIN_PART]
+    sizes = [len(images), SUBSET, BLOCK_PICTURES, MIN_PART]
+    settings = [FORMAT, images.identity, networks, seed, sizes]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     parts, work = parts_of(len(images)), Work(images, extractors, dims, seed)
     paths = [folder / f"{key[:16]}-{number:02d}.npz" for number in range(len(parts))]
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(rank, len(parts), world_size):
-        if work.empty().read(paths[number], key):
+        if work.is_measured(parts[number], paths[number], key):
             progress(len(parts[number]))
         else:
             work.measure(parts[number], progress).write(paths[number], key)
@@ -230,6 +249,7 @@ def gather(
         for name, kept in whole.kept.items():
             kept.merge(part.kept[name])
         whole.hashes += part.hashes
+        whole.digests = torch.cat([whole.digests, part.digests])
     return whole
 
 
@@ -264,22 +284,54 @@ class Work:
 
     def empty(self) -> Gathered:
         """Of no pictures."""
-        return Gathered({e.name: Kept(self.dims[e.name]) for e in self.extractors}, [])
+        kept = {e.name: Kept(self.dims[e.name]) for e in self.extractors}
+        return Gathered(kept, [], torch.zeros(0, dtype=torch.int64))
+
+    def is_measured(self, part: range, path: Path, key: str) -> bool:
+        """Whether a file has what is kept of a part, of the pictures that the set has now."""
+        found = self.empty()
+        if not found.read(path, key):
+            return False
+        if self.images.exact or found.hashes == [_hash_of(v) for _, v in self._blocks(part)]:
+            return True
+        logger.warning(
+            "pictures %d to %d of %s changed since they were measured: they are measured again",
+            *(part.start, part.stop - 1, self.images.name),
+        )
+        return False
 
     def measure(self, part: range, progress: Callable[[int], object]) -> Gathered:
         """Of the pictures of a part."""
-        found = self.empty()
-        for first in range(part.start, part.stop, BLOCK_PICTURES):
-            rows = range(first, min(first + BLOCK_PICTURES, part.stop))
-            levels = self.images.levels(rows).contiguous()
-            content = repr(tuple(levels.shape)).encode() + levels.numpy().tobytes()
-            found.hashes.append(hashlib.sha256(content).hexdigest())
+        found, digests = self.empty(), list[Tensor]()
+        for rows, levels in self._blocks(part):
+            found.hashes.append(_hash_of(levels))
+            digests.append(_digests_of(levels))
             at_once = max(1, BLOCK // (4 * levels[0].numel()))
             for inside in torch.arange(len(rows)).split(at_once):
                 images = to_float(levels[inside])
-                chosen, splits = (v[first + inside] for v in (self.chosen, self.splits))
+                chosen, splits = (v[rows.start + inside] for v in (self.chosen, self.splits))
                 for extractor in self.extractors:
                     outputs = outputs_of(extractor, images)
                     found.kept[extractor.name].add(outputs, chosen, splits)
             progress(len(rows))
+        found.digests = torch.cat(digests)
         return found
+
+    def _blocks(self, part: range) -> Iterator[tuple[range, Tensor]]:
+        """The positions and the pictures of each block."""
+        for first in range(part.start, part.stop, BLOCK_PICTURES):
+            rows = range(first, min(first + BLOCK_PICTURES, part.stop))
+            yield rows, self.images.levels(rows).contiguous()
+
+
+def _hash_of(levels: Tensor) -> str:
+    """sha256 of the shape and the pixels of a block."""
+    content = repr(tuple(levels.shape)).encode() + levels.numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digests_of(levels: Tensor) -> Tensor:
+    """8 bytes of BLAKE2 of the pixels of each picture, (B,) int64."""
+    pictures = (picture.tobytes() for picture in levels.numpy())
+    digests = b"".join(hashlib.blake2b(pixels, digest_size=8).digest() for pixels in pictures)
+    return torch.from_numpy(np.frombuffer(digests, np.int64).copy())

@@ -23,16 +23,17 @@ import torch
 from PIL import Image
 
 from smalti.config import plain
+from smalti.data.generated import SETTINGS
 from smalti.data.image_io import image_grid
 from smalti.data.latent_cache.buckets import BucketedLatents
 from smalti.data.latent_cache.on_the_fly import Latents
-from smalti.data.latents import ContinuousSpec, height_and_width
+from smalti.data.latents import height_and_width
 from smalti.errors import GenerationError
 from smalti.files import first_difference, read_hashed_json, write_hashed_json
 from smalti.folders import contents
 from smalti.pipelines.conditions import BatchConditions, Inputs, arguments_for, check_options
 from smalti.pipelines.guided import GuidedPipeline
-from smalti.pipelines.manifest import SETTINGS, Manifest
+from smalti.pipelines.manifest import Manifest
 from smalti.pipelines.picture_files import PER_SHARD, Layout, PictureFormat, picture_names
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
@@ -122,17 +123,8 @@ def picture_generator(seed: int, index: int) -> torch.Generator:
 
 
 def group_size(pipeline: Pipeline) -> int:
-    """Pictures of a group: as many as make a pass through the prior efficient.
-
-    A next-token prior has one position of a picture in a pass, a next-scale prior one scale, a
-    flow prior all of them.
-    """
-    spec = pipeline.prior.spec
-    if isinstance(spec, ContinuousSpec):
-        positions = spec.height * spec.width
-    else:
-        positions = spec.length // len(spec.grids) if len(spec.grids) > 1 else 1
-    return max(1, min(POSITIONS_AT_ONCE // max(positions, 1), LARGEST_GROUP))
+    """Pictures of a group: as many as make a pass through the prior efficient."""
+    return max(1, min(POSITIONS_AT_ONCE // pipeline.prior.positions_per_step, LARGEST_GROUP))
 
 
 def sample_grid(

@@ -1,6 +1,7 @@
 """A pipeline whose flow prior is guided by a classifier of noisy latents (Dhariwal and Nichol,
 2105.05233, section 4)."""
 
+import inspect
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +15,6 @@ from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
 from smalti.prior.flow.classifier import LatentClassifier
 from smalti.prior.flow.guidance import Classifier
-from smalti.prior.flow.prior import FlowPrior
 
 
 class GuidedPipeline(Pipeline):
@@ -37,8 +37,7 @@ class GuidedPipeline(Pipeline):
     ) -> None:
         _check_prior(pipeline, classifier)
         super().__init__(pipeline.tokenizer, pipeline.prior, pipeline.classes)
-        self.notes, self.training_pictures = pipeline.notes, pipeline.training_pictures
-        self._sampling, self._progress = dict(pipeline.sampling), pipeline._progress
+        self._continue(pipeline)
         self.classifier = classifier.to(self.device).eval()
         self._guide = Classifier.of(self.classifier, scale)
         self.classes = pipeline.classes or classifier.classes
@@ -115,7 +114,7 @@ class GuidedPipeline(Pipeline):
 def _check_prior(pipeline: Pipeline, classifier: LatentClassifier) -> None:
     """Raise `GenerationError` unless the classifier can guide the prior of the pipeline."""
     prior, ours, theirs = pipeline.prior, classifier.classes, pipeline.classes
-    if not isinstance(prior, FlowPrior):
+    if "classifier" not in inspect.signature(prior.sample).parameters:
         kind = Prior.registry.name_of(type(prior))
         raise GenerationError(
             f"a classifier guides a flow prior, and this pipeline has a {kind} prior: leave the "

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from smalti.data.dataset import read_options
+from smalti.data.generated import SETTINGS, recorded_rows
 from smalti.errors import SmaltiError
 from smalti.files import Info, command, read_hashed_json, read_json, recorded_hashes
 from smalti.pipelines.card import image_words
 from smalti.pipelines.conditions import CONDITION_SOURCES
 from smalti.pipelines.image_tasks import make_task
-from smalti.pipelines.manifest import SETTINGS, problems_in, recorded_rows
+from smalti.pipelines.manifest import problems_in
 from smalti.pipelines.model_index import INDEX
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior

@@ -1,39 +1,31 @@
-"""The record of the pictures of a generation job: a row for each, with its hash.
-
-    manifest.jsonl      index, seed, file, class or prompt, and sha256 of each picture; written when
-                        all processes are done
-    index.json          the same, of earlier versions
-    .manifest-00000.jsonl   the rows of what one process wrote, until then
-
-The hash is that of the file; of the member in a shard; of the bytes of the pixels in an npz.
-"""
+"""Writing and checking the records of a generation job, see `data/generated.py`."""
 
 import io
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from smalti.errors import SmaltiError
-from smalti.files import append_line, checked_lines, read_hashed_json, write_lines
+from smalti.data.generated import (
+    INDEX,
+    MANIFEST,
+    PART,
+    SETTINGS,
+    Row,
+    manifest_parts,
+    recorded_rows,
+)
+from smalti.files import append_line, read_hashed_json, write_lines
 from smalti.pipelines.contact_sheet import SHEET, write_contact_sheet
 from smalti.pipelines.picture_files import (
     PICTURE,
     PictureFormat,
-    Row,
     Store,
     sha256_of_bytes,
 )
 
 logger = logging.getLogger(__name__)
-
-SETTINGS = "generation.json"
-MANIFEST = "manifest.jsonl"
-INDEX = "index.json"  # of earlier versions
-PART = ".manifest-{:05d}.jsonl"
-PARTS = (".manifest-", ".index-")  # begin the names of parts; the second, in earlier versions
 
 
 class Manifest:
@@ -113,7 +105,7 @@ class Manifest:
         self.store.finish(self.row, classes)
         write_lines(self.folder / MANIFEST, self.rows())
         write_contact_sheet(self.folder / SHEET, title, self.rows, self.store)
-        for old in (*_parts(self.folder), self.folder / INDEX):
+        for old in (*manifest_parts(self.folder), self.folder / INDEX):
             old.unlink(missing_ok=True)
         foreign = foreign_files(self.folder, self.store, (row["file"] for row in self.rows()))
         if foreign:
@@ -131,44 +123,6 @@ def place_of(folder: Path, index: int, place: Row) -> str:
         return f"{folder / place['file']}: {place['member']}"
     one = PICTURE.fullmatch(place["file"])
     return f"{folder / place['file']}" if one else f"{folder / place['file']}: picture {index}"
-
-
-def recorded_rows(folder: Path) -> tuple[dict[int, Row], list[str]]:
-    """The recorded rows of the pictures of a job by index, from the manifest and its parts, and
-    what is wrong with them.
-
-    A row has at least index, file and sha256.
-    """
-    rows, damaged = dict[int, Row](), list[str]()
-    if (folder / INDEX).is_file():
-        try:
-            for entry in read_hashed_json(folder / INDEX)["pictures"]:
-                rows[_number_of(entry)] = entry
-        except SmaltiError as error:
-            damaged.append(str(error))
-        except (LookupError, TypeError, ValueError):
-            damaged.append(f"{folder / INDEX} is damaged")
-    if (folder / MANIFEST).is_file():
-        lines, wrong = checked_lines(folder / MANIFEST, "index")
-        rows |= {line["index"]: line for line in lines}
-        damaged += wrong
-    for part in _parts(folder):
-        for text in part.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(text)
-                rows[_number_of(entry)] = {
-                    "file": entry["file"],
-                    "sha256": entry["sha256"],
-                    **entry,
-                }
-            except (ValueError, LookupError, TypeError):
-                continue  # cut by a kill: its picture is generated again
-    return rows, damaged
-
-
-def _number_of(entry: Row) -> int:
-    """The index of a picture; in earlier versions only the name of its file has it."""
-    return entry["index"] if "index" in entry else int(Path(entry["file"]).stem)
 
 
 def problems_in(folder: Path) -> list[str]:
@@ -211,10 +165,6 @@ def foreign_files(folder: Path, store: Store, names: Iterator[str]) -> list[str]
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     visible = (path for path in found if not any(part.startswith(".") for part in path.parts))
     return sorted({path.as_posix() for path in visible} - own)
-
-
-def _parts(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.startswith(PARTS))
 
 
 def _is_complete(content: bytes) -> bool:

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from smalti.data.image_io import as_picture, image_grid, to_pil
 from smalti.data.latents import to_float
 from smalti.data.transforms import to_tensor
+from smalti.errors import GenerationError
+from smalti.pipelines.conditions import integer
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 MOST_SHOWN = 64  # pictures in a notebook
@@ -70,6 +72,16 @@ class PipelineOutput:
             return None
         images = to_float(torch.stack([to_tensor(picture) for picture in pictures]))
         return png_of(image_grid(images, min(COLUMNS, len(images))))
+
+
+def check_output(output_type: str, batch_size: int | None) -> None:
+    """Raise `GenerationError` unless these are arguments of a call of a pipeline."""
+    if output_type not in get_args(OutputType):
+        raise GenerationError(
+            f'output_type is "{output_type}"; choose one of {", ".join(get_args(OutputType))}'
+        )
+    if batch_size is not None and integer("batch_size", batch_size) < 1:
+        raise GenerationError(f"batch_size is {batch_size}; it must be at least 1")
 
 
 def as_output(images: Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | Tensor:

@@ -27,13 +27,13 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 import numpy as np
 from PIL import Image
 
+from smalti.data.generated import Row
 from smalti.data.sources.webdataset import tar_writer, write_sample
 from smalti.errors import ConfigurationError
 from smalti.files import replacing, write_text
 
 Layout = Literal["flat", "class"]
 FormatName = Literal["png", "webp", "jpeg", "webdataset", "npz"]
-Row = dict[str, Any]  # of the manifest: index, seed, file, class, label, prompt, sha256
 Describe = Callable[[int], Row | None]  # the row of a picture; None if it is missing
 
 SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}

@@ -12,7 +12,7 @@ A saved pipeline is a folder:
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast, get_args
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from PIL import Image
@@ -22,8 +22,8 @@ from smalti.checkpoints import Weights, check_weights, is_checkpoint
 from smalti.config import ImageSize
 from smalti.data.buckets import Bucket
 from smalti.data.classes import check_class_names
-from smalti.data.latents import as_image_size, as_tensor
-from smalti.errors import CheckpointError, ConfigurationError, GenerationError
+from smalti.data.latents import as_image_size
+from smalti.errors import CheckpointError, ConfigurationError
 from smalti.folders import replacing_folder
 from smalti.pipelines.callbacks import Callback, Progress, Steps, preview
 from smalti.pipelines.card import SAMPLES, described
@@ -34,7 +34,6 @@ from smalti.pipelines.conditions import (
     Inputs,
     Prompts,
     conditions_of,
-    integer,
     separated,
 )
 from smalti.pipelines.editing import Edit
@@ -52,13 +51,19 @@ from smalti.pipelines.model_index import (
     write_pipeline,
 )
 from smalti.pipelines.offloading import Offloading
-from smalti.pipelines.output import OutputType, PipelineOutput, as_output, png_of
-from smalti.pipelines.sampling import checked_sampling, default_sampling, explicit, sampling_words
+from smalti.pipelines.output import OutputType, PipelineOutput, as_output, check_output, png_of
+from smalti.pipelines.sampling import (
+    checked_sampling,
+    default_sampling,
+    explicit,
+    row_options,
+    sampling_words,
+)
 from smalti.prior.base import Prior
 from smalti.prior.conditions.base import moved, rows
 from smalti.prior.conditions.text_encoder import TextEncoder, text_encoder_of
 from smalti.randomness import Generators, check_generators
-from smalti.repository import Uploadable, check_not_diffusers, check_options, resolve_folder
+from smalti.repository import Uploadable, check_loading_options, check_not_diffusers, resolve_folder
 from smalti.tokenizer.base import Tokenizer, check_finite
 from smalti.weights import chosen_dtype, unwrapped
 
@@ -91,7 +96,6 @@ class Pipeline(Uploadable):
         self._text_encoder: TextEncoder | None = None  # loaded when it is first needed
         self._sampling = default_sampling(prior)
         self._progress = Progress()
-        self._offloading: Offloading | None = None
         self._samples: bytes | None = None  # PNG of the grid that the model card shows
 
     # -- loading and saving -------------------------------------------------------------------
@@ -137,7 +141,7 @@ class Pipeline(Uploadable):
             SmaltiError: the folder does not exist, or a file is missing, damaged or does not fit;
                 there is no such precision; an option cannot be met.
         """
-        check_options(device_map=device_map, low_cpu_mem_usage=low_cpu_mem_usage)
+        check_loading_options(device_map=device_map, low_cpu_mem_usage=low_cpu_mem_usage)
         precision = chosen_dtype(dtype, torch_dtype)
         folder = resolve_folder(
             path_or_hub_id,
@@ -210,7 +214,6 @@ class Pipeline(Uploadable):
             device, dtype = None, device
         if self._offloading is not None:
             self._offloading.remove()
-            self._offloading = None
         for model in (self.tokenizer, self.prior):
             if dtype is not None:
                 model.cast(dtype)
@@ -241,17 +244,24 @@ class Pipeline(Uploadable):
         tokenizer = tokenizer.sharing_weights(size)
         prior = cast(Prior, unwrapped(self.prior)).resized(tokenizer.spec, tokenizer.fingerprint)
         pipeline = type(self)(tokenizer, prior, self.classes)
-        pipeline.notes, pipeline.training_pictures = self.notes, self.training_pictures
-        pipeline._sampling, pipeline._text_encoder = dict(self.sampling), self._text_encoder
-        pipeline._progress = self._progress
+        pipeline._continue(self)
+        for old, new in ((self.tokenizer, tokenizer), (self.prior, prior)):
+            if old.compiled_with is not None:
+                new.compile_parts(**old.compiled_with)
         if self._offloading is not None:
             pipeline.enable_model_cpu_offload(self._offloading.device)
         return pipeline
 
+    def _continue(self, other: "Pipeline") -> None:
+        """Take what another pipeline of the same weights has been told and has loaded."""
+        self.notes, self.training_pictures = other.notes, other.training_pictures
+        self._sampling, self._progress = dict(other.sampling), other._progress
+        self._text_encoder = other._text_encoder
+
     def compile(self, **options: Any) -> Self:
         """Compile what sampling runs, the blocks of the prior's network and the decoder, with
         options of torch.compile; return self. Samples then differ by rounding. Pipelines that
-        `resized` makes are not compiled."""
+        `resized` makes of a compiled one are compiled likewise."""
         self.prior.compile_parts(**options)
         self.tokenizer.compile_parts(**options)
         return self
@@ -266,7 +276,11 @@ class Pipeline(Uploadable):
         Raises:
             ConfigurationError: there is none.
         """
-        self._offloading = Offloading([self.tokenizer, self.prior], device)
+        Offloading([self.tokenizer, self.prior], device)  # the models keep it
+
+    @property
+    def _offloading(self) -> Offloading | None:
+        return Offloading.of([self.tokenizer, self.prior])
 
     def release(self) -> None:
         """Move models that are offloaded off the accelerator, as every call does at its end."""
@@ -456,12 +470,12 @@ class Pipeline(Uploadable):
         """
         pipe = self if image_size is None else self.resized(image_size)
         others, options = separated(pipe.prior, options)
-        options = pipe.sampling_options({"guidance_scale": guidance_scale, **options})
         texts = (prompt, negative_prompt, prompt_embeds, prompt_attention_mask)
         inputs = Inputs(class_labels, *texts, num_images, image, mask_image, strength, others)
         conditions, edit = pipe.conditions(inputs, num_images_per_prompt)
-        options |= edit
-        _check_output(output_type, batch_size)
+        self._text_encoder = pipe._text_encoder  # loaded once for all sizes
+        options = pipe.sampling_options({"guidance_scale": guidance_scale, **options}) | edit
+        check_output(output_type, batch_size)
         check_generators(generator, len(conditions))
         size = int(batch_size or len(conditions))
         steps = Steps(pipe, pipe._progress, -(-len(conditions) // size), progress)
@@ -500,7 +514,7 @@ class Pipeline(Uploadable):
         steps: Steps,
     ) -> Iterator[Tensor]:
         """The sampled latents, `size` at a time."""
-        by_row = self._row_options(options, len(conditions))
+        by_row = row_options(self.prior, options, len(conditions))
         if conditions.negative is not None:
             by_row["negative_condition"] = conditions.negative
         options = {**options, **steps.options}
@@ -537,24 +551,6 @@ class Pipeline(Uploadable):
         found, each = edit.conditions(self.prior, inputs, each, conditions)
         return found, edit.options(len(found), each)
 
-    def _row_options(self, options: Mapping[str, Any], images: int) -> dict[str, Any]:
-        """The options that have a row for each image, as tensors.
-
-        Raises:
-            GenerationError: one has another number of rows.
-        """
-        found = {}
-        for name in self.prior.row_options:
-            if options.get(name) is None:
-                continue
-            found[name] = torch.as_tensor(as_tensor(options[name]))
-            if found[name].ndim < 1 or len(found[name]) != images:
-                raise GenerationError(
-                    f"{name} has shape {tuple(found[name].shape)} for {images} images: give one "
-                    "row for each image"
-                )
-        return found
-
     def _decode(self, latents: Tensor, *, singly: bool) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] on the CPU.
 
@@ -577,16 +573,6 @@ class Pipeline(Uploadable):
             GenerationError: there is no such class; the message lists similar names.
         """
         return label_ids(class_labels, self.classes)
-
-
-def _check_output(output_type: str, batch_size: int | None) -> None:
-    """Raise `GenerationError` unless these are arguments of a call of a pipeline."""
-    if output_type not in get_args(OutputType):
-        raise GenerationError(
-            f'output_type is "{output_type}"; choose one of {", ".join(get_args(OutputType))}'
-        )
-    if batch_size is not None and integer("batch_size", batch_size) < 1:
-        raise GenerationError(f"batch_size is {batch_size}; it must be at least 1")
 
 
 def check_model(model: str) -> None:

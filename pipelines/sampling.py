@@ -1,7 +1,8 @@
-"""Sampling defaults: the options of a pipeline's calls that are used when a call gives none.
+"""Sampling options of a pipeline's calls: those of the prior's `sample`, `guidance_scale` among
+them.
 
-They are options of the prior's `sample`, `guidance_scale` among them, and are saved beside the
-models in sampling.json, whose hash model_index.json records.
+The ones that are used when a call gives none, its sampling defaults, are saved beside the models in
+sampling.json, whose hash model_index.json records.
 """
 
 import inspect
@@ -10,8 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from smalti.config import nearest, plain
-from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
+from smalti.data.latents import as_tensor
+from smalti.errors import CheckpointError, ConfigurationError, GenerationError, SmaltiError
 from smalti.files import read_config_file
 from smalti.pipelines.conditions import FILLED_BY_PIPELINE, check_options
 from smalti.prior.base import Prior
@@ -108,3 +113,22 @@ def sampling_words(options: Mapping[str, Any]) -> str:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def row_options(prior: Prior, options: Mapping[str, Any], images: int) -> dict[str, Tensor]:
+    """The options of a call that have a row for each image, as tensors.
+
+    Raises:
+        GenerationError: one has another number of rows.
+    """
+    found = {}
+    for name in prior.row_options:
+        if options.get(name) is None:
+            continue
+        found[name] = torch.as_tensor(as_tensor(options[name]))
+        if found[name].ndim < 1 or len(found[name]) != images:
+            raise GenerationError(
+                f"{name} has shape {tuple(found[name].shape)} for {images} images: give one row "
+                "for each image"
+            )
+    return found

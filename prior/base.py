@@ -254,6 +254,15 @@ class Prior(nn.Module, Pretrained, ABC):
         return latents
 
     @property
+    def positions_per_step(self) -> int:
+        """Latent positions that a sample has in one pass of the network, on average: one code, the
+        codes of a scale, or all numbers of a map."""
+        spec = self.spec
+        if not isinstance(spec, CodeSpec):
+            return spec.height * spec.width
+        return max(1, spec.length // len(spec.grids)) if len(spec.grids) > 1 else 1
+
+    @property
     def in_full_precision(self) -> bool:
         """Whether the weights are fp32 or better. In half precision a sample also depends on the
         other samples of its batch, by rounding."""

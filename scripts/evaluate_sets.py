@@ -7,6 +7,7 @@
 
 import inspect
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -25,6 +26,7 @@ from smalti.data.sources.base import fingerprint_of
 from smalti.errors import ConfigurationError, DataError, GenerationError
 from smalti.evaluation.comparison import (
     Side,
+    cautions,
     classification,
     compare,
     ratio_metric,
@@ -32,7 +34,7 @@ from smalti.evaluation.comparison import (
     retrieval,
 )
 from smalti.evaluation.evaluator import evenly_spaced
-from smalti.evaluation.features import FeatureExtractor, feature_extractors
+from smalti.evaluation.features import FeatureExtractor, feature_extractors, resize_of
 from smalti.evaluation.image_sets import (
     Gaussian,
     ImageSet,
@@ -41,7 +43,7 @@ from smalti.evaluation.image_sets import (
     open_set,
     save_statistics,
 )
-from smalti.evaluation.metrics import Found, write_summary
+from smalti.evaluation.metrics import Found, defined, write_summary
 from smalti.evaluation.streaming import Gathered, dims_of, gather
 from smalti.pipelines.conditions import arguments_for, check_options
 from smalti.pipelines.generation import picture_generator
@@ -49,7 +51,9 @@ from smalti.pipelines.model_index import INDEX
 from smalti.pipelines.pipeline import Pipeline
 from smalti.scripts.options import DTYPES, DType, Sampling
 from smalti.tokenizer.losses.perceptual import LPIPS
-from smalti.training.processes import join_job, resolve_precision, shared_work
+from smalti.training.processes import agreed_errors, join_job, resolve_precision, shared_work
+
+logger = logging.getLogger(__name__)
 
 PARTS = "parts"  # folder in --output_dir, until the evaluation is finished
 
@@ -303,9 +307,10 @@ class Comparison:
                     )
                 gathered.append(found)
         results: list[Found] = [{}]
-        if join_job().is_main_process:
-            results = [self._metrics(gathered)]
-            shutil.rmtree(folder, ignore_errors=True)
+        with agreed_errors():
+            if join_job().is_main_process:
+                results = [self._metrics(gathered)]
+                shutil.rmtree(folder, ignore_errors=True)
         broadcast_object_list(results)
         return results[0]
 
@@ -317,22 +322,26 @@ class Comparison:
         """All metrics of what was gathered of samples, reference and held-out pictures."""
         config, records = self.config, list[dict[str, Any]]()
         for one, found in zip(self._sets, gathered, strict=True):
-            fingerprint = found.fingerprint if found is not None else ""
             if one is not None:
-                records.append(record_of(one.pictures, one.statistics, fingerprint))
+                records.append(record_of(one.pictures, one.statistics, found))
         if config.save_statistics is not None:
             self._save_statistics(config.save_statistics, gathered[0], records[0])
         names = ("samples", "reference", "heldout")
-        protocol: dict[str, Any] = dict(zip(names, records, strict=False))
+        sets: dict[str, Any] = dict(zip(names, records, strict=False))
         metrics: Found = {}
         if self.reference is not None:
+            shared = gathered[0].shared_with(gathered[1]) if gathered[0] and gathered[1] else 0
+            protocol = {**sets, "cautions": cautions(records[0], records[1], shared)}
             sides = {e.name: self._sides(e.name, gathered) for e in self.extractors}
             for extractor in self.extractors:
                 samples, reference, _ = sides[extractor.name]
                 metrics |= compare(samples, reference, extractor, protocol, config.seed)
             metrics |= ratio_metric(sides, protocol)
             metrics |= self._conditional(protocol)
-        write_summary(config.output_dir / "summary.json", metrics, sets=protocol)
+            notes = [m.protocol["note"] for m in defined(metrics).values() if "note" in m.protocol]
+            for caution in dict.fromkeys([*protocol["cautions"], *notes]):
+                logger.warning(caution)
+        write_summary(config.output_dir / "summary.json", metrics, sets=sets)
         return metrics
 
     def _sides(self, name: str, gathered: list[Gathered | None]) -> tuple[Side, Side, Side | None]:
@@ -382,6 +391,7 @@ class Comparison:
         about = {
             "features": extractor.name,
             "weights_sha256": extractor.weights_sha256,
+            "resize": resize_of(extractor),
             "pictures": moments["features"].count,
             "set": record,
         }
@@ -422,10 +432,17 @@ def names_that_fit(
     for extractor in extractors:
         name = extractor.name
         try:
-            statistics.check_extractor(name, extractor.weights_sha256, dims[name])
+            statistics.check_extractor(
+                name, extractor.weights_sha256, dims[name], resize_of(extractor)
+            )
             fits.add(name)
         except DataError as error:
             problems.append(error)
     if not fits:
         raise problems[0]
+    if len(fits) > 1 and not statistics.record:
+        raise DataError(
+            f"{statistics.name} does not say of which network its statistics are, and they may be "
+            f"of {' or '.join(sorted(fits))}: give one of them as --features"
+        )
     return fits

@@ -20,6 +20,7 @@ FRONT_DOOR = (
     "files",
     "folders",
     "hub",
+    "pretrained",
     "randomness",
     "repository",
     "shards",

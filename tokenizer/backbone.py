@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smalti.config import nearest
-from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
+from smalti.errors import CheckpointError, ConfigurationError
+from smalti.pretrained import import_transformers, load_model, load_part, loading_errors
 from smalti.weights import hash_weights
 
 # Mean and standard deviation of the pixels, in [0, 1], that each kind of model was trained with.
@@ -127,45 +128,21 @@ class FrozenBackbone(nn.Module):
 
 
 def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigurationError(
-            "a vision backbone needs the package transformers: pip install 'smalti[vision]'"
-        ) from error
-    return transformers
+    return import_transformers("a vision backbone")
 
 
 def _from_pretrained(source: str | Path) -> tuple[Any, str]:
     """The vision model of a folder or a Hub id, and its `model_type`."""
-    transformers, local = _transformers(), Path(source).is_dir()
-    options = {"local_files_only": local, "trust_remote_code": False}
-    try:
-        kind = transformers.AutoConfig.from_pretrained(str(source), **options).model_type
+    transformers = _transformers()
+    remedy = "give a folder with config.json and model.safetensors, a Hub id, or a safetensors file"
+    with loading_errors("the backbone", source, remedy):
+        kind = load_part(transformers.AutoConfig, source).model_type
         if kind not in PIXEL_STATISTICS:
             raise ConfigurationError(
                 f"{source} is a {kind}; a backbone is one of {', '.join(PIXEL_STATISTICS)}"
             )
-        model, report = transformers.AutoModel.from_pretrained(
-            str(source),
-            **options,
-            use_safetensors=True,
-            dtype=torch.float32,
-            # The fused attention kernels have no second derivative, which gradient penalties need.
-            attn_implementation="eager",
-            output_loading_info=True,
-        )
-    except SmaltiError:
-        raise
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        what = "cannot be loaded" if local else "does not exist here and cannot be downloaded"
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"the backbone {source} {what} ({reason}): give a folder with config.json and "
-            "model.safetensors, a Hub id, or a safetensors file"
-        ) from error
-    if missing := sorted(report["missing_keys"]):  # transformers would leave them random
-        raise CheckpointError(f"{source} lacks the tensor {missing[0]}")
+        # The fused attention kernels have no second derivative, which gradient penalties need.
+        model = load_model(transformers.AutoModel, source, attn_implementation="eager")
     return getattr(model, "vision_model", model), kind  # of CLIP and SigLIP with a text model
 
 

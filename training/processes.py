@@ -85,6 +85,11 @@ def cpu_multiplies_bf16() -> bool:
 # -------------------------------------------------------------------------------------------------
 # Joining the job.
 
+# Seconds that processes wait for one another whose shares of work may take hours: the main process
+# also trains the classifier of an evaluation, or packs all pictures, alone. A process that fails is
+# found at once by what launched it, which ends the others.
+LONG_WAIT = 7 * 24 * 3600.0
+
 
 def join_job(timeout: float | None = None) -> PartialState:
     """This process as a member of the launched job.
@@ -123,7 +128,7 @@ def job_in(folder: Path, *, deep: bool = False) -> Iterator[None]:
     Raises:
         BusyError: another job is writing into the folder.
     """
-    state = join_job()
+    state = join_job(LONG_WAIT)
     with ExitStack() as stack:
         with agreed_errors():
             if state.is_main_process:

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from smalti.errors import CheckpointError, ConfigurationError, GenerationError, SmaltiError
+from smalti.errors import CheckpointError, ConfigurationError, GenerationError
 from smalti.hub import Registry
+from smalti.pretrained import import_transformers, load_model, load_part, loading_errors
 from smalti.prior.conditions.byte_encoder import BYTES, END, FIRST_BYTE, PADDING
 from smalti.prior.conditions.text import TextCondition
-from smalti.repository import first_line, resolve_folder
+from smalti.repository import resolve_folder
 from smalti.weights import hash_weights
 
 # -------------------------------------------------------------------------------------------------
@@ -193,7 +194,6 @@ FROZEN_MODELS = {
 VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json", "merges.txt", "added_tokens.json")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 WEIGHT_FILES = "model*.safetensors"
-LOADING_ERRORS = (OSError, RuntimeError, ValueError, TypeError, ImportError, SafetensorError)
 # What is downloaded of a repository: never a pickle.
 DOWNLOADED = (
     "config.json",
@@ -233,38 +233,16 @@ class FrozenTextEncoder(TextEncoder):
                 another kind, lacks a tensor, has no safetensors, or no tokenizer of its own.
         """
         folder = resolve_folder(source, patterns=DOWNLOADED)
-        transformers = _transformers()
+        transformers = import_transformers(
+            "a frozen text encoder", ", or take --text.encoder bytes"
+        )
         kind = _model_type(folder, source)
         _check_files(folder, source)
-        options = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(_tokenizer_folder(folder, source)), **options
-            )
-            with torch.random.fork_rng(devices=[]):  # leave the global generator unchanged
-                model, report = getattr(transformers, FROZEN_MODELS[kind]).from_pretrained(
-                    str(folder),
-                    **options,
-                    use_safetensors=True,
-                    dtype=dtype,
-                    output_loading_info=True,
-                )
-        except SmaltiError:
-            raise
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            TypeError,
-            ImportError,
-            SafetensorError,
-        ) as error:
-            raise CheckpointError(
-                f"the text encoder {source} cannot be loaded ({first_line(error)}): give a folder "
-                "that save_pretrained of transformers wrote"
-            ) from error
-        if missing := sorted(report["missing_keys"]):  # transformers would leave them random
-            raise CheckpointError(f"the text encoder {source} lacks the tensor {missing[0]}")
+        remedy = "give a folder that save_pretrained of transformers wrote"
+        with loading_errors("the text encoder", folder, remedy):
+            place = _tokenizer_folder(folder, source)
+            tokenizer = load_part(transformers.AutoTokenizer, place)
+            model = load_model(getattr(transformers, FROZEN_MODELS[kind]), folder, dtype)
         if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
             raise CheckpointError(
                 f"the tokenizer of {source} has {len(tokenizer):,} tokens, but the model knows "
@@ -312,17 +290,6 @@ class FrozenTextEncoder(TextEncoder):
         """Move the weights to another device."""
         self.model.to(device)
         return self
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigurationError(
-            "a frozen text encoder needs the package transformers: pip install 'smalti[vision]', "
-            "or take --text.encoder bytes"
-        ) from error
-    return transformers
 
 
 def _model_type(folder: Path, source: str | Path) -> str:

@@ -28,8 +28,8 @@ from smalti.files import HASHES, check_hashes, read_config_file, recorded_hashes
 from smalti.folders import contents, replacing_folder
 from smalti.repository import (
     Uploadable,
+    check_loading_options,
     check_not_diffusers,
-    check_options,
     first_line,
     resolve_folder,
 )
@@ -263,6 +263,7 @@ class Pretrained(Uploadable):
     Config: ClassVar[type]
     config: Any
     compiled_parts: ClassVar[tuple[str, ...]] = ()  # modules that `compile_parts` takes, by name
+    compiled_with: dict[str, Any] | None = None  # the options of `compile_parts`, if it was called
     _copy_of: Copy | None = None  # set by `cast`; no longer valid once the weights change
 
     def compile_parts(self, **options: Any) -> None:
@@ -271,6 +272,7 @@ class Pretrained(Uploadable):
         for part in (getattr(self, name) for name in self.compiled_parts):
             for module in part if hasattr(part, "__iter__") else [part]:
                 module.compile(**options)
+        self.compiled_with = options
 
     def save_pretrained(
         self,
@@ -401,7 +403,7 @@ class Pretrained(Uploadable):
             ConfigurationError: no such precision; an option that cannot be met, such as raw
                 weights of a saved model, which has one set.
         """
-        check_options(device_map=device_map, low_cpu_mem_usage=low_cpu_mem_usage)
+        check_loading_options(device_map=device_map, low_cpu_mem_usage=low_cpu_mem_usage)
         precision = chosen_dtype(dtype, torch_dtype)
         folder = resolve_folder(
             path_or_hub_id,

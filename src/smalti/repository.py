@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 PATTERNS = ("*.json", "*.safetensors", "*.md", "samples.png")
 
 
-def check_options(*, device_map: Any, low_cpu_mem_usage: bool | None) -> None:
+def check_loading_options(*, device_map: Any, low_cpu_mem_usage: bool | None) -> None:
     """Refuse options of Diffusers and transformers that smalti does not have.
 
     Raises:

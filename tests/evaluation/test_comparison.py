@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from smalti.evaluation import streaming
-from smalti.evaluation.comparison import Side, compare, ratio_metric
+from smalti.evaluation.comparison import (
+    Side,
+    cautions,
+    compare,
+    frechet_metric,
+    ratio_metric,
+)
 from smalti.evaluation.distances import inception_score
 from smalti.evaluation.features import INCEPTION_SHA256
 from smalti.evaluation.image_sets import Gaussian, ImageSet
@@ -128,6 +134,38 @@ def test_a_killed_pass_goes_on_with_identical_numbers(tmp_path: Path) -> None:
     assert again.pictures == 128
 
 
+def test_pictures_that_changed_during_an_interruption_are_measured_again(
+    tmp_path: Path, caplog
+) -> None:
+    """Of a large set, whose identity does not cover them."""
+
+    def images(seed: int, changed: range) -> Noise:
+        made, other = Noise(300, seed=0), Noise(300, seed=seed)
+        made.exact, own = False, made.levels
+        made.levels = lambda rows: (other.levels if rows[0] in changed else own)(rows)
+        return made
+
+    with pytest.raises(KeyboardInterrupt):
+        passed(tmp_path / "cut", images(0, range(0)), Projection(fail_after=4))
+    now = images(1, range(64, 128))  # the second block, of the first of two finished parts
+    again = Projection()
+    found = passed(tmp_path / "cut", now, again)
+    assert again.pictures == 128 + 44 and "pictures 0 to 127 of" in caplog.text
+    assert_equal(found, passed(tmp_path / "whole", now))
+
+
+def test_equal_pictures_are_counted(tmp_path: Path) -> None:
+    one, longer, twice = Noise(128), Noise(200), Noise(128)
+    own = twice.levels
+    twice.levels = lambda rows: own(range(len(rows)))  # type: ignore[method-assign]
+    first, second, third = (
+        passed(tmp_path / str(n), images) for n, images in enumerate((one, longer, twice))
+    )
+    assert [found.copies for found in (first, second, third)] == [0, 0, 64]
+    assert first.shared_with(second) == second.shared_with(first) == 128
+    assert third.shared_with(first) == 128 and first.shared_with(third) == 64
+
+
 def test_what_is_kept_does_not_grow_with_the_set(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(streaming, "SUBSET", 100)
     sizes = []
@@ -141,11 +179,18 @@ def test_what_is_kept_does_not_grow_with_the_set(tmp_path: Path, monkeypatch) ->
 
 @pytest.mark.slow
 def test_50_000_pictures_need_under_1_gb(tmp_path: Path, monkeypatch) -> None:
+    """Beside the extractor: samples, a reference of more pictures than features are kept of, and
+    their Frechet distance, all with features of the length of Inception's."""
     monkeypatch.setattr(streaming, "MIN_PART", 1024)
     passed(tmp_path / "warm", Noise(64), Projection(2048))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    sides = [passed(tmp_path / str(s), Noise(50_000, s), Projection(2048)) for s in (0, 1)]
-    assert [one.kept["projection"].moments["features"].count for one in sides] == [50_000] * 2
+    sides = [
+        Side.of("projection", passed(tmp_path / str(count), Noise(count), Projection(2048)), None)
+        for count in (50_000, streaming.SUBSET + 1)
+    ]
+    assert [one.count for one in sides] == [50_000, streaming.SUBSET + 1]
+    found = frechet_metric(*sides, "features", {})
+    assert isinstance(found, Metric) and 0 < found.value < 10  # of variance 670
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
     assert grown < 2**20
 
@@ -159,6 +204,8 @@ def side(count: int | None, dim: int = 4, seed: int = 0) -> Side:
     one = Gaussian(subset.double().mean(0), subset.double().T.cov(), count)
     scores = ScoreSums(3)
     scores.add(subset[:, :3], torch.arange(50) % 10)
+    for sums in vars(scores).values():
+        sums *= (count or 10_000) / 50
     return Side({"features": one, "spatial": one}, count, subset, scores)
 
 
@@ -188,6 +235,39 @@ def test_only_inception_on_10_000_pictures_is_called_fid(
     assert not (of_fid & found.keys()) or official
     if not official:
         assert {f"fd_{name}", f"fd_{name}_spatial", f"score_{name}"} <= found.keys()
+
+
+def test_statistics_of_many_pictures_make_no_inception_score_of_few() -> None:
+    """As of an npz of ADM's with all statistics and some pictures, as samples."""
+    few = Side(side(None).moments, None, None, side(500).scores)
+    found = compare(few, side(50_000), extractor("inception", True), {}, 0)
+    assert "fid" in found and "score_inception" in found and "inception_score" not in found
+
+
+SET = {"pictures": 50_000, "size": "32 x 32", "channels": 3}
+
+
+@pytest.mark.parametrize(
+    ("samples", "reference", "shared", "caution"),
+    [
+        ({}, {}, 0, None),
+        ({"size": "32 x 24"}, {}, 0, "32 x 24 pixels and the reference 32 x 32"),
+        ({"channels": 1}, {}, 0, "have 1 channels and the reference 3: networks see grey as RGB"),
+        ({"lossy": "JPEG"}, {}, 0, "compressed (JPEG), which changes distances: generate them as"),
+        ({}, {"lossy": "JPEG"}, 0, None),  # as photographs are
+        ({"lossy": "JPEG"}, {"lossy": "JPEG"}, 0, None),
+        ({"copies": 1200}, {}, 0, "1,200 of 50,000 samples are equal to another"),
+        ({}, {"copies": 3}, 0, "3 of 50,000 pictures of the reference are equal to another"),
+        ({}, {}, 50_000, "50,000 of 50,000 samples are equal to a picture of the reference"),
+    ],
+)
+def test_what_makes_numbers_hard_to_compare_is_named(samples, reference, shared, caution) -> None:
+    one, real = {**SET, **samples}, {**SET, **reference}
+    found = cautions(one, real, shared)
+    assert (caution is None and found == []) or (caution in found[0] and len(found) == 1)
+    # Of statistics that smalti saved, their pictures are known; of others nothing is.
+    assert cautions(one, {"statistics": {"record": {"set": real}}}, shared) == found
+    assert cautions(SET, {"statistics": {"pictures": "not recorded"}}, 0) == []
 
 
 def test_cmmd_needs_features_of_clip() -> None:

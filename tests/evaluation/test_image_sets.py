@@ -1,5 +1,6 @@
 """Sets of pictures: the same pictures in any container, statistics, and what is refused."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from smalti.data.dataset import DataOptions
+from smalti.data.image_io import FolderOptions
 from smalti.errors import DataError
 from smalti.evaluation.image_sets import (
     Gaussian,
@@ -43,7 +45,9 @@ def write_generated(folder: Path, container: str) -> None:
     folder.mkdir(parents=True)
     rows = []
     for index, array in enumerate(arrays()):
-        row = {"index": index, "seed": 0, "file": f"{index:06d}.png", "sha256": str(index)}
+        content = array.tobytes() if container == "npz" else png(array)
+        sha256 = hashlib.sha256(content).hexdigest()
+        row = {"index": index, "seed": 0, "file": f"{index:06d}.png", "sha256": sha256}
         row |= {"class": ["dog", "cat"][index % 2], "label": 7 - 4 * (index % 2)}
         row |= {"prompt": f"picture {index}"}
         if container == "npz":
@@ -108,14 +112,38 @@ def test_an_unfinished_folder_is_refused(tmp_path: Path) -> None:
         opened(tmp_path / "made")
 
 
+def test_a_job_without_a_manifest_yet_is_no_plain_folder(tmp_path: Path) -> None:
+    """It would be measured with the pictures that are there."""
+    write_generated(tmp_path / "made", "png")
+    (tmp_path / "made/manifest.jsonl").rename(tmp_path / "made/.manifest-00000.jsonl")
+    with pytest.raises(DataError, match="is not finished: run the same smalti generate again"):
+        opened(tmp_path / "made")
+
+
+@pytest.mark.parametrize("container", ["png", "tar", "npz"])
+def test_a_picture_that_changed_since_it_was_generated_is_refused(
+    tmp_path: Path, container: str
+) -> None:
+    write_generated(tmp_path / "made", container)
+    lines = (tmp_path / "made/manifest.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows[0]["sha256"], rows[1]["sha256"] = rows[1]["sha256"], rows[0]["sha256"]  # 5 and 4
+    (tmp_path / "made/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    images = opened(tmp_path / "made")
+    assert len(images.levels(range(4))) == 4
+    with pytest.raises(DataError, match="is not the picture that this job wrote"):
+        images.levels([4])
+
+
 def test_a_damaged_manifest_or_picture_has_a_remedy(tmp_path: Path) -> None:
     write_generated(tmp_path / "made", "png")
     (tmp_path / "made/000002.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="run the same smalti generate again"):
         opened(tmp_path / "made").levels([2])
-    (tmp_path / "made/manifest.jsonl").write_text("{")
-    with pytest.raises(DataError, match=r"manifest of .* is damaged"):
-        opened(tmp_path / "made")
+    for text, problem in (("{\n", "is damaged"), ("{", "names no pictures")):
+        (tmp_path / "made/manifest.jsonl").write_text(text)
+        with pytest.raises(DataError, match=f"manifest of .* {problem}"):
+            opened(tmp_path / "made")
 
 
 def test_pictures_of_different_sizes_are_refused_with_a_remedy(tmp_path: Path) -> None:
@@ -131,6 +159,17 @@ def test_pictures_of_different_sizes_are_refused_with_a_remedy(tmp_path: Path) -
     assert cropped.identity != images.identity
 
 
+def test_compressed_pictures_and_the_limits_of_an_identity_are_known(tmp_path: Path) -> None:
+    for index, array in enumerate(arrays()):
+        (tmp_path / f"{index}.png").write_bytes(png(array))
+    images = opened(tmp_path)
+    assert (images.lossy, images.exact) == ("", True)
+    Image.fromarray(arrays()[0]).save(tmp_path / "6.jpg")
+    few = DataOptions(folder=FolderOptions(verify_up_to=6))
+    images = open_set(str(tmp_path), few).pictures
+    assert images is not None and (images.lossy, images.exact) == ("JPEG", False)
+
+
 def test_a_split_of_a_set_is_another_set(tmp_path: Path) -> None:
     for index, array in enumerate(arrays(20)):
         (tmp_path / f"{index:02d}.png").write_bytes(png(array))
@@ -143,6 +182,7 @@ def test_statistics_survive_a_round_trip(tmp_path: Path) -> None:
     values = torch.randn(30, 5, dtype=torch.float64)
     one = Gaussian(values.mean(0), values.T.cov(), 30)
     record = {"features": "alexnet", "weights_sha256": "ab", "pictures": 30}
+    record["resize"] = "bicubic to 8 px"
     save_statistics(tmp_path / "s.npz", one, one, record)
     found = open_set(str(tmp_path / "s.npz"), DataOptions())
     assert found.pictures is None and found.statistics is not None
@@ -151,6 +191,9 @@ def test_statistics_survive_a_round_trip(tmp_path: Path) -> None:
         assert torch.equal(part.mean, one.mean) and torch.equal(part.covariance, one.covariance)
     with pytest.raises(DataError, match="give the same --features"):
         found.statistics.check_extractor("other", "cd", 5)
+    with pytest.raises(DataError, match="another resize"):
+        found.statistics.check_extractor("alexnet", "ab", 5, "bilinear to 8 px")
+    found.statistics.check_extractor("alexnet", "ab", 5, "bicubic to 8 px")
     with np.load(tmp_path / "s.npz") as file:  # as ADM's evaluator reads it
         assert {"mu", "sigma", "mu_s", "sigma_s"} <= {*file.files}
 

@@ -12,13 +12,19 @@ CLASSES = ("cat", "dog", "emu")
 OPTIONS = {"backend": "eager"}
 
 
-@pytest.fixture(params=["next-token", "flow"])
+@pytest.fixture(params=["next-token", "next-scale", "flow"])
 def pipe(request, tokenizer, prior) -> Pipeline:
+    if request.param == "next-scale":
+        return request.getfixturevalue("scale_pipe")
     if request.param == "flow":
-        pipe = request.getfixturevalue("flow_pipe")
-        pipe.sampling = {"num_inference_steps": 2, "solver": "euler"}
-        return pipe
+        return request.getfixturevalue("quick_flow")
     return Pipeline(tokenizer, prior, CLASSES)
+
+
+@pytest.fixture
+def quick_flow(flow_pipe) -> Pipeline:
+    flow_pipe.sampling = {"num_inference_steps": 2, "solver": "euler"}
+    return flow_pipe
 
 
 def compiled(model: nn.Module) -> int:
@@ -39,4 +45,41 @@ def test_a_compiled_pipeline_samples_the_same(pipe, tmp_path) -> None:
     assert (pipe.tokenizer.fingerprint, pipe.prior.fingerprint) == fingerprints
     loaded = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "p"))
     assert loaded.prior.fingerprint == pipe.prior.fingerprint and not compiled(loaded.prior)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow  # it generates code
+def test_a_next_scale_prior_compiled_for_this_machine_samples_the_same(scale_pipe) -> None:
+    def call() -> torch.Tensor:
+        return scale_pipe([0, 1, 2], generator=generators(0, 1, 2), output_type="pt").images
+
+    before = call()
+    torch.compiler.reset()
+    scale_pipe.prior.compile_parts()
+    torch.testing.assert_close(call(), before, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_other_image_sizes_of_a_compiled_pipeline_are_compiled(quick_flow) -> None:
+    """Once: another call of the same size compiles nothing."""
+    graphs = 0
+
+    def counting(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    def call() -> torch.Tensor:
+        made = generators(0, 1)
+        return quick_flow([0, 1], generator=made, output_type="pt", image_size=(8, 16)).images
+
+    before = call()
+    torch.compiler.reset()
+    quick_flow.compile(backend=counting)
+    assert compiled(quick_flow.resized((8, 16)).prior)
+    torch.testing.assert_close(call(), before, rtol=1e-4, atol=1e-5)
+    compiled_once = graphs
+    assert compiled_once > 0
+    torch.testing.assert_close(call(), before, rtol=1e-4, atol=1e-5)
+    assert graphs == compiled_once
     torch.compiler.reset()

@@ -116,6 +116,16 @@ def test_a_scale_of_zero_is_the_prior_itself() -> None:
     torch.testing.assert_close(found, plain)
 
 
+def test_of_an_offloaded_pipeline_it_is_offloaded() -> None:
+    pipe = make_pipe()
+    classifier = make_classifier(pipe)
+    pipe.enable_model_cpu_offload("meta")  # instead of an accelerator
+    guided = GuidedPipeline(pipe, classifier)
+    assert guided.device.type == "meta" and next(guided.classifier.parameters()).is_meta
+    pipe.to("cpu")
+    assert guided.device.type == "cpu"
+
+
 @pytest.mark.parametrize("condition", ["class", "none"])
 def test_guidance_is_one_of_the_settings_of_a_job(condition: str, tmp_path: Path) -> None:
     """Another classifier, or another scale, is another job; the same job goes on."""

@@ -55,6 +55,17 @@ def test_each_model_moves_when_it_is_used(pipe, monkeypatch) -> None:
     assert order == []
 
 
+def test_pipelines_of_the_same_models_share_it(pipe) -> None:
+    pipe.enable_model_cpu_offload("meta")
+    same = Pipeline(**pipe.components)
+    assert same.device.type == pipe.resized(24).device.type == "meta"
+    pipe.enable_model_cpu_offload("cpu")  # in place of the other
+    assert same.device.type == "cpu"
+    assert same("cat", image_size=24).images[0].size == (24, 24)
+    same.to("cpu")
+    assert Offloading.of([pipe.tokenizer, pipe.prior]) is None
+
+
 def test_the_models_of_others_leave_the_device(pipe) -> None:
     """To the meta device a model can move; only that it leaves it again cannot be seen there."""
     offloading = Offloading([pipe.tokenizer, pipe.prior], "meta")

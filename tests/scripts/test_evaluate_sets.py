@@ -4,7 +4,7 @@ what is refused."""
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,15 +15,18 @@ from torch import Tensor
 
 from smalti.cli import main as smalti_main
 from smalti.data.latents import CodeSpec
-from smalti.errors import CheckpointError, ConfigurationError, DataError
+from smalti.errors import CheckpointError, ConfigurationError, DataError, GenerationError
 from smalti.evaluation import features as features_module
 from smalti.evaluation.features import InceptionFeatures, TransformersFeatures, own_extractor
+from smalti.evaluation.image_sets import read_statistics
 from smalti.evaluation.metrics import Metric, Undefined
 from smalti.files import read_hashed_json
+from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.scripts import evaluate as evaluate_module
 from smalti.scripts.evaluate import EvaluateConfig, evaluate, measured
+from smalti.scripts.evaluate_sets import Comparison, names_that_fit
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
@@ -200,15 +203,18 @@ def test_an_extractor_of_the_user_s_own(folders, tmp_path: Path, monkeypatch) ->
         own_extractor("alexnett")
 
 
-def test_a_folder_and_an_npz_of_its_pictures_are_one_set(folders, tmp_path: Path) -> None:
+def test_a_folder_and_an_npz_of_its_pictures_are_one_set(folders, tmp_path: Path, caplog) -> None:
     npz = as_npz(folders[0], tmp_path / "a.npz")
     one = evaluate(settings(*folders, tmp_path / "one"))
     other = evaluate(settings(npz, folders[1], tmp_path / "other"))
     assert {n: m.value for n, m in one.items()} == {n: m.value for n, m in other.items()}
     hashes = [x["fd_alexnet"].protocol["samples"]["sha256_of_pixels"] for x in (one, other)]
     assert hashes[0] == hashes[1]
+    assert one["fd_alexnet"].protocol["cautions"] == []
     same = evaluate(settings(npz, folders[0], tmp_path / "same"))
     assert same["fd_alexnet"].value == pytest.approx(0, abs=1e-6)
+    assert "12 of 12 samples are equal to a pic" in same["fd_alexnet"].protocol["cautions"][0]
+    assert "12 of 12 samples are equal" in caplog.text and "covariance is singular" in caplog.text
     assert not (tmp_path / "one/parts").exists()
 
 
@@ -228,6 +234,9 @@ def test_saved_statistics_are_a_reference(folders, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--features inception"):
         measured(settings(folders[0], tmp_path / "inception.npz", tmp_path / "refused"))
     np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma)  # without a record
+    two = [SimpleNamespace(name=name, side=8, weights_sha256="") for name in ("one", "two")]
+    with pytest.raises(DataError, match="may be of one or two: give one of them as --features"):
+        names_that_fit(two, {"one": len(mu), "two": len(mu)}, read_statistics(tmp_path / "adm.npz"))
     found = measured(settings(folders[0], tmp_path / "adm.npz", tmp_path / "adm"))
     metric = found["fd_alexnet"]
     assert isinstance(metric, Metric) and metric.value == pytest.approx(expected, rel=1e-9)
@@ -249,17 +258,22 @@ def test_classes_and_held_out_pictures_are_used(tmp_path: Path) -> None:
     assert "retrieval_accuracy_samples" in stored["undefined"]
 
 
-@pytest.fixture
-def pipeline(tmp_path: Path) -> Path:
+def tiny_tokenizer() -> VQTokenizer:
+    """Of pictures of 16 x 16 pixels."""
     conv = ConvConfig(
         channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(), z_channels=8
     )
     book = NearestConfig(codebook=CodebookConfig(32, 4))
-    tokenizer = VQTokenizer(VQConfig(image_size=16, conv=conv, quantizer=book))
+    return VQTokenizer(VQConfig(image_size=16, conv=conv, quantizer=book))
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
     sizes = {"depth": 1, "width": 16, "num_heads": 2, "hidden": 32}
     spec = CodeSpec(32, ((8, 8),))
     prior = NextTokenPrior(NextTokenConfig(spec=spec, num_classes=3, **sizes))
-    return Pipeline(tokenizer, prior, ("blue", "green", "red")).save_pretrained(tmp_path / "pipe")
+    pipe = Pipeline(tiny_tokenizer(), prior, ("blue", "green", "red"))
+    return pipe.save_pretrained(tmp_path / "pipe")
 
 
 def test_every_number_of_a_pipeline_has_its_protocol(pipeline: Path, tmp_path: Path) -> None:
@@ -302,6 +316,38 @@ def test_every_number_of_a_pipeline_has_its_protocol(pipeline: Path, tmp_path: P
         for m in (values[0], again["fd_alexnet"])
     ]
     assert hashes[0] == hashes[1]
+
+
+def test_a_pipeline_of_captions_is_given_those_of_the_reference(tmp_path: Path) -> None:
+    spec = CodeSpec(32, ((8, 8),))
+    sizes = {"depth": 1, "width": 16, "num_heads": 2, "hidden": 32}
+    text = {"condition": "text", "text_encoder": "bytes", "text_length": 16, "text_dim": 8}
+    prior = NextTokenPrior(NextTokenConfig(spec=spec, num_classes=0, **sizes, **text))
+    torch.nn.init.normal_(prior.output.weight, std=0.5)
+    pipe = Pipeline(tiny_tokenizer(), prior, ())
+    folder = pipe.save_pretrained(tmp_path / "pipe")
+    reference = write_pictures(tmp_path / "reference", 20, 2)
+    config = settings(
+        folder, reference, tmp_path / "out", num_samples=16, image_size=16, reference_split="train"
+    )
+    with pytest.raises(GenerationError, match="give a --reference with captions"):
+        measured(config)
+    for number, file in enumerate(sorted(reference.glob("*.png"))):
+        file.with_suffix(".txt").write_text(f"a picture {number}")
+    found = measured(config)
+    metric = found["fd_alexnet"]
+    assert isinstance(metric, Metric)
+    asked = metric.protocol["samples"]["sampling"]
+    assert asked["prompts"] == "captions of the reference, evenly spaced"
+    accuracy = found["retrieval_accuracy_samples"]
+    assert isinstance(accuracy, Metric) and 0 <= accuracy.value <= 1
+    opened = Comparison.open(config)
+    samples, real = opened.samples.pictures, opened.reference and opened.reference.pictures
+    assert samples is not None and real is not None
+    assert samples.captions[0] == real.captions[0] and samples.captions[15] == real.captions[-1]
+    alone = pipe(prompt=samples.captions[7], generator=[picture_generator(0, 7)], output_type="np")
+    pixels = torch.from_numpy((alone.images * 255).round()).byte().permute(0, 3, 1, 2)
+    assert torch.equal(samples.levels([7]), pixels)
 
 
 @pytest.mark.parametrize(

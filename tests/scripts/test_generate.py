@@ -1,5 +1,8 @@
 """The options of `smalti generate`: shares of classes, formats and precision."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -126,6 +129,48 @@ def test_compiled_models_make_the_same_pictures_but_for_rounding(
         assert np.abs(plain - fast).max() <= 1
     assert run(pipe, tmp_path / "fast", *flags) == 2
     assert "its compiled differs" in capsys.readouterr().err
+
+
+# -- processes ------------------------------------------------------------------------------------
+
+JOB = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from torch.distributed.distributed_c10d import _get_default_group
+from smalti.scripts.generate import main
+
+assert main(sys.argv[2:]) == 0
+state = PartialState()
+# One may take hours longer than the others.
+assert _get_default_group()._get_backend(torch.device("cpu")).options._timeout.days >= 1
+Path(sys.argv[1], f"{state.process_index} of {state.num_processes}").touch()
+"""
+
+
+@pytest.mark.slow  # three starts of Python
+def test_two_processes_write_the_bytes_of_one(pipe: Path, tmp_path: Path) -> None:
+    flags = ("--num_images", "7", "--batch_size", "2", "--format", "webdataset")
+    assert run(pipe, tmp_path / "one", *flags) == 0
+    (tmp_path / "job.py").write_text(JOB)
+    out = ["--model", str(pipe), "--output_dir", str(tmp_path / "two"), *flags]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "job.py"), str(tmp_path), *out],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name for path in tmp_path.glob("* of *")} == {"0 of 2", "1 of 2"}
+    assert done.stdout.count("7 pictures") == 1
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        for name in ("one", "two")
+    )
+    assert one == two
 
 
 # -- progress -------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 from runs import assert_same
 from toy_run import toy_config, train
 
 from smalti.errors import ConfigurationError, SmaltiError
-from smalti.training import launch
+from smalti.training import launch, processes
 from smalti.training.launch import LaunchSettings, obeying, precision_of
 
 TOY = Path(__file__).parents[1] / "toy_run.py"
@@ -47,6 +48,19 @@ def test_the_config_file_of_the_launcher_is_read(tmp_path: Path) -> None:
     assert of("--config_file", str(config), "--mixed_precision=bf16").mixed_precision == "bf16"
     shipped = TOY.parents[1] / "scripts" / "configs" / "accelerate" / "one_gpu.yaml"
     assert of("--config_file", str(shipped)).mixed_precision is None  # "auto" holds
+
+
+def test_processes_with_shares_of_hours_wait_for_one_another(tmp_path: Path, monkeypatch) -> None:
+    """The main process of an evaluation trains a classifier alone, longer than torch waits."""
+    join, waits = processes.join_job, list[float | None]()
+
+    def watched(timeout: float | None = None) -> PartialState:
+        waits.append(timeout)
+        return join(timeout)
+
+    monkeypatch.setattr(processes, "join_job", watched)
+    with processes.job_in(tmp_path / "out"):
+        assert waits[0] is not None and waits[0] >= 24 * 3600
 
 
 def test_without_a_command_line_the_variables_say_it() -> None:
