@@ -1,115 +1,190 @@
-"""Time of a next-scale prior per image, and the share saved by projecting the class once.
+"""Speed of the next-scale prior beside VAR, restated as its published code runs it (plain_var.py).
 
-    python benchmarks/next_scale_speed.py --preset var-nano --sides 1 2 3 4 6 8 --rows 8
+    python benchmarks/next_scale_speed.py --batch_sizes 1 4 --training_batch_size 2
 
-A third of the weights (those of the adaLN modulation) depend on the class alone, which is the same
-at every scale. smalti multiplies with them once per image, but the published code at every scale.
-Both are timed in turns in one process, so that other load on the machine affects them equally: the
-second is the first with the projections computed again before every scale but the first.
+Both have the same random weights and are first held to give the same greedy codes, guided. Then
+sampling (top-k 900, top-p 0.96, guidance), sampling and decoding, and a training step with AdamW are
+timed in turns in one process, so that other load on the machine affects both equally. Prints the
+median time per call of each side, and the ratio of the peer's time to smalti's: its median over the
+rounds, and its quartiles. Above 1, smalti is faster.
 """
 
 import argparse
-import json
 import statistics
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from clock import now
+from plain_var import PlainVAR, decode
+from tokenizer_speed import training_step
 from torch import Tensor
 
 from smalti.data.latents import CodeSpec
 from smalti.prior.next_scale.model import PRESETS, NextScalePrior
-from smalti.prior.sampling import OnStep
-from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
+from smalti.tokenizer.presets import PRESETS as TOKENIZERS
+from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
+from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
-PUBLISHED_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # VAR at 256 px
+SIDES_128 = (1, 2, 3, 4, 5, 6, 8)  # 128 px; VAR's at 256 px are 1 2 3 4 5 6 8 10 13 16
 MAX_CONVOLUTIONS = 4
+GUIDANCE_SCALE, TOP_K, TOP_P = 2.5, 900, 0.96  # VAR's for its published numbers
+
+Pass = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Result:
-    """Medians over the rounds."""
+def build(
+    preset: str, sides: Sequence[int], quick: bool = False
+) -> tuple[NextScalePrior, VQTokenizer]:
+    """A prior for square grids with these sides, and VAR's tokenizer, with random weights.
 
-    once_seconds: float  # of a sampling call, with the class projected once
-    every_scale_seconds: float  # the same, projected at every scale
+    The gates of the residual branches and the output layer begin near 0: they are made to matter.
 
-    @property
-    def saved(self) -> float:
-        """Share of the time that projecting once saves."""
-        return 1 - self.once_seconds / self.every_scale_seconds
-
-
-def build(preset: str, sides: list[int]) -> NextScalePrior:
-    """A prior with random weights for square grids with these sides."""
+    Args:
+        quick: a tokenizer with a fifth of the channels.
+    """
     scales = tuple((side, side) for side in sides)
     quantizer = MultiScaleConfig(scales=scales, convolutions=min(MAX_CONVOLUTIONS, len(scales)))
+    published = TOKENIZERS["var-f16"]
+    assert isinstance(published, VQConfig)
+    config = replace(published, image_size=16 * sides[-1], quantizer=quantizer)
+    if quick:
+        config = replace(config, conv=replace(config.conv, channels=32))
+    tokenizer = VQTokenizer(config)
+    torch.nn.init.normal_(tokenizer.quantizer.codebook.weight)
     spec = CodeSpec(quantizer.codebook.vocab_size, scales)
-    prior = NextScalePrior(replace(PRESETS[preset], spec=spec, quantizer=quantizer))
-    prior.bind(MultiScaleQuantizer(quantizer))
-    return prior.eval()
+    sizes = replace(PRESETS[preset], gate_init=1.0, drop_path=0.0)
+    prior = NextScalePrior(replace(sizes, spec=spec, quantizer=quantizer))
+    torch.nn.init.normal_(prior.head.weight, std=0.2)
+    prior.bind(tokenizer.quantizer)
+    return prior.eval(), tokenizer.eval()
 
 
-def measure(prior: NextScalePrior, labels: Tensor, guidance_scale: float, rounds: int) -> Result:
-    """Time both variants of sampling in turns."""
-    guided = guidance_scale != 1  # rows are the labels, then as many null labels
-    rows = torch.cat([labels, torch.full_like(labels, prior.num_classes)]) if guided else labels
+class Comparison:
+    """smalti and its peer with the same weights, on one device."""
 
-    def project_again(done: int, total: int, _: Tensor) -> None:
-        if done < total:
-            prior.modulation(prior.class_emb(rows))
+    def __init__(self, prior: NextScalePrior, tokenizer: VQTokenizer, rounds: int) -> None:
+        self.prior, self.tokenizer, self.rounds = prior, tokenizer, rounds
+        self.peer = PlainVAR(prior)
+        self.device = prior.head.weight.device
 
-    def seconds(on_step: OnStep | None) -> float:
-        start = now(labels.device)
-        prior.sample(labels, guidance_scale=guidance_scale, on_step=on_step)
-        return now(labels.device) - start
+    def check_codes(self, labels: Tensor) -> None:
+        """Exit unless both give the same greedy codes, guided, and the same pictures."""
+        ours = self.prior.sample(labels, guidance_scale=GUIDANCE_SCALE, temperature=0)
+        theirs, features = self.peer.sample(labels, GUIDANCE_SCALE, top_k=1)
+        if not torch.equal(ours, theirs):
+            share = (ours != theirs).float().mean().item()
+            raise SystemExit(f"{share:.0%} of the greedy codes differ from those of the peer")
+        with torch.no_grad():
+            pictures = self.tokenizer.decode(ours).clamp(-1, 1)
+        torch.testing.assert_close(decode(self.tokenizer, features), pictures, rtol=0, atol=1e-3)
 
-    once, every_scale = [], []
-    for _ in range(rounds + 1):  # the first round warms up
-        once.append(seconds(None))
-        every_scale.append(seconds(project_again))
-    return Result(statistics.median(once[1:]), statistics.median(every_scale[1:]))
+    def sampling(self, labels: Tensor) -> None:
+        """Print the rows of sampling alone, and with decoding."""
+        options = {"guidance_scale": GUIDANCE_SCALE, "top_k": TOP_K, "top_p": TOP_P}
+
+        def ours() -> Tensor:
+            return self.prior.sample(labels, **options)  # type: ignore[arg-type]
+
+        def theirs() -> Tensor:
+            return self.peer.sample(labels, GUIDANCE_SCALE, TOP_K, TOP_P)[1]
+
+        codes, features = ours(), theirs()
+
+        @torch.no_grad()
+        def our_decoding() -> Tensor:
+            return self.tokenizer.decode(codes)
+
+        passes = ours, theirs, our_decoding, lambda: decode(self.tokenizer, features)
+        sampled, peer_sampled, decoded, peer_decoded = self.times(*passes)
+        what = f"batch {len(labels)}"
+        report(f"sampling, {what}", peer_sampled, sampled)
+        both = ([a + b for a, b in zip(*pair, strict=True)] for pair in (
+            (peer_sampled, peer_decoded), (sampled, decoded)
+        ))
+        report(f"sampling and decoding, {what}", *both)
+
+    def training(self, labels: Tensor) -> None:
+        """Print the row of a training step."""
+        length, vocab_size = self.prior.spec.length, self.prior.spec.vocab_size
+        codes = torch.randint(vocab_size, (len(labels), length), device=self.device)
+        self.prior.train()
+        ours = training_step(self.prior, lambda: self.prior(codes, labels).total)
+        theirs = training_step(self.peer, lambda: self.peer(codes, labels))
+        our_times, their_times = self.times(ours, theirs)
+        self.prior.eval()
+        report(f"training step, batch {len(labels)}", their_times, our_times)
+
+    def times(self, *passes: Pass) -> list[list[float]]:
+        """Seconds of each pass in every round, in turns; the first round warms up."""
+        seconds: list[list[float]] = [[] for _ in passes]
+        for round_ in range(self.rounds + 1):
+            for taken, call in zip(seconds, passes, strict=True):
+                start = now(self.device)
+                call()
+                if round_:
+                    taken.append(now(self.device) - start)
+        return seconds
+
+
+def report(what: str, theirs: list[float], ours: list[float]) -> None:
+    """Print one row of the table."""
+    ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
+    low, middle, high = quartiles(ratios)
+    print(
+        f"| {what} | {statistics.median(theirs):.3f} | {statistics.median(ours):.3f} "
+        f"| {middle:.2f} | {low:.2f} to {high:.2f} |",
+        flush=True,
+    )
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Lower quartile, median and upper quartile."""
+    return statistics.quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--preset", choices=list(PRESETS), default="var-d16", help="preset of the prior"
+        "--preset", choices=list(PRESETS), default="var-d12", help="preset of the prior"
     )
     parser.add_argument(
-        "--sides",
-        type=int,
-        nargs="+",
-        default=list(PUBLISHED_SIDES),
-        help="sides of the code grids",
+        "--sides", type=int, nargs="+", default=list(SIDES_128), help="sides of the code grids"
     )
-    parser.add_argument("--rows", type=int, default=1, help="samples per batch")
-    parser.add_argument(
-        "--guidance_scale", type=float, default=1.0, help="guidance scale; 1 is off"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant")
+    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 4], help="of sampling")
+    parser.add_argument("--training_batch_size", type=int, default=0, help="0: no training steps")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each side")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    parser.add_argument(
+        "--quick", action="store_true", help="a small model and few rounds, to see that it works"
+    )
+    args = parser.parse_args()
+    if args.quick:
+        args.preset, args.sides, args.rounds = "var-nano", [1, 2, 3, 4], 2
+        args.training_batch_size = args.training_batch_size or 2
+    return args
 
 
 def main() -> None:
-    """Print one line of JSON."""
+    """Print the table."""
     args = arguments()
     torch.manual_seed(0)
-    prior = build(args.preset, args.sides).to(args.device, getattr(torch, args.dtype))
-    labels = torch.arange(args.rows, device=args.device) % prior.num_classes
-    result = measure(prior, labels, args.guidance_scale, args.rounds)
-    print(
-        json.dumps(
-            {
-                **vars(args),
-                "threads": torch.get_num_threads(),
-                "seconds_per_image": round(result.once_seconds / args.rows, 5),
-                "saved_by_projecting_once": round(result.saved, 3),
-            }
-        )
-    )
+    prior, tokenizer = build(args.preset, args.sides, args.quick)
+    prior.to(args.device), tokenizer.to(args.device)
+    comparison = Comparison(prior, tokenizer, args.rounds)
+
+    def labels(count: int) -> Tensor:
+        return torch.arange(count, device=args.device) % prior.num_classes
+
+    comparison.check_codes(labels(2))
+    print("| next-scale prior | VAR, s | smalti, s | ratio | quartiles |")
+    print("| --- | --- | --- | --- | --- |")
+    for count in args.batch_sizes:
+        comparison.sampling(labels(count))
+    if args.training_batch_size:
+        comparison.training(labels(args.training_batch_size))
 
 
 if __name__ == "__main__":
