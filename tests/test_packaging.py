@@ -57,6 +57,15 @@ def wheel(clone: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def sdist(clone: Path) -> Path:
+    """The source distribution that is built from it."""
+    out = clone.parent / "sdist"
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=clone, check=True, capture_output=True)
+    return next(out.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
 def installed(clone: Path, wheel: Path) -> dict[str, str]:
     """An environment in which the installed wheel is imported, not the clone."""
     site = clone.parent / "site"
@@ -101,3 +110,20 @@ def test_the_installed_package_works_everywhere(
         assert done.returncode == 0, done.stderr[-1000:]
         if command[0] == "-c":
             assert done.stdout.split()[1].startswith(installed["PYTHONPATH"])
+
+
+@pytest.mark.slow
+def test_the_source_distribution_builds_the_same_wheel(
+    sdist: Path, wheel: Path, tmp_path: Path
+) -> None:
+    options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(sdist)], check=True)
+    (again,) = tmp_path.glob("*.whl")
+    assert again.name == wheel.name
+    assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.slow
+def test_distributions_are_small(sdist: Path, wheel: Path) -> None:
+    """The embedded pictures and weights are most of it."""
+    assert wheel.stat().st_size < 40e6 and sdist.stat().st_size < 40e6
