@@ -5,6 +5,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,29 @@ def in_a_fork(work: Callable[[], None]) -> int:
             status = 2 if isinstance(error, SmaltiError) else 98
         os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def small_demo(patch: pytest.MonkeyPatch) -> None:
+    """Let `smalti demo` train the smallest priors on batches of 8, and measure 16 samples."""
+    from smalti.prior.flow.config import PRESETS as FLOWS
+    from smalti.prior.next_scale.config import PRESETS as SCALED
+    from smalti.prior.next_token.config import PRESETS as TOKENS
+    from smalti.scripts.demo import SCALES
+
+    size = {"depth": 1, "width": 32, "num_heads": 2}
+    flow = FLOWS["flow-nano"]
+    patch.setitem(FLOWS, "flow-nano", replace(flow, network=replace(flow.network, **size)))
+    patch.setitem(SCALED, "var-nano", replace(SCALED["var-nano"], **size))
+    patch.setitem(TOKENS, "gpt-nano", replace(TOKENS["gpt-nano"], **size))
+    for name, scale in SCALES.items():
+        small = replace(
+            scale,
+            tokenizer=replace(scale.tokenizer, train_batch_size=8),
+            prior=replace(scale.prior, train_batch_size=8, prior=TOKENS["gpt-nano"]),
+            num_samples=16,
+            classifier_epochs=1,
+        )
+        patch.setitem(SCALES, name, small)
 
 
 def kill_self(*args, **options) -> None:

@@ -1,20 +1,19 @@
 """The benchmarks run, at sizes too small for meaningful timings."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from jobs import forked, program
 from PIL import Image
+from runs import small_demo
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(script: str, *arguments: str) -> str:
     """The standard output of a benchmark."""
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    done = forked(program(ROOT / "benchmarks" / script, *arguments))
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -28,18 +27,21 @@ def test_tokenizer_speed_is_a_ratio_to_diffusers() -> None:
 
 
 @pytest.mark.slow
-def test_tokenizers_are_compared_in_a_table(tmp_path: Path) -> None:
+def test_tokenizers_are_compared_in_a_table(pictures: Path, tmp_path: Path, monkeypatch) -> None:
+    small_demo(monkeypatch)
     arguments = ("--presets", "vq-32-tiny", "kl-32-tiny", "--max_train_steps", "1")
-    out = run("compare_tokenizers.py", *arguments, "--output_dir", str(tmp_path))
+    data = ("--data", str(pictures))
+    out = run("compare_tokenizers.py", *arguments, *data, "--output_dir", str(tmp_path / "out"))
     rows = [line for line in out.splitlines() if line.startswith("| ")]
     assert rows[0].endswith("| seconds of training |")
     assert rows[-2].startswith("| vq-32-tiny | vq | 64 codes of 512")
     assert rows[-1].startswith("| kl-32-tiny | kl | ")
-    assert (tmp_path / "comparison" / "reconstructions.png").is_file()
+    assert (tmp_path / "out" / "comparison" / "reconstructions.png").is_file()
 
 
 @pytest.mark.slow
-def test_priors_are_compared_in_a_table_and_a_grid(tmp_path: Path) -> None:
+def test_priors_are_compared_in_a_table_and_a_grid(tmp_path: Path, monkeypatch) -> None:
+    small_demo(monkeypatch)
     for name in ("light", "dark"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(30):

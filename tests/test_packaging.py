@@ -97,19 +97,30 @@ def test_the_installed_package_works_everywhere(
 ) -> None:
     """No folder of the clone hides the installed package."""
     folder = clone if place == "inside the clone" else tmp_path
-    code = "import smalti; print(smalti.Pipeline.__module__, smalti.__file__)"
+    code = "import smalti, sys; print(smalti.Pipeline.__module__, smalti.__file__, flush=True); "
+    code += "from smalti.cli import main; main(['train-prior', '--print-config'])"
+    done = execute(["-c", code], folder, installed)
+    assert done.stdout.split()[1].startswith(installed["PYTHONPATH"])
+
+
+@pytest.mark.slow
+def test_the_installed_package_is_launched(clone: Path, installed: dict[str, str]) -> None:
+    """As a module, where folders of the clone have the names of its packages."""
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    for command in (
-        ["-c", code],
-        ["-m", "smalti", "train-prior", "--print-config"],
-        [*launch, "-m", "smalti.scripts.train_tokenizer", "--print-config"],
-    ):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=folder, env=installed, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-1000:]
-        if command[0] == "-c":
-            assert done.stdout.split()[1].startswith(installed["PYTHONPATH"])
+    script = ["-m", "smalti.scripts.train_tokenizer", "--print-config"]
+    execute([*launch, *script], clone, installed)
+    assert "train-tokenizer" in execute(["-m", "smalti", "--help"], clone, installed).stdout
+
+
+def execute(
+    arguments: list[str], folder: Path, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """What Python does with these arguments in that folder; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    return done
 
 
 @pytest.mark.slow

@@ -1,20 +1,16 @@
 """The stages as users run them: tiny, on a CPU, killed, resumed, on two processes."""
 
-import contextlib
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from backbones import write_file
-from runs import assert_same, losses, stop_after, weights
+from jobs import forked
+from runs import assert_same, losses, small_demo, stop_after, weights
 
 import smalti
 from smalti.cli import main as smalti_main
@@ -425,48 +421,11 @@ def test_a_prior_refuses_latents_of_another_tokenizer(trained: Path, tmp_path: P
 # -- two processes ----------------------------------------------------------------------------
 
 
-def launch(script: str, *arguments: str, processes: int) -> str:
-    """What all processes print."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command = [*launcher, "--standalone", "-m", f"smalti.scripts.{script}", *arguments]
-    status, out, errors = run_alone(command, timeout=120)
-    assert status == 0, errors[-3000:]
-    return out
-
-
-def run_alone(command: list[str], timeout: float) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a command in a process group of its own, which is killed
-    if it takes too long."""
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, errors = process.communicate(timeout=timeout)
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # all have ended
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return process.returncode, out, errors
-
-
-def test_a_command_that_takes_too_long_leaves_no_orphans(tmp_path: Path) -> None:
-    file = tmp_path / "child"
-    code = (
-        "import subprocess, sys, time\n"
-        f"child = subprocess.Popen(['sleep', '60'])\n"
-        f"open({str(file)!r}, 'w').write(str(child.pid))\n"
-        "time.sleep(60)\n"
-    )
-    with pytest.raises(subprocess.TimeoutExpired):
-        run_alone([sys.executable, "-c", code], timeout=8)  # a busy machine starts Python slowly
-    child = Path("/proc") / file.read_text() / "stat"
-    time.sleep(1)  # what was killed may take a moment to end
-    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+def launch(*command: str, processes: int) -> str:
+    """What all processes of a command print."""
+    done = forked(lambda: sys.exit(smalti_main(command)), processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -481,7 +440,7 @@ def test_two_processes_train_as_one_does(trained: Path, tmp_path: Path, name: st
     for processes in (1, 2):
         out = tmp_path / str(processes)
         flags = ["--config", str(recipe), "--output_dir", str(out)]
-        launch("train_tokenizer", *flags, processes=processes)
+        launch("train-tokenizer", *flags, processes=processes)
         state = json.loads((out / "checkpoint-000001" / "state.json").read_text())
         assert state["num_processes"] == processes
     one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
@@ -508,7 +467,10 @@ def test_two_processes_encode_the_same_files(trained: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_demo_runs_stops_and_continues(trained: Path, tmp_path: Path, capsys) -> None:
+def test_the_demo_runs_stops_and_continues(
+    trained: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    small_demo(monkeypatch)
     arguments = [
         "demo", "--data", str(trained / "pictures"), "--output_dir", str(tmp_path / "demo"),
         "--quick", "--tokenizer_steps", "2", "--prior_steps", "2",
