@@ -3,10 +3,11 @@
     python benchmarks/next_scale_speed.py --batch_sizes 1 4 --training_batch_size 2
 
 Both have the same random weights and are first held to give the same greedy codes, guided. Then
-sampling (top-k 900, top-p 0.96, guidance), sampling and decoding, and a training step with AdamW are
-timed in turns in one process, so that other load on the machine affects both equally. Prints the
-median time per call of each side, and the ratio of the peer's time to smalti's: its median over the
-rounds, and its quartiles. Above 1, smalti is faster.
+sampling (top-k 900, top-p 0.96, guidance), sampling and decoding, and a training step with AdamW
+are timed in turns in one process, so that other load on the machine affects all equally. "Packed"
+is the prior after `compile_parts()`, which packs its weights on a CPU. Prints the median time per
+call of each side, and the ratio of the peer's time to smalti's: its median over the rounds, and its
+quartiles. Above 1, smalti is faster.
 """
 
 import argparse
@@ -67,14 +68,18 @@ class Comparison:
         self.prior, self.tokenizer, self.rounds = prior, tokenizer, rounds
         self.peer = PlainVAR(prior)
         self.device = prior.head.weight.device
+        self.packed = NextScalePrior(prior.config).eval()  # shares the weights
+        self.packed.load_state_dict(prior.state_dict(), assign=True)
+        self.packed.compile_parts()
 
     def check_codes(self, labels: Tensor) -> None:
         """Exit unless both give the same greedy codes, guided, and the same pictures."""
-        ours = self.prior.sample(labels, guidance_scale=GUIDANCE_SCALE, temperature=0)
         theirs, features = self.peer.sample(labels, GUIDANCE_SCALE, top_k=1)
-        if not torch.equal(ours, theirs):
-            share = (ours != theirs).float().mean().item()
-            raise SystemExit(f"{share:.0%} of the greedy codes differ from those of the peer")
+        for prior in (self.packed, self.prior):
+            ours = prior.sample(labels, guidance_scale=GUIDANCE_SCALE, temperature=0)
+            if not torch.equal(ours, theirs):
+                share = (ours != theirs).float().mean().item()
+                raise SystemExit(f"{share:.0%} of the greedy codes differ from those of the peer")
         with torch.no_grad():
             pictures = self.tokenizer.decode(ours).clamp(-1, 1)
         torch.testing.assert_close(decode(self.tokenizer, features), pictures, rtol=0, atol=1e-3)
@@ -86,6 +91,9 @@ class Comparison:
         def ours() -> Tensor:
             return self.prior.sample(labels, **options)  # type: ignore[arg-type]
 
+        def packed() -> Tensor:
+            return self.packed.sample(labels, **options)  # type: ignore[arg-type]
+
         def theirs() -> Tensor:
             return self.peer.sample(labels, GUIDANCE_SCALE, TOP_K, TOP_P)[1]
 
@@ -95,14 +103,14 @@ class Comparison:
         def our_decoding() -> Tensor:
             return self.tokenizer.decode(codes)
 
-        passes = ours, theirs, our_decoding, lambda: decode(self.tokenizer, features)
-        sampled, peer_sampled, decoded, peer_decoded = self.times(*passes)
-        what = f"batch {len(labels)}"
-        report(f"sampling, {what}", peer_sampled, sampled)
-        both = ([a + b for a, b in zip(*pair, strict=True)] for pair in (
-            (peer_sampled, peer_decoded), (sampled, decoded)
-        ))
-        report(f"sampling and decoding, {what}", *both)
+        passes = theirs, ours, packed, lambda: decode(self.tokenizer, features), our_decoding
+        peer, plain, fast, peer_decoding, decoding = self.times(*passes)
+        batch = f"batch {len(labels)}"
+        for name, sampled in (("", plain), (", packed", fast)):
+            report(f"sampling, {batch}{name}", peer, sampled)
+        for name, sampled in (("", plain), (", packed", fast)):
+            both = summed(peer, peer_decoding), summed(sampled, decoding)
+            report(f"sampling and decoding, {batch}{name}", *both)
 
     def training(self, labels: Tensor) -> None:
         """Print the row of a training step."""
@@ -138,6 +146,11 @@ def report(what: str, theirs: list[float], ours: list[float]) -> None:
     )
 
 
+def summed(first: list[float], second: list[float]) -> list[float]:
+    """Seconds of two passes, one after the other."""
+    return [a + b for a, b in zip(first, second, strict=True)]
+
+
 def quartiles(values: list[float]) -> list[float]:
     """Lower quartile, median and upper quartile."""
     return statistics.quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
@@ -155,7 +168,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 4], help="of sampling")
     parser.add_argument("--training_batch_size", type=int, default=0, help="0: no training steps")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--quick", action="store_true", help="a small model and few rounds, to see that it works"
@@ -172,8 +184,7 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(0)
     prior, tokenizer = build(args.preset, args.sides, args.quick)
-    prior.to(args.device), tokenizer.to(args.device)
-    comparison = Comparison(prior, tokenizer, args.rounds)
+    comparison = Comparison(prior.to(args.device), tokenizer.to(args.device), args.rounds)
 
     def labels(count: int) -> Tensor:
         return torch.arange(count, device=args.device) % prior.num_classes

@@ -31,7 +31,8 @@ def attend(
 
     Args:
         causal: whether query i attends to keys 0 to i only.
-        mask: (T, n) or (B, 1, T, n) bool, True where a query may attend to a key.
+        mask: (T, n) or (B, 1, T, n) bool, True where a query may attend to a key; or numbers that
+            are added to the scores.
         scale: factor of the attention scores; None is 1 / sqrt(head_dim).
         dropout: the probability with which an attention weight is set to zero.
     """
@@ -73,6 +74,13 @@ class KeyValueCache:
         self.keys[layer, :, :, start:stop] = keys
         self.values[layer, :, :, start:stop] = values
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+    def layer(self, layer: int) -> "KeyValueCache":
+        """A cache of one layer, its number 0, that shares the memory. Given its own, a block does
+        not depend on its number, and all compiled blocks run the same graph."""
+        own = copy.copy(self)
+        own.keys, own.values = self.keys[layer : layer + 1], self.values[layer : layer + 1]
+        return own
 
     def part(self, rows: slice) -> "KeyValueCache":
         """A cache of some of the rows: it shares the memory, and has a length of its own."""

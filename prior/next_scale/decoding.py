@@ -28,7 +28,10 @@ from smalti.prior.sampling import (
 from smalti.randomness import Generators
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleQuantizer
 
-LOGITS_AT_ONCE = 2**24  # most logits in memory while sampling: 128 MB in fp64
+# Most logits in memory while sampling: 128 MB in fp64. On a CPU so few that the passes over them
+# stay in its cache.
+LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE_ON_CPU = 2**20
 
 
 class ScaleModel(Protocol):
@@ -48,7 +51,7 @@ class ScaleModel(Protocol):
         self,
         tokens: Tensor,
         modulation: Modulations,
-        mask: Tensor | None,
+        mask: None,
         cache: KeyValueCache | None,
         embedded: Embedded | None = None,
     ) -> Tensor: ...  # (B, n, width) -> (B, n, width)
@@ -259,7 +262,8 @@ class ScaleDecoder:
         """Tokens (rows, n, width) with their uniforms (B, n, ...), a few at a time: logits of all
         at once could exceed the memory."""
         per_token = max(1, len(hidden)) * self.model.config.spec.vocab_size
-        portion = max(1, LOGITS_AT_ONCE // per_token)
+        on_cpu = hidden.device.type == "cpu"
+        portion = max(1, (LOGITS_AT_ONCE_ON_CPU if on_cpu else LOGITS_AT_ONCE) // per_token)
         return zip(hidden.split(portion, 1), uniforms.split(portion, 1), strict=True)
 
 

@@ -15,7 +15,8 @@ guidance_scale - 1.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -47,9 +48,10 @@ from smalti.prior.conditions.base import (
     with_vectors,
 )
 from smalti.prior.conditions.text import CaptionEmbedding, Embedded, TextAttention
-from smalti.prior.layers import DropPath, drop_path_rates
+from smalti.prior.layers import DropPath, PackableLinear, drop_path_rates
 from smalti.prior.next_scale.config import PRESETS, NextScaleConfig
 from smalti.prior.next_scale.decoding import ScaleDecoder
+from smalti.prior.next_scale.teacher_forcing import noisy_context, true_context
 from smalti.prior.sampling import OnStep, SamplingOptions, sample_uniforms
 from smalti.randomness import Generators, RandomInputs
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
@@ -70,10 +72,11 @@ class ScaleAttention(nn.Module):
         super().__init__()
         width = config.width
         self.num_heads = config.num_heads
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)  # rows q | k | v, each head-major
+        # Rows q | k | v, each head-major.
+        self.mat_qkv = PackableLinear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))  # a bias of keys has no effect in softmax
-        self.proj = nn.Linear(width, width)
+        self.proj = PackableLinear(width, width)
         self.dropout = nn.Dropout(config.dropout)
         self.scale = 0.25 / math.sqrt(width // config.num_heads)  # VAR's, if it is not learned
         self.register_parameter("scale_mul_1H11", None)
@@ -82,10 +85,10 @@ class ScaleAttention(nn.Module):
             self.scale_mul_1H11 = nn.Parameter(initial)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, layer: int, cache: KeyValueCache | None
+        self, x: Tensor, mask: "BlockCausal | None", cache: KeyValueCache | None
     ) -> Tensor:  # (B, T, width)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias)
+        qkv = self.mat_qkv(x, bias)
         query, key, value = rearrange(
             qkv, "b t (three h d) -> three b h t d", three=3, h=self.num_heads
         ).unbind()  # (B, heads, T, head_dim)
@@ -96,8 +99,9 @@ class ScaleAttention(nn.Module):
             key = F.normalize(key.float(), dim=-1).to(value.dtype)
             scale = 1.0
         if cache is not None:
-            key, value = cache.write(layer, key, value)
-        attended = attend(query, key, value, mask=mask, scale=scale)
+            key, value = cache.write(0, key, value)
+        attention = attend if mask is None else mask.attend
+        attended = attention(query, key, value, scale=scale)
         return self.dropout(self.proj(rearrange(attended, "b h t d -> b t (h d)")))
 
 
@@ -107,8 +111,8 @@ class ScaleMLP(nn.Module):
     def __init__(self, config: NextScaleConfig) -> None:
         super().__init__()
         hidden = round(config.mlp_ratio * config.width)
-        self.fc1 = nn.Linear(config.width, hidden)
-        self.fc2 = nn.Linear(hidden, config.width)
+        self.fc1 = PackableLinear(config.width, hidden)
+        self.fc2 = PackableLinear(hidden, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, width)
@@ -148,13 +152,12 @@ class ScaleBlock(nn.Module):
         self,
         x: Tensor,
         modulation: Parts,
-        mask: Tensor | None,
-        layer: int,
+        mask: "BlockCausal | None",
         cache: KeyValueCache | None,
         embedded: Embedded | None = None,
     ) -> Tensor:  # (B, T, width)
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation  # VAR's order
-        attended = self.attn(adaptive_norm(x, scale1, shift1, self.eps), mask, layer, cache)
+        attended = self.attn(adaptive_norm(x, scale1, shift1, self.eps), mask, cache)
         x = x + self.drop_path(attended * gate1)
         if self.cross_attn is not None and embedded is not None:
             x = x + self.cross_attn(x, embedded)
@@ -182,6 +185,35 @@ def block_causal_mask(grids: Grids, device: torch.device) -> Tensor:
     """
     scales = scale_of_codes(grids, device)
     return scales[:, None] >= scales
+
+
+class BlockCausal:
+    """Block-causal attention of all scales at once, for teacher forcing.
+
+    On a CPU one call with the mask, made once for all layers: scale by scale it is not faster
+    there. On other devices the queries of each scale attend to all keys so far, in a call without a
+    mask: their fastest kernels take none, and nothing of L x L numbers is kept for the gradients.
+    """
+
+    def __init__(self, grids: Grids, device: torch.device) -> None:
+        self.lengths = [height * width for height, width in grids]
+        self.bias: Tensor | None = None  # (L, L), added to the scores
+        if device.type == "cpu":
+            masked = ~block_causal_mask(grids, device)
+            self.bias = torch.zeros(masked.shape).masked_fill(masked, -torch.inf)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention (B, heads, L, head_dim) among tokens of all scales."""
+        if self.bias is not None:
+            return attend(query, key, value, mask=self.bias, scale=scale)
+        return self.scale_by_scale(query, key, value, scale)
+
+    def scale_by_scale(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """The same, without a mask."""
+        attended = []
+        for part, stop in zip(query.split(self.lengths, 2), accumulate(self.lengths), strict=True):
+            attended.append(attend(part, key[:, :, :stop], value[:, :, :stop], scale=scale))
+        return torch.cat(attended, 2)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -264,57 +296,6 @@ def _first_difference(own: MultiScaleConfig, other: MultiScaleConfig) -> str:
     )
 
 
-# -------------------------------------------------------------------------------------------------
-# Teacher forcing, with true or with partly random input codes.
-
-
-@dataclass
-class Context:
-    """One training example per row."""
-
-    inputs: Tensor  # (B, L - h_0 w_0, d): the input of each scale but the first
-    targets: Tensor  # (B, L) int64: the codes to predict
-
-
-@torch.no_grad()
-def true_context(quantizer: FrozenQuantizer, codes: Tensor) -> Context:
-    """Teacher forcing with the true codes (B, L)."""
-    return Context(quantizer.next_scale_inputs(codes), codes)
-
-
-@torch.no_grad()
-def noisy_context(quantizer: FrozenQuantizer, codes: Tensor, most: float) -> Context:
-    """Inputs from codes (B, L) some of which are random, and targets that correct the error.
-
-    A prior that was trained on true codes only cannot correct its own errors (exposure bias). For
-    every sample a share p ~ U(0, most) of the input codes is random, and each target is quantized
-    again, relative to the sum of the input codes (bitwise self-correction of Infinity, 2412.04431,
-    section 3.3, here for a codebook).
-
-    Infinity quantizes f - s' at scale k, with features f and the sum s' of the input codes before.
-    The latent cache does not contain f, but f - s' = (f - s) + (s - s') with the sum s of the true
-    codes, and f - s, downsampled to scale k, is close to the vector of the true code. So the target
-    is the code nearest to that vector plus s - s' downsampled; without errors it is the true code.
-    """
-    parts = codes.split_with_sizes(quantizer.lengths, 1)
-    share = torch.rand(len(codes), 1, device=codes.device) * most
-    true_sum = noisy_sum = quantizer.lookup_first(codes, 0)  # both start at 0, (B, d, H, W)
-    inputs = [codes.new_zeros(len(codes), 0, quantizer.dim).float()]
-    targets = []
-    for scale, part in enumerate(parts):  # (B, h_k w_k)
-        if scale:
-            inputs.append(quantizer.scale_input(noisy_sum, scale))
-        error = quantizer.scale_input(true_sum - noisy_sum, scale)  # (B, h_k w_k, d)
-        target = quantizer.nearest(quantizer.codebook.lookup(part) + error)
-        targets.append(target)
-        is_random = torch.rand(part.shape, device=codes.device) < share
-        random_codes = torch.randint_like(part, quantizer.vocab_size)
-        noisy = torch.where(is_random, random_codes, target)
-        true_sum = true_sum + quantizer.contribution(part, scale)
-        noisy_sum = noisy_sum + quantizer.contribution(noisy, scale)
-    return Context(torch.cat(inputs, 1), torch.cat(targets, 1))
-
-
 class NextScalePrior(CodePrior):
     """p(codes | condition) = prod_k p(codes of scale k | condition, codes of the scales before k),
     with the codes of one scale independent of each other given those before.
@@ -352,7 +333,7 @@ class NextScalePrior(CodePrior):
         rates = drop_path_rates(config.drop_path, config.depth)
         self.blocks = nn.ModuleList(ScaleBlock(config, rate) for rate in rates)
         self.head_nm = HeadNorm(width, config.norm_eps)
-        self.head = nn.Linear(width, config.spec.vocab_size)
+        self.head = PackableLinear(width, config.spec.vocab_size)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -381,6 +362,21 @@ class NextScalePrior(CodePrior):
         for module in self.modules():
             if isinstance(module, TextAttention):
                 module.reset_output()
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the blocks, with options of torch.compile.
+
+        Without options, on a CPU in fp32, the weights of large linear layers are packed instead,
+        which takes a second and as much memory as they have: in a compiled block four fifths of
+        the time would still be their products.
+        """
+        layers = [layer for layer in self.modules() if isinstance(layer, PackableLinear)]
+        packable = [layer for layer in layers if layer.can_be_packed]
+        if options or not packable:
+            super().compile_parts(**options)
+            return
+        for layer in packable:
+            layer.pack()
 
     def bind(self, quantizer: nn.Module | None) -> None:
         """Copy the quantizer of the tokenizer whose codes are modelled: once, before training.
@@ -456,14 +452,15 @@ class NextScalePrior(CodePrior):
         self,
         tokens: Tensor,
         modulation: Modulations,
-        mask: Tensor | None,
+        mask: "BlockCausal | None",
         cache: KeyValueCache | None,
         embedded: Embedded | None = None,
     ) -> Tensor:
         """All blocks, (B, T, width) to (B, T, width); `embedded` is needed for captions."""
         x = tokens
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulation.blocks[layer], mask, layer, cache, embedded)
+            own = None if cache is None else cache.layer(layer)
+            x = block(x, modulation.blocks[layer], mask, own, embedded)
         if cache is not None:
             cache.length += tokens.shape[1]
         return x
@@ -483,7 +480,7 @@ class NextScalePrior(CodePrior):
         embedded = self.embedded(condition)
         first = self.first_tokens(embedded.vector)
         tokens = torch.cat([first, self.embed(inputs)], 1)  # (B, L, width)
-        mask = block_causal_mask(self.config.spec.grids, tokens.device)
+        mask = BlockCausal(self.config.spec.grids, tokens.device)
         modulation = self.modulation(embedded.vector)
         hidden = self.transform(tokens + self.positions(), modulation, mask, None, embedded)
         return self.read(hidden, modulation)
