@@ -23,10 +23,16 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return [block for part in lists for block in part if next(block.children(), None) is not None]
 
 
+def trained_blocks(module: nn.Module) -> list[nn.Module]:
+    """Those with weights that are trained: a frozen quantizer's are not."""
+    blocks = blocks_of(module)
+    return [block for block in blocks if any(p.requires_grad for p in block.parameters())]
+
+
 def prepare_blocks(module: nn.Module, *, compiled: bool, recomputed: bool) -> None:
     """Compile each block, and let the backward pass compute it again, as asked. Names and values of
     weights stay. Call it after the EMA has copied the module."""
-    for block in blocks_of(module) if compiled or recomputed else []:
+    for block in trained_blocks(module) if compiled or recomputed else []:
         run: Any = block.forward
         if compiled:
             run = torch.compile(run)

@@ -23,12 +23,11 @@ STEP_SETTINGS = {
     "max_skipped_share",
     "mixed_precision",
     "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "compile",
 }
 # May differ between a checkpoint and the run that resumes it, and the change is logged; everything
 # else must be equal.
 FREE_TO_CHANGE = STEP_SETTINGS | {
+    *("gradient_checkpointing", "compile"),
     "weights",
     "pipeline_dir",
     "output_dir",

@@ -3,7 +3,6 @@
 config      the configuration, and the presets
 prior       FlowPrior: training objective, sampling, likelihood
 dit         the network
-conditioning what it computes from conditions and times alone
 path        x_t = alpha(t) x_1 + sigma(t) x_0, and the transitions between two times
 prediction  velocity, noise, score, data: conversions and dynamics
 times       training times and loss weights

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from smalti.config import check_at_least
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import ConfigurationError, DataError
-from smalti.prior.adaln import Modulation, Parts, modulate
+from smalti.prior.adaln import Conditioning, Modulation, Parts, modulate
 from smalti.prior.attention import FixedTable, attend, rotate
 from smalti.prior.conditions.base import Combination, Condition, count, with_vectors
 from smalti.prior.conditions.image import ImageCondition, ImageKind
@@ -46,7 +46,6 @@ from smalti.prior.conditions.text import (
     TextCondition,
     TextConfig,
 )
-from smalti.prior.flow.conditioning import Conditioning
 from smalti.prior.layers import RMSNorm, SwiGLU
 
 NORM_EPS = 1e-6

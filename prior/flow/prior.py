@@ -21,11 +21,11 @@ from torch import Tensor
 from smalti.config import plain
 from smalti.data.latents import ContinuousSpec, LatentSpec, as_tensor
 from smalti.errors import DataError, GenerationError
+from smalti.prior.adaln import KeptConditions
 from smalti.prior.base import Loss, Prior
 from smalti.prior.conditions.base import Condition, count, moved, part_of, vector_kinds
 from smalti.prior.conditions.text import CaptionEmbedding
 from smalti.prior.flow.classifier import LatentClassifier
-from smalti.prior.flow.conditioning import KeptConditions
 from smalti.prior.flow.config import PRESETS, FlowConfig
 from smalti.prior.flow.dit import DiT
 from smalti.prior.flow.editing import KnownLatents

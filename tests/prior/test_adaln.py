@@ -4,9 +4,9 @@ import pytest
 import torch
 from chance import generators, randomised
 
+from smalti.prior.adaln import KeptConditions
 from smalti.prior.conditions.base import Combination
 from smalti.prior.conditions.text import TextCondition, TextConfig
-from smalti.prior.flow.conditioning import KeptConditions
 from smalti.prior.flow.config import FlowConfig
 from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.prior import FlowPrior
@@ -76,7 +76,7 @@ def test_captions_are_projected_once_and_modulations_of_all_steps_are_one_produc
 
 
 def test_modulations_are_computed_in_chunks_of_bounded_size(prior, monkeypatch) -> None:
-    monkeypatch.setattr("smalti.prior.flow.conditioning.ROWS", 6)
+    monkeypatch.setattr("smalti.prior.adaln.KEPT_ROWS", 6)
     rows = counted([prior.network.blocks[0].adaLN_modulation])
     kept = KeptConditions(prior.network, condition(), [0.0, 0.25, 0.25, 0.5, 0.75, 1.0])
     with torch.no_grad():
