@@ -44,19 +44,20 @@ from smalti.randomness import RandomInputs, generator
 from smalti.scripts.encode import latents_of, picture_encoders
 from smalti.scripts.options import Sampling, TextOptions
 from smalti.tokenizer.base import Tokenizer
+from smalti.training.blocks import prepare_blocks
 from smalti.training.checkpoint import OptimizerState
 from smalti.training.config import RunConfig
 from smalti.training.logging import mean_of
 from smalti.training.optim import (
     EMA,
-    adamw,
     clip_gradients,
     learning_rate,
     logged_norm,
+    make_optimizer,
     set_learning_rate,
 )
 from smalti.training.processes import say, shard
-from smalti.training.run import Run, random_inputs_of_step, seed_everything
+from smalti.training.run import Run, on_device, random_inputs_of_step, seed_everything
 
 LATENTS = Path("runs/latents")
 VALIDATION_SAMPLES = 1024
@@ -88,6 +89,10 @@ class TrainPriorConfig(RunConfig, TrainingPictures):
     # With --data and condition image: super-resolution (from a quarter of the size, or
     # super-resolution:factor=2) or inpainting (a new random mask in every step).
     image_task: str = ""
+    # Keep the input of each block alone, and compute the block again in the backward pass: less
+    # memory for a third more operations, and the same gradients.
+    gradient_checkpointing: bool = False
+    compile: bool = False  # torch.compile of the blocks: the first step takes minutes
     # A pipeline, prior or checkpoint whose settings and weights the run starts from.
     initial: str = ""
     weights: Weights = "ema"  # of a checkpoint in --initial: averaged over its run (ema), or raw
@@ -297,7 +302,7 @@ def prior_loss(
         noise: samples continuous latents from their posterior; None takes its mean.
         random_inputs: of the prior; None samples them from torch's global generators.
     """
-    stored, condition = batch.stored.to(device), moved(condition_of(batch), device)
+    stored, condition = on_device(batch.stored, device), moved(condition_of(batch), device)
     if pairs:  # reflow: the flow's noise is stored beside each latent
         latents, start = stored.chunk(2, dim=1)
         return prior(latents, condition, {**(random_inputs or {}), "noise": start})
@@ -316,7 +321,8 @@ class Learner(Generic[Model]):
 
     def __init__(self, module: Model, run: Run) -> None:
         self.module = module
-        self.optimizer, self.ema = adamw(module, run.config), EMA(module, run.config.ema_decay)
+        self.optimizer = make_optimizer(module, run.config)
+        self.ema = EMA(module, run.config.ema_decay)
         run.track(model=module, ema=self.ema, optimizer=OptimizerState(self.optimizer))
         # DDP, or FSDP2 in place
         self.wrapped = shard(run.accelerator, module, self.optimizer)
@@ -438,6 +444,7 @@ def train(config: TrainPriorConfig) -> Path:
     tokenizer, latents, heldout = open_latents(config, run.device)
     prior = initial_prior(config, latents, tokenizer)
     learner = Learner(prior, run)
+    prepare_blocks(prior, compiled=config.compile, recomputed=config.gradient_checkpointing)
     ema = learner.ema
     warn_of_empty_classes(latents.classes, latents.labels, latents.place)
     pairs = bool(latents.info.pairs)  # of latents and noise, for reflow

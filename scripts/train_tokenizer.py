@@ -58,10 +58,10 @@ from smalti.training.config import RunConfig
 from smalti.training.logging import mean_of
 from smalti.training.optim import (
     EMA,
-    adamw,
     clip_gradients,
     learning_rate,
     logged_norm,
+    make_optimizer,
     set_learning_rate,
 )
 from smalti.training.processes import replicate, say
@@ -138,7 +138,7 @@ class Trained(Generic[Module]):
 def with_optimizer(module: Module, run: Run) -> Trained[Module]:
     """A module on the run's device, with a new optimizer."""
     module = module.to(run.device)
-    return Trained(module, replicate(run.accelerator, module), adamw(module, run.config))
+    return Trained(module, replicate(run.accelerator, module), make_optimizer(module, run.config))
 
 
 def build_tokenizer(

@@ -89,9 +89,10 @@ class OptimizerState:
     def state_dict(self) -> dict[str, Tensor]:
         state = self.optimizer.state_dict()["state"]
         return {
-            f"{index}.{name}": torch.as_tensor(value)
+            f"{index}.{name}": part
             for index, entries in state.items()
-            for name, value in entries.items()
+            for entry, value in entries.items()
+            for name, part in _plain(entry, torch.as_tensor(value)).items()
         }
 
     def load_state_dict(self, flat: dict[str, Tensor], /) -> None:
@@ -99,11 +100,25 @@ class OptimizerState:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in flat.items():
-            index, name = key.split(".", 1)
-            if value.shape == parameters[int(index)].shape:
-                value = sharded_like(value, parameters[int(index)])
-            state.setdefault(int(index), {})[name] = value
+            index, name, *part = key.split(".", 2)
+            parameter, entries = parameters[int(index)], state.setdefault(int(index), {})
+            if part:  # of moments in 8 bits, whose tables follow from the sign
+                if name not in entries:
+                    entries[name] = self.optimizer._new_buffer(parameter, name == "exp_avg")  # type: ignore[attr-defined]
+                getattr(entries[name], part[0]).copy_(value)
+                continue
+            if value.shape == parameter.shape:
+                value = sharded_like(value, parameter)
+            entries[name] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _plain(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A tensor of an optimizer's state, by name; of one in 8 bits the plain tensors."""
+    if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
+        return {name: value}
+    inner, _ = value.__tensor_flatten__()
+    return {f"{name}.{part}": getattr(value, part) for part in inner}
 
 
 def collect(objects: Mapping[str, Stateful], *, keep: bool) -> dict[str, dict[str, Tensor]]:

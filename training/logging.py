@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from smalti.config import config_to_dict, recipe_text
 from smalti.files import append_line, drop_lines_after, replacing, write_text
+from smalti.training.blocks import recomputing
 from smalti.training.config import RunConfig
 from smalti.training.folder import METRICS, RECIPE, TIMING
 from smalti.training.progress import RunProgress
@@ -146,12 +147,27 @@ COUNTED_STEP = 1  # of this process: step 0 also starts workers and compiles
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Peak operations per second of one device in this precision; 0 if unknown."""
-    if device.type != "cuda" or precision != "bf16":
-        return 0.0
-    name = torch.cuda.get_device_name(device)
-    known = [peak for part, peak in PEAK_FLOPS.items() if part in name]
-    return known[0] if known else 0.0
+    """Peak operations per second of one device in this precision: by its specification, or else
+    those of a matrix product."""
+    if device.type == "cuda" and precision == "bf16":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in PEAK_FLOPS.items():
+            if part in name:
+                return peak
+    return measured_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+@torch.no_grad()
+def measured_flops(device: torch.device, dtype: torch.dtype, rounds: int = 3) -> float:
+    """Operations per second of a large matrix product, the fastest of some."""
+    size = 512 if device.type == "cpu" else 8192
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(rounds + 1):  # the first one also loads kernels
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
 class _FlopCounter(TorchDispatchMode):
@@ -172,7 +188,7 @@ class _FlopCounter(TorchDispatchMode):
         options = kwargs or {}
         output = func(*args, **options)
         formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
+        if formula is not None and not recomputing():
             self.total += formula(*args, **options, out_val=output)
         return output
 
@@ -184,7 +200,8 @@ class Throughput:
         path: the file to write; lines after `resume_step` are dropped.
         images: number of images per step, over all processes.
         processes: number of processes.
-        peak: operations per second of all devices together; 0 if unknown.
+        peak: returns the operations per second of all devices together; called once, when the
+            first line is written.
         count: whether to count operations; those of compiled or sharded models cannot be counted.
     """
 
@@ -195,11 +212,11 @@ class Throughput:
         resume_step: int,
         images: int,
         processes: int,
-        peak: float,
+        peak: Callable[[], float],
         count: bool,
     ) -> None:
         self.path, self.images, self.processes = path, images, processes
-        self.peak, self.count = peak, count
+        self.count, self._measure_peak, self._peak = count, peak, 0.0
         self._resume_step = resume_step
         self.flops = 0  # of one step, on this process
         self._begun = False  # whether anything was written
@@ -237,9 +254,9 @@ class Throughput:
             "images_per_second": round(self.images / seconds, 3),
         }
         if self.flops:
+            self._peak = self._peak or self._measure_peak()
             line["model_flops_per_second"] = self.flops * self.processes / seconds
-            if self.peak:
-                line["model_flops_utilisation"] = line["model_flops_per_second"] / self.peak
+            line["model_flops_utilisation"] = line["model_flops_per_second"] / self._peak
         append_line(self.path, {"step": step, **line})
         return line
 
@@ -277,13 +294,14 @@ class RunLog:
         devices = accelerator.num_processes
         dynamo = accelerator.state.dynamo_plugin
         compiled = dynamo is not None and dynamo.backend != DynamoBackend.NO
+        compiled = compiled or getattr(config, "compile", False)  # the flag of train-prior
         sharded = accelerator.distributed_type == DistributedType.FSDP
         self.throughput = Throughput(
             folder / TIMING,
             resume_step=start_step,
             images=config.train_batch_size,
             processes=devices,
-            peak=peak_flops(accelerator.device, accelerator.mixed_precision) * devices,
+            peak=lambda: devices * peak_flops(accelerator.device, accelerator.mixed_precision),
             count=not (compiled or sharded),
         )
 

@@ -11,13 +11,15 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from smalti.checkpoints import UPDATES
-from smalti.errors import SmaltiError
+from smalti.errors import ConfigurationError, SmaltiError
+from smalti.training.blocks import blocks_of
 from smalti.training.checkpoint import full_tensor, is_sharded, sharded_like
 from smalti.training.config import RunConfig
 from smalti.training.divergence import LossLevel
@@ -59,14 +61,87 @@ def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
 
 def adamw(module: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     """AdamW over the trained parameters of a module, fused where torch can."""
-    decayed, others = split_by_decay(module)
+    return _adamw(*split_by_decay(module), config)
+
+
+def _adamw(
+    decayed: list[nn.Parameter],
+    others: list[nn.Parameter],
+    config: RunConfig,
+    kind: Any = None,
+) -> Any:
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     betas = (config.adam_beta1, config.adam_beta2)
     filled = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(filled, lr=config.learning_rate, betas=betas, fused=True)
+    kind = kind or partial(torch.optim.AdamW, fused=True)
+    return kind(filled, lr=config.learning_rate, betas=betas)
+
+
+def make_optimizer(module: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """The configured optimizer over the trained parameters of a module.
+
+    Raises:
+        ConfigurationError: it does not fit the module.
+    """
+    if config.optimizer == "muon":
+        return MuonWithAdamW(module, config)
+    if config.optimizer == "adamw8bit":
+        from torchao.optim import AdamW8bit
+
+        return _adamw(*split_by_decay(module), config, AdamW8bit)
+    return adamw(module, config)
+
+
+# -------------------------------------------------------------------------------------------------
+# Muon: the momentum of a matrix, orthogonalised (Jordan et al., 2024); scaled so that its learning
+# rates are those of AdamW (Liu et al., 2502.16982), which trains everything else.
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of linear layers in repeated blocks, AdamW for the other parameters:
+    embeddings, the output layer, convolutions, biases and norms.
+
+    Raises:
+        ConfigurationError: there are no such matrices.
+    """
+
+    def __init__(self, module: nn.Module, config: RunConfig) -> None:
+        layers = [m for block in blocks_of(module) for m in block.modules()]
+        linear = {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
+        decayed, others = split_by_decay(module)
+        matrices = [weight for weight in decayed if id(weight) in linear]
+        if not matrices:
+            raise ConfigurationError(
+                f"optimizer is muon, but {type(module).__name__} has no linear layers in repeated "
+                "blocks: use --optimizer adamw"
+            )
+        rate, decay = config.learning_rate, config.weight_decay
+        self.muon = torch.optim.Muon(
+            matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw = _adamw([w for w in decayed if id(w) not in linear], others, config)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {"lr": rate})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both work on the groups and the state of this object."""
+        self.muon.param_groups = self.param_groups[:1]
+        self.adamw.param_groups = self.param_groups[1:]
+        self.muon.state = self.adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both."""
+        del closure
+        self.muon.step()
+        self.adamw.step()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -100,7 +175,10 @@ def learning_rate(config: RunConfig, step: int) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):  # of a compiled optimizer
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 # -------------------------------------------------------------------------------------------------

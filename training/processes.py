@@ -32,6 +32,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.folders import locked
+from smalti.training.blocks import blocks_of
 from smalti.training.checkpoint import Stateful, is_sharded
 from smalti.training.config import Precision
 from smalti.training.launch import LaunchSettings, refuse_fewer_processes, said_of_precision
@@ -256,9 +257,17 @@ def shard(
     """Like `replicate`; under FSDP2 the module and its optimizer are sharded instead, in place.
 
     Create an EMA of the module before this call, and restore a checkpoint after it.
+
+    Raises:
+        ConfigurationError: the optimizer needs whole weights, and the job was launched with FSDP.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return replicate(accelerator, module)
+    if not isinstance(optimizer, torch.optim.AdamW):
+        raise ConfigurationError(
+            "FSDP shards the weights, and this optimizer needs whole ones: use --optimizer adamw, "
+            "or launch with DDP"
+        )
     plugin = accelerator.state.fsdp_plugin
     assert plugin is not None, "Accelerate has a plugin whenever it shards"
     if plugin.transformer_cls_names_to_wrap is None:
@@ -290,9 +299,7 @@ def own_methods(module: nn.Module) -> list[str]:
 
 def repeated_blocks(module: nn.Module) -> list[str]:
     """Class names of the blocks in a module's lists: each block becomes one unit of sharding."""
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-    blocks = [block for part in lists for block in part if next(block.children(), None)]
-    return sorted({type(block).__name__ for block in blocks})
+    return sorted({type(block).__name__ for block in blocks_of(module)})
 
 
 # -------------------------------------------------------------------------------------------------

@@ -517,6 +517,13 @@ def seed_everything(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(derive_seed(seed, step, rank))
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; a GPU copies it from pinned memory, while the host goes on."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def local_micro_batches(run: Run, rows: Tensor) -> list[Tensor]:
     """Rows (B, ...) for the whole batch -> those of each micro-batch of this process."""
     own = rows.chunk(run.world_size)[run.rank]

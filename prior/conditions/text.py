@@ -280,6 +280,9 @@ class CaptionEmbedding(nn.Module, ConditionKind):
         return TextCondition(value.features, value.mask, value.is_null | which)
 
 
+KeysValues = tuple[Tensor, Tensor]  # each (B, heads, T, head_dim)
+
+
 class TextAttention(nn.Module):
     """Cross-attention of a block's tokens to the tokens of a caption, after its self-attention
     (PixArt-alpha, 2310.00426, section 2.3; for next-scale prediction Infinity, 2412.04431).
@@ -300,13 +303,22 @@ class TextAttention(nn.Module):
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x: Tensor, condition: Embedded) -> Tensor:
-        """Tokens x (B, N, width) and embedded captions -> like x."""
+    def keys_values(self, tokens: Tensor) -> KeysValues:
+        """Keys and values of the tokens of captions (B, T, width)."""
+        key, value = rearrange(
+            self.kv_linear(tokens), "b t (k h d) -> k b h t d", k=2, h=self.num_heads
+        )
+        return key, value
+
+    def forward(self, x: Tensor, condition: Embedded, known: KeysValues | None = None) -> Tensor:
+        """Tokens x (B, N, width) and embedded captions -> like x.
+
+        Args:
+            known: `keys_values` of the captions; None: they are computed.
+        """
         assert condition.tokens is not None and condition.mask is not None
         query = rearrange(self.q_linear(x), "b n (h d) -> b h n d", h=self.num_heads)
-        key, value = rearrange(
-            self.kv_linear(condition.tokens), "b t (k h d) -> k b h t d", k=2, h=self.num_heads
-        )
+        key, value = self.keys_values(condition.tokens) if known is None else known
         # (B, 1, N, T); every caption has a token, so that no softmax is empty
         allowed = condition.mask[:, None, None].expand(-1, 1, x.shape[1], -1)
         attended = attend(query, key, value, mask=allowed)

@@ -34,13 +34,14 @@ from torch import Tensor, nn
 from smalti.config import check_at_least
 from smalti.data.latents import ContinuousSpec
 from smalti.errors import ConfigurationError, DataError
-from smalti.prior.adaln import Modulation, modulate
+from smalti.prior.adaln import Conditioning, Modulation, Parts, modulate
 from smalti.prior.attention import FixedTable, attend, rotate
-from smalti.prior.conditions.base import Combination, Condition, with_vectors
+from smalti.prior.conditions.base import Combination, Condition, count, with_vectors
 from smalti.prior.conditions.image import ImageCondition, ImageKind
 from smalti.prior.conditions.text import (
     CaptionEmbedding,
     Embedded,
+    KeysValues,
     TextAttention,
     TextCondition,
     TextConfig,
@@ -338,14 +339,25 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = Modulation(config.width, 6)
 
     def forward(
-        self, x: Tensor, c: Tensor, rope_freqs: Tensor | None, embedded: Embedded | None = None
+        self,
+        x: Tensor,
+        c: Tensor | Parts,
+        rope_freqs: Tensor | None,
+        embedded: Embedded | None = None,
+        keys_values: KeysValues | None = None,
     ) -> Tensor:
-        """Tokens x (B, N, width) and conditioning c (B, width) -> (B, N, width)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)  # (B, 1, width)
+        """Tokens x (B, N, width) and conditioning c (B, width) -> (B, N, width).
+
+        Args:
+            c: or the modulation, if it was computed from c before.
+            keys_values: of the caption, if they were computed before.
+        """
+        parts = self.adaLN_modulation(c) if isinstance(c, Tensor) else c  # each (B, 1, width)
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts
         attended = self.attn(modulate(self.norm1(x), shift1, scale1), rope_freqs)
         x = torch.addcmul(x, gate1, attended)  # x + gate1 attended, in one kernel
         if self.cross_attn is not None and embedded is not None:
-            x = x + self.cross_attn(x, embedded)
+            x = x + self.cross_attn(x, embedded, keys_values)
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
@@ -358,8 +370,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = Modulation(config.width, 2)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c)
+    def forward(self, x: Tensor, c: Tensor | Parts) -> Tensor:
+        shift, scale = self.adaLN_modulation(c) if isinstance(c, Tensor) else c
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -455,15 +467,14 @@ class DiT(nn.Module):
         """Latents (B, C, h, w), times (B,) and conditions (B,) -> (B, C_out, h, w).
 
         Args:
-            condition: labels (B,), a `TextCondition`, an `ImageCondition`, or a `Combination`.
+            condition: labels (B,), a `TextCondition`, an `ImageCondition`, or a `Combination`; or
+                what `conditioning` has computed from it.
         """
-        only = next(iter(self.vectors), "")  # kind of a condition that is no combination
-        parts = condition.parts if isinstance(condition, Combination) else {only: condition}
-        known = [part for name, part in parts.items() if name not in self.vectors]
-        labels, text = _part(known, Tensor), _part(known, TextCondition)
-        image = _part(known, ImageCondition)
+        known = condition if isinstance(condition, Conditioning) else None
+        labels, text, image = self._parts(condition if known is None else known.condition)
         self._check(x, t, labels, text, image)
-        grid: tuple[int, int] = (x.shape[2], x.shape[3])
+        given = self.conditioning(condition) if known is None else known
+        depth, grid = len(self.blocks), (x.shape[2], x.shape[3])
         positions: Any = self if grid == self.config.grid else self.grid_positions[_name(grid)]
         if image is not None:
             x = torch.cat([x, image.latents.to(x.dtype)], 1)
@@ -473,15 +484,47 @@ class DiT(nn.Module):
         # (N, head_dim / 2) complex, stored as pairs of real numbers
         rotary = positions.rope_freqs
         freqs = None if rotary is None else torch.view_as_complex(rotary.table)
-        if labels is None:
-            labels = torch.full_like(t, self.config.num_classes, dtype=torch.int64)
-        embedded = self.embedded(labels, text)
-        c = self.t_embedder(t) + with_vectors(embedded.vector, self.vectors, condition)
-        for block in self.blocks:
-            tokens = block(tokens, c, freqs, embedded)
-        patches = self.final_layer(tokens, c).to(x.dtype)  # (B, N, p p C_out)
+        # Each part of the network gets c, or its modulation if that is known.
+        c = given.modulations or [self.t_embedder(t) + given.embedded.vector] * (depth + 1)
+        keys_values = given.keys_values or [None] * depth
+        for block, of_block, captions in zip(self.blocks, c, keys_values, strict=False):
+            tokens = block(tokens, of_block, freqs, given.embedded, captions)
+        patches = self.final_layer(tokens, c[-1]).to(x.dtype)  # (B, N, p p C_out)
         size = self.config.patch_size
         return unpatchify(patches, (grid[0] // size, grid[1] // size), size)
+
+    def _parts(
+        self, condition: Condition
+    ) -> tuple[Tensor | None, TextCondition | None, ImageCondition | None]:
+        """The labels (B,), captions and pictures of a condition."""
+        only = next(iter(self.vectors), "")  # kind of a condition that is no combination
+        parts = condition.parts if isinstance(condition, Combination) else {only: condition}
+        known = [part for name, part in parts.items() if name not in self.vectors]
+        return _part(known, Tensor), _part(known, TextCondition), _part(known, ImageCondition)
+
+    def conditioning(self, condition: Condition, keep_text: bool = False) -> Conditioning:
+        """What does not depend on latents and times.
+
+        Args:
+            keep_text: whether to compute the keys and values of captions here, for many passes.
+        """
+        labels, text, _ = self._parts(condition)
+        if labels is None:
+            device = self.y_embedder.embedding_table.weight.device
+            labels = torch.full((count(condition),), self.config.num_classes, device=device)
+        embedded = self.embedded(labels, text)
+        vector = with_vectors(embedded.vector, self.vectors, condition)
+        embedded = replace(embedded, vector=vector)
+        if not (keep_text and embedded.tokens is not None):
+            return Conditioning(condition, embedded)
+        layers: Any = [block.cross_attn for block in self.blocks]
+        keys_values = tuple(layer.keys_values(embedded.tokens) for layer in layers)
+        return Conditioning(condition, embedded, keys_values)
+
+    def modulations(self, c: Tensor) -> list[Parts]:
+        """Those of each block and of the final layer, from c (B, width)."""
+        layers: Any = [*self.blocks, self.final_layer]
+        return [layer.adaLN_modulation(c) for layer in layers]
 
     def embedded(self, labels: Tensor, text: TextCondition | None) -> Embedded:
         """The embedded condition; an image is part of the latents instead."""

@@ -20,7 +20,7 @@ from smalti.data.latents import as_tensor
 from smalti.errors import GenerationError
 from smalti.prior.flow.path import GaussianPath
 from smalti.prior.flow.prediction import Dynamics
-from smalti.prior.flow.solvers.base import SOLVERS, Solver, times_of
+from smalti.prior.flow.solvers.base import SOLVERS, Solver, shared_time
 from smalti.prior.sampling import is_number
 from smalti.randomness import NormalSource
 
@@ -129,7 +129,7 @@ class KnownLatents:
         return x if self.mask is None else torch.where(self.mask, self.latents, x)
 
     def _noisy(self, path: GaussianPath, time: float, noise: Tensor) -> Tensor:
-        return path.mix(self.latents, noise, times_of(time, noise))
+        return path.mix(self.latents, noise, shared_time(time))
 
     def _kept(self, path: GaussianPath, x: Tensor, time: float, noise: Tensor) -> Tensor:
         return torch.where(self.mask, self._noisy(path, time, noise), x)  # type: ignore[arg-type]

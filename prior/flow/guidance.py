@@ -19,7 +19,7 @@ from smalti.errors import GenerationError
 from smalti.prior.conditions.base import Condition, joined
 from smalti.prior.flow.classifier import LatentClassifier
 from smalti.prior.flow.path import GaussianPath, expand_like
-from smalti.prior.flow.prediction import Field, Prediction, derivative_by_score
+from smalti.prior.flow.prediction import Field, Prediction, derivative_by_score, times_of_samples
 from smalti.prior.sampling import is_interval, is_number
 
 # x (B, C, h, w), times (B,), conditions (B,) -> (B, C_out, h, w)
@@ -57,14 +57,22 @@ class ClassifierFree:
 
 
 def classifier_free(
-    network: Network, condition: Condition, negative: Condition, options: ClassifierFree
+    network: Network,
+    condition: Condition,
+    negative: Condition,
+    options: ClassifierFree,
+    kept: Callable[[Condition], Condition] = lambda condition: condition,
 ) -> Field:
     """A network given conditions (B,) and guided away from others (B,), usually the null condition.
 
     If no sample is guided at its time, the network runs on B samples; otherwise once on 2 B, the
     conditional ones first.
+
+    Args:
+        kept: applied once to the conditions of each kind of pass, before they go to the network.
     """
-    both = condition if options.scale == 1 else joined(condition, negative)  # (2 B,)
+    both = condition if options.scale == 1 else kept(joined(condition, negative))  # (2 B,)
+    condition = kept(condition)
 
     def field(x: Tensor, t: Tensor) -> Tensor:
         if options.scale == 1:
@@ -72,7 +80,8 @@ def classifier_free(
         scales = options.scales(t)
         if not (scales != 1).any():
             return network(x, t, condition)
-        conditional, unconditional = network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        twice = t if len(t) == 1 else torch.cat([t, t])
+        conditional, unconditional = network(torch.cat([x, x]), twice, both).chunk(2)
         # The remaining channels, variances among them, stay conditional.
         count = x.shape[1] if options.channels is None else options.channels
         uncond = unconditional[:, :count]
@@ -113,7 +122,7 @@ class Classifier:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             # Samples are independent, so the gradient of the sum contains that of each sample.
-            total = self.log_probability(leaf, t, labels).sum()
+            total = self.log_probability(leaf, times_of_samples(t, x), labels).sum()
             (gradient,) = torch.autograd.grad(total, leaf)
         return self.scale * gradient
 

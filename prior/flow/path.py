@@ -92,8 +92,10 @@ class GaussianPath(ABC):
 
 
 def expand_like(coefficients: Tensor, like: Tensor) -> Tensor:
-    """Coefficients (B,) as (B, 1, ..., 1) of the rank and type of `like` (B, ...)."""
-    return coefficients.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+    """Coefficients (B,) as (B, 1, ..., 1) of the rank and type of `like` (B, ...); one for all
+    samples, (1,), as a scalar, which may stay on the CPU."""
+    cast = coefficients.to(like.dtype)
+    return cast.view(()) if cast.numel() == 1 else cast.view(-1, *[1] * (like.ndim - 1))
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,13 @@ def exact_times(t: Tensor) -> Tensor:
     return t.to(exact_dtype(t.device))
 
 
+def times_of_samples(t: Tensor, x: Tensor) -> Tensor:
+    """Times (B,) of samples x (B, ...), on their device, from these or from one for all, (1,)."""
+    if len(t) == len(x) and t.device == x.device:
+        return t
+    return torch.full((len(x),), t.item(), dtype=exact_dtype(x.device), device=x.device)
+
+
 # -------------------------------------------------------------------------------------------------
 # Training targets, and conversions between predictions
 
@@ -172,7 +179,8 @@ def derivative_by_score(prediction: Prediction, path: GaussianPath, t: Tensor) -
 # -------------------------------------------------------------------------------------------------
 # The dynamics: a path and a network, which are all that a solver uses of a prior
 
-Field = Callable[[Tensor, Tensor], Tensor]  # x (B, ...), times (B,) -> (B, ...)
+# x (B, ...), times (B,), or (1,) on the CPU: one time for all samples -> (B, ...)
+Field = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -228,7 +236,7 @@ class Dynamics:
     output: Field  # the network with condition and guidance; its first channels are the prediction
 
     def estimate(self, x: Tensor, t: Tensor) -> Estimate:
-        """One evaluation of the network at x (B, ...) and times t (B,)."""
+        """One evaluation of the network at x (B, ...) and times t, see `Field`."""
         return Estimate(self.path, self.prediction, x, t, self.output(x, t))
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ training objective, `FlowPrior.sample` integrates the dynamics from noise to dat
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -21,6 +21,7 @@ from torch import Tensor
 from smalti.config import plain
 from smalti.data.latents import ContinuousSpec, LatentSpec, as_tensor
 from smalti.errors import DataError, GenerationError
+from smalti.prior.adaln import KeptConditions
 from smalti.prior.base import Loss, Prior
 from smalti.prior.conditions.base import Condition, count, moved, part_of, vector_kinds
 from smalti.prior.conditions.text import CaptionEmbedding
@@ -43,8 +44,9 @@ from smalti.prior.flow.prediction import (
     exact_times,
     prediction_target,
     time_range,
+    times_of_samples,
 )
-from smalti.prior.flow.solvers.base import ODESolver, Solver, make_solver, times_of
+from smalti.prior.flow.solvers.base import ODESolver, Solver, make_solver, shared_time
 from smalti.prior.flow.solvers.schedules import Schedule, make_schedule
 from smalti.prior.flow.times import loss_weight, times_and_noise
 from smalti.prior.sampling import OnStep, after_step
@@ -126,7 +128,7 @@ def sampled(
         if not goes_on:
             return x
     if times[-1] < 1:  # from the end of the time range to the expected data
-        x = dynamics.estimate(x, times_of(times[-1].item(), x)).data
+        x = dynamics.estimate(x, shared_time(times[-1].item())).data
     return x if kept is None else kept.finished(x)
 
 
@@ -139,7 +141,7 @@ def _known_estimate(dynamics: Dynamics, time: float) -> Iterator[None]:
     """Let `FlowPrior.estimated` use these dynamics at this time."""
 
     def estimate(x: Tensor) -> Tensor:
-        return x if time >= 1 else dynamics.estimate(x, times_of(time, x)).data
+        return x if time >= 1 else dynamics.estimate(x, shared_time(time)).data
 
     token = _ESTIMATE.set(estimate)
     try:
@@ -282,11 +284,21 @@ class FlowPrior(Prior):
         return Loss(loss.total + bound_weight(path) * bound, parts)
 
     def _network_at(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network at x_t (B, C, h, w) and times t (B,) in [0, 1]: (B, C_out, h, w)."""
+        """The network at x_t (B, C, h, w) and times t (B,), or (1,), in [0, 1]: (B, C_out, h, w).
+
+        Args:
+            condition: of the samples, or `KeptConditions`.
+        """
         t = exact_times(t)
-        network_times = self.config.time_shift + self.config.time_scale * t
+        network_times = self._network_times(t)
         scaled = expand_like(self.config.path.input_scale(t), x) * x
-        return self.network(scaled, network_times.float(), condition)
+        if isinstance(condition, KeptConditions):
+            condition = condition.at(network_times)
+        return self.network(scaled, times_of_samples(network_times, x).float(), condition)
+
+    def _network_times(self, t: Tensor) -> Tensor:
+        """Times t in [0, 1] in the units of the network."""
+        return self.config.time_shift + self.config.time_scale * t
 
     def _check_latents(self, latents: Tensor, name: str, rows: int | None = None) -> None:
         """Raise `DataError` unless latents are floats (B, C, h, w); B = rows where given."""
@@ -312,8 +324,15 @@ class FlowPrior(Prior):
         classifier: Classifier | LatentClassifier | None = None,
         negative_condition: Condition | None = None,
         classifier_labels: Tensor | None = None,
+        times: Sequence[float] | None = None,
     ) -> Dynamics:
-        """The dynamics of conditions (B,) under guidance, for a solver."""
+        """The dynamics of conditions (B,) under guidance, for a solver.
+
+        Args:
+            times: without gradients: those at which the dynamics will be evaluated, as far as they
+                are known. What does not depend on x_t is computed once, and for several of these
+                times together. None keeps nothing.
+        """
         condition, negative = as_tensor(condition), as_tensor(negative_condition)
         self.check_condition(condition)
         self.check_guidance(guidance_scale)
@@ -321,7 +340,8 @@ class FlowPrior(Prior):
         negative = moved(self.unconditional(condition, negative), device)
         condition = moved(condition, device)
         options = ClassifierFree(guidance_scale, guidance_interval, config.guided_channels)
-        output = classifier_free(self._network_at, condition, negative, options)
+        kept = partial(self._kept, times) if times is not None else lambda condition: condition
+        output = classifier_free(self._network_at, condition, negative, options, kept)
         if classifier is not None:
             labels = self._labels(condition) if classifier_labels is None else classifier_labels
             labels = as_tensor(labels).to(device)
@@ -332,6 +352,10 @@ class FlowPrior(Prior):
                 classifier.model.check_labels(labels)
             output = with_classifier(output, labels, classifier, config.path, config.prediction)
         return Dynamics(config.path, config.prediction, output)
+
+    def _kept(self, times: Sequence[float], condition: Condition) -> KeptConditions:
+        network_times = self._network_times(torch.tensor(times, dtype=torch.float64))
+        return KeptConditions(self.network, condition, network_times.tolist())
 
     def _labels(self, condition: Condition) -> Tensor:
         """The class labels (B,) of a condition.
@@ -436,10 +460,11 @@ class FlowPrior(Prior):
         """
         condition, noise = as_tensor(condition), as_tensor(noise)
         guidance = (guidance_scale, guidance_interval, classifier, negative_condition)
-        dynamics = self.dynamics(condition, *guidance, classifier_labels)
         solver = make_solver(solver)
         solver.check(self.config.predicts_variance)
         times = self.time_grid(num_inference_steps, solver, schedule)
+        evaluated = [*solver.evaluation_times(times), times[-1].item()]
+        dynamics = self.dynamics(condition, *guidance, classifier_labels, evaluated)
         known = as_tensor(known)
         if known is not None:
             self._check_latents(known, "known", count(condition))

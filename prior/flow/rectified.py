@@ -19,7 +19,7 @@ from smalti.prior.base import Prior
 from smalti.prior.flow.path import LinearPath
 from smalti.prior.flow.prediction import Dynamics
 from smalti.prior.flow.prior import FlowPrior
-from smalti.prior.flow.solvers.base import ODESolver, make_solver, times_of
+from smalti.prior.flow.solvers.base import ODESolver, make_solver, shared_time
 from smalti.randomness import Generators, NormalSource
 
 
@@ -73,7 +73,7 @@ def straightness(dynamics: Dynamics, noise: Tensor, times: Tensor, solver: ODESo
     states = [noise, *solver.integrate(dynamics.velocity, noise, times)]
     mean_velocity = (states[-1] - states[0]) / (grid[-1] - grid[0])
     deviations = [
-        (mean_velocity - dynamics.velocity(z, times_of(t, z))).square().flatten(1).mean(1)
+        (mean_velocity - dynamics.velocity(z, shared_time(t))).square().flatten(1).mean(1)
         for z, t in zip(states, grid, strict=True)
     ]
     widths = [stop - start for start, stop in pairwise(grid)]

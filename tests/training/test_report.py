@@ -118,7 +118,12 @@ def test_times_stand_apart_and_every_step_once(tmp_path: Path) -> None:
 def test_operations_of_both_passes_are_counted_and_change_nothing(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(throughput.time, "perf_counter", iter(range(100)).__next__)
     clock = Throughput(
-        tmp_path / "timing.jsonl", resume_step=0, images=6, processes=2, peak=1e4, count=True
+        tmp_path / "timing.jsonl",
+        resume_step=0,
+        images=6,
+        processes=2,
+        peak=lambda: 1e4,
+        count=True,
     )
     torch.manual_seed(0)
     layer, rows = nn.Linear(4, 5, bias=False), torch.randn(3, 4)
@@ -144,10 +149,16 @@ def test_operations_of_both_passes_are_counted_and_change_nothing(tmp_path, monk
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
-        ("NVIDIA Unknown", 0),
+        ("NVIDIA Unknown", 5.0),
     ],
 )
-def test_peaks_are_known_by_name_in_bf16_only(monkeypatch, name: str, peak: float) -> None:
+def test_peaks_are_known_by_name_in_bf16_or_else_measured(monkeypatch, name: str, peak) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(throughput, "measured_flops", lambda device, dtype: 5.0)
     assert peak_flops(torch.device("cuda"), "bf16") == peak
-    assert peak_flops(torch.device("cuda"), "no") == peak_flops(torch.device("cpu"), "bf16") == 0
+    assert peak_flops(torch.device("cuda"), "no") == peak_flops(torch.device("cpu"), "bf16") == 5.0
+
+
+def test_a_peak_is_measured_by_a_matrix_product() -> None:
+    measured = throughput.measured_flops(torch.device("cpu"), torch.float32)
+    assert 1e8 < measured < 1e14

@@ -14,7 +14,7 @@ from torch import Tensor
 from smalti.errors import GenerationError
 from smalti.prior.flow.path import Transition, interpolated_log_variance, transition
 from smalti.prior.flow.prediction import Dynamics
-from smalti.prior.flow.solvers.base import StepSolver, times_of
+from smalti.prior.flow.solvers.base import StepSolver, shared_time
 from smalti.randomness import NormalSource
 
 Variance = Literal["auto", "small", "large", "learned"]
@@ -35,7 +35,7 @@ class DDIM(StepSolver):
         self, dynamics: Dynamics, x: Tensor, start: float, stop: float, normal: NormalSource
     ) -> Tensor:
         to = transition(dynamics.path, start, stop)
-        estimate = dynamics.estimate(x, times_of(start, x))
+        estimate = dynamics.estimate(x, shared_time(start))
         variance = self.eta**2 * to.beta_tilde
         noise_weight = math.sqrt(max(to.sigma**2 - variance, 0.0))  # not below 0 by rounding
         mean = to.alpha * estimate.data + noise_weight * estimate.noise
@@ -73,7 +73,7 @@ class DDPM(StepSolver):
         self, dynamics: Dynamics, x: Tensor, start: float, stop: float, normal: NormalSource
     ) -> Tensor:
         to = transition(dynamics.path, start, stop)
-        estimate = dynamics.estimate(x, times_of(start, x))
+        estimate = dynamics.estimate(x, shared_time(start))
         # The posterior mean in terms of data and noise, equal to DDIM's with eta = 1.
         mean = to.alpha * estimate.data + to.noise_weight * estimate.noise
         if to.sigma == 0 or to.beta == 0:

@@ -72,6 +72,12 @@ class Solver(ABC):
             x = state
         return x
 
+    def evaluation_times(self, times: Tensor) -> list[float]:
+        """The times at which `states` evaluates the dynamics, in this order, if they are the same
+        for all samples and known in advance; [] if not. Others may follow."""
+        del times
+        return []
+
 
 class ODESolver(Solver):
     """A solver of dx/dt = field(x, t), in either direction of time."""
@@ -107,9 +113,17 @@ class StepSolver(Solver):
             x = self.step(dynamics, x, start, stop, normal)
             yield x
 
+    def evaluation_times(self, times: Tensor) -> list[float]:
+        return times.tolist()
+
+
+def shared_time(time: float) -> Tensor:
+    """One time for all samples, (1,) float64 on the CPU, whose value costs no wait for a GPU."""
+    return torch.full((1,), time, dtype=torch.float64, device="cpu")
+
 
 def times_of(time: float, x: Tensor) -> Tensor:
-    """One time for all samples (B, ...): (B,) in the most exact type of their device."""
+    """One time for each of the samples (B, ...): (B,) in the most exact type of their device."""
     return torch.full((len(x),), time, dtype=exact_dtype(x.device), device=x.device)
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from smalti.prior.flow.prediction import Field
-from smalti.prior.flow.solvers.base import ODESolver, times_of
+from smalti.prior.flow.solvers.base import ODESolver, shared_time
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,19 @@ def advance(x: Tensor, slopes: list[Tensor], weights: tuple[float, ...], h: floa
     return x
 
 
+def node_times(start: float, stop: float, tableau: Tableau) -> list[float]:
+    """The times of a step at which the slopes are evaluated."""
+    # At node 1 the time is exactly `stop`; start + h may differ by rounding.
+    return [stop if node == 1 else start + node * (stop - start) for node in tableau.nodes]
+
+
 def runge_kutta_step(
     field: Field, x: Tensor, start: float, stop: float, tableau: Tableau
 ) -> Tensor:
     """x (B, ...) after one step of dx/dt = field(x, t)."""
     h, slopes = stop - start, []
-    for node, row in zip(tableau.nodes, tableau.rows, strict=True):
-        # At node 1 the time is exactly `stop`; start + h may differ by rounding.
-        time = stop if node == 1 else start + node * h
-        slopes.append(field(advance(x, slopes, row, h), times_of(time, x)))
+    for time, row in zip(node_times(start, stop, tableau), tableau.rows, strict=True):
+        slopes.append(field(advance(x, slopes, row, h), shared_time(time)))
     return advance(x, slopes, tableau.weights, h)
 
 
@@ -62,6 +66,10 @@ class RungeKutta(ODESolver):
         for start, stop in pairwise(times.tolist()):
             x = runge_kutta_step(field, x, start, stop, self.tableau)
             yield x
+
+    def evaluation_times(self, times: Tensor) -> list[float]:
+        steps = pairwise(times.tolist())
+        return [time for step in steps for time in node_times(*step, self.tableau)]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from smalti.config import nearest
 from smalti.errors import GenerationError
 from smalti.prior.flow.path import TINY, GaussianPath
 from smalti.prior.flow.prediction import Dynamics
-from smalti.prior.flow.solvers.base import StepSolver, times_of
+from smalti.prior.flow.solvers.base import StepSolver, shared_time
 from smalti.randomness import NormalSource
 
 # -------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ class EulerMaruyama(StepSolver):
             raise GenerationError(
                 f"times go from {start:.4g} down to {stop:.4g}; use an ODE solver to go to noise"
             )
-        estimate = dynamics.estimate(x, times_of(start, x))
+        estimate = dynamics.estimate(x, shared_time(start))
         times = torch.tensor([start, stop], dtype=torch.float64)
         alpha_stop = path.alpha(times)[1].item()
         sigma_start, sigma_stop = path.sigma(times).tolist()
@@ -116,8 +116,8 @@ class Langevin(StepSolver):
         time = torch.tensor(stop, dtype=torch.float64)
         alpha, sigma = dynamics.path.alpha(time).item(), dynamics.path.sigma(time).item()
         if sigma == 0:
-            return alpha * dynamics.estimate(x, times_of(start, x)).data
-        t = times_of(stop, x)
+            return alpha * dynamics.estimate(x, shared_time(start)).data
+        t = shared_time(stop)
         for _ in range(self.steps_per_level):
             # a score = -step_size sigma noise, which is finite where the score is not
             noise = dynamics.estimate(x, t).noise
