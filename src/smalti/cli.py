@@ -199,18 +199,26 @@ def parse_config(config_class: type[T], argv: Sequence[str] | None, *, prog: str
     shown = bool({"-h", "--help"} & {*arguments})
     # tyro shows the comment beside each field as its help text, and a field that is annotated
     # with a base class takes the class of its default.
-    hidden = _some_options_hidden(default) if shown else contextlib.nullcontext()
-    with _errors_as_one_line(prog), _all_kinds_shown(default), hidden:
-        config = tyro.cli(
-            config_class,
-            default=default,
-            args=arguments,
-            prog=prog,
-            description=_description(config_class, shown),
-            use_underscores=True,
-            registry=_sizes_of_images(),
-            config=(tyro.conf.AvoidSubcommands,),  # a union keeps the type that its default has
-        )
+
+    def parsed(*markers: Any) -> T:
+        hidden = _some_options_hidden(default) if shown else contextlib.nullcontext()
+        with _errors_as_one_line(prog), _all_kinds_shown(default), hidden:
+            return tyro.cli(
+                config_class,
+                default=default,
+                args=arguments,
+                prog=prog,
+                description=_description(config_class, shown),
+                use_underscores=True,
+                registry=_sizes_of_images(),
+                # AvoidSubcommands: a union keeps the type that its default has.
+                config=(tyro.conf.AvoidSubcommands, *markers),
+            )
+
+    try:  # without comments, for which tyro parses whole files; help and errors show them
+        config = parsed() if shown else parsed(tyro.conf.HelptextFromCommentsOff)
+    except ConfigurationError:
+        config = parsed()
     config = config_from_dict(config_class, config_to_dict(config), "command line")
     _refuse_outputs_that_are_not_text(config)
     if show:
