@@ -1,6 +1,7 @@
 """Shared fixtures: tiny models, a folder of pictures, and no network."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,16 +57,17 @@ def prior() -> NextTokenPrior:
     return model
 
 
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A folder of 24 noisy pictures, 40 x 36 px, in the classes blue, green and red."""
-    return make_pictures(tmp_path / "pictures")
-
-
 @pytest.fixture(scope="session")
 def pictures_once(tmp_path_factory) -> Path:
-    """The same pictures for tests that leave them as they are."""
+    """A folder of 24 noisy pictures, 40 x 36 px, in the classes blue, green and red, for tests that
+    leave them as they are."""
     return make_pictures(tmp_path_factory.mktemp("once") / "pictures")
+
+
+@pytest.fixture
+def pictures(pictures_once: Path, tmp_path: Path) -> Path:
+    """A copy of these pictures, which a test may change."""
+    return Path(shutil.copytree(pictures_once, tmp_path / "pictures"))
 
 
 def make_pictures(root: Path) -> Path:

@@ -833,7 +833,7 @@ def test_f29_no_flipped_bit_of_a_record_is_silent(tmp_path: Path, kind: str) -> 
         file = folder / "manifest.json"
     assert not is_damaged(folder)
     content = values_in(file)
-    for bit in flips(file, every=5):
+    for bit in flips(file, every=7):  # at least one of each byte
         try:
             same = values_in(file) == content
         except ValueError:

@@ -59,7 +59,9 @@ def place(tmp_path_factory) -> Path:
     kl = KLTokenizer(KLConfig(image_size=32, conv=replace(CONV, z_channels=4)))
     network = DiTConfig(4, 4, (8, 8), patch_size=2, width=16, depth=1, num_heads=2, num_classes=2)
     flow = FlowPrior(FlowConfig(network=network))
-    Pipeline(kl, flow, CLASSES).save_pretrained(root / "flow" / "pipeline")
+    pipe = Pipeline(kl, flow, CLASSES)
+    pipe.sampling = {"num_inference_steps": 5}
+    pipe.save_pretrained(root / "flow" / "pipeline")
     return root
 
 
@@ -93,8 +95,8 @@ def test_pipelines_are_compared_in_a_table_and_a_grid(compare, place: Path, tmp_
     assert [row["kind"] for row in by_name] == ["next-token", "flow"]
     record = read_hashed_json(tmp_path / "out" / "comparison.json")
     assert record["codes"]["sampling"] == {"guidance_scale": 2.0}
-    assert [record[name]["evaluations"] for name in ("codes", "flow")] == [65, 100]
-    assert [row["evaluations"] for row in by_name] == ["65", "100"]  # Heun: 2 x 50
+    assert [record[name]["evaluations"] for name in ("codes", "flow")] == [65, 10]
+    assert [row["evaluations"] for row in by_name] == ["65", "10"]  # Heun: 2 x 5
     assert all(len(record[name]["seconds"]) == 2 for name in ("codes", "flow"))
     summary = read_hashed_json(tmp_path / "out" / "flow" / "summary.json")["metrics"]
     assert by_name[1]["Frechet distance, AlexNet"] == f"{summary['fd_alexnet']['value']:.1f}"
