@@ -117,7 +117,8 @@ def test_accumulation_of_features_is_counted_per_second_of_cpu_time() -> None:
 
 
 @pytest.mark.slow
-def test_the_share_of_generation_outside_the_models_is_printed() -> None:
+def test_the_share_of_generation_outside_the_models_is_printed(monkeypatch) -> None:
+    small_demo(monkeypatch)
     out = run("generation_overhead.py", "--num_images", "2", "--formats", "png", "npz")
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| `")]
     assert [row[1] for row in rows] == ["png", "npz"] * 3
