@@ -20,10 +20,18 @@ def run(script: str, *arguments: str) -> str:
 
 @pytest.mark.slow
 def test_tokenizer_speed_is_a_ratio_to_diffusers() -> None:
-    out = run("tokenizer_speed.py", "--image_size=16", "--batch_size=1", "--rounds=1", "--codes=64")
-    lines = out.splitlines()
+    small = ("--presets", "--small", "--image_size=16", "--rounds=1", "--codes=64")
+    lines = run("tokenizer_speed.py", *small).splitlines()
     assert len(lines) == 7
-    assert all(float(line.rpartition("= ")[2]) > 0 for line in lines[:6])
+    assert all(float(line.rpartition("= ")[2].split()[0]) > 0 for line in lines[:6])
+
+
+@pytest.mark.slow
+def test_tokenizer_speed_has_a_quick_run_of_published_presets() -> None:
+    lines = run("tokenizer_speed.py", "--quick").splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        [preset, part] for preset in ("kl-f8", "vq-f16") for part in ("encode", "decode")
+    ]
 
 
 @pytest.mark.slow

@@ -23,9 +23,8 @@ from smalti.data.latents import (
 from smalti.errors import ConfigurationError, DataError, SmaltiError
 from smalti.hub import Pretrained, Registry
 from smalti.randomness import Generators, RandomInputs
-from smalti.tokenizer.conv import AttentionBlock
 from smalti.tokenizer.registry import TOKENIZERS
-from smalti.tokenizer.tiling import Tiling
+from smalti.tokenizer.tiling import Stages, Tiling
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +139,17 @@ class Tokenizer(nn.Module, Pretrained, ABC):
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Features (B, d, h, w) -> images (B, C, H, W), differentiable, not clamped."""
 
+    def decoding_stages(self) -> Stages:
+        """`decode_vectors` as a part that runs once over a whole picture and one that can run in
+        tiles; by default the first does nothing."""
+        decoding = [getattr(self, name) for name in self.compiled_parts] or [self]
+        modules = [module for part in decoding for module in part.modules()]
+        return Stages(
+            whole=lambda vectors: vectors,
+            tiled=self.decode_vectors,
+            tiles_attend=any(isinstance(module, nn.MultiheadAttention) for module in modules),
+        )
+
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> images (B, C, H, W), about [-1, 1] but not clamped.
 
@@ -156,12 +166,13 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         return images
 
     def _decode(self, vectors: Tensor) -> Tensor:
-        if self._tiling is None:
-            return self.decode_vectors(vectors)
         rows, columns = vectors.shape[2:]
         size = height_and_width(self.size_of((rows, columns)))
+        if self._tiling is None or max(size) <= self._tiling.tile:
+            return self.decode_vectors(vectors)
+        stages = self.decoding_stages()
         norms = [module for module in self.modules() if isinstance(module, nn.GroupNorm)]
-        return self._tiling.decode(self.decode_vectors, vectors, size, norms)
+        return self._tiling.decode(stages.tiled, stages.whole(vectors), size, norms)
 
     def enable_slicing(self) -> None:
         """Let `decode` take one image at a time: less memory, more time."""
@@ -173,10 +184,10 @@ class Tokenizer(nn.Module, Pretrained, ABC):
 
     def enable_tiling(self, tile: int = 512, overlap: int = 128) -> None:
         """Let `decode` take images in tiles that are blended where they overlap: memory for large
-        images is that of a tile. Means and variances of normalisations are estimated, and a tile
-        attends to itself alone, so that the images differ from those of a whole decode: less than a
-        grey level at the seams of a smooth picture, but more, with a warning, if there is
-        attention.
+        images is that of a tile, and of the maps at the resolution of the latents, which are
+        computed for the whole image. Means and variances of normalisations are estimated, so that
+        the images differ from those of a whole decode: less than a grey level at the seams of a
+        smooth picture, but more, with a warning, if there is attention in the tiles.
 
         Args:
             tile, overlap: pixels.
@@ -185,9 +196,7 @@ class Tokenizer(nn.Module, Pretrained, ABC):
             ConfigurationError: not 0 <= overlap < tile.
         """
         self._tiling = Tiling(tile, overlap)
-        decoding = [getattr(self, name) for name in self.compiled_parts] or [self]
-        modules = (module for part in decoding for module in part.modules())
-        if any(isinstance(module, (AttentionBlock, nn.MultiheadAttention)) for module in modules):
+        if self.decoding_stages().tiles_attend:
             logger.warning(
                 "the decoder attends within each tile of %d pixels alone, so that seams exceed one "
                 "grey level: give a tile of at least the size of the training pictures",

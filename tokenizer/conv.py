@@ -9,6 +9,7 @@ Shapes: B batch, C channels, h w the grid of a level, H W pixels, f the down-sam
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from smalti.config import ImageSize, check_at_least
 from smalti.data.latents import height_and_width, resolution
 from smalti.errors import ConfigurationError
+from smalti.tokenizer import winograd
+from smalti.tokenizer.tiling import Stages
 
 # No model of this kind is larger. The limits prevent an untrusted config.json from requesting more
 # memory than available.
@@ -103,22 +106,50 @@ def _norm(channels: int, groups: int | None) -> nn.GroupNorm:
     return nn.GroupNorm(groups or min(32, channels // 4), channels, eps=1e-6)
 
 
+def _activated(normed: Tensor) -> Tensor:
+    """SiLU of a normalisation's output, in place where no gradient needs that output."""
+    return F.silu(normed, inplace=not torch.is_grad_enabled())
+
+
+def _formatted(x: Tensor) -> Tensor:
+    """Maps as the layers after them are fastest without gradients: on a CPU in channels-last
+    format, which convolutions, normalisations and products of matrices share. (On a GPU, group
+    normalisation changes the format back.)"""
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3 x 3 convolution that keeps the resolution; without gradients by Winograd's algorithm,
+    where that is faster."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None and winograd.is_faster(x, self.weight):
+            return winograd.convolve(x, self.weight, self.bias)
+        return super().forward(x)
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut if the width changes."""
 
     def __init__(self, channels_in: int, channels_out: int, norm_groups: int | None) -> None:
         super().__init__()
         self.norm1 = _norm(channels_in, norm_groups)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv1 = Conv3x3(channels_in, channels_out)
         self.norm2 = _norm(channels_out, norm_groups)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv2 = Conv3x3(channels_out, channels_out)
         same = channels_in == channels_out
         self.nin_shortcut = None if same else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
-        return hidden + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        hidden = self.conv1(_activated(self.norm1(x)))
+        hidden = self.conv2(_activated(self.norm2(hidden)))
+        shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
+        return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
 
 
 class AttentionBlock(nn.Module):
@@ -134,10 +165,14 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
         normed = self.norm(x)
+        # Fused attention, which has no (h w, h w) matrix, needs contiguous rows: on a CPU these are
+        # views of maps in channels-last format.
         query, key, value = (
             rearrange(project(normed), "b c h w -> b 1 (h w) c")
             for project in (self.q, self.k, self.v)
         )
+        if not torch.is_grad_enabled():
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         attended = F.scaled_dot_product_attention(query, key, value)  # (B, 1, h w, C)
         return x + self.proj_out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
@@ -160,7 +195,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, residual: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C, 2h, 2w)
@@ -188,10 +223,18 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(AttentionBlock(o, norm_groups) for _, o in pairs if attention)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.resampled(self.transformed(x))
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """After the blocks, (B, C, h, w)."""
         for index, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
                 x = self.attn[index](x)
+        return x
+
+    def resampled(self, x: Tensor) -> Tensor:
+        """After the change of resolution."""
         for resample in (self.downsample, self.upsample):
             if resample is not None:
                 x = resample(x)
@@ -240,10 +283,11 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         # Pixel shuffles are torch's own, not einops': they keep the memory format (channels last).
-        x = self.conv_in(F.pixel_unshuffle(images, self.patch_size))  # (B, C, H/p, W/p)
+        x = F.pixel_unshuffle(images, self.patch_size)
+        x = self.conv_in(_formatted(x))  # (B, C, H/p, W/p)
         for level in self.down:
             x = level(x)  # (B, C, h, w) -> (B, C', h/2, w/2), except in the last level
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(_activated(self.norm_out(self.mid(x)))).contiguous()
 
 
 class Decoder(nn.Module):
@@ -269,11 +313,33 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], values, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(features))
-        for level in reversed(self.up):
+        return self.upsampled(self.transformed(features))
+
+    def transformed(self, features: Tensor) -> Tensor:
+        """All blocks at the resolution of the features, (B, z_channels, h, w) -> (B, C, h, w)."""
+        x = self.mid(self.conv_in(_formatted(features)))
+        return self.up[-1].transformed(x)  # type: ignore[operator]
+
+    def upsampled(self, x: Tensor) -> Tensor:
+        """The images of what `transformed` returns, (B, C, h, w)."""
+        x = self.up[-1].resampled(x)  # type: ignore[operator]
+        for level in list(self.up)[-2::-1]:
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))  # (B, C p^2, H/p, W/p)
-        return F.pixel_shuffle(x, self.patch_size)
+        x = self.conv_out(_activated(self.norm_out(x)))  # (B, C p^2, H/p, W/p)
+        return F.pixel_shuffle(x, self.patch_size).contiguous()
+
+    def stages(self, given: Callable[[Tensor], Tensor]) -> Stages:
+        """The parts of this decoder for tiles: all layers at the resolution of the latents, and the
+        upsampling.
+
+        Args:
+            given: vectors of a tokenizer -> features, which this decoder takes.
+        """
+        return Stages(
+            whole=lambda vectors: self.transformed(given(vectors)),
+            tiled=self.upsampled,
+            tiles_attend=any(len(level.attn) for level in self.up[:-1]),  # type: ignore[arg-type]
+        )
 
 
 def initialise(module: nn.Module) -> None:

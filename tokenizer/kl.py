@@ -21,6 +21,7 @@ from smalti.errors import ConfigurationError, DataError
 from smalti.randomness import Generators, NormalSource, RandomInputs
 from smalti.tokenizer.base import Reconstruction, Tokenizer, TokenizerConfig, check_finite
 from smalti.tokenizer.conv import ConvConfig, Decoder, Encoder, initialise
+from smalti.tokenizer.tiling import Stages
 
 # -------------------------------------------------------------------------------------------------
 # The posterior: q(z | x) = N(mean, diag(exp(logvar))) (VAE, Kingma and Welling,
@@ -281,8 +282,16 @@ class KLTokenizer(Tokenizer):
         return self._decode_raw(vectors * self.scale + self.shift)
 
     def _decode_raw(self, z: Tensor) -> Tensor:
+        return self.decoder(self._decoder_input(z))
+
+    def _decoder_input(self, z: Tensor) -> Tensor:
         z = z.to(self.last_layer.dtype)
-        return self.decoder(self.post_quant_conv(z) if self.post_quant_conv else z)
+        return self.post_quant_conv(z) if self.post_quant_conv else z
+
+    def decoding_stages(self) -> Stages:
+        return self.decoder.stages(
+            lambda vectors: self._decoder_input(vectors * self.scale + self.shift)
+        )
 
     def sample_random_inputs(
         self, count: int, generator: torch.Generator, grid: tuple[int, int] | None = None

@@ -9,7 +9,10 @@ Group normalisation (1803.08494) does: mean and variance are those of the whole 
 tile differ, which would show as a change of colour from tile to tile. So they are estimated once,
 by decoding every n-th position of the picture, and are the same for all tiles.
 
-Attention is within a tile, not over the whole picture: with it, seams exceed one grey level of 255.
+Attention needs the whole picture. The convolutional decoders attend at the resolution of the
+latents, where the whole picture takes little memory: all layers there run once over the whole grid,
+and only the upsampling runs in tiles (`Stages`). Attention at a higher resolution is within a tile:
+with it, seams exceed one grey level of 255.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +25,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smalti.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The two parts of `Tokenizer.decode_vectors`, one after the other."""
+
+    whole: Callable[[Tensor], Tensor]  # vectors (B, d, h, w) -> features (B, d', h, w)
+    tiled: Callable[[Tensor], Tensor]  # features (B, d', h, w) -> images (B, C, H, W)
+    tiles_attend: bool  # `tiled` has attention, which is then within each tile
 
 
 @dataclass(frozen=True)
@@ -108,24 +120,26 @@ def _shared_statistics(
 ) -> Iterator[None]:
     """Let normalisations use the means and variances that they have while these features (B, d, a,
     b) are decoded."""
-    found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def grouped(norm: nn.GroupNorm, x: Tensor) -> Tensor:  # (B, groups, n)
-        return x.float().reshape(len(x), norm.num_groups, -1)
+    found: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # factor and summand, (B, C, 1, 1) each
 
     def record(norm: nn.GroupNorm, given: tuple[Tensor], normed: Tensor) -> None:
         del normed
-        variance, mean = torch.var_mean(grouped(norm, given[0]), 2, correction=0, keepdim=True)
-        found[norm] = (mean, (variance + norm.eps).rsqrt())
+        x = given[0].float()
+        groups = x.reshape(len(x), norm.num_groups, -1)
+        variance, mean = torch.var_mean(groups, 2, correction=0)  # (B, groups)
+        factor = (variance + norm.eps).rsqrt()
+        of_channels = x.shape[1] // norm.num_groups
+        factor, mean = (values.repeat_interleave(of_channels, 1) for values in (factor, mean))
+        summand = -mean * factor  # (B, C)
+        if norm.affine:
+            factor, summand = factor * norm.weight, summand * norm.weight + norm.bias
+        found[norm] = factor[..., None, None], summand[..., None, None]
 
     def replace(norm: nn.GroupNorm, given: tuple[Tensor], normed: Tensor) -> Tensor:
         if norm not in found:
             return normed
-        mean, scale = found[norm]
-        x = ((grouped(norm, given[0]) - mean) * scale).view_as(given[0])
-        if norm.affine:
-            x = x * norm.weight[:, None, None] + norm.bias[:, None, None]
-        return x.to(normed.dtype)
+        factor, summand = found[norm]
+        return torch.addcmul(summand, given[0].float(), factor).to(normed.dtype)
 
     handles: list[RemovableHandle] = []
     try:

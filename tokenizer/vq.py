@@ -23,6 +23,7 @@ from smalti.tokenizer.quantizers import QUANTIZERS, QuantizerConfig
 from smalti.tokenizer.quantizers.base import Grids, Quantizer
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
 from smalti.tokenizer.quantizers.nearest import NearestConfig
+from smalti.tokenizer.tiling import Stages
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,13 @@ class VQTokenizer(Tokenizer):
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Quantized features (B, d, h, w) -> images (B, C, H, W), not clamped."""
-        return self.decoder(self.post_quant_conv(vectors.to(self.post_quant_conv.weight.dtype)))
+        return self.decoder(self._decoder_input(vectors))
+
+    def _decoder_input(self, vectors: Tensor) -> Tensor:
+        return self.post_quant_conv(vectors.to(self.post_quant_conv.weight.dtype))
+
+    def decoding_stages(self) -> Stages:
+        return self.decoder.stages(self._decoder_input)
 
     @torch.no_grad()
     def preview(self, codes: Tensor, scales: int) -> Tensor:
