@@ -1,13 +1,15 @@
 """Seams and memory of tiled decoding, beside a whole decode of the same picture.
 
     python benchmarks/tiled_decoding.py --image_size 1024 --channels 32
-    python benchmarks/tiled_decoding.py --image_size 2048 --channels 32 --tiled_only
+    python benchmarks/tiled_decoding.py --image_size 2048 --channels 32 --only tiled
+    python benchmarks/tiled_decoding.py --image_size 2048 --channels 32 --only whole
 
 Decodes smooth latents with a decoder of the preset, narrowed to `--channels` (its own width would
 take minutes on a CPU), with attention in the middle. Prints the seams: the largest difference
 between a step from pixel to pixel of the tiled and of the whole picture, in grey levels of which
-the picture has 255; and by how much each decode raised the peak memory of the process. With
-`--old_tiles` every tile is decoded from its latents alone, so that attention is within the tile.
+the picture has 255; and by how much each decode raised the peak memory of the process (of the
+second of two decodes, above that of the first: give `--only`). With `--old_tiles` every tile is
+decoded from its latents alone, so that attention is within the tile.
 """
 
 import argparse
@@ -64,7 +66,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=1024)
     parser.add_argument("--tile", type=int, default=512)
     parser.add_argument("--overlap", type=int, default=128)
-    parser.add_argument("--tiled_only", action="store_true", help="no whole decode, no seams")
+    parser.add_argument("--only", choices=("tiled", "whole"), help="one decode, for its memory")
     parser.add_argument("--old_tiles", action="store_true", help="decode each tile from latents")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -76,12 +78,13 @@ def main() -> None:
     size = (model.spec.height, model.spec.width)
     latents = F.interpolate(coarse, size, mode="bicubic", align_corners=True)
     model.enable_tiling(args.tile, args.overlap)
-    tiled = measured("tiled", model, latents)
-    if args.tiled_only:
-        return
+    if args.only != "whole":
+        tiled = measured("tiled", model, latents)
     model.disable_tiling()
-    whole = measured("whole", model, latents)
-    print(f"seams {seams(tiled, whole, args.overlap):.2f} grey levels of 255")
+    if args.only != "tiled":
+        whole = measured("whole", model, latents)
+    if not args.only:
+        print(f"seams {seams(tiled, whole, args.overlap):.2f} grey levels of 255")
 
 
 if __name__ == "__main__":

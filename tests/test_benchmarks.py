@@ -35,6 +35,14 @@ def test_tokenizer_speed_has_a_quick_run_of_published_presets() -> None:
 
 
 @pytest.mark.slow
+def test_tiled_decoding_is_compared_with_a_whole_decode() -> None:
+    sizes = ("--image_size=128", "--channels=8", "--tile=64", "--overlap=32")
+    lines = run("tiled_decoding.py", *sizes).splitlines()
+    assert [line.split()[0] for line in lines] == ["tiled", "whole", "seams"]
+    assert 0 < float(lines[2].split()[1]) < 5
+
+
+@pytest.mark.slow
 def test_tokenizers_are_compared_in_a_table(pictures: Path, tmp_path: Path, monkeypatch) -> None:
     small_demo(monkeypatch)
     arguments = ("--presets", "vq-32-tiny", "kl-32-tiny", "--max_train_steps", "1")
