@@ -15,6 +15,7 @@ greedy codes. A part whose libraries are missing is left out, and named.
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import platform
 import sys
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from smalti.hub import Pretrained
 
 GUIDANCE_SCALE = 4.0
+HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 Pass = Callable[[], object]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -212,12 +214,13 @@ def flow(setting: Setting) -> Iterator[Row]:
     """The network of SiT and DiT, guided sampling with it, and its training step."""
     from dit_speed import diffusers_dit, made, plain_euler, plain_network, training_step
 
+    Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
     preset = "sit-s/8" if setting.quick else "sit-b/2" if setting.large else "sit-s/2"
     batch, steps = (1, 2) if setting.quick else (32, 20) if setting.large else (1, 4)
     prior = made(preset, setting.device.type, depth=1 if setting.quick else None)
     setting.model(prior)
     network, config = prior.network, prior.config.network
-    theirs = setting.model(diffusers_dit(config))
     x = setting.randn(batch, config.in_channels, *config.grid)
     t = torch.full((batch,), 0.5, device=setting.device)
     labels = torch.arange(batch, device=setting.device) % config.num_classes
@@ -229,21 +232,25 @@ def flow(setting: Setting) -> Iterator[Row]:
         with setting.autocast():
             return plain_network(network, x, t, labels)
 
-    def diffusers(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        times = t.to(setting.dtype)
-        return theirs(x, timestep=times, class_labels=labels).sample[:, : config.in_channels]
-
     def sample() -> Tensor:
         options = {"num_inference_steps": steps, "solver": "euler", "noise": x}
         return prior.sample(labels, guidance_scale=GUIDANCE_SCALE, **options)
 
-    def euler(velocity: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Pass:
+    def euler(velocity: Velocity) -> Pass:
         return lambda: plain_euler(velocity, x, labels, config.num_classes, steps)
 
-    def forward(velocity: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Pass:
+    def forward(velocity: Velocity) -> Pass:
         return torch.no_grad()(lambda: velocity(x, t, labels))
 
-    limits, peers = Limits(setting), {"SiT's code": plain, "diffusers": diffusers}
+    limits, peers = Limits(setting), {"SiT's code": plain}
+    if HAS_DIFFUSERS:
+        theirs = setting.model(diffusers_dit(config))
+
+        def diffusers(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            times = t.to(setting.dtype)
+            return theirs(x, timestep=times, class_labels=labels).sample[:, : config.in_channels]
+
+        peers["diffusers"] = diffusers
     with torch.no_grad():
         operations = operations_of(forward(ours))
     for stage in setting.stages(prior):
@@ -255,18 +262,19 @@ def flow(setting: Setting) -> Iterator[Row]:
         others = {name: euler(velocity) for name, velocity in peers.items()}
         what = f"{preset} sampling, {steps} Euler steps, guidance, batch {batch}{stage}"
         yield from setting.rows(what, sample, others)
-    prior.train(), theirs.train()
-    step = training_step(network, lambda: ours(x, t, labels).float())
-    their_step = training_step(theirs, lambda: diffusers(x, t, labels).float())
-    what = f"{preset} training step, batch {batch}"
-    yield from setting.rows(what, step, {"diffusers": their_step})
+    if HAS_DIFFUSERS:
+        prior.train(), theirs.train()
+        step = training_step(network, lambda: ours(x, t, labels).float())
+        their_step = training_step(theirs, lambda: diffusers(x, t, labels).float())
+        what = f"{preset} training step, batch {batch}"
+        yield from setting.rows(what, step, {"diffusers": their_step})
 
 
 def tokenizers(setting: Setting) -> Iterator[Row]:
     """Encoding and decoding, beside diffusers' autoencoders of the same sizes."""
     import diffusers
-    from tokenizer_speed import CONV, VQ_CODES, theirs_options
 
+    from smalti.tokenizer.conv import ConvConfig
     from smalti.tokenizer.kl import KLConfig, KLTokenizer
     from smalti.tokenizer.quantizers.codebook import CodebookConfig
     from smalti.tokenizer.quantizers.nearest import NearestConfig
@@ -274,14 +282,24 @@ def tokenizers(setting: Setting) -> Iterator[Row]:
 
     side, batch = (16, 1) if setting.quick else (256, 16) if setting.large else (128, 2)
     images = setting.randn(batch, 3, side, side).clamp(-1, 1)
-    quantizer = NearestConfig(codebook=CodebookConfig(VQ_CODES, CONV.z_channels, False))
-    kl = KLTokenizer(KLConfig(image_size=side, conv=CONV))
-    vq = VQTokenizer(VQConfig(image_size=side, conv=CONV, quantizer=quantizer))
-    their_kl = diffusers.AutoencoderKL(**theirs_options())
-    their_vq = diffusers.VQModel(**theirs_options(), num_vq_embeddings=VQ_CODES)
+    conv = ConvConfig(64, (1, 2, 4), num_res_blocks=2, attention_levels=(), z_channels=4)
+    levels, vocab_size = len(conv.channel_mult), 1024
+    options = {
+        "block_out_channels": tuple(conv.channels * factor for factor in conv.channel_mult),
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": conv.num_res_blocks,
+        "latent_channels": conv.z_channels,
+        "norm_num_groups": 16,
+    }
+    quantizer = NearestConfig(codebook=CodebookConfig(vocab_size, conv.z_channels, False))
+    kl = KLTokenizer(KLConfig(image_size=side, conv=conv))
+    vq = VQTokenizer(VQConfig(image_size=side, conv=conv, quantizer=quantizer))
+    their_kl = diffusers.AutoencoderKL(**options)
+    their_vq = diffusers.VQModel(**options, num_vq_embeddings=vocab_size)
     for model in (kl, vq, their_kl, their_vq):
         setting.model(model)
-    shape = (batch, *vq.config.grid, CONV.z_channels)
+    shape = (batch, *vq.config.grid, conv.z_channels)
 
     def their_codes() -> Tensor:
         return their_vq.quantize(their_vq.encode(images).latents)[2][2]
@@ -347,7 +365,7 @@ def measured(setting: Setting, parts: list[str], seconds: float) -> Iterator[str
     kind = str(setting.dtype).removeprefix("torch.")
     yield f"{machine(setting.device)}; {kind}: {Limits(setting).line()}\n"
     rows: list[Row] = []
-    left_out: list[str] = []
+    left_out = [] if HAS_DIFFUSERS else ["rows beside diffusers, which is not installed here"]
     for part in parts:
         if time.monotonic() > end:
             left_out.append(f"{part}: no time was left")

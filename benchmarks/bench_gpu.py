@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "tokenizer", "prior", "pipelines", "training", "evaluation", "scripts")
 SECONDS = 270  # of six minutes; the rest is for the part that is running then
 MARK = "cuda.is_available()"  # in the condition of every test that needs a GPU
@@ -29,8 +29,9 @@ MARK = "cuda.is_available()"  # in the condition of every test that needs a GPU
 def make_importable(folder: Path) -> None:
     """Lay out the checkout as the package `smalti`, by links, if none is installed."""
     try:
-        import smalti  # noqa: F401
+        import smalti.errors  # noqa: F401
     except ModuleNotFoundError:
+        sys.modules.pop("smalti", None)  # a folder of that name, if there was one
         package = folder / "smalti"
         package.mkdir()
         for path in (*(ROOT / "src" / "smalti").iterdir(), *(ROOT / name for name in PACKAGES)):
