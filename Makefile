@@ -2,9 +2,12 @@
 # make test   every test, slow ones too
 # make lint   style;   make types   type checks
 # make docs   the documentation site, in build/site; a dead link fails it
+# make bench  speed beside peers and beside the limits of the machine, as a table of ratios
+# make bench-gpu   checks and the same table on a GPU, 6 minutes at most, into bench-gpu.md; uses the
+#             Python of .venv if there is one, else PYTHON, and installs nothing
 # make fault-campaign   kills, full disks, flipped bits and edited recipes, 20 minutes at most
 #
-# Each needs Python 3.11 or newer and nothing else: what it uses is installed into .venv, once.
+# Each other needs Python 3.11 or newer and nothing else: what it uses is installed into .venv, once.
 # make demo ARGS=--quick and make test ARGS="-k hub" pass options on; make test WORKERS=8 runs eight
 # test files at once, each on one core.
 
@@ -15,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := data tokenizer prior pipelines training evaluation scripts
 
-.PHONY: demo test lint types docs fault-campaign layout clean
+.PHONY: demo test lint types docs bench bench-gpu fault-campaign layout clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/smalti demo $(ARGS)
@@ -32,6 +35,12 @@ types: $(VENV)/.installed-test layout
 
 docs: $(VENV)/.installed-test layout
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/bench_gpu.py $(ARGS)
 
 fault-campaign: $(VENV)/.installed-demo
 	$(BIN)/python tools/fault_campaign.py $(ARGS)

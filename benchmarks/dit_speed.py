@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,8 +31,10 @@ GUIDANCE = 4.0
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, times (B,), labels (B,) -> like x
 
 
-def diffusers_dit(config: DiTConfig) -> diffusers.DiTTransformer2DModel:
+def diffusers_dit(config: DiTConfig) -> nn.Module:
     """The same architecture in diffusers; the config must have the options of the paper."""
+    import diffusers
+
     return diffusers.DiTTransformer2DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,

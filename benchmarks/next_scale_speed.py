@@ -18,7 +18,6 @@ from dataclasses import replace
 import torch
 from clock import now
 from plain_var import PlainVAR, decode
-from tokenizer_speed import training_step
 from torch import Tensor
 
 from smalti.data.latents import CodeSpec
@@ -114,6 +113,8 @@ class Comparison:
 
     def training(self, labels: Tensor) -> None:
         """Print the row of a training step."""
+        from tokenizer_speed import training_step  # needs diffusers
+
         length, vocab_size = self.prior.spec.length, self.prior.spec.vocab_size
         codes = torch.randint(vocab_size, (len(labels), length), device=self.device)
         self.prior.train()

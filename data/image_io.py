@@ -11,8 +11,9 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, UnidentifiedImageError
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from smalti.config import added, check_at_least
 from smalti.data.latents import MODES, as_rgb, to_levels
@@ -36,11 +36,6 @@ from smalti.data.value_range import (
 )
 from smalti.errors import ConfigurationError, DataError
 from smalti.files import replacing
-
-# Keeps all 16 bits of colours, of which Pillow drops 8. torchvision has announced its removal.
-decode_png: Any = None
-with suppress(ImportError):
-    from torchvision.io import decode_png  # type: ignore[no-redef]
 
 # -- Decoding: an image file -> 8-bit RGB ---------------------------------------------------------
 
@@ -187,8 +182,7 @@ def deep_values(stream: BinaryIO, options: FolderOptions) -> np.ndarray | None:
         _check_tags(stream, length)
         with Image.open(stream, formats=FORMATS) as image:
             _check_header(image, options)
-            upper_bits = _is_deep_colour(image) and (image.format != "PNG" or decode_png is None)
-            if not _is_deep(image) or upper_bits:
+            if not _is_deep(image) or _has_upper_bits_only(image):
                 return None
             values, _ = _deep_values(image, stream)
     except MemoryError:
@@ -357,6 +351,22 @@ def _is_deep_colour(image: Image.Image) -> bool:
     return any(_DEEP_COLOUR.search(str(tile[3])) for tile in getattr(image, "tile", ()))
 
 
+@cache
+def png_decoder() -> Any:
+    """torchvision's, which keeps all 16 bits of colours, of which Pillow drops 8; None if there is
+    none: torchvision has announced its removal."""
+    try:
+        from torchvision.io import decode_png  # takes seconds
+    except ImportError:
+        return None
+    return decode_png
+
+
+def _has_upper_bits_only(image: Image.Image) -> bool:
+    """Whether only 8 of the 16 bits of colours can be read."""
+    return _is_deep_colour(image) and (image.format != "PNG" or png_decoder() is None)
+
+
 def _full_range(image: Image.Image) -> ValueRange:
     """The range of the type in which values are stored; for floats, 0 to 1."""
     if image.mode == "F":
@@ -376,7 +386,7 @@ def _from_deep(
     """
     full = _full_range(image)
     limits = full if value_range is None else value_range
-    if _is_deep_colour(image) and (image.format != "PNG" or decode_png is None):
+    if _has_upper_bits_only(image):
         return _from_upper_bits(image, options, value_range)
     values, opacity = _deep_values(image, stream)
     if not np.isfinite(values).all():
@@ -408,7 +418,7 @@ def _deep_values(image: Image.Image, stream: BinaryIO) -> tuple[np.ndarray, np.n
     if _is_deep_colour(image):  # Pillow would drop the lower 8 bits
         stream.seek(0)
         content = torch.frombuffer(bytearray(stream.read()), dtype=torch.uint8)
-        planes = decode_png(content).permute(1, 2, 0).numpy()
+        planes = png_decoder()(content).permute(1, 2, 0).numpy()
         if planes.shape[2] in (2, 4):
             opacity = planes[..., -1].astype(np.float32) / 65535
             return planes[..., 0] if planes.shape[2] == 2 else planes[..., :-1], opacity
@@ -505,6 +515,8 @@ def image_grid(
     Raises:
         DataError: a value is infinite or NaN.
     """
+    from torchvision.utils import make_grid  # takes seconds
+
     _check_finite(images)
     grid = make_grid(as_rgb(images.clamp(-1, 1)), nrow=columns, padding=padding, pad_value=1.0)
     picture = to_pil(grid[None])[0]

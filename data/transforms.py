@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from smalti.config import ImageSize
 from smalti.data.image_io import TRANSPARENT, WHITE, to_8_bit, to_channels
@@ -199,6 +198,8 @@ def views_of(images: Tensor, names: Sequence[str], size: ImageSize) -> Iterator[
     Args:
         images: (B, C, H', W') of the `decoded_size` of the set that the names are from.
     """
+    from torchvision.transforms.v2 import functional as F  # takes seconds
+
     for name in names:
         place = name.removesuffix(MIRRORED)
         mirrored = name in ("flip", place + MIRRORED)

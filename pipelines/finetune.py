@@ -13,10 +13,9 @@ from torch import Tensor
 from smalti.checkpoints import Weights
 from smalti.config import first_difference
 from smalti.errors import CheckpointError, ConfigurationError
-from smalti.hub import resolve_folder
-from smalti.pipelines.model_index import INDEX
 from smalti.prior.base import Prior
 from smalti.prior.presets import PriorConfig
+from smalti.repository import files_of_model, resolve_folder
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.presets import TokenizerConfig
 
@@ -121,8 +120,9 @@ def _condition_in_words(config: PriorConfig) -> str:
 
 def folder_of(base: type[Tokenizer] | type[Prior], path_or_hub_id: str) -> Path:
     """The folder of the model: inside a pipeline, or `path_or_hub_id` itself."""
-    folder = resolve_folder(path_or_hub_id)
-    return folder / base.registry.kind if (folder / INDEX).is_file() else folder
+    part = base.registry.kind
+    patterns = files_of_model(part, "ema", None)
+    return resolve_folder(path_or_hub_id, patterns=patterns, part=part)
 
 
 def _check_settings(model: Model, source: Model, where: str) -> None:

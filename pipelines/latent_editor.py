@@ -27,8 +27,6 @@ from smalti.data.transforms import center_crop, to_tensor
 from smalti.data.value_range import limits_of
 from smalti.errors import ConfigurationError, DataError
 from smalti.folders import is_unreported, replacing_file
-from smalti.hub import resolve_folder
-from smalti.pipelines.model_index import INDEX
 from smalti.pipelines.pipeline import DEMO, check_model
 from smalti.tokenizer import manipulation
 from smalti.tokenizer.base import Tokenizer
@@ -337,8 +335,7 @@ def load_tokenizer(model: str) -> Tokenizer:
         SmaltiError: there is no such model, or it is neither.
     """
     check_model(model)
-    folder = resolve_folder(model)
-    return Tokenizer.from_pretrained(folder / "tokenizer" if (folder / INDEX).is_file() else folder)
+    return Tokenizer.from_pretrained(model)
 
 
 def signed(number: float) -> str:

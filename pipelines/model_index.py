@@ -4,6 +4,7 @@ hashes, and what lies beside it."""
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from smalti.pipelines.sampling import (
     sampling_of_run,
 )
 from smalti.prior.base import Prior
+from smalti.repository import files_of_model
 from smalti.shards import weight_names
 from smalti.tokenizer.base import Tokenizer
 from smalti.weights import AS_SAVED
@@ -108,6 +110,12 @@ def weights_of_parts(variant: str | None) -> list[tuple[str, ...]]:
     """The files of weights of both models: of each the file, or the index of shards."""
     names = weight_names(variant)
     return [tuple(f"{part}/{name}" for name in names) for part in ("tokenizer", "prior")]
+
+
+def files_of_pipeline(weights: Weights, variant: str | None) -> list[str]:
+    """What loading a pipeline reads, as patterns."""
+    of_models = (files_of_model(part, weights, variant) for part in ("tokenizer", "prior"))
+    return [SAMPLING, SAMPLES, *dict.fromkeys(chain(*of_models))]
 
 
 def write_pipeline(folder: Path, saved: SavedPipeline, replaces: Path, **weights: Any) -> None:

@@ -45,6 +45,7 @@ from smalti.pipelines.model_index import (
     check_pair,
     check_pipeline,
     check_target,
+    files_of_pipeline,
     read_pipeline,
     read_run,
     weights_of_parts,
@@ -63,7 +64,7 @@ from smalti.prior.base import Prior
 from smalti.prior.conditions.base import moved, rows
 from smalti.prior.conditions.text_encoder import TextEncoder, text_encoder_of
 from smalti.randomness import Generators, check_generators
-from smalti.repository import Uploadable, check_loading_options, check_not_diffusers, resolve_folder
+from smalti.repository import Uploadable, check_loading_options, resolve_folder
 from smalti.tokenizer.base import Tokenizer, check_finite
 from smalti.weights import chosen_dtype, unwrapped
 
@@ -151,8 +152,8 @@ class Pipeline(Uploadable):
             local_files_only=local_files_only,
             cache_dir=cache_dir,
             needs=(INDEX, *CONFIGS, *weights_of_parts(variant)),
+            patterns=files_of_pipeline(weights, variant),
         )
-        check_not_diffusers(folder)
         check_weights(folder, weights, variant)
         of_run = is_checkpoint(folder)
         if of_run:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import forked, program
 from PIL import Image
 from runs import small_demo
@@ -149,3 +150,46 @@ def test_the_budget_of_a_recipe_is_that_of_its_paper() -> None:
     assert float(prior[4]) == pytest.approx(3 * 2 * 118.6, rel=0.05)
     assert prior[3] == "1399" and tokenizer[3] == "40"
     assert tokenizer[6] == "0.7 GB |"  # 256 codes of 2 bytes, 1,281,167 times
+
+
+@pytest.mark.slow
+def test_the_check_on_a_gpu_runs_on_a_cpu_in_a_short_form(tmp_path: Path) -> None:
+    """Every check, and every part of the table of `make bench`, in both types of numbers."""
+    report = tmp_path / "report.md"
+    out = run("bench_gpu.py", "--device", "cpu", "--quick", "--output", str(report))
+    assert report.read_text() == out
+    lines = out.splitlines()
+    assert lines[0].startswith("# smalti on ") and "torch" in lines[0]
+    assert len([line for line in lines if line.startswith("passed ")]) == 7
+    assert "FAILED" not in out and "left out" not in out
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
+    for beside in ("LlamaGen, restated", "VAR, restated", "diffusers", "multiplying matrices"):
+        assert len([row for row in rows if row[1] == beside]) >= 2, beside
+    numbers = [float(row[2]) for row in rows if row[2][0].isdigit()]
+    assert len(numbers) > 20 and min(numbers) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_check_says_so_in_one_line(tmp_path: Path) -> None:
+    report = tmp_path / "report.md"
+    done = forked(program(ROOT / "benchmarks" / "bench_gpu.py", "--output", report))
+    assert done.returncode == 2 and not report.exists()
+    assert done.stdout.startswith("there is no CUDA here: ") and done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_the_table_of_benchmarks_names_what_it_leaves_out() -> None:
+    parts = ("--parts", "next-token", "tokenizers")
+    lines = run("bench.py", "--quick", *parts, "--seconds", "0").splitlines()
+    assert lines[0].endswith(" TFLOP/s")
+    assert lines[-2:] == [f"left out: {part}: no time was left" for part in parts[1:]]
+
+
+@pytest.mark.slow
+def test_start_up_and_loading_are_measured_beside_python_and_the_weights() -> None:
+    out = run("start_up.py", "--rounds", "1", "--presets", "vq-32-tiny", "gpt-nano")
+    times, memory = (part.splitlines()[2:] for part in out.split("\n\n"))
+    assert [row.split(" | ")[0] for row in times][:2] == ["| `python -c pass`", "| `import smalti`"]
+    assert [row.split(" | ")[:2] for row in memory] == [["| float32", "33"], ["| bfloat16", "16"]]

@@ -15,8 +15,6 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from braceexpand import braceexpand
-
 from smalti.errors import DataError
 
 # Suffixes of the picture files that are read.
@@ -205,6 +203,8 @@ def expand_braces(pattern: str) -> list[str]:
     Raises:
         DataError: braces with neither a list nor an ascending range, or too many names.
     """
+    from braceexpand import braceexpand
+
     count = math.prod(_num_alternatives(body, pattern) for body in BRACES.findall(pattern))
     if count > MAX_SHARDS:
         raise DataError(f"{pattern} expands to {count} files; use at most {MAX_SHARDS}")

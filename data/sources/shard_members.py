@@ -13,8 +13,6 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from webdataset.tariterators import base_plus_ext
-
 from smalti.data.sources.annotations import (
     CAPTIONS,
     LABELS,
@@ -176,6 +174,8 @@ def _add_to_sample(
     Returns:
         Whether its content may have to be read.
     """
+    from webdataset.tariterators import base_plus_ext  # the library takes a tenth of a second
+
     if info.isdir():
         return False
     key, extension = base_plus_ext(info.name)
@@ -266,6 +266,8 @@ def _captions(
 
 def _kind_of_member(name: str) -> str:
     """All after the first dot of a member's name: ".mask.png"."""
+    from webdataset.tariterators import base_plus_ext
+
     return f".{base_plus_ext(name)[1]}".lower()
 
 

@@ -16,10 +16,9 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from webdataset.writer import TarWriter
 
 from smalti.data.classes import named_classes, names_in, numbered_classes
 from smalti.data.sources.annotations import (
@@ -48,6 +47,9 @@ from smalti.data.sources.shard_members import Listing, Member, Shard, list_membe
 from smalti.data.sources.verification import in_threads
 from smalti.errors import DataError
 from smalti.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from webdataset.writer import TarWriter
 
 logger = logging.getLogger(__name__)
 
@@ -170,12 +172,14 @@ def _is_glob(text: str) -> bool:
 # -- Writing --------------------------------------------------------------------------------------
 
 
-def tar_writer(stream: BinaryIO) -> TarWriter:
+def tar_writer(stream: BinaryIO) -> "TarWriter":
     """A writer without times and owners: equal samples give equal bytes."""
+    from webdataset.writer import TarWriter
+
     return TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False)
 
 
-def write_sample(archive: TarWriter, key: str, members: Mapping[str, bytes]) -> None:
+def write_sample(archive: "TarWriter", key: str, members: Mapping[str, bytes]) -> None:
     """Write the members of a sample, by extension, in the order of the mapping."""
     for extension, content in members.items():  # in one call TarWriter would sort them
         archive.write({"__key__": key, extension: content})

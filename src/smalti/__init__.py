@@ -5,7 +5,6 @@ quick.
 """
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from smalti.errors import (
@@ -47,7 +46,7 @@ __all__ = [
     "train_tokenizer",
 ]
 
-__version__ = version("smalti")
+__version__: str  # read from the installed package when first used
 
 _MODULES = {
     "GuidedPipeline": "smalti.pipelines.guided",
@@ -65,6 +64,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("smalti")
     raise AttributeError(f"module 'smalti' has no attribute {name!r}")
 
 

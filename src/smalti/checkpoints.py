@@ -25,6 +25,17 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / STATE).is_file() and (folder / MANIFEST).is_file()
 
 
+def file_of(weights: str) -> str:
+    """The name of the file with a set of weights.
+
+    Raises:
+        ConfigurationError: there is no such set.
+    """
+    if weights not in FILES:
+        raise ConfigurationError(f"weights is {weights!r}; choose one of {', '.join(FILES)}")
+    return FILES[weights]
+
+
 def check_weights(folder: Path, weights: str, variant: str | None = None) -> None:
     """Raise `ConfigurationError` unless a folder has this set of weights. Of a saved model, "ema"
     is the only one; a checkpoint has no variants, such as "fp16"."""
@@ -32,8 +43,7 @@ def check_weights(folder: Path, weights: str, variant: str | None = None) -> Non
         raise ConfigurationError(
             f'variant is "{variant}", but {folder} is a checkpoint, which has none: leave it out'
         )
-    if weights not in FILES:
-        raise ConfigurationError(f"weights is {weights!r}; choose one of {', '.join(FILES)}")
+    file_of(weights)
     if weights != "ema" and not is_checkpoint(folder):
         raise ConfigurationError(
             f'weights is "{weights}", but {folder} is no checkpoint and holds one set of weights: '

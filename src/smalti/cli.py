@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -91,6 +90,8 @@ def _dispatch(arguments: Sequence[str] | None) -> int | None:
         print(_usage())
         return 0 if arguments else EXIT_INPUT_ERROR
     if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version  # takes as long as all other imports here
+
         print(f"smalti {version('smalti')}")
         return 0
     name, *rest = arguments

@@ -13,7 +13,7 @@ folder never uses the network.
 import json
 import pkgutil
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from smalti.folders import contents, replacing_folder
 from smalti.repository import (
     Uploadable,
     check_loading_options,
-    check_not_diffusers,
+    files_of_model,
     first_line,
     resolve_folder,
 )
@@ -53,7 +53,7 @@ from smalti.weights import (
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
 
 FORMAT_VERSION = 1
@@ -327,8 +327,8 @@ class Pretrained(Uploadable):
             try:
                 _, config, copies = type(self)._saved(old)
                 paths, indices = find_shards(old, other)
-                values = WeightsFile(paths, partial(_build, type(self), config, old)).values()
-                checksum, copy = self._checksum_of(values), copies.get(_copy_key(other))
+                file = WeightsFile(paths, partial(_build, type(self), config, old))
+                checksum, copy = file.hash_weights(_hashed(config)), copies.get(_copy_key(other))
                 original = _read_copy(copy, checksum, old).fingerprint if copy else checksum
             except SmaltiError:
                 continue  # of another kind of model, or damaged
@@ -413,9 +413,9 @@ class Pretrained(Uploadable):
             local_files_only=local_files_only,
             cache_dir=cache_dir,
             needs=(CONFIG, weight_names(variant)),
+            patterns=files_of_model(cls.registry.kind, weights, variant),
             part=cls.registry.kind,
         )
-        check_not_diffusers(folder)
         checkpoints.check_weights(folder, weights, variant)
         target, config, copies = cls._saved(folder)
         copy = copies.get(_copy_key(variant))
@@ -433,7 +433,7 @@ class Pretrained(Uploadable):
             # last: errors in a config that have a more precise message come first
             check_hashes(folder / CONFIG, indices)
         if copy is not None or precision is not None:
-            checksum = model._checksum_of(file.values())  # of the model before `precision`
+            checksum = file.hash_weights(_hashed(model.config))  # before `precision`
             original = _read_copy(copy, checksum, folder).fingerprint if copy else checksum
             model._keep_fingerprint(original)
         return model.to(device=device).eval()
@@ -482,12 +482,8 @@ class Pretrained(Uploadable):
     @property
     def checksum(self) -> str:
         """sha256 over config and weights as they are, equal on any device."""
-        return self._checksum_of(sorted(plain_state(cast("nn.Module", self)).items()))
-
-    def _checksum_of(self, weights: "Iterable[tuple[str, Tensor]]") -> str:
-        """The checksum that a model of this config has with the given weights, sorted by name."""
-        config = json.dumps(saved_fields(self.config), sort_keys=True).encode()
-        return hash_weights(weights, config)
+        weights = sorted(plain_state(cast("nn.Module", self)).items())
+        return hash_weights(weights, _hashed(self.config))
 
     @property
     def fingerprint(self) -> str:
@@ -497,6 +493,11 @@ class Pretrained(Uploadable):
         if self._copy_of is not None and self._copy_of.checksum == checksum:
             return self._copy_of.fingerprint
         return checksum
+
+
+def _hashed(config: Any) -> bytes:
+    """What the checksum of a model takes of its config."""
+    return json.dumps(saved_fields(config), sort_keys=True).encode()
 
 
 def _rename_key(content: Any, old: str, new: str) -> Any:

@@ -2,19 +2,44 @@
 
 import logging
 import os
+import shlex
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from smalti import checkpoints
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.files import command, read_config_file
+from smalti.shards import weight_patterns
 
 logger = logging.getLogger(__name__)
 
-# What is downloaded of a repository: never a pickle.
+# What is downloaded of a repository whose kind of model is not known: never a pickle.
 PATTERNS = ("*.json", "*.safetensors", "*.md", "samples.png")
+PIPELINE = "model_index.json"  # of our pipelines, and of Diffusers'
+MODEL = "config.json"
+# Files of Diffusers' pipelines that say how smalti converts them.
+PARTS_OF_DIFFUSERS = ("vae/config.json", "transformer/config.json")
+
+
+def files_of_model(part: str, weights: checkpoints.Weights, variant: str | None) -> tuple[str, ...]:
+    """What loading a model reads, as patterns: of a saved model, of a checkpoint, or of the folder
+    `part` of a pipeline.
+
+    Args:
+        weights: of a checkpoint.
+        variant: of the weights of a saved model.
+
+    Raises:
+        ConfigurationError: there is no such set of weights; the name of the variant cannot be part
+            of a file name.
+    """
+    own = (MODEL, *weight_patterns(variant))
+    of_checkpoint = (checkpoints.STATE, checkpoints.MANIFEST, checkpoints.file_of(weights))
+    inside = tuple(f"{part}/{name}" for name in own)
+    return (PIPELINE, *own, *of_checkpoint, *inside, *PARTS_OF_DIFFUSERS)
 
 
 def check_loading_options(*, device_map: Any, low_cpu_mem_usage: bool | None) -> None:
@@ -46,7 +71,7 @@ def resolve_folder(
     patterns: Sequence[str] = PATTERNS,
     part: str = "",
 ) -> Path:
-    """A local folder, or the local copy of a Hub repository (JSON, safetensors and model card).
+    """A local folder, or the local copy of a Hub repository (the files that `patterns` name).
 
     Args:
         subfolder: a folder in it, which is returned; nothing else is downloaded.
@@ -55,11 +80,14 @@ def resolve_folder(
         part: the folder in that of a pipeline that is returned, if it is a pipeline.
 
     Raises:
-        CheckpointError: no such folder, and no such repository that can be downloaded.
+        CheckpointError: no such folder, and no such repository that can be downloaded; it is a
+            model of Diffusers.
     """
     text, inside = os.path.expanduser(str(path_or_hub_id)), subfolder or "."
     if os.path.isdir(text):
-        return part_of_pipeline(Path(text, inside), part)
+        folder = part_of_pipeline(Path(text, inside), part)
+        _check_not_diffusers(folder)
+        return folder
     parts = text.split("/")
     looks_like_path = isinstance(path_or_hub_id, Path) or text.startswith((".", "/", "~"))
     if looks_like_path or len(parts) != 2 or not all(parts) or os.path.isdir(parts[0]):
@@ -82,6 +110,7 @@ def resolve_folder(
             f"{first_line(error)}"
         ) from error
     folder = part_of_pipeline(Path(copy, inside), part)
+    _check_not_diffusers(folder, text, inside)
     choices = [(names,) if isinstance(names, str) else names for names in needs]
     missing = [
         names[0] for names in choices if not any((folder / name).is_file() for name in names)
@@ -93,10 +122,6 @@ def resolve_folder(
             "local_files_only and HF_HUB_OFFLINE"
         )
     return folder
-
-
-PIPELINE = "model_index.json"  # of our pipelines, and of Diffusers'
-MODEL = "config.json"
 
 
 def part_of_pipeline(folder: Path, part: str) -> Path:
@@ -115,21 +140,31 @@ DIFFUSERS = {
 }
 
 
-def check_not_diffusers(folder: Path) -> None:
-    """Raise `CheckpointError`, with the command that converts it, if a folder is Diffusers'."""
+def _check_not_diffusers(folder: Path, hub_id: str = "", inside: str = ".") -> None:
+    """Raise `CheckpointError`, with the command that converts it, if a folder is Diffusers'.
+
+    Args:
+        hub_id: of the repository of which the folder is a copy without weights.
+        inside: the place of the folder in that repository.
+    """
     for name in (PIPELINE, MODEL):
         kind, ours = _class_name(folder / name)
         if kind and not ours:
-            what = f"{folder} is a {kind} of Diffusers, not a model of smalti"
-            raise CheckpointError(what + _conversion(folder, kind))
+            what = f"{hub_id or folder} is a {kind} of Diffusers, not a model of smalti"
+            if not hub_id:
+                raise CheckpointError(what + _conversion(folder, kind, folder))
+            local = hub_id.rpartition("/")[2]
+            steps = _conversion(folder, kind, Path(local, inside))
+            get = shlex.join(["hf", "download", hub_id, "--local-dir", local])
+            raise CheckpointError(f"{what}{steps}; {get} downloads it")
 
 
-def _conversion(folder: Path, kind: str) -> str:
-    """What to do with a folder of Diffusers, as the end of a sentence."""
-    out = f"{folder.resolve().name}-smalti"
+def _conversion(folder: Path, kind: str, place: Path) -> str:
+    """What to do with a folder of Diffusers, as the end of a sentence, when it lies at `place`."""
+    out = f"{place.resolve().name}-smalti"
     if kind in DIFFUSERS:
         tokenizer = ("--tokenizer", "DIR") if DIFFUSERS[kind] == "diffusers-dit" else ()
-        words = command("convert", DIFFUSERS[kind], folder, out, *tokenizer)
+        words = command("convert", DIFFUSERS[kind], place, out, *tokenizer)
         about = ", where DIR is the converted VAE" if tokenizer else ""
         return f": convert it with {words}{about}"
     vae, transformer = folder / "vae", folder / "transformer"
@@ -138,10 +173,11 @@ def _conversion(folder: Path, kind: str) -> str:
         return ", and none that smalti converts"
     pixels = _image_size(vae, transformer)
     tokenizer_out = f"{out}-vae"
-    first = command("convert", source, vae, tokenizer_out, *pixels)
+    first = command("convert", source, place / "vae", tokenizer_out, *pixels)
     if DIFFUSERS.get(_class_name(transformer / MODEL)[0]) != "diffusers-dit":
         return f", and none that smalti converts; its VAE is converted by {first}"
-    second = command("convert", "diffusers-dit", transformer, out, "--tokenizer", tokenizer_out)
+    network = place / "transformer"
+    second = command("convert", "diffusers-dit", network, out, "--tokenizer", tokenizer_out)
     return f": convert it with {first} and then {second}"
 
 

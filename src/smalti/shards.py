@@ -40,6 +40,12 @@ def weight_names(variant: str | None) -> tuple[str, str]:
     return f"model.{variant}.safetensors", f"model.safetensors.index.{variant}.json"
 
 
+def weight_patterns(variant: str | None) -> tuple[str, str, str]:
+    """The names of all files with these weights: the file, the index, and a pattern of shards."""
+    single, index = weight_names(variant)
+    return single, index, f"{single.removesuffix('.safetensors')}-?????-of-?????.safetensors"
+
+
 def variant_of(name: str) -> str | None:
     """The variant whose weights, or index, a file has; None of the weights without a variant.
 

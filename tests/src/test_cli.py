@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from torch._utils import ExceptionWrapper
 
+import smalti
 from smalti.cli import (
     COMMANDS,
     help_text,
@@ -353,14 +355,35 @@ def test_every_command_explains_itself(name: str, capsys) -> None:
     assert help_text(name) == saved_help(name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_imports_no_torch(flag: str) -> None:
-    code = (
-        "import sys; from smalti.cli import main; "
-        f"assert main(['train-prior', '{flag}']) == 0 and 'torch' not in sys.modules"
-    )
-    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert end.returncode == 0 and "--max_train_steps" in end.stdout
+STARTING = """
+import sys
+import smalti
+from smalti.cli import COMMANDS, main
+
+dir(smalti)
+asked = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS), ["generate", "-h"]]
+assert all(main(arguments) == 0 for arguments in asked)
+imported = {name.partition(".")[0] for name in sys.modules}
+print("imported:", *imported & {*sys.argv[1:]})
+"""
+SLOW_TO_IMPORT = "accelerate gradio huggingface_hub numpy PIL torch torchvision transformers tyro"
+
+
+def test_help_and_the_import_of_smalti_import_no_library_that_takes_seconds() -> None:
+    command = [sys.executable, "-c", STARTING, *SLOW_TO_IMPORT.split()]
+    end = subprocess.run(command, capture_output=True, text=True)
+    assert end.returncode == 0, end.stderr
+    assert "--max_train_steps" in end.stdout and "smalti COMMAND [options]" in end.stdout
+    assert end.stdout.endswith("imported:\n")
+
+
+def test_public_names_are_found_when_they_are_used() -> None:
+    assert dir(smalti) == sorted(smalti.__all__)
+    for name in smalti.__all__:
+        assert getattr(smalti, name) is not None
+    assert smalti.__version__ == version("smalti")
+    with pytest.raises(AttributeError, match="module 'smalti' has no attribute 'Pipelin'"):
+        smalti.Pipelin  # noqa: B018
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "scripts" / "configs").glob("*.yaml"))
