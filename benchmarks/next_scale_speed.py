@@ -8,6 +8,11 @@ are timed in turns in one process, so that other load on the machine affects all
 is the prior after `compile_parts()`, which packs its weights on a CPU. Prints the median time per
 call of each side, and the ratio of the peer's time to smalti's: its median over the rounds, and its
 quartiles. Above 1, smalti is faster.
+
+    python benchmarks/next_scale_speed.py --parts
+
+times parts of a call at 256 px in two ways instead: attention in training with a mask and scale by
+scale, sampling from all logits at once and in portions, a product in bf16 and in fp32.
 """
 
 import argparse
@@ -16,17 +21,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from clock import now
 from plain_var import PlainVAR, decode
 from torch import Tensor
 
 from smalti.data.latents import CodeSpec
-from smalti.prior.next_scale.model import PRESETS, NextScalePrior
+from smalti.prior.next_scale import decoding
+from smalti.prior.next_scale.decoding import ScaleDecoder
+from smalti.prior.next_scale.model import PRESETS, BlockCausal, NextScalePrior
+from smalti.prior.sampling import SamplingOptions
 from smalti.tokenizer.presets import PRESETS as TOKENIZERS
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig
 from smalti.tokenizer.vq import VQConfig, VQTokenizer
 
-SIDES_128 = (1, 2, 3, 4, 5, 6, 8)  # 128 px; VAR's at 256 px are 1 2 3 4 5 6 8 10 13 16
+SIDES_128 = (1, 2, 3, 4, 5, 6, 8)  # the grids of 128 px
+SIDES_256 = (*SIDES_128, 10, 13, 16)
 MAX_CONVOLUTIONS = 4
 GUIDANCE_SCALE, TOP_K, TOP_P = 2.5, 900, 0.96  # VAR's for its published numbers
 
@@ -125,15 +135,78 @@ class Comparison:
         report(f"training step, batch {len(labels)}", their_times, our_times)
 
     def times(self, *passes: Pass) -> list[list[float]]:
-        """Seconds of each pass in every round, in turns; the first round warms up."""
-        seconds: list[list[float]] = [[] for _ in passes]
-        for round_ in range(self.rounds + 1):
-            for taken, call in zip(seconds, passes, strict=True):
-                start = now(self.device)
-                call()
-                if round_:
-                    taken.append(now(self.device) - start)
-        return seconds
+        """Seconds of each pass in every round."""
+        return times(passes, self.rounds, self.device)
+
+
+def times(passes: Sequence[Pass], rounds: int, device: torch.device) -> list[list[float]]:
+    """Seconds of each pass in every round, in turns; the first round warms up."""
+    seconds: list[list[float]] = [[] for _ in passes]
+    for round_ in range(rounds + 1):
+        for taken, call in zip(seconds, passes, strict=True):
+            start = now(device)
+            call()
+            if round_:
+                taken.append(now(device) - start)
+    return seconds
+
+
+# -------------------------------------------------------------------------------------------------
+# Parts of a call, at 256 px
+
+
+def attention_passes(device: torch.device) -> tuple[Pass, Pass]:
+    """Attention of VAR-d12 with its gradients, two samples: with the mask, and scale by scale."""
+    grids = tuple((side, side) for side in SIDES_256)
+    length = sum(height * width for height, width in grids)
+    states = [torch.randn(2, 12, length, 64, device=device, requires_grad=True) for _ in range(3)]
+    mask = BlockCausal(grids, torch.device("cpu"))
+    assert mask.bias is not None
+    mask.bias = mask.bias.to(device)
+
+    def backward(attend: Callable[..., Tensor]) -> None:
+        torch.autograd.grad(attend(*states, scale=1.0).sum(), states)
+
+    return lambda: backward(mask.attend), lambda: backward(mask.scale_by_scale)
+
+
+def sampling_passes(batch: int) -> tuple[Pass, Pass]:
+    """Codes of the last scale from the output of the last block: at once, and in portions."""
+    prior, _ = build("var-nano", SIDES_256, quick=True)
+    options = SamplingOptions(1.0, TOP_K, TOP_P, GUIDANCE_SCALE, "linear")
+    labels = torch.arange(batch)
+    decoder = ScaleDecoder(prior, labels, torch.full_like(labels, prior.num_classes), options)
+    last, length = len(SIDES_256) - 1, SIDES_256[-1] ** 2
+    hidden = torch.randn(2 * batch, length, prior.config.width)
+    uniforms = torch.rand(batch, length, dtype=torch.float64)
+    usual = decoding.LOGITS_AT_ONCE_ON_CPU
+
+    @torch.no_grad()
+    def sample(at_once: int) -> Tensor:
+        decoding.LOGITS_AT_ONCE_ON_CPU = at_once
+        return decoder._sample(hidden, uniforms, last)
+
+    assert torch.equal(sample(decoding.LOGITS_AT_ONCE), sample(usual))
+    return lambda: sample(decoding.LOGITS_AT_ONCE), lambda: sample(usual)
+
+
+def product_passes(device: torch.device) -> tuple[Pass, Pass]:
+    """A product of 128 rows with a weight of VAR-d12, in bf16 and in fp32."""
+    x, weight = torch.randn(128, 768, device=device), torch.randn(3072, 768, device=device)
+    half = x.bfloat16(), weight.bfloat16()
+    return lambda: F.linear(*half), lambda: F.linear(x, weight)
+
+
+def report_parts(rounds: int, device: torch.device) -> None:
+    """Print a table of parts."""
+    print("| part | first, s | second, s | ratio | quartiles |")
+    print("| --- | --- | --- | --- | --- |")
+    for what, passes in (
+        ("attention and gradients, with a mask and scale by scale", attention_passes(device)),
+        ("sampling 8 x 256 codes, at once and in portions", sampling_passes(8)),
+        ("a product, in bf16 and in fp32", product_passes(device)),
+    ):
+        report(what, *times(passes, rounds, device))
 
 
 def report(what: str, theirs: list[float], ours: list[float]) -> None:
@@ -168,6 +241,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 4], help="of sampling")
     parser.add_argument("--training_batch_size", type=int, default=0, help="0: no training steps")
+    parser.add_argument("--parts", action="store_true", help="only parts, in two ways")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -184,6 +258,9 @@ def main() -> None:
     """Print the table."""
     args = arguments()
     torch.manual_seed(0)
+    if args.parts:
+        report_parts(args.rounds, torch.device(args.device))
+        return
     prior, tokenizer = build(args.preset, args.sides, args.quick)
     comparison = Comparison(prior.to(args.device), tokenizer.to(args.device), args.rounds)
 

@@ -262,7 +262,9 @@ class Pipeline(Uploadable):
     def compile(self, **options: Any) -> Self:
         """Compile what sampling runs, the blocks of the prior's network and the decoder, with
         options of torch.compile; return self. Samples then differ by rounding. Pipelines that
-        `resized` makes of a compiled one are compiled likewise."""
+        `resized` makes of a compiled one are compiled likewise. Without options, a next-scale prior
+        on a CPU in fp32 packs its weights instead, if they are large: call it again after a change
+        of the weights."""
         self.prior.compile_parts(**options)
         self.tokenizer.compile_parts(**options)
         return self

@@ -94,3 +94,10 @@ def test_copies_and_pickles_of_a_packed_layer_are_not_packed(packed) -> None:
     for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         assert not is_used(copied) and torch.equal(copied.weight, packed.weight)
     assert list(packed.state_dict()) == ["weight", "bias"] and is_used(packed)
+
+
+def test_many_rows_are_not_multiplied_with_the_packed_weight(packed) -> None:
+    with torch.no_grad():
+        few, many = torch.randn(96, 24), torch.randn(97, 24)
+        assert packed._packed_is_valid(few) and not packed._packed_is_valid(many)
+        torch.testing.assert_close(packed(many)[:1], packed(many[:1]))

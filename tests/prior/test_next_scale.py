@@ -9,15 +9,12 @@ import torch
 import torch.nn.functional as F
 from chance import generators, randomised
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from smalti.data.latents import CodeSpec, ContinuousSpec
 from smalti.errors import SmaltiError
-from smalti.prior.attention import attend
 from smalti.prior.next_scale.decoding import ScaleDecoder
 from smalti.prior.next_scale.model import (
     PRESETS,
-    BlockCausal,
     NextScaleConfig,
     NextScalePrior,
     block_causal_mask,
@@ -185,29 +182,6 @@ def test_the_mask_shows_own_and_coarser_scales() -> None:
     assert mask.tolist() == [[c == "1" for c in row] for row in rows]
 
 
-def test_attention_scale_by_scale_is_attention_with_the_mask() -> None:
-    mask = BlockCausal(SCALES, torch.device("cpu"))
-    query, key, value = (torch.randn(2, 2, LENGTH, 8, requires_grad=True) for _ in range(3))
-    expected = attend(query, key, value, mask=block_causal_mask(SCALES, query.device), scale=0.5)
-    # As a CPU computes it, to the bit; and as other devices do.
-    assert torch.equal(mask.attend(query, key, value, scale=0.5), expected)
-    by_scale = mask.scale_by_scale(query, key, value, scale=0.5)
-    torch.testing.assert_close(by_scale, expected, rtol=0, atol=1e-6)
-    gradients = (
-        torch.autograd.grad(attended.square().sum(), (query, key, value))
-        for attended in (expected, by_scale)
-    )
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=5e-6)
-
-
-def test_no_mask_is_kept_where_attention_is_scale_by_scale() -> None:
-    mask = BlockCausal(SCALES, torch.device("meta"))
-    assert mask.bias is None
-    shapes = [torch.empty(2, 2, LENGTH, 8, device="meta") for _ in range(3)]
-    assert mask.attend(*shapes, scale=1.0).shape == shapes[0].shape
-
-
 @pytest.mark.parametrize("scale", [0, 1, 2, 3])
 def test_a_code_changes_no_logits_of_its_own_or_earlier_scales(model, scale: int) -> None:
     changed, later = CODES.clone(), STARTS[scale] + LENGTHS[scale]
@@ -264,37 +238,6 @@ def test_the_objective_compiles_into_one_graph(noise: float) -> None:
     expected = model(CODES, LABELS).total
     torch.manual_seed(4)
     torch.testing.assert_close(compiled(CODES, LABELS).total, expected)
-
-
-def test_packed_products_leave_greedy_codes_alone(model, monkeypatch) -> None:
-    monkeypatch.setattr("smalti.prior.layers.PACKED_FROM", 1)
-    options = {"guidance_scale": 2.0, "temperature": 0}
-    expected = model.sample(LABELS, **options)
-    logits = model.eval().logits(CODES, LABELS)
-    model.compile_parts()
-    assert model.blocks[1].ffn.fc2._packed is not None and model.head._packed is not None
-    assert torch.equal(model.sample(LABELS, **options), expected)
-    with torch.no_grad():
-        torch.testing.assert_close(model.logits(CODES, LABELS), logits)
-
-
-@pytest.mark.slow
-def test_compiled_sampling_has_few_graphs_and_the_same_codes() -> None:
-    scales = tuple((side, side) for side in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10))
-    quantizer = replace(QUANTIZER, scales=scales)
-    config = replace(TINY, spec=CodeSpec(16, scales), quantizer=quantizer, depth=3)
-    model, options = make_prior(config), {"guidance_scale": 2.0, "temperature": 0}
-    expected = model.sample(LABELS, **options)
-    torch.compiler.reset()
-    counter = CompileCounter()
-    model.compile_parts(backend=counter)
-    assert torch.equal(model.sample(LABELS, **options), expected)
-    GRAPHS = 4
-    assert counter.frame_count <= GRAPHS
-    for count in (4, 3, 2):  # other batch sizes
-        assert torch.equal(model.sample(LABELS[:count], **options), expected[:count])
-    assert counter.frame_count <= GRAPHS + 2
-    torch.compiler.reset()
 
 
 def test_drop_path_rates_grow_linearly_over_the_blocks() -> None:
