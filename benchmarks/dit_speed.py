@@ -16,7 +16,7 @@ diffusers has a copy of the time and label embedders in every block.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -131,8 +131,10 @@ def training_step(module: nn.Module, output: Callable[[], Tensor]) -> Callable[[
     return step
 
 
-def compare(prior: FlowPrior, batch_size: int, steps: int, rounds: int) -> dict[str, list[float]]:
-    """Ratios of times, smalti over the others, by what is done."""
+def compare(
+    prior: FlowPrior, batch_size: int, steps: int, rounds: int
+) -> Iterator[tuple[str, list[float]]]:
+    """What is done, and ratios of times, smalti over the others."""
     network: DiT = prior.network
     device, config = network.pos_embed.table.device, network.config  # type: ignore[union-attr]
     theirs = diffusers_dit(config).to(device)
@@ -157,7 +159,6 @@ def compare(prior: FlowPrior, batch_size: int, steps: int, rounds: int) -> dict[
         "SiT's code": (network, plain),
         "diffusers": (theirs, their_velocity),
     }
-    measured = {}
     for name, (module, velocity) in peers.items():
         prior.eval(), theirs.eval()
 
@@ -167,17 +168,15 @@ def compare(prior: FlowPrior, batch_size: int, steps: int, rounds: int) -> dict[
         def forward(velocity: Network) -> Callable[[], float]:
             return torch.no_grad()(lambda: velocity(x, t, labels).sum().item())
 
-        measured[f"guided Euler / {name}"] = ratios(
-            lambda: sample().sum().item(), their_sample, rounds
+        yield (
+            f"guided Euler / {name}",
+            ratios(lambda: sample().sum().item(), their_sample, rounds),
         )
-        measured[f"forward pass / {name}"] = ratios(forward(network), forward(velocity), rounds)
+        yield f"forward pass / {name}", ratios(forward(network), forward(velocity), rounds)
         prior.train(), theirs.train()
-        measured[f"training step / {name}"] = ratios(
-            training_step(network, lambda: network(x, t, labels)),
-            training_step(module, lambda velocity=velocity: velocity(x, t, labels)),
-            rounds,
-        )
-    return measured
+        ours = training_step(network, lambda: network(x, t, labels))
+        other = training_step(module, lambda velocity=velocity: velocity(x, t, labels))
+        yield f"training step / {name}", ratios(ours, other, rounds)
 
 
 def made(preset: str, device: str, depth: int | None) -> FlowPrior:
@@ -201,21 +200,20 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4, help="steps of Euler's method")
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each side")
-    parser.add_argument(
-        "--quick", action="store_true", help="a fourth of the blocks, and few rounds"
-    )
+    parser.add_argument("--depth", type=int, help="number of blocks; default: that of the preset")
+    parser.add_argument("--quick", action="store_true", help="two blocks, two steps, few rounds")
     parser.add_argument(
         "--compile", action="store_true", help="compile our network, which takes minutes"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
-    depth = PRESETS[args.preset].network.depth // 4 if args.quick else None
+    depth = 2 if args.quick else args.depth
     steps, rounds = (2, 3) if args.quick else (args.steps, args.rounds)
     prior = made(args.preset, args.device, depth)
     if args.compile:
         prior.compile_parts()
-    for what, found in compare(prior, args.batch_size, steps, rounds).items():
+    for what, found in compare(prior, args.batch_size, steps, rounds):
         low, middle, high = statistics.quantiles(found, n=4)
         print(f"{args.preset:8} {what:28} {middle:.2f} ({low:.2f} to {high:.2f})", flush=True)
 
