@@ -99,9 +99,10 @@ class Comparison:
         sampled, peer_sampled, decoded, peer_decoded = self.times(*passes)
         what = f"batch {len(labels)}"
         report(f"sampling, {what}", peer_sampled, sampled)
-        both = ([a + b for a, b in zip(*pair, strict=True)] for pair in (
-            (peer_sampled, peer_decoded), (sampled, decoded)
-        ))
+        both = (
+            [a + b for a, b in zip(*pair, strict=True)]
+            for pair in ((peer_sampled, peer_decoded), (sampled, decoded))
+        )
         report(f"sampling and decoding, {what}", *both)
 
     def training(self, labels: Tensor) -> None:
