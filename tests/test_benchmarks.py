@@ -1,6 +1,7 @@
 """The benchmarks run, at sizes too small for meaningful timings."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,10 +82,8 @@ def test_priors_are_compared_in_a_table_and_a_grid(tmp_path: Path, monkeypatch) 
 
 @pytest.mark.slow
 def test_dit_speed_is_a_ratio_to_diffusers() -> None:
-    out = run("dit_speed.py", "--preset=dit-s/8", "--batch_size=1", "--rounds=1")
-    lines = out.splitlines()
-    assert len(lines) == 3
-    assert all(float(line.rpartition("= ")[2]) > 0 for line in lines)
+    out = run("dit_speed.py", "--quick", "--device=cpu")
+    assert len(re.findall(r"\d\.\d\d", out)) >= 6
 
 
 @pytest.mark.slow
