@@ -141,14 +141,16 @@ class KeptConditions:
 
     def at(self, times: Tensor) -> Conditioning:
         """The conditioning at times (B,) of the network, or at one for all, (1,)."""
-        if self._kept is None:
-            self._kept = self.network.conditioning(self.condition, keep_text=True)
+        kept: Conditioning | None = self._kept
+        if kept is None:
+            kept = self._kept = self.network.conditioning(self.condition, keep_text=True)
+        assert kept is not None
         if len(times) != 1:
-            return self._kept
+            return kept
         time = times.item()
         if time not in self._steps:
             self._steps = self._modulations(time)
-        return replace(self._kept, modulations=self._steps[time])
+        return replace(kept, modulations=self._steps[time])
 
     def _modulations(self, time: float) -> dict[float, tuple[Parts, ...]]:
         """Those at a time, and at as many of the next times as one product is made for."""

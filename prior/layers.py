@@ -104,13 +104,13 @@ class PackableLinear(nn.Linear):
             packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
             self._packed = PackedWeight(packed, self.weight.data_ptr(), self.weight._version)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias, (..., in) -> (..., out); without `bias`, the layer's own."""
         bias = self.bias if bias is None else bias
-        if self._packed is None or not self._packed_is_valid(x):
-            return F.linear(x, self.weight, bias)
+        if self._packed is None or not self._packed_is_valid(input):
+            return F.linear(input, self.weight, bias)
         packed = self._packed.weight
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
 
     def _packed_is_valid(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._packed is None:

@@ -127,10 +127,10 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bias is not None and winograd.is_faster(x, self.weight):
-            return winograd.convolve(x, self.weight, self.bias)
-        return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if self.bias is not None and winograd.is_faster(input, self.weight):
+            return winograd.convolve(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 class ResBlock(nn.Module):

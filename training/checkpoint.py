@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError
@@ -117,7 +117,7 @@ def _plain(name: str, value: Tensor) -> dict[str, Tensor]:
     """A tensor of an optimizer's state, by name; of one in 8 bits the plain tensors."""
     if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
         return {name: value}
-    inner, _ = value.__tensor_flatten__()
+    inner, _ = cast(Any, value).__tensor_flatten__()
     return {f"{name}.{part}": getattr(value, part) for part in inner}
 
 

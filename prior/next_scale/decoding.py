@@ -38,8 +38,9 @@ class ScaleModel(Protocol):
     """The parts of the model that decoding uses. B samples; n tokens of a scale, L of all."""
 
     config: NextScaleConfig
-    head: nn.Linear
 
+    @property
+    def head(self) -> nn.Linear: ...
     @property
     def quantizer(self) -> MultiScaleQuantizer: ...
     def embedded(self, condition: Condition) -> Embedded: ...
