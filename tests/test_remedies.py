@@ -40,7 +40,8 @@ CONCERNED: dict[str, set[str]] = {
 }
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_.-]*[a-z])(?![\w{])")
 ANY_FLAG = {"help", "version", "config", "print-config", "print_config"}
-ANY_FLAG |= {"nproc_per_node", "num_processes", "shm-size"}  # of torchrun, accelerate and docker
+# Of torchrun, accelerate, docker and hf.
+ANY_FLAG |= {"nproc_per_node", "num_processes", "shm-size", "local-dir"}
 
 
 def config_of(command: str) -> type:

@@ -26,7 +26,6 @@ from smalti.prior.flow.path import (
     LinearPath,
     TrigonometricPath,
     VPLinearPath,
-    expand_like,
 )
 from smalti.prior.flow.prediction import Dynamics, time_range
 from smalti.prior.flow.solvers.base import make_solver
@@ -53,8 +52,9 @@ STAGES = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}  # evaluations in a st
 def expected_data(path: GaussianPath, x: Tensor, t: Tensor, label: int | None = None) -> Tensor:
     """E[data | x_t] for x (B, 2) and times t (B,): of all data, or of a class."""
     means = MEANS if label is None else MEANS[label == CLASSES]
-    alpha = expand_like(path.alpha(t), x)[:, None]  # (B, 1, 1)
-    variance = alpha**2 * STD**2 + expand_like(path.sigma(t), x)[:, None] ** 2
+    t = t.expand(len(x))  # a solver gives one time for all
+    alpha = path.alpha(t)[:, None, None]  # (B, 1, 1)
+    variance = alpha**2 * STD**2 + path.sigma(t)[:, None, None] ** 2
     offset = x[:, None] - alpha * means  # (B, K, 2)
     weights = (-(offset**2).sum(-1, keepdim=True) / (2 * variance)).softmax(1)  # p(k | x_t)
     return (weights * (means + alpha * STD**2 / variance * offset)).sum(1)

@@ -96,7 +96,7 @@ def test_reflow_straightens(mixtures) -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return net(torch.cat([x, t[:, None]], 1))
+        return net(torch.cat([x, t.expand(len(x))[:, None]], 1))
 
     for step in range(400):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 400)
