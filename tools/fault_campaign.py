@@ -485,6 +485,8 @@ def edit(folder: Path, chance: random.Random) -> dict[str, str]:
     recipe = yaml.safe_load((folder / "gold" / name / "config.yaml").read_text())
     place, key = chance.choice(list(leaves(recipe)))
     value = chance.choice(VALUES)
+    if value == {} and isinstance(place[key], dict):
+        value = {"a": 1}  # without options a network has its published size: minutes for a step
     place[key] = value
     trial = fresh(folder)
     recipe.update(output_dir="trial/out", max_train_steps=1, resume_from_checkpoint=None)
