@@ -28,6 +28,14 @@ def in_turns(device: torch.device, rounds: int, *passes: Callable[[], object]) -
     return seconds
 
 
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
 @dataclass(frozen=True)
 class Row:
     """Seconds of smalti and of what it is compared with, a peer or a limit, in the same rounds."""
@@ -41,11 +49,7 @@ class Row:
     def ratios(self) -> tuple[float, float, float]:
         """Their time over ours: lower quartile, median and upper quartile over the rounds. Of a
         peer, above 1 smalti is faster; of a limit, it is the share that is reached."""
-        values = [theirs / ours for theirs, ours in zip(self.theirs, self.ours, strict=True)]
-        if len(values) == 1:
-            return values[0], values[0], values[0]
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-        return low, middle, high
+        return quartiles([a / b for a, b in zip(self.theirs, self.ours, strict=True)])
 
 
 HEADER = (

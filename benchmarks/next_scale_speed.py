@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from clock import now
+from clock import in_turns, quartiles
 from plain_var import PlainVAR, decode
 from torch import Tensor
 
@@ -136,19 +136,7 @@ class Comparison:
 
     def times(self, *passes: Pass) -> list[list[float]]:
         """Seconds of each pass in every round."""
-        return times(passes, self.rounds, self.device)
-
-
-def times(passes: Sequence[Pass], rounds: int, device: torch.device) -> list[list[float]]:
-    """Seconds of each pass in every round, in turns; the first round warms up."""
-    seconds: list[list[float]] = [[] for _ in passes]
-    for round_ in range(rounds + 1):
-        for taken, call in zip(seconds, passes, strict=True):
-            start = now(device)
-            call()
-            if round_:
-                taken.append(now(device) - start)
-    return seconds
+        return in_turns(self.device, self.rounds, *passes)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -206,13 +194,12 @@ def report_parts(rounds: int, device: torch.device) -> None:
         ("sampling 8 x 256 codes, at once and in portions", sampling_passes(8)),
         ("a product, in bf16 and in fp32", product_passes(device)),
     ):
-        report(what, *times(passes, rounds, device))
+        report(what, *in_turns(device, rounds, *passes))
 
 
 def report(what: str, theirs: list[float], ours: list[float]) -> None:
     """Print one row of the table."""
-    ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
-    low, middle, high = quartiles(ratios)
+    low, middle, high = quartiles([a / b for a, b in zip(theirs, ours, strict=True)])
     print(
         f"| {what} | {statistics.median(theirs):.3f} | {statistics.median(ours):.3f} "
         f"| {middle:.2f} | {low:.2f} to {high:.2f} |",
@@ -223,11 +210,6 @@ def report(what: str, theirs: list[float], ours: list[float]) -> None:
 def summed(first: list[float], second: list[float]) -> list[float]:
     """Seconds of two passes, one after the other."""
     return [a + b for a, b in zip(first, second, strict=True)]
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """Lower quartile, median and upper quartile."""
-    return statistics.quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
 
 
 def arguments() -> argparse.Namespace:

@@ -6,46 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chance import randomised
+from tiny_next_scale import CODES, LABELS, LENGTH, QUANTIZER, SCALES, TINY, make_prior
 from torch._dynamo.testing import CompileCounter
 
 from smalti.data.latents import CodeSpec
 from smalti.prior.attention import attend
 from smalti.prior.next_scale.model import (
     BlockCausal,
-    NextScaleConfig,
     NextScalePrior,
     block_causal_mask,
 )
-from smalti.tokenizer.quantizers.codebook import CodebookConfig
-from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
-
-SCALES = ((1, 1), (1, 2), (2, 2), (2, 3))  # not square, too
-LENGTH = 13
-QUANTIZER = MultiScaleConfig(
-    codebook=CodebookConfig(16, 4, l2_normalise=False), scales=SCALES, convolutions=2
-)
-TINY = NextScaleConfig(
-    spec=CodeSpec(16, SCALES),
-    quantizer=QUANTIZER,
-    num_classes=3,
-    depth=2,
-    width=16,
-    num_heads=2,
-    drop_path=0.0,
-)
-CODES = torch.randint(16, (4, LENGTH), generator=torch.Generator().manual_seed(1))
-LABELS = torch.tensor([0, 1, 2, 3])  # 3 is the null label
-
-
-def make_prior(config: NextScaleConfig = TINY) -> NextScalePrior:
-    """A bound model in which every weight matters."""
-    torch.manual_seed(0)
-    model = randomised(NextScalePrior(config))
-    quantizer = MultiScaleQuantizer(config.quantizer)
-    torch.nn.init.normal_(quantizer.codebook.weight)
-    model.bind(quantizer)
-    return model
 
 
 @pytest.fixture
