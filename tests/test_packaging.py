@@ -1,12 +1,19 @@
 """What users install: everything that is in the repository, and a quick front door."""
 
+import ast
+import contextlib
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("data", "tokenizer", "prior", "pipelines", "training", "evaluation", "scripts")
@@ -37,6 +44,46 @@ def test_public_names_are_there() -> None:
         assert getattr(smalti, name) is not None
     with pytest.raises(AttributeError, match="Tokeniser"):
         smalti.Tokeniser  # noqa: B018
+
+
+def installed_for_tests() -> set[str]:
+    """What make types and make test install: the extras test and eval, and what those require."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["test"], *extras["eval"]]
+    found: set[str] = set()
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate()):
+            continue
+        found.add(name)
+        with contextlib.suppress(PackageNotFoundError):
+            wanted += requires(name) or []
+    return found
+
+
+def imported_packages(file: Path) -> Iterator[str]:
+    """Top-level names that a file imports, but for lines that the type checker is told to skip."""
+    lines = file.read_text().splitlines()
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        if "ignore[" not in lines[node.lineno - 1]:
+            yield from (name.split(".")[0] for name in names)
+
+
+def test_the_type_checker_and_the_tests_have_every_package_that_the_code_imports() -> None:
+    found, makers = installed_for_tests(), packages_distributions()
+    ours = {"smalti", *sys.stdlib_module_names}
+    for file in (file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")):
+        for name in set(imported_packages(file)) - ours:
+            distributions = {canonicalize_name(maker) for maker in makers.get(name, [name])}
+            assert distributions & found, f"{file} imports {name}, which no requirement installs"
 
 
 @pytest.fixture(scope="module")
