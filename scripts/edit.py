@@ -49,7 +49,7 @@ class EditConfig(Sampling):
     # Flow priors: how far to go from the picture, in (0, 1]; 1 inside a mask, and 0.8 without one.
     strength: float | None = None
     resize: bool = False  # crop the centre of pictures and masks, and resize it to the model's size
-    paste: bool = False  # outside the mask, the pixels of the picture instead of decoded ones
+    paste: bool = True  # outside a mask, the pixels of the picture instead of decoded ones
     num_images: int = 4  # results for each picture and class or prompt
     seed: int = 0  # result i depends on the seed and i alone
     batch_size: int = 64  # pictures sampled at once
@@ -68,10 +68,6 @@ class EditConfig(Sampling):
             raise ConfigurationError(
                 f"{len(self.image)} pictures and {len(self.mask)} masks were given: pass one mask "
                 "for all pictures, or one for each"
-            )
-        if self.paste and not (self.mask or self.box):
-            raise ConfigurationError(
-                "--paste keeps the pixels outside a mask: pass --mask or --box"
             )
 
     def read(self, channels: int) -> list[Masked]:

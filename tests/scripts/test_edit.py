@@ -42,7 +42,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_results_and_strip(model: Path, files: list[Path], tmp_path: Path, capsys) -> None:
     more = ("--box", BOX, "--class_labels", "dog", "2", "--num_images", 3, "--seed", 5)
-    assert edit(model, files, *more, "--temperature", "0.5", "--batch_size", 5) == 0
+    assert edit(model, files, *more, "--temperature", "0.5", "--batch_size", 5, "--no_paste") == 0
     out = tmp_path / "edited"
     assert capsys.readouterr().out == f"12 pictures, and strip.png: {out}\n"
     names = sorted(path.name for path in out.iterdir())
@@ -82,7 +82,7 @@ def test_a_mask_is_the_same_as_its_box(model: Path, files: list[Path], tmp_path:
 def test_pasting_keeps_the_pixels_outside_the_mask(
     model: Path, files: list[Path], tmp_path: Path
 ) -> None:
-    for out, more in (("a", ["--paste"]), ("b", [])):
+    for out, more in (("a", []), ("b", ["--no_paste"])):
         assert edit(model, files[:1], "--box", BOX, "--num_images", 1, *more, out=out) == 0
     pasted, plain = (pixels(tmp_path / out / "000000.png") for out in "ab")
     inside = np.zeros((16, 16), bool)
@@ -112,7 +112,6 @@ def test_pictures_of_another_size_are_cropped_when_asked(
         (["--box", "4,4,20,12"], "box is 4,4,20,12; in a picture of 16 x 16 pixels give"),
         (["--box", BOX, "--mask", "two.png"], "both a mask and a box were given"),
         (["--mask", "none.png"], "the picture none.png does not exist"),
-        (["--paste"], "--paste keeps the pixels outside a mask: pass --mask or --box"),
         (["--mask", "a.png", "b.png"], "1 pictures and 2 masks were given"),
         ([], "an image without mask_image cannot be edited by a next-token prior"),
         (["--strength", "0.5"], "strength is 0.5, but a next-token prior samples codes"),
@@ -158,7 +157,7 @@ def test_every_picture_is_edited_with_every_class_and_prompt(
     pipe = Pipeline(tokenizer, NextTokenPrior(config), ("cat", "dog", "emu"))
     model = pipe.save_pretrained(tmp_path / "both")
     more = ("--box", BOX, "--class_labels", "cat", "dog", "--prompt", "a", "b", "c")
-    assert edit(model, files, *more, "--num_images", 1) == 0
+    assert edit(model, files, *more, "--num_images", 1, "--no_paste") == 0
     out = tmp_path / "edited"
     assert len(list(out.glob("0*.png"))) == 12
     mask = Image.new("L", (16, 16))

@@ -293,6 +293,17 @@ def test_the_demo_finds_the_tokenizer_for_a_prior_and_the_prior_for_a_tokenizer(
     assert scale.prior.prior == PRIORS[prior]
 
 
+def test_the_demo_with_captions_has_fewer_steps_and_samples_unless_asked(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plain, text, asked = (
+        chosen_scale(DemoConfig(**settings))
+        for settings in ({}, {"condition": "text"}, {"condition": "text", "prior_steps": 900})
+    )
+    assert text.prior.max_train_steps == 0.8 * plain.prior.max_train_steps
+    assert text.num_samples == 0.5 * plain.num_samples
+    assert asked.prior.max_train_steps == 900
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
