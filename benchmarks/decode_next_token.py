@@ -9,6 +9,9 @@ other load on the machine affects little as long as every thread has a core (set
 `step_over_weights` 1 is the speed of memory. Precisions take turns, a sampling call each;
 float32-rows is float32 with weights in the order of `nn.Linear`, as before
 `arrange_for_sampling`.
+
+--profile adds, on a CPU, what torch's profiler finds in a further call: the operators that a step
+runs, how long its matrix products take, and how fast these read the weights.
 """
 
 import argparse
@@ -18,8 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from clock import now
+from clock import now, quartiles
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from smalti.data.latents import CodeSpec
 from smalti.prior.next_token.model import PRESETS, NextTokenPrior
@@ -29,6 +33,7 @@ from smalti.weights import chosen_dtype
 PROBE_BYTES = 512 * 2**20  # of the probe's matrix: ten times a large last-level cache
 WARM_UP = 3  # first steps of every call, not counted
 ROWS = "float32-rows"
+PRODUCTS = ("::mm", "::addmm", "::mv", "pack_mm", "pack_mm_for_cpu")  # ends of names of operators
 PRECISIONS = ("float32", ROWS, "bfloat16", "float16", "int8", "int4")
 
 
@@ -102,6 +107,24 @@ def time_call(
     timings.probes += probes[WARM_UP:]
 
 
+def profiled(
+    prior: NextTokenPrior, labels: Tensor, guidance_scale: float, size: int
+) -> dict[str, float]:
+    """Of a step, on average: the operators that torch runs, and its products with weights of so
+    many bytes."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        prior.sample(labels, guidance_scale=guidance_scale)
+    events, steps = found.key_averages(), prior.config.spec.length
+    products = [event for event in events if event.key.endswith(PRODUCTS)]
+    seconds = sum(event.self_cpu_time_total for event in products) / steps / 1e6
+    return {
+        "operators": round(sum(event.count for event in events) / steps),
+        "products": round(sum(event.count for event in products) / steps),
+        "products_ms": round(1000 * seconds, 2),
+        "products_gb_s": round(size / seconds / 1e9, 2),
+    }
+
+
 def build(args: argparse.Namespace, name: str) -> NextTokenPrior:
     """The prior in one precision, with the same random weights in all of them."""
     torch.manual_seed(0)
@@ -130,6 +153,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=8, help="side of the square grid of codes")
     parser.add_argument("--dtype", nargs="+", choices=PRECISIONS, default=["float32"])
     parser.add_argument("--rounds", type=int, default=3, help="sampling calls of each precision")
+    parser.add_argument("--profile", action="store_true", help="profile a further call")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -150,11 +174,14 @@ def main() -> None:
     for name, timings in found.items():
         step, size = statistics.median(timings.steps), timings.weight_bytes
         both = size + timings.cache_bytes
-        low, _, high = statistics.quantiles(timings.steps, n=4)
+        low, _, high = quartiles(timings.steps)
+        more = {}
+        if args.profile:
+            more = profiled(priors[name], labels, args.guidance_scale, size)
         print(
             json.dumps(
                 {
-                    **{n: v for n, v in vars(args).items() if n != "rounds"},
+                    **{n: v for n, v in vars(args).items() if n not in ("rounds", "profile")},
                     "dtype": name,
                     "threads": torch.get_num_threads(),
                     "step_ms": round(1000 * step, 2),
@@ -164,6 +191,7 @@ def main() -> None:
                     "weights_mb": round(size / 1e6, 1),
                     "step_over_weights": round(timings.over(size), 2),
                     "step_over_weights_and_cache": round(timings.over(both), 2),
+                    **more,
                 }
             )
         )

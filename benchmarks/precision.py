@@ -1,107 +1,132 @@
 """Quality and speed of every precision of trained pipelines, in one table.
 
-    python benchmarks/precision.py --models runs/priors/gpt-nano/pipeline --data emoji
+    python benchmarks/precision.py --models runs/demo/pipeline --data emoji
 
-The Frechet distance to the training pictures in features of AlexNet, with its mean over the seeds
-and their standard deviation, and the time per picture are those of `smalti sweep --dtype`. The last
-columns compare samples of the same seeds with those of fp32: the PSNR of the pictures, and the
-share of pictures whose codes are all equal. A code that rounding changes leads sampling another
-way, to another picture, not a worse one.
+Each precision draws the same pictures, by class and seed: a set for each of the seeds. Columns are
+the Frechet distance to the training pictures, in features of the packaged AlexNet, and the share of
+samples that a classifier trained on real pictures recognises, both as in `smalti evaluate`, with
+their mean and standard deviation over the seeds; the least time per picture, over that of fp32; and
+two comparisons with the pictures of fp32, one by one: the PSNR, and the share of pictures above
+30 dB. A code that rounding changes leads sampling another way, to another picture, not a worse one.
 """
 
 import argparse
 import statistics
 import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
 from smalti.errors import ConfigurationError
-from smalti.pipelines.conditions import arguments_for
-from smalti.pipelines.generation import picture_generator
-from smalti.pipelines.output import PipelineOutput
+from smalti.evaluation.pictures import StoredImages
 from smalti.pipelines.pipeline import Pipeline
+from smalti.scripts.evaluate import requests, sample, sample_evaluator
 from smalti.scripts.options import Precision
 from smalti.scripts.pages import markdown
-from smalti.scripts.sweep import SweepConfig, sweep
+from smalti.scripts.sweep import Objective, SweepConfig
 
-COMPARED = 32  # pictures that are compared one by one
+EQUAL = 30.0  # dB; a picture with other codes has less
 
 
-def precisions_of(model: str) -> list[Precision]:
-    """What the models of a pipeline can have; float16 is very slow on a CPU."""
-    found = []
-    for name in get_args(Precision):
+@dataclass
+class Found:
+    """What was measured of one precision, for each seed."""
+
+    distances: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # per picture
+    samples: list[StoredImages] = field(default_factory=list)
+
+    def psnr(self, exact: "Found") -> torch.Tensor:
+        """PSNR of each picture (N,) to the one of the same seed in fp32; infinite if equal."""
+        pairs = zip(self.samples, exact.samples, strict=True)
+        errors = [(a[:] - b[:]).square().flatten(1).mean(1) / 4 for a, b in pairs]
+        return -10 * torch.log10(torch.cat(errors))
+
+
+def precisions_of(model: str, wanted: Sequence[Precision]) -> dict[Precision, Pipeline]:
+    """The pipeline in every precision that its models can have."""
+    device, found = "cuda" if torch.cuda.is_available() else "cpu", {}
+    for name in dict.fromkeys(("float32", *wanted)):
         try:
-            Pipeline.from_pretrained(model, dtype=name)
-        except ConfigurationError:
-            continue
-        if name != "float16" or torch.cuda.is_available():
-            found.append(name)
+            found[name] = Pipeline.from_pretrained(model, device=device, dtype=name)
+        except ConfigurationError as error:
+            print(error)
     return found
 
 
-def sampled(pipeline: Pipeline) -> PipelineOutput:
-    """The same pictures in every precision."""
-    labels = torch.arange(COMPARED) % max(1, len(pipeline.classes))
-    generator = [picture_generator(0, i) for i in range(COMPARED)]
-    given = arguments_for(pipeline.classes, labels, ())
-    return pipeline(**given, generator=generator, output_type="pt")
+def measured(config: SweepConfig) -> dict[Precision, Found]:
+    """Samples of every precision and seed, in turns, and what they are worth."""
+    pipelines = precisions_of(config.model, config.dtype)
+    exact = pipelines["float32"]
+    evaluation = config.evaluation
+    evaluator = sample_evaluator(evaluation, exact)
+    asked = requests(evaluation, exact, evaluator)
+    distance = Objective(replace(config, metric="fd_alexnet"), evaluator, exact)
+    accuracy = None
+    if len(exact.classes) > 1:
+        accuracy = Objective(replace(config, metric="classifier_accuracy"), evaluator, exact)
+    found = {name: Found() for name in pipelines}
+    for seed in range(config.seeds):
+        for name, pipeline in pipelines.items():
+            started = time.perf_counter()
+            samples = sample(replace(evaluation, seed=seed), pipeline, asked)
+            found[name].seconds.append((time.perf_counter() - started) / len(samples))
+            found[name].samples.append(samples)
+            found[name].distances.append(distance.measure(samples, asked.labels))
+            if accuracy is not None:
+                found[name].accuracies.append(accuracy.measure(samples, asked.labels))
+    return found
 
 
-def rows_of(model: str, args: argparse.Namespace) -> list[dict[str, str]]:
+def rows_of(config: SweepConfig) -> list[dict[str, str]]:
     """A row of the table for each precision of a pipeline."""
-    names = precisions_of(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        config = SweepConfig(
-            model=model,
-            data=args.data,
-            dtype=tuple(names),
-            seeds=args.seeds,
-            num_samples=args.num_samples,
-            save_best=False,
-            other_data=True,
-            output_dir=Path(folder),
-        )
-        results = sweep(config)
-    exact = sampled(Pipeline.from_pretrained(model, device=device))
-    rows, base = [], seconds_of(results, "float32")
-    for name in names:
-        values = [r["value"] for r in results if r["options"]["dtype"] == name]
-        spread = statistics.stdev(values)
-        output = sampled(Pipeline.from_pretrained(model, device=device, dtype=name))
-        error = (output.images - exact.images).square().mean().item()
-        psnr = -10 * torch.log10(torch.tensor(error)).item() if error else float("inf")
-        equal = (output.latents == exact.latents).flatten(1).all(1).float().mean().item()
+    found = measured(config)
+    exact, rows = found["float32"], []
+    for name, one in found.items():
+        psnr, alike = one.psnr(exact), 100 * (one.psnr(exact) > EQUAL).float().mean().item()
+        error = (10 ** (-psnr / 10)).mean()
         rows.append(
             {
-                "pipeline": Path(model).parent.name,
                 "precision": name,
-                "Frechet distance": f"{statistics.mean(values):.1f} ± {spread:.1f}",
-                "time": f"{seconds_of(results, name) / base:.2f}",
-                "PSNR to float32": f"{psnr:.1f} dB",
-                "equal latents": f"{100 * equal:.0f} %",
+                "Frechet distance": spread(one.distances, 1),
+                "classifier accuracy": spread([100 * share for share in one.accuracies], 1, " %"),
+                "time": f"{min(one.seconds) / min(exact.seconds):.2f}",
+                "PSNR to float32": f"{-10 * torch.log10(error).item():.1f} dB"
+                if error
+                else "equal",
+                f"above {EQUAL:.0f} dB": f"{alike:.0f} %",
             }
         )
     return rows
 
 
-def seconds_of(results: list[dict[str, Any]], name: str) -> float:
-    """Least seconds per picture of a precision over its seeds."""
-    return min(r["seconds_per_picture"] for r in results if r["options"]["dtype"] == name)
+def spread(values: Sequence[float], digits: int, unit: str = "") -> str:
+    """Mean and standard deviation, in words."""
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}{unit}"
 
 
 def main() -> None:
-    """Print a Markdown table."""
+    """Print a Markdown table for each pipeline."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", required=True, help="folders of pipelines")
     parser.add_argument("--data", default="emoji", help="what they were trained on")
+    precisions = get_args(Precision)
+    parser.add_argument("--dtype", nargs="+", choices=precisions, default=precisions)
     parser.add_argument("--num_samples", type=int, default=256, help="of each precision and seed")
-    parser.add_argument("--seeds", type=int, default=2, help="of each precision")
+    parser.add_argument("--seeds", type=int, default=3, help="of each precision, at least 2")
     args = parser.parse_args()
-    print(markdown([row for model in args.models for row in rows_of(model, args)]))
+    options = {n: v for n, v in vars(args).items() if n != "models"} | {"dtype": tuple(args.dtype)}
+    for model in args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            config = SweepConfig(model=model, output_dir=Path(folder), other_data=True, **options)
+            print(f"{model}\n\n{markdown(rows_of(config))}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def loading(
             )
     # Cast after loading: linear layers are quantized then, and a weight that float16 cannot hold is
     # not yet infinite.
-    if wanted in (*WEIGHT_ONLY, torch.float16):
+    if isinstance(wanted, torch.dtype) and wanted in (*WEIGHT_ONLY, torch.float16):
         return Loading(None, wanted)
     return Loading(wanted, None)
 
@@ -80,11 +80,11 @@ def set_precision(
         )
     if wanted == torch.float16:
         check_range(tokenizer, prior)
-    prior.to(device=device)
+    for model in (prior, tokenizer):
+        model.to(device=device)  # first: int4 is packed for its device
     if isinstance(wanted, torch.dtype):
         prior.cast(wanted)  # before the tokenizer: it may refuse
         tokenizer.cast(torch.float32 if wanted in WEIGHT_ONLY else wanted)
-    tokenizer.to(device=device)
     prior.arrange_for_sampling()
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from smalti.errors import CheckpointError, ConfigurationError
 from smalti.hub import Pretrained
 
-WEIGHT_ONLY = (torch.int8, torch.int4)  # types of weights that `quantize_weights` makes
+INT4 = torch.int4  # type: ignore[attr-defined]
+WEIGHT_ONLY = (torch.int8, INT4)  # types of weights that `quantize_weights` makes
 GROUP = 64  # neighbouring weights of a row that share a scale and a zero in int4
 INT4_OUTPUTS = 16  # torch's kernel computes so many outputs at a time
 # With more rows, a product in the type of the activations is faster than the kernel for int8, by
@@ -44,9 +45,9 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # (..., in) -> (..., out)
         rows = x.reshape(-1, x.shape[-1])
         if x.device.type == "cpu" and len(rows) <= KERNEL_ROWS:
-            product = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale).to(
-                x.dtype
-            )
+            product = torch.ops.aten._weight_int8pack_mm(
+                rows.bfloat16(), self.weight, self.scale
+            ).to(x.dtype)
         else:
             product = F.linear(rows, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return _biased(product, self.bias if bias is None else bias).view(*x.shape[:-1], -1)
@@ -126,7 +127,7 @@ def quantize_weights(model: nn.Module, parts: Iterable[str], dtype: torch.dtype)
     for part in parts:
         for name, layer in list(model.get_submodule(part).named_modules(prefix=part)):
             if isinstance(layer, nn.Linear):
-                is_int4 = dtype == torch.int4 and Int4Linear.fits(layer)
+                is_int4 = dtype == INT4 and Int4Linear.fits(layer)
                 model.set_submodule(name, Int4Linear(layer) if is_int4 else Int8Linear(layer))
 
 
@@ -152,7 +153,7 @@ class Quantizable(Pretrained):
         model = cast("nn.Module", self)
         layers = quantized_layers(model).values()
         if layers:
-            return torch.int4 if any(isinstance(m, Int4Linear) for m in layers) else torch.int8
+            return INT4 if any(isinstance(m, Int4Linear) for m in layers) else torch.int8
         return next(model.parameters()).dtype
 
     @property

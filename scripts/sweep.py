@@ -329,7 +329,7 @@ def is_local(model: str) -> bool:
     """Whether a model is a local folder of a pipeline; says so if not."""
     found = (Path(model) / INDEX).is_file()
     if not found:
-        say(f"{model} is no local folder of a pipeline: its sampling defaults stay as they are")
+        say(f"{model} is no local folder of a pipeline: nothing is saved with it")
     return found
 
 

@@ -25,8 +25,9 @@ class TokenModel(Protocol):
 
     config: NextTokenConfig
     tok_embeddings: nn.Embedding
-    output: nn.Module  # hidden states (..., width) -> logits (..., V)
 
+    @property
+    def output(self) -> nn.Module: ...  # hidden states (..., width) -> logits (..., V)
     def tokens(self, condition: Condition, codes: Tensor) -> Tensor: ...  # (B, P + n, width)
     def next_token(self, codes: Tensor, position: int) -> Tensor: ...  # (B, 1, width)
     # (B, 1, stop - start, stop) bool, or None

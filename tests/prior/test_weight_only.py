@@ -1,8 +1,11 @@
 """Linear layers with weights of 8 and 4 bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from chance import randomised
+from tiny_next_scale import CODES, LABELS, TINY, make_prior
 from torch import nn
 
 from smalti.data.latents import CodeSpec
@@ -120,6 +123,31 @@ def test_a_cast_prior_is_a_rounded_copy(dtype, tmp_path):
     with pytest.raises(CheckpointError, match="load it again without dtype"):
         prior.save_pretrained(tmp_path / "prior")
     assert not (tmp_path / "prior").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int4])
+def test_a_cast_next_scale_prior_is_a_rounded_copy(dtype):
+    """Of its blocks, with their adaLN, and its output layer; the quantizer stays exact."""
+    prior = make_prior(replace(TINY, width=64)).eval()
+    with torch.no_grad():
+        exact = prior.logits(CODES, LABELS)
+    codebook = prior.quantizer.codebook.weight.clone()
+    prior.cast(dtype)
+    layers = quantized_layers(prior)
+    assert prior.dtype == dtype and len(layers) == 5 * len(prior.blocks) + 1
+    assert {type(m) for m in layers.values()} == {Int4Linear if dtype == torch.int4 else Int8Linear}
+    assert torch.equal(prior.quantizer.codebook.weight, codebook)
+    with torch.no_grad():
+        error = (prior.logits(CODES, LABELS) - exact).norm() / exact.norm()
+    assert 0 < error < (0.03 if dtype == torch.int8 else 0.4)
+    generator = [torch.Generator().manual_seed(i) for i in range(4)]
+    codes = prior.sample(LABELS, generator=generator, guidance_scale=2.0)
+    alone = prior.sample(
+        LABELS[2:3], generator=torch.Generator().manual_seed(2), guidance_scale=2.0
+    )
+    assert codes.shape == CODES.shape and torch.equal(codes[2:3], alone)
+    prior.compile_parts()  # packs no weight: there is none in fp32 to pack
+    assert quantized_layers(prior).keys() == layers.keys()
 
 
 def test_the_order_in_memory_changes_no_greedy_code():
