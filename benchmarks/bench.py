@@ -15,6 +15,7 @@ greedy codes. A part whose libraries are missing is left out, and named.
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import os
 import platform
@@ -153,7 +154,8 @@ def next_token(setting: Setting) -> Iterator[Row]:
     prior = NextTokenPrior(config)
     nn.init.normal_(prior.output.weight, std=0.02)
     setting.model(prior)
-    peer, limits = PlainLlamaGen(prior), Limits(setting)
+    peer, limits = PlainLlamaGen(copy.deepcopy(prior)), Limits(setting)
+    prior.arrange_for_sampling()  # as a pipeline does; the peer's weights stay as published
     batches = (1, 2) if setting.quick else (1, 64) if setting.large else (1, 8)
     for stage, batch in ((s, b) for s in setting.stages(prior) for b in batches):
         labels = torch.arange(batch, device=setting.device)

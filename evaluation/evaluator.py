@@ -103,6 +103,8 @@ class Autoencoder(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor: ...
 
+    def parameters(self) -> Iterator[Tensor]: ...
+
 
 class TokenizerEvaluator:
     """Measures the reconstruction of held-out images.
@@ -146,12 +148,16 @@ class TokenizerEvaluator:
         """All held-out images."""
         return stored_pictures(self.dataset, folder=self.folder)
 
+    def as_input(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) on the device and in the precision of the autoencoder."""
+        return images.to(self.device, next(self.autoencoder.parameters()).dtype)
+
     @torch.no_grad()
     def reconstruct(self, images: Images) -> tuple[Tensor, Tensor]:
         """Latents of images (N, C, H, W), and their reconstructions (N, C, H, W) in [-1, 1]."""
         latents, decoded = [], []
         for batch in images.split(self.batch_size):
-            latents.append(self.autoencoder.encode(batch.to(self.device)))
+            latents.append(self.autoencoder.encode(self.as_input(batch)))
             decoded.append(self.autoencoder.decode(latents[-1]).float().clamp(-1, 1).cpu())
         return torch.cat(latents).cpu(), torch.cat(decoded)
 
@@ -260,7 +266,7 @@ class SampleEvaluator:
         bits = []
         parts = (chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH))
         for batch, rows in zip(images.split(BATCH), parts, strict=True):
-            latents = autoencoder.encode(batch.to(tokenizer.device), generator=posterior)
+            latents = autoencoder.encode(tokenizer.as_input(batch), generator=posterior)
             probes = self.generator("likelihood")
             bits.append(bits_per_dimension(latents, condition_of(rows), generator=probes))
         discrete = isinstance(autoencoder.spec, CodeSpec)

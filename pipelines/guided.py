@@ -72,7 +72,7 @@ class GuidedPipeline(Pipeline):
     def to(
         self,
         device: torch.device | str | torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> Self:
         """Move all models, change the precision of tokenizer and prior, or both; return self."""
         super().to(device, dtype)

@@ -2,8 +2,8 @@
 hashes, and what lies beside it."""
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from smalti.checkpoints import Weights, state_of
-from smalti.config import config_from_dict, config_to_dict
+from smalti.config import added, config_from_dict, saved_fields
 from smalti.data.latent_cache.manifest import CacheInfo, read_manifest, training_cache
 from smalti.errors import CheckpointError, ConfigurationError
 from smalti.files import (
@@ -61,6 +61,8 @@ class PipelineIndex:
     training_pictures: str = ""  # fingerprint of the prior's training data; empty if unknown
     # Of a call that gives none, for versions that do not read sampling.json; None: the default
     guidance_scale: float | None = None
+    # Precision that dtype="auto" chooses on a type of device: {"cpu": "int8"}, as sweep measured it
+    auto_dtype: dict[str, str] | None = added(None)  # noqa: RUF009
     _class_name: Literal["Pipeline"] = "Pipeline"
     format_version: int = FORMAT_VERSION
 
@@ -104,6 +106,7 @@ class SavedPipeline:
     training_pictures: str  # fingerprint of the prior's training data; empty if unknown
     sampling: Mapping[str, Any]  # options of a call that gives none
     grid: bytes | None = None  # PNG of samples for the card
+    auto_dtype: Mapping[str, str] = field(default_factory=dict)  # precision by type of device
 
 
 def weights_of_parts(variant: str | None) -> list[tuple[str, ...]]:
@@ -152,19 +155,32 @@ def write_description(folder: Path, saved: SavedPipeline) -> None:
         notes=saved.notes,
         training_pictures=saved.training_pictures,
         guidance_scale=defaults["guidance_scale"],
+        auto_dtype=dict(saved.auto_dtype) or None,
     )
-    write_hashed_json(folder / INDEX, config_to_dict(index), (*CONFIGS, SAMPLING))
+    write_hashed_json(folder / INDEX, saved_fields(index), (*CONFIGS, SAMPLING))
 
 
 def save_sampling(folder: Path, sampling: Mapping[str, Any]) -> None:
-    """Change the sampling defaults of a saved pipeline, and its card. Its models, and what else its
-    folder has, stay as they are, to the byte.
+    """Change the sampling defaults of a saved pipeline, and its card, see `save_changed`."""
+    save_changed(folder, lambda saved: replace(saved, sampling=sampling))
+
+
+def save_auto_dtype(folder: Path, device: torch.device, dtype: str) -> None:
+    """Change the precision that dtype="auto" chooses on a type of device, see `save_changed`."""
+    save_changed(
+        folder, lambda saved: replace(saved, auto_dtype={**saved.auto_dtype, device.type: dtype})
+    )
+
+
+def save_changed(folder: Path, change: Callable[[SavedPipeline], SavedPipeline]) -> None:
+    """Change what lies beside the models of a saved pipeline. Its models, and what else its folder
+    has, stay as they are, to the byte.
 
     Raises:
-        SmaltiError: it is not a saved pipeline; its prior does not take these options.
+        SmaltiError: it is not a saved pipeline; its prior does not take the options of `sampling`.
     """
     with replacing_folder(folder, check=lambda: check_target(folder)) as new:
-        saved = replace(read_pipeline(folder, AS_SAVED, True, None), sampling=sampling)
+        saved = change(read_pipeline(folder, AS_SAVED, True, None))
         for config in CONFIGS:
             (new / config).parent.mkdir()
             shutil.copy2(folder / config, new / config)
@@ -196,9 +212,8 @@ def read_pipeline(
     if not (folder / SAMPLING).is_file() and index.guidance_scale is not None:
         sampling["guidance_scale"] = index.guidance_scale  # of an earlier version
     grid = (folder / SAMPLES).read_bytes() if (folder / SAMPLES).is_file() else None
-    return SavedPipeline(
-        tokenizer, prior, index.classes, index.notes, index.training_pictures, sampling, grid
-    )
+    about = (index.classes, index.notes, index.training_pictures, sampling, grid)
+    return SavedPipeline(tokenizer, prior, *about, index.auto_dtype or {})
 
 
 def check_pipeline(folder: Path) -> None:

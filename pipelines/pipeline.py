@@ -53,6 +53,7 @@ from smalti.pipelines.model_index import (
 )
 from smalti.pipelines.offloading import Offloading
 from smalti.pipelines.output import OutputType, PipelineOutput, as_output, check_output, png_of
+from smalti.pipelines.precision import loading, set_precision
 from smalti.pipelines.sampling import (
     checked_sampling,
     default_sampling,
@@ -66,7 +67,7 @@ from smalti.prior.conditions.text_encoder import TextEncoder, text_encoder_of
 from smalti.randomness import Generators, check_generators
 from smalti.repository import Uploadable, check_loading_options, resolve_folder
 from smalti.tokenizer.base import Tokenizer, check_finite
-from smalti.weights import chosen_dtype, unwrapped
+from smalti.weights import unwrapped
 
 DEMO = "runs/demo/pipeline"  # what `smalti demo` writes, and other commands read by default
 
@@ -98,6 +99,7 @@ class Pipeline(Uploadable):
         self._sampling = default_sampling(prior)
         self._progress = Progress()
         self._samples: bytes | None = None  # PNG of the grid that the model card shows
+        self._auto_dtype: Mapping[str, str] = {}  # what dtype="auto" is, by type of device
 
     # -- loading and saving -------------------------------------------------------------------
 
@@ -131,8 +133,10 @@ class Pipeline(Uploadable):
             revision, token, local_files_only, cache_dir: for the Hub, as in Diffusers.
             subfolder: the folder of the pipeline within the path or the repository; nothing else is
                 downloaded.
-            dtype: precision of both models, a type or its name, such as "bfloat16"; "auto" keeps
-                the one that each was saved in; None is fp32.
+            dtype: precision of both models, a type or its name: float32, bfloat16, float16 (fp32,
+                bf16, fp16), int8 or int4, see pipelines/precision.py. "auto" is the fastest without
+                loss that `smalti sweep --dtype` found on this type of device, or without a sweep
+                the one that each model was saved in. None is fp32.
             torch_dtype: another name of `dtype`.
             verify: compare all files but the model card with the hashes that were saved with them,
                 see `Tokenizer.from_pretrained`.
@@ -140,10 +144,9 @@ class Pipeline(Uploadable):
 
         Raises:
             SmaltiError: the folder does not exist, or a file is missing, damaged or does not fit;
-                there is no such precision; an option cannot be met.
+                there is no such precision, or the models cannot have it; an option cannot be met.
         """
         check_loading_options(device_map=device_map, low_cpu_mem_usage=low_cpu_mem_usage)
-        precision = chosen_dtype(dtype, torch_dtype)
         folder = resolve_folder(
             path_or_hub_id,
             subfolder=subfolder,
@@ -156,16 +159,18 @@ class Pipeline(Uploadable):
         )
         check_weights(folder, weights, variant)
         of_run = is_checkpoint(folder)
+        precision = loading(folder, device, dtype, torch_dtype)
         if of_run:
-            saved = read_run(folder, weights, precision)
+            saved = read_run(folder, weights, precision.read_as)
         else:
-            saved = read_pipeline(folder, precision, verify, variant)
+            saved = read_pipeline(folder, precision.read_as, verify, variant)
         pipeline = cls(saved.tokenizer, saved.prior, saved.classes)
         if verify and not of_run:  # last: the checks before it have more precise messages
             check_pipeline(folder)
         pipeline.notes, pipeline.training_pictures = saved.notes, saved.training_pictures
         pipeline._sampling, pipeline._samples = saved.sampling, saved.grid
-        return pipeline.to(device)
+        pipeline._auto_dtype = saved.auto_dtype
+        return pipeline.to(device, precision.cast_to)
 
     def save_pretrained(
         self,
@@ -199,7 +204,7 @@ class Pipeline(Uploadable):
         with replacing_folder(
             folder, products=(SAMPLES,), check=lambda: check_target(folder)
         ) as new:
-            about = (notes, self.training_pictures, self.sampling, grid)
+            about = (notes, self.training_pictures, self.sampling, grid, self._auto_dtype)
             saved = SavedPipeline(tokenizer, prior, self.classes, *about)
             write_pipeline(new, saved, folder, **weights)
         self.notes, self._samples = notes, grid
@@ -208,21 +213,27 @@ class Pipeline(Uploadable):
     def to(
         self,
         device: torch.device | str | torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> Self:
-        """Move both models, change their precision, or both; return self."""
+        """Move both models, change their precision (as in `from_pretrained`), or both; return self.
+
+        Raises:
+            ConfigurationError: dtype is "auto", there is none such, or the models cannot have it.
+        """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if self._offloading is not None:
             self._offloading.remove()
-        for model in (self.tokenizer, self.prior):
-            if dtype is not None:
-                model.cast(dtype)
-            model.to(device=device)
+        set_precision(self.tokenizer, self.prior, dtype, device)
         return self
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the prior; torch.int8 and torch.int4 are of its linear layers."""
+        return self.prior.dtype
+
     def __repr__(self) -> str:
-        dtype = str(next(self.prior.parameters()).dtype).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.")
         where = f"{sampling_words(self.sampling)}, {dtype} on {self.device}"
         models = described(self.tokenizer, self.prior, self.classes)
         return "\n  ".join(["Pipeline(", *models, where]) + "\n)"

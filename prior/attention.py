@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Self
 
@@ -50,42 +51,67 @@ def attend(
     )
     if query.device.type != "cpu":
         return attention(query, key, value).view(shape)
-    # On a CPU always in fp32: torch's bf16 kernel is several times slower there.
-    with torch.autocast("cpu", enabled=False):
+    # On a CPU always in fp32: torch's bf16 kernel is several times slower there. The context costs
+    # as much as the attention of one token.
+    with (
+        torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+    ):
         attended = attention(query.float(), key.float(), value.float())
     return attended.to(query.dtype).view(shape)
 
 
+class LayerCache:
+    """Keys and values of all tokens so far in one layer.
+
+    A layer does not know its number, so that a compiled block serves all layers.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int = 0) -> None:
+        self.keys, self.values = keys, values  # (rows, heads, most tokens, head_dim)
+        self.length = length  # tokens written so far
+
+    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values (rows, heads, n, head_dim) of new tokens; return views of those of
+        all tokens so far, (rows, heads, length + n, head_dim)."""
+        start, stop = self.length, self.length + keys.shape[2]
+        self.keys[:, :, start:stop] = keys
+        self.values[:, :, start:stop] = values
+        self.length = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
 class KeyValueCache:
-    """Keys and values of all tokens so far, for every layer; allocated once per sampling call."""
+    """Keys and values of all tokens so far, for every layer; allocated once per sampling call.
+
+    Its type is that of `like`, but fp32 on a CPU, in which `attend` computes there: otherwise every
+    step would convert all of them.
+    """
 
     def __init__(
         self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor
     ) -> None:
         shape = (layers, rows, heads, length, head_dim)
-        self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.values = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.length = 0  # tokens written so far; the model adds to it after its last layer
+        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+        self.keys = torch.empty(shape, dtype=dtype, device=like.device)
+        self.values = torch.empty(shape, dtype=dtype, device=like.device)
+        self.layers = [LayerCache(*pair) for pair in zip(self.keys, self.values, strict=True)]
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (rows, heads, n, head_dim) of new tokens; return views of those of
-        all tokens so far, (rows, heads, length + n, head_dim)."""
-        start, stop = self.length, self.length + keys.shape[2]
-        self.keys[layer, :, :, start:stop] = keys
-        self.values[layer, :, :, start:stop] = values
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+    @property
+    def length(self) -> int:
+        """Tokens written so far, in every layer."""
+        return self.layers[0].length
 
-    def layer(self, layer: int) -> "KeyValueCache":
-        """A cache of one layer, its number 0, that shares the memory. Given its own, a block does
-        not depend on its number, and all compiled blocks run the same graph."""
-        own = copy.copy(self)
-        own.keys, own.values = self.keys[layer : layer + 1], self.values[layer : layer + 1]
-        return own
+    @length.setter
+    def length(self, length: int) -> None:
+        for layer in self.layers:
+            layer.length = length
 
     def part(self, rows: slice) -> "KeyValueCache":
         """A cache of some of the rows: it shares the memory, and has a length of its own."""
         part = copy.copy(self)
         part.keys, part.values = self.keys[:, rows], self.values[:, rows]
+        pairs = zip(part.keys, part.values, strict=True)
+        part.layers = [LayerCache(*pair, self.length) for pair in pairs]
         return part
 
 
@@ -128,6 +154,11 @@ def rotate(x: Tensor, rope_freqs: Tensor) -> Tensor:
     """Multiply the interleaved pairs x[2j] + i x[2j+1] of x (B, heads, T, head_dim) by rope_freqs
     (T, head_dim / 2) complex, or (B, 1, T, head_dim / 2) for positions that differ by sample;
     computed in fp32, returned in x's type."""
+    if torch.compiler.is_compiling():  # inductor makes no code for complex numbers
+        real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cosine, sine = torch.view_as_real(rope_freqs).unbind(-1)
+        rotated = (real * cosine - imaginary * sine, real * sine + imaginary * cosine)
+        return torch.stack(rotated, -1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * rope_freqs).flatten(-2).to(x.dtype)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from smalti.config import added
 from smalti.data.latents import CodeSpec, LatentSpec, as_tensor
 from smalti.errors import ConfigurationError, GenerationError
-from smalti.hub import Pretrained, Registry
+from smalti.hub import Registry
 from smalti.prior.conditions.base import (
     Combination,
     Condition,
@@ -28,6 +28,7 @@ from smalti.prior.conditions.registry import CONDITIONS
 from smalti.prior.conditions.text import TextConfig
 from smalti.prior.registry import PRIORS
 from smalti.prior.sampling import OnStep
+from smalti.prior.weight_only import Quantizable, share_quantized_layers
 from smalti.randomness import Generators, RandomInputs
 
 
@@ -182,7 +183,7 @@ class PriorConfig:
         return self
 
 
-class Prior(nn.Module, Pretrained, ABC):
+class Prior(nn.Module, Quantizable, ABC):
     """A distribution over the latents described by `spec`, given a condition.
 
     A condition is class labels (B,) int64 in [0, num_classes], where `num_classes` itself is the
@@ -253,6 +254,10 @@ class Prior(nn.Module, Pretrained, ABC):
         inside it: the latents themselves, if the prior has no better one."""
         return latents
 
+    def arrange_for_sampling(self) -> None:
+        """Store weights as sampling reads them fastest on their device; values stay. A pipeline
+        calls this after it has moved or cast its prior; most priors need nothing."""
+
     @property
     def positions_per_step(self) -> int:
         """Latent positions that a sample has in one pass of the network, on average: one code, the
@@ -261,12 +266,6 @@ class Prior(nn.Module, Pretrained, ABC):
         if not isinstance(spec, CodeSpec):
             return spec.height * spec.width
         return max(1, spec.length // len(spec.grids)) if len(spec.grids) > 1 else 1
-
-    @property
-    def in_full_precision(self) -> bool:
-        """Whether the weights are fp32 or better. In half precision a sample also depends on the
-        other samples of its batch, by rounding."""
-        return all(p.dtype not in (torch.bfloat16, torch.float16) for p in self.parameters())
 
     def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random numbers for a training pass over `count` samples by name, a row for each sample:
@@ -323,6 +322,7 @@ class Prior(nn.Module, Pretrained, ABC):
         config = config.bucketed(getattr(self.config, "buckets", ()))
         with torch.random.fork_rng(devices=[]):
             prior = type(self)(config)
+        share_quantized_layers(self, prior)
         prior.load_state_dict(self.state_dict(), assign=True)
         return prior.to(next(self.parameters()).device).train(self.training)
 

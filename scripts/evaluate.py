@@ -53,6 +53,7 @@ from smalti.scripts.evaluate_sets import Comparison, SetOptions
 from smalti.scripts.options import Sampling
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import agreed_errors, fills_folder, join_job, resolve_precision, say
+from smalti.weights import short_name
 
 SUMMARY = "summary.json"
 PRODUCTS = ("samples.png", "reconstructions.png", "neighbours.png", "summary.json")
@@ -67,6 +68,7 @@ PIPELINE_FLAGS = {field.name for field in fields(Sampling)} | {
     "num_samples",
     "num_references",
     "classifier_epochs",
+    "dtype",
 }
 
 
@@ -120,7 +122,9 @@ def measured(config: EvaluateConfig) -> Found:
     config.note_stored()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (folder / INDEX).is_file() or has_prior(folder):
-        pipeline = Pipeline.from_pretrained(folder, device=device, weights=config.weights)
+        pipeline = Pipeline.from_pretrained(
+            folder, device=device, weights=config.weights, dtype=config.dtype
+        )
         if config.image_size is not None:
             pipeline = resized(config, pipeline, config.image_size)
         return evaluate_pipeline(config, pipeline)
@@ -201,6 +205,7 @@ def evaluate_pipeline(config: EvaluateConfig, pipeline: Pipeline) -> Found:
         "sampling": {
             "num_samples": len(asked.labels),
             "seed": config.seed,
+            **precision_of(pipeline),
             **config.options,
             **asked.protocol,
         },
@@ -486,6 +491,12 @@ def check_training_images(config: EvaluateConfig, pipeline: Pipeline, train: Ima
             "--data, --heldout_fraction and --split_seed as in training, or --other_data"
         )
     return {"": "not known", train.fingerprint: "yes"}.get(known, "no")
+
+
+def precision_of(pipeline: Pipeline) -> dict[str, str]:
+    """The precision of the samples, for the protocol; none for fp32."""
+    name = short_name(pipeline.dtype)
+    return {} if name == "fp32" else {"dtype": name}
 
 
 def refuse_pipeline_flags(config: EvaluateConfig) -> None:

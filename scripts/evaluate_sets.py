@@ -49,9 +49,10 @@ from smalti.pipelines.conditions import arguments_for, check_options
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.model_index import INDEX
 from smalti.pipelines.pipeline import Pipeline
-from smalti.scripts.options import DTYPES, DType, Sampling
+from smalti.scripts.options import DType, Sampling
 from smalti.tokenizer.losses.perceptual import LPIPS
 from smalti.training.processes import agreed_errors, join_job, resolve_precision, shared_work
+from smalti.weights import short_name
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class SetOptions(DataOptions, Sampling):
     inception: Path | None = None
     # npz file for the mean and covariance of --samples (mu, sigma), a --reference of later ones.
     save_statistics: Path | None = None
-    dtype: DType = "fp32"  # of a pipeline that --samples names
+    dtype: DType = "fp32"  # precision of a pipeline, as of smalti generate
     output_dir: Path = Path("runs/evaluation")  # for summary.json and the image grids
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     # Pixels, the side of a square or height x width as in 48x64, if not the size of the training
@@ -104,7 +105,7 @@ class SetOptions(DataOptions, Sampling):
             )
         if self.samples:
             return
-        for name in ("reference", "reference_split", "save_statistics", "dtype"):
+        for name in ("reference", "reference_split", "save_statistics"):
             if getattr(self, name) != getattr(SetOptions, name):
                 raise ConfigurationError(
                     f"--{name} is for two sets of pictures: add --samples, or leave it out"
@@ -139,7 +140,8 @@ class PipelineSet(ImageSet):
         check_options(pipeline.prior, self.options)
         models = {"tokenizer": pipeline.tokenizer.fingerprint, "prior": pipeline.prior.fingerprint}
         settings = {**defaults_of(pipeline), **self.options}
-        sampling = {"seed": config.seed, "dtype": config.dtype, **plain_values(settings), **chosen}
+        drawn = {"seed": config.seed, "dtype": short_name(pipeline.dtype)}
+        sampling = {**drawn, **plain_values(settings), **chosen}
         asked = json.dumps([models, sampling, labels.tolist(), list(prompts)], default=str)
         super().__init__(
             name,
@@ -208,9 +210,8 @@ def pipeline_set(
         SmaltiError: it cannot be loaded; it makes pictures of captions, and there are none; it is
             given pictures.
     """
-    precision = DTYPES[config.dtype]
     pipeline = Pipeline.from_pretrained(
-        spec, device=device, weights=config.weights, dtype=precision
+        spec, device=device, weights=config.weights, dtype=config.dtype
     )
     if config.image_size is not None:
         pipeline = pipeline.resized(config.image_size)

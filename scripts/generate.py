@@ -31,7 +31,7 @@ from smalti.pipelines.guided import GuidedPipeline
 from smalti.pipelines.picture_files import FormatName, Layout, PictureFormat
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.prior.flow.classifier import LatentClassifier
-from smalti.scripts.options import DTYPES, ConditionFlags, DType, Sampling
+from smalti.scripts.options import ConditionFlags, DType, Sampling
 from smalti.training.processes import fills_folder, join_job, say, shared_work
 
 
@@ -65,12 +65,14 @@ class GenerateConfig(Sampling, ConditionFlags):
     # file for ADM's evaluator.
     format: FormatName = "png"
     quality: int | None = None  # of jpeg (default: 95) and of lossy webp, 1 to 100
-    # Precision of both models. In bf16 and fp16 a picture depends on the others of its batch.
+    # Precision: fp32, bf16 or fp16 of both models; int8 or int4 of the linear layers of a
+    # next-token or next-scale prior; auto: the fastest without loss in smalti sweep --dtype. In
+    # bf16 and fp16 a picture depends on how many are sampled at once.
     dtype: DType = "fp32"
     compile: bool = False  # torch.compile, for large jobs: the first batch takes minutes
     seed: int = 0  # picture i depends on the seed and i alone
-    # Pictures sampled at once in half precision. In fp32 their number is fixed, because the last
-    # bits of a picture depend on it.
+    # Pictures sampled at once in half precision. In fp32, int8 and int4 their number is fixed,
+    # because the last bits of a picture depend on it.
     batch_size: int = 64
 
     def __post_init__(self) -> None:
@@ -240,11 +242,11 @@ def generate(config: GenerateConfig) -> list[Path]:
     state = join_job()
     check_model(config.model)
     picture_format = config.picture_format
-    pipeline = Pipeline.from_pretrained(config.model, device=state.device, weights=config.weights)
+    pipeline = Pipeline.from_pretrained(
+        config.model, device=state.device, weights=config.weights, dtype=config.dtype
+    )
     if config.image_size is not None:
         pipeline = pipeline.resized(config.image_size)
-    if config.dtype != "fp32":
-        pipeline.to(dtype=DTYPES[config.dtype])
     if config.classifier:
         classifier = LatentClassifier.from_pretrained(config.classifier)
         pipeline = GuidedPipeline(pipeline, classifier, config.classifier_scale)

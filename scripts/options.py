@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import torch
 from docstring_parser import parse
 from tyro.conf import arg
 
@@ -30,8 +29,9 @@ from smalti.prior.registry import PRIORS
 IN_PYTHON = re.compile(r"a name in `(\w+)`,.*? or an? \w+")
 REGISTRIES = {"SOLVERS": SOLVERS, "SCHEDULES": SCHEDULES}
 
-DType = Literal["fp32", "bf16", "fp16"]  # the precision of both models while they sample
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The precision while models sample, see pipelines/precision.py: names of `smalti.weights`.
+Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+DType = Literal[Precision, "fp32", "bf16", "fp16", "auto"]
 
 
 @dataclass(frozen=True)

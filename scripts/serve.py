@@ -23,7 +23,7 @@ from smalti.errors import ConfigurationError
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.pipelines.serving import Batcher
 from smalti.prior.registry import PRIORS
-from smalti.scripts.options import DTYPES, DType, sample_options
+from smalti.scripts.options import DType, sample_options
 from smalti.training.processes import join_job
 
 TOKEN = "SMALTI_SERVE_TOKEN"  # environment variable
@@ -41,13 +41,15 @@ class ServeConfig:
     # What clients send as Authorization: Bearer TOKEN. Other users of the machine can see the
     # options of a command: SMALTI_SERVE_TOKEN in the environment sets it, too.
     token: str = ""
-    # fp32: a picture does not depend on the others of its batch; bf16 and fp16: faster on GPUs
+    # As of smalti generate. In fp32, int8 and int4 a picture does not depend on the others of its
+    # batch; bf16 and fp16 are faster on GPUs.
     dtype: DType = "fp32"
     compile: bool = False  # torch.compile: the first request of each size takes minutes
     # Sizes that requests may ask for, beside those that the prior was trained on: the side of a
     # square, or height x width as in 48x64.
     image_sizes: tuple[ImageSize, ...] = ()
-    # Pictures sampled at once; in fp32 always so many. Default: the number of a generation job.
+    # Pictures sampled at once; in fp32, int8 and int4 always so many. Default: the number of a
+    # generation job.
     max_batch_size: int | None = None
     max_wait_ms: float = 20  # that a picture waits for others to share its batch, at most
     max_queue: int = 256  # pictures that may wait; a request for more gets status 429
@@ -134,7 +136,7 @@ def serve(config: ServeConfig) -> None:
         )
     check_model(config.model)
     pipeline = Pipeline.from_pretrained(
-        config.model, device=state.device, weights=config.weights, dtype=DTYPES[config.dtype]
+        config.model, device=state.device, weights=config.weights, dtype=config.dtype
     )
     metrics = ServerMetrics()
     batcher = Batcher(

@@ -7,13 +7,19 @@ Every combination is sampled with the same classes or prompts and seeds. The fol
 (the table, the best first), sweep.html (the table and a plot), sweep.json (every value) and
 samples.png of the best (not of a pipeline that is given pictures). After an interruption, the same
 command continues; with more values it measures those that are new.
+
+    smalti sweep --model runs/demo/pipeline --data emoji --dtype bfloat16 int8 int4
+
+measures precisions beside fp32, each with several seeds, and saves the fastest one without loss:
+dtype="auto" chooses it on this type of device.
 """
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,11 +41,11 @@ from smalti.files import first_difference, read_hashed_json, write_hashed_json, 
 from smalti.pipelines.card import SAMPLES
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import sample_grid
-from smalti.pipelines.model_index import INDEX, save_sampling
+from smalti.pipelines.model_index import INDEX, save_auto_dtype, save_sampling
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.pipelines.sampling import checked_sampling, sampling_words
 from smalti.scripts.evaluate import EvaluateConfig, Requests, requests, sample, sample_evaluator
-from smalti.scripts.options import SamplingGrid
+from smalti.scripts.options import Precision, SamplingGrid
 from smalti.scripts.pages import html_table, markdown, page
 from smalti.training.processes import fills_folder, say
 
@@ -72,6 +78,10 @@ class SweepConfig(DataOptions, SamplingGrid):
     other_data: bool = False
     num_samples: int = 1024  # of each combination, with the class proportions of the training set
     num_references: int = 20_000  # at most this many training images, evenly spaced
+    # Precisions to compare with fp32, instead of sampling options. For "auto" it saves the fastest
+    # of those whose mean metric is at most a standard deviation of fp32's seeds worse than fp32's.
+    dtype: tuple[Precision, ...] = ()
+    seeds: int = 3  # of each precision: seed, seed + 1, ...
     seed: int = 0  # of the samples and the classifier
     batch_size: int = 128  # images sampled at once
     feature_weights: Path | None = None  # as of smalti evaluate
@@ -81,11 +91,12 @@ class SweepConfig(DataOptions, SamplingGrid):
         super().__post_init__()
         check_at_least(16, self, "num_samples", "num_references")
         check_at_least(1, self, "batch_size", "classifier_epochs")
+        check_at_least(2, self, "seeds")
 
     @property
     def evaluation(self) -> EvaluateConfig:
         """The same pictures and samples as of `smalti evaluate`, with the defaults of sampling."""
-        options = {part.name for part in fields(SamplingGrid)}
+        options = {part.name for part in fields(SamplingGrid)} | {"dtype"}
         ours = {part.name for part in fields(self)} - options
         shared = {part.name for part in fields(EvaluateConfig)} & ours
         return EvaluateConfig(**{name: getattr(self, name) for name in shared})
@@ -176,6 +187,8 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
             sweep.
     """
     check_model(config.model)
+    if config.dtype:
+        return sweep_precisions(config)
     if not config.combinations:
         raise ConfigurationError(
             "no option has several values: give some, as in --guidance_scale 1 2 3"
@@ -210,6 +223,71 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     return results
 
 
+def sweep_precisions(config: SweepConfig) -> list[dict[str, Any]]:
+    """Measure every precision with every seed, write the results, and save the fastest precision
+    without loss.
+
+    Returns:
+        As of `sweep`, with the options "dtype" and "seed".
+
+    Raises:
+        SmaltiError: a sampling option has several values; the prior cannot have a precision; the
+            folder has another sweep.
+    """
+    if len(config.combinations) > 1:
+        raise ConfigurationError(
+            "dtype compares precisions, and a sampling option has several values: give one of it"
+        )
+    config.note_stored()
+    fixed = config.combinations[0] if config.combinations else {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    load = partial(Pipeline.from_pretrained, config.model, device=device, weights=config.weights)
+    dtypes = list(dict.fromkeys(("float32", *config.dtype)))
+    for dtype in dtypes:
+        load(dtype=dtype)  # raises before anything is measured
+    pipeline = load()
+    evaluation = config.evaluation
+    sampling = checked(pipeline, evaluation, fixed)[1]
+    evaluator = sample_evaluator(evaluation, pipeline)
+    objective = Objective(config, evaluator, pipeline)
+    asked = requests(evaluation, pipeline, evaluator)
+    known = claimed(config, pipeline)
+    results = []
+    for dtype in dtypes:
+        cast = load(dtype=dtype)
+        for seed in range(config.seed, config.seed + config.seeds):
+            options = {"dtype": dtype, "seed": seed}
+            done = next((one for one in known if one["sampling"] == {**sampling, **options}), None)
+            if done is None:
+                seeded = replace(evaluation, seed=seed, **fixed)
+                done = measured({}, seeded, cast, asked, objective)
+                done |= {"options": options, "sampling": {**sampling, **options}}
+                known.append(done)
+                write_results(config, pipeline, known)
+            results.append(done)
+            say(f"{sampling_words(options)}: {done['value']:.4g}")
+    chosen = fastest_without_loss(results, objective.lower_is_better)
+    write_pages(config, results, next(r for r in results if r["options"]["dtype"] == chosen))
+    if config.save_best and is_local(config.model):
+        save_auto_dtype(Path(config.model), device, chosen)
+        say(f'dtype "auto" of {config.model} on {device.type}: {chosen}')
+    return results
+
+
+def fastest_without_loss(results: Sequence[dict[str, Any]], lower_is_better: bool) -> str:
+    """The precision with the shortest time of those whose mean metric is at most one standard
+    deviation of float32 over its seeds worse than that of float32."""
+    values, seconds = dict[str, list[float]](), dict[str, float]()
+    for result in results:
+        name, took = result["options"]["dtype"], result["seconds_per_picture"]
+        values.setdefault(name, []).append(result["value"])
+        seconds[name] = min(took, seconds.get(name, took))  # the first batch also warms up
+    exact, sign = values["float32"], 1 if lower_is_better else -1
+    noise = statistics.stdev(exact)
+    worse = {n: sign * (statistics.mean(v) - statistics.mean(exact)) for n, v in values.items()}
+    return min((name for name in values if worse[name] <= noise), key=lambda name: seconds[name])
+
+
 def checked(
     pipeline: Pipeline, evaluation: EvaluateConfig, options: Combination
 ) -> tuple[Combination, dict[str, Any]]:
@@ -241,11 +319,18 @@ def measured(
 
 def save_into(model: str, sampling: dict[str, Any]) -> None:
     """Save the sampling defaults of a pipeline with it, where it is a local folder."""
-    if not (Path(model) / INDEX).is_file():
-        say(f"{model} is no local folder of a pipeline: its sampling defaults stay as they are")
+    if not is_local(model):
         return
     save_sampling(Path(model), sampling)
     say(f"sampling defaults of {model}: {sampling_words(sampling)}")
+
+
+def is_local(model: str) -> bool:
+    """Whether a model is a local folder of a pipeline; says so if not."""
+    found = (Path(model) / INDEX).is_file()
+    if not found:
+        say(f"{model} is no local folder of a pipeline: nothing is saved with it")
+    return found
 
 
 # -------------------------------------------------------------------------------------------------
@@ -255,7 +340,7 @@ def save_into(model: str, sampling: dict[str, Any]) -> None:
 def settings_of(config: SweepConfig, pipeline: Pipeline) -> dict[str, Any]:
     """What all results of a folder have in common."""
     varied = {part.name for part in fields(SamplingGrid)}
-    free = {*varied, "output_dir", "weights", "save_best"}
+    free = {*varied, "output_dir", "weights", "save_best", "dtype", "seeds"}
     settings = {name: value for name, value in saved_fields(config).items() if name not in free}
     return {**settings, "models": [pipeline.tokenizer.fingerprint, pipeline.prior.fingerprint]}
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
@@ -21,7 +21,7 @@ from smalti.config import check_at_least
 from smalti.errors import ConfigurationError, GenerationError, SmaltiError
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.scripts import window
-from smalti.scripts.options import DTYPES, SampleOption, as_flag
+from smalti.scripts.options import DType, SampleOption, as_flag
 from smalti.scripts.serve import is_loopback, listening
 from smalti.scripts.window import Frame, Settings
 from smalti.training.processes import join_job
@@ -46,7 +46,7 @@ class UIConfig:
     model: tuple[str, ...] = (DEMO,)
     run: tuple[Path, ...] = ()  # folders of runs, to watch while they train
     weights: Weights = "ema"  # of checkpoints: averaged over their runs (ema), or raw
-    dtype: Literal["fp32", "bf16"] = "fp32"  # precision of the models
+    dtype: DType = "fp32"  # precision of the models, as of smalti generate
     host: str = "127.0.0.1"  # address to listen on; one that other machines reach needs --auth
     port: int = 7860  # 0 = any free one, which is printed
     # What a user has to enter, as NAME:PASSWORD. Other users of the machine can see the options of
@@ -114,7 +114,7 @@ def showing(config: UIConfig) -> Iterator[str]:
     for model in config.model:
         check_model(model)
         pipelines[model] = Pipeline.from_pretrained(
-            model, device=state.device, weights=config.weights, dtype=DTYPES[config.dtype]
+            model, device=state.device, weights=config.weights, dtype=config.dtype
         )
     with listening(config.host, config.port) as place:  # raises our error if it is in use
         port = place.getsockname()[1]

@@ -40,7 +40,7 @@ class ScaleModel(Protocol):
     config: NextScaleConfig
 
     @property
-    def head(self) -> nn.Linear: ...
+    def word_embed(self) -> nn.Linear: ...
     @property
     def quantizer(self) -> MultiScaleQuantizer: ...
     def embedded(self, condition: Condition) -> Embedded: ...
@@ -272,4 +272,4 @@ def _matmul_dtype(model: ScaleModel, device: torch.device) -> torch.dtype:
     """The type of keys and values: that of autocast if it is on, else that of the weights."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
-    return model.head.weight.dtype
+    return model.word_embed.weight.dtype

@@ -37,7 +37,7 @@ from smalti.prior.adaln import (
     initialise_modulation,
     shared_modulation,
 )
-from smalti.prior.attention import KeyValueCache, attend, interpolated_positions
+from smalti.prior.attention import KeyValueCache, LayerCache, attend, interpolated_positions
 from smalti.prior.base import CodePrior, KnownCodes, Loss, check_codes
 from smalti.prior.conditions.base import (
     Condition,
@@ -85,7 +85,7 @@ class ScaleAttention(nn.Module):
             self.scale_mul_1H11 = nn.Parameter(initial)
 
     def forward(
-        self, x: Tensor, mask: "BlockCausal | None", cache: KeyValueCache | None
+        self, x: Tensor, mask: "BlockCausal | None", cache: LayerCache | None
     ) -> Tensor:  # (B, T, width)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = self.mat_qkv(x, bias)
@@ -99,7 +99,7 @@ class ScaleAttention(nn.Module):
             key = F.normalize(key.float(), dim=-1).to(value.dtype)
             scale = 1.0
         if cache is not None:
-            key, value = cache.write(0, key, value)
+            key, value = cache.write(key, value)
         attention = attend if mask is None else mask.attend
         attended = attention(query, key, value, scale=scale)
         return self.dropout(self.proj(rearrange(attended, "b h t d -> b t (h d)")))
@@ -153,7 +153,7 @@ class ScaleBlock(nn.Module):
         x: Tensor,
         modulation: Parts,
         mask: "BlockCausal | None",
-        cache: KeyValueCache | None,
+        cache: LayerCache | None,
         embedded: Embedded | None = None,
     ) -> Tensor:  # (B, T, width)
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation  # VAR's order
@@ -308,6 +308,7 @@ class NextScalePrior(CodePrior):
     no_weight_decay: ClassVar[tuple[str, ...]] = ("lvl_embed.weight",)  # like positions
     class_table: str = "class_emb.weight"
     compiled_parts: ClassVar[tuple[str, ...]] = ("blocks",)
+    weight_only_parts: ClassVar[tuple[str, ...]] = ("blocks", "head")
     row_options: ClassVar[tuple[str, ...]] = ("known", "known_mask")
     config: NextScaleConfig
 
@@ -459,16 +460,14 @@ class NextScalePrior(CodePrior):
         """All blocks, (B, T, width) to (B, T, width); `embedded` is needed for captions."""
         x = tokens
         for layer, block in enumerate(self.blocks):
-            own = None if cache is None else cache.layer(layer)
+            own = None if cache is None else cache.layers[layer]
             x = block(x, modulation.blocks[layer], mask, own, embedded)
-        if cache is not None:
-            cache.length += tokens.shape[1]
         return x
 
     def read(self, hidden: Tensor, modulation: Modulations) -> Tensor:
         """Logits (B, T, V) from the output of the last block, (B, T, width)."""
         normed = self.head_nm(hidden, modulation.head)
-        return self.head(normed.to(self.head.weight.dtype))
+        return self.head(normed.to(self.word_embed.weight.dtype))
 
     def logits(self, codes: Tensor, condition: Condition) -> Tensor:
         """Teacher-forced logits (B, L, V) of codes (B, L) given their conditions."""
@@ -579,7 +578,7 @@ class NextScalePrior(CodePrior):
         )
         if smooth and temperature == 0:
             raise GenerationError("smooth sampling needs a temperature above 0; it is 0, greedy")
-        samples, device = count(condition), self.head.weight.device
+        samples, device = count(condition), self.word_embed.weight.device
         negative = self.unconditional(condition, negative)
         length = self.config.spec.length
         kept = KnownCodes.checked(known, known_mask, samples, self.config.spec, device)

@@ -24,8 +24,10 @@ class TokenModel(Protocol):
     """The parts of the model that decoding uses. B samples, P prefix tokens, n codes."""
 
     config: NextTokenConfig
-    output: nn.Linear  # hidden states (..., width) -> logits (..., V)
+    tok_embeddings: nn.Embedding
 
+    @property
+    def output(self) -> nn.Module: ...  # hidden states (..., width) -> logits (..., V)
     def tokens(self, condition: Condition, codes: Tensor) -> Tensor: ...  # (B, P + n, width)
     def next_token(self, codes: Tensor, position: int) -> Tensor: ...  # (B, 1, width)
     # (B, 1, stop - start, stop) bool, or None
@@ -57,7 +59,7 @@ class TokenDecoder:
         config, self.batch = model.config, count(condition)
         self.scales = options.guidance_scales(config.spec.length)
         self.guided = options.guided_steps(config.spec.length)
-        device = model.output.weight.device
+        device = model.tok_embeddings.weight.device
         shape = (self.batch, config.spec.length)
         self.codes = torch.empty(shape, dtype=torch.int64, device=device)
         self.next_input = model.tokens(condition, self.codes[:, :0])  # (B, P, width)

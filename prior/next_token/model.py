@@ -11,13 +11,13 @@ from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from smalti.data.latents import CodeSpec, LatentSpec, as_tensor
 from smalti.errors import ConfigurationError, GenerationError
 from smalti.prior.attention import (
     KeyValueCache,
+    LayerCache,
     attend,
     interpolated_positions,
     rotary_frequencies,
@@ -33,7 +33,13 @@ from smalti.prior.conditions.base import (
     with_vectors,
 )
 from smalti.prior.conditions.text import CaptionEmbedding, causal_mask, without_common_padding
-from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates
+from smalti.prior.layers import (
+    DropPath,
+    RMSNorm,
+    SwiGLU,
+    arrange_for_few_rows,
+    drop_path_rates,
+)
 from smalti.prior.next_token.config import PRESETS, NextTokenConfig
 from smalti.prior.next_token.decoding import TokenDecoder
 from smalti.prior.sampling import OnStep, SamplingOptions, sample_uniforms
@@ -70,22 +76,23 @@ class CausalAttention(nn.Module):
         x: Tensor,
         rope_freqs: Tensor,
         mask: Tensor | None,
-        layer: int,
-        cache: KeyValueCache | None,
+        cache: LayerCache | None,
     ) -> Tensor:  # (B, T, width)
-        heads = (self.num_heads, self.kv_heads, self.kv_heads)
-        qkv = rearrange(self.wqkv(x), "b t (h d) -> b h t d", h=sum(heads))
-        query, key, value = qkv.split(heads, dim=1)  # (B, heads, T, head_dim)
+        heads = self.num_heads + self.kv_heads  # of queries and keys, which are rotated together
+        qkv = self.wqkv(x).unflatten(-1, (heads + self.kv_heads, -1)).transpose(1, 2)
+        both, value = qkv.split((heads, self.kv_heads), dim=1)  # (B, heads, T, head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, rope_freqs), rotate(key, rope_freqs)
+            query, key = both.split((self.num_heads, self.kv_heads), dim=1)
+            both = torch.cat([self.q_norm(query), self.k_norm(key)], 1)
+        rotated = rotate(both, rope_freqs)
+        query, key = rotated.split((self.num_heads, self.kv_heads), dim=1)
         if cache is not None:
-            key, value = cache.write(layer, key, value)
+            key, value = cache.write(key, value)
         # One new token attends to all tokens; several tokens have an empty cache, or none.
         causal = mask is None and query.shape[2] > 1
         dropout = self.weight_dropout if self.training else 0.0
         attended = attend(query, key, value, causal, mask, dropout=dropout)
-        return self.dropout(self.wo(rearrange(attended, "b h t d -> b t (h d)")))
+        return self.dropout(self.wo(attended.transpose(1, 2).flatten(2)))
 
 
 class CausalBlock(nn.Module):
@@ -104,10 +111,9 @@ class CausalBlock(nn.Module):
         x: Tensor,
         rope_freqs: Tensor,
         mask: Tensor | None,
-        layer: int,
-        cache: KeyValueCache | None,
+        cache: LayerCache | None,
     ) -> Tensor:  # (B, T, width)
-        attended = self.attention(self.attention_norm(x), rope_freqs, mask, layer, cache)
+        attended = self.attention(self.attention_norm(x), rope_freqs, mask, cache)
         x = x + self.drop_path(attended)
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
 
@@ -177,6 +183,7 @@ class NextTokenPrior(CodePrior):
     PRESETS: ClassVar[Mapping[str, NextTokenConfig]] = PRESETS
     class_table: str = "cls_embedding.weight"
     compiled_parts: ClassVar[tuple[str, ...]] = ("layers",)
+    weight_only_parts: ClassVar[tuple[str, ...]] = ("layers", "output")
     row_options: ClassVar[tuple[str, ...]] = ("known", "known_mask")
     config: NextTokenConfig
     order_probability: Tensor | None  # () fp32, of a random order in the next training steps
@@ -297,9 +304,8 @@ class NextTokenPrior(CodePrior):
         """All blocks and the last norm, (B, T, width) to (B, T, width)."""
         x = self.dropout(tokens)
         for layer, block in enumerate(self.layers):
-            x = block(x, rope_freqs, mask, layer, cache)
-        if cache is not None:
-            cache.length += tokens.shape[1]
+            own = None if cache is None else cache.layers[layer]
+            x = block(x, rope_freqs, mask, own)
         return self.norm(x)
 
     def logits(self, codes: Tensor, condition: Condition, order: Tensor | None = None) -> Tensor:
@@ -410,6 +416,12 @@ class NextTokenPrior(CodePrior):
 
     # -- sampling -------------------------------------------------------------------------------
 
+    def arrange_for_sampling(self) -> None:
+        """Store the weights of linear layers as decoding reads them fastest on their device."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                arrange_for_few_rows(module)
+
     @torch.no_grad()
     def sample(
         self,
@@ -461,7 +473,7 @@ class NextTokenPrior(CodePrior):
         )
         samples = count(condition)
         negative = self.unconditional(condition, negative)
-        device, length = self.output.weight.device, self.config.spec.length
+        device, length = self.tok_embeddings.weight.device, self.config.spec.length
         kept = KnownCodes.checked(known, known_mask, samples, self.config.spec, device)
         uniforms = sample_uniforms(samples, length, generator)
         if not samples:

@@ -44,7 +44,8 @@ PIECE = 2**22  # bytes that are converted at once
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # -------------------------------------------------------------------------------------------------
-# Precision: a `torch.dtype`, its name, or "auto", that of the saved weights
+# Precision: a `torch.dtype`, its name, or "auto", that of the saved weights; of a pipeline also
+# int8 or int4, of the weights of linear layers alone, and "auto" may be the one that was measured
 
 AS_SAVED = "auto"
 
@@ -67,17 +68,25 @@ TYPES = {  # in a safetensors file -> in torch
     "C64": "complex64",
 }
 PRECISIONS = ("bfloat16", "float16", "float32", "float64")  # of a model
+WEIGHT_ONLY_NAMES = ("int8", "int4")  # of a prior, see smalti.prior.weight_only
+SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def chosen_dtype(
-    dtype: "torch.dtype | str | None", torch_dtype: "torch.dtype | str | None"
+    dtype: "torch.dtype | str | None",
+    torch_dtype: "torch.dtype | str | None" = None,
+    weight_only: bool = False,
 ) -> "torch.dtype | Literal['auto'] | None":
     """The value of `dtype=` or of `torch_dtype=`, its older name; None if neither is given.
 
+    Args:
+        weight_only: whether int8 and int4 are possible.
+
     Raises:
-        ConfigurationError: they differ, or one is not a floating-point type.
+        ConfigurationError: they differ, or one is not a precision.
     """
-    given, older = _read_dtype("dtype", dtype), _read_dtype("torch_dtype", torch_dtype)
+    given = _read_dtype("dtype", dtype, weight_only)
+    older = _read_dtype("torch_dtype", torch_dtype, weight_only)
     if given is not None and older is not None and given != older:
         raise ConfigurationError(
             f"dtype is {dtype}, torch_dtype is {torch_dtype}: they differ, give one of them"
@@ -86,18 +95,26 @@ def chosen_dtype(
 
 
 def _read_dtype(
-    argument: str, value: "torch.dtype | str | None"
+    argument: str, value: "torch.dtype | str | None", weight_only: bool
 ) -> "torch.dtype | Literal['auto'] | None":
     import torch
 
     if value is None or value == AS_SAVED:
         return value
-    if isinstance(value, str) and value in PRECISIONS:
-        return getattr(torch, value)
+    known = (*PRECISIONS, *(WEIGHT_ONLY_NAMES if weight_only else ()))
+    name = SHORT_NAMES.get(str(value), str(value).removeprefix("torch."))
+    if name in known:
+        return getattr(torch, name)
     if isinstance(value, torch.dtype) and value.is_floating_point:
         return value
-    hint = nearest(str(value).removeprefix("torch."), {AS_SAVED, *PRECISIONS})
+    hint = nearest(name, {AS_SAVED, *known})
     raise ConfigurationError(f"{argument} is {value!r}, not a precision of a model; {hint}")
+
+
+def short_name(dtype: "torch.dtype") -> str:
+    """The short name of a precision: fp32, bf16, fp16; or its own: int8."""
+    name = str(dtype).removeprefix("torch.")
+    return next((short for short, long in SHORT_NAMES.items() if long == name), name)
 
 
 def saved_dtype(paths: Iterable[Path]) -> "torch.dtype | None":

@@ -1,13 +1,18 @@
 """`Pipeline.compile`: what sampling runs is compiled, and samples stay those of before."""
 
+from functools import partial
+
 import pytest
 import torch
 from chance import generators
 from torch import nn
 
+from smalti.data.latents import CodeSpec
 from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 
 CLASSES = ("cat", "dog", "emu")
+SMALL = {"width": 16, "num_heads": 2, "hidden": 32}
 # Without code generation, which takes a minute: the traced graphs run as they are.
 OPTIONS = {"backend": "eager"}
 
@@ -82,4 +87,25 @@ def test_other_image_sizes_of_a_compiled_pipeline_are_compiled(quick_flow) -> No
     assert compiled_once > 0
     torch.testing.assert_close(call(), before, rtol=1e-4, atol=1e-5)
     assert graphs == compiled_once
+    torch.compiler.reset()
+
+
+def test_steps_and_blocks_of_a_compiled_prior_share_their_code() -> None:
+    """Nothing is compiled after the third step, in which the position is a dynamic number, and
+    blocks are not compiled each: dynamo would stop at its limit of 8."""
+    config = NextTokenConfig(spec=CodeSpec(8, ((3, 3),)), num_classes=3, depth=10, **SMALL)
+    prior, graphs, after = NextTokenPrior(config).eval(), 0, []
+
+    def counting(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch.compiler.reset()
+    prior.compile_parts(backend=counting)
+    sample = partial(prior.sample, torch.tensor([0]), generator=generators(0))
+    sample(on_step=lambda step, total, codes: after.append(graphs))
+    assert after[0] > 0 and after[2] == after[-1] <= 3
+    sample()
+    assert graphs == after[-1]
     torch.compiler.reset()

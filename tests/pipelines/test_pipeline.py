@@ -172,7 +172,7 @@ def test_a_precision_has_two_names_and_may_be_that_of_the_files(paired, tmp_path
     assert precisions(torch_dtype=torch.float16) == {torch.float16}
     for options, message in (
         ({"dtype": "float32", "torch_dtype": "float16"}, "give one of them"),
-        ({"torch_dtype": "bf16"}, "torch_dtype is 'bf16', .*did you mean \"bfloat16\""),
+        ({"torch_dtype": "bfloat"}, "torch_dtype is 'bfloat', .*did you mean \"bfloat16\""),
     ):
         with pytest.raises(SmaltiError, match=message):
             Pipeline.from_pretrained(folder, **options)

@@ -112,7 +112,7 @@ def test_normed_heads_are_their_definition() -> None:
     x, rope_freqs = torch.randn(1, 1, 32), torch.ones(1, 4, dtype=torch.complex64)
     query = torch.zeros(1, 4, 1, 8)
     attention.q_norm.register_forward_hook(lambda module, args, out: query.copy_(out))
-    out = attention(x, rope_freqs, None, 0, None)
+    out = attention(x, rope_freqs, None, None)
     raw_query, _, value = (x @ attention.wqkv.weight.T).chunk(3, -1)
     torch.testing.assert_close(out, value @ attention.wo.weight.T)  # one token: its own value
     heads = raw_query.view(4, 8)
@@ -148,8 +148,8 @@ def test_attention_dropout_is_of_the_weights_and_unbiased() -> None:
         torch.randn(1, 3, 32).expand(4000, -1, -1),
         torch.ones(3, 4, dtype=torch.complex64),
     )
-    exact = attention.eval()(x[:1], rope_freqs, None, 0, None)[0]
-    sampled = attention.train()(x, rope_freqs, None, 0, None)
+    exact = attention.eval()(x[:1], rope_freqs, None, None)[0]
+    sampled = attention.train()(x, rope_freqs, None, None)
     # The first token sees itself alone: its value twice, or nothing, head by head.
     first = sampled[:, 0] @ torch.linalg.inv(attention.wo.weight.T)
     value = (x[0, 0] @ attention.wqkv.weight.T)[64:]

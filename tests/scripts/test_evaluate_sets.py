@@ -355,7 +355,6 @@ def test_a_pipeline_of_captions_is_given_those_of_the_reference(tmp_path: Path) 
     [
         ({"reference": ""}, "give one, or --save_statistics"),
         ({"samples": ""}, "add --samples"),
-        ({"samples": "", "reference": "", "dtype": "bf16"}, "add --samples"),
         ({"data": "fashion"}, "leave one out"),
         ({"model": "somewhere"}, "leave one out"),
     ],

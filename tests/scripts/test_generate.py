@@ -77,7 +77,7 @@ def test_the_classes_have_the_given_shares(pipe: Path, tmp_path: Path, pictures:
         (["--format", "jpeg", "--quality", "0"], "quality is 0; it must be 1 to 100"),
         (["--format", "npz", "--layout", "class"], "layout class makes a folder for each class"),
         (["--format", "gif"], "gif"),
-        (["--dtype", "int8"], "int8"),
+        (["--dtype", "int9"], "int9"),
     ],
 )
 def test_a_wrong_value_is_one_line_and_writes_nothing(

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from conftest import TINY_CONV
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -330,6 +331,7 @@ def test_the_token_of_the_environment_is_used(monkeypatch) -> None:
         (["--max_wait_ms", "-1"], "max_wait_ms is -1"),
         (["--host", "0.0.0.0"], "give --token"),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
+        (["--dtype", "int9"], "int9"),
     ],
 )
 def test_wrong_options_are_one_line(flags, message, capsys, monkeypatch) -> None:
@@ -355,17 +357,42 @@ def test_a_port_in_use_is_one_line(pipe, tmp_path: Path, capsys) -> None:
     assert f"cannot listen on 127.0.0.1, port {port}" in line
 
 
-def test_compile_compiles_the_models_of_every_size(tmp_path: Path, monkeypatch) -> None:
-    network = DiTConfig(2, 2, (8, 8), 1, 32, 2, 2, num_classes=3, positions="rotary")
-    vae = KLTokenizer(KLConfig(image_size=16, conv=replace(TINY_CONV, z_channels=2)))
-    pipe = Pipeline(vae, FlowPrior(FlowConfig(network=network)), CLASSES)
-    folder, batchers = str(pipe.save_pretrained(tmp_path / "p")), list[Batcher]()
+@pytest.fixture
+def batchers(monkeypatch) -> list[Batcher]:
+    """Of the servers that `serve` would run: they end at once."""
+    made = list[Batcher]()
 
     def server_of(app: Any, batcher: Batcher) -> Any:
-        batchers.append(batcher)
+        made.append(batcher)
         return SimpleNamespace(run=lambda places: None)
 
     monkeypatch.setattr("smalti.pipelines.image_api.server_of", server_of)
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_dtype_is_the_precision_of_every_size(pipe, tmp_path: Path, batchers, dtype) -> None:
+    folder = str(pipe.save_pretrained(tmp_path / "p"))
+    serve(ServeConfig(model=folder, port=0, dtype=dtype, image_sizes=((8, 16),)))
+    expected = {"bf16": torch.bfloat16, "int8": torch.int8}[dtype]
+    assert {p.dtype for p in batchers[-1].pipelines.values()} == {expected}
+
+
+def test_a_precision_that_a_prior_cannot_have_is_one_line(tmp_path: Path, capsys) -> None:
+    network = DiTConfig(2, 2, (8, 8), 1, 32, 2, 2, num_classes=3)
+    vae = KLTokenizer(KLConfig(image_size=16, conv=replace(TINY_CONV, z_channels=2)))
+    pipe = Pipeline(vae, FlowPrior(FlowConfig(network=network)), CLASSES)
+    folder = str(pipe.save_pretrained(tmp_path / "p"))
+    assert main(["serve", "--model", folder, "--port", "0", "--dtype", "int4"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "dtype is int4, and a flow prior has no weights of this type: use float32" in line
+
+
+def test_compile_compiles_the_models_of_every_size(tmp_path: Path, batchers) -> None:
+    network = DiTConfig(2, 2, (8, 8), 1, 32, 2, 2, num_classes=3, positions="rotary")
+    vae = KLTokenizer(KLConfig(image_size=16, conv=replace(TINY_CONV, z_channels=2)))
+    pipe = Pipeline(vae, FlowPrior(FlowConfig(network=network)), CLASSES)
+    folder = str(pipe.save_pretrained(tmp_path / "p"))
     for flag in (False, True):
         serve(ServeConfig(model=folder, port=0, compile=flag, image_sizes=((8, 16),)))
         sized = batchers[-1].pipelines

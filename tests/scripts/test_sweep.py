@@ -16,7 +16,7 @@ from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.scripts import sweep as module
 from smalti.scripts.options import SamplingGrid
-from smalti.scripts.sweep import plot
+from smalti.scripts.sweep import fastest_without_loss, plot
 from smalti.tokenizer.conv import ConvConfig
 from smalti.tokenizer.quantizers.codebook import CodebookConfig
 from smalti.tokenizer.quantizers.nearest import NearestConfig
@@ -146,6 +146,36 @@ def test_the_models_stay_to_the_byte(run, model: Path) -> None:
     assert run("--temperature", "0.5")[0] == 0
     assert {file: file.read_bytes() for file in files} == before
     assert Pipeline.from_pretrained(model).sampling == {"guidance_scale": 2.0, "temperature": 0.5}
+
+
+def test_the_fastest_precision_without_loss_is_that_of_auto(run, model, tmp_path, caplog) -> None:
+    assert Pipeline.from_pretrained(model, dtype="auto").dtype == torch.float32
+    assert "smalti sweep --model" in caplog.text
+    precisions = ["--dtype", "bfloat16", "int8", "--seeds", "2", "--temperature", "0.9"]
+    status, said, _ = run(*precisions)
+    assert status == 0
+    found = results(tmp_path)
+    asked = [tuple(one["options"].values()) for one in found]
+    assert asked == list(itertools.product(("float32", "bfloat16", "int8"), (0, 1)))
+    chosen = fastest_without_loss(found, lower_is_better=True)
+    assert f'dtype "auto" of {model} on cpu: {chosen}' in said
+    assert Pipeline.from_pretrained(model, dtype="auto").dtype == getattr(torch, chosen)
+    assert Pipeline.from_pretrained(model).dtype == torch.float32
+    copied = Pipeline.from_pretrained(model).save_pretrained(tmp_path / "copy")
+    assert Pipeline.from_pretrained(copied, dtype="auto").dtype == getattr(torch, chosen)
+    status, _, said = run("--dtype", "int8", "--temperature", "0.9", "1")
+    assert status == 2 and "a sampling option has several values" in said
+
+
+def test_a_precision_that_loses_quality_is_not_chosen() -> None:
+    def row(dtype: str, value: float, seconds: float) -> dict:
+        return {"options": {"dtype": dtype}, "value": value, "seconds_per_picture": seconds}
+
+    exact = [row("float32", 10.0, 3.0), row("float32", 12.0, 3.0)]
+    near = [row("bfloat16", 11.0, 2.0), row("bfloat16", 12.5, 2.5)]
+    far = [row("int8", 13.0, 1.0), row("int8", 14.0, 1.0)]
+    assert fastest_without_loss([*exact, *near, *far], lower_is_better=True) == "bfloat16"
+    assert fastest_without_loss([*exact, *near, *far], lower_is_better=False) == "int8"
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -242,6 +244,7 @@ def test_a_run_shows_its_curves_and_its_newest_pictures(run, tmp_path) -> None:
         (["--port", "99999"], "port is 99999"),
         (["--model", "a", "a"], "--model names a pipeline twice"),
         (["--model", "nowhere"], "nowhere"),
+        (["--dtype", "int9"], "int9"),
     ],
 )
 def test_bad_options_are_one_line(arguments, message, capsys, monkeypatch) -> None:
@@ -252,11 +255,28 @@ def test_bad_options_are_one_line(arguments, message, capsys, monkeypatch) -> No
 
 
 def test_a_missing_extra_is_one_line(monkeypatch, capsys) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["ui"]) == 2
     assert "pip install 'smalti[ui]'" in capsys.readouterr().err
+
+
+def test_dtype_is_the_precision_of_every_pipeline(pipe, tmp_path, monkeypatch) -> None:
+    shown = {}
+
+    def stop(pipelines: dict[str, Pipeline], runs: tuple[Path, ...]) -> None:
+        shown.update(pipelines)
+        raise ConfigurationError("shown")
+
+    for name in ("gradio", "gradio.themes"):  # whose import takes seconds
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr("smalti.scripts.ui.Window", stop)
+    folders = tuple(str(pipe.save_pretrained(tmp_path / name)) for name in ("a", "b"))
+    with (
+        pytest.raises(ConfigurationError, match="shown"),
+        showing(UIConfig(model=folders, port=0, dtype="int8")),
+    ):
+        pass
+    assert {name: p.dtype for name, p in shown.items()} == dict.fromkeys(folders, torch.int8)
 
 
 # -- In headless Chromium --
