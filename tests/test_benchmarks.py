@@ -192,3 +192,34 @@ def test_start_up_and_loading_are_measured_beside_python_and_the_weights() -> No
     times, memory = (part.splitlines()[2:] for part in out.split("\n\n"))
     assert [row.split(" | ")[0] for row in times][:2] == ["| `python -c pass`", "| `import smalti`"]
     assert [row.split(" | ")[:2] for row in memory] == [["| float32", "33"], ["| bfloat16", "16"]]
+
+
+@pytest.mark.slow
+def test_the_bake_off_shares_stages_and_continues(tmp_path: Path, monkeypatch) -> None:
+    small_demo(monkeypatch)
+    for name in ("light", "dark"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(30):
+            shade = i + (200 if name == "light" else 0)
+            Image.new("RGB", (32, 32), (shade, 90, 2 * i)).save(tmp_path / f"data/{name}/{i}.png")
+    arguments = (
+        *("--data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")),
+        *("--groups", "LPIPS", "queries and keys", "--seeds", "0", "--seconds", "0"),
+        *("--num_samples", "16"),
+    )
+    out = run("bake_off.py", *arguments)
+    assert "left out: LPIPS VGG16: give --perceptual_weights" in out
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][2:]
+    assert [row[:2] for row in rows] == [
+        ["| LPIPS", "AlexNet"],
+        ["| queries and keys", "plain"],
+        ["| queries and keys", "normalised"],
+    ]
+    assert rows[0][2:] == rows[1][2:] and rows[1] != rows[2]  # the first two are the same trial
+    assert len(list((tmp_path / "out" / "tokenizers").iterdir())) == 1
+    priors = sorted((tmp_path / "out" / "priors").iterdir())
+    assert len(priors) == 2
+    before = [(prior / "results.json").stat().st_mtime_ns for prior in priors]
+    assert run("bake_off.py", *arguments).splitlines()[-6:] == out.splitlines()[-6:]
+    assert [(prior / "results.json").stat().st_mtime_ns for prior in priors] == before
+    assert (tmp_path / "out" / "plot.png").is_file()
