@@ -7,11 +7,12 @@
 It ends, with status 0, on SIGTERM or SIGINT, after it has finished what it has accepted.
 """
 
+import contextlib
 import ipaddress
 import math
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,9 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "max_images")
-        check_at_least(0, self, "port")
+        check_port(self.port)
         if self.max_batch_size is not None:
             check_at_least(1, self, "max_batch_size")
-        if self.port > 65535:
-            raise ConfigurationError(f"port is {self.port}; it must lie between 0 and 65535")
         if not 0 <= self.max_wait_ms < math.inf:
             raise ConfigurationError(f"max_wait_ms is {self.max_wait_ms}; it must be 0 or more")
         if self.max_queue < self.max_images:
@@ -77,18 +76,70 @@ class ServeConfig:
             ConfigurationError: it is missing although other machines reach the host, or no client
                 could send it.
         """
-        token = self.token or os.environ.get(TOKEN, "")
+        token = secret(self.token, TOKEN, "--token", self.host)
         if any(
             not letter.isascii() or not letter.isprintable() or letter == " " for letter in token
         ):
             raise ConfigurationError(
                 "the token has a character that a header cannot hold: use ASCII without spaces"
             )
-        if not token and not is_loopback(self.host):
-            raise ConfigurationError(
-                f"host is {self.host}, which other machines may reach: give --token, or set {TOKEN}"
-            )
         return token
+
+
+# -- What every command that listens does: `smalti ui`, too ----------------------------------------
+
+
+@contextlib.contextmanager
+def needing(extra: str) -> Iterator[None]:
+    """Context of the imports of an optional dependency group, which has the command's name.
+
+    Raises:
+        ConfigurationError: it is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{extra} needs other packages ({error.name} is missing): pip install 'smalti[{extra}]'"
+        ) from error
+
+
+def check_port(port: int) -> None:
+    """Raise `ConfigurationError` unless it is a number that a port can have."""
+    if not 0 <= port <= 65535:
+        raise ConfigurationError(f"port is {port}; it must lie between 0 and 65535")
+
+
+def secret(given: str, variable: str, flag: str, host: str) -> str:
+    """What clients must show: given, or of the environment; "" is nothing.
+
+    Raises:
+        ConfigurationError: it is missing although other machines reach the host.
+    """
+    found = given or os.environ.get(variable, "")
+    if not found and not is_loopback(host):
+        raise ConfigurationError(
+            f"host is {host}, which other machines may reach: give {flag}, or set {variable}"
+        )
+    return found
+
+
+def loaded(models: Sequence[str], weights: Weights, dtype: DType, remedy: str) -> list[Pipeline]:
+    """The pipelines of a command that runs in one process, on its device.
+
+    Args:
+        remedy: what a user who started several processes can do.
+
+    Raises:
+        SmaltiError: there are several processes; a pipeline cannot be loaded.
+    """
+    state = join_job()
+    if state.num_processes > 1:
+        raise ConfigurationError(remedy)
+    for model in models:
+        check_model(model)
+    given: dict[str, Any] = {"device": state.device, "weights": weights, "dtype": dtype}
+    return [Pipeline.from_pretrained(model, **given) for model in models]
 
 
 def is_loopback(host: str) -> bool:
@@ -122,22 +173,11 @@ def serve(config: ServeConfig) -> None:
         SmaltiError: the pipeline cannot be loaded or served, or the address cannot be used.
         KeyboardInterrupt: a second signal came before all requests were finished.
     """
-    try:
+    with needing("serve"):
         from smalti.pipelines.image_api import ServerMetrics, image_app, server_of
-    except ImportError as error:
-        raise ConfigurationError(
-            f"serve needs other packages ({error.name} is missing): pip install 'smalti[serve]'"
-        ) from error
     token = config.checked_token()
-    state = join_job()
-    if state.num_processes > 1:
-        raise ConfigurationError(
-            "serve runs in one process: start one for each GPU, each with its own --port"
-        )
-    check_model(config.model)
-    pipeline = Pipeline.from_pretrained(
-        config.model, device=state.device, weights=config.weights, dtype=config.dtype
-    )
+    remedy = "serve runs in one process: start one for each GPU, each with its own --port"
+    (pipeline,) = loaded([config.model], config.weights, config.dtype, remedy)
     metrics = ServerMetrics()
     batcher = Batcher(
         pipeline,
@@ -150,10 +190,11 @@ def serve(config: ServeConfig) -> None:
     if config.compile:
         for sized in batcher.pipelines.values():
             sized.compile()
+    is_local = Path(config.model).exists()
     app = image_app(
         batcher,
         metrics,
-        model_id=Path(config.model).name if Path(config.model).exists() else config.model,
+        model_id=Path(config.model).resolve().name if is_local else config.model,
         options=request_options(pipeline),
         max_images=config.max_images,
         token=token,

@@ -17,21 +17,31 @@ from typing import Any
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
-from smalti.config import check_at_least
 from smalti.errors import ConfigurationError, GenerationError, SmaltiError
-from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
+from smalti.pipelines.pipeline import DEMO, Pipeline
 from smalti.scripts import window
 from smalti.scripts.options import DType, SampleOption, as_flag
-from smalti.scripts.serve import is_loopback, listening
+from smalti.scripts.serve import check_port, listening, loaded, needing, secret
 from smalti.scripts.window import Frame, Settings
-from smalti.training.processes import join_job
 
 AUTH = "SMALTI_UI_AUTH"  # environment variable
+# Gradio would report its use to its makers, and offer to keep the calls in a repository of the Hub.
+OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
 LARGEST_UPLOAD = "64mb"
 REFRESH = 5  # seconds between two readings of a run
 KEPT = 3600  # seconds that pictures of the window are kept in its temporary folder
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipelines"}
-CSS = ".pixels img { image-rendering: pixelated; } figure { display: inline-block; margin: 0.5em; }"
+# Pixels are shown as squares; what has no picture yet is not shown; galleries have no empty rows.
+CSS = """
+.pixels img { image-rendering: pixelated; }
+.result:has(.empty) { display: none; }
+.result .grid-wrap { min-height: 0; max-height: none; overflow-y: auto; }
+#settings { position: sticky; top: 1em; }
+#curves figure { display: inline-block; margin: 0.5em; }
+#curves table, #curves td { border: none; }
+#curves td { padding: 0 1.5em 0 0; }
+#curves svg text { font-size: 11px; fill: currentcolor; opacity: 0.7; }
+"""
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 FIXED_FONTS = ("ui-monospace", "monospace")
 
@@ -54,9 +64,7 @@ class UIConfig:
     auth: str = ""
 
     def __post_init__(self) -> None:
-        check_at_least(0, self, "port")
-        if self.port > 65535:
-            raise ConfigurationError(f"port is {self.port}; it must lie between 0 and 65535")
+        check_port(self.port)
         if len(set(self.model)) < len(self.model):
             raise ConfigurationError("--model names a pipeline twice: give each once")
 
@@ -67,15 +75,10 @@ class UIConfig:
             ConfigurationError: they are missing although other machines reach the host, or one of
                 them is empty.
         """
-        given = self.auth or os.environ.get(AUTH, "")
+        given = secret(self.auth, AUTH, "--auth NAME:PASSWORD", self.host)
         name, _, password = given.partition(":")
         if given and not (name and password):
             raise ConfigurationError("auth has no name or no password: give NAME:PASSWORD")
-        if not given and not is_loopback(self.host):
-            raise ConfigurationError(
-                f"host is {self.host}, which other machines may reach: give --auth NAME:PASSWORD, "
-                f"or set {AUTH}"
-            )
         return (name, password) if given else None
 
 
@@ -99,28 +102,19 @@ def showing(config: UIConfig) -> Iterator[str]:
     Raises:
         SmaltiError: as for `ui`.
     """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio would send them over the network
-    try:
+    with environment(**OFFLINE), needing("ui"):
         import gradio.themes
-    except ImportError as error:
-        raise ConfigurationError(
-            f"ui needs other packages ({error.name} is missing): pip install 'smalti[ui]'"
-        ) from error
     auth = config.checked_auth()
-    state = join_job()
-    if state.num_processes > 1:
-        raise ConfigurationError("ui runs in one process: start it without accelerate launch")
-    pipelines = {}
-    for model in config.model:
-        check_model(model)
-        pipelines[model] = Pipeline.from_pretrained(
-            model, device=state.device, weights=config.weights, dtype=config.dtype
-        )
+    remedy = "ui runs in one process: start it without accelerate launch"
+    models = loaded(config.model, config.weights, config.dtype, remedy)
     with listening(config.host, config.port) as place:  # raises our error if it is in use
         port = place.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="smalti-ui-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # read when the page is made
-        blocks = Window(pipelines, config.run).blocks()
+    with (
+        tempfile.TemporaryDirectory(prefix="smalti-ui-", ignore_cleanup_errors=True) as folder,
+        environment(**OFFLINE, GRADIO_TEMP_DIR=folder),
+    ):
+        page = Window(dict(zip(config.model, models, strict=True)), config.run)
+        blocks = page.blocks()
         _, url, _ = blocks.queue(max_size=32).launch(
             server_name=config.host,
             server_port=port,
@@ -141,7 +135,23 @@ def showing(config: UIConfig) -> Iterator[str]:
         try:
             yield url
         finally:
+            page.interrupt()  # a call that still runs would write into the folder
             blocks.close(verbose=False)
+
+
+@contextlib.contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Context with these environment variables, which then have their own values again."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -184,7 +194,7 @@ class Window:
             ) as blocks,
             gr.Row(),
         ):
-            with gr.Column(scale=1, min_width=280):
+            with gr.Column(scale=1, min_width=280, elem_id="settings"):
                 self._settings()
             with gr.Column(scale=3), gr.Tabs():
                 self._generate()
@@ -203,7 +213,9 @@ class Window:
         values = self._values(self.first)
         names = [*self.pipelines]
         self.model = gr.Dropdown(names, value=self.first, label="Pipeline", elem_id="model")
-        self.classes = gr.Dropdown(multiselect=True, label="Classes", **values["classes"])
+        self.classes = gr.Dropdown(
+            multiselect=True, label="Classes", elem_id="classes", **values["classes"]
+        )
         self.prompt = gr.Textbox(label="Prompt", elem_id="prompt", **values["prompt"])
         self.negative = gr.Textbox(label="Negative prompt", **values["negative_prompt"])
         most = window.MAX_IMAGES
@@ -211,10 +223,11 @@ class Window:
             1, most, value=4, step=1, label="Pictures of each", elem_id="number"
         )
         self.seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", elem_id="seed")
-        self.guidance = gr.Number(label="guidance_scale", step=0.1, **values["guidance_scale"])
+        guidance = values["guidance_scale"]
+        self.guidance = gr.Number(label=_words("guidance_scale"), step=0.1, **guidance)
         with gr.Accordion("Sampling", open=False):
             self.widgets = [self._widget(o, values[o.name]) for o in self.options.values()]
-        self.stop = gr.Button("Stop", variant="stop", elem_id="stop")
+        self.stop = gr.Button("Stop", elem_id="stop")
         self.stop.click(self.interrupt, queue=False, api_visibility="private")
         changed = [
             self.classes,
@@ -239,7 +252,8 @@ class Window:
         """The widget of a sampling option: empty is the prior's default."""
         import gradio as gr
 
-        about: dict[str, Any] = {"label": option.name, "info": option.help, **values}
+        about: dict[str, Any] = {"label": _words(option.name), "info": option.help, **values}
+        about["elem_id"] = option.name
         if option.type is bool:
             return gr.Checkbox(**about)
         if option.type in (int, float):
@@ -326,9 +340,9 @@ class Window:
             words = gr.Markdown(elem_id="reconstruct-words")
             codes = _shown_picture("Codes", "reconstruct-codes")
 
-        def reconstruct(model: str, picture: Any) -> tuple[Any, ...]:
+        def reconstruct(model: str, file: Path | None) -> tuple[Any, ...]:
             with told():
-                found = window.reconstructed(self.pipelines[model], picture)
+                found = window.reconstructed(self.pipelines[model], window.uploaded(file))
                 return found.original, found.reconstruction, found.words, found.codes
 
         _on(button, reconstruct, [self.model, picture], [original, result, words, codes])
@@ -343,9 +357,10 @@ class Window:
             button = gr.Button("Interpolate", variant="primary", elem_id="interpolate")
             strip = _shown_picture("Blends, on a line and on an arc", "strip")
 
-        def interpolate(model: str, first: Any, second: Any, steps: int) -> Any:
+        def interpolate(model: str, first: Path | None, last: Path | None, steps: int) -> Any:
             with told():
-                return window.interpolated(self.pipelines[model], first, second, int(steps))
+                ends = window.uploaded(first), window.uploaded(last)
+                return window.interpolated(self.pipelines[model], *ends, int(steps))
 
         _on(button, interpolate, [self.model, *pictures, steps], strip)
 
@@ -392,7 +407,7 @@ class Window:
                 pipeline, settings = self.given(*values)
                 second = self.pipelines[other]
                 for left, right in window.side_by_side(pipeline, second, settings):
-                    words = _status(right) if right else _status(left, "Pipeline: ")
+                    words = _status(right) if right else f"Pipeline: {_status(left)}"
                     yield words, _captioned(left), _captioned(right)
 
         _on(button, compare, [other, *self.inputs], [status, *galleries])
@@ -430,6 +445,11 @@ def _shown(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
+def _words(name: str) -> str:
+    """The label of an option: "num_inference_steps" -> "Num inference steps"."""
+    return name.replace("_", " ").capitalize()
+
+
 def _gallery(label: str, elem_id: str, columns: int = 4) -> Any:
     import gradio as gr
 
@@ -442,22 +462,27 @@ def _gallery(label: str, elem_id: str, columns: int = 4) -> Any:
         interactive=False,
         buttons=["download", "download_all", "fullscreen"],  # none that uploads
         elem_id=elem_id,
-        elem_classes="pixels",
+        elem_classes=["pixels", "result"],
     )
 
 
 def _upload(label: str, elem_id: str) -> Any:
+    """A field for a picture, which gives the path of its file."""
     import gradio as gr
 
-    return gr.Image(
+    field = gr.Image(
         label=label,
-        type="pil",
+        type="filepath",
         image_mode=None,
         sources=["upload", "clipboard"],
         buttons=["fullscreen"],
-        format="png",
+        height=280,
         elem_id=elem_id,
+        elem_classes="pixels",
     )
+    # Gradio would open the file, and raise its own error if it is damaged; `uploaded` reads it.
+    field.preprocess = lambda payload: payload and Path(payload.path)
+    return field
 
 
 def _shown_picture(label: str, elem_id: str) -> Any:
@@ -469,7 +494,7 @@ def _shown_picture(label: str, elem_id: str) -> Any:
         interactive=False,
         buttons=["download", "fullscreen"],
         elem_id=elem_id,
-        elem_classes="pixels",
+        elem_classes=["pixels", "result"],
     )
 
 
@@ -485,8 +510,10 @@ def _on(button: Any, function: Any, inputs: Any, outputs: Any) -> None:
     )
 
 
-def _status(frame: Frame, before: str = "") -> str:
-    return "Done" if frame.done == 1 and not before else f"{before}{frame.done:.0%} of the steps"
+def _status(frame: Frame) -> str:
+    if frame.done == 1:
+        return "Done"
+    return f"{'Stopped after ' if frame.is_last else ''}{frame.done:.0%} of the steps"
 
 
 def _captioned(frame: Frame | None) -> list[tuple[Any, str]]:

@@ -9,11 +9,12 @@ RunView       the curves and pictures of a run
 """
 
 import colorsys
+import contextlib
 import math
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smalti.data.image_io import image_grid, to_8_bit, to_channels, to_pil
+from smalti.data.image_io import (
+    TRANSPARENT,
+    WHITE,
+    FolderOptions,
+    Unusable,
+    decode,
+    image_grid,
+    to_8_bit,
+    to_channels,
+    to_pil,
+)
 from smalti.data.latents import CodeSpec, to_float
 from smalti.data.transforms import center_crop, to_tensor
 from smalti.errors import ConfigurationError, DataError, GenerationError
@@ -47,6 +58,7 @@ PREVIEWS = 24  # of a call; a preview decodes, and for a flow prior runs the net
 SHOWN_SIDE = 128  # pixels: codes and pictures that are smaller are enlarged to about this
 GOLDEN = 0.618034  # neighbouring codes get hues far apart
 SHOWN_DEVIATIONS = 3  # a channel of latents is grey from -3, black, to 3, white
+NO_PICTURE = "there is no picture: drop one into the field, or click it to upload one"
 CHOICES = {"solver": SOLVERS, "schedule": SCHEDULES, "guidance_schedule": GUIDANCE_SCHEDULES}
 
 
@@ -127,7 +139,8 @@ class Frame:
 
     pictures: list[Image.Image]
     captions: list[str]  # of each picture; "" if it has none
-    done: float  # share of the steps; 1 of the result
+    done: float  # share of the steps; 1 of a finished call
+    is_last: bool = False  # of its call: with done < 1, the call was stopped
 
 
 def live(pipeline: Pipeline, **keywords: Any) -> Iterator[Frame]:
@@ -141,8 +154,11 @@ def live(pipeline: Pipeline, **keywords: Any) -> Iterator[Frame]:
     """
     frames: queue.SimpleQueue[Frame | BaseException | None] = queue.SimpleQueue()
     closed = threading.Event()
+    reached = 0.0
 
     def show(pipe: Pipeline, step: int, done: float, tensors: dict[str, Any]) -> None:
+        nonlocal reached
+        reached = done
         if closed.is_set():
             pipe.interrupt = True
         before = done - done / (step + 1)
@@ -154,7 +170,8 @@ def live(pipeline: Pipeline, **keywords: Any) -> Iterator[Frame]:
         try:
             made = pipeline(callback_on_step_end=show, **keywords)
             captions = made.names or made.prompts or [""] * len(made.images)
-            frames.put(Frame(made.images, captions, 1.0))
+            done = reached if pipeline.interrupt else 1.0
+            frames.put(Frame(made.images, captions, done, is_last=True))
             frames.put(None)
         except BaseException as error:  # raised again in the thread that iterates
             frames.put(error)
@@ -174,7 +191,8 @@ def live(pipeline: Pipeline, **keywords: Any) -> Iterator[Frame]:
 def side_by_side(
     first: Pipeline, second: Pipeline, settings: Settings
 ) -> Iterator[tuple[Frame, Frame | None]]:
-    """Two pipelines, one after the other, with the same classes or prompts and the same seeds.
+    """Two pipelines, one after the other, with the same classes or prompts and the same seeds. If
+    the first one is stopped, the second one does not begin.
 
     The sampling options of the settings are for the first prior; the second one takes those that
     it has, too.
@@ -185,36 +203,47 @@ def side_by_side(
     left = Frame([], [], 0.0)
     for left in live(first, **settings.keywords(first)):
         yield left, None
+    if left.done < 1:
+        return
     known = {option.name for option in options_of(second)}
     shared = {name: value for name, value in settings.options.items() if name in known}
-    given = Settings(**{**vars(settings), "options": shared})
-    for right in live(second, **given.keywords(second)):
+    given = replace(settings, options=shared).keywords(second)
+    for right in live(second, **given):
         yield left, right
 
 
 # -- Pictures in, pictures out --
 
 
-def image_of(tokenizer: Tokenizer, picture: Image.Image | None) -> Tensor:
-    """An uploaded picture as an image (1, C, H, W) in [-1, 1] of a tokenizer.
+def uploaded(file: Path | None) -> Image.Image:
+    """The picture in an uploaded file, with alpha; of one that moves the first frame.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, it cannot be decoded, or it is too large.
     """
+    if file is None:
+        raise DataError(NO_PICTURE)
+    options = FolderOptions(unusual_images="convert", min_side=1, background=TRANSPARENT)
+    try:
+        return decode(file, options).image
+    except Unusable as problem:
+        raise DataError(f"{file.name} {problem}") from problem
+
+
+def image_of(tokenizer: Tokenizer, picture: Image.Image) -> Tensor:
+    """An uploaded picture as an image (1, C, H, W) in [-1, 1] of a tokenizer."""
     image = to_float(to_tensor(cropped(tokenizer, picture))[None])
     return image.to(tokenizer.last_layer.device)
 
 
-def cropped(tokenizer: Tokenizer, picture: Image.Image | None) -> Image.Image:
-    """The centre of an uploaded picture, of the size and the channels of a tokenizer's images.
+def cropped(tokenizer: Tokenizer, picture: Image.Image) -> Image.Image:
+    """The centre of an uploaded picture, of the size and the channels of a tokenizer's images."""
+    return center_crop(_in_channels(picture, tokenizer.image_channels), tokenizer.image_size)
 
-    Raises:
-        DataError: there is none.
-    """
-    if picture is None:
-        raise DataError("there is no picture: drop one into the field, or click it to upload one")
-    whole = to_channels(to_8_bit(picture), tokenizer.image_channels)
-    return center_crop(whole, tokenizer.image_size)
+
+def _in_channels(picture: Image.Image, channels: int) -> Image.Image:
+    """On white, unless images of so many channels have alpha."""
+    return to_channels(to_8_bit(picture, TRANSPARENT if channels == 4 else WHITE), channels)
 
 
 @dataclass(frozen=True)
@@ -228,12 +257,8 @@ class Reconstructed:
 
 
 @torch.no_grad()
-def reconstructed(pipeline: Pipeline, picture: Image.Image | None) -> Reconstructed:
-    """Encode and decode a picture.
-
-    Raises:
-        DataError: there is none.
-    """
+def reconstructed(pipeline: Pipeline, picture: Image.Image) -> Reconstructed:
+    """Encode and decode a picture."""
     tokenizer = pipeline.tokenizer
     images = image_of(tokenizer, picture)
     latents = tokenizer.encode(images)
@@ -288,12 +313,12 @@ def _row(pictures: Sequence[Image.Image], gap: int = 6) -> Image.Image:
 
 @torch.no_grad()
 def interpolated(
-    pipeline: Pipeline, first: Image.Image | None, second: Image.Image | None, steps: int
+    pipeline: Pipeline, first: Image.Image, second: Image.Image, steps: int
 ) -> Image.Image:
     """The originals, and between them the blends on a line and on an arc, a row each.
 
     Raises:
-        SmaltiError: a picture is missing; there are too few or too many steps.
+        ConfigurationError: there are too few or too many steps.
     """
     if not 2 <= steps <= MAX_BLENDS:
         raise ConfigurationError(f"steps is {steps}; use 2 to {MAX_BLENDS}")
@@ -335,14 +360,13 @@ def inpainted(
         SmaltiError: there is no picture, nothing is painted, or that of the call.
     """
     if picture is None:
-        raise DataError("there is no picture: drop one into the field, or click it to upload one")
-    channels = pipeline.tokenizer.image_channels
-    whole = to_channels(to_8_bit(picture), channels)
+        raise DataError(NO_PICTURE)
+    whole = _in_channels(picture, pipeline.tokenizer.image_channels)
     image, mask = fitted(whole, painted(layers), pipeline.tokenizer.image_size)
     yield Frame([masked(image, mask)], ["given"], 0.0)
     for frame in live(pipeline, image=image, mask_image=mask, **settings.keywords(pipeline)):
         results = [pasted(each, image, mask) for each in frame.pictures]
-        yield Frame(results, frame.captions, frame.done)
+        yield replace(frame, pictures=results)
 
 
 # -- Runs --
@@ -367,8 +391,5 @@ def run_view(folder: Path) -> RunView:
 def _newest(folder: Path) -> Iterator[tuple[Image.Image, str]]:
     for name in IMAGE_FOLDERS:
         for file in sorted((folder / name).glob("*.png"))[-1:]:
-            try:
-                picture = Image.open(file).convert("RGB")
-            except OSError:  # removed or replaced by the run; the next refresh shows it
-                continue
-            yield picture, f"{name}, {file.stem}"
+            with contextlib.suppress(DataError):  # it is being written; the next refresh shows it
+                yield uploaded(file), f"{name}, {file.stem}"

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 PROGRAMS = ("chromium", "chromedriver")
@@ -29,6 +31,7 @@ def chromium(profile: Path) -> Iterator["Page"]:
         "disable-component-update",
         "disable-sync",
         "disable-dev-shm-usage",
+        "hide-scrollbars",
         "window-size=1280,1000",
         "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         f"user-data-dir={profile}",
@@ -65,6 +68,32 @@ class Page:
     def open_tab(self, name: str) -> None:
         tabs = self.until(lambda: [e for e in self.all("button[role=tab]") if e.text == name])
         self.driver.execute_script("arguments[0].click()", tabs[0])
+
+    def write(self, selector: str, text: str) -> None:
+        """Replace the text of a field."""
+        field = self.until(lambda: [e for e in self.all(selector) if e.is_displayed()])[0]
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(text + Keys.TAB)
+
+    def choose(self, selector: str, name: str) -> None:
+        """Choose from a list."""
+        self.one(f"{selector} input").click()
+        options = "ul[role=listbox] li"
+        found = self.until(lambda: [e for e in self.all(options) if e.text.endswith(name)])
+        ActionChains(self.driver).move_to_element(found[0]).click().perform()
+
+    def upload(self, selector: str, file: Path) -> None:
+        """Put a file into a field of pictures."""
+        self.one(f"{selector} input[type=file]").send_keys(str(file.resolve()))
+
+    def draw(self, selector: str, *places: tuple[int, int]) -> None:
+        """Draw a line with the pointer; places are in pixels, from the middle of the element."""
+        element = self.until(lambda: [e for e in self.all(selector) if e.is_displayed()])[0]
+        pointer = ActionChains(self.driver)
+        pointer.move_to_element_with_offset(element, *places[0]).click_and_hold()
+        for place in places[1:]:
+            pointer.move_to_element_with_offset(element, *place)
+        pointer.release().perform()
 
     def loaded(self, selector: str) -> list[Any]:
         """The pictures there, once there are any and all have their pixels."""

@@ -6,16 +6,19 @@ It needs Debian's chromium and chromium-driver, and pip install 'smalti[test]'. 
 the last one are compared.
 """
 
+import io
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from PIL import Image
+from PIL import Image, ImageChops
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+MARGIN = 24  # pixels below the last thing shown
+BRUSHED = ((-90, 40), (0, 60), (90, 40))  # the line painted, from the middle of the picture
 
 from browser import Page, chromium  # noqa: E402
 
@@ -28,17 +31,18 @@ class Screenshots:
 
     model: tuple[str, ...]
     run: Path  # folder of a run, for its curves
-    picture: Path  # a picture to reconstruct
+    picture: Path  # a picture to reconstruct and to paint over
     prompt: str = ""  # of a prior of captions
     output: Path = ROOT / "docs"
 
 
 def photograph(page: Page, file: Path) -> None:
-    """Save what the browser shows as a PNG file of 256 colours, which is small."""
-    with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "whole.png"
-        page.driver.save_screenshot(str(whole))
-        Image.open(whole).convert("RGB").quantize(256).save(file, optimize=True)
+    """Save what the browser shows, without the empty part below, as a PNG file of 256 colours."""
+    whole = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
+    empty = Image.new("RGB", whole.size, whole.getpixel((0, 0)))
+    box = ImageChops.difference(whole, empty).getbbox() or (0, 0, *whole.size)
+    height = min(whole.height, box[3] + MARGIN)
+    whole.crop((0, 0, whole.width, height)).quantize(256).save(file, optimize=True)
     print(file)
 
 
@@ -57,28 +61,36 @@ def main(options: Screenshots) -> None:
 def photograph_tabs(page: Page, options: Screenshots) -> None:
     """Use the tabs, and photograph each."""
     if options.prompt:
-        page.one("#prompt textarea").send_keys(options.prompt)
-    page.press("#generate")
-    page.until(lambda: page.one("#generate-status").text == "Done")
-    page.loaded("#generated")
+        page.write("#prompt textarea", options.prompt)
+    sample(page, "generate", "#generated")
     photograph(page, options.output / "window_generate.png")
     page.open_tab("Reconstruct")
-    page.one("#reconstruct-input input[type=file]").send_keys(str(options.picture.resolve()))
+    page.upload("#reconstruct-input", options.picture)
     page.loaded("#reconstruct-input")
     page.press("#reconstruct")
     page.until(lambda: "PSNR" in page.one("#reconstruct-words").text)
     page.loaded("#reconstruct-result")
     page.loaded("#reconstruct-codes")
     photograph(page, options.output / "window_reconstruct.png")
+    page.open_tab("Inpaint")
+    page.upload("#editor", options.picture)
+    page.draw("#editor canvas", *BRUSHED)
+    sample(page, "inpaint", "#inpainted")
+    photograph(page, options.output / "window_inpaint.png")
     page.open_tab("Compare")
-    page.press("#compare")
-    page.until(lambda: page.one("#compare-status").text == "Done")
-    page.loaded("#right")
+    sample(page, "compare", "#right")
     photograph(page, options.output / "window_compare.png")
     page.open_tab("Run")
     page.until(lambda: page.all("#curves svg"))
     page.loaded("#previews")
     photograph(page, options.output / "window_run.png")
+
+
+def sample(page: Page, tab: str, pictures: str) -> None:
+    """Press the button of a tab, and wait for its pictures."""
+    page.press(f"#{tab}")
+    page.until(lambda: page.one(f"#{tab}-status").text == "Done")
+    page.loaded(pictures)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest import TINY_CONV
+from conftest import CLASSES, TINY_CONV
 from fastapi.testclient import TestClient
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -38,7 +38,6 @@ from smalti.scripts.serve import ServeConfig, request_options, serve
 from smalti.tokenizer.kl import KLConfig, KLTokenizer
 
 GENERATIONS, MODELS, HEALTH, METRICS = PATHS
-CLASSES = ("cat", "dog", "owl")
 
 
 @pytest.fixture

@@ -1,22 +1,25 @@
 """`smalti ui`: what its tabs compute, and the window itself in headless Chromium."""
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from browser import PROGRAMS, Page, chromium
 from chance import randomised
-from conftest import TINY_VQ
+from conftest import CLASSES, TINY_PRIOR, TINY_VQ
 from PIL import Image, ImageDraw
 
 from smalti.cli import main
@@ -24,15 +27,12 @@ from smalti.errors import ConfigurationError, DataError, GenerationError
 from smalti.evaluation.reconstruction import psnr
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.pipeline import Pipeline
-from smalti.prior.flow.config import FlowConfig
-from smalti.prior.flow.dit import DiTConfig
-from smalti.prior.flow.prior import FlowPrior
+from smalti.prior.next_token.model import NextTokenPrior
 from smalti.scripts import window
 from smalti.scripts.ui import UIConfig, Window, showing
-from smalti.scripts.window import Settings
-from smalti.tokenizer.kl import KLConfig, KLTokenizer
+from smalti.scripts.window import Frame, Settings
+from smalti.tokenizer.vq import VQTokenizer
 
-CLASSES = ("cat", "dog", "owl")
 REQUIRED = "SMALTI_BROWSER_REQUIRED"  # set by .ci/run: without a browser the tests then fail
 
 
@@ -42,24 +42,17 @@ def pipe(tokenizer, prior) -> Pipeline:
 
 
 @pytest.fixture
-def flow_pipe() -> Pipeline:
-    conv = replace(TINY_VQ.conv, attention_levels=(), z_channels=2)
-    tokenizer = KLTokenizer(KLConfig(image_size=16, conv=conv)).eval()
-    spec = tokenizer.spec
-    network = DiTConfig(
-        in_channels=spec.channels,
-        out_channels=spec.channels,
-        grid=(spec.height, spec.width),
-        patch_size=2,
-        depth=1,
-        width=16,
-        num_heads=1,
-        num_classes=3,
-        frequency_size=16,
-    )
-    pipe = Pipeline(tokenizer, randomised(FlowPrior(FlowConfig(network=network))), CLASSES)
-    pipe.sampling = {"num_inference_steps": 6, "solver": "euler"}
-    return pipe
+def flow_pipe(flow_pipe) -> Pipeline:
+    flow_pipe.sampling = {"num_inference_steps": 6, "solver": "euler"}
+    return flow_pipe
+
+
+@pytest.fixture
+def text_pipe(tokenizer) -> Pipeline:
+    """Of prompts and classes of its own."""
+    text = {"text_encoder": "bytes", "text_length": 12, "text_dim": 8}
+    config = replace(TINY_PRIOR, condition="class+text", num_classes=2, **text)
+    return Pipeline(tokenizer, randomised(NextTokenPrior(config)), ("ant", "bee"))
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -94,7 +87,7 @@ def test_previews_grow_into_the_pictures_that_generate_would_make(pipe) -> None:
 def test_a_flow_shows_estimates(flow_pipe) -> None:
     frames = list(window.live(flow_pipe, **Settings().keywords(flow_pipe)))
     assert [round(frame.done * 6) for frame in frames] == [1, 2, 3, 4, 5, 6]
-    assert frames[0].pictures[0].size == (16, 16)
+    assert frames[0].pictures[0].size == (8, 8)
 
 
 def test_closing_the_frames_ends_the_sampling(pipe) -> None:
@@ -108,8 +101,20 @@ def test_closing_the_frames_ends_the_sampling(pipe) -> None:
 def test_stop_leaves_what_there_is(pipe) -> None:
     frames = window.live(pipe, **Settings().keywords(pipe))
     next(frames)
-    Window({"tiny": pipe}, ()).interrupt()
-    assert len(list(frames)[-1].pictures) == 4
+    tiny = Window({"tiny": pipe}, ())
+    tiny.interrupt()
+    tiny.interrupt()
+    last = list(frames)[-1]
+    assert len(last.pictures) == 4 and last.is_last and last.done < 1
+    again = list(window.live(pipe, **Settings().keywords(pipe)))[-1]  # a call begins afresh
+    assert again.done == 1 and again.is_last
+
+
+def test_stop_ends_a_comparison(pipe, flow_pipe) -> None:
+    both = window.side_by_side(pipe, flow_pipe, Settings())
+    next(both)
+    pipe.interrupt = True
+    assert all(right is None for _, right in both)
 
 
 def test_errors_of_a_call_come_out_of_its_frames(pipe) -> None:
@@ -143,7 +148,7 @@ def test_the_settings_are_those_of_the_pipeline(pipe, flow_pipe) -> None:
     assert not codes["prompt"]["visible"]
     values = {name: each["value"] for name, each in flow.items()}
     options = [values[name] for name in both.options]
-    pipeline, settings = both.given("flow", ["owl"], "", "", 2, 3, 1.5, *options)
+    pipeline, settings = both.given("flow", ["emu"], "", "", 2, 3, 1.5, *options)
     assert pipeline is flow_pipe and (settings.number, settings.seed) == (2, 3)
     assert settings.options["guidance_interval"] == (0.0, 1.0)
     assert set(settings.options) == {o.name for o in window.options_of(flow_pipe)}
@@ -159,9 +164,9 @@ def test_an_interval_is_two_numbers(pipe) -> None:
 
 
 def test_two_pipelines_get_the_same_seeds(pipe, flow_pipe) -> None:
-    settings = Settings(classes=("owl",), number=2, seed=5, options={"temperature": 0.5})
+    settings = Settings(classes=("emu",), number=2, seed=5, options={"temperature": 0.5})
     *_, (left, right) = window.side_by_side(pipe, flow_pipe, settings)
-    assert left.captions == right.captions == ["owl", "owl"]
+    assert left.captions == right.captions == ["emu", "emu"]
     *_, (_, same) = window.side_by_side(flow_pipe, pipe, replace(settings, options={}))
     plain = list(window.live(pipe, **replace(settings, options={}).keywords(pipe)))[-1]
     assert (arrays(same.pictures) == arrays(plain.pictures)).all()
@@ -195,8 +200,6 @@ def test_an_interpolation_begins_and_ends_with_the_pictures(pipe) -> None:
     assert strip.width > 5 * 96 and strip.height > 2 * 96
     with pytest.raises(ConfigurationError, match="steps is 33; use 2 to 32"):
         window.interpolated(pipe, photo(0), photo(1), steps=33)
-    with pytest.raises(DataError, match="there is no picture"):
-        window.interpolated(pipe, photo(0), None, steps=3)
 
 
 def test_what_is_painted_is_generated_and_the_rest_is_kept(pipe) -> None:
@@ -213,6 +216,31 @@ def test_what_is_painted_is_generated_and_the_rest_is_kept(pipe) -> None:
     for layers in ([], [Image.new("RGBA", picture.size)]):
         with pytest.raises(DataError, match="nothing is painted"):
             list(window.inpainted(pipe, picture, layers, settings))
+
+
+def test_uploads_are_read_as_pictures_of_a_data_set_are(tmp_path) -> None:
+    with pytest.raises(DataError, match="there is no picture"):
+        window.uploaded(None)
+    film = [photo(seed) for seed in (1, 2)]
+    film[0].save(tmp_path / "film.webp", save_all=True, append_images=film[1:], lossless=True)
+    first = window.uploaded(tmp_path / "film.webp")
+    assert (np.asarray(first.convert("RGB")) == np.asarray(film[0])).all()
+    Image.new("I;16", (20, 10), 65535).save(tmp_path / "deep.png")
+    assert window.uploaded(tmp_path / "deep.png").getpixel((0, 0)) == (255,) * 4
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"^broken\.png cannot be decoded"):
+        window.uploaded(tmp_path / "broken.png")
+    Image.new("1", (8000, 8000)).save(tmp_path / "large.png")
+    with pytest.raises(DataError, match=r"^large\.png .*pixels"):
+        window.uploaded(tmp_path / "large.png")
+
+
+def test_alpha_is_kept_for_images_that_have_it() -> None:
+    glass = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    on_white = VQTokenizer(TINY_VQ)
+    with_alpha = VQTokenizer(replace(TINY_VQ, image_channels=4))
+    assert window.cropped(on_white, glass).getpixel((0, 0)) == (255, 255, 255)
+    assert window.cropped(with_alpha, glass).getpixel((0, 0))[3] == 0
 
 
 @pytest.fixture
@@ -234,6 +262,10 @@ def test_a_run_shows_its_curves_and_its_newest_pictures(run, tmp_path) -> None:
     assert not list(run.glob("*.html"))  # nothing is written
     missing = window.run_view(tmp_path / "missing")
     assert "no metrics in missing yet" in missing.curves and missing.previews == []
+    (run / "metrics.jsonl").unlink()
+    (run / "samples" / "000030.png").write_bytes(b"\x89PNG")  # it is being written
+    assert window.run_view(run).previews == []
+    assert "no metrics in prior yet" in window.run_view(run).curves
 
 
 @pytest.mark.parametrize(
@@ -293,28 +325,124 @@ def page(tmp_path) -> Iterator[Page]:
         yield page
 
 
+@pytest.fixture
+def masks(monkeypatch) -> list[Image.Image]:
+    """What is painted."""
+    seen, painted = list[Image.Image](), window.painted
+    monkeypatch.setattr(window, "painted", lambda layers: seen.append(painted(layers)) or seen[-1])
+    return seen
+
+
+@pytest.fixture
+def frames(monkeypatch) -> list[Frame]:
+    """Those that the window gets."""
+    seen, live = list[Frame](), window.live
+
+    def recorded(pipeline: Pipeline, **keywords: Any) -> Iterator[Frame]:
+        calls = live(pipeline, **keywords)
+        with contextlib.closing(calls):
+            for frame in calls:
+                seen.append(frame)
+                yield frame
+
+    monkeypatch.setattr(window, "live", recorded)
+    return seen
+
+
+def log_in(page: Page, url: str) -> None:
+    for path in ("config", "gradio_api/info", "gradio_api/file=/etc/hostname"):
+        assert httpx.get(url + path).status_code == 401
+    assert httpx.post(url + "gradio_api/upload", files={"files": b"x"}).status_code == 401
+    page.driver.get(url)
+    for password in ("wrong", "s3cret"):
+        page.write("input:not([type=password])", "me")
+        page.write("input[type=password]", password)
+        page.press("button.primary")
+        if password == "wrong":
+            page.until(lambda: page.all(".creds"))
+
+
+def stop_and_leave(page: Page, frames: list[Frame]) -> None:
+    """Stop a long call after some steps; reload the page during another one, which then ends."""
+    page.choose("#model", "flow")
+    page.press("#settings .label-wrap")
+    page.until(lambda: page.one("#num_inference_steps input").get_attribute("value") == "6")
+    page.write("#num_inference_steps input", "1000")
+    frames.clear()
+    page.press("#generate")
+    page.until(lambda: frames)
+    page.press("#stop")
+    page.until(lambda: "Stopped after" in page.one("#generate-status").text)
+    assert frames[-1].done < 1 and len(page.loaded("#generated")) == 4
+    frames.clear()
+    page.press("#generate")
+    page.until(lambda: frames)
+    page.driver.refresh()
+    page.until(lambda: not any(thread.name == "sampling" for thread in threading.enumerate()))
+    assert not frames[-1].is_last
+
+
+def give_a_prompt(page: Page) -> None:
+    """To a pipeline that has other classes, too."""
+    assert not any(e.is_displayed() for e in page.all("#prompt"))
+    page.choose("#model", "text")
+    page.write("#prompt textarea", "a red bee")
+    page.until(lambda: "ant" in page.one("#classes").text)
+    page.press("#generate")
+    page.until(lambda: page.one("#generate-status").text == "Done")
+    page.until(lambda: page.one("#generated .caption-label").text == "ant")
+
+
+def paint(page: Page, picture: Path, masks: list[Image.Image]) -> None:
+    page.open_tab("Inpaint")  # without a picture: our sentence, and no traceback
+    page.press("#inpaint")
+    page.until(lambda: any("there is no picture" in e.text for e in page.all(".toast-body")))
+    page.upload("#editor", picture)
+    page.draw("#editor canvas", (-20, -20), (20, 20))
+    page.press("#inpaint")
+    page.until(lambda: page.one("#inpaint-status").text == "Done")
+    assert len(page.loaded("#inpainted")) == 4
+    assert 0 < np.asarray(masks[-1]).mean() < 128
+
+
+def upload(page: Page, folder: Path) -> None:
+    photo().save(folder / "photo.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    page.open_tab("Reconstruct")
+    page.upload("#reconstruct-input", folder / "broken.png")
+    page.until(lambda: page.all("#reconstruct-input img"))
+    page.press("#reconstruct")
+    page.until(lambda: any("broken.png cannot" in e.text for e in page.all(".toast-body")))
+    page.press("#reconstruct-input button[aria-label=Clear]")
+    page.upload("#reconstruct-input", folder / "photo.png")
+    page.loaded("#reconstruct-input")
+    page.press("#reconstruct")
+    page.until(lambda: "dB from 64 codes" in page.one("#reconstruct-words").text)
+    assert page.loaded("#reconstruct-codes")
+
+
 @pytest.mark.slow
-def test_the_window_in_a_browser(page, pipe, flow_pipe, run, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    models = (str(pipe.save_pretrained(tmp_path / "codes")),)
-    models += (str(flow_pipe.save_pretrained(tmp_path / "flow")),)
-    photo().save(tmp_path / "photo.png")
-    config = UIConfig(model=models, run=(run,), port=0)
-    with showing(config) as url:
-        page.driver.get(url)
+def test_the_window_in_a_browser(
+    page, pipe, flow_pipe, text_pipe, frames, masks, run, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "mine")
+    monkeypatch.chdir(tmp_path)
+    pipes = {"codes": pipe, "flow": flow_pipe, "text": text_pipe}
+    for name, made in pipes.items():
+        made.save_pretrained(tmp_path / name)
+    with showing(UIConfig(model=(*pipes,), run=(run,), port=0, auth="me:s3cret")) as url:
+        log_in(page, url)
         page.press("#generate")
         page.until(lambda: page.one("#generate-status").text == "Done")
         assert len(page.loaded("#generated")) == 4
 
-        page.open_tab("Reconstruct")
-        page.one("#reconstruct-input input[type=file]").send_keys(str(tmp_path / "photo.png"))
-        page.loaded("#reconstruct-input")
-        page.press("#reconstruct")
-        page.until(lambda: "dB from 64 codes" in page.one("#reconstruct-words").text)
-        assert page.loaded("#reconstruct-codes")
+        upload(page, tmp_path)
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert list(folder.rglob("photo.png"))
+        paint(page, tmp_path / "photo.png", masks)
 
         page.open_tab("Compare")
+        page.choose("#other", "flow")
         page.press("#compare")
         page.until(lambda: len(page.loaded("#right")) == 4)
         assert len(page.loaded("#left")) == 4
@@ -323,7 +451,11 @@ def test_the_window_in_a_browser(page, pipe, flow_pipe, run, tmp_path, monkeypat
         page.until(lambda: page.all('#curves svg[aria-label="loss"] polyline'))
         assert page.loaded("#previews")
 
-        page.open_tab("Inpaint")  # without a picture: our sentence, and no traceback
-        page.press("#inpaint")
-        page.until(lambda: any("there is no picture" in e.text for e in page.all(".toast-body")))
+        page.open_tab("Generate")
+        with monkeypatch.context() as patch:
+            preview = Pipeline.preview
+            patch.setattr(Pipeline, "preview", lambda *a: time.sleep(0.3) or preview(*a))
+            stop_and_leave(page, frames)
+        give_a_prompt(page)
         assert page.requested() == {url.split("/")[2]}
+    assert os.environ["GRADIO_TEMP_DIR"] == "mine" and not folder.exists()
