@@ -173,9 +173,8 @@ SCALES = {
 SETTINGS = "demo.json"
 LONGEST_CAPTION = 256  # bytes
 CONDITIONS = ("none", "class", "text", "class+text", "image")
-# Kinds of prior other than next-token. Only flow takes pictures; and a caption costs it less,
-# because its cross-attention to a caption is cheaper than a longer sequence.
-KINDS = {"text": "flow", "class+text": "flow", "image": "flow"}
+# A caption costs a flow prior less: its cross-attention is cheaper than a longer sequence.
+CHEAPER = {"text": "flow", "class+text": "flow"}
 
 
 @dataclass(frozen=True)
@@ -331,16 +330,17 @@ def _kind(config: DemoConfig) -> str:
     ):
         if name and name not in known:
             raise ConfigurationError(f'no {what} preset is called "{name}"; {nearest(name, known)}')
-    if not config.tokenizer:
-        return (
-            PRIORS[config.prior].kind if config.prior else KINDS.get(config.condition, "next-token")
-        )
-    with torch.device("meta"):
-        spec = Tokenizer.registry.build(TOKENIZERS[config.tokenizer]).spec
     registry = Prior.registry
-    fitting = [kind for kind in registry if registry.resolve(kind).supports(spec)]
+    fitting = registry.names()
+    if config.tokenizer:
+        with torch.device("meta"):
+            spec = Tokenizer.registry.build(TOKENIZERS[config.tokenizer]).spec
+        fitting = [kind for kind in fitting if registry.resolve(kind).supports(spec)]
     if not config.prior:
-        return fitting[0]
+        parts = {*config.condition.split("+")} - {"", "none"}
+        takers = [k for k in fitting if parts <= {*registry.config_class(k).CONDITIONS}]
+        cheaper = CHEAPER.get(config.condition)
+        return cheaper if cheaper in fitting else (takers or fitting)[0]
     wanted = PRIORS[config.prior].kind
     if wanted not in fitting:
         raise ConfigurationError(

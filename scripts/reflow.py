@@ -93,9 +93,7 @@ def load(config: ReflowConfig) -> tuple[Pipeline, FlowPrior]:
     """
     check_model(config.model)
     pipeline = Pipeline.from_pretrained(config.model, device=join_job().device)
-    prior = pipeline.prior
-    check_straight(prior)
-    assert isinstance(prior, FlowPrior)
+    prior = check_straight(pipeline.prior)
     if {*prior.config.conditions} - {"class"}:
         raise ConfigurationError(
             f"the prior in {config.model} is conditional on {prior.config.condition}: reflow takes "

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
@@ -156,17 +156,18 @@ def environment(**variables: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """An error as a message in the window; the log has the traceback of one that is not ours."""
+    """An error as a message in the window, until the user closes it; the log has the traceback of
+    one that is not ours."""
     import gradio as gr
 
     try:
         yield
     except SmaltiError as error:
-        raise gr.Error(str(error), print_exception=False) from None
+        raise gr.Error(str(error), duration=None, print_exception=False) from None
     except Exception as error:
         logger.exception("a call of the window failed")
         words = f"the call failed ({type(error).__name__}): the terminal says why"
-        raise gr.Error(words, print_exception=False) from None
+        raise gr.Error(words, duration=None, print_exception=False) from None
 
 
 class Window:
@@ -375,7 +376,7 @@ class Window:
                 sources=["upload", "clipboard"],
                 buttons=["fullscreen"],
                 transforms=(),
-                brush=gr.Brush(colors=["#ff3366"], color_mode="fixed"),
+                brush=_brush(25),  # Gradio's own
                 elem_id="editor",
             )
             button = gr.Button("Inpaint", variant="primary", elem_id="inpaint")
@@ -389,6 +390,12 @@ class Window:
                 for frame in window.inpainted(pipeline, picture, layers, settings):
                     yield _status(frame), _captioned(frame)
 
+        def fitting_brush(drawn: Any) -> Any:
+            return gr.update(brush=_brush(brush_radius(drawn["background"].size)))
+
+        editor.upload(
+            fitting_brush, editor, editor, show_progress="hidden", api_visibility="private"
+        )
         _on(button, inpaint, [editor, *self.inputs], [status, gallery])
 
     def _compare(self) -> None:
@@ -481,8 +488,19 @@ def _upload(label: str, elem_id: str) -> Any:
         elem_classes="pixels",
     )
     # Gradio would open the file, and raise its own error if it is damaged; `uploaded` reads it.
-    field.preprocess = lambda payload: payload and Path(payload.path)
+    cast(Any, field).preprocess = lambda payload: payload and Path(payload.path)
     return field
+
+
+def brush_radius(size: tuple[int, int]) -> int:
+    """Pixels, for a picture of this size: a fixed radius would cover a small one."""
+    return max(1, min(size) // 16)
+
+
+def _brush(radius: int) -> Any:
+    import gradio as gr
+
+    return gr.Brush(default_size=radius, colors=["#ff3366"], color_mode="fixed")
 
 
 def _shown_picture(label: str, elem_id: str) -> Any:

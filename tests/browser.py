@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 PROGRAMS = ("chromium", "chromedriver")
-PATIENCE = 40  # seconds
+PATIENCE = 120  # seconds: a test ends with a failure, however slow the machine is
 
 
 @contextlib.contextmanager
@@ -53,7 +54,10 @@ class Page:
         self.driver = driver
 
     def until(self, condition: Callable[[], Any]) -> Any:
-        return WebDriverWait(self.driver, PATIENCE, 0.1).until(lambda _: condition())
+        """Wait for a condition; an element that the page replaces meanwhile is looked up again."""
+        replaced = [StaleElementReferenceException]
+        wait = WebDriverWait(self.driver, PATIENCE, 0.1, ignored_exceptions=replaced)
+        return wait.until(lambda _: condition())
 
     def all(self, selector: str) -> list[Any]:
         return self.driver.find_elements("css selector", selector)
@@ -86,9 +90,16 @@ class Page:
         """Put a file into a field of pictures."""
         self.one(f"{selector} input[type=file]").send_keys(str(file.resolve()))
 
-    def draw(self, selector: str, *places: tuple[int, int]) -> None:
-        """Draw a line with the pointer; places are in pixels, from the middle of the element."""
-        element = self.until(lambda: [e for e in self.all(selector) if e.is_displayed()])[0]
+    def paint(self, selector: str, file: Path, radius: int, *places: tuple[int, int]) -> None:
+        """Put a picture into an editor, wait for a brush of this radius, and paint a line; places
+        are in pixels of the screen, from the middle of the picture. Painting closes the slider."""
+        self.upload(selector, file)
+        size = f"{selector} button[aria-label='Brush Size']"  # is there once the picture is
+        self.press(size)
+        slider = f"{selector} input[type=range]"
+        self.until(lambda: self.one(slider).get_attribute("value") == str(radius))
+        canvas = f"{selector} canvas"
+        element = self.until(lambda: [e for e in self.all(canvas) if e.is_displayed()])[0]
         pointer = ActionChains(self.driver)
         pointer.move_to_element_with_offset(element, *places[0]).click_and_hold()
         for place in places[1:]:

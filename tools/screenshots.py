@@ -1,9 +1,9 @@
 """Write the pictures of docs/window.md: open `smalti ui` in headless Chromium, and use its tabs.
 
     python tools/screenshots.py --model runs/demo/pipeline --run runs/demo/prior --picture cat.png
+    python tools/screenshots.py --model runs/text/pipeline --prompt "red apple" --tabs generate
 
-It needs Debian's chromium and chromium-driver, and pip install 'smalti[test]'. The first model and
-the last one are compared.
+It needs Debian's chromium and chromium-driver, and pip install 'smalti[test]'.
 """
 
 import io
@@ -11,6 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import tyro
 from PIL import Image, ImageChops
@@ -18,20 +19,29 @@ from PIL import Image, ImageChops
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 MARGIN = 24  # pixels below the last thing shown
+Tab = Literal["generate", "reconstruct", "inpaint", "compare", "run"]
+SHOWN = {  # pictures that a tab makes
+    "generate": ["#generated"],
+    "reconstruct": ["#reconstruct-original", "#reconstruct-result", "#reconstruct-codes"],
+    "inpaint": ["#inpainted"],
+    "compare": ["#left", "#right"],
+}
 BRUSHED = ((-90, 40), (0, 60), (90, 40))  # the line painted, from the middle of the picture
 
 from browser import Page, chromium  # noqa: E402
 
-from smalti.scripts.ui import UIConfig, showing  # noqa: E402
+from smalti.scripts.ui import UIConfig, brush_radius, showing  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Screenshots:
-    """Pictures of the window with these models, of which the first one is shown."""
+    """Pictures of the window with these models. The tabs show the first one; compare, the first one
+    and the last one."""
 
     model: tuple[str, ...]
-    run: Path  # folder of a run, for its curves
-    picture: Path  # a picture to reconstruct and to paint over
+    tabs: tuple[Tab, ...] = get_args(Tab)  # the tabs to photograph
+    run: Path = Path("runs/demo/prior")  # folder of a run, for its curves
+    picture: Path = Path("cat.png")  # to reconstruct and to paint over
     prompt: str = ""  # of a prior of captions
     output: Path = ROOT / "docs"
 
@@ -62,35 +72,30 @@ def photograph_tabs(page: Page, options: Screenshots) -> None:
     """Use the tabs, and photograph each."""
     if options.prompt:
         page.write("#prompt textarea", options.prompt)
-    sample(page, "generate", "#generated")
-    photograph(page, options.output / "window_generate.png")
-    page.open_tab("Reconstruct")
-    page.upload("#reconstruct-input", options.picture)
-    page.loaded("#reconstruct-input")
-    page.press("#reconstruct")
-    page.until(lambda: "PSNR" in page.one("#reconstruct-words").text)
-    page.loaded("#reconstruct-result")
-    page.loaded("#reconstruct-codes")
-    photograph(page, options.output / "window_reconstruct.png")
-    page.open_tab("Inpaint")
-    page.upload("#editor", options.picture)
-    page.draw("#editor canvas", *BRUSHED)
-    sample(page, "inpaint", "#inpainted")
-    photograph(page, options.output / "window_inpaint.png")
-    page.open_tab("Compare")
-    sample(page, "compare", "#right")
-    photograph(page, options.output / "window_compare.png")
-    page.open_tab("Run")
-    page.until(lambda: page.all("#curves svg"))
-    page.loaded("#previews")
-    photograph(page, options.output / "window_run.png")
+    for tab in options.tabs:
+        page.open_tab(tab.capitalize())
+        use(page, tab, options.picture)
+        photograph(page, options.output / f"window_{tab}.png")
 
 
-def sample(page: Page, tab: str, pictures: str) -> None:
-    """Press the button of a tab, and wait for its pictures."""
+def use(page: Page, tab: Tab, picture: Path) -> None:
+    """Use a tab, and wait for what it shows."""
+    if tab == "run":
+        page.until(lambda: page.all("#curves svg"))
+        page.loaded("#previews")
+        return
+    if tab == "reconstruct":
+        page.upload("#reconstruct-input", picture)
+        page.loaded("#reconstruct-input")
+    if tab == "inpaint":
+        page.paint("#editor", picture, brush_radius(Image.open(picture).size), *BRUSHED)
     page.press(f"#{tab}")
-    page.until(lambda: page.one(f"#{tab}-status").text == "Done")
-    page.loaded(pictures)
+    if tab == "reconstruct":
+        page.until(lambda: "PSNR" in page.one("#reconstruct-words").text)
+    else:
+        page.until(lambda: page.one(f"#{tab}-status").text == "Done")
+    for shown in SHOWN[tab]:
+        page.loaded(shown)
 
 
 if __name__ == "__main__":

@@ -51,14 +51,19 @@ def generate_pairs(
     return Pairs(noise, data, labels)
 
 
-def check_straight(prior: Prior) -> None:
-    """Raise `ConfigurationError` unless it is a flow prior with the linear path."""
+def check_straight(prior: Prior) -> FlowPrior:
+    """The same prior, if it is a flow prior with the linear path.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
     if not isinstance(prior, FlowPrior):
         raise ConfigurationError(f"pairs are for a flow prior, not a {type(prior).__name__}")
     if not isinstance(prior.config.path, LinearPath):
         raise ConfigurationError(
             f"the path is {prior.config.path}; rectified flow needs the linear path"
         )
+    return prior
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.next_token.model import NextTokenPrior
 from smalti.scripts import window
-from smalti.scripts.ui import UIConfig, Window, showing
+from smalti.scripts.ui import UIConfig, Window, brush_radius, showing
 from smalti.scripts.window import Frame, Settings
 from smalti.tokenizer.vq import VQTokenizer
 
@@ -367,7 +366,7 @@ def stop_and_leave(page: Page, frames: list[Frame]) -> None:
     page.choose("#model", "flow")
     page.press("#settings .label-wrap")
     page.until(lambda: page.one("#num_inference_steps input").get_attribute("value") == "6")
-    page.write("#num_inference_steps input", "1000")
+    page.write("#num_inference_steps input", str(window.MAX_STEPS))
     frames.clear()
     page.press("#generate")
     page.until(lambda: frames)
@@ -397,8 +396,7 @@ def paint(page: Page, picture: Path, masks: list[Image.Image]) -> None:
     page.open_tab("Inpaint")  # without a picture: our sentence, and no traceback
     page.press("#inpaint")
     page.until(lambda: any("there is no picture" in e.text for e in page.all(".toast-body")))
-    page.upload("#editor", picture)
-    page.draw("#editor canvas", (-20, -20), (20, 20))
+    page.paint("#editor", picture, brush_radius(photo().size), (-20, -20), (20, 20))
     page.press("#inpaint")
     page.until(lambda: page.one("#inpaint-status").text == "Done")
     assert len(page.loaded("#inpainted")) == 4
@@ -413,7 +411,8 @@ def upload(page: Page, folder: Path) -> None:
     page.until(lambda: page.all("#reconstruct-input img"))
     page.press("#reconstruct")
     page.until(lambda: any("broken.png cannot" in e.text for e in page.all(".toast-body")))
-    page.press("#reconstruct-input button[aria-label=Clear]")
+    page.press("#reconstruct-input button[aria-label='Remove Image']")
+    page.until(lambda: not page.all("#reconstruct-input img"))
     page.upload("#reconstruct-input", folder / "photo.png")
     page.loaded("#reconstruct-input")
     page.press("#reconstruct")
@@ -453,8 +452,8 @@ def test_the_window_in_a_browser(
 
         page.open_tab("Generate")
         with monkeypatch.context() as patch:
-            preview = Pipeline.preview
-            patch.setattr(Pipeline, "preview", lambda *a: time.sleep(0.3) or preview(*a))
+            patch.setattr(window, "MAX_STEPS", 10**6)  # it cannot end before it is stopped
+            patch.setattr(window, "PREVIEWS", 10**3)
             stop_and_leave(page, frames)
         give_a_prompt(page)
         assert page.requested() == {url.split("/")[2]}
