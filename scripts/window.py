@@ -97,8 +97,7 @@ class Settings:
         if conditions.text is not None:
             given["prompt"] = self.prompt
             given["negative_prompt"] = self.negative_prompt or None
-        several = "class_labels" in given or "prompt" in given
-        given["num_images_per_prompt" if several else "num_images"] = self.number
+        given["num_images_per_prompt" if conditions.conditions else "num_images"] = self.number
         count = self.number * len(given.get("class_labels", [""]))
         given["generator"] = [picture_generator(self.seed, index) for index in range(count)]
         return given

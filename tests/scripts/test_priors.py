@@ -282,6 +282,8 @@ def test_what_the_latents_or_the_prior_do_not_allow_is_named(
         ({"tokenizer": "var-32-tiny"}, "var-32-tiny", "var-nano"),
         ({"tokenizer": "fsq-32-tiny"}, "fsq-32-tiny", "gpt-nano"),
         ({"tokenizer": "fsq-32-tiny", "prior": "gpt-micro"}, "fsq-32-tiny", "gpt-micro"),
+        ({"condition": "image"}, "kl-32-tiny", "flow-nano"),
+        ({"condition": "text", "tokenizer": "fsq-32-tiny"}, "fsq-32-tiny", "gpt-nano"),
     ],
 )
 def test_the_demo_finds_the_tokenizer_for_a_prior_and_the_prior_for_a_tokenizer(

@@ -26,6 +26,8 @@ from smalti.errors import ConfigurationError, DataError, GenerationError
 from smalti.evaluation.reconstruction import psnr
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.conditions.image import ImageConfig
+from smalti.prior.flow.prior import FlowPrior
 from smalti.prior.next_token.model import NextTokenPrior
 from smalti.scripts import window
 from smalti.scripts.ui import UIConfig, Window, brush_radius, showing
@@ -44,6 +46,18 @@ def pipe(tokenizer, prior) -> Pipeline:
 def flow_pipe(flow_pipe) -> Pipeline:
     flow_pipe.sampling = {"num_inference_steps": 6, "solver": "euler"}
     return flow_pipe
+
+
+@pytest.fixture
+def image_pipe(flow_pipe) -> Pipeline:
+    """A prior that is given a picture with a mask."""
+    tokenizer, config = flow_pipe.tokenizer, flow_pipe.prior.config
+    image = ImageConfig(tokenizer.spec.channels + 1, "inpainting")
+    config = config.conditioned("image", image=image)
+    prior = FlowPrior(config.fitted(tokenizer.spec, 0, tokenizer.fingerprint))
+    pipe = Pipeline(tokenizer, randomised(prior), ())
+    pipe.sampling = {"num_inference_steps": 2}
+    return pipe
 
 
 @pytest.fixture
@@ -215,6 +229,13 @@ def test_what_is_painted_is_generated_and_the_rest_is_kept(pipe) -> None:
     for layers in ([], [Image.new("RGBA", picture.size)]):
         with pytest.raises(DataError, match="nothing is painted"):
             list(window.inpainted(pipe, picture, layers, settings))
+
+
+def test_a_prior_that_was_trained_to_inpaint_gets_the_picture(image_pipe) -> None:
+    layer = Image.new("RGBA", (32, 32))
+    ImageDraw.Draw(layer).rectangle((0, 0, 15, 31), fill="red")
+    *_, last = window.inpainted(image_pipe, photo(size=(32, 32)), [layer], Settings(number=2))
+    assert len(last.pictures) == 2 and last.done == 1
 
 
 def test_uploads_are_read_as_pictures_of_a_data_set_are(tmp_path) -> None:
@@ -452,7 +473,7 @@ def test_the_window_in_a_browser(
 
         page.open_tab("Generate")
         with monkeypatch.context() as patch:
-            patch.setattr(window, "MAX_STEPS", 10**6)  # it cannot end before it is stopped
+            patch.setattr(window, "MAX_STEPS", 10**5)  # it cannot end before it is stopped
             patch.setattr(window, "PREVIEWS", 10**3)
             stop_and_leave(page, frames)
         give_a_prompt(page)
