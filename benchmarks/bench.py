@@ -47,6 +47,7 @@ class Setting:
     rounds: int
     quick: bool  # models too small for a number, to see that it works
     compile: bool  # further rows, in which smalti's models are compiled
+    batches: tuple[int, ...] = ()  # of next-token and next-scale sampling; (): each part's own
 
     @property
     def large(self) -> bool:
@@ -149,7 +150,7 @@ def next_token(setting: Setting) -> Iterator[Row]:
     from smalti.prior.next_token.model import PRESETS, NextTokenPrior
 
     preset = "gpt-nano" if setting.quick else "gpt-l" if setting.large else "gpt-b"
-    side = 2 if setting.quick else 8 if setting.large else 5
+    side = 2 if setting.quick else 8 if setting.large else 3
     config = replace(PRESETS[preset], spec=CodeSpec(16384, ((side, side),)), num_classes=1000)
     prior = NextTokenPrior(config)
     nn.init.normal_(prior.output.weight, std=0.02)
@@ -157,7 +158,8 @@ def next_token(setting: Setting) -> Iterator[Row]:
     peer, limits = PlainLlamaGen(copy.deepcopy(prior)), Limits(setting)
     prior.arrange_for_sampling()  # as a pipeline does; the peer's weights stay as published
     batches = (1, 2) if setting.quick else (1, 64) if setting.large else (1, 8)
-    for stage, batch in ((s, b) for s in setting.stages(prior) for b in batches):
+    stages = setting.stages(prior)
+    for stage, batch in ((s, b) for s in stages for b in setting.batches or batches):
         labels = torch.arange(batch, device=setting.device)
         if setting.dtype == torch.float32:
             check_equal(
@@ -190,10 +192,12 @@ def next_scale(setting: Setting) -> Iterator[Row]:
     preset = "var-nano" if setting.quick else "var-d16" if setting.large else "var-d12"
     sides = (1, 2) if setting.quick else (1, 2, 3, 4, 5, 6, 8, *((10, 13, 16) * setting.large))
     prior, tokenizer = build(preset, sides, setting.quick)
-    peer = PlainVAR(prior).to(setting.device).eval()  # in fp32, under autocast, as published
+    peer = PlainVAR(copy.deepcopy(prior)).to(setting.device).eval()  # fp32, as published
     setting.model(prior), setting.model(tokenizer)
+    prior.arrange_for_sampling()
     batches = (1,) if setting.quick else (1, 16) if setting.large else (1, 4)
-    for stage, batch in ((s, b) for s in setting.stages(prior, tokenizer) for b in batches):
+    stages = setting.stages(prior, tokenizer)
+    for stage, batch in ((s, b) for s in stages for b in setting.batches or batches):
         labels = torch.arange(batch, device=setting.device)
         if setting.dtype == torch.float32:
             greedy = prior.sample(labels, temperature=0, guidance_scale=GUIDANCE_SCALE)
@@ -374,7 +378,7 @@ def measured(setting: Setting, parts: list[str], seconds: float) -> Iterator[str
             continue
         try:
             for row in PARTS[part](setting):
-                print(f"{row.what} ...", file=sys.stderr)
+                print(row.line, file=sys.stderr)  # a run that is cut off keeps them
                 rows.append(row)
         except ModuleNotFoundError as error:
             left_out.append(f"{part}: there is no {error.name} here")
@@ -390,6 +394,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side")
     parser.add_argument("--seconds", type=float, default=600, help="after them no part begins")
+    parser.add_argument("--batches", nargs="+", type=int, default=[], help="of codes' sampling")
     parser.add_argument("--compile", action="store_true", help="further rows, after compile_parts")
     parser.add_argument(
         "--quick", action="store_true", help="small models, one round, to see that it works"
@@ -404,7 +409,7 @@ def main() -> None:
     torch.manual_seed(0)
     rounds = 1 if args.quick else args.rounds
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    setting = Setting(device, dtype, rounds, args.quick, args.compile)
+    setting = Setting(device, dtype, rounds, args.quick, args.compile, tuple(args.batches))
     for text in measured(setting, args.parts, args.seconds):
         print(text, flush=True)
 

@@ -51,6 +51,16 @@ class Row:
         peer, above 1 smalti is faster; of a limit, it is the share that is reached."""
         return quartiles([a / b for a, b in zip(self.theirs, self.ours, strict=True)])
 
+    @property
+    def line(self) -> str:
+        """The row in Markdown, under `HEADER`."""
+        low, middle, high = self.ratios
+        milliseconds = 1000 * statistics.median(self.ours)
+        return (
+            f"| {self.what} | {self.beside} | {middle:.2f} | {low:.2f} to {high:.2f} | "
+            f"{milliseconds:,.1f} |"
+        )
+
 
 HEADER = (
     "| what | beside | theirs / ours | quartiles | smalti, ms |\n| --- | --- | --- | --- | --- |"
@@ -59,12 +69,4 @@ HEADER = (
 
 def table(rows: Iterable[Row]) -> str:
     """The rows in Markdown."""
-    lines = [HEADER]
-    for row in rows:
-        low, middle, high = row.ratios
-        milliseconds = 1000 * statistics.median(row.ours)
-        lines.append(
-            f"| {row.what} | {row.beside} | {middle:.2f} | {low:.2f} to {high:.2f} | "
-            f"{milliseconds:,.1f} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([HEADER, *(row.line for row in rows)])

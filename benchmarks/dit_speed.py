@@ -14,7 +14,6 @@ diffusers has a copy of the time and label embedders in every block.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from clock import quartiles
 from torch import Tensor, nn
 
 from smalti.prior.flow.dit import DiT, DiTConfig, sinusoids
@@ -214,7 +214,7 @@ def main() -> None:
     if args.compile:
         prior.compile_parts()
     for what, found in compare(prior, args.batch_size, steps, rounds):
-        low, middle, high = statistics.quantiles(found, n=4)
+        low, middle, high = quartiles(found)
         print(f"{args.preset:8} {what:28} {middle:.2f} ({low:.2f} to {high:.2f})", flush=True)
 
 

@@ -119,8 +119,9 @@ def main() -> None:
     parser.add_argument("--data", default="emoji", help="what they were trained on")
     precisions = get_args(Precision)
     parser.add_argument("--dtype", nargs="+", choices=precisions, default=precisions)
-    parser.add_argument("--num_samples", type=int, default=256, help="of each precision and seed")
+    parser.add_argument("--num_samples", type=int, default=192, help="of each precision and seed")
     parser.add_argument("--seeds", type=int, default=3, help="of each precision, at least 2")
+    parser.add_argument("--classifier_epochs", type=int, default=2, help="of the classifier")
     args = parser.parse_args()
     options = {n: v for n, v in vars(args).items() if n != "models"} | {"dtype": tuple(args.dtype)}
     for model in args.models:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from clock import quartiles
 from dit_speed import ratios
 from torch import Tensor
 
@@ -157,7 +158,7 @@ def main() -> None:
     changes = {"depth": max(1, PRESETS[args.preset].depth // 6)} if args.quick else {}
     rounds = 3 if args.quick else args.rounds
     prior = made(args.preset, args.grid, 2048 if args.quick else 16384, **changes)
-    low, middle, high = statistics.quantiles(training_ratios(prior, args.batch_size, rounds), n=4)
+    low, middle, high = quartiles(training_ratios(prior, args.batch_size, rounds))
     print(f"{args.preset} training step / plain PyTorch: {middle:.2f} ({low:.2f} to {high:.2f})")
     shares = loop_shares(made("gpt-nano", 8, 512), 8 if args.quick else 64, rounds)
     print("share of the demo's step:", ", ".join(f"{k} {v:.2%}" for k, v in shares.items()))

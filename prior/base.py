@@ -26,6 +26,7 @@ from smalti.prior.conditions.base import (
 from smalti.prior.conditions.image import ImageConfig
 from smalti.prior.conditions.registry import CONDITIONS
 from smalti.prior.conditions.text import TextConfig
+from smalti.prior.layers import arrange_for_few_rows
 from smalti.prior.registry import PRIORS
 from smalti.prior.sampling import OnStep
 from smalti.prior.weight_only import Quantizable, share_quantized_layers
@@ -584,6 +585,13 @@ class CodePrior(Prior):
     @abstractmethod
     def logits(self, codes: Tensor, condition: Any) -> Tensor:
         """Teacher-forced logits (B, L, V) of codes (B, L) given a condition."""
+
+    def arrange_for_sampling(self) -> None:
+        """Store the weights of wide linear layers input by input: sampling multiplies with few
+        rows."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                arrange_for_few_rows(module)
 
     @torch.no_grad()
     def bits_per_dimension(

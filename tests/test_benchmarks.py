@@ -10,6 +10,8 @@ from jobs import forked, program
 from PIL import Image
 from runs import small_demo
 
+from smalti.pipelines.pipeline import Pipeline
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,6 +36,40 @@ def test_tokenizer_speed_has_a_quick_run_of_published_presets() -> None:
     assert [line.split()[:2] for line in lines] == [
         [preset, part] for preset in ("kl-f8", "vq-f16") for part in ("encode", "decode")
     ]
+
+
+@pytest.mark.slow
+def test_decoding_is_compared_with_reading_the_weights() -> None:
+    precisions = ("float32-rows", "float32", "bfloat16", "int8", "int4")
+    small = ("--preset=gpt-nano", "--side=2", "--rounds=1", "--profile")
+    out = run("decode_next_token.py", *small, "--dtype", *precisions)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["dtype"] for row in rows] == [*precisions]
+    exact, *_ = rows
+    assert exact["speed_over_first"] == 1 and exact["step_over_weights"] > 0
+    sizes = [row["weights_mb"] for row in rows]
+    assert sizes[0] == sizes[1] > sizes[2] > sizes[3] > sizes[4]
+    assert {row["products"] for row in rows} == {exact["products"]}
+    assert all(row["operators"] > row["products"] and row["products_gb_s"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_precisions_are_compared_in_a_table(tokenizer, prior, pictures: Path, tmp_path) -> None:
+    classes = ("blue", "green", "red")
+    folder = Pipeline(tokenizer, prior, classes).save_pretrained(tmp_path / "pipeline")
+    small = (
+        "--num_samples=16",
+        "--seeds=2",
+        "--classifier_epochs=1",
+        "--dtype",
+        "bfloat16",
+        "int8",
+    )
+    out = run("precision.py", "--models", str(folder), "--data", str(pictures), *small)
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == ["float32", "bfloat16", "int8"]
+    assert rows[2][3:] == ["1.00", "equal", "100 %"]
+    assert all(" ± " in row[1] and " ± " in row[2] and "dB" in row[4] for row in rows[3:])
 
 
 @pytest.mark.slow

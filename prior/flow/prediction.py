@@ -179,7 +179,8 @@ def derivative_by_score(prediction: Prediction, path: GaussianPath, t: Tensor) -
 # -------------------------------------------------------------------------------------------------
 # The dynamics: a path and a network, which are all that a solver uses of a prior
 
-# x (B, ...), times (B,), or (1,) on the CPU: one time for all samples -> (B, ...)
+# x (B, ...), times (B,), or (1,) on the CPU: one time for all samples -> (B, ...). A field that
+# needs one for each sample calls `times_of_samples`.
 Field = Callable[[Tensor, Tensor], Tensor]
 
 

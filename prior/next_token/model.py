@@ -33,13 +33,7 @@ from smalti.prior.conditions.base import (
     with_vectors,
 )
 from smalti.prior.conditions.text import CaptionEmbedding, causal_mask, without_common_padding
-from smalti.prior.layers import (
-    DropPath,
-    RMSNorm,
-    SwiGLU,
-    arrange_for_few_rows,
-    drop_path_rates,
-)
+from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates
 from smalti.prior.next_token.config import PRESETS, NextTokenConfig
 from smalti.prior.next_token.decoding import TokenDecoder
 from smalti.prior.sampling import OnStep, SamplingOptions, sample_uniforms
@@ -415,12 +409,6 @@ class NextTokenPrior(CodePrior):
         return sample_orders(rows, length, self.order_probability)
 
     # -- sampling -------------------------------------------------------------------------------
-
-    def arrange_for_sampling(self) -> None:
-        """Store the weights of linear layers as decoding reads them fastest on their device."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                arrange_for_few_rows(module)
 
     @torch.no_grad()
     def sample(

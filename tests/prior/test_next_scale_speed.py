@@ -54,6 +54,13 @@ def test_packed_products_leave_greedy_codes_alone(model, monkeypatch) -> None:
     model.compile_parts()
     assert model.blocks[1].ffn.fc2._packed is not None and model.head._packed is not None
     assert torch.equal(model.sample(LABELS, **options), expected)
+    model.arrange_for_sampling()  # as a pipeline does when it is moved
+    model.compile_parts()
+    packed, x = model.blocks[1].ffn.fc1, torch.randn(1, 16)
+    model.arrange_for_sampling()
+    with torch.no_grad():
+        assert packed._packed_is_valid(x) and not packed.weight.is_contiguous()
+    assert torch.equal(model.sample(LABELS, **options), expected)
     with torch.no_grad():
         torch.testing.assert_close(model.logits(CODES, LABELS), logits)
 

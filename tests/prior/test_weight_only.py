@@ -10,7 +10,7 @@ from torch import nn
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import CheckpointError, ConfigurationError
-from smalti.prior.layers import arrange_for_few_rows
+from smalti.prior.layers import SPACE, arrange_for_few_rows
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.prior.weight_only import (
     GROUP,
@@ -167,6 +167,8 @@ def test_only_wide_fp32_layers_are_stored_by_input():
     for linear in (wide, square, half):
         arrange_for_few_rows(linear)
     assert wide.weight.is_contiguous() != torch.backends.mkl.is_available()
+    if torch.backends.mkl.is_available():
+        assert wide.weight.stride() == (1, 48 + SPACE)
     assert square.weight.is_contiguous() and half.weight.is_contiguous()
     assert torch.equal(wide.weight, layer(16, 48).weight)
     wide.bfloat16()
