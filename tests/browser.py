@@ -93,11 +93,18 @@ class Page:
     def paint(self, selector: str, file: Path, radius: int, *places: tuple[int, int]) -> None:
         """Put a picture into an editor, wait for a brush of this radius, and paint a line; places
         are in pixels of the screen, from the middle of the picture. Painting closes the slider."""
+        slider, named = f"{selector} input[type=range]", f"{selector} button[aria-label='%s']"
+        self.one(named % "Show Layers")  # it is ready for a picture
         self.upload(selector, file)
-        size = f"{selector} button[aria-label='Brush Size']"  # is there once the picture is
-        self.press(size)
-        slider = f"{selector} input[type=range]"
-        self.until(lambda: self.one(slider).get_attribute("value") == str(radius))
+        self.one(named % "Undo" + ":not([disabled])")  # the picture is there
+
+        def fits() -> bool:
+            if not self.all(slider):
+                self.press(named % "Brush")
+                self.press(named % "Brush Size")
+            return self.one(slider).get_attribute("value") == str(radius)
+
+        self.until(fits)
         canvas = f"{selector} canvas"
         element = self.until(lambda: [e for e in self.all(canvas) if e.is_displayed()])[0]
         pointer = ActionChains(self.driver)

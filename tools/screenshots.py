@@ -1,7 +1,7 @@
 """Write the pictures of docs/window.md: open `smalti ui` in headless Chromium, and use its tabs.
 
     python tools/screenshots.py --model runs/demo/pipeline --run runs/demo/prior --picture cat.png
-    python tools/screenshots.py --model runs/text/pipeline --prompt "red apple" --tabs generate
+    python tools/screenshots.py --model runs/text/pipeline --prompt "flag it" --tabs generate
 
 It needs Debian's chromium and chromium-driver, and pip install 'smalti[test]'.
 """
