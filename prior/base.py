@@ -251,8 +251,7 @@ class Prior(nn.Module, Quantizable, ABC):
         """
 
     def estimated(self, latents: Tensor) -> Tensor:
-        """The best guess of the finished sample that the latents of an `OnStep` give, to be called
-        inside it: the latents themselves, if the prior has no better one."""
+        """The best guess of the finished sample from the latents of an `OnStep`, inside it."""
         return latents
 
     def arrange_for_sampling(self) -> None:
@@ -269,16 +268,14 @@ class Prior(nn.Module, Quantizable, ABC):
         return max(1, spec.length // len(spec.grids)) if len(spec.grids) > 1 else 1
 
     def sample_random_inputs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random numbers for a training pass over `count` samples by name, a row for each sample:
-        the `random_inputs` of `forward`. Empty if `forward` takes them from torch's generators."""
+        """Random numbers of a training pass by name, a row for each of `count` samples: the
+        `random_inputs` of `forward`. Empty if `forward` takes them from torch's generators."""
         del count, generator
         return {}
 
     def bind(self, quantizer: nn.Module | None) -> None:
-        """Copy the weights of the tokenizer's quantizer that the prior uses; most priors use none.
-
-        Called once, before training; `quantizer` is None if the tokenizer has none.
-        """
+        """Before training, copy the weights of the tokenizer's quantizer that the prior uses; most
+        priors use none. `quantizer` is None if the tokenizer has none."""
         del quantizer
 
     def adapt_positions(self, weights: dict[str, Tensor], source: Any) -> str:
@@ -587,11 +584,8 @@ class CodePrior(Prior):
         """Teacher-forced logits (B, L, V) of codes (B, L) given a condition."""
 
     def arrange_for_sampling(self) -> None:
-        """Store the weights of wide linear layers input by input: sampling multiplies with few
-        rows."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                arrange_for_few_rows(module)
+        """Sampling multiplies with few rows."""
+        arrange_for_few_rows(self)
 
     @torch.no_grad()
     def bits_per_dimension(

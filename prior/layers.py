@@ -41,15 +41,21 @@ class SwiGLU(nn.Module):
 SPACE = 16  # numbers between the columns of a matrix that is stored input by input
 
 
-def arrange_for_few_rows(linear: nn.Linear) -> None:
-    """Store the weights of a layer in the order in which products with few rows read them fastest;
-    values stay.
+def arrange_for_few_rows(model: nn.Module) -> None:
+    """Store the weights of linear layers in the order in which products with few rows read them
+    fastest; values stay.
 
     MKL, the fp32 library of torch on x86, reads a matrix with many more outputs than inputs faster
     input by input than in the order of `nn.Linear` (benchmarks/decode_next_token.py). Its sums
     differ in the last bits. `SPACE` parts the columns: those of a power of two of numbers would
     push each other out of the cache.
     """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            _arrange_layer(module)
+
+
+def _arrange_layer(linear: nn.Linear) -> None:
     weight, inputs, outputs = linear.weight, linear.in_features, linear.out_features
     by_input = (
         weight.device.type == "cpu"
