@@ -516,11 +516,12 @@ class UnknownOption(GenerationError, TypeError):
 def check_names(prior: Prior, options: Mapping[str, Any]) -> None:
     """Raise `UnknownOption` if `prior.sample` does not have one of these options."""
     known = set(inspect.signature(prior.sample).parameters) - FILLED_BY_PIPELINE
+    likely = known - {"on_step", *prior.editing_options}  # what a command has as flags
     for name in options:
         if name not in known:
             kind = Prior.registry.name_of(type(prior))
             raise UnknownOption(
-                f'a {kind} prior has no sampling option "{name}"; {nearest(name, known)}'
+                f'a {kind} prior has no sampling option "{name}"; {nearest(name, likely)}'
             )
 
 

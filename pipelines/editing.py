@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from smalti.config import ImageSize
-from smalti.data.image_io import image_grid, to_8_bit
+from smalti.data.image_io import TRANSPARENT, WHITE, image_grid, to_8_bit, to_channels
 from smalti.data.latents import (
     CodeSpec,
     LatentSpec,
@@ -414,8 +414,20 @@ def strip(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
 
 
 def pasted(result: Image.Image, picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """A result with the pixels of the picture itself outside the mask, instead of decoded ones."""
-    return Image.composite(result, picture.convert(result.mode), _black_and_white(mask))
+    """A result with the pixels of the picture itself outside the mask, instead of decoded ones.
+
+    Raises:
+        DataError: the three are not of one size.
+    """
+    bands = len(result.getbands())
+    same = to_channels(to_8_bit(picture, TRANSPARENT if bands == 4 else WHITE), bands)
+    for name, given in (("picture", same), ("mask", mask)):
+        if given.size != result.size:
+            raise DataError(
+                f"the {name} has {given.width} x {given.height} pixels and the result "
+                f"{result.width} x {result.height}: resize it first"
+            )
+    return Image.composite(result, same, _black_and_white(mask))
 
 
 def _black_and_white(mask: Image.Image) -> Image.Image:

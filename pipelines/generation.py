@@ -61,6 +61,7 @@ UNSAID = {
     "quality": None,
     "pictures_per_shard": PER_SHARD,
     "image_size": None,
+    "dtype": "float32",
 }
 
 
@@ -76,6 +77,7 @@ class GenerationJob:
     prompts: tuple[str, ...] = ()  # prompt of each image; () without prompts
     negative_prompt: str = ""
     compiled: bool = False  # compiled models round differently
+    dtype: str = "float32"  # precision of the prior, as `Pipeline.dtype` has it
     # Other arguments of the pipeline, whose rows the images take in turn, as JSON has them
     given: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -86,7 +88,8 @@ class GenerationJob:
         return {
             name: value
             for name, value in content.items()
-            if value or name not in ("prompts", "negative_prompt", "compiled", "given")
+            if name not in ("prompts", "negative_prompt", "compiled", "given", "dtype")
+            or value not in ((), "", False, {}, UNSAID["dtype"])
         }
 
     def inputs(self, indices: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
@@ -297,6 +300,7 @@ def _job(
         seed=plain(seed),
         guidance_scale=options.pop("guidance_scale"),
         options=dict(sorted({**options, **_guide(pipeline)}.items())),
+        dtype=str(pipeline.dtype).removeprefix("torch."),
     )
 
 
@@ -468,6 +472,12 @@ def _stored_count(folder: Path, settings: dict[str, Any]) -> int:
     stored = read_hashed_json(folder / SETTINGS)
     rows = ("labels", "prompts")  # a job may grow
     same = {name: v for name, v in {**UNSAID, **settings}.items() if name not in rows}
+    dtype = stored.get("dtype", UNSAID["dtype"])
+    if dtype != same["dtype"]:
+        raise GenerationError(
+            f"{folder} holds images that were sampled in {dtype}, not in {same['dtype']}: give "
+            f"--dtype {dtype}, or choose another output folder"
+        )
     different = first_difference(stored, same, UNSAID)
     labels, wanted = stored.get("labels"), list(settings["labels"])
     if not isinstance(labels, list):

@@ -14,6 +14,7 @@ from smalti.pipelines.image_tasks import make_task
 from smalti.pipelines.manifest import problems_in
 from smalti.pipelines.model_index import INDEX
 from smalti.pipelines.pipeline import Pipeline
+from smalti.pipelines.sampling import sampling_words
 from smalti.prior.base import Prior
 from smalti.prior.flow.classifier import CLASSIFIERS, LatentClassifier
 from smalti.prior.flow.path import PATHS
@@ -128,6 +129,8 @@ def of_pipeline(path: Path) -> Info:
             *([("buckets", ", ".join(b.in_words for b in pipe.buckets))] if pipe.buckets else []),
             ("condition", " and ".join(pipe.prior.condition_kinds)),
             *([("classes", _some(pipe.classes))] if pipe.classes else []),
+            ("sampling", sampling_words(pipe.sampling)),
+            *((f"dtype auto on {kind}", name) for kind, name in pipe.auto_dtype.items()),
             ("verified", _verified(path / INDEX, "tokenizer and prior belong together")),
             ("next", command(*following)),
         ]

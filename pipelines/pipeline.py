@@ -228,6 +228,11 @@ class Pipeline(Uploadable):
         return self
 
     @property
+    def auto_dtype(self) -> Mapping[str, str]:
+        """What dtype="auto" of `from_pretrained` is, by type of device, as sweep measured it."""
+        return self._auto_dtype
+
+    @property
     def dtype(self) -> torch.dtype:
         """The precision of the prior; torch.int8 and torch.int4 are of its linear layers."""
         return self.prior.dtype

@@ -54,7 +54,7 @@ def loading(
         else:
             logger.warning(
                 "dtype is auto, and no precision was measured for %s: the weights stay as they were"
-                " saved. smalti sweep --model %s --dtype float32 bfloat16 int8 measures some",
+                " saved. smalti sweep --model %s --data DATA --dtype float32 bfloat16 measures two",
                 kind,
                 folder,
             )

@@ -8,7 +8,7 @@ results; for super-resolution also the bicubic enlargement.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,13 +77,15 @@ class EditConfig(Sampling):
             DataError: a file cannot be used; the box is not inside a picture.
         """
         background = TRANSPARENT if channels == 4 else WHITE
-        options = FolderOptions(background=background, min_side=1)  # small, to be enlarged
+        # What is not 8-bit RGB is converted, as in the window; small pictures may be enlarged.
+        options = FolderOptions(unusual_images="convert", background=background, min_side=1)
         pictures = [to_channels(read_picture(path, options), channels) for path in self.image]
         if self.box:
             return [(each, box_mask(self.box, (each.height, each.width))) for each in pictures]
         if not self.mask:
             return [(each, None) for each in pictures]
-        masks = [read_picture(path, FolderOptions()) for path in self.mask]
+        with_alpha = replace(options, background=TRANSPARENT)  # so that it is refused, as in Python
+        masks = [read_picture(path, with_alpha) for path in self.mask]
         return list(zip(pictures, masks * (len(pictures) // len(masks)), strict=True))
 
 

@@ -31,7 +31,8 @@ REGISTRIES = {"SOLVERS": SOLVERS, "SCHEDULES": SCHEDULES}
 
 # The precision while models sample, see pipelines/precision.py: names of `smalti.weights`.
 Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]
-DType = Literal[Precision, "fp32", "bf16", "fp16", "auto"]
+ShortPrecision = Literal["fp32", "bf16", "fp16"]
+DType = Literal[Precision, ShortPrecision, "auto"]
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,10 @@ def secret(given: str, variable: str, flag: str, host: str) -> str:
     """What clients must show: given, or of the environment; "" is nothing.
 
     Raises:
-        ConfigurationError: it is missing although other machines reach the host.
+        ConfigurationError: it is missing although other machines reach the host, or that is none.
     """
+    if not host or "/" in host:
+        raise ConfigurationError(f'host is "{host}", not an address: give one such as 127.0.0.1')
     found = given or os.environ.get(variable, "")
     if not found and not is_loopback(host):
         raise ConfigurationError(

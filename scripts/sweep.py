@@ -45,9 +45,10 @@ from smalti.pipelines.model_index import INDEX, save_auto_dtype, save_sampling
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.pipelines.sampling import checked_sampling, sampling_words
 from smalti.scripts.evaluate import EvaluateConfig, Requests, requests, sample, sample_evaluator
-from smalti.scripts.options import Precision, SamplingGrid
+from smalti.scripts.options import Precision, SamplingGrid, ShortPrecision
 from smalti.scripts.pages import html_table, markdown, page
 from smalti.training.processes import fills_folder, say
+from smalti.weights import SHORT_NAMES
 
 RESULTS = "sweep.json"
 BEST = f'<h2>The best</h2>\n<img src="{SAMPLES}" alt="samples of the best combination">\n'
@@ -80,7 +81,7 @@ class SweepConfig(DataOptions, SamplingGrid):
     num_references: int = 20_000  # at most this many training images, evenly spaced
     # Precisions to compare with fp32, instead of sampling options. For "auto" it saves the fastest
     # of those whose mean metric is at most a standard deviation of fp32's seeds worse than fp32's.
-    dtype: tuple[Precision, ...] = ()
+    dtype: tuple[Precision | ShortPrecision, ...] = ()
     seeds: int = 3  # of each precision: seed, seed + 1, ...
     seed: int = 0  # of the samples and the classifier
     batch_size: int = 128  # images sampled at once
@@ -92,6 +93,8 @@ class SweepConfig(DataOptions, SamplingGrid):
         check_at_least(16, self, "num_samples", "num_references")
         check_at_least(1, self, "batch_size", "classifier_epochs")
         check_at_least(2, self, "seeds")
+        names = tuple(SHORT_NAMES.get(name, name) for name in self.dtype)
+        object.__setattr__(self, "dtype", names)
 
     @property
     def evaluation(self) -> EvaluateConfig:

@@ -18,11 +18,13 @@ from typing import Any, cast
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.errors import ConfigurationError, GenerationError, SmaltiError
+from smalti.folders import contents
 from smalti.pipelines.pipeline import DEMO, Pipeline
 from smalti.scripts import window
 from smalti.scripts.options import DType, SampleOption, as_flag
 from smalti.scripts.serve import check_port, listening, loaded, needing, secret
 from smalti.scripts.window import Frame, Settings
+from smalti.training.run_info import is_run
 
 AUTH = "SMALTI_UI_AUTH"  # environment variable
 # Gradio would report its use to its makers, and offer to keep the calls in a repository of the Hub.
@@ -102,9 +104,10 @@ def showing(config: UIConfig) -> Iterator[str]:
     Raises:
         SmaltiError: as for `ui`.
     """
+    auth = config.checked_auth()
+    check_runs(config.run)
     with environment(**OFFLINE), needing("ui"):
         import gradio.themes
-    auth = config.checked_auth()
     remedy = "ui runs in one process: start it without accelerate launch"
     models = loaded(config.model, config.weights, config.dtype, remedy)
     with listening(config.host, config.port) as place:  # raises our error if it is in use
@@ -116,7 +119,7 @@ def showing(config: UIConfig) -> Iterator[str]:
         page = Window(dict(zip(config.model, models, strict=True)), config.run)
         blocks = page.blocks()
         _, url, _ = blocks.queue(max_size=32).launch(
-            server_name=config.host,
+            server_name=f"[{config.host}]" if ":" in config.host else config.host,  # of IPv6
             server_port=port,
             auth=auth,
             share=False,
@@ -137,6 +140,17 @@ def showing(config: UIConfig) -> Iterator[str]:
         finally:
             page.interrupt()  # a call that still runs would write into the folder
             blocks.close(verbose=False)
+
+
+def check_runs(runs: Sequence[Path]) -> None:
+    """Raise `ConfigurationError` for a folder that is no run; say which ones are waited for."""
+    for run in runs:
+        if not run.exists():
+            logger.warning("%s does not exist yet: its curves are shown when it does", run)
+        elif not run.is_dir() or (contents(run) and not is_run(run)):
+            raise ConfigurationError(
+                f"{run} is no run: give the output_dir of train-tokenizer or train-prior"
+            )
 
 
 @contextlib.contextmanager

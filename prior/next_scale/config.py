@@ -98,7 +98,8 @@ class NextScaleConfig(PriorConfig):
         """
         if not isinstance(spec, CodeSpec):
             raise ConfigurationError(
-                f"a next-scale prior models codes, not {spec}: use a flow prior"
+                f"a next-scale prior models codes, not {spec.in_words}: use a flow prior, as in "
+                "--prior.preset flow-nano"
             )
         if not isinstance(quantizer, MultiScaleConfig):
             raise ConfigurationError(

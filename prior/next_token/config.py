@@ -137,7 +137,8 @@ class NextTokenConfig(PriorConfig):
         """
         if not isinstance(spec, CodeSpec):
             raise ConfigurationError(
-                f"a next-token prior models codes, not {spec}: use a flow prior"
+                f"a next-token prior models codes, not {spec.in_words}: use a flow prior, as in "
+                "--prior.preset flow-nano"
             )
         del quantizer
         return replace(

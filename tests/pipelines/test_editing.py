@@ -354,6 +354,10 @@ def test_pasting_and_hiding_by_a_mask(pictures) -> None:
     result = np.asarray(pasted(one, two, MASK))
     assert np.array_equal(result[white], np.asarray(one)[white])
     assert np.array_equal(result[~white], np.asarray(two)[~white])
+    clear = Image.new("RGBA", one.size)  # transparent black, which is shown on white
+    assert (np.asarray(pasted(one, clear, MASK))[~white] == 255).all()
+    with pytest.raises(SmaltiError, match="the mask has 8 x 8 pixels and the result 16 x 16"):
+        pasted(one, two, MASK.resize((8, 8)))
     for mode in ("RGB", "L", "RGBA"):
         hidden = np.asarray(masked(one.convert(mode), MASK))
         assert (hidden[white][..., :3] == 128).all()

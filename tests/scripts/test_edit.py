@@ -92,6 +92,21 @@ def test_pasting_keeps_the_pixels_outside_the_mask(
     assert not np.array_equal(plain[~inside], pixels(files[0])[~inside])
 
 
+def test_deep_pictures_are_converted_and_masks_with_alpha_refused(
+    model: Path, files: list[Path], tmp_path: Path, capsys
+) -> None:
+    deep = tmp_path / "deep.png"
+    grey = np.asarray(Image.open(files[0]).convert("L")).astype(np.uint16) * 257
+    Image.fromarray(grey).save(deep)
+    assert edit(model, [deep], "--box", BOX, "--num_images", 1) == 0
+    assert np.array_equal(pixels(tmp_path / "edited" / "000000.png")[0, :, 0], grey[0] // 257)
+    mask = Image.new("RGBA", (16, 16))
+    mask.paste((255, 255, 255, 255), (4, 4, 12, 12))
+    mask.save(tmp_path / "mask.png")
+    assert edit(model, files[:1], "--mask", tmp_path / "mask.png", out="alpha") == 2
+    assert "the mask has transparent pixels" in capsys.readouterr().err
+
+
 def test_pictures_of_another_size_are_cropped_when_asked(
     model: Path, files: list[Path], tmp_path: Path, capsys
 ) -> None:

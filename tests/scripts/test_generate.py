@@ -111,7 +111,11 @@ def test_half_precision_is_a_job_of_its_own(pipe: Path, tmp_path: Path, capsys) 
     assert run(pipe, out, "--num_images", "3", "--dtype", "bf16") == 0
     assert "torch.bfloat16" in read_json(out / "generation.json")["model"]
     assert run(pipe, out, "--num_images", "3") == 2
-    assert "its model differs" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "sampled in bfloat16, not in float32: give --dtype bfloat16, or choose another" in error
+    assert read_json(out / "generation.json")["dtype"] == "bfloat16"
+    assert run(pipe, tmp_path / "whole", "--num_images", "2", "--dtype", "int8") == 0
+    assert read_json(tmp_path / "whole" / "generation.json")["dtype"] == "int8"
     assert run(pipe, tmp_path / "half", "--num_images", "2", "--dtype", "fp16") == 0
     assert Image.open(tmp_path / "half" / "000001.png").size == (16, 16)
 

@@ -30,7 +30,7 @@ from smalti.prior.conditions.image import ImageConfig
 from smalti.prior.flow.prior import FlowPrior
 from smalti.prior.next_token.model import NextTokenPrior
 from smalti.scripts import window
-from smalti.scripts.ui import UIConfig, Window, brush_radius, showing
+from smalti.scripts.ui import UIConfig, Window, brush_radius, check_runs, showing
 from smalti.scripts.window import Frame, Settings
 from smalti.tokenizer.vq import VQTokenizer
 
@@ -329,6 +329,20 @@ def test_dtype_is_the_precision_of_every_pipeline(pipe, tmp_path, monkeypatch) -
     ):
         pass
     assert {name: p.dtype for name, p in shown.items()} == dict.fromkeys(folders, torch.int8)
+
+
+def test_a_folder_that_is_no_run_is_refused_and_one_that_is_missing_named(tmp_path, caplog) -> None:
+    check_runs((tmp_path / "later", tmp_path))
+    assert "later does not exist yet" in caplog.text
+    (tmp_path / "picture.png").touch()
+    with pytest.raises(ConfigurationError, match="is no run: give the output_dir of"):
+        check_runs((tmp_path,))
+
+
+@pytest.mark.parametrize("host", ["", "http://127.0.0.1"])
+def test_a_host_that_is_no_address_is_named(host: str) -> None:
+    with pytest.raises(ConfigurationError, match=f'host is "{host}", not an address'):
+        UIConfig(model=("none",), host=host).checked_auth()
 
 
 # -- In headless Chromium --
