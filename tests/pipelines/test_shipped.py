@@ -1,0 +1,148 @@
+"""The pipelines that ship with smalti: found by short names without a network, and as good as their
+cards say."""
+
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+from smalti import Pipeline, Prior, Tokenizer, repository
+from smalti.cli import main
+from smalti.errors import CheckpointError
+from smalti.files import read_hashed_json
+from smalti.repository import resolve_folder, shipped_pipelines
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import make_shipped  # noqa: E402
+
+SHIPPED = shipped_pipelines()
+MAX_MB, MAX_MB_IN_ALL = 12.0, 40.0
+
+
+def megabytes(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+
+
+@pytest.fixture
+def tiny(tokenizer, prior, tmp_path: Path, monkeypatch) -> Pipeline:
+    """A pipeline that ships as smalti/tiny, and no other."""
+    pipe = Pipeline(tokenizer, prior, ["a", "b", "c"])
+    folder = pipe.save_pretrained(tmp_path / "package" / "tiny")
+    monkeypatch.setattr(repository, "shipped_pipelines", lambda: {"smalti/tiny": folder})
+    return pipe
+
+
+def test_a_short_name_loads_a_pipeline_or_its_part(tiny) -> None:
+    loaded = Pipeline.from_pretrained("smalti/tiny")
+    assert loaded.prior.fingerprint == tiny.prior.fingerprint
+    for base, part in ((Tokenizer, tiny.tokenizer), (Prior, tiny.prior)):
+        for options in ({}, {"subfolder": base.registry.kind}):
+            found = base.from_pretrained("smalti/tiny", **options)
+            assert found.fingerprint == part.fingerprint
+    half = Pipeline.from_pretrained("smalti/tiny", dtype="float16")
+    assert next(half.prior.parameters()).dtype == torch.float16
+
+
+def test_a_folder_of_that_name_comes_first(tiny, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = Path("smalti", "tiny")
+    tiny.save_pretrained(here, notes="of the folder")
+    assert Pipeline.from_pretrained("smalti/tiny").notes == "of the folder"
+    (tmp_path / "smalti" / "tiny").rename(tmp_path / "smalti" / "other")
+    assert Pipeline.from_pretrained("smalti/tiny").notes == ""
+
+
+def test_an_unknown_short_name_lists_those_that_ship(tiny, capsys) -> None:
+    message = (
+        'no pipeline that ships with smalti is called "smalti/tinny"; there are smalti/tiny; a '
+        "repository of that name on the Hub is loaded from a copy: hf download smalti/tinny "
+        "--local-dir tinny"
+    )
+    for base in (Pipeline, Tokenizer, Prior):
+        with pytest.raises(CheckpointError) as error:
+            base.from_pretrained("smalti/tinny")
+        assert str(error.value) == message
+    assert main(["generate", "--model", "smalti/tinny"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_revision_is_one_of_the_hub(tiny, monkeypatch, tmp_path: Path) -> None:
+    asked = []
+
+    def download(name: str, *, revision: str | None, **options: object) -> str:
+        asked.append((name, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_folder("smalti/tiny", revision="main") == tmp_path
+    assert asked == [("smalti/tiny", "main")]
+
+
+def test_commands_take_a_short_name(tiny, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    options = ["--num_images_per_class", "1", "--output_dir", str(out)]
+    assert main(["generate", "--model", "smalti/tiny", *options]) == 0
+    assert len(list(out.glob("*.png"))) == 3
+    assert main(["export", "smalti/tiny", str(tmp_path / "exported")]) == 2
+    assert "smalti/tiny is a pipeline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_pipeline_makes_pictures(name: str, capsys) -> None:
+    """Loading compares every value with the hashes that were saved."""
+    pipe = Pipeline.from_pretrained(name)
+    size = pipe.tokenizer.image_size
+    assert next(pipe.prior.parameters()).dtype == torch.float32
+    out = pipe([0, len(pipe.classes) - 1], generator=torch.Generator().manual_seed(0))
+    assert [image.size for image in out.images] == [(size, size)] * 2
+    saved = Pipeline.from_pretrained(name, dtype="auto")
+    for model in (saved.tokenizer, saved.prior):
+        assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert pipe.prior.tokenizer_fingerprint == pipe.tokenizer.fingerprint
+    assert main(["info", name]) == 0
+    assert "config and weights have the hashes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_pipeline_meets_the_bar_or_its_card_says_no(name: str) -> None:
+    folder = SHIPPED[name]
+    card = (folder / "README.md").read_text()
+    summary = read_hashed_json(folder / make_shipped.SUMMARY)
+    pipe = Pipeline.from_pretrained(name)
+    assert summary["prior"] == pipe.prior.fingerprint
+    for words, value, _, met in make_shipped.measured(summary):
+        assert f"| {words} | {value:.3f} |" in card
+        assert met or "**no**" in card, words
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_card_of_a_shipped_pipeline_says_how_it_was_made(name: str) -> None:
+    short, folder = name.partition("/")[2], SHIPPED[name]
+    card = (folder / "README.md").read_text()
+    assert any(licence in card for licence in ("MIT licence", "CC-BY-4.0"))
+    for stage in ("tokenizer", "prior"):
+        recipe = make_shipped.recipe(short, stage)
+        assert recipe.is_file() and recipe.name in card
+    for part in ("minutes of the tokenizer", "thread", "near copies", "By eye: "):
+        assert part in card
+    for file in ("samples.png", make_shipped.CURVES, make_shipped.SUMMARY):
+        assert file in card and (folder / file).is_file()
+    assert f"tools/make_shipped.py {short}\n" in card and short in make_shipped.PIPELINES
+
+
+def test_shipped_pipelines_are_small() -> None:
+    sizes = {name: megabytes(folder) for name, folder in SHIPPED.items()}
+    assert all(size <= MAX_MB for size in sizes.values()), sizes
+    assert sum(sizes.values()) <= MAX_MB_IN_ALL
