@@ -1,11 +1,12 @@
-"""Make a pipeline that ships with smalti from nothing: train both stages, measure it, pack it.
+"""Make a pipeline that ships with smalti from nothing: train both stages, find the sampling
+options, measure the result, pack it.
 
     python tools/make_shipped.py fashion-next-token
 
 trains by scripts/configs/fashion_next_token_tokenizer.yaml and fashion_next_token_prior.yaml in
 runs/shipped/fashion-next-token/, and writes the pipeline in half precision, with a model card of
 this run, into pipelines/shipped/fashion-next-token/. After an interruption, the same command
-continues. `--stages pack` measures and packs again.
+continues. `--stages pack` writes the card again, as after a change of `look` below.
 """
 
 import argparse
@@ -19,18 +20,16 @@ import torch
 from PIL import Image
 
 from smalti.cli import main as smalti
-from smalti.cli import parse_config
 from smalti.files import read_hashed_json, read_lines
 from smalti.pipelines.pipeline import Pipeline
 from smalti.repository import SHIPPED
-from smalti.scripts.train_prior import TrainPriorConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "scripts" / "configs"
 SHIPPED_FOLDER = ROOT / "pipelines" / SHIPPED
 SUMMARY = "evaluation.json"  # every metric with its protocol
 CURVES = "curves.png"
-STAGES = ("tokenizer", "latents", "prior", "pack")
+STAGES = ("tokenizer", "latents", "prior", "sweep", "measure", "pack")
 
 # What a card says that no file of a run does.
 PICTURES = {
@@ -56,13 +55,17 @@ class Shipped:
 
     data: str
     views: str  # of smalti encode
+    sweep: tuple[object, ...]  # sampling options among which smalti sweep finds the best
     look: str  # what a person saw in samples.png
 
 
+CODES = ("--guidance_scale", 1.25, 1.75, 2.5, "--temperature", 0.95)
+FLOW = ("--guidance_scale", 1, 1.5, 2, "--num_inference_steps", 12)
 PIPELINES = {
-    "fashion-next-token": Shipped("fashion", "identity", ""),
-    "fashion-next-scale": Shipped("fashion", "identity", ""),
-    "fashion-flow": Shipped("fashion", "identity", ""),
+    "fashion-next-token": Shipped("fashion", "identity", CODES, ""),
+    "fashion-next-scale": Shipped("fashion", "identity", CODES, ""),
+    "fashion-flow": Shipped("fashion", "identity", FLOW, ""),
+    "emoji-flow": Shipped("emoji", "flip", FLOW, ""),
 }
 
 
@@ -80,41 +83,42 @@ def run(command: str, *options: object) -> None:
 
 
 def train(name: str, folder: Path, stages: list[str]) -> None:
-    """The first three stages, each continued where it stopped."""
+    """The stages before the last, each continued where it stopped."""
     shipped, resumed = PIPELINES[name], ("--resume_from_checkpoint", "latest")
     tokenizer, latents = folder / "tokenizer" / "tokenizer", folder / "latents"
-    places = {"tokenizer": ("--output_dir", folder / "tokenizer")}
     if "tokenizer" in stages:
-        options = ("--config", recipe(name, "tokenizer"), *places["tokenizer"], *resumed)
-        run("train-tokenizer", *options)
+        where = ("--output_dir", folder / "tokenizer")
+        run("train-tokenizer", "--config", recipe(name, "tokenizer"), *where, *resumed)
     if "latents" in stages:
         where = ("--tokenizer", tokenizer, "--output_dir", latents)
         run("encode", *where, "--data", shipped.data, "--views", shipped.views)
     if "prior" in stages:
         where = ("--output_dir", folder / "prior", "--latents", latents, "--tokenizer", tokenizer)
         run("train-prior", "--config", recipe(name, "prior"), *where, *resumed)
+    if "sweep" in stages:  # saves the best options with the pipeline
+        where = ("--model", folder / "prior" / "pipeline", "--output_dir", folder / "sweep")
+        run("sweep", *where, "--data", shipped.data, *shipped.sweep)
 
 
 # -------------------------------------------------------------------------------------------------
 # Half precision, the measurements and the card
 
 
-def pack(name: str, folder: Path, out: Path) -> None:
-    """Round the pipeline, measure what is left, and save it with its card."""
-    half = folder / "half"
+def measure(name: str, folder: Path) -> None:
+    """Round the pipeline to half precision, and measure what is left."""
     pipeline = Pipeline.from_pretrained(folder / "prior" / "pipeline", dtype=torch.float16)
-    config = parse_config(
-        TrainPriorConfig, ["--config", str(recipe(name, "prior"))], prog="make_shipped"
-    )
-    pipeline.sampling = config.preview.options
-    pipeline.save_pretrained(half)
+    half = pipeline.save_pretrained(folder / "half")
     options = ("--num_samples", 2000, "--data", PIPELINES[name].data)
     run("evaluate", "--model", half, "--output_dir", folder / "evaluation", *options)
+
+
+def pack(name: str, folder: Path, out: Path) -> None:
+    """Save what was measured, with its card."""
+    pipeline = Pipeline.from_pretrained(folder / "half", dtype="auto")
     samples = Image.open(folder / "evaluation" / "samples.png")
-    draw_curves(folder, folder / CURVES)
     pipeline.save_pretrained(out, samples=samples, notes=notes(name, folder))
+    draw_curves(folder, out / CURVES)
     shutil.copyfile(folder / "evaluation" / "summary.json", out / SUMMARY)
-    shutil.copyfile(folder / CURVES, out / CURVES)
     pictures = folder / "tokenizer" / "tokenizer" / "pictures.json"
     shutil.copyfile(pictures, out / "tokenizer" / pictures.name)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
@@ -182,6 +186,7 @@ def notes(name: str, folder: Path) -> str:
     ]
     rows = [f"| `{key}` | {metric['value']:.4f} |" for key, metric in summary["metrics"].items()]
     steps = f"{minutes[0]:.0f} minutes of the tokenizer and {minutes[1]:.0f} of the prior"
+    found = " ".join(map(str, shipped.sweep))
     return "\n".join(
         [
             "## Training",
@@ -189,6 +194,7 @@ def notes(name: str, folder: Path) -> str:
             f"Pictures: {PICTURES[shipped.data]} (`data/assets/README.md`). {WEIGHTS_LICENCE}",
             "",
             f"Recipes: `{recipes[0]}` and `{recipes[1]}`. Trained on {hardware()}, in {steps}. "
+            f"Sampling defaults: the best of `smalti sweep {found}` by the Frechet distance. "
             "From nothing, in a clone of the repository:",
             "",
             f"```bash\npython tools/make_shipped.py {name}\n```",
@@ -223,6 +229,8 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.output_dir / options.name
     train(options.name, folder, options.stages)
+    if "measure" in options.stages:
+        measure(options.name, folder)
     if "pack" in options.stages:
         pack(options.name, folder, SHIPPED_FOLDER / options.name)
 

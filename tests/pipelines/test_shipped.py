@@ -7,11 +7,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 
 from smalti import Pipeline, Prior, Tokenizer, repository
 from smalti.cli import main
 from smalti.errors import CheckpointError
-from smalti.files import read_hashed_json
+from smalti.evaluation.metrics import Metric, write_summary
+from smalti.files import read_hashed_json, write_lines
 from smalti.repository import resolve_folder, shipped_pipelines
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +142,60 @@ def test_the_card_of_a_shipped_pipeline_says_how_it_was_made(name: str) -> None:
     for file in ("samples.png", make_shipped.CURVES, make_shipped.SUMMARY):
         assert file in card and (folder / file).is_file()
     assert f"tools/make_shipped.py {short}\n" in card and short in make_shipped.PIPELINES
+
+
+def test_the_bar_is_a_limit_of_ratios_and_of_near_copies() -> None:
+    values = {
+        "classifier_accuracy_samples": 0.76, "classifier_accuracy_heldout": 0.8,
+        "fd_alexnet": 5.2, "fd_alexnet_heldout": 2.0, "share_of_near_copies": 0.004,
+    }  # fmt: skip
+    summary = {"metrics": {name: {"value": value} for name, value in values.items()}}
+    found = [(round(value, 3), met) for _, value, _, met in make_shipped.measured(summary)]
+    assert found == [(0.95, True), (2.6, False), (0.004, True)]
+
+
+def test_packing_rounds_a_pipeline_and_writes_the_card_of_its_run(
+    tokenizer, prior, tmp_path: Path, monkeypatch
+) -> None:
+    """Training and measuring are replaced: other tests run these commands."""
+    folder, name = tmp_path / "run", "fashion-next-token"
+    pipe = Pipeline(tokenizer, prior, ["a", "b", "c"])
+    pipe.sampling = {"guidance_scale": 1.5}
+    pipe.save_pretrained(folder / "prior" / "pipeline")
+    (folder / "tokenizer" / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "tokenizer" / "pictures.json").write_text("{}")
+    for run, names in (("tokenizer", ["val_psnr"]), ("prior", ["loss", "val_loss"])):
+        lines = [{"step": step, **dict.fromkeys(names, 1.0)} for step in (10, 20)]
+        write_lines(folder / run / "metrics.jsonl", lines)
+        write_lines(folder / run / "timing.jsonl", [{"step": 20, "seconds_per_step": 9.0}])
+
+    def evaluate(command: str, *options: object) -> None:
+        assert command == "evaluate" and "fashion" in options
+        Path(folder / "evaluation").mkdir()
+        Image.new("RGB", (4, 4)).save(folder / "evaluation" / "samples.png")
+        metrics = {name: Metric(1.0, {}) for row in make_shipped.BAR for name in row[:2] if name}
+        write_summary(folder / "evaluation" / "summary.json", metrics)
+
+    monkeypatch.setattr(make_shipped, "run", evaluate)
+    out = tmp_path / "out"
+    make_shipped.measure(name, folder)
+    make_shipped.pack(name, folder, out)
+    packed = Pipeline.from_pretrained(out)
+    assert packed.prior.fingerprint == pipe.prior.fingerprint
+    assert packed.sampling == {"guidance_scale": 1.5}
+    weights = (out / "prior" / "model.safetensors").stat().st_size
+    assert weights < 1.5 * sum(p.numel() * 2 for p in prior.parameters()) + 5000
+    card = (out / "README.md").read_text()
+    assert "in 3 minutes of the tokenizer and 3 of the prior" in card
+    assert "| classifier on samples / on held-out pictures | 1.000 | 0.9 | yes |" in card
+    assert "| near copies of training pictures | 1.000 | 0.005 | **no** |" in card
+    assert {path.name for path in out.iterdir()} >= {"evaluation.json", "curves.png", "samples.png"}
+
+
+def test_the_seconds_of_a_run_are_those_of_its_steps(tmp_path: Path) -> None:
+    lines = [{"step": 20, "seconds_per_step": 0.5}, {"step": 50, "seconds_per_step": 1.0}]
+    write_lines(tmp_path / "timing.jsonl", lines)
+    assert make_shipped.seconds_of(tmp_path) == 20 * 0.5 + 30 * 1.0
 
 
 def test_shipped_pipelines_are_small() -> None:
