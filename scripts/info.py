@@ -24,7 +24,7 @@ from smalti.pipelines.info import (
     of_model,
     of_pipeline,
 )
-from smalti.repository import shipped_pipelines
+from smalti.repository import local_folder
 from smalti.training.checkpoint import MANIFEST, STATE
 from smalti.training.run_info import is_run, of_checkpoint, of_run
 
@@ -68,8 +68,7 @@ def info(path: Path) -> Info:
     Raises:
         DataError: there is no such folder, or nothing in it is recognised.
     """
-    if not path.is_dir():
-        path = shipped_pipelines().get(path.as_posix(), path)
+    path = local_folder(path)
     if not path.is_dir():
         raise DataError(f"folder not found: {path}")
     found = _explain(path)

@@ -21,13 +21,14 @@ from PIL import Image
 
 from smalti.cli import main as smalti
 from smalti.files import read_hashed_json, read_lines
+from smalti.pipelines.card import image_words
 from smalti.pipelines.pipeline import Pipeline
-from smalti.repository import SHIPPED
+from smalti.repository import OWNER, SHIPPED
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "scripts" / "configs"
 SHIPPED_FOLDER = ROOT / "pipelines" / SHIPPED
-SUMMARY = "evaluation.json"  # every metric with its protocol
+SUMMARY = "summary.json"  # every metric with its protocol
 CURVES = "curves.png"
 STAGES = ("tokenizer", "latents", "prior", "sweep", "measure", "pack")
 
@@ -121,8 +122,32 @@ def pack(name: str, folder: Path, out: Path) -> None:
     shutil.copyfile(folder / "evaluation" / "summary.json", out / SUMMARY)
     pictures = folder / "tokenizer" / "tokenizer" / "pictures.json"
     shutil.copyfile(pictures, out / "tokenizer" / pictures.name)
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{out}: {size / 1e6:.1f} MB")
+    print(f"{out}; its row of docs/pretrained.md:\n{row(name, out)}")
+
+
+def megabytes(folder: Path) -> float:
+    """The size of a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
+def row(name: str, folder: Path) -> str:
+    """The row about a packed pipeline in the table of docs/pretrained.md."""
+    pipeline = Pipeline.from_pretrained(folder)
+    parts = (pipeline.tokenizer, pipeline.prior)
+    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
+    summary = read_hashed_json(folder / SUMMARY)
+    accuracy, distance, copies = (value for _, value, _, _ in measured(summary))
+    cells = (
+        f"`{OWNER}/{name}`",
+        f"{PIPELINES[name].data}, {image_words(pipeline.tokenizer, 'px')}",
+        pipeline.tokenizer.spec.in_words,
+        f"{sizes[0]:.1f} + {sizes[1]:.1f} M",
+        f"{accuracy:.2f}",
+        f"{distance:.2f}",
+        f"{copies:.2%}",
+        f"{megabytes(folder):.1f}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def seconds_of(run: Path) -> float:

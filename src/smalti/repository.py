@@ -36,6 +36,12 @@ def shipped_pipelines() -> dict[str, Path]:
     return {f"{OWNER}/{file.parent.name}": file.parent for file in sorted(files)}
 
 
+def local_folder(model: str | Path) -> Path:
+    """The folder of a pipeline that ships with smalti, for its name; any other path as it is."""
+    path = Path(model).expanduser()
+    return path if path.is_dir() else shipped_pipelines().get(path.as_posix(), path)
+
+
 def _shipped_folder(name: str) -> Path | None:
     """The folder of a pipeline that ships with smalti; None for a name of another owner.
 

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from smalti import Pipeline, Prior, Tokenizer, repository
-from smalti.cli import main
+from smalti.cli import main, parse_config
+from smalti.data.dataset import DataOptions, write_options
 from smalti.errors import CheckpointError
 from smalti.evaluation.metrics import Metric, write_summary
 from smalti.files import read_hashed_json, write_lines
 from smalti.repository import resolve_folder, shipped_pipelines
+from smalti.scripts.evaluate import EvaluateConfig
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -23,10 +25,6 @@ import make_shipped  # noqa: E402
 
 SHIPPED = shipped_pipelines()
 MAX_MB, MAX_MB_IN_ALL = 12.0, 40.0
-
-
-def megabytes(folder: Path) -> float:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +51,16 @@ def test_a_short_name_loads_a_pipeline_or_its_part(tiny) -> None:
         for options in ({}, {"subfolder": base.registry.kind}):
             found = base.from_pretrained("smalti/tiny", **options)
             assert found.fingerprint == part.fingerprint
+        assert base.from_pretrained(Path("smalti/tiny")).fingerprint == part.fingerprint
     half = Pipeline.from_pretrained("smalti/tiny", dtype="float16")
     assert next(half.prior.parameters()).dtype == torch.float16
+
+
+def test_the_pictures_of_a_shipped_pipeline_are_known(tiny) -> None:
+    folder = resolve_folder("smalti/tiny")
+    write_options(folder / "tokenizer", DataOptions(data="fashion"))
+    config = parse_config(EvaluateConfig, ["--model", "smalti/tiny"], prog="test")
+    assert config.data == "fashion"
 
 
 def test_a_folder_of_that_name_comes_first(tiny, tmp_path: Path, monkeypatch) -> None:
@@ -141,6 +147,8 @@ def test_the_card_of_a_shipped_pipeline_says_how_it_was_made(name: str) -> None:
         assert part in card
     for file in ("samples.png", make_shipped.CURVES, make_shipped.SUMMARY):
         assert file in card and (folder / file).is_file()
+    page = (ROOT / "docs" / "pretrained.md").read_text()
+    assert make_shipped.row(short, folder) in page
     assert f"tools/make_shipped.py {short}\n" in card and short in make_shipped.PIPELINES
 
 
@@ -189,7 +197,7 @@ def test_packing_rounds_a_pipeline_and_writes_the_card_of_its_run(
     assert "in 3 minutes of the tokenizer and 3 of the prior" in card
     assert "| classifier on samples / on held-out pictures | 1.000 | 0.9 | yes |" in card
     assert "| near copies of training pictures | 1.000 | 0.005 | **no** |" in card
-    assert {path.name for path in out.iterdir()} >= {"evaluation.json", "curves.png", "samples.png"}
+    assert {path.name for path in out.iterdir()} >= {"summary.json", "curves.png", "samples.png"}
 
 
 def test_the_seconds_of_a_run_are_those_of_its_steps(tmp_path: Path) -> None:
@@ -199,6 +207,6 @@ def test_the_seconds_of_a_run_are_those_of_its_steps(tmp_path: Path) -> None:
 
 
 def test_shipped_pipelines_are_small() -> None:
-    sizes = {name: megabytes(folder) for name, folder in SHIPPED.items()}
+    sizes = {name: make_shipped.megabytes(folder) for name, folder in SHIPPED.items()}
     assert all(size <= MAX_MB for size in sizes.values()), sizes
     assert sum(sizes.values()) <= MAX_MB_IN_ALL
