@@ -1,3 +1,4 @@
+# make try    new pictures of a pipeline that ships with smalti, in seconds
 # make demo   train a generator on the embedded pictures and show what it makes
 # make test   every test, slow ones too
 # make lint   style;   make types   type checks
@@ -18,7 +19,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := data tokenizer prior pipelines training evaluation scripts
 
-.PHONY: demo test lint types docs bench bench-gpu fault-campaign layout clean
+.PHONY: try demo test lint types docs bench bench-gpu fault-campaign layout clean
+
+try: $(VENV)/.installed-demo
+	$(BIN)/python examples/new_pictures.py $(ARGS)
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/smalti demo $(ARGS)

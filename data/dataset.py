@@ -48,6 +48,7 @@ from smalti.data.transforms import (
 )
 from smalti.errors import ConfigurationError, DataError
 from smalti.files import read_hashed_json, write_hashed_json
+from smalti.repository import local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -556,6 +557,7 @@ def read_options(model: Path) -> DataOptions | None:
     Raises:
         SmaltiError: the file is damaged, or was edited.
     """
+    model = local_folder(model)
     for path in (model / OPTIONS, model / "tokenizer" / OPTIONS):
         if path.is_file():
             return config_from_dict(DataOptions, read_hashed_json(path), str(path))

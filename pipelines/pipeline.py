@@ -122,7 +122,8 @@ class Pipeline(Uploadable):
         low_cpu_mem_usage: bool | None = None,
         device_map: Any = None,
     ) -> Self:
-        """Load a folder written by `save_pretrained`, or a model repository on the Hub.
+        """Load a folder written by `save_pretrained`, a pipeline that ships with smalti
+        ("smalti/fashion-next-token"), or a model repository on the Hub.
 
         Loading a local folder does not use the network. Only JSON and safetensors are read.
         A folder may also be a checkpoint of a train-prior run, whose latents and tokenizer are

@@ -24,6 +24,7 @@ from smalti.pipelines.info import (
     of_model,
     of_pipeline,
 )
+from smalti.repository import local_folder
 from smalti.training.checkpoint import MANIFEST, STATE
 from smalti.training.run_info import is_run, of_checkpoint, of_run
 
@@ -56,8 +57,8 @@ class InfoConfig:
     The exit status is 1 if something in it is damaged.
     """
 
-    # a run, a checkpoint, a latent cache, shards, a tokenizer, a prior, a pipeline, its pictures
-    # or an evaluation
+    # a run, a checkpoint, a latent cache, shards, a tokenizer, a prior, a pipeline (or the
+    # name of one that ships with smalti), its pictures or an evaluation
     path: Positional[Annotated[Path, arg(metavar="PATH")]] = Path()
 
 
@@ -67,6 +68,7 @@ def info(path: Path) -> Info:
     Raises:
         DataError: there is no such folder, or nothing in it is recognised.
     """
+    path = local_folder(path)
     if not path.is_dir():
         raise DataError(f"folder not found: {path}")
     found = _explain(path)

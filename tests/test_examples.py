@@ -33,7 +33,7 @@ def pipeline(tmp_path: Path, tokenizer: VQTokenizer, prior: NextTokenPrior) -> P
 def test_every_example_is_run_here() -> None:
     source = Path(__file__).read_text()
     examples = [path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")]
-    assert len(examples) == 5
+    assert len(examples) == 6
     assert [name for name in examples if f'"{name}"' not in source] == []
 
 
@@ -51,6 +51,13 @@ def test_sample_and_interpolate(monkeypatch, tmp_path: Path, pipeline: Path) -> 
     run(monkeypatch, "sample_and_interpolate.py", pipeline=pipeline, output_dir=out, count=3)
     assert (out / "guidance.png").is_file()
     assert (out / "interpolation.png").is_file()
+
+
+def test_new_pictures(monkeypatch, capsys, tmp_path: Path, pipeline: Path) -> None:
+    out = tmp_path / "new" / "pictures.png"
+    run(monkeypatch, "new_pictures.py", pipeline=pipeline, output=out, per_class=2, seed=7)
+    assert "3 classes x 2 new pictures" in capsys.readouterr().out
+    assert out.is_file()
 
 
 def test_edit_pictures(monkeypatch, capsys, tmp_path: Path, pipeline: Path, pictures: Path) -> None:

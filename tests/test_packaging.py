@@ -183,5 +183,5 @@ def test_the_source_distribution_builds_the_same_wheel(
 
 @pytest.mark.slow
 def test_distributions_are_small(sdist: Path, wheel: Path) -> None:
-    """The embedded pictures and weights are most of it."""
-    assert wheel.stat().st_size < 40e6 and sdist.stat().st_size < 40e6
+    """The embedded pictures, and the pipelines that ship, are most of it."""
+    assert wheel.stat().st_size < 60e6 and sdist.stat().st_size < 60e6

@@ -379,7 +379,8 @@ class Pretrained(Uploadable):
     ) -> Self:
         """Load a model saved by `save_pretrained`, from a folder or from the Hub, in eval mode.
 
-        A folder may also be a checkpoint of a training run, or a pipeline with such a model.
+        A folder may also be a checkpoint of a training run, or a pipeline with such a model, also
+        one that ships with smalti ("smalti/fashion-next-token").
 
         Args:
             weights: of a checkpoint: "ema", the average over the run, or "raw".

@@ -1,5 +1,6 @@
 """Folders of models, local or from the Hugging Face Hub; a local folder never uses the network."""
 
+import importlib.util
 import logging
 import os
 import shlex
@@ -22,6 +23,42 @@ PIPELINE = "model_index.json"  # of our pipelines, and of Diffusers'
 MODEL = "config.json"
 # Files of Diffusers' pipelines that say how smalti converts them.
 PARTS_OF_DIFFUSERS = ("vae/config.json", "transformer/config.json")
+
+# Pipelines that ship with smalti: "smalti/NAME" is the folder NAME of this one in the package.
+SHIPPED, OWNER = "shipped", "smalti"
+
+
+def shipped_pipelines() -> dict[str, Path]:
+    """The folders of the pipelines that ship with smalti, by the names that load them."""
+    found = importlib.util.find_spec("smalti.pipelines")
+    places = found.submodule_search_locations or [] if found else []
+    files = (file for place in places for file in Path(place, SHIPPED).glob(f"*/{PIPELINE}"))
+    return {f"{OWNER}/{file.parent.name}": file.parent for file in sorted(files)}
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder of a pipeline that ships with smalti, for its name; any other path as it is."""
+    path = Path(model).expanduser()
+    return path if path.is_dir() else shipped_pipelines().get(path.as_posix(), path)
+
+
+def _shipped_folder(name: str) -> Path | None:
+    """The folder of a pipeline that ships with smalti; None for a name of another owner.
+
+    Raises:
+        CheckpointError: no pipeline of this name ships.
+    """
+    owner, _, rest = name.partition("/")
+    if owner != OWNER or not rest or "/" in rest:
+        return None
+    shipped = shipped_pipelines()
+    if name not in shipped:
+        raise CheckpointError(
+            f'no pipeline that ships with smalti is called "{name}"; there are '
+            f"{', '.join(shipped) or 'none'}; a repository of that name on the Hub is loaded from "
+            f"a copy: {shlex.join(['hf', 'download', name, '--local-dir', rest])}"
+        )
+    return shipped[name]
 
 
 def files_of_model(part: str, weights: checkpoints.Weights, variant: str | None) -> tuple[str, ...]:
@@ -71,9 +108,11 @@ def resolve_folder(
     patterns: Sequence[str] = PATTERNS,
     part: str = "",
 ) -> Path:
-    """A local folder, or the local copy of a Hub repository (the files that `patterns` name).
+    """A local folder, a pipeline that ships with smalti ("smalti/NAME"), or the local copy of a Hub
+    repository (the files that `patterns` name).
 
     Args:
+        revision: of a repository on the Hub, whatever its name.
         subfolder: a folder in it, which is returned; nothing else is downloaded.
         needs: files without which the copy of a repository is not complete; of a sequence, one.
         patterns: of the files that are downloaded.
@@ -84,8 +123,11 @@ def resolve_folder(
             model of Diffusers.
     """
     text, inside = os.path.expanduser(str(path_or_hub_id)), subfolder or "."
-    if os.path.isdir(text):
-        folder = part_of_pipeline(Path(text, inside), part)
+    local = Path(text) if os.path.isdir(text) else None
+    if local is None and revision is None:
+        local = _shipped_folder(text)
+    if local is not None:
+        folder = part_of_pipeline(local / inside, part)
         _check_not_diffusers(folder)
         return folder
     parts = text.split("/")
