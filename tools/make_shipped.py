@@ -63,7 +63,14 @@ class Shipped:
 CODES = ("--guidance_scale", 1.25, 1.75, 2.5, "--temperature", 0.95)
 FLOW = ("--guidance_scale", 1, 1.5, 2, "--num_inference_steps", 12)
 PIPELINES = {
-    "fashion-next-token": Shipped("fashion", "identity", CODES, ""),
+    "fashion-next-token": Shipped(
+        "fashion",
+        "identity",
+        CODES,
+        "trousers, sneakers and ankle boots look right in nearly every sample. Sandals do not: "
+        "their straps dissolve in most samples. Some dresses, bags and patterned shirts and "
+        "pullovers have torn edges or blotches.",
+    ),
     "fashion-next-scale": Shipped("fashion", "identity", CODES, ""),
     "fashion-flow": Shipped("fashion", "identity", FLOW, ""),
     "emoji-flow": Shipped("emoji", "flip", FLOW, ""),
