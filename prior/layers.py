@@ -50,9 +50,10 @@ def arrange_for_few_rows(model: nn.Module) -> None:
     differ in the last bits. `SPACE` parts the columns: those of a power of two of numbers would
     push each other out of the cache.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            _arrange_layer(module)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    # The largest first: the system gets the memory of small ones back late, if at all.
+    for layer in sorted(layers, key=lambda layer: layer.weight.numel(), reverse=True):
+        _arrange_layer(layer)
 
 
 def _arrange_layer(linear: nn.Linear) -> None:

@@ -135,10 +135,10 @@ def test_weights_of_several_precisions_are_loaded_in_the_fullest(saved: Path) ->
     ("options", "message"),
     [
         (
-            {"dtype": "fp16"},
-            "dtype is 'fp16', not a precision of a model; did you mean \"float16\"",
+            {"dtype": "float15"},
+            "dtype is 'float15', not a precision of a model; did you mean \"float16\"",
         ),
-        ({"torch_dtype": "torch.float32"}, 'did you mean "float32"'),
+        ({"torch_dtype": "torch.float23"}, 'did you mean "float32"'),
         ({"torch_dtype": "int4"}, "torch_dtype is 'int4', not a precision of a model; "),
         ({"dtype": torch.int64}, "dtype is torch.int64, not a precision of a model; "),
         ({"dtype": 16}, "dtype is 16, not a precision of a model; "),
