@@ -99,7 +99,7 @@ class Pipeline(Uploadable):
         self._sampling = default_sampling(prior)
         self._progress = Progress()
         self._samples: bytes | None = None  # PNG of the grid that the model card shows
-        self._auto_dtype: Mapping[str, str] = {}  # what dtype="auto" is, by type of device
+        self.auto_dtype: Mapping[str, str] = {}  # what dtype="auto" is, by type of device
 
     # -- loading and saving -------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Pipeline(Uploadable):
             check_pipeline(folder)
         pipeline.notes, pipeline.training_pictures = saved.notes, saved.training_pictures
         pipeline._sampling, pipeline._samples = saved.sampling, saved.grid
-        pipeline._auto_dtype = saved.auto_dtype
+        pipeline.auto_dtype = saved.auto_dtype
         return pipeline.to(device, precision.cast_to)
 
     def save_pretrained(
@@ -205,7 +205,7 @@ class Pipeline(Uploadable):
         with replacing_folder(
             folder, products=(SAMPLES,), check=lambda: check_target(folder)
         ) as new:
-            about = (notes, self.training_pictures, self.sampling, grid, self._auto_dtype)
+            about = (notes, self.training_pictures, self.sampling, grid, self.auto_dtype)
             saved = SavedPipeline(tokenizer, prior, self.classes, *about)
             write_pipeline(new, saved, folder, **weights)
         self.notes, self._samples = notes, grid
@@ -227,11 +227,6 @@ class Pipeline(Uploadable):
             self._offloading.remove()
         set_precision(self.tokenizer, self.prior, dtype, device)
         return self
-
-    @property
-    def auto_dtype(self) -> Mapping[str, str]:
-        """What dtype="auto" of `from_pretrained` is, by type of device, as sweep measured it."""
-        return self._auto_dtype
 
     @property
     def dtype(self) -> torch.dtype:
