@@ -138,7 +138,7 @@ class TextSource(ConditionSource):
         if texts is None:
             raise DataError(
                 f"condition is {self.config.condition}, but the {which}pictures of {latents.place} "
-                "have no captions: encode pictures that have captions, see smalti check-data"
+                "have no captions: give pictures that have some, see smalti check-data"
             )
         if self.encoder is not None and not self.are_stored:
             self.encoder.check_captions([t for own in texts for t in own], self.text.length)
