@@ -24,6 +24,7 @@ from smalti.scripts import window
 from smalti.scripts.options import DType, SampleOption, as_flag
 from smalti.scripts.serve import check_port, listening, loaded, needing, secret
 from smalti.scripts.window import Frame, Settings
+from smalti.training.folder import METRICS
 from smalti.training.run_info import is_run
 
 AUTH = "SMALTI_UI_AUTH"  # environment variable
@@ -147,7 +148,7 @@ def check_runs(runs: Sequence[Path]) -> None:
     for run in runs:
         if not run.exists():
             logger.warning("%s does not exist yet: its curves are shown when it does", run)
-        elif not run.is_dir() or (contents(run) and not is_run(run)):
+        elif not run.is_dir() or (contents(run) and not (is_run(run) or (run / METRICS).exists())):
             raise ConfigurationError(
                 f"{run} is no run: give the output_dir of train-tokenizer or train-prior"
             )
