@@ -26,7 +26,6 @@ import torch
 from smalti.cli import parse_config, run_command
 from smalti.config import nearest
 from smalti.errors import ConfigurationError
-from smalti.evaluation.metrics import Metric
 from smalti.files import read_json, write_json
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.flow.times import LogitNormalTimes
@@ -275,7 +274,7 @@ def run_trial(config: BakeOffConfig, trial: Trial, seed: int, seconds: float) ->
                 **sampling.options,
             )
         )
-        write_json(results, values_of(metrics))
+        write_json(results, {name: metric.value for name, metric in metrics.items()})
     model = Pipeline.from_pretrained(pipeline)
     parts = model.tokenizer, model.prior
     return Result(
@@ -283,10 +282,6 @@ def run_trial(config: BakeOffConfig, trial: Trial, seed: int, seconds: float) ->
         (read_json(one / "steps.json"), read_json(two / "steps.json")),
         sum(weights.numel() for part in parts for weights in part.parameters()),
     )
-
-
-def values_of(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    return {name: metric.value for name, metric in metrics.items()}
 
 
 def key_of(recipe: object, seconds: float) -> str:

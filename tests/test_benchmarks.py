@@ -22,6 +22,16 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+def light_and_dark(folder: Path) -> Path:
+    """A folder of 60 pictures in two classes, of 32 x 32 pixels."""
+    for name in ("light", "dark"):
+        (folder / name).mkdir(parents=True)
+        for i in range(30):
+            shade = i + (200 if name == "light" else 0)
+            Image.new("RGB", (32, 32), (shade, 90, 2 * i)).save(folder / name / f"{i}.png")
+    return folder
+
+
 @pytest.mark.slow
 def test_tokenizer_speed_is_a_ratio_to_diffusers() -> None:
     small = ("--presets", "--small", "--image_size=16", "--rounds=1", "--codes=64")
@@ -96,14 +106,10 @@ def test_tokenizers_are_compared_in_a_table(pictures: Path, tmp_path: Path, monk
 @pytest.mark.slow
 def test_priors_are_compared_in_a_table_and_a_grid(tmp_path: Path, monkeypatch) -> None:
     small_demo(monkeypatch)
-    for name in ("light", "dark"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(30):
-            shade = i + (200 if name == "light" else 0)
-            Image.new("RGB", (32, 32), (shade, 90, 2 * i)).save(tmp_path / f"data/{name}/{i}.png")
+    data = light_and_dark(tmp_path / "data")
     out = run(
         "compare_priors.py",
-        *("--data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "runs"), "--quick"),
+        *("--data", str(data), "--output_dir", str(tmp_path / "runs"), "--quick"),
         *("--tokenizer_steps", "1", "--prior_steps", "1", "--num_samples", "16"),
     )
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][2:]
@@ -233,13 +239,9 @@ def test_start_up_and_loading_are_measured_beside_python_and_the_weights() -> No
 @pytest.mark.slow
 def test_the_bake_off_shares_stages_and_continues(tmp_path: Path, monkeypatch) -> None:
     small_demo(monkeypatch)
-    for name in ("light", "dark"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(30):
-            shade = i + (200 if name == "light" else 0)
-            Image.new("RGB", (32, 32), (shade, 90, 2 * i)).save(tmp_path / f"data/{name}/{i}.png")
+    data = light_and_dark(tmp_path / "data")
     arguments = (
-        *("--data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")),
+        *("--data", str(data), "--output_dir", str(tmp_path / "out")),
         *("--groups", "LPIPS", "queries and keys", "--seeds", "0", "--seconds", "0"),
         *("--num_samples", "16"),
     )
