@@ -88,13 +88,14 @@ def rows_of(config: SweepConfig) -> list[dict[str, str]]:
     found = measured(config)
     exact, rows = found["float32"], []
     for name, one in found.items():
+        accuracies = [100 * share for share in one.accuracies]
         psnr, alike = one.psnr(exact), 100 * (one.psnr(exact) > EQUAL).float().mean().item()
         error = (10 ** (-psnr / 10)).mean()
         rows.append(
             {
                 "precision": name,
-                "Frechet distance": spread(one.distances, 1),
-                "classifier accuracy": spread([100 * share for share in one.accuracies], 1, " %"),
+                "Frechet distance": mean_and_deviation(one.distances, 1),
+                "classifier accuracy": mean_and_deviation(accuracies, 1, " %"),
                 "time": f"{min(one.seconds) / min(exact.seconds):.2f}",
                 "PSNR to float32": f"{-10 * torch.log10(error).item():.1f} dB"
                 if error
@@ -105,7 +106,7 @@ def rows_of(config: SweepConfig) -> list[dict[str, str]]:
     return rows
 
 
-def spread(values: Sequence[float], digits: int, unit: str = "") -> str:
+def mean_and_deviation(values: Sequence[float], digits: int, unit: str = "") -> str:
     """Mean and standard deviation, in words."""
     if not values:
         return "-"

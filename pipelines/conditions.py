@@ -376,10 +376,11 @@ class Inputs:
             given = source.is_given(self)
             if (given and name not in sources) or (needed and not given):
                 wanted = " and ".join(sources[kind].argument for kind in sorted(sources))
-                others = (known[kind].ARGUMENTS[0] for kind in known if kind not in sources)
+                unused = {n for kind in known.keys() - sources for n in known[kind].ARGUMENTS}
+                others = sorted(name for name in unused if self.get(name) is not None)
                 raise GenerationError(
-                    f"this pipeline is {conditional_on(sources)}: pass "
-                    f"{wanted}, and no {' or '.join(others)}"
+                    f"this pipeline is {conditional_on(sources)}: pass {wanted}"
+                    + (f", and no {' or '.join(others)}" if others else "")
                 )
         for name, source in registered.items():
             if name in sources:

@@ -39,6 +39,8 @@ from smalti.tokenizer.base import Tokenizer
 IMAGE_TO_IMAGE = 0.8  # strength where none is given and no mask either; Diffusers' default
 THRESHOLD = 0.5  # a mask is white from this value on, in [0, 1]; Diffusers' too
 SHOWN_SIDE = 96  # pixels of a picture in a strip; smaller ones are enlarged to about this
+STRIP = "strip.png"  # of a folder of edited pictures: originals, conditions and results
+A_MASK = "mask_image (smalti edit: --mask)"  # in messages: the argument, and the flag
 Size = tuple[int, int]  # height, width
 
 # -- pictures -------------------------------------------------------------------------------------
@@ -147,7 +149,7 @@ def regions(mask_image: Any, size: Size) -> Tensor:
     """
     found = [_region(mask, size) for mask in _separate_masks(mask_image)]
     if not found:
-        raise DataError("mask_image is an empty list: give at least one mask")
+        raise DataError("the list of masks is empty: give at least one mask")
     for region in found:
         if not region.any():
             raise DataError(
@@ -157,7 +159,7 @@ def regions(mask_image: Any, size: Size) -> Tensor:
         if region.all():
             raise DataError(
                 "the mask is white everywhere, so nothing of the image is kept: paint black what is"
-                " to be kept, or leave out image and mask"
+                " to be kept, or generate without a picture"
             )
     return torch.stack(found)
 
@@ -174,7 +176,7 @@ def _region(mask: Any, size: Size) -> Tensor:
         mask = _grey(mask)
     if not isinstance(mask, Tensor | np.ndarray) or mask.ndim not in (2, 3):
         raise DataError(
-            f"mask_image is {_described(mask)}: give pictures of Pillow, or a tensor (B, 1, H, W)"
+            f"a mask is {_described(mask)}: give pictures of Pillow, or a tensor (B, 1, H, W)"
         )
     values = as_tensor(mask)
     if values.ndim == 3 and values.shape[0] == 1:
@@ -329,22 +331,28 @@ def _strength(prior: Prior, image: Any, mask_image: Any, strength: Any) -> float
     kind = Prior.registry.name_of(type(prior))
     takes = inspect.signature(prior.sample).parameters
     if image is None:
-        given = "mask_image" if mask_image is not None else "strength"
+        given = "a mask" if mask_image is not None else "strength"
         raise GenerationError(f"{given} was given without image: give the picture to edit")
     if "known" not in takes:
-        raise GenerationError(f"a {kind} prior cannot keep known latents: leave out image")
+        raise GenerationError(
+            f"a {kind} prior cannot keep known latents: generate without a picture"
+        )
     if "strength" not in takes:
         if strength is not None:
             raise GenerationError(
                 f"strength is {strength}, but a {kind} prior samples codes, to which noise cannot "
-                "be added: leave out strength, and give mask_image"
+                f"be added: leave out strength, and give {A_MASK}"
             )
         if mask_image is None:
             raise GenerationError(
-                f"an image without mask_image cannot be edited by a {kind} prior, which samples "
-                "codes: give mask_image, white where it is to generate"
+                f"an image without a mask cannot be edited by a {kind} prior, which samples codes: "
+                f"give {A_MASK}, white where it is to generate"
             )
         return None
+    if strength == 1 and mask_image is None:
+        raise GenerationError(
+            f"at strength 1 nothing of an image stays: give {A_MASK}, or a strength below 1"
+        )
     if strength is None:
         return 1.0 if mask_image is not None else IMAGE_TO_IMAGE
     return strength

@@ -33,7 +33,7 @@ from smalti.data.transforms import images_of
 from smalti.errors import ConfigurationError, DataError, GenerationError
 from smalti.hub import Registry
 from smalti.pipelines.conditions import ConditionSource, Inputs, PictureEncoder
-from smalti.pipelines.editing import Edit, Size, image_of, masked, regions, separate
+from smalti.pipelines.editing import A_MASK, Edit, Size, image_of, masked, regions, separate
 from smalti.prior.base import Prior
 from smalti.prior.conditions.base import Condition, ConditionKind
 from smalti.prior.conditions.image import ImageCondition, ImageConfig, ImageKind
@@ -287,10 +287,10 @@ def _check_inputs(task: ImageTask, inputs: Inputs) -> None:
         raise GenerationError(f"this pipeline does {name}: pass image, or use smalti edit --image")
     if task.takes_mask and inputs.mask_image is None:
         raise GenerationError(
-            f"this pipeline does {name}: pass mask_image, white where it is to paint"
+            f"this pipeline does {name}: pass {A_MASK}, white where it is to paint"
         )
     if not task.takes_mask and inputs.mask_image is not None:
-        raise GenerationError(f"this pipeline does {name}: leave out mask_image")
+        raise GenerationError(f"this pipeline does {name}: leave out {A_MASK}")
     if inputs.strength is not None:
         raise GenerationError(
             f"strength is {inputs.strength}, but this pipeline is conditional on pictures: leave "

@@ -10,6 +10,7 @@ from smalti.errors import SmaltiError
 from smalti.files import Info, command, read_hashed_json, read_json, recorded_hashes
 from smalti.pipelines.card import image_words
 from smalti.pipelines.conditions import CONDITION_SOURCES
+from smalti.pipelines.editing import STRIP
 from smalti.pipelines.image_tasks import make_task
 from smalti.pipelines.manifest import problems_in
 from smalti.pipelines.model_index import INDEX
@@ -69,6 +70,30 @@ def _guide_lines(options: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "classifier" not in options:
         return []
     return [("classifier", f"{options['classifier'][:12]}, scale {options['classifier_scale']}")]
+
+
+def is_edited(path: Path) -> bool:
+    """Whether a folder holds pictures that `smalti edit` made."""
+    return (path / STRIP).is_file() and bool(_edited(path))
+
+
+def of_edited(path: Path) -> Info:
+    """Edited pictures; their numbers are consecutive."""
+    found = _edited(path)
+    missing = sorted({f"{number:06d}.png" for number in range(int(found[-1][:6]))} - {*found})
+    verified = f"no: {missing[0]} is missing" if missing else "no hash: no number is missing"
+    return Info(
+        [
+            ("kind", "edited pictures"),
+            ("pictures", f"{len(found)}, and {STRIP} with the originals"),
+            ("verified", verified),
+        ],
+        whole=not missing,
+    )
+
+
+def _edited(path: Path) -> list[str]:
+    return sorted(each.name for each in path.glob("[0-9]" * 6 + ".png"))
 
 
 def is_model(path: Path) -> bool:

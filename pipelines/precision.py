@@ -88,6 +88,15 @@ def set_precision(
     prior.arrange_for_sampling()
 
 
+def check_precision(tokenizer: Tokenizer, prior: Prior, dtype: torch.dtype | str) -> None:
+    """Raise `ConfigurationError` unless two models, as they are saved, can have a precision."""
+    wanted = chosen_dtype(dtype, weight_only=True)
+    if wanted == torch.float16:
+        check_range(tokenizer, prior)
+    if isinstance(wanted, torch.dtype):
+        prior.check_cast(wanted)
+
+
 def check_range(*models: nn.Module) -> None:
     """Raise `ConfigurationError` if a weight is too large for float16."""
     largest = torch.finfo(torch.float16).max

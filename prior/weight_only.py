@@ -175,23 +175,27 @@ class Quantizable(Pretrained):
         """
         if dtype == self.dtype in WEIGHT_ONLY:
             return self
+        self.check_cast(dtype)
+        if dtype not in WEIGHT_ONLY:
+            return super().cast(dtype)
+        fingerprint = self.fingerprint
+        quantize_weights(cast("nn.Module", self).float(), self.weight_only_parts, dtype)
+        self._keep_fingerprint(fingerprint)
+        return self
+
+    def check_cast(self, dtype: torch.dtype) -> None:
+        """Raise `ConfigurationError` where `cast` does."""
         if self.dtype in WEIGHT_ONLY:
             raise ConfigurationError(
                 f"the weights are {_name(self.dtype)}, from which {_name(dtype)} cannot be made: "
                 "load the model again"
             )
-        if dtype not in WEIGHT_ONLY:
-            return super().cast(dtype)
-        if not self.weight_only_parts:
+        if dtype in WEIGHT_ONLY and not self.weight_only_parts:
             kind = self.registry.name_of(type(self))
             raise ConfigurationError(
                 f"dtype is {_name(dtype)}, and a {kind} prior has no weights of this type: use "
                 "float32, bfloat16 or float16"
             )
-        fingerprint = self.fingerprint
-        quantize_weights(cast("nn.Module", self).float(), self.weight_only_parts, dtype)
-        self._keep_fingerprint(fingerprint)
-        return self
 
     def save_pretrained(self, path: str | Path, **options: Any) -> Path:
         """As of every model, see `Tokenizer.save_pretrained`; refused for int8 and int4.

@@ -22,13 +22,14 @@ from smalti.data.latents import height_and_width
 from smalti.data.sources.folder import read_picture
 from smalti.errors import ConfigurationError
 from smalti.folders import contents, replacing_folder
-from smalti.pipelines.editing import box_mask, fitted, masked, pasted, strip
+from smalti.pipelines.conditions import conditional_on, sources_of
+from smalti.pipelines.editing import STRIP, box_mask, fitted, masked, pasted, strip
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.image_tasks import make_task
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.scripts.options import Sampling
 
-STRIP = "strip.png"
+CONDITIONS = ("class_labels", "prompt", "image")  # that there is a flag for
 Masked = tuple[Image.Image, Image.Image | None]  # a picture and its mask
 
 
@@ -101,6 +102,7 @@ def edit(config: EditConfig) -> list[Path]:
     _check_output(config.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = Pipeline.from_pretrained(config.model, device=device, weights=config.weights)
+    _check_conditions(pipeline)
     edits = config.read(pipeline.tokenizer.image_channels)
     if config.resize:
         edits = [fitted(*each, pipeline.tokenizer.image_size) for each in edits]
@@ -125,6 +127,18 @@ def edit(config: EditConfig) -> list[Path]:
     given = shown_conditions(pipeline, rows)
     labels = [" ".join(filter(None, pair)) for pair in pairs]
     return _write(config, rows, given, results, labels if prompts or classes else [])
+
+
+def _check_conditions(pipeline: Pipeline) -> None:
+    """Raise `ConfigurationError` if a pipeline is conditional on what no flag gives."""
+    prior = pipeline.prior
+    sources = sources_of(prior.condition_kinds, prior.config, pipeline.classes)
+    for source in sources.values():
+        if source.is_needed(sources) and source.argument not in CONDITIONS:
+            raise ConfigurationError(
+                f"this pipeline is {conditional_on(sources)} and needs {source.argument}, for "
+                "which there is no flag: call it in Python"
+            )
 
 
 def shown_conditions(pipeline: Pipeline, rows: Sequence[Masked]) -> list[list[Image.Image]]:

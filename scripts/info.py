@@ -17,9 +17,11 @@ from smalti.errors import ConfigurationError, DataError
 from smalti.evaluation.metrics import of_summary
 from smalti.files import Info
 from smalti.pipelines.info import (
+    is_edited,
     is_generated,
     is_model,
     is_pipeline,
+    of_edited,
     of_generated,
     of_model,
     of_pipeline,
@@ -38,6 +40,7 @@ KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], Info]]] = [
     (is_pipeline, of_pipeline),
     (is_model, of_model),
     (is_generated, of_generated),
+    (is_edited, of_edited),
     (is_shards, of_shards),
     (
         lambda path: holds_latents(path) or bool(splits(path)) or (path / BUCKETS).is_file(),
@@ -58,7 +61,7 @@ class InfoConfig:
     """
 
     # a run, a checkpoint, a latent cache, shards, a tokenizer, a prior, a pipeline (or the
-    # name of one that ships with smalti), its pictures or an evaluation
+    # name of one that ships with smalti), its pictures, edited ones or an evaluation
     path: Positional[Annotated[Path, arg(metavar="PATH")]] = Path()
 
 

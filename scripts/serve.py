@@ -179,6 +179,7 @@ def serve(config: ServeConfig) -> None:
         from smalti.pipelines.image_api import ServerMetrics, image_app, server_of
     token = config.checked_token()
     remedy = "serve runs in one process: start one for each GPU, each with its own --port"
+    listening(config.host, config.port).close()  # raises at once; loading takes long
     (pipeline,) = loaded([config.model], config.weights, config.dtype, remedy)
     metrics = ServerMetrics()
     batcher = Batcher(

@@ -43,6 +43,7 @@ from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import sample_grid
 from smalti.pipelines.model_index import INDEX, save_auto_dtype, save_sampling
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
+from smalti.pipelines.precision import check_precision
 from smalti.pipelines.sampling import checked_sampling, sampling_words
 from smalti.scripts.evaluate import EvaluateConfig, Requests, requests, sample, sample_evaluator
 from smalti.scripts.options import Precision, SamplingGrid, ShortPrecision
@@ -246,9 +247,9 @@ def sweep_precisions(config: SweepConfig) -> list[dict[str, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load = partial(Pipeline.from_pretrained, config.model, device=device, weights=config.weights)
     dtypes = list(dict.fromkeys(("float32", *config.dtype)))
-    for dtype in dtypes:
-        load(dtype=dtype)  # raises before anything is measured
     pipeline = load()
+    for dtype in dtypes:  # before anything is measured
+        check_precision(pipeline.tokenizer, pipeline.prior, dtype)
     evaluation = config.evaluation
     sampling = checked(pipeline, evaluation, fixed)[1]
     evaluator = sample_evaluator(evaluation, pipeline)
@@ -257,7 +258,7 @@ def sweep_precisions(config: SweepConfig) -> list[dict[str, Any]]:
     known = claimed(config, pipeline)
     results = []
     for dtype in dtypes:
-        cast = load(dtype=dtype)
+        cast = pipeline if dtype == "float32" else load(dtype=dtype)
         for seed in range(config.seed, config.seed + config.seeds):
             options = {"dtype": dtype, "seed": seed}
             done = next((one for one in known if one["sampling"] == {**sampling, **options}), None)

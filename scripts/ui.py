@@ -110,6 +110,7 @@ def showing(config: UIConfig) -> Iterator[str]:
     with environment(**OFFLINE), needing("ui"):
         import gradio.themes
     remedy = "ui runs in one process: start it without accelerate launch"
+    listening(config.host, config.port).close()  # raises at once; loading takes long
     models = loaded(config.model, config.weights, config.dtype, remedy)
     with listening(config.host, config.port) as place:  # raises our error if it is in use
         port = place.getsockname()[1]

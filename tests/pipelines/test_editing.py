@@ -281,13 +281,13 @@ WRONG = {
     ),
     "a name": ({"image": "picture.png"}, "image is a str: give pictures of Pillow"),
     "no picture in the list": ({"image": []}, "image is an empty list"),
-    "no mask in the list": ({"mask_image": []}, "mask_image is an empty list"),
-    "no picture": ({"image": None}, "mask_image was given without image: give the picture"),
+    "no mask in the list": ({"mask_image": []}, "the list of masks is empty"),
+    "no picture": ({"image": None}, "a mask was given without image: give the picture"),
     "neither": (
         {"image": None, "mask_image": None, "strength": 0.5},
         "strength was given without image",
     ),
-    "no mask": ({"mask_image": None}, "an image without mask_image cannot be edited by a next-tok"),
+    "no mask": ({"mask_image": None}, "an image without a mask cannot be edited by a next-tok"),
     "a strength for codes": (
         {"strength": 0.5},
         "strength is 0.5, but a next-token prior samples codes, to which noise cannot be added",

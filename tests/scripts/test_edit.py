@@ -5,13 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_PRIOR
+from conftest import CLASSES, TINY_CONV, TINY_PRIOR
 from PIL import Image
 
 from smalti.cli import main
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.conditions.image import ImageConfig
+from smalti.prior.flow.dit import DiTConfig
+from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.next_token.model import NextTokenPrior
+from smalti.prior.registry import PRIORS
+from smalti.tokenizer.kl import KLConfig, KLTokenizer
 
 BOX = "4,4,12,12"
 
@@ -128,7 +133,7 @@ def test_pictures_of_another_size_are_cropped_when_asked(
         (["--box", BOX, "--mask", "two.png"], "both a mask and a box were given"),
         (["--mask", "none.png"], "the picture none.png does not exist"),
         (["--mask", "a.png", "b.png"], "1 pictures and 2 masks were given"),
-        ([], "an image without mask_image cannot be edited by a next-token prior"),
+        ([], "an image without a mask cannot be edited by a next-token prior"),
         (["--strength", "0.5"], "strength is 0.5, but a next-token prior samples codes"),
         (["--box", BOX, "--solver", "heun"], 'has no sampling option "solver"'),
         (["--box", BOX, "--num_images", "0"], "num_images is 0"),
@@ -146,6 +151,44 @@ def test_what_is_refused(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+TEXT = replace(TINY_PRIOR, condition="text", num_classes=0, text_length=8, text_dim=8)
+FLOW = FlowConfig(network=DiTConfig(depth=1, width=16, num_heads=2))
+PAINTER = FLOW.conditioned("image", image=ImageConfig(3, "inpainting"))
+WHITE = "white.png"
+NO_FLAG = ("mask_image", "num_images_per_prompt", "known_mask", "prompt_embeds")  # of Python alone
+
+
+@pytest.mark.parametrize(
+    ("prior", "more", "message"),
+    [
+        (TINY_PRIOR, [], "give mask_image (smalti edit: --mask), white where it is to generate"),
+        (TINY_PRIOR, ["--strength", "0.5"], "and give mask_image (smalti edit: --mask)"),
+        (TINY_PRIOR, ["--box", BOX, "--prompt", "a"], "pass class_labels, and no prompt\n"),
+        (TINY_PRIOR, ["--mask", WHITE], "paint black what is to be kept, or generate without a"),
+        (TINY_PRIOR.conditioned("none"), ["--box", BOX, "--prompt", "a"], ", and no prompt\n"),
+        (FLOW, ["--strength", "1"], "give mask_image (smalti edit: --mask), or a strength below 1"),
+        (PAINTER, [], "does inpainting: pass mask_image (smalti edit: --mask), white where it"),
+        (PAINTER, ["--box", BOX, "--strength", "0.5"], "conditional on pictures: leave it out"),
+        (TEXT, ["--box", BOX], "needs prompt_embeds, for which there is no flag: call it in"),
+    ],
+)
+def test_errors_name_flags_or_say_that_there_is_none(
+    tokenizer, files: list[Path], tmp_path: Path, capsys, prior, more, message
+) -> None:
+    Image.new("L", (16, 16), 255).save(tmp_path / WHITE)
+    if isinstance(prior, FlowConfig):
+        tokenizer = KLTokenizer(KLConfig(16, conv=replace(TINY_CONV, z_channels=2)))
+    classes = CLASSES if prior.condition == "class" else ()
+    made = PRIORS.build(prior.fitted(tokenizer.spec, len(classes), tokenizer.fingerprint))
+    model = Pipeline(tokenizer, made, classes)
+    more = [str(tmp_path / word) if word == WHITE else word for word in more]
+    assert edit(model.save_pretrained(tmp_path / "model"), files[:1], *more) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    for name in NO_FLAG:
+        assert name not in error or "smalti edit: --" in error or "no flag" in error
 
 
 def test_a_picture_is_needed(capsys) -> None:

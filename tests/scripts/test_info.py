@@ -247,6 +247,19 @@ def test_unknown_folders_are_one_line(
     assert message in capsys.readouterr().err
 
 
+def test_edited_pictures_are_recognised(tmp_path: Path, capsys) -> None:
+    for name in ("000000.png", "000001.png", "strip.png"):
+        (tmp_path / name).touch()
+    found = told(capsys, tmp_path)
+    assert found == {
+        "kind": "edited pictures",
+        "pictures": "2, and strip.png with the originals",
+        "verified": "no hash: no number is missing",
+    }
+    (tmp_path / "000000.png").rename(tmp_path / "000003.png")
+    assert told(capsys, tmp_path, status=1)["verified"] == "no: 000000.png is missing"
+
+
 def test_a_folder_of_folders_lists_them(tmp_path: Path, tokenizer) -> None:
     tokenizer.save_pretrained(tmp_path / "vq")
     (tmp_path / "notes").mkdir()

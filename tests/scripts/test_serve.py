@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import httpx
@@ -347,11 +347,13 @@ def test_missing_packages_are_one_line(capsys, monkeypatch) -> None:
     assert "pip install 'smalti[serve]'" in line
 
 
-def test_a_port_in_use_is_one_line(pipe, tmp_path: Path, capsys) -> None:
-    folder = str(pipe.save_pretrained(tmp_path / "p"))
+@pytest.mark.parametrize("command", ["serve", "ui"])
+def test_a_port_in_use_is_one_line_before_a_model_is_loaded(command, capsys, monkeypatch) -> None:
+    for name in ("gradio", "gradio.themes"):  # whose import takes seconds
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert main(["serve", "--model", folder, "--port", port]) == 2
+        assert main([command, "--model", "nowhere", "--port", port]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"cannot listen on 127.0.0.1, port {port}" in line
 

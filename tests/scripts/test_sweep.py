@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,20 @@ def run(model: Path, tmp_path: Path, capsys) -> Callable[..., tuple[int, str, st
         return smalti_main(["sweep", *place, *out, *arguments]), *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str | None]:
+    """The precision of each pipeline that is loaded."""
+    found = list[str | None]()
+    load = Pipeline.from_pretrained
+
+    def counted(path: str, **options: Any) -> Pipeline:
+        found.append(options.get("dtype"))
+        return load(path, **options)
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", counted)
+    return found
 
 
 def results(tmp_path: Path) -> list[dict]:
@@ -148,12 +163,15 @@ def test_the_models_stay_to_the_byte(run, model: Path) -> None:
     assert Pipeline.from_pretrained(model).sampling == {"guidance_scale": 2.0, "temperature": 0.5}
 
 
-def test_the_fastest_precision_without_loss_is_that_of_auto(run, model, tmp_path, caplog) -> None:
+def test_the_fastest_precision_without_loss_is_that_of_auto(
+    run, model, loads, tmp_path, caplog
+) -> None:
     assert Pipeline.from_pretrained(model, dtype="auto").dtype == torch.float32
     assert "smalti sweep --model" in caplog.text
     precisions = ["--dtype", "bfloat16", "int8", "--seeds", "2", "--temperature", "0.9"]
+    loads.clear()
     status, said, _ = run(*precisions)
-    assert status == 0
+    assert status == 0 and loads == [None, "bfloat16", "int8"]  # each once
     found = results(tmp_path)
     asked = [tuple(one["options"].values()) for one in found]
     assert asked == list(itertools.product(("float32", "bfloat16", "int8"), (0, 1)))
@@ -165,6 +183,15 @@ def test_the_fastest_precision_without_loss_is_that_of_auto(run, model, tmp_path
     assert Pipeline.from_pretrained(copied, dtype="auto").dtype == getattr(torch, chosen)
     status, _, said = run("--dtype", "int8", "--temperature", "0.9", "1")
     assert status == 2 and "a sampling option has several values" in said
+
+
+def test_a_precision_that_the_prior_cannot_have_is_refused_before_it_is_loaded(
+    run, loads, monkeypatch
+) -> None:
+    monkeypatch.setattr(NextTokenPrior, "weight_only_parts", ())
+    status, _, said = run("--dtype", "bfloat16", "int4", "--seeds", "2")
+    assert status == 2 and "dtype is int4, and a next-token prior has no weights of" in said
+    assert loads == [None]
 
 
 def test_a_precision_that_loses_quality_is_not_chosen() -> None:
