@@ -4,7 +4,8 @@ and equal seconds of training, over several seeds.
     python benchmarks/bake_off.py --output_dir runs/bake_off                    # hours, resumable
     python benchmarks/bake_off.py --groups optimizer "random order" --seeds 0
 
-Every trial is the recipe of `smalti demo` on a CPU with one change. The number of steps is what the
+Every trial is the recipe of `smalti demo` on a CPU with one change; `--size small` does all of it
+with models and grids of codes that train ten times faster. The number of steps is what the
 seconds allow: a trial whose steps take longer has fewer. Seconds are those of the processor on a
 CPU, so that other programs do not count, and those of the clock on a GPU. Trials that need the same
 tokenizer share it. Finished stages are not repeated; the table and the plot are made of what is
@@ -54,10 +55,12 @@ class Trial:
     changes: Changes = field(default_factory=dict)
     perceptual_weights: bool = False  # whether it needs those of VGG16
 
-    def scale(self, data: str, perceptual_weights: Path | None) -> Scale:
-        """The recipes, for some pictures."""
+    def scale(self, data: str, size: str, perceptual_weights: Path | None) -> Scale:
+        """The recipes, for some pictures, in a size of SIZES."""
         scale = SCALES["cpu"].of_kind(self.kind)
         changes = {"tokenizer.data": data, **self.changes}
+        for kind in ("", self.kind):
+            changes |= SIZES[size].get(kind, {})
         if self.perceptual_weights:
             changes["tokenizer.objective.perceptual_weights"] = perceptual_weights
         for name, value in changes.items():
@@ -77,6 +80,25 @@ def quantizer(preset: str) -> Trial:
     return Trial(changes={"tokenizer.tokenizer": TOKENIZERS[preset]})
 
 
+# What a size changes in the recipes: size -> kind of prior, or "" for all -> changes.
+SIZES: dict[str, dict[str, Changes]] = {
+    "demo": {},
+    "small": {
+        "": {
+            "tokenizer.tokenizer.conv.patch_size": 4,  # 4 x 4 codes of 8 x 8 pixels
+            "tokenizer.tokenizer.conv.channels": 32,
+            "tokenizer.objective.discriminator.channels": 16,
+            "tokenizer.train_batch_size": 32,
+            "prior.prior.depth": 4,
+            "prior.prior.width": 128,
+            "prior.prior.num_heads": 2,
+            "classifier_epochs": 1,
+        },
+        "next-scale": {
+            "tokenizer.tokenizer.quantizer.scales": tuple((side, side) for side in (1, 2, 3, 4))
+        },
+    },
+}
 BASE = Trial()
 FLOW = Trial("flow")
 GROUPS: dict[str, dict[str, Trial]] = {
@@ -148,6 +170,7 @@ class BakeOffConfig:
     groups: tuple[str, ...] = tuple(GROUPS)  # groups of trials, see GROUPS
     seeds: tuple[int, ...] = (0, 1, 2)  # of weights, order, samples and evaluation
     data: str = "emoji"  # as in `smalti train-tokenizer`
+    size: str = "demo"  # of models and their grids of codes: demo, or small
     # Of each stage; several give several points of a trial in the plot, and the longest the table.
     seconds: tuple[float, ...] = (150.0, 600.0)
     num_samples: int = 768  # of each pipeline
@@ -158,6 +181,8 @@ class BakeOffConfig:
         for name in self.groups:
             if name not in GROUPS:
                 raise ConfigurationError(f'no group is called "{name}"; {nearest(name, GROUPS)}')
+        if self.size not in SIZES:
+            raise ConfigurationError(f"size is {self.size}: choose {' or '.join(SIZES)}")
         for name, values in (("seeds", self.seeds), ("seconds", self.seconds)):
             if not values or min(values) < 0 or len(set(values)) < len(values):
                 raise ConfigurationError(f"{name} is {values}: give different values of 0 or more")
@@ -177,7 +202,7 @@ class BakeOffConfig:
 # -------------------------------------------------------------------------------------------------
 # Equal seconds
 
-CALIBRATION = 8  # steps
+CALIBRATION = 4.0  # seconds of training that tell how long a step takes
 AT_LEAST = 2  # steps of a run, whatever they take
 
 
@@ -186,15 +211,22 @@ def processor_or_clock() -> float:
     return time.monotonic() if torch.cuda.is_available() else time.process_time()
 
 
+def seconds_of(train: Callable[[Any], object], recipe: Recipe, steps: int) -> float:
+    """Of a run of so many steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = processor_or_clock()
+        train(shortened(recipe, steps, Path(folder) / "run"))
+        return processor_or_clock() - started
+
+
 def seconds_per_step(train: Callable[[Any], object], recipe: Recipe) -> float:
-    """Of a recipe, by two short runs, so that what happens once cancels."""
-    taken = []
-    for steps in (AT_LEAST, AT_LEAST + CALIBRATION):
-        with tempfile.TemporaryDirectory() as folder:
-            started = processor_or_clock()
-            train(shortened(recipe, steps, Path(folder) / "run"))
-            taken.append(processor_or_clock() - started)
-    return max(taken[1] - taken[0], 1e-9) / CALIBRATION
+    """Of a recipe: what twice as many steps take longer, without what a run does once."""
+    steps, taken, before = 8, 0.0, seconds_of(train, recipe, 8)
+    while taken < CALIBRATION:
+        steps *= 2
+        now = seconds_of(train, recipe, steps)
+        taken, before = now - before, now
+    return taken / (steps / 2)
 
 
 def shortened(recipe: Recipe, steps: int, folder: Path) -> Recipe:
@@ -222,14 +254,13 @@ def shortened(recipe: Recipe, steps: int, folder: Path) -> Recipe:
     return recipe
 
 
-def trained(train: Callable[[Any], Path], recipe: Recipe, seconds: float, folder: Path) -> Path:
-    """Train for so many seconds, unless that is done or begun; return the model."""
-    steps = folder / "steps.json"
-    if not steps.is_file():
-        number = max(AT_LEAST, round(seconds / seconds_per_step(train, recipe)))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(steps, number)
-    return train(shortened(recipe, read_json(steps), folder / "run"))
+def steps_of(train: Callable[[Any], object], recipe: Recipe, seconds: float, file: Path) -> int:
+    """The number of steps in so many seconds, measured once: it is the same for all seeds."""
+    if not file.is_file():
+        number = round(seconds / seconds_per_step(train, recipe)) if seconds else 0
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, max(AT_LEAST, number))
+    return read_json(file)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -247,29 +278,40 @@ class Result:
 
 def run_trial(config: BakeOffConfig, trial: Trial, seed: int, seconds: float) -> Result:
     """Both stages, and the evaluation."""
-    scale = trial.scale(config.data, config.perceptual_weights)
-    stage_one = replace(scale.tokenizer, seed=seed)
-    one = config.output_dir / "tokenizers" / key_of(stage_one, seconds)
-    tokenizer = trained(train_tokenizer, stage_one, seconds, one)
+    scale = trial.scale(config.data, config.size, config.perceptual_weights)
+    stage_one, stage_two = scale.tokenizer, scale.prior
+
+    def folder(kind: str, *made_by: object) -> Path:
+        """The same for trials that share a stage."""
+        key = hashlib.sha256(repr((made_by, seconds)).encode()).hexdigest()[:16]
+        return config.output_dir / kind / key
+
+    file = folder("steps", stage_one).with_suffix(".json")
+    steps_one = steps_of(train_tokenizer, stage_one, seconds, file)
+    one = folder("tokenizers", stage_one, seed)
+    recipe = replace(stage_one, seed=seed)
+    tokenizer = train_tokenizer(shortened(recipe, steps_one, one / "run"))
     latents = encode(
         EncodeConfig(
             data=config.data, tokenizer=tokenizer, output_dir=one / "latents", views="flip"
         )
     )
+    recipe = replace(stage_two, latents=latents, tokenizer=tokenizer, seed=seed)
+    file = folder("steps", stage_one, stage_two).with_suffix(".json")
+    steps_two = steps_of(train_prior, recipe, seconds, file)
+    two = folder("priors", stage_one, stage_two, seed)
+    pipeline = train_prior(shortened(recipe, steps_two, two / "run"))
     sampling = replace(scale.sampling, guidance_scale=2.0)
-    stage_two = replace(
-        scale.prior, latents=latents, tokenizer=tokenizer, seed=seed, preview=sampling
-    )
-    two = config.output_dir / "priors" / key_of((stage_one, stage_two), seconds)
-    pipeline = trained(train_prior, stage_two, seconds, two)
-    results = two / "results.json"
+    measured = folder(f"priors/{two.name}", sampling)
+    results = measured / "results.json"
     if not results.is_file():
         metrics = evaluate(
             EvaluateConfig(
                 model=str(pipeline),
                 data=config.data,
-                output_dir=two / "evaluation",
+                output_dir=measured,
                 num_samples=config.num_samples,
+                classifier_epochs=scale.classifier_epochs,
                 seed=seed,
                 **sampling.options,
             )
@@ -279,14 +321,9 @@ def run_trial(config: BakeOffConfig, trial: Trial, seed: int, seconds: float) ->
     parts = model.tokenizer, model.prior
     return Result(
         read_json(results),
-        (read_json(one / "steps.json"), read_json(two / "steps.json")),
+        (steps_one, steps_two),
         sum(weights.numel() for part in parts for weights in part.parameters()),
     )
-
-
-def key_of(recipe: object, seconds: float) -> str:
-    """The name of the folder of a stage: the same for trials that share it."""
-    return hashlib.sha256(repr((recipe, seconds)).encode()).hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------------------------

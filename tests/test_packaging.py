@@ -3,12 +3,18 @@
 import ast
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from importlib.metadata import (
+    PackageNotFoundError,
+    distribution,
+    packages_distributions,
+    requires,
+)
 from pathlib import Path
 
 import pytest
@@ -46,21 +52,34 @@ def test_public_names_are_there() -> None:
         smalti.Tokeniser  # noqa: B018
 
 
-def installed_for_tests() -> set[str]:
-    """What make types and make test install: the extras test and eval, and what those require."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["test"], *extras["eval"]]
-    found: set[str] = set()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    released = re.search(r"^## (\d\S+) - (\S+)$", changelog, re.MULTILINE)
+    assert released and released[1] == PROJECT["version"]
+    assert f"version: {released[1]}\ndate-released: {released[2]}\n" in citation
+
+
+def installed_by(*extras: str) -> set[str]:
+    """The distributions that smalti with these extras requires, and what those require."""
+    wanted = [(Requirement(text), "") for text in PROJECT["dependencies"]]
+    wanted += [(Requirement(text), "") for extra in extras for text in EXTRAS[extra]]
+    found: set[tuple[str, str]] = set()
     while wanted:
-        requirement = Requirement(wanted.pop())
-        name = canonicalize_name(requirement.name)
-        if name in found or (requirement.marker and not requirement.marker.evaluate()):
+        requirement, of = wanted.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": of}):
             continue
-        found.add(name)
-        with contextlib.suppress(PackageNotFoundError):
-            wanted += requires(name) or []
-    return found
+        for extra in ("", *requirement.extras):
+            key = canonicalize_name(requirement.name), extra
+            if key not in found:
+                found.add(key)
+                with contextlib.suppress(PackageNotFoundError):
+                    wanted += [(Requirement(text), extra) for text in requires(key[0]) or []]
+    return {name for name, _ in found}
 
 
 def imported_packages(file: Path) -> Iterator[str]:
@@ -78,7 +97,8 @@ def imported_packages(file: Path) -> Iterator[str]:
 
 
 def test_the_type_checker_and_the_tests_have_every_package_that_the_code_imports() -> None:
-    found, makers = installed_for_tests(), packages_distributions()
+    found = installed_by("test", "eval")  # by make types and make test
+    makers = packages_distributions()
     ours = {"smalti", *sys.stdlib_module_names}
     for file in (file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")):
         for name in set(imported_packages(file)) - ours:
@@ -119,6 +139,57 @@ def installed(clone: Path, wheel: Path) -> dict[str, str]:
     options = ["-q", "--no-deps", "--no-compile", "--target", str(site)]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True)
     return {**os.environ, "PYTHONPATH": str(site)}
+
+
+def alone(folder: Path, wheel: Path, *extras: str) -> Path:
+    """The Python of an environment with the wheel, and nothing else but what it requires."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    for name in installed_by(*extras):
+        with contextlib.suppress(PackageNotFoundError):  # for other machines or Pythons
+            files = distribution(name).files or []
+            for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+                link = site / top
+                if not link.exists():
+                    link.symlink_to(distribution(name).locate_file(top))
+    options = ["-q", "--no-deps", "--no-compile", "--target", str(site)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True)
+    return folder / "bin" / "python"
+
+
+GENERATE = ("generate", "--model", "smalti/fashion-next-token", "--num_images", "2")
+
+
+@pytest.mark.slow
+def test_the_wheel_needs_what_it_requires_and_nothing_else(wheel: Path, tmp_path: Path) -> None:
+    python = alone(tmp_path / "environment", wheel)
+    done = use(python, tmp_path, *GENERATE, "--output_dir", "new")
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert len(list((tmp_path / "new").rglob("*.png"))) >= 2
+    for extra, *command in (("ui", "ui"), ("serve", "serve")):
+        refused = use(python, tmp_path, *command, "--model", "smalti/fashion-next-token")
+        assert refused.returncode and "Traceback" not in refused.stderr
+        assert f"pip install 'smalti[{extra}]'" in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_with_an_extra_has_what_its_command_needs(wheel: Path, tmp_path: Path) -> None:
+    python = alone(tmp_path / "environment", wheel, "serve", "ui")
+    code = "import smalti.pipelines.serving, gradio, uvicorn, fastapi, prometheus_client"
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
+def use(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command of the smalti of an environment, which sees no other package."""
+    environment = {**os.environ, "PYTHONPATH": ""}
+    return subprocess.run(
+        [str(python), "-m", "smalti", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.slow
