@@ -47,7 +47,6 @@ from smalti.weights import (
     chosen_dtype,
     hash_weights,
     plain_state,
-    saved_dtype,
     state_to_save,
 )
 
@@ -428,7 +427,7 @@ class Pretrained(Uploadable):
             hashes = recorded_hashes(folder / CONFIG) if verify else {}
         file = WeightsFile(paths, lambda: _build(target, config, folder), beside)
         if precision == AS_SAVED:
-            precision = saved_dtype(paths)
+            precision = file.saved_dtype()
         model: Any = file.load(hashes or None, precision)
         if verify and not is_checkpoint(folder):
             # last: errors in a config that have a more precise message come first

@@ -117,15 +117,6 @@ def short_name(dtype: "torch.dtype") -> str:
     return next((short for short, long in SHORT_NAMES.items() if long == name), name)
 
 
-def saved_dtype(paths: Iterable[Path]) -> "torch.dtype | None":
-    """The type of the floating-point numbers in safetensors files; None if there are several."""
-    import torch
-
-    headers = [header for path in paths for header in _read_headers(path).values()]
-    names = {TYPES[header.code] for header in headers} & set(PRECISIONS)
-    return getattr(torch, names.pop()) if len(names) == 1 else None
-
-
 # -------------------------------------------------------------------------------------------------
 # Models inside torch.compile, DataParallel and the like
 
@@ -490,6 +481,20 @@ class WeightsFile:
         _check_tables(self._outline, paths, path)
         self._headers = found  # in the order of the values
         self._types = {name: value.dtype for name, value in expected.items()}
+
+    def saved_dtype(self) -> "torch.dtype | None":
+        """The precision that the model was saved in, apart from parts that it keeps in another;
+        None if the files have several precisions otherwise."""
+        import torch
+
+        names = {name: TYPES[header.code] for name, header in self._headers.items()}
+        names = {name: kind for name, kind in names.items() if kind in PRECISIONS}
+        floating = {name: getattr(torch, kind) for name, kind in names.items()}
+        for dtype in dict.fromkeys(floating.values()):
+            cast = self._outline.to(dtype).state_dict()
+            if all(cast[name].dtype == saved for name, saved in floating.items()):
+                return dtype
+        return None
 
     def load(
         self, sha256: Mapping[str, str] | None = None, dtype: "torch.dtype | None" = None

@@ -125,6 +125,18 @@ def test_auto_is_the_precision_of_the_file(tokenizer, prior, tmp_path: Path) -> 
         assert {p.dtype for p in base.from_pretrained(folder).parameters()} == {torch.float32}
 
 
+def test_auto_is_the_precision_of_a_prior_that_keeps_a_part_in_fp32(
+    scale_pipe, tmp_path: Path
+) -> None:
+    """Its copy of the quantizer; before, all of such a prior was loaded in fp32."""
+    prior = scale_pipe.prior
+    folder = prior.cast(torch.float16).save_pretrained(tmp_path / "prior")
+    loaded = Prior.from_pretrained(folder, dtype="auto")
+    types = {name: value.dtype for name, value in prior.state_dict().items()}
+    assert {torch.float16, torch.float32} <= set(types.values())
+    assert {name: value.dtype for name, value in loaded.state_dict().items()} == types
+
+
 def test_weights_of_several_precisions_are_loaded_in_the_fullest(saved: Path) -> None:
     edit_weights(saved, lambda w: w.update({"quant_conv.bias": w["quant_conv.bias"].half()}))
     loaded = Tokenizer.from_pretrained(saved, dtype="auto", verify=False)
