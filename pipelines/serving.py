@@ -3,12 +3,15 @@
 PictureRequest   what one caller wants: of which classes or prompt, how many, how they are sampled
 Batcher          a bounded queue, and a thread that samples what waits in it
 
-Pictures with equal sampling options and size share a batch. In fp32 a picture is the same to the
-byte whichever others share it: a batch always has the same number of rows, those that nobody wants
-are filled, and the row of a picture follows from its seed. (Matrix products round differently at
-another number of rows, and elementwise functions at another row; see generation.py.) It does depend
-on that number of rows, the batch size of the server. In half precision batches are not filled, and
-a picture also depends on the others, by rounding.
+With a next-token prior, pictures of one size join a running batch between two codes, each with its
+own options (continuous batching, see pipelines/continuous.py). Otherwise pictures with equal
+sampling options and size share a batch, from its first step to its last. In fp32 a picture is the
+same to the byte whichever others share it: a batch always has the same number of rows, those that
+nobody wants are filled, and the row of a picture follows from its seed. (Matrix products round
+differently at another number of rows, and elementwise functions at another row; see generation.py.)
+It does depend on that number of rows, the batch size of the server. In half precision the row is
+any, batches are not filled but where pictures join them, and a picture also depends on the others,
+by rounding.
 """
 
 import logging
@@ -16,13 +19,15 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from smalti.config import ImageSize
 from smalti.data.image_io import to_pil
@@ -37,8 +42,10 @@ from smalti.pipelines.conditions import (
     integer,
     sources_of,
 )
+from smalti.pipelines.continuous import ContinuousBatch
 from smalti.pipelines.generation import group_size, picture_generator
 from smalti.pipelines.pipeline import Pipeline
+from smalti.prior.next_token.model import NextTokenPrior
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +106,7 @@ class QueuedPicture:
     label: int
     prompt: str | None
     seed: int
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=time.monotonic)  # in the queue, then in the batch
     result: "Future[Image.Image]" = field(default_factory=Future)
 
 
@@ -109,10 +116,16 @@ class Batcher:
     Args:
         max_batch_size: pictures sampled at once; in fp32 always so many. None: `group_size`, the
             number of a generation job.
-        max_wait: seconds that a picture waits for others to share its batch, at most.
+        max_wait: seconds that a picture waits for others to share its batch, at most. None waits
+            where pictures join a running batch.
         max_queue: pictures that may wait; more are refused.
         image_sizes: sizes that requests may ask for, beside those that the prior was trained on.
-        observe: called after each batch with the number of pictures and the seconds it took.
+        observe: called after each batch with the number of pictures and the seconds it took; where
+            pictures join a running batch, with those that finished together and the seconds since
+            they joined.
+        continuous: whether pictures join a running batch, if the prior is a next-token prior that
+            is not compiled, in fp32, int8 or int4, or on a GPU. (In half precision on a CPU, the
+            time of a step grows with its rows, and a batch has no empty ones.)
 
     Raises:
         ConfigurationError: the pipeline needs pictures or features of captions as its condition.
@@ -128,6 +141,7 @@ class Batcher:
         max_queue: int = 256,
         image_sizes: Iterable[ImageSize] = (),
         observe: Callable[[int, float], object] = lambda pictures, seconds: None,
+        continuous: bool = True,
     ) -> None:
         _check_served(pipeline)
         self.pipeline, self.exact = pipeline, pipeline.prior.in_full_precision
@@ -138,6 +152,7 @@ class Batcher:
         self.batch_sizes = {
             size: max_batch_size or group_size(resized) for size, resized in self.pipelines.items()
         }
+        self.continuous = continuous and _can_join(pipeline)
         self._queue: list[QueuedPicture] = []  # in the order of arrival
         self._changed = threading.Condition()
         self._stopping = False
@@ -145,7 +160,8 @@ class Batcher:
         self._unseeded = 0  # pictures that were given a seed so far
         self._seconds = 1.0  # of the last batch
         self._valid: set[SharedSettings] = set()
-        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        run = self._run_continuously if self.continuous else self._run
+        self._thread = threading.Thread(target=run, name="batcher", daemon=True)
         self._thread.start()
 
     # -- callers ------------------------------------------------------------------------------
@@ -183,7 +199,7 @@ class Batcher:
 
     def cancel(self, pictures: Iterable[QueuedPicture]) -> None:
         """Give the places of pictures in the queue to others: nobody waits for them any more.
-        Pictures that are already sampled are finished."""
+        Pictures of a batch that is being sampled are finished, but leave a continuous batch."""
         with self._changed:
             for picture in pictures:
                 if picture in self._queue:
@@ -293,10 +309,7 @@ class Batcher:
             try:
                 found = self._sample(batch)
             except Exception as error:  # of these pictures; the next ones are sampled all the same
-                is_ours = not isinstance(error, SmaltiError)
-                logger.error("%d pictures failed: %s", len(batch), error, exc_info=is_ours)
-                for picture in batch.values():
-                    picture.result.set_exception(error)
+                _fail(batch.values(), error)
             else:
                 for picture, image in zip(batch.values(), found, strict=True):
                     picture.result.set_result(image)
@@ -363,8 +376,152 @@ class Batcher:
         # Only what is wanted is decoded; one by one in fp32, as a pipeline decodes.
         wanted = latents[rows]
         parts = [row[None].clone() for row in wanted] if self.exact else [wanted]
-        images = [pipe.tokenizer.decode(part).float().clamp(-1, 1).cpu() for part in parts]
-        return to_pil(torch.cat(images))
+        return to_pil(torch.cat([_decoded(pipe, part) for part in parts]))
+
+    # -- the same with a continuous batch --------------------------------------------------------
+
+    def _run_continuously(self) -> None:
+        """One code of every picture in the batch, and again; others join and leave in between."""
+        batch: RunningBatch | None = None
+        while True:
+            with self._changed:
+                if batch is not None:
+                    batch.drop_cancelled()
+                self._in_work = len(batch.pictures) if batch else 0
+                while not (self._queue or self._in_work or self._stopping):
+                    self._changed.wait()
+                if not (self._queue or self._in_work):
+                    return
+                batch, joining = self._joining(batch)
+                self._in_work += len(joining)
+            for slot, picture in joining.items():
+                batch.join(slot, picture)
+            finished = batch.step()
+            if finished:
+                self._seconds = time.monotonic() - next(iter(finished)).since
+                self.observe(len(finished), self._seconds)
+            for picture, image in finished.items():
+                if isinstance(image, Exception):
+                    _fail([picture], image)
+                elif picture.result.set_running_or_notify_cancel():
+                    picture.result.set_result(image)
+
+    def _joining(
+        self, batch: "RunningBatch | None"
+    ) -> "tuple[RunningBatch, dict[int, QueuedPicture]]":
+        """The batch to go on with, and the pictures that join it, taken from the queue, by slot.
+        Pictures of another size wait until the batch is empty, and those behind them, too."""
+        size = self._queue[0].settings.image_size if self._queue else None
+        if batch is None or (size is not None and size != batch.size and not batch.pictures):
+            size = self._queue[0].settings.image_size
+            batch = RunningBatch(self.pipelines[size], size, self.batch_sizes[size], self.exact)
+        taken: dict[int, QueuedPicture] = {}
+        for picture in self._queue if size == batch.size else ():
+            if len(batch.pictures) + len(taken) == batch.slots:
+                break
+            slot = batch.slot_for(picture, taken)
+            if slot is not None:
+                taken[slot] = picture
+        chosen = {*taken.values()}
+        self._queue = [picture for picture in self._queue if picture not in chosen]
+        return batch, taken
+
+
+class RunningBatch:
+    """The pictures of one size that are sampled, each in a slot of a `ContinuousBatch`.
+
+    Args:
+        exact: whether the slot of a picture follows from its seed.
+    """
+
+    def __init__(self, pipeline: Pipeline, size: ImageSize, slots: int, exact: bool) -> None:
+        self.pipeline, self.size, self.slots, self.exact = pipeline, size, slots, exact
+        self.pictures: dict[int, QueuedPicture] = {}  # by slot
+
+    @cached_property
+    def batch(self) -> ContinuousBatch:
+        """Made when it is first needed: memory that is missing is an error of a picture."""
+        return ContinuousBatch(cast(NextTokenPrior, self.pipeline.prior), self.slots)
+
+    def slot_for(self, picture: QueuedPicture, taken: Container[int]) -> int | None:
+        """A slot that the picture may have, and that is empty and not taken."""
+        if picture.settings.image_size != self.size:
+            return None
+        allowed = [picture.seed % self.slots] if self.exact else range(self.slots)
+        return next((s for s in allowed if s not in self.pictures and s not in taken), None)
+
+    @torch.no_grad()
+    def join(self, slot: int, picture: QueuedPicture) -> None:
+        """Begin to sample a picture; if that fails, it has the error."""
+        pipe, settings = self.pipeline, picture.settings
+        prompts = [] if picture.prompt is None else [picture.prompt]
+        given = arguments_for(pipe.classes, [picture.label], prompts)
+        if settings.negative_prompt is not None:
+            given["negative_prompt"] = settings.negative_prompt
+        picture.since = time.monotonic()
+        try:
+            conditions, _ = pipe.conditions(Inputs.of(given), 1)
+            self.batch.join(
+                slot,
+                conditions.value,
+                picture_generator(picture.seed, 0),
+                conditions.negative,
+                **pipe.sampling_options(settings.keywords),
+            )
+        except Exception as error:
+            _fail([picture], error)
+        else:
+            self.pictures[slot] = picture
+
+    def drop_cancelled(self) -> None:
+        """Empty the slots of pictures for which nobody waits any more."""
+        for slot, picture in list(self.pictures.items()):
+            if picture.result.cancelled():
+                self.batch.leave(slot)
+                del self.pictures[slot]
+
+    @torch.no_grad()
+    def step(self) -> dict[QueuedPicture, Image.Image | Exception]:
+        """Sample a code of every picture; those that are finished or failed, which leave."""
+        found: dict[int, Tensor | Exception] = {}
+        try:
+            if self.pictures:
+                found |= self.batch.step()
+        except Exception as error:
+            found |= dict.fromkeys(self.pictures, error)
+            self.batch.rows.clear()
+        return {self.pictures.pop(slot): self._image(codes) for slot, codes in found.items()}
+
+    def _image(self, codes: Tensor | Exception) -> Image.Image | Exception:
+        if isinstance(codes, Exception):
+            return codes
+        try:
+            return to_pil(_decoded(self.pipeline, codes[None]))[0]
+        except Exception as error:  # of this picture
+            return error
+
+
+def _can_join(pipeline: Pipeline) -> bool:
+    """Whether pictures may join a running batch of a pipeline."""
+    prior = pipeline.prior
+    if not isinstance(prior, NextTokenPrior) or prior.compiled_with is not None:
+        return False
+    return prior.in_full_precision or pipeline.device.type != "cpu"
+
+
+def _decoded(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] on the CPU."""
+    return pipeline.tokenizer.decode(latents).float().clamp(-1, 1).cpu()
+
+
+def _fail(pictures: Iterable[QueuedPicture], error: Exception) -> None:
+    """Log an error of pictures, and give it to those who wait for them."""
+    pictures = list(pictures)
+    traceback = None if isinstance(error, SmaltiError) else error
+    logger.error("%d pictures failed: %s", len(pictures), error, exc_info=traceback)
+    for picture in pictures:
+        if picture.result.running() or picture.result.set_running_or_notify_cancel():
+            picture.result.set_exception(error)
 
 
 def _check_served(pipeline: Pipeline) -> None:

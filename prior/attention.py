@@ -79,6 +79,12 @@ class LayerCache:
         self.length = stop
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None
+    ) -> Tensor:
+        """`attend` from new tokens, whose keys and values are written, to all tokens so far."""
+        return attend(query, *self.write(key, value), causal, mask)
+
 
 class KeyValueCache:
     """Keys and values of all tokens so far, for every layer; allocated once per sampling call.

@@ -52,7 +52,9 @@ class ServeConfig:
     # Pictures sampled at once; in fp32, int8 and int4 always so many. Default: the number of a
     # generation job.
     max_batch_size: int | None = None
-    max_wait_ms: float = 20  # that a picture waits for others to share its batch, at most
+    # That a picture waits for others to share its batch, at most; with a next-token prior, whose
+    # pictures join a running batch, none waits.
+    max_wait_ms: float = 20
     max_queue: int = 256  # pictures that may wait; a request for more gets status 429
     max_images: int = 10  # pictures of one request at most
 
@@ -189,6 +191,7 @@ def serve(config: ServeConfig) -> None:
         max_queue=config.max_queue,
         image_sizes=config.image_sizes,
         observe=metrics.observe_batch,
+        continuous=not config.compile,
     )
     if config.compile:
         for sized in batcher.pipelines.values():

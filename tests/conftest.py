@@ -38,6 +38,7 @@ TINY_SPEC = CodeSpec(16, ((8, 8),))
 TINY_PRIOR = NextTokenConfig(
     spec=TINY_SPEC, num_classes=3, depth=2, width=16, num_heads=2, hidden=32
 )
+TINY_FLOW = FlowConfig(network=DiTConfig(depth=1, width=16, num_heads=2))
 
 
 @pytest.fixture(autouse=True, scope="session")

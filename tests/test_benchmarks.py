@@ -163,6 +163,12 @@ def test_serving_many_clients_is_a_ratio_to_one_by_one() -> None:
 
 
 @pytest.mark.slow
+def test_joining_a_batch_is_compared_with_waiting_for_it() -> None:
+    line = run("serving_load.py", "--arrivals", "2", "--rounds", "1", "--shares", "0.5")
+    assert float(line.partition("joining = ")[2].split()[0]) > 0
+
+
+@pytest.mark.slow
 def test_the_loader_is_compared_with_the_prior_that_it_feeds() -> None:
     line = json.loads(run("data_loading.py", "--rounds", "1", "--steps", "1"))
     assert line["loader_to_prior"] > 1 and line["promised"] == 10

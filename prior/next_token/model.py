@@ -80,12 +80,13 @@ class CausalAttention(nn.Module):
             both = torch.cat([self.q_norm(query), self.k_norm(key)], 1)
         rotated = rotate(both, rope_freqs)
         query, key = rotated.split((self.num_heads, self.kv_heads), dim=1)
-        if cache is not None:
-            key, value = cache.write(key, value)
         # One new token attends to all tokens; several tokens have an empty cache, or none.
         causal = mask is None and query.shape[2] > 1
-        dropout = self.weight_dropout if self.training else 0.0
-        attended = attend(query, key, value, causal, mask, dropout=dropout)
+        if cache is not None:
+            attended = cache.attend(query, key, value, causal, mask)
+        else:
+            dropout = self.weight_dropout if self.training else 0.0
+            attended = attend(query, key, value, causal, mask, dropout=dropout)
         return self.dropout(self.wo(attended.transpose(1, 2).flatten(2)))
 
 
@@ -273,8 +274,9 @@ class NextTokenPrior(CodePrior):
             captions = F.pad(captions, (1, 0), value=True)
         return causal_mask(captions, start, stop)
 
-    def next_token(self, codes: Tensor, position: int) -> Tensor:
-        """The input (B, 1, width) from codes (B,) that predicts `position` in raster order."""
+    def next_token(self, codes: Tensor, position: int | Tensor) -> Tensor:
+        """The input (B, 1, width) from codes (B,) that predicts `position` in raster order, one or
+        (B, 1) of them."""
         token = self.tok_embeddings(codes)[:, None]
         return token if self.target_positions is None else token + self.target_positions[position]
 

@@ -12,6 +12,7 @@ from conftest import TINY_CONV, TINY_PRIOR
 from PIL import Image
 
 from smalti.errors import ConfigurationError, GenerationError
+from smalti.pipelines.continuous import ContinuousBatch
 from smalti.pipelines.generation import generate_folder, group_size
 from smalti.pipelines.pipeline import Pipeline
 from smalti.pipelines.serving import Batcher, PictureRequest, QueueFullError, StoppingError
@@ -37,7 +38,8 @@ def wanted(label: int, seed: int | None, **changes) -> PictureRequest:
 
 
 class Held:
-    """A pipeline that begins to sample when it is told to, and notes the sizes of batches."""
+    """A pipeline that begins to sample when it is told to, and notes the sizes of batches. Of a
+    batcher that is not continuous."""
 
     def __init__(self, batcher: Batcher) -> None:
         self.go, self.began, self.sizes = threading.Event(), threading.Event(), []
@@ -52,13 +54,19 @@ class Held:
         batcher._sample = sample
 
 
-def test_a_picture_is_the_same_alone_and_in_a_crowd(pipe) -> None:
-    """To the byte, in fp32."""
-    alone = Batcher(pipe, max_wait=0)
+@pytest.mark.parametrize("continuous", [True, False])
+def test_a_picture_is_the_same_alone_and_in_a_crowd(pipe, continuous: bool) -> None:
+    """To the byte, in fp32; whether it joins a running batch or not."""
+    alone = Batcher(pipe, max_wait=0, continuous=False)
     expected = {(s % 3, s): images_of(alone, wanted(s % 3, s)) for s in range(20)}
     alone.join()
     sizes: list[int] = []
-    crowd = Batcher(pipe, max_wait=0.5, observe=lambda pictures, seconds: sizes.append(pictures))
+    crowd = Batcher(
+        pipe,
+        max_wait=0.5,
+        observe=lambda pictures, seconds: sizes.append(pictures),
+        continuous=continuous,
+    )
     found: dict[tuple[int, int], list[bytes]] = {}
     threads = [
         threading.Thread(target=lambda k=key: found.update({k: images_of(crowd, wanted(*k))}))
@@ -70,7 +78,7 @@ def test_a_picture_is_the_same_alone_and_in_a_crowd(pipe) -> None:
         thread.join()
     crowd.join()
     assert found == expected
-    assert sum(sizes) == 20 and max(sizes) > 4
+    assert sum(sizes) == 20 and (continuous or max(sizes) > 4)
     assert len({images[0] for images in found.values()}) == 20
 
 
@@ -95,7 +103,7 @@ def test_every_picture_of_a_request_can_be_made_again_by_its_seed(pipe) -> None:
 
 
 def test_pictures_without_a_seed_fill_a_batch(pipe) -> None:
-    batcher = Batcher(pipe, max_batch_size=8)
+    batcher = Batcher(pipe, max_batch_size=8, continuous=False)
     held = Held(batcher)
     first = batcher.submit(wanted(0, None))
     assert held.began.wait(60)
@@ -108,7 +116,7 @@ def test_pictures_without_a_seed_fill_a_batch(pipe) -> None:
 
 
 def test_only_equal_settings_share_a_batch(pipe) -> None:
-    batcher = Batcher(pipe, max_wait=0.2)
+    batcher = Batcher(pipe, max_wait=0.2, continuous=False)
     held = Held(batcher)
     held.go.set()
     made = [
@@ -121,7 +129,7 @@ def test_only_equal_settings_share_a_batch(pipe) -> None:
 
 
 def test_a_picture_waits_only_so_long(pipe) -> None:
-    batcher = Batcher(pipe, max_wait=0.3)
+    batcher = Batcher(pipe, max_wait=0.3, continuous=False)
     start = time.monotonic()
     images_of(batcher, wanted(0, 1))
     assert time.monotonic() - start >= 0.3
@@ -134,7 +142,7 @@ def test_a_picture_waits_only_so_long(pipe) -> None:
 
 
 def test_a_full_queue_refuses_and_a_cancelled_request_makes_place(pipe) -> None:
-    batcher = Batcher(pipe, max_queue=3, max_batch_size=2)
+    batcher = Batcher(pipe, max_queue=3, max_batch_size=2, continuous=False)
     held = Held(batcher)
     running = batcher.submit(wanted(0, 0))
     assert held.began.wait(60)
@@ -153,7 +161,7 @@ def test_a_full_queue_refuses_and_a_cancelled_request_makes_place(pipe) -> None:
 
 
 def test_a_stopped_batcher_finishes_what_it_accepted(pipe) -> None:
-    batcher = Batcher(pipe, max_wait=60)
+    batcher = Batcher(pipe, max_wait=60, continuous=False)
     held = Held(batcher)
     pictures = batcher.submit(PictureRequest(class_labels=[0, 1, 2]))
     assert batcher.is_ready and not batcher.is_idle
@@ -166,15 +174,100 @@ def test_a_stopped_batcher_finishes_what_it_accepted(pipe) -> None:
     assert batcher.is_idle and all(picture.result.done() for picture in pictures)
 
 
-def test_a_failed_batch_fails_its_pictures_only(pipe, monkeypatch) -> None:
-    batcher = Batcher(pipe)
+@pytest.mark.parametrize("continuous", [True, False])
+def test_a_failed_batch_fails_its_pictures_only(pipe, monkeypatch, continuous: bool) -> None:
+    batcher = Batcher(pipe, continuous=continuous)
     with monkeypatch.context() as patch:
         patch.setattr(batcher, "_sample", lambda batch: 1 / 0)
+        patch.setattr(ContinuousBatch, "step", lambda batch: 1 / 0)
         failed = batcher.submit(wanted(0, 1))
         with pytest.raises(ZeroDivisionError):
             failed[0].result.result(60)
     assert images_of(batcher, wanted(0, 1)) and batcher.is_ready
     batcher.join()
+
+
+class Paced:
+    """Lets a continuous batch sample a number of codes, and counts its steps."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.may, self.done, original = threading.Semaphore(0), 0, ContinuousBatch.step
+
+        def step(batch):
+            assert self.may.acquire(timeout=60)
+            found = original(batch)
+            self.done += 1
+            return found
+
+        monkeypatch.setattr(ContinuousBatch, "step", step)
+
+    def go(self, steps: int) -> None:
+        until = self.done + steps
+        self.may.release(steps)
+        end = time.monotonic() + 60
+        while self.done < until and time.monotonic() < end:
+            time.sleep(0.001)
+        assert self.done == until
+
+
+LENGTH = TINY_PRIOR.spec.length  # steps of a picture
+
+
+def test_a_picture_joins_a_running_batch_and_leaves_it(pipe, monkeypatch) -> None:
+    """With options of its own; its result is there before the others are finished."""
+    options = {"options": {"top_k": 3}, "guidance_scale": 1.0}
+    plain = Batcher(pipe, continuous=False, max_wait=0)
+    expected = [images_of(plain, wanted(0, 0)), images_of(plain, wanted(1, 1, **options))]
+    plain.join()
+    paced = Paced(monkeypatch)
+    batcher = Batcher(pipe)
+    (first,) = batcher.submit(wanted(0, 0))
+    paced.go(10)
+    (second,) = batcher.submit(wanted(1, 1, **options))
+    paced.go(LENGTH - 10)
+    assert [first.result.result(60).tobytes()] == expected[0]
+    assert not second.result.done() and not batcher.is_idle
+    paced.may.release(12)
+    assert [second.result.result(60).tobytes()] == expected[1]
+    assert LENGTH + 9 <= paced.done <= LENGTH + 12
+    batcher.join()
+
+
+def test_a_client_that_goes_away_frees_its_slot(pipe, monkeypatch) -> None:
+    paced = Paced(monkeypatch)
+    batcher = Batcher(pipe, max_batch_size=1)
+    (first,) = batcher.submit(wanted(0, 0))
+    paced.go(5)
+    (second,) = batcher.submit(wanted(1, 1))
+    batcher.cancel([first])
+    paced.may.release(LENGTH + 1)  # one of them may have begun with the first
+    assert second.result.result(60) and first.result.cancelled()
+    assert paced.done <= 5 + 1 + LENGTH
+    batcher.join()
+    assert batcher.is_idle
+
+
+def test_a_stopped_batcher_finishes_what_is_in_its_batch_and_its_queue(pipe, monkeypatch) -> None:
+    paced = Paced(monkeypatch)
+    batcher = Batcher(pipe, max_batch_size=2)
+    pictures = batcher.submit(PictureRequest(class_labels=[0, 1, 2]))
+    paced.go(1)
+    assert batcher.waiting == 1
+    batcher.stop()
+    paced.may.release(1000)
+    batcher.join()
+    assert batcher.is_idle and all(picture.result.done() for picture in pictures)
+
+
+def test_sizes_take_turns_in_a_continuous_batch(pipe) -> None:
+    requests = [wanted(0, seed, image_size=16 if seed % 2 else (8, 16)) for seed in range(4)]
+    found = []
+    for continuous in (True, False):
+        batcher = Batcher(pipe, image_sizes=[(8, 16)], max_wait=0, continuous=continuous)
+        made = [batcher.submit(request)[0] for request in requests]
+        found.append([picture.result.result(60).tobytes() for picture in made])
+        batcher.join()
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

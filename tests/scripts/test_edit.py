@@ -5,14 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLASSES, TINY_CONV, TINY_PRIOR
+from conftest import CLASSES, TINY_CONV, TINY_FLOW, TINY_PRIOR
 from PIL import Image
 
 from smalti.cli import main
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.conditions.image import ImageConfig
-from smalti.prior.flow.dit import DiTConfig
 from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.next_token.model import NextTokenPrior
 from smalti.prior.registry import PRIORS
@@ -154,8 +153,7 @@ def test_what_is_refused(
 
 
 TEXT = replace(TINY_PRIOR, condition="text", num_classes=0, text_length=8, text_dim=8)
-FLOW = FlowConfig(network=DiTConfig(depth=1, width=16, num_heads=2))
-PAINTER = FLOW.conditioned("image", image=ImageConfig(3, "inpainting"))
+PAINTER = TINY_FLOW.conditioned("image", image=ImageConfig(3, "inpainting"))
 WHITE = "white.png"
 NO_FLAG = ("mask_image", "num_images_per_prompt", "known_mask", "prompt_embeds")  # of Python alone
 
@@ -168,7 +166,7 @@ NO_FLAG = ("mask_image", "num_images_per_prompt", "known_mask", "prompt_embeds")
         (TINY_PRIOR, ["--box", BOX, "--prompt", "a"], "pass class_labels, and no prompt\n"),
         (TINY_PRIOR, ["--mask", WHITE], "paint black what is to be kept, or generate without a"),
         (TINY_PRIOR.conditioned("none"), ["--box", BOX, "--prompt", "a"], ", and no prompt\n"),
-        (FLOW, ["--strength", "1"], "give mask_image (smalti edit: --mask), or a strength below 1"),
+        (TINY_FLOW, ["--strength", "1"], "mask_image (smalti edit: --mask), or a strength below 1"),
         (PAINTER, [], "does inpainting: pass mask_image (smalti edit: --mask), white where it"),
         (PAINTER, ["--box", BOX, "--strength", "0.5"], "conditional on pictures: leave it out"),
         (TEXT, ["--box", BOX], "needs prompt_embeds, for which there is no flag: call it in"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_FLOW
 from PIL import Image
 
 import smalti
@@ -16,8 +17,6 @@ from smalti.data.dataset import DataOptions
 from smalti.data.image_io import FolderOptions
 from smalti.data.latent_cache.cache import LatentCache
 from smalti.prior.base import PriorConfig
-from smalti.prior.flow.dit import DiTConfig
-from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.next_scale.model import NextScaleConfig
 from smalti.prior.next_token.model import NextTokenConfig
 from smalti.scripts.demo import DemoConfig, chosen_scale
@@ -51,7 +50,6 @@ KL = KLConfig(image_size=16, conv=CONV, equivariance=0.5)
 
 TOKEN = NextTokenConfig(depth=1, width=16, num_heads=2, hidden=32)
 SCALE = NextScaleConfig(depth=1, width=16, num_heads=2)
-FLOW = FlowConfig(network=DiTConfig(patch_size=2, depth=1, width=16, num_heads=2))
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 STEPS = {"max_train_steps": 2, "train_batch_size": 4, "mixed_precision": "no"}
@@ -105,7 +103,7 @@ def pipeline_of(root: Path, pictures: Path, tokenizer: Path, prior: PriorConfig)
 
 @pytest.mark.parametrize(
     ("config", "prior", "channels"),
-    [(VQ, TOKEN, 3), (FSQ, TOKEN, 1), (LFQ, TOKEN, 3), (VAR, SCALE, 3), (KL, FLOW, 4)],
+    [(VQ, TOKEN, 3), (FSQ, TOKEN, 1), (LFQ, TOKEN, 3), (VAR, SCALE, 3), (KL, TINY_FLOW, 4)],
     ids=["vq", "fsq", "lfq", "multi-scale", "kl"],
 )
 def test_every_stage_makes_images_of_the_size_and_channels_of_the_tokenizer(
@@ -119,7 +117,7 @@ def test_every_stage_makes_images_of_the_size_and_channels_of_the_tokenizer(
     last = spec.grids[-1] if hasattr(spec, "grids") else (spec.height, spec.width)
     assert last == (8, 12)
     assert LatentCache(tmp_path / "latents" / "train").spec == spec
-    options = {"num_inference_steps": 2} if prior is FLOW else {}
+    options = {"num_inference_steps": 2} if prior is TINY_FLOW else {}
     made = pipe(["dark", 1], guidance_scale=1.0, **options).images
     assert [(image.size, image.mode) for image in made] == [((24, 16), MODES[channels])] * 2
     array = pipe([0], guidance_scale=1.0, output_type="np", **options)
@@ -138,7 +136,7 @@ def test_pipelines_for_grey_and_for_alpha_are_evaluated_and_edited(
     torch.manual_seed(0)
     config = replace(KL, image_size=(32, 48), image_channels=channels, equivariance=0.0)
     tokenizer = smalti.Tokenizer.registry.build(config)
-    prior = smalti.Prior.registry.build(FLOW.fitted(tokenizer.spec, 2, tokenizer.fingerprint))
+    prior = smalti.Prior.registry.build(TINY_FLOW.fitted(tokenizer.spec, 2, tokenizer.fingerprint))
     smalti.Pipeline(tokenizer, prior, ("dark", "light")).save_pretrained(tmp_path / "pipeline")
     job = ["evaluate", "--model", str(tmp_path / "pipeline"), "--data", str(pictures)]
     job += ["--output_dir", str(tmp_path / "out"), "--num_samples", "16", "--num_references", "16"]

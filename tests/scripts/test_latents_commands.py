@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_FLOW
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -24,8 +25,6 @@ from smalti.data.latents import ContinuousSpec
 from smalti.data.sources.base import open_source
 from smalti.errors import SmaltiError
 from smalti.pipelines.conditions import ConditionEncoder
-from smalti.prior.flow.dit import DiTConfig
-from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.next_token.model import NextTokenConfig
 from smalti.scripts.encode import EncodeConfig, encode_split
 from smalti.scripts.train_prior import TrainPriorConfig
@@ -89,7 +88,6 @@ CONV = ConvConfig(
 VQ = VQConfig(image_size=16, conv=CONV, quantizer=NearestConfig(codebook=CodebookConfig(16, 4)))
 KL = KLConfig(image_size=16, conv=CONV, latent_mean=(0.5,) * 4, latent_std=(2.0,) * 4)
 GPT = NextTokenConfig(depth=1, width=16, num_heads=2, hidden=32)
-FLOW = FlowConfig(network=DiTConfig(depth=1, width=16, num_heads=2))
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +244,7 @@ def test_latents_of_lightningdit_train_a_prior(root: Path, tmp_path: Path) -> No
     assert torch.equal(
         sampled, tokenizer.latents(stored)
     )  # without a deviation, draws are the mean
-    train_prior(prior_run(tmp_path, root / "kl", FLOW))
+    train_prior(prior_run(tmp_path, root / "kl", TINY_FLOW))
 
 
 def test_a_tokenizer_that_stores_plain_latents_trains_a_prior(
@@ -264,7 +262,7 @@ def test_a_tokenizer_that_stores_plain_latents_trains_a_prior(
         expected = tokenizer.store(pictures(root, 16))
     assert torch.equal(cache.first_view(range(len(cache))).stored, expected.half().float())
     assert cache.info.stored_shape == (4, 4, 4) and cache.info.stored_statistics == ()
-    run = prior_run(tmp_path, tmp_path / "plain", FLOW)
+    run = prior_run(tmp_path, tmp_path / "plain", TINY_FLOW)
     pipe = smalti.Pipeline.from_pretrained(train_prior(run))
     assert len(pipe(class_labels=["cat"], num_inference_steps=2).images) == 1
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_FLOW
 from PIL import Image
 from runs import assert_same, losses, stop_after
 
@@ -18,8 +19,6 @@ from smalti.data.latent_cache.cache import LatentCache
 from smalti.data.order import DataOrder
 from smalti.data.transforms import RandomCrop
 from smalti.errors import SmaltiError
-from smalti.prior.flow.dit import DiTConfig
-from smalti.prior.flow.prior import FlowConfig
 from smalti.prior.next_token.model import NextTokenConfig
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.evaluate import EvaluateConfig, tokenizer_evaluator
@@ -37,7 +36,7 @@ VQ = VQConfig(image_size=16, conv=CONV, quantizer=NearestConfig(codebook=Codeboo
 KL = KLConfig(image_size=16, conv=CONV, latent_mean=(0.5,) * 4, latent_std=(2.0,) * 4)
 PRIORS = {
     "vq": NextTokenConfig(depth=1, width=16, num_heads=2, hidden=32, dropout=0.1),
-    "kl": FlowConfig(network=DiTConfig(depth=1, width=16, num_heads=2)),
+    "kl": TINY_FLOW,
 }
 CPU = torch.device("cpu")
 
