@@ -72,21 +72,23 @@ class CausalAttention(nn.Module):
         mask: Tensor | None,
         cache: LayerCache | None,
     ) -> Tensor:  # (B, T, width)
+        batch, length, width = x.shape
         heads = self.num_heads + self.kv_heads  # of queries and keys, which are rotated together
-        qkv = self.wqkv(x).unflatten(-1, (heads + self.kv_heads, -1)).transpose(1, 2)
-        both, value = qkv.split((heads, self.kv_heads), dim=1)  # (B, heads, T, head_dim)
+        qkv = self.wqkv(x).view(batch, length, heads + self.kv_heads, -1).transpose(1, 2)
+        both, value = qkv[:, :heads], qkv[:, heads:]  # (B, heads, T, head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = both.split((self.num_heads, self.kv_heads), dim=1)
+            query, key = both[:, : self.num_heads], both[:, self.num_heads :]
             both = torch.cat([self.q_norm(query), self.k_norm(key)], 1)
         rotated = rotate(both, rope_freqs)
-        query, key = rotated.split((self.num_heads, self.kv_heads), dim=1)
+        query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
         if cache is not None:
             key, value = cache.write(key, value)
         # One new token attends to all tokens; several tokens have an empty cache, or none.
         causal = mask is None and query.shape[2] > 1
         dropout = self.weight_dropout if self.training else 0.0
         attended = attend(query, key, value, causal, mask, dropout=dropout)
-        return self.dropout(self.wo(attended.transpose(1, 2).flatten(2)))
+        found = self.wo(attended.transpose(1, 2).reshape(batch, length, width))
+        return self.dropout(found) if self.training else found
 
 
 class CausalBlock(nn.Module):
@@ -108,6 +110,9 @@ class CausalBlock(nn.Module):
         cache: LayerCache | None,
     ) -> Tensor:  # (B, T, width)
         attended = self.attention(self.attention_norm(x), rope_freqs, mask, cache)
+        if not self.training:  # a step of sampling is short: calls that change nothing are slow
+            x = x + attended
+            return x + self.feed_forward(self.ffn_norm(x))
         x = x + self.drop_path(attended)
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
 
