@@ -37,39 +37,26 @@ class SwiGLU(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim)
-        joined = self._joined_weights()
-        if joined is None:
-            hidden = F.silu(self.w1(x)) * self.w3(x)
-        else:
-            gate, value = F.linear(x, joined).chunk(2, -1)
-            hidden = F.silu(gate) * value
-        found = self.w2(hidden)
-        return self.dropout(found) if self.training else found
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
     def arrange(self) -> None:
-        """Store w1 beside w3, input by input, so that one product reads both; values stay."""
+        """Store w1 beside w3, input by input, so that one product may read both; values stay."""
         faster = _is_faster_by_input(self.w1) and _is_faster_by_input(self.w3)
-        with torch.no_grad():
-            if faster and self._joined_weights() is None:
-                _store_by_input(self.w1, self.w3)
+        if faster and self.joined_weights() is None:
+            _store_by_input(self.w1, self.w3)
 
-    def _joined_weights(self) -> Tensor | None:
-        """w1 above w3, (2 hidden, dim), where `arrange` has stored them so: a view, for passes
-        without gradients."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
+    def joined_weights(self) -> Tensor | None:
+        """w1 above w3, (2 hidden, dim), a view, if they lie as `arrange` has stored them."""
         if type(self.w1) is not nn.Linear or type(self.w3) is not nn.Linear:
             return None
         first, second = self.w1.weight, self.w3.weight
         if type(first) is not nn.Parameter or type(second) is not nn.Parameter:
             return None
-        size = first.nbytes // first.shape[1]  # of the weights of one input, in bytes
-        strides = first.stride()
-        if second.data_ptr() - first.data_ptr() != size or strides != second.stride():
+        outputs, strides = len(first), first.stride()
+        beside = second.data_ptr() - first.data_ptr() == outputs * first.element_size()
+        if not beside or strides != second.stride() or strides[0] != 1 or strides[1] < 2 * outputs:
             return None
-        if strides[0] != 1 or strides[1] < 2 * len(first):
-            return None
-        return first.as_strided((2 * len(first), first.shape[1]), strides)
+        return first.detach().as_strided((2 * outputs, first.shape[1]), strides)
 
 
 SPACE = 16  # numbers between the columns of a matrix that is stored input by input
