@@ -40,24 +40,24 @@ def attend(
     shape, kv_heads = query.shape, key.shape[1]
     if shape[2] == 1:  # heads that share keys become queries of one head: no key is repeated
         query = query.reshape(shape[0], kv_heads, -1, shape[3])  # (B, kv_heads, group, head_dim)
-    grouped = query.shape[1] != kv_heads
-    attention = partial(
-        F.scaled_dot_product_attention,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=grouped,
-    )
-    if query.device.type != "cpu":
-        return attention(query, key, value).view(shape)
-    # On a CPU always in fp32: torch's bf16 kernel is several times slower there. The context costs
-    # as much as the attention of one token.
-    with (
-        torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
-    ):
-        attended = attention(query.float(), key.float(), value.float())
-    return attended.to(query.dtype).view(shape)
+    # On a CPU always in fp32: torch's bf16 kernel is several times slower there.
+    autocast, dtype = False, query.dtype
+    if query.device.type == "cpu":
+        query, key, value = query.float(), key.float(), value.float()
+        autocast = torch.is_autocast_enabled("cpu")
+    # The context costs as much as the attention of one token.
+    with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            mask,
+            dropout,
+            causal,
+            scale=scale,
+            enable_gqa=query.shape[1] != kv_heads,
+        )
+    return attended.to(dtype).view(shape)
 
 
 class LayerCache:
@@ -165,7 +165,7 @@ def rotate(x: Tensor, rope_freqs: Tensor) -> Tensor:
         cosine, sine = torch.view_as_real(rope_freqs).unbind(-1)
         rotated = (real * cosine - imaginary * sine, real * sine + imaginary * cosine)
         return torch.stack(rotated, -1).flatten(-2).to(x.dtype)
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2).contiguous())
     return torch.view_as_real(pairs * rope_freqs).flatten(-2).to(x.dtype)
 
 

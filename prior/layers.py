@@ -23,7 +23,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return torch.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -39,6 +39,25 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., dim)
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
+    def arrange(self) -> None:
+        """Store w1 beside w3, input by input, so that one product may read both; values stay."""
+        faster = _is_faster_by_input(self.w1) and _is_faster_by_input(self.w3)
+        if faster and self.joined_weights() is None:
+            _store_by_input(self.w1, self.w3)
+
+    def joined_weights(self) -> Tensor | None:
+        """w1 above w3, (2 hidden, dim), a view, if they lie as `arrange` has stored them."""
+        if type(self.w1) is not nn.Linear or type(self.w3) is not nn.Linear:
+            return None
+        first, second = self.w1.weight, self.w3.weight
+        if type(first) is not nn.Parameter or type(second) is not nn.Parameter:
+            return None
+        outputs, strides = len(first), first.stride()
+        beside = second.data_ptr() - first.data_ptr() == outputs * first.element_size()
+        if not beside or strides != second.stride() or strides[0] != 1 or strides[1] < 2 * outputs:
+            return None
+        return first.detach().as_strided((2 * outputs, first.shape[1]), strides)
+
 
 SPACE = 16  # numbers between the columns of a matrix that is stored input by input
 
@@ -53,24 +72,39 @@ def arrange_for_few_rows(model: nn.Module) -> None:
     push each other out of the cache.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, SwiGLU):
+            module.arrange()
+        elif isinstance(module, nn.Linear):
             _arrange_layer(module)
 
 
 def _arrange_layer(linear: nn.Linear) -> None:
-    weight, inputs, outputs = linear.weight, linear.in_features, linear.out_features
-    by_input = (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and torch.backends.mkl.is_available()
-        and outputs > 2 * inputs
-    )
-    if not by_input:
+    weight, outputs = linear.weight, linear.out_features
+    if not _is_faster_by_input(linear):
         weight.data = weight.data.contiguous()
-    elif weight.stride() != (1, outputs + SPACE):  # a second time: a packed copy stays valid
-        spaced = weight.new_empty(inputs, outputs + SPACE)
-        weight.data = spaced[:, :outputs].copy_(weight.data.t()).t()
-        _return_freed_memory()
+    elif weight.stride(0) != 1 or weight.stride(1) < outputs + SPACE:
+        _store_by_input(linear)  # not a second time: a packed copy stays valid
+
+
+def _is_faster_by_input(linear: nn.Module) -> bool:
+    """Whether products of few rows read the weight faster input by input."""
+    return (
+        isinstance(linear, nn.Linear)
+        and linear.weight.device.type == "cpu"
+        and linear.weight.dtype == torch.float32
+        and torch.backends.mkl.is_available()
+        and linear.out_features > 2 * linear.in_features
+    )
+
+
+def _store_by_input(*linears: nn.Linear) -> None:
+    """Store the weights of layers with the same inputs beside each other, input by input."""
+    outputs = [linear.out_features for linear in linears]
+    like = linears[0].weight
+    spaced = like.new_empty(like.shape[1], sum(outputs) + SPACE)
+    for linear, part in zip(linears, spaced.split([*outputs, SPACE], 1), strict=False):
+        linear.weight.data = part.copy_(linear.weight.data.t()).t()
+    _return_freed_memory()
 
 
 def _return_freed_memory() -> None:

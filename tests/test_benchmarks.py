@@ -59,8 +59,18 @@ def test_decoding_is_compared_with_reading_the_weights() -> None:
     assert exact["speed_over_first"] == 1 and exact["step_over_weights"] > 0
     sizes = [row["weights_mb"] for row in rows]
     assert sizes[0] == sizes[1] > sizes[2] > sizes[3] > sizes[4]
-    assert {row["products"] for row in rows} == {exact["products"]}
+    assert {row["products"] for row in rows if row["dtype"] != "float32"} == {exact["products"]}
+    assert rows[1]["products"] <= exact["products"]  # where w1 and w3 are read by one product
     assert all(row["operators"] > row["products"] and row["products_gb_s"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_gain_of_speculative_decoding_is_a_table() -> None:
+    small = ("--preset=gpt-nano", "--windows=3", "--pictures=1", "--rounds=1")
+    *_, shipped, large = run("speculative_decoding.py", *small).splitlines()
+    for line in (shipped, large):
+        window, codes, _, ratio, _, speed = line.strip("| ").split(" | ")
+        assert int(window) == 3 and 1 <= float(codes) <= 3 and float(ratio) > 0 and float(speed) > 0
 
 
 @pytest.mark.slow

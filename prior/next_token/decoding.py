@@ -1,5 +1,6 @@
 """Decoding of the next-token prior: token by token, with a cache of keys and values."""
 
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -33,8 +34,14 @@ class TokenModel(Protocol):
     # (B, 1, stop - start, stop) bool, or None
     def mask(self, condition: Condition, start: int, stop: int) -> Tensor | None: ...
     def rope_freqs(self, device: torch.device) -> Tensor: ...  # (P + L - 1, head_dim / 2)
+    def steps(self) -> list[Callable[..., Tensor]]: ...  # `blocks` of `transform`, for one token
     def transform(
-        self, tokens: Tensor, rope_freqs: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+        self,
+        tokens: Tensor,
+        rope_freqs: Tensor,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+        blocks: Iterable[Callable[..., Tensor]] | None = None,
     ) -> Tensor: ...  # (B, n, width) -> (B, n, width)
 
 
@@ -63,7 +70,7 @@ class TokenDecoder:
         shape = (self.batch, config.spec.length)
         self.codes = torch.empty(shape, dtype=torch.int64, device=device)
         self.next_input = model.tokens(condition, self.codes[:, :0])  # (B, P, width)
-        self.rope_freqs = model.rope_freqs(device)
+        self.rope_freqs, self.steps = model.rope_freqs(device), model.steps()
         self.full_cache = KeyValueCache(
             config.depth,
             self.batch * (2 if self.guided else 1),
@@ -147,5 +154,6 @@ class TokenDecoder:
         start, stop = cache.length, cache.length + tokens.shape[1]
         masks = [self.model.mask(condition, start, stop) for condition in conditions]
         mask = None if masks[0] is None else torch.cat(masks)  # type: ignore[arg-type]
-        hidden = self.model.transform(tokens, self.rope_freqs[start:stop], mask, cache)
+        blocks = self.steps if stop - start == 1 else None
+        hidden = self.model.transform(tokens, self.rope_freqs[start:stop], mask, cache, blocks)
         return self.model.output(hidden[:, -1]).float()

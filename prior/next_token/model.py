@@ -6,7 +6,8 @@ later code is predicted from the condition and the codes before it. Module names
 whose published weights load without renaming.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -72,14 +73,15 @@ class CausalAttention(nn.Module):
         mask: Tensor | None,
         cache: LayerCache | None,
     ) -> Tensor:  # (B, T, width)
+        batch, length, width = x.shape
         heads = self.num_heads + self.kv_heads  # of queries and keys, which are rotated together
-        qkv = self.wqkv(x).unflatten(-1, (heads + self.kv_heads, -1)).transpose(1, 2)
-        both, value = qkv.split((heads, self.kv_heads), dim=1)  # (B, heads, T, head_dim)
+        qkv = self.wqkv(x).view(batch, length, heads + self.kv_heads, -1).transpose(1, 2)
+        both, value = qkv[:, :heads], qkv[:, heads:]  # (B, heads, T, head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = both.split((self.num_heads, self.kv_heads), dim=1)
+            query, key = both[:, : self.num_heads], both[:, self.num_heads :]
             both = torch.cat([self.q_norm(query), self.k_norm(key)], 1)
         rotated = rotate(both, rope_freqs)
-        query, key = rotated.split((self.num_heads, self.kv_heads), dim=1)
+        query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
         # One new token attends to all tokens; several tokens have an empty cache, or none.
         causal = mask is None and query.shape[2] > 1
         if cache is not None:
@@ -87,7 +89,7 @@ class CausalAttention(nn.Module):
         else:
             dropout = self.weight_dropout if self.training else 0.0
             attended = attend(query, key, value, causal, mask, dropout=dropout)
-        return self.dropout(self.wo(attended.transpose(1, 2).flatten(2)))
+        return self.dropout(self.wo(attended.transpose(1, 2).reshape(batch, length, width)))
 
 
 class CausalBlock(nn.Module):
@@ -111,6 +113,64 @@ class CausalBlock(nn.Module):
         attended = self.attention(self.attention_norm(x), rope_freqs, mask, cache)
         x = x + self.drop_path(attended)
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+
+
+Block = Callable[[Tensor, Tensor, Tensor | None, LayerCache], Tensor]
+
+
+class BlockStep:
+    """A `CausalBlock` in eval mode for one new token of each sample, to the same bits where weights
+    are not arranged: its parts are looked up once for all tokens.
+
+    Between two large products the processor's caches hold nothing but weights, so that each call of
+    a module, or look-up of one of its parts, takes as long as the arithmetic beside the products.
+    """
+
+    def __init__(self, block: CausalBlock) -> None:
+        attention, feed_forward = block.attention, block.feed_forward
+        self.heads, self.kv_heads = attention.num_heads, attention.kv_heads
+        self.attention_norm, self.ffn_norm = block.attention_norm.weight, block.ffn_norm.weight
+        self.shape, self.eps = block.ffn_norm.normalized_shape, block.ffn_norm.eps
+        self.wqkv, self.wo = _product(attention.wqkv), _product(attention.wo)
+        self.w1, self.w3 = _product(feed_forward.w1), _product(feed_forward.w3)
+        self.w2, self.w1_and_w3 = _product(feed_forward.w2), feed_forward.joined_weights()
+
+    @staticmethod
+    def of(block: nn.Module) -> Block:
+        """The step of a block; the block itself if someone has changed how it is called, such as by
+        compiling it."""
+        parts = [block, *block.children()]
+        plain = isinstance(block, CausalBlock) and block.attention.q_norm is None
+        return BlockStep(block) if plain and all(map(_is_called_plainly, parts)) else block
+
+    def __call__(
+        self, x: Tensor, rope_freqs: Tensor, mask: Tensor | None, cache: LayerCache
+    ) -> Tensor:  # (B, 1, width)
+        rows, rotated_heads = len(x), self.heads + self.kv_heads
+        normed = torch.rms_norm(x, self.shape, self.attention_norm, self.eps)
+        qkv = self.wqkv(normed).view(rows, rotated_heads + self.kv_heads, 1, -1)
+        rotated = rotate(qkv[:, :rotated_heads], rope_freqs)
+        key, value = cache.write(rotated[:, self.heads :], qkv[:, rotated_heads:])
+        attended = attend(rotated[:, : self.heads], key, value, mask=mask)
+        x = x + self.wo(attended.reshape(rows, 1, -1))
+        normed = torch.rms_norm(x, self.shape, self.ffn_norm, self.eps)
+        if self.w1_and_w3 is None:
+            return x + self.w2(F.silu(self.w1(normed)) * self.w3(normed))
+        gate, other = F.linear(normed, self.w1_and_w3).chunk(2, -1)
+        return x + self.w2(F.silu(gate) * other)
+
+
+def _product(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a linear layer computes, without the call of a module if nothing else depends on it."""
+    if type(layer) is nn.Linear and _is_called_plainly(layer):
+        return partial(F.linear, weight=layer.weight, bias=layer.bias)
+    return layer
+
+
+def _is_called_plainly(module: nn.Module) -> bool:
+    """Whether a call of the module is its class's `forward`: it has no hook and is not compiled."""
+    changed = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl
+    return not changed and "forward" not in vars(module)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -294,12 +354,25 @@ class NextTokenPrior(CodePrior):
         positions = torch.cat([before, prefix + order[:, :-1]], 1)
         return rope_freqs[positions][:, None]
 
+    def steps(self) -> list[Block]:
+        """The blocks for passes of one new token, with the weights as they are now."""
+        return [BlockStep.of(block) for block in self.layers]
+
     def transform(
-        self, tokens: Tensor, rope_freqs: Tensor, mask: Tensor | None, cache: KeyValueCache | None
+        self,
+        tokens: Tensor,
+        rope_freqs: Tensor,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+        blocks: Iterable[Callable[..., Tensor]] | None = None,
     ) -> Tensor:
-        """All blocks and the last norm, (B, T, width) to (B, T, width)."""
+        """All blocks and the last norm, (B, T, width) to (B, T, width).
+
+        Args:
+            blocks: what `steps` returned, for one token with a cache; None: the layers.
+        """
         x = self.dropout(tokens)
-        for layer, block in enumerate(self.layers):
+        for layer, block in enumerate(self.layers if blocks is None else blocks):
             own = None if cache is None else cache.layers[layer]
             x = block(x, rope_freqs, mask, own)
         return self.norm(x)

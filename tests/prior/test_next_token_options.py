@@ -9,8 +9,14 @@ from chance import randomised
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import SmaltiError
+from smalti.prior.attention import KeyValueCache
 from smalti.prior.next_token.decoding import TokenDecoder
-from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior, corrupted
+from smalti.prior.next_token.model import (
+    BlockStep,
+    NextTokenConfig,
+    NextTokenPrior,
+    corrupted,
+)
 from smalti.prior.sampling import SamplingOptions
 
 TINY = NextTokenConfig(
@@ -272,3 +278,29 @@ def test_everything_together_runs_in_bf16(dtype) -> None:
 def test_impossible_configs_are_refused(changes, message: str) -> None:
     with pytest.raises(SmaltiError, match=message):
         replace(TINY, **changes)
+
+
+@pytest.mark.parametrize("kv_heads", [0, 2])
+def test_a_step_has_the_bits_of_the_block_and_respects_hooks(kv_heads: int) -> None:
+    """Also with weights of w1 and w3 read by one product, but for rounding."""
+    model = make_prior(replace(TINY, num_kv_heads=kv_heads, hidden=80)).eval()
+    block, calls = model.layers[0], []
+    x, rope_freqs = torch.randn(3, 5, 32), model.rope_freqs(torch.device("cpu"))
+
+    def run(one_token) -> torch.Tensor:
+        cache = KeyValueCache(1, 3, kv_heads or 4, 5, 8, like=x).layers[0]
+        block(x[:, :4], rope_freqs[:4], None, cache)
+        return one_token(x[:, 4:], rope_freqs[4:5], None, cache)
+
+    with torch.no_grad():
+        expected = run(block)
+        assert isinstance(BlockStep.of(block), BlockStep)
+        assert torch.equal(run(BlockStep.of(block)), expected)
+        model.arrange_for_sampling()
+        torch.testing.assert_close(run(BlockStep.of(block)), expected)
+        hook = block.attention.wo.register_forward_hook(lambda *_: calls.append(1))
+        run(BlockStep.of(block))
+        assert len(calls) == 2  # of the block's pass, too
+        hook.remove()
+        block.ffn_norm.register_forward_hook(lambda *_: None)
+    assert BlockStep.of(block) is block

@@ -1,5 +1,6 @@
 """Linear layers with weights of 8 and 4 bits."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from smalti.data.latents import CodeSpec
 from smalti.errors import CheckpointError, ConfigurationError
-from smalti.prior.layers import SPACE, arrange_for_few_rows
+from smalti.prior.layers import SPACE, SwiGLU, arrange_for_few_rows
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 from smalti.prior.weight_only import (
     GROUP,
@@ -174,3 +175,31 @@ def test_only_wide_fp32_layers_are_stored_by_input():
     wide.bfloat16()
     arrange_for_few_rows(wide)
     assert wide.weight.is_contiguous()
+
+
+def test_both_weights_of_a_gated_layer_are_read_by_one_product():
+    """As long as they lie as they were arranged: values, gradients and the saved weights stay."""
+    torch.manual_seed(0)
+    plain = SwiGLU(16, 48, dropout=0.0)
+    arranged, x = copy.deepcopy(plain), torch.randn(3, 2, 16)
+    arranged.arrange()
+    with torch.no_grad():
+        assert (arranged.joined_weights() is not None) == torch.backends.mkl.is_available()
+        joined = copy.deepcopy(arranged).joined_weights()
+        assert joined is None or torch.equal(joined, torch.cat([plain.w1.weight, plain.w3.weight]))
+        torch.testing.assert_close(arranged(x), plain(x))
+        for name, weight in plain.state_dict().items():
+            assert torch.equal(arranged.state_dict()[name], weight)
+    for model in (plain, arranged):
+        model(x).square().sum().backward()
+    for ours, theirs in zip(arranged.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    with torch.no_grad():
+        before = arranged.w3.weight.data_ptr()
+        arranged.arrange()
+        assert arranged.w3.weight.data_ptr() == before
+        arranged.w3.weight = torch.nn.Parameter(torch.zeros(48, 16))  # no longer beside w1
+        assert arranged.joined_weights() is None and not arranged(x).any()
+        half = copy.deepcopy(plain)
+        half.arrange()
+        assert half.bfloat16().joined_weights() is None
