@@ -279,3 +279,15 @@ def test_the_bake_off_shares_stages_and_continues(tmp_path: Path, monkeypatch) -
     assert run("bake_off.py", *arguments).splitlines()[-6:] == out.splitlines()[-6:]
     assert [file.stat().st_mtime_ns for file in results] == before
     assert (tmp_path / "out" / "plot.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_training_step_is_compared_with_plain_torch() -> None:
+    small = ("--preset=gpt-nano", "--grid=2", "--quick")
+    assert "training step / plain PyTorch" in run("training_speed.py", *small)
+
+
+@pytest.mark.slow
+def test_the_second_opening_of_a_folder_is_measured(tmp_path: Path) -> None:
+    found = json.loads(run("folder_opening.py", "--pictures=40", f"--folder={tmp_path}"))
+    assert {*found} == {"first", "second"}

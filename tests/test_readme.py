@@ -1,15 +1,11 @@
 """What the README, the pages of `docs/` and CONTRIBUTING.md name is there."""
 
-import contextlib
-import io
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
 from smalti.cli import COMMANDS
-from smalti.cli import main as smalti
 from smalti.prior.presets import PRESETS as PRIORS
 from smalti.tokenizer.presets import PRESETS as TOKENIZERS
 
@@ -28,12 +24,6 @@ FOLDERS = (
 PRINTS = re.compile(
     r"make demo|smalti [a-z]+|python (?:benchmarks|examples)/\w+\.py|tokenizer/assets/README\.md"
 )
-
-
-def shell_blocks(text: str) -> list[str]:
-    """The commands in fenced shell blocks, with continued lines joined."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 def prose(text: str) -> str:
@@ -63,24 +53,6 @@ def test_every_command_and_file_exists() -> None:
 def test_every_command_of_the_library_is_described() -> None:
     table = PAGES["docs/getting_started.md"]
     assert [name for name in COMMANDS if f"`smalti {name}`" not in table] == []
-
-
-@pytest.mark.slow
-def test_every_flag_exists() -> None:
-    """Each flag of an example is in the help of its command."""
-    used: dict[str, set[str]] = {}
-    for line in shell_blocks(EVERYTHING):
-        words = shlex.split(line, comments=True)
-        if words[:1] == ["smalti"]:
-            flags = {word.partition("=")[0] for word in words if word.startswith("--")}
-            used.setdefault(words[1], set()).update(flags)
-    assert len(used) > 8
-    for command, flags in used.items():
-        help_text = io.StringIO()
-        with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
-            smalti([command, "--help"])
-        known = set(re.findall(r"--[\w.-]+", help_text.getvalue())) | {"--config"}
-        assert flags <= known, f"smalti {command}"
 
 
 def test_every_preset_exists() -> None:

@@ -17,6 +17,8 @@ IMAGENET = 1_281_167  # training pictures
 # The authors' settings, from their papers and code; epochs are of ImageNet.
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.95}
 GAN = {"adam_beta1": 0.5, "adam_beta2": 0.9}
+UNCLIPPED = {"max_grad_norm": 1e9}
+VAR_STEPS = 250 * IMAGENET / 768
 LPIPS = {"objective.perceptual_weight": 1.0, "objective.perceptual_network": "vgg"}
 TRANSFORMER = {
     "train_batch_size": 256,
@@ -24,7 +26,7 @@ TRANSFORMER = {
     "lr_warmup_steps": 0,
     "lr_final_ratio": 1.0,
 }
-DIT = {**TRANSFORMER, "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.0}
+DIT = {**TRANSFORMER, **UNCLIPPED, "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.0}
 AUTHORS: dict[str, dict[str, Any]] = {
     "vq_f16": {
         **LPIPS, **ADAM, "objective.l1_weight": 0.0, "objective.l2_weight": 1.0,
@@ -37,20 +39,29 @@ AUTHORS: dict[str, dict[str, Any]] = {
         **LPIPS, **GAN, "objective.l1_weight": 1.0, "objective.l2_weight": 0.0,
         "objective.adversarial_weight": 0.8, "objective.adaptive": True,
         "objective.adversarial_start": 250_000, "learning_rate": 4.5e-6 * 96,
-        "train_batch_size": 96, "crop": "random", "flip": False,
+        "train_batch_size": 96, "crop": "random", "flip": False, "weight_decay": 0.0,
+        **UNCLIPPED,
     },
     "kl_f8": {
         **LPIPS, **GAN, "objective.l1_weight": 1.0, "objective.l2_weight": 0.0,
         "objective.adversarial_weight": 0.5, "objective.adaptive": True,
         "objective.adversarial_start": 50_000, "crop": "random", "flip": True,
+        "tokenizer.kl_weight": 1e-6 / (3 * 256 * 256), "tokenizer.equivariance": 0.0,
+        "learning_rate": 4.5e-6 * 96, "train_batch_size": 96, "weight_decay": 0.0, **UNCLIPPED,
     },
     "var_f16": {
         **LPIPS, **GAN, "objective.l1_weight": 0.2, "objective.l2_weight": 1.0,
         "objective.adversarial_weight": 0.4, "objective.adaptive": True,
-        "objective.adversarial_start": 80_000, "objective.adversarial_ramp": 8_000,
+        "objective.adversarial_start": 0.2 * VAR_STEPS, "epochs": 250,
+        "objective.adversarial_ramp": 0.02 * VAR_STEPS, "lr_warmup_steps": 0.01 * VAR_STEPS,
         "train_batch_size": 768, "learning_rate": 3e-4, "lr_final_ratio": 0.3,
         "weight_decay": 0.005, "max_grad_norm": 10.0, "random_crop.min_fraction": 1 / 1.125,
-        "random_crop.max_fraction": 1 / 1.125,
+        "random_crop.max_fraction": 1 / 1.125, "flip": False,
+    },
+    "vqvae_f4": {
+        "objective.l2_weight": 1.0, "objective.perceptual_weight": 0.0, "learning_rate": 2e-4,
+        "objective.adversarial_weight": 0.0, "train_batch_size": 128, "max_train_steps": 250_000,
+        "tokenizer.quantizer.codebook.vocab_size": 512, **UNCLIPPED,
     },
     "gpt_b_prior": {
         **TRANSFORMER, **ADAM, "prior.dropout": 0.1, "prior.label_dropout": 0.1,
