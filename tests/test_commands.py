@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import importlib
 import io
+import os
 import re
 import runpy
+import subprocess
 import sys
 import types
 from collections.abc import Sequence
@@ -15,7 +17,6 @@ from typing import NoReturn
 import pytest
 import yaml
 from documented import PAGES, RECIPES, ROOT, CommandLine, command_lines
-from jobs import forked
 from test_docs import EXAMPLES, IN_FILES
 
 from smalti.cli import COMMANDS, main
@@ -140,24 +141,29 @@ def test_a_command_line_is_one_that_its_program_takes(line, place, monkeypatch) 
 
 
 def test_the_commands_of_contributing_know_its_examples(place) -> None:
-    """They name what its examples register, in a process that has run these."""
-    others = [block for heading, block in EXAMPLES.items() if heading not in IN_FILES]
-
-    def work() -> None:
-        for file in {*IN_FILES.values()}:
-            importlib.import_module(file.removesuffix(".py"))
-        for number, block in enumerate(others):
-            named = re.match(r"# (\w+)\.py\n", block)
-            name = named[1] if named else f"example_{number}"
-            module = sys.modules[name] = types.ModuleType(name)
-            exec(compile(block, name, "exec"), vars(module))
-        # Those of the condition "colour", which is registered before commands are imported, run in
-        # tests/pipelines/test_own_condition.py.
-        for line in (line for line in NEEDS_EXAMPLES if "colour" not in str(line)):
-            options_of(without_models(line.smalti))
-
-    done = forked(work)
+    """They name what its examples register, in a process that has run these before it imports the
+    commands."""
+    code = "import test_commands; test_commands.read_commands_of_contributing()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def read_commands_of_contributing() -> None:
+    for file in {*IN_FILES.values()}:
+        importlib.import_module(file.removesuffix(".py"))
+    others = [block for heading, block in EXAMPLES.items() if heading not in IN_FILES]
+    for number, block in enumerate(others):
+        named = re.match(r"# (\w+)\.py\n", block)
+        name = named[1] if named else f"example_{number}"
+        module = sys.modules[name] = types.ModuleType(name)
+        exec(compile(block, name, "exec"), vars(module))
+    # Those of the condition "colour", which is registered before commands are imported, run in
+    # tests/pipelines/test_own_condition.py.
+    for line in (line for line in NEEDS_EXAMPLES if "colour" not in str(line)):
+        options_of(without_models(line.smalti))
 
 
 def test_every_program_of_the_documentation_is_run_by_a_test() -> None:
