@@ -273,6 +273,7 @@ class NextTokenPrior(CodePrior):
         order_probability = None if config.random_order is None else torch.ones(())
         self.register_buffer("order_probability", order_probability, persistent=False)
         self._progress_is_set = False
+        self._graph_cache: KeyValueCache | None = None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -353,6 +354,27 @@ class NextTokenPrior(CodePrior):
         before = torch.arange(prefix, device=device).expand(len(order), -1)  # (B, P)
         positions = torch.cat([before, prefix + order[:, :-1]], 1)
         return rope_freqs[positions][:, None]
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether steps of one token are compiled to CUDA graphs: `compile(mode=...)` says so."""
+        return (self.compiled_with or {}).get("mode") in ("reduce-overhead", "max-autotune")
+
+    def empty_cache(self, rows: int, like: Tensor) -> KeyValueCache:
+        """A cache for all tokens but the last code, which is never an input.
+
+        With CUDA graphs, calls of `sample` use the same one, because a graph has its addresses:
+        then no two calls may run at once.
+        """
+        config, kept = self.config, self._graph_cache
+        length = config.prefix_length + config.spec.length - 1
+        shape = (config.depth, rows, config.kv_heads, length, config.head_dim)
+        if not self.uses_graphs:
+            return KeyValueCache(*shape, like=like)
+        if kept is None or kept.keys.shape != shape or kept.made_like != (like.dtype, like.device):
+            kept = self._graph_cache = KeyValueCache(*shape, like=like, static=True)
+        kept.restart()
+        return kept
 
     def steps(self) -> list[Block]:
         """The blocks for passes of one new token, with the weights as they are now."""
