@@ -139,7 +139,8 @@ class KeyValueCache:
     def restart(self) -> None:
         """Forget all tokens. A static cache is used again, so that its addresses stay."""
         self.length = 0
-        self.keys.zero_(), self.values.zero_()
+        self.keys.zero_()
+        self.values.zero_()
 
     @property
     def length(self) -> int:

@@ -139,9 +139,10 @@ class BlockStep:
     def of(block: nn.Module) -> Block:
         """The step of a block; the block itself if someone has changed how it is called, such as by
         compiling it."""
-        parts = [block, *block.children()]
-        plain = isinstance(block, CausalBlock) and block.attention.q_norm is None
-        return BlockStep(block) if plain and all(map(_is_called_plainly, parts)) else block
+        if not isinstance(block, CausalBlock) or block.attention.q_norm is not None:
+            return block
+        plain = all(map(_is_called_plainly, (block, *block.children())))
+        return BlockStep(block) if plain else block
 
     def __call__(
         self, x: Tensor, rope_freqs: Tensor, mask: Tensor | None, cache: LayerCache
