@@ -97,7 +97,7 @@ class TokenDecoder:
             logits = self.logits(step)
             if not waits:
                 finite = are_finite(logits) if finite is None else finite & are_finite(logits)
-            codes = sample_codes(logits, uniforms[:, step], self.options, check=waits)
+            codes = sample_codes(logits, uniforms[:, step], self.options, waits)
             if known is not None:
                 codes = torch.where(known.mask[:, step], known.codes[:, step], codes)
             self.append(codes, step)
