@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from smalti.hub import Pretrained
 
 GUIDANCE_SCALE = 4.0
+READING = "reading the weights once"  # a limit, of next-token sampling
 HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 Pass = Callable[[], object]
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,12 +62,12 @@ class Setting:
         for name, seconds in zip(others, rest, strict=True):
             yield Row(what, name, seconds, first)
 
-    def stages(self, *models: Pretrained) -> Iterator[str]:
-        """ "" for the models as they are, then, if that is wanted, ", compiled"."""
+    def stages(self, *models: Pretrained, **options: str) -> Iterator[str]:
+        """ "" for the models as they are, then, if that is wanted, ", compiled" with options."""
         yield ""
         if self.compile:
             for model in models:
-                model.compile_parts()
+                model.compile_parts(**options)
             yield ", compiled"
 
     def model(self, model: Model) -> Model:
@@ -158,7 +160,9 @@ def next_token(setting: Setting) -> Iterator[Row]:
     peer, limits = PlainLlamaGen(copy.deepcopy(prior)), Limits(setting)
     prior.arrange_for_sampling()  # as a pipeline does; the peer's weights stay as published
     batches = (1, 2) if setting.quick else (1, 64) if setting.large else (1, 8)
-    stages = setting.stages(prior)
+    eager = copy.deepcopy(prior) if setting.compile else prior
+    # CUDA graphs: a step is too short for a host that starts its kernels one by one.
+    stages = setting.stages(prior, **({"mode": "reduce-overhead"} if setting.large else {}))
     for stage, batch in ((s, b) for s in stages for b in setting.batches or batches):
         labels = torch.arange(batch, device=setting.device)
         if setting.dtype == torch.float32:
@@ -176,12 +180,15 @@ def next_token(setting: Setting) -> Iterator[Row]:
 
             what = f"{preset}, {side * side} codes, batch {batch}{name}{stage}"
             others: dict[str, Pass] = {"LlamaGen, restated": theirs}
+            if stage:
+                others["smalti, not compiled"] = partial(
+                    eager.sample, labels, guidance_scale=scale, top_k=2000
+                )
             if batch == 1 and not name:
-                others["reading the weights once"] = limits.read
-            first, *limit = setting.rows(what, ours, others)
-            yield first
+                others[READING] = limits.read
             size = side * side * bytes_of_products(prior)
-            yield from (limits.reading(row, size) for row in limit)
+            for row in setting.rows(what, ours, others):
+                yield limits.reading(row, size) if row.beside == READING else row
 
 
 def next_scale(setting: Setting) -> Iterator[Row]:

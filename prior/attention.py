@@ -5,6 +5,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from typing import Self
 
 import torch
@@ -66,13 +67,24 @@ class LayerCache:
     A layer does not know its number, so that a compiled block serves all layers.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, length: int = 0) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, length: int = 0, position: Tensor | None = None
+    ) -> None:
         self.keys, self.values = keys, values  # (rows, heads, most tokens, head_dim)
         self.length = length  # tokens written so far
+        self.position = position  # the same, (1,) int64 on the device, in a static cache
 
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values (rows, heads, n, head_dim) of new tokens; return views of those of
-        all tokens so far, (rows, heads, length + n, head_dim)."""
+        all tokens so far, (rows, heads, length + n, head_dim).
+
+        A static cache takes a single token without a number of the host, and returns all it has:
+        the caller masks what is not written yet, and sets the length.
+        """
+        if self.position is not None and keys.shape[2] == 1:
+            self.keys.index_copy_(2, self.position, keys.to(self.keys.dtype))
+            self.values.index_copy_(2, self.position, values.to(self.values.dtype))
+            return self.keys, self.values
         start, stop = self.length, self.length + keys.shape[2]
         self.keys[:, :, start:stop] = keys
         self.values[:, :, start:stop] = values
@@ -91,16 +103,44 @@ class KeyValueCache:
 
     Its type is that of `like`, but fp32 on a CPU, in which `attend` computes there: otherwise every
     step would convert all of them.
+
+    Args:
+        static: shapes and addresses of what a step of one token reads and writes are the same in
+            all steps, which CUDA graphs need: see `LayerCache.write`.
     """
 
     def __init__(
-        self, layers: int, rows: int, heads: int, length: int, head_dim: int, like: Tensor
+        self,
+        layers: int,
+        rows: int,
+        heads: int,
+        length: int,
+        head_dim: int,
+        like: Tensor,
+        static: bool = False,
     ) -> None:
         shape = (layers, rows, heads, length, head_dim)
+        self.made_like = (like.dtype, like.device)
         dtype = torch.float32 if like.device.type == "cpu" else like.dtype
-        self.keys = torch.empty(shape, dtype=dtype, device=like.device)
-        self.values = torch.empty(shape, dtype=dtype, device=like.device)
-        self.layers = [LayerCache(*pair) for pair in zip(self.keys, self.values, strict=True)]
+        # Zeros where a mask hides what is not written: 0 times NaN would be NaN.
+        make = torch.zeros if static else torch.empty
+        self.keys = make(shape, dtype=dtype, device=like.device)
+        self.values = make(shape, dtype=dtype, device=like.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=like.device) if static else None
+        self.layers = self._layers()
+
+    def _layers(self, length: int = 0) -> list[LayerCache]:
+        pairs = list(zip(self.keys, self.values, strict=True))
+        if self.position is not None and self.keys.is_cuda:
+            for tensor in chain(*pairs):  # a graph may write to it, if its address does not change
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        return [LayerCache(*pair, length, self.position) for pair in pairs]
+
+    def restart(self) -> None:
+        """Forget all tokens. A static cache is used again, so that its addresses stay."""
+        self.length = 0
+        self.keys.zero_()
+        self.values.zero_()
 
     @property
     def length(self) -> int:
@@ -116,8 +156,7 @@ class KeyValueCache:
         """A cache of some of the rows: it shares the memory, and has a length of its own."""
         part = copy.copy(self)
         part.keys, part.values = self.keys[:, rows], self.values[:, rows]
-        pairs = zip(part.keys, part.values, strict=True)
-        part.layers = [LayerCache(*pair, self.length) for pair in pairs]
+        part.layers = part._layers(self.length)
         return part
 
 

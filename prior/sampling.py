@@ -178,32 +178,48 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill((before >= p).scatter(-1, order, before >= p), -torch.inf)
 
 
-def filtered(logits: Tensor, options: SamplingOptions) -> Tensor:
+def filtered(logits: Tensor, options: SamplingOptions, check: bool = True) -> Tensor:
     """Logits (B, V) divided by the temperature, with those that top-k and top-p exclude at -inf, in
     the most exact type of the device; the largest of every row is 0.
+
+    Args:
+        check: see `sample_codes`.
 
     Raises:
         GenerationError: the largest logit of a row is not finite.
     """
     dtype = exact_dtype(logits.device)
     # Relative to the largest, all are 0 or less: a temperature near 0 makes them -inf, not NaN.
-    below = logits.to(dtype) - _largest(logits)
+    below = logits.to(dtype) - _largest(logits, check)
     logits = below / max(options.temperature, torch.finfo(dtype).tiny)
     return keep_top_p(keep_top_k(logits, options.top_k), options.top_p)
 
 
-def _largest(logits: Tensor) -> Tensor:
+def _largest(logits: Tensor, check: bool) -> Tensor:
     """The largest logit of every row, (B, 1), which must be finite."""
     largest = logits.amax(dim=-1, keepdim=True)  # NaN if any logit of the row is
-    if not torch.compiler.is_compiling() and not largest.isfinite().all():
+    if check and not torch.compiler.is_compiling():
+        check_finite(largest.isfinite().all())
+    return largest
+
+
+def are_finite(logits: Tensor) -> Tensor:
+    """Whether the largest logit of every row is finite, () bool."""
+    return logits.amax(dim=-1).isfinite().all()
+
+
+def check_finite(finite: Tensor) -> None:
+    """Raise `GenerationError` unless `finite`, which `are_finite` made. The host waits for it."""
+    if not finite:
         raise GenerationError(
             "the model gives NaN or infinity: its weights are damaged or overflow their type (use"
             " fp32), or guidance_scale is too large"
         )
-    return largest
 
 
-def sample_codes(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
+def sample_codes(
+    logits: Tensor, uniforms: Tensor, options: SamplingOptions, check: bool = True
+) -> Tensor:
     """One code per row, by the inverse of the row's cumulative distribution.
 
     Args:
@@ -217,9 +233,9 @@ def sample_codes(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> 
         GenerationError: the largest logit of a row is not finite.
     """
     if options.temperature == 0:
-        _largest(logits)  # raises on NaN and infinity
+        _largest(logits, check)  # raises on NaN and infinity
         return logits.argmax(dim=-1)
-    logits = filtered(logits, options)
+    logits = filtered(logits, options, check)
     dtype = logits.dtype
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, V)
     total = cumulative[:, -1:]  # not exactly 1, by rounding

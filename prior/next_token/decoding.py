@@ -1,9 +1,10 @@
 """Decoding of the next-token prior: token by token, with a cache of keys and values."""
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smalti.prior.attention import KeyValueCache
@@ -15,6 +16,8 @@ from smalti.prior.sampling import (
     OnStep,
     SamplingOptions,
     after_step,
+    are_finite,
+    check_finite,
     check_replacement,
     guide,
     sample_codes,
@@ -29,10 +32,13 @@ class TokenModel(Protocol):
 
     @property
     def output(self) -> nn.Module: ...  # hidden states (..., width) -> logits (..., V)
+    @property
+    def uses_graphs(self) -> bool: ...  # whether steps are recorded as CUDA graphs
     def tokens(self, condition: Condition, codes: Tensor) -> Tensor: ...  # (B, P + n, width)
     def next_token(self, codes: Tensor, position: int) -> Tensor: ...  # (B, 1, width)
     # (B, 1, stop - start, stop) bool, or None
     def mask(self, condition: Condition, start: int, stop: int) -> Tensor | None: ...
+    def empty_cache(self, rows: int, like: Tensor) -> KeyValueCache: ...
     def rope_freqs(self, device: torch.device) -> Tensor: ...  # (P + L - 1, head_dim / 2)
     def steps(self) -> list[Callable[..., Tensor]]: ...  # `blocks` of `transform`, for one token
     def transform(
@@ -71,14 +77,8 @@ class TokenDecoder:
         self.codes = torch.empty(shape, dtype=torch.int64, device=device)
         self.next_input = model.tokens(condition, self.codes[:, :0])  # (B, P, width)
         self.rope_freqs, self.steps = model.rope_freqs(device), model.steps()
-        self.full_cache = KeyValueCache(
-            config.depth,
-            self.batch * (2 if self.guided else 1),
-            config.kv_heads,
-            config.prefix_length + config.spec.length - 1,  # the last code is never an input
-            config.head_dim,
-            like=self.next_input,
-        )
+        rows = self.batch * (2 if self.guided else 1)
+        self.full_cache = model.empty_cache(rows, like=self.next_input)
         self.cache = self.full_cache.part(slice(self.batch))  # the rows of the next step
 
     def sample(
@@ -88,16 +88,23 @@ class TokenDecoder:
         known: KnownCodes | None = None,
     ) -> Tensor:
         """Codes (B, L), each sampled with one of the uniforms (B, L) in [0, 1), or known."""
-        uniforms = uniforms.to(self.codes.device)
+        uniforms, finite = uniforms.to(self.codes.device), None
+        # A GPU is given the next step before it has finished this one: the host waits for nothing.
+        waits = on_step is not None or not (self.model.uses_graphs or self.codes.is_cuda)
         if on_step is not None:
             self.codes.fill_(UNSAMPLED)
         for step in range(len(self.scales)):
-            codes = sample_codes(self.logits(step), uniforms[:, step], self.options)
+            logits = self.logits(step)
+            if not waits:
+                finite = are_finite(logits) if finite is None else finite & are_finite(logits)
+            codes = sample_codes(logits, uniforms[:, step], self.options, waits)
             if known is not None:
                 codes = torch.where(known.mask[:, step], known.codes[:, step], codes)
             self.append(codes, step)
             if on_step is not None and not self._goes_on(step, on_step):
                 break
+        if finite is not None:
+            check_finite(finite)
         return self.codes
 
     def _goes_on(self, step: int, on_step: OnStep) -> bool:
@@ -154,6 +161,27 @@ class TokenDecoder:
         start, stop = cache.length, cache.length + tokens.shape[1]
         masks = [self.model.mask(condition, start, stop) for condition in conditions]
         mask = None if masks[0] is None else torch.cat(masks)  # type: ignore[arg-type]
-        blocks = self.steps if stop - start == 1 else None
-        hidden = self.model.transform(tokens, self.rope_freqs[start:stop], mask, cache, blocks)
+        if stop - start > 1:
+            hidden = self.model.transform(tokens, self.rope_freqs[start:stop], mask, cache)
+        elif cache.position is None:
+            rope_freqs = self.rope_freqs[start:stop]
+            hidden = self.model.transform(tokens, rope_freqs, mask, cache, self.steps)
+        else:
+            hidden = self._replay(tokens, mask, cache)
         return self.model.output(hidden[:, -1]).float()
+
+    def _replay(self, tokens: Tensor, mask: Tensor | None, cache: KeyValueCache) -> Tensor:
+        """`transform` of one token with a static cache: what the blocks are given has the same
+        shapes in every step, and no number of the host."""
+        start, most, position = cache.length, cache.keys.shape[3], cast(Tensor, cache.position)
+        position.fill_(start)
+        if mask is None:
+            mask = (torch.arange(most, device=position.device) <= position)[None, None, None]
+        else:
+            mask = F.pad(mask, (0, most - mask.shape[-1]))  # False
+        if tokens.is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        rope_freqs = self.rope_freqs.index_select(0, position)
+        hidden = self.model.transform(tokens, rope_freqs, mask, cache, self.steps)
+        cache.length = start + 1
+        return hidden

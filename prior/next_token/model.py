@@ -139,9 +139,10 @@ class BlockStep:
     def of(block: nn.Module) -> Block:
         """The step of a block; the block itself if someone has changed how it is called, such as by
         compiling it."""
-        parts = [block, *block.children()]
-        plain = isinstance(block, CausalBlock) and block.attention.q_norm is None
-        return BlockStep(block) if plain and all(map(_is_called_plainly, parts)) else block
+        if not isinstance(block, CausalBlock) or block.attention.q_norm is not None:
+            return block
+        plain = all(map(_is_called_plainly, (block, *block.children())))
+        return BlockStep(block) if plain else block
 
     def __call__(
         self, x: Tensor, rope_freqs: Tensor, mask: Tensor | None, cache: LayerCache
@@ -273,6 +274,7 @@ class NextTokenPrior(CodePrior):
         order_probability = None if config.random_order is None else torch.ones(())
         self.register_buffer("order_probability", order_probability, persistent=False)
         self._progress_is_set = False
+        self._graph_cache: KeyValueCache | None = None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -353,6 +355,27 @@ class NextTokenPrior(CodePrior):
         before = torch.arange(prefix, device=device).expand(len(order), -1)  # (B, P)
         positions = torch.cat([before, prefix + order[:, :-1]], 1)
         return rope_freqs[positions][:, None]
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether steps of one token are compiled to CUDA graphs: `compile(mode=...)` says so."""
+        return (self.compiled_with or {}).get("mode") in ("reduce-overhead", "max-autotune")
+
+    def empty_cache(self, rows: int, like: Tensor) -> KeyValueCache:
+        """A cache for all tokens but the last code, which is never an input.
+
+        With CUDA graphs, calls of `sample` use the same one, because a graph has its addresses:
+        then no two calls may run at once.
+        """
+        config, kept = self.config, self._graph_cache
+        length = config.prefix_length + config.spec.length - 1
+        shape = (config.depth, rows, config.kv_heads, length, config.head_dim)
+        if not self.uses_graphs:
+            return KeyValueCache(*shape, like=like)
+        if kept is None or kept.keys.shape != shape or kept.made_like != (like.dtype, like.device):
+            kept = self._graph_cache = KeyValueCache(*shape, like=like, static=True)
+        kept.restart()
+        return kept
 
     def steps(self) -> list[Block]:
         """The blocks for passes of one new token, with the weights as they are now."""

@@ -6,8 +6,10 @@ import pytest
 import torch
 from chance import generators
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from smalti.data.latents import CodeSpec
+from smalti.errors import GenerationError
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
 
@@ -109,3 +111,49 @@ def test_steps_and_blocks_of_a_compiled_prior_share_their_code() -> None:
     sample()
     assert graphs == after[-1]
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_steps_can_be_recorded_as_cuda_graphs(scale: float) -> None:
+    """One graph for all steps of a batch, with the same codes; addresses stay between calls."""
+    config = NextTokenConfig(spec=CodeSpec(8, ((3, 3),)), num_classes=3, depth=2, **SMALL)
+    torch.manual_seed(0)
+    prior, labels, graphs, after = NextTokenPrior(config).eval(), torch.tensor([0, 1]), 0, []
+    torch.nn.init.normal_(prior.output.weight)
+    options = {"temperature": 0.0, "guidance_scale": scale}
+    expected = prior.sample(labels, **options)
+
+    def counting(graph, inputs, mode):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch.compiler.reset()
+    prior.compile_parts(backend=counting, mode="reduce-overhead", fullgraph=True)
+    found = prior.sample(labels, **options, on_step=lambda *_: after.append(graphs))
+    assert torch.equal(found, expected)
+    assert after[0] > 0 and after[1] == after[-1]  # the guided rows begin at the second step
+    address = prior._graph_cache.keys.data_ptr()
+    assert torch.equal(prior.sample(labels, **options), expected)
+    assert prior._graph_cache.keys.data_ptr() == address and graphs == after[-1]
+    torch.compiler.reset()
+
+
+def test_the_host_waits_for_nothing_between_two_steps_on_a_gpu() -> None:
+    config = NextTokenConfig(spec=CodeSpec(8, ((3, 3),)), num_classes=3, depth=2, **SMALL)
+    prior, waits, aten = NextTokenPrior(config).eval(), [], torch.ops.aten
+    prior.compiled_with = {"mode": "reduce-overhead"}
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (aten._local_scalar_dense.default, aten.nonzero.default):
+                waits.append(function)
+            return function(*args, **(kwargs or {}))
+
+    options = {"guidance_scale": 2.0, "top_k": 4, "top_p": 0.9}
+    with Counted():
+        prior.sample(torch.tensor([0, 1]), generator=generators(0, 1), **options)
+    assert len(waits) <= 3, waits  # labels are checked before the first step, logits after the last
+    torch.nn.init.constant_(prior.output.weight, torch.nan)
+    with pytest.raises(GenerationError, match="NaN"):
+        prior.sample(torch.tensor([0, 1]))
