@@ -6,6 +6,7 @@ import importlib
 import io
 import re
 import runpy
+import subprocess
 import sys
 import types
 from collections.abc import Sequence
@@ -15,7 +16,6 @@ from typing import NoReturn
 import pytest
 import yaml
 from documented import PAGES, RECIPES, ROOT, CommandLine, command_lines
-from jobs import forked
 from test_docs import EXAMPLES, IN_FILES
 
 from smalti.cli import COMMANDS, main
@@ -139,24 +139,29 @@ def test_a_command_line_is_one_that_its_program_takes(line, place, monkeypatch) 
     check(line, monkeypatch)
 
 
-def test_the_commands_of_contributing_know_its_examples(place) -> None:
-    """They name what its examples register, in a process that has run these."""
+def read_contributing() -> None:
+    """Read the options of the commands in CONTRIBUTING.md after its examples have run."""
+    for file in {*IN_FILES.values()}:
+        importlib.import_module(file.removesuffix(".py"))
     others = [block for heading, block in EXAMPLES.items() if heading not in IN_FILES]
+    for number, block in enumerate(others):
+        named = re.match(r"# (\w+)\.py\n", block)
+        name = named[1] if named else f"example_{number}"
+        module = sys.modules[name] = types.ModuleType(name)
+        exec(compile(block, name, "exec"), vars(module))
+    # Those of the condition "colour" run in tests/pipelines/test_own_condition.py.
+    for line in (line for line in NEEDS_EXAMPLES if "colour" not in str(line)):
+        options_of(without_models(line.smalti))
 
-    def work() -> None:
-        for file in {*IN_FILES.values()}:
-            importlib.import_module(file.removesuffix(".py"))
-        for number, block in enumerate(others):
-            named = re.match(r"# (\w+)\.py\n", block)
-            name = named[1] if named else f"example_{number}"
-            module = sys.modules[name] = types.ModuleType(name)
-            exec(compile(block, name, "exec"), vars(module))
-        # Those of the condition "colour", which is registered before commands are imported, run in
-        # tests/pipelines/test_own_condition.py.
-        for line in (line for line in NEEDS_EXAMPLES if "colour" not in str(line)):
-            options_of(without_models(line.smalti))
 
-    done = forked(work)
+@pytest.mark.slow
+def test_the_commands_of_contributing_know_its_examples() -> None:
+    """They name what its examples register before the commands are imported, as a user's file does:
+    in a process of its own."""
+    code = "import test_commands; test_commands.read_contributing()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
