@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import os
 import re
 import runpy
 import subprocess
@@ -140,18 +139,8 @@ def test_a_command_line_is_one_that_its_program_takes(line, place, monkeypatch) 
     check(line, monkeypatch)
 
 
-def test_the_commands_of_contributing_know_its_examples(place) -> None:
-    """They name what its examples register, in a process that has run these before it imports the
-    commands."""
-    code = "import test_commands; test_commands.read_commands_of_contributing()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def read_commands_of_contributing() -> None:
+def read_contributing() -> None:
+    """Read the options of the commands in CONTRIBUTING.md after its examples have run."""
     for file in {*IN_FILES.values()}:
         importlib.import_module(file.removesuffix(".py"))
     others = [block for heading, block in EXAMPLES.items() if heading not in IN_FILES]
@@ -160,10 +149,20 @@ def read_commands_of_contributing() -> None:
         name = named[1] if named else f"example_{number}"
         module = sys.modules[name] = types.ModuleType(name)
         exec(compile(block, name, "exec"), vars(module))
-    # Those of the condition "colour", which is registered before commands are imported, run in
-    # tests/pipelines/test_own_condition.py.
+    # Those of the condition "colour" run in tests/pipelines/test_own_condition.py.
     for line in (line for line in NEEDS_EXAMPLES if "colour" not in str(line)):
         options_of(without_models(line.smalti))
+
+
+@pytest.mark.slow
+def test_the_commands_of_contributing_know_its_examples() -> None:
+    """They name what its examples register before the commands are imported, as a user's file does:
+    in a process of its own."""
+    code = "import test_commands; test_commands.read_contributing()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_every_program_of_the_documentation_is_run_by_a_test() -> None:

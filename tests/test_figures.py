@@ -50,3 +50,11 @@ def test_guidance_moves_samples_away_from_the_other_class() -> None:
 
     assert end(4.0)[:, 1].mean() > end(1.0)[:, 1].mean() + 0.05
     assert end(4.0)[:, 1].std() < end(1.0)[:, 1].std()
+
+
+def test_orders_are_random_first_and_raster_last() -> None:
+    raster = torch.arange(36).reshape(6, 6)
+    begin, middle, end = (figures.ranks(progress, 200) for progress in (0.25, 0.625, 0.9))
+    assert all(torch.equal(grid.flatten().sort().values, raster.flatten()) for grid in begin)
+    is_raster = [(grids == raster).all((1, 2)).float().mean() for grids in (begin, middle, end)]
+    assert is_raster[0] == 0 and 0.35 < is_raster[1] < 0.65 and is_raster[2] == 1

@@ -29,6 +29,7 @@ from smalti.prior.flow.path import (
 )
 from smalti.prior.flow.prediction import Dynamics, time_range
 from smalti.prior.flow.solvers.base import make_solver
+from smalti.prior.next_token.model import random_order_probability, sample_orders
 from smalti.prior.registry import PRIORS
 from smalti.randomness import NormalSource
 
@@ -208,6 +209,38 @@ def draw_coefficients(folder: Path) -> None:
     save(figure, folder / "coefficients.png")
 
 
+ANNEALING = (0.5, 0.75)  # of random orders, as in RAR
+
+
+def ranks(progress: float, rows: int, side: int = 6) -> Tensor:
+    """When each code of a grid is predicted, (rows, side, side), from 0, at a share of the
+    training: the orders of the first samples of a batch."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        probability = torch.tensor(random_order_probability(progress, ANNEALING))
+        orders = sample_orders(rows, side * side, probability)
+    return orders.argsort(1).reshape(rows, side, side)
+
+
+def draw_orders(folder: Path) -> None:
+    """The probability of a random order during training, and orders of two samples at three times.
+
+    The darkest code is the first that is predicted.
+    """
+    times, samples = (0.25, 0.6, 0.9), 2
+    figure, row = plt.subplots(
+        1, 1 + len(times) * samples, figsize=(9, 2), width_ratios=[2] + [1] * 6
+    )
+    t = torch.linspace(0, 1, 201).tolist()
+    row[0].plot(t, [random_order_probability(share, ANNEALING) for share in t])
+    row[0].set(title="P(random order)", xlabel="share of the training")
+    shown = [(time, grid) for time in times for grid in ranks(time, samples)]
+    for axes, (time, grid) in zip(row[1:], shown, strict=True):
+        axes.imshow(grid)
+        axes.set(title=f"at {time}", xticks=[], yticks=[])
+    save(figure, folder / "orders.png")
+
+
 def save(figure: matplotlib.figure.Figure, file: Path) -> None:
     """Write a figure without a date, so that equal figures are equal files."""
     figure.tight_layout()
@@ -253,6 +286,7 @@ FIGURES = (
     draw_stochastic,
     draw_guidance,
     draw_reflow,
+    draw_orders,
 )
 
 
