@@ -144,7 +144,10 @@ class ContinuousBatch:
         Raises:
             SmaltiError: a condition or an option is out of its range.
         """
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in options.items()
+        }
         sampling = SamplingOptions(**values)
         self.prior.check_condition(condition, 1)
         self.prior.check_guidance(sampling.guidance_scale)
@@ -250,8 +253,9 @@ class ContinuousBatch:
         rows = torch.tensor(turn.rows(self.slots), device=self.device)
         ends = torch.tensor([*stops.values()] * len(conditions), device=self.device)
         new = ends[:, None] - torch.arange(tokens.shape[1], 0, -1, device=self.device)
-        cache.layers = [
+        layers: list[LayerCache] = [
             SlotLayer(layer, self.slots, rows, stops, new, seen) for layer in cache.layers
         ]
+        cache.layers = layers
         hidden = prior.transform(tokens, rope_freqs, mask, cache)
         return prior.output(hidden[:, -1]).float().chunk(len(conditions))

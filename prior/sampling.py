@@ -154,7 +154,7 @@ def is_interval(value: object) -> bool:
     return all(map(is_number, value)) and 0 <= value[0] <= value[1] <= 1
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance: uncond + s (cond - uncond) (2207.12598, eq. 6 with s = 1 + w)."""
     return unconditional + scale * (conditional - unconditional)
 
