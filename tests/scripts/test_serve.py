@@ -390,6 +390,13 @@ def test_a_precision_that_a_prior_cannot_have_is_one_line(tmp_path: Path, capsys
     assert "dtype is int4, and a flow prior has no weights of this type: use float32" in line
 
 
+def test_no_continuous_and_compile_wait_for_a_batch(tmp_path: Path, batchers, pipe) -> None:
+    folder = str(pipe.save_pretrained(tmp_path / "pipe"))
+    for options, joins in (({}, True), ({"continuous": False}, False), ({"compile": True}, False)):
+        serve(ServeConfig(model=folder, port=0, **options))
+        assert batchers[-1].continuous == joins, options
+
+
 def test_compile_compiles_the_models_of_every_size(tmp_path: Path, batchers) -> None:
     network = DiTConfig(2, 2, (8, 8), 1, 32, 2, 2, num_classes=3, positions="rotary")
     vae = KLTokenizer(KLConfig(image_size=16, conv=replace(TINY_CONV, z_channels=2)))
