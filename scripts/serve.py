@@ -52,8 +52,8 @@ class ServeConfig:
     # Pictures sampled at once; in fp32, int8 and int4 always so many. Default: the number of a
     # generation job.
     max_batch_size: int | None = None
-    # With a next-token prior, pictures join the running batch. Off: all pictures of a batch begin at
-    # once, which takes less time on a CPU where every slot is always taken.
+    # With a next-token prior, pictures join the running batch. Off: all pictures of a batch begin
+    # at once, which takes less time on a CPU where every slot is always taken.
     continuous: bool = True
     max_wait_ms: float = 20  # that a picture waits for a batch to fill, where none joins later
     max_queue: int = 256  # pictures that may wait; a request for more gets status 429
