@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import struct
+import threading
 import zipfile
 import zlib
 from pathlib import Path
@@ -332,11 +333,17 @@ def _offset_of(path: Path, member: zipfile.ZipInfo) -> int | None:
     return member.header_offset + LOCAL_HEADER.size + name_length + extra_length
 
 
+# numpy reads a header with Python's parser, which fails now and then where several threads use it
+# at once ("AST constructor recursion depth mismatch", CPython's issue 106905).
+_ONE_AT_A_TIME = threading.Lock()
+
+
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether the order is Fortran's, and type of the .npy array that begins here."""
     old = np.lib.format.read_magic(stream) == (1, 0)
     read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
+    with _ONE_AT_A_TIME:
+        shape, fortran, dtype = read(stream)
     if dtype.hasobject:
         raise ValueError("pickled objects are refused")
     return shape, fortran, dtype

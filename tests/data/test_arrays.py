@@ -2,6 +2,7 @@
 
 import os
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from smalti.data.image_io import TRANSPARENT, FolderOptions
 from smalti.data.sources import arrays
 from smalti.data.sources.base import open_source
+from smalti.data.sources.verification import in_threads
 from smalti.errors import SmaltiError
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (12, 10, 9, 3), dtype=np.uint8)
@@ -28,6 +30,24 @@ def test_rows_are_the_pictures_and_stay_on_disk(tmp_path: Path) -> None:
     assert source.classes == ("0", "1", "2") and source.labels.tolist() == LABELS.tolist()
     for index in (0, 7, 11):
         assert np.array_equal(np.asarray(source.read(index)), IMAGES[index])
+
+
+def test_threads_read_headers_one_after_the_other(tmp_path: Path, monkeypatch) -> None:
+    """Python's parser, with which numpy reads them, fails now and then in several threads."""
+    np.save(tmp_path / "a.npy", LABELS)
+    read, inside, most = np.lib.format.read_array_header_1_0, [], []
+
+    def slow(stream):
+        inside.append(stream)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return read(stream)
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", slow)
+    found = in_threads(lambda _: arrays.map_npy(tmp_path / "a.npy"), 8, "read headers")
+    assert all(np.array_equal(labels, LABELS) for labels in found)
+    assert most == [1] * 8
 
 
 def test_evaluation_archives_and_grey_pictures_are_read(tmp_path: Path) -> None:
