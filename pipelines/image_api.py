@@ -306,7 +306,10 @@ class ServerMetrics:
         )
         self.pictures = Counter("smalti_pictures", "Pictures sampled", registry=self.registry)
         self.batches = Histogram(
-            "smalti_batch_pictures", "Pictures in a batch", buckets=BATCHES, registry=self.registry
+            "smalti_batch_pictures",
+            "Pictures that were finished together",
+            buckets=BATCHES,
+            registry=self.registry,
         )
         self.batch_seconds = Histogram(
             "smalti_batch_seconds", "Time of a batch", registry=self.registry

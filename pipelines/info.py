@@ -20,6 +20,7 @@ from smalti.prior.base import Prior
 from smalti.prior.flow.classifier import CLASSIFIERS, LatentClassifier
 from smalti.prior.flow.path import PATHS
 from smalti.prior.registry import PRIORS
+from smalti.repository import short_name_of
 from smalti.tokenizer.base import Tokenizer
 from smalti.tokenizer.registry import TOKENIZERS
 
@@ -137,7 +138,8 @@ def of_pipeline(path: Path) -> Info:
     except SmaltiError as error:
         return Info([("kind", "pipeline"), ("verified", f"no: {error}")], whole=False)
     kinds = pipe.prior.condition_kinds
-    following = ["edit" if "image" in kinds else "generate", "--model", path]
+    name = short_name_of(path) or path
+    following = ["edit" if "image" in kinds else "generate", "--model", name]
     if image := pipe.prior.config.image:
         following += ["--image", "FILE"]
         following += ["--mask", "FILE"] if make_task(image.task).takes_mask else []

@@ -16,6 +16,7 @@ from smalti.errors import ConfigurationError
 from smalti.pipelines.model_index import Precision, read_index
 from smalti.prior.base import Prior
 from smalti.prior.weight_only import WEIGHT_ONLY
+from smalti.repository import short_name_of
 from smalti.tokenizer.base import Tokenizer
 from smalti.weights import AS_SAVED, chosen_dtype
 
@@ -52,11 +53,12 @@ def loading(
         if kind in measured:
             wanted = chosen_dtype(measured[kind], weight_only=True)
         else:
+            remedy = f"smalti sweep --model {folder} --data DATA --dtype float32 bfloat16"
             logger.warning(
                 "dtype is auto, and no precision was measured for %s: the weights stay as they were"
-                " saved. smalti sweep --model %s --data DATA --dtype float32 bfloat16 measures two",
+                " saved%s",
                 kind,
-                folder,
+                "" if short_name_of(folder) else f". {remedy} measures two",
             )
     # Cast after loading: linear layers are quantized then, and a weight that float16 cannot hold is
     # not yet infinite.

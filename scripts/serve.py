@@ -12,15 +12,16 @@ import ipaddress
 import math
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, check_at_least
-from smalti.errors import ConfigurationError
+from smalti.errors import EXIT_INTERRUPTED, ConfigurationError
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.pipelines.serving import Batcher
 from smalti.prior.registry import PRIORS
@@ -172,11 +173,11 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def serve(config: ServeConfig) -> None:
-    """Load the pipeline, and answer requests until a signal.
+    """Load the pipeline, and answer requests until a signal. A second signal before all requests
+    are finished ends the process, with status 130.
 
     Raises:
         SmaltiError: the pipeline cannot be loaded or served, or the address cannot be used.
-        KeyboardInterrupt: a second signal came before all requests were finished.
     """
     with needing("serve"):
         from smalti.pipelines.image_api import ServerMetrics, image_app, server_of
@@ -210,8 +211,19 @@ def serve(config: ServeConfig) -> None:
         host = f"[{config.host}]" if ":" in config.host else config.host
         url = f"http://{host}:{place.getsockname()[1]}"
         print(f"{config.model}: {url}/v1/images/generations", flush=True)
-        server_of(app, batcher).run([place])
+        try:
+            server_of(app, batcher).run([place])
+        except KeyboardInterrupt:
+            end_at_once()
     batcher.join()
+
+
+def end_at_once() -> NoReturn:
+    """End as an interrupted command does, but not the interpreter: torch aborts a process whose
+    interpreter ends while another thread samples."""
+    print("error: interrupted", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
 def request_options(pipeline: Pipeline) -> dict[str, tuple[Any, str]]:

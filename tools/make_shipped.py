@@ -132,6 +132,8 @@ def pack(name: str, folder: Path, out: Path) -> None:
     pipeline = Pipeline.from_pretrained(folder / "half", dtype="auto")
     samples = Image.open(folder / "evaluation" / "samples.png")
     pipeline.save_pretrained(out, samples=samples, notes=notes(name, folder))
+    card = out / "README.md"
+    card.write_text(card.read_text().replace("PATH OR HUB ID", f"{OWNER}/{name}"))
     draw_curves(folder, out / CURVES)
     shutil.copyfile(folder / "evaluation" / "summary.json", out / SUMMARY)
     pictures = folder / "tokenizer" / "tokenizer" / "pictures.json"

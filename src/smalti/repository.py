@@ -42,6 +42,11 @@ def local_folder(model: str | Path) -> Path:
     return path if path.is_dir() else shipped_pipelines().get(path.as_posix(), path)
 
 
+def short_name_of(folder: Path) -> str | None:
+    """The name that loads the pipeline in a folder, if it ships with smalti."""
+    return next((name for name, own in shipped_pipelines().items() if own == folder), None)
+
+
 def _shipped_folder(name: str) -> Path | None:
     """The folder of a pipeline that ships with smalti; None for a name of another owner.
 

@@ -121,7 +121,9 @@ def test_a_shipped_pipeline_makes_pictures(name: str, capsys) -> None:
         assert types == {torch.float16}  # the copy of a quantizer stays in fp32
     assert pipe.prior.tokenizer_fingerprint == pipe.tokenizer.fingerprint
     assert main(["info", name]) == 0
-    assert "config and weights have the hashes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "config and weights have the hashes" in shown
+    assert f"smalti generate --model {name}\n" in shown
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -144,6 +146,7 @@ def test_the_card_of_a_shipped_pipeline_says_how_it_was_made(name: str) -> None:
     for stage in ("tokenizer", "prior"):
         recipe = make_shipped.recipe(short, stage)
         assert recipe.is_file() and recipe.name in card
+    assert f'from_pretrained("{name}")' in card
     for part in ("minutes of the tokenizer", "thread", "near copies", "By eye: "):
         assert part in card
     for file in ("samples.png", make_shipped.CURVES, make_shipped.SUMMARY):

@@ -442,6 +442,27 @@ def test_a_second_signal_ends_at_once(flow_pipe, tmp_path: Path) -> None:
     assert lines == ["SIGINT: finishing 1 waiting pictures", "error: interrupted"]
 
 
+@pytest.mark.parametrize("flag", ["--continuous", "--no_continuous"])
+def test_a_second_signal_ends_a_process_that_samples(pipe, tmp_path: Path, flag: str) -> None:
+    """Before, it aborted: the interpreter ended while a thread was inside torch."""
+    folder = pipe.save_pretrained(tmp_path / "p")
+    with open(tmp_path / "errors", "w") as errors:
+        slow = ("--max_batch_size", "20000", flag)
+        process, url = started(folder, *slow, stderr=errors)
+    body = {"class_label": 0, "seed": 7}  # of a seed one is sampled, and the other waits
+    with process, ThreadPoolExecutor(2) as clients:
+        answers = [
+            clients.submit(httpx.post, url + GENERATIONS, json=body, timeout=60) for _ in range(2)
+        ]
+        wait_until(lambda: "smalti_queue_pictures 1.0" in httpx.get(url + METRICS).text)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(url + HEALTH).status_code == 503)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130
+        assert [answer.result(60).status_code for answer in answers] == [503] * 2
+    assert (tmp_path / "errors").read_text().splitlines()[-1] == "error: interrupted"
+
+
 def test_sigterm_finishes_what_was_accepted_and_ends_with_0(flow_pipe, tmp_path: Path) -> None:
     process, url = started(flow_pipe.save_pretrained(tmp_path / "p"), "--max_wait_ms", "60000")
     with process, ThreadPoolExecutor(3) as clients:
