@@ -91,7 +91,7 @@ class PriorConditional:
         self.scales = options.guidance_scales(prior.config.spec.length)
         guided = options.guidance_scale != 1
         self.labels = torch.tensor([label, prior.num_classes] if guided else [label])
-        self.cache = empty_cache(prior, len(self.labels))
+        self.cache = prior.empty_cache(len(self.labels), prior.tok_embeddings.weight)
         self.rope_freqs = prior.rope_freqs(self.labels.device)
 
     @torch.no_grad()
@@ -106,14 +106,6 @@ class PriorConditional:
             scales = torch.tensor(self.scales[len(codes) :][: logits.shape[1]])[:, None]
             logits = guide(logits[:1], logits[1:], scales)  # type: ignore[arg-type]
         return filtered(logits[0], self.options).softmax(-1)
-
-
-def empty_cache(prior: NextTokenPrior, rows: int) -> KeyValueCache:
-    """A cache for all codes but the last."""
-    config = prior.config
-    length = config.prefix_length + config.spec.length - 1
-    like = prior.tok_embeddings.weight
-    return KeyValueCache(config.depth, rows, config.kv_heads, length, config.head_dim, like)
 
 
 def read(prior: NextTokenPrior, tokens: Tensor, rope_freqs: Tensor, cache: KeyValueCache) -> Tensor:
@@ -143,7 +135,8 @@ def costs(
     Args:
         rows: 2 with guidance.
     """
-    cache, half = empty_cache(prior, rows), prior.config.spec.length // 2
+    half = prior.config.spec.length // 2
+    cache = prior.empty_cache(rows, prior.tok_embeddings.weight)
     cache.keys.zero_(), cache.values.zero_()
     rope_freqs = prior.rope_freqs(cache.keys.device)
 

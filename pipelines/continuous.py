@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smalti.errors import GenerationError
-from smalti.prior.attention import KeyValueCache, LayerCache, attend
+from smalti.prior.attention import LayerCache, attend
 from smalti.prior.conditions.base import Condition, moved, repeated, where
 from smalti.prior.next_token.model import NextTokenPrior
 from smalti.prior.sampling import SamplingOptions, guide, sample_codes, sample_uniforms
@@ -122,10 +122,7 @@ class ContinuousBatch:
         self.uniforms = torch.zeros(self.codes.shape, dtype=torch.float64, device=self.device)
         self.conditions: list[Condition] = [None, None]  # of each half, N rows
         self.rope_freqs = prior.rope_freqs(self.device)
-        tokens = self.prefix + config.spec.length - 1  # the last code is never an input
-        self.cache = KeyValueCache(
-            config.depth, 2 * slots, config.kv_heads, tokens, config.head_dim, like=weight
-        )
+        self.cache = prior.empty_cache(2 * slots, like=weight)
 
     def join(
         self,

@@ -136,9 +136,14 @@ def sdist(clone: Path) -> Path:
 def installed(clone: Path, wheel: Path) -> dict[str, str]:
     """An environment in which the installed wheel is imported, not the clone."""
     site = clone.parent / "site"
+    install(wheel, site)
+    return {**os.environ, "PYTHONPATH": str(site)}
+
+
+def install(wheel: Path, site: Path) -> None:
+    """Put the packages of a wheel into a folder, without what it requires."""
     options = ["-q", "--no-deps", "--no-compile", "--target", str(site)]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True)
-    return {**os.environ, "PYTHONPATH": str(site)}
 
 
 def alone(folder: Path, wheel: Path, *extras: str) -> Path:
@@ -152,8 +157,7 @@ def alone(folder: Path, wheel: Path, *extras: str) -> Path:
                 link = site / top
                 if not link.exists():
                     link.symlink_to(distribution(name).locate_file(top))
-    options = ["-q", "--no-deps", "--no-compile", "--target", str(site)]
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True)
+    install(wheel, site)
     return folder / "bin" / "python"
 
 
