@@ -81,6 +81,7 @@ PIPELINES = {
     ),
     "fashion-flow": Shipped("fashion", "identity", FLOW, ""),
     "emoji-flow": Shipped("emoji", "flip", FLOW, ""),
+    "emoji-next-token": Shipped("emoji", "flip", CODES, ""),
 }
 
 
