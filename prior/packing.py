@@ -1,0 +1,161 @@
+"""Packed weights: a second copy of a weight, in the order in which a CPU's library multiplies.
+
+A product packs the weight in every call, which takes longer than the arithmetic where there are few
+rows. With a packed copy it does not, for as much memory again. oneDNN multiplies fp32 and, where
+the processor has instructions for it, bf16; FBGEMM multiplies fp16 weights with fp32 numbers, on
+processors that have no arithmetic in fp16. The operators are those that torch's compiler uses.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smalti.hub import Pretrained
+from smalti.processor import cpu_has_wide_vectors, cpu_multiplies_bf16
+
+PACKED_FROM = 2**19  # numbers of a weight from which packing saves time
+PACKED_ROWS = 96  # most rows of a packed fp32 product with vectors of 256 bits
+
+
+@dataclass
+class PackedWeight:
+    """A copy of a weight in the layout of a library, and which weight it is of."""
+
+    weight: Any  # a tensor of oneDNN, or an object of FBGEMM
+    address: int
+    version: int
+
+
+class PackableLinear(nn.Linear):
+    """A linear layer that may keep its weight a second time, packed for products on a CPU. Packed
+    products round differently."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self._packed: PackedWeight | None = None
+
+    @property
+    def can_be_packed(self) -> bool:
+        """Whether there are packed products for the weight here, and they save time."""
+        weight = self.weight
+        if type(weight) is not nn.Parameter or weight.device.type != "cpu":
+            return False
+        return weight.numel() >= PACKED_FROM and _has_packed_products(weight.dtype)
+
+    @property
+    def packed_rows(self) -> tuple[int, float]:
+        """The fewest and the most rows with which a packed product is faster. In fp32, one thread
+        multiplies one row faster with weights as `arrange_for_few_rows` stores them, and many rows
+        are faster with vectors of 512 bits only."""
+        if self.weight.dtype != torch.float32:
+            return 1, math.inf
+        fewest = 2 if torch.get_num_threads() == 1 else 1
+        return fewest, math.inf if cpu_has_wide_vectors() else PACKED_ROWS
+
+    @property
+    def has_packed_copy(self) -> bool:
+        """Whether the weight was packed, even if it has changed since."""
+        return self._packed is not None
+
+    def is_packed_for(self, rows: int) -> bool:
+        """Whether products with so many rows use a packed copy of the weight as it is now."""
+        known, (fewest, most) = self._packed, self.packed_rows
+        if known is None or not fewest <= rows <= most:
+            return False
+        is_same = (known.address, known.version) == (self.weight.data_ptr(), self.weight._version)
+        return is_same and self.can_be_packed
+
+    def pack(self) -> None:
+        """Pack the weight as it is now, for passes without gradients. After a change of the weight,
+        the copy is not used any more; call this again. Only changes through `weight.data`, which
+        torch does not count, must not follow."""
+        if self.can_be_packed:
+            packed = _packed(self.weight.detach())
+            self._packed = PackedWeight(packed, self.weight.data_ptr(), self.weight._version)
+
+    def forward(self, input: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+        """x W^T + bias, or its GELU, (..., in) -> (..., out); without `bias`, the layer's own."""
+        bias = self.bias if bias is None else bias
+        if self._packed is not None and self._packed_is_valid(input):
+            return _product(input, self._packed.weight, bias, gelu)
+        output = F.linear(input, self.weight, bias)
+        return F.gelu(output, approximate="tanh") if gelu else output
+
+    def _packed_is_valid(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        if x.dtype != self.weight.dtype or torch.is_autocast_enabled("cpu"):
+            return False
+        return self.is_packed_for(x.numel() // self.in_features)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the copy: the layouts of libraries can neither be pickled nor copied."""
+        return {**self.__dict__, "_packed": None}
+
+
+def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """gelu(layer(x)) in its tanh approximation; one product where the layer's weight is packed."""
+    if isinstance(layer, PackableLinear) and is_called_plainly(layer):
+        return layer.forward(x, gelu=True)
+    return F.gelu(layer(x), approximate="tanh")
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether a call of the module is its class's `forward`: it has no hook and is not compiled."""
+    changed = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl
+    return not changed and "forward" not in vars(module)
+
+
+def _has_packed_products(dtype: torch.dtype) -> bool:
+    """Whether a library here multiplies with packed weights of this type, and faster."""
+    if dtype == torch.float16:
+        return torch.backends.quantized.engine in ("x86", "fbgemm")
+    bf16 = dtype == torch.bfloat16 and cpu_multiplies_bf16()
+    return torch.backends.mkldnn.is_available() and (dtype == torch.float32 or bf16)
+
+
+def _packed(weight: Tensor) -> Any:
+    """A weight (out, in) in the layout of its library."""
+    if weight.dtype == torch.float16:
+        return torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+
+def _product(x: Tensor, packed: Any, bias: Tensor | None, gelu: bool) -> Tensor:
+    """x W^T + b, and its GELU if that is wanted."""
+    if x.dtype != torch.float16:
+        activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, *activation)
+    product = torch.ops.quantized.linear_dynamic_fp16(x.float(), packed)
+    product = product if bias is None else product + bias
+    return (F.gelu(product, approximate="tanh") if gelu else product).half()
+
+
+class Packable(Pretrained):
+    """A saved model that `compile_parts` packs on a CPU: a mixin for an `nn.Module`."""
+
+    has_few_rows: ClassVar[bool] = False  # whether the products of sampling have few rows
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the modules that sampling runs, with options of torch.compile.
+
+        Without options, on a CPU, the weights of large linear layers are packed instead, where that
+        saves time: it takes a second, and as much memory as they have. In a compiled block most of
+        the time would still be that of products that are not packed.
+        """
+        layers = (m for m in cast("nn.Module", self).modules() if isinstance(m, PackableLinear))
+        packable = [
+            layer
+            for layer in layers
+            if layer.can_be_packed and (self.has_few_rows or layer.packed_rows[1] == math.inf)
+        ]
+        if options or not packable:
+            super().compile_parts(**options)
+            return
+        for layer in packable:
+            layer.pack()
+        self.compiled_with = {}

@@ -1,0 +1,158 @@
+"""Packed weights: products, when they are used, and samples of priors that have them."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smalti.data.latents import CodeSpec, ContinuousSpec
+from smalti.prior.flow.prior import FlowPrior
+from smalti.prior.next_token.model import NextTokenPrior
+from smalti.prior.packing import PackableLinear, gelu_of
+
+
+@pytest.fixture
+def packed(monkeypatch) -> PackableLinear:
+    monkeypatch.setattr("smalti.prior.packing.PACKED_FROM", 1)
+    torch.manual_seed(0)
+    layer = PackableLinear(24, 40)
+    layer.pack()
+    return layer
+
+
+def is_used(layer: PackableLinear) -> bool:
+    """Whether a product without gradients uses the packed weight."""
+    with torch.no_grad():
+        return layer._packed_is_valid(torch.ones(2, 24, dtype=layer.weight.dtype))
+
+
+def test_a_packed_product_is_the_product(packed) -> None:
+    x, bias = torch.randn(2, 5, 24), torch.randn(40)
+    assert is_used(packed)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(x), F.linear(x, packed.weight, packed.bias))
+        torch.testing.assert_close(packed(x, bias), F.linear(x, packed.weight, bias))
+        transposed = torch.randn(24, 5).T
+        torch.testing.assert_close(packed(transposed), F.linear(transposed, *packed.parameters()))
+        assert packed(x[:, :0]).shape == (2, 0, 40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_products_of_each_precision(packed, dtype, monkeypatch) -> None:
+    """Of the rounded weight, summed in fp32, each row by itself; GELU is of the unrounded sum."""
+    monkeypatch.setattr("smalti.prior.packing.cpu_multiplies_bf16", lambda: True)
+    packed.to(dtype).pack()
+    if not packed.has_packed_copy:
+        pytest.skip("this processor has no library for it")
+    x = torch.randn(2, 9, 24).to(dtype)
+    with torch.no_grad():
+        expected = F.linear(x.double(), packed.weight.double(), packed.bias.double())
+        product = packed(x)
+        assert packed._packed_is_valid(x) and product.dtype == dtype
+        rounding = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+        torch.testing.assert_close(product.double(), expected, rtol=rounding, atol=rounding)
+        assert all(torch.equal(packed(x[:, :n]), product[:, :n]) for n in range(1, 9))
+        gelu = F.gelu(expected, approximate="tanh")
+        for found in (gelu_of(packed, x), gelu_of(copy.deepcopy(packed), x)):
+            torch.testing.assert_close(found.double(), gelu, rtol=rounding, atol=rounding)
+        packed.register_forward_hook(lambda module, inputs, output: output * 0)
+        assert not gelu_of(packed, x).any()
+
+
+def test_packed_weights_are_for_passes_without_gradients(packed) -> None:
+    x = torch.randn(5, 24)
+    packed(x).sum().backward()
+    assert packed.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert packed(x).dtype == torch.bfloat16
+
+
+def test_bf16_is_packed_where_a_processor_multiplies_it(monkeypatch) -> None:
+    monkeypatch.setattr("smalti.prior.packing.PACKED_FROM", 1)
+    for has_units in (False, True):
+        monkeypatch.setattr("smalti.prior.packing.cpu_multiplies_bf16", lambda h=has_units: h)
+        assert PackableLinear(24, 40).bfloat16().can_be_packed == has_units
+
+
+@pytest.mark.parametrize("change", ["in place", "loaded", "assigned", "replaced"])
+def test_a_packed_weight_that_has_changed_is_not_used(packed, change: str) -> None:
+    other = PackableLinear(24, 40)
+    with torch.no_grad():
+        if change == "in place":
+            packed.weight.copy_(other.weight)
+        elif change == "replaced":
+            packed.weight = torch.nn.Parameter(other.weight.clone())
+        else:
+            packed.load_state_dict(other.state_dict(), assign=change == "assigned")
+        x = torch.randn(5, 24)
+        assert torch.equal(packed(x), F.linear(x, other.weight, packed.bias))
+        packed.pack()
+        assert is_used(packed)
+
+
+def test_copies_and_pickles_of_a_packed_layer_are_not_packed(packed) -> None:
+    for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert not is_used(copied) and torch.equal(copied.weight, packed.weight)
+    assert list(packed.state_dict()) == ["weight", "bias"] and is_used(packed)
+
+
+def test_packed_products_have_the_rows_with_which_they_are_faster(packed, monkeypatch) -> None:
+    """With vectors of 256 bits at most 96; one thread multiplies one row faster otherwise."""
+    for wide, most in ((False, 96), (True, 10**6)):
+        monkeypatch.setattr("smalti.prior.packing.cpu_has_wide_vectors", lambda w=wide: w)
+        assert packed.is_packed_for(most) and packed.is_packed_for(96)
+        assert packed.is_packed_for(97) == wide
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda t=threads: t)
+        assert packed.is_packed_for(1) == (threads > 1) and packed.is_packed_for(2)
+    with torch.no_grad():
+        many = torch.randn(97, 24)
+        torch.testing.assert_close(packed(many)[:2], packed(many[:2]))
+
+
+LABELS = torch.tensor([0, 1, 1])
+
+
+def test_packed_weights_leave_greedy_codes_of_a_next_token_prior_alone(monkeypatch) -> None:
+    monkeypatch.setattr("smalti.prior.packing.PACKED_FROM", 1)
+    torch.manual_seed(0)
+    config = replace(NextTokenPrior.PRESETS["gpt-nano"], depth=2, width=32, num_heads=2)
+    prior = NextTokenPrior(replace(config, spec=CodeSpec(16, ((3, 3),)), num_classes=2)).eval()
+    torch.nn.init.normal_(prior.output.weight)
+    prior.arrange_for_sampling()
+    options = {"guidance_scale": 2.0, "temperature": 0}
+    expected = prior.sample(LABELS, **options)
+    one = prior.sample(LABELS[:1], temperature=0)
+    prior.compile_parts()
+    assert all(m.has_packed_copy for m in prior.modules() if isinstance(m, PackableLinear))
+    assert torch.equal(prior.sample(LABELS, **options), expected)
+    assert torch.equal(prior.sample(LABELS[:1], temperature=0), one)
+
+
+def test_a_flow_prior_is_packed_where_many_rows_are_faster(monkeypatch) -> None:
+    """Elsewhere it is compiled."""
+    monkeypatch.setattr("smalti.prior.packing.PACKED_FROM", 1)
+    torch.manual_seed(0)
+    config = replace(FlowPrior.PRESETS["flow-nano"], network=replace(
+        FlowPrior.PRESETS["flow-nano"].network, width=32, num_heads=2, depth=2, feed_forward="gelu"
+    ))  # fmt: skip
+    prior = FlowPrior(config.fitted(ContinuousSpec(8, 4, 4), 2, None)).eval()
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+
+    def sample() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return prior.sample(LABELS, num_inference_steps=3, generator=generator)
+
+    expected, asked = sample(), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append(self))
+    monkeypatch.setattr("smalti.prior.packing.cpu_has_wide_vectors", lambda: False)
+    prior.compile_parts()
+    assert asked == [prior.network]
+    monkeypatch.setattr("smalti.prior.packing.cpu_has_wide_vectors", lambda: True)
+    prior.compile_parts()
+    assert asked == [prior.network] and prior.network.blocks[1].mlp.fc2.has_packed_copy
+    torch.testing.assert_close(sample(), expected)
