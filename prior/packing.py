@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from smalti.hub import Pretrained
 from smalti.processor import cpu_has_wide_vectors, cpu_multiplies_bf16
 
-PACKED_FROM = 2**19  # numbers of a weight from which packing saves time
+# Numbers of a weight from which packing saves time. A smaller one stays in the processor's cache.
+PACKED_FROM = 2**19  # in products of few rows
+PACKED_FROM_OF_MANY_ROWS = 2**16
 PACKED_ROWS = 96  # most rows of a packed fp32 product with vectors of 256 bits
 
 
@@ -40,11 +42,10 @@ class PackableLinear(nn.Linear):
 
     @property
     def can_be_packed(self) -> bool:
-        """Whether there are packed products for the weight here, and they save time."""
+        """Whether a library here multiplies faster with a packed copy of the weight."""
         weight = self.weight
-        if type(weight) is not nn.Parameter or weight.device.type != "cpu":
-            return False
-        return weight.numel() >= PACKED_FROM and _has_packed_products(weight.dtype)
+        on_cpu = type(weight) is nn.Parameter and weight.device.type == "cpu"
+        return on_cpu and _has_packed_products(weight.dtype)
 
     @property
     def packed_rows(self) -> tuple[int, float]:
@@ -147,11 +148,14 @@ class Packable(Pretrained):
         saves time: it takes a second, and as much memory as they have. In a compiled block most of
         the time would still be that of products that are not packed.
         """
+        smallest = PACKED_FROM if self.has_few_rows else PACKED_FROM_OF_MANY_ROWS
         layers = (m for m in cast("nn.Module", self).modules() if isinstance(m, PackableLinear))
         packable = [
             layer
             for layer in layers
-            if layer.can_be_packed and (self.has_few_rows or layer.packed_rows[1] == math.inf)
+            if layer.can_be_packed
+            and layer.weight.numel() >= smallest
+            and (self.has_few_rows or layer.packed_rows[1] == math.inf)
         ]
         if options or not packable:
             super().compile_parts(**options)

@@ -15,8 +15,7 @@ from smalti.prior.packing import PackableLinear, gelu_of
 
 
 @pytest.fixture
-def packed(monkeypatch) -> PackableLinear:
-    monkeypatch.setattr("smalti.prior.packing.PACKED_FROM", 1)
+def packed() -> PackableLinear:
     torch.manual_seed(0)
     layer = PackableLinear(24, 40)
     layer.pack()
@@ -71,7 +70,6 @@ def test_packed_weights_are_for_passes_without_gradients(packed) -> None:
 
 
 def test_bf16_is_packed_where_a_processor_multiplies_it(monkeypatch) -> None:
-    monkeypatch.setattr("smalti.prior.packing.PACKED_FROM", 1)
     for has_units in (False, True):
         monkeypatch.setattr("smalti.prior.packing.cpu_multiplies_bf16", lambda h=has_units: h)
         assert PackableLinear(24, 40).bfloat16().can_be_packed == has_units
@@ -134,7 +132,7 @@ def test_packed_weights_leave_greedy_codes_of_a_next_token_prior_alone(monkeypat
 
 def test_a_flow_prior_is_packed_where_many_rows_are_faster(monkeypatch) -> None:
     """Elsewhere it is compiled."""
-    monkeypatch.setattr("smalti.prior.packing.PACKED_FROM", 1)
+    monkeypatch.setattr("smalti.prior.packing.PACKED_FROM_OF_MANY_ROWS", 1)
     torch.manual_seed(0)
     config = replace(FlowPrior.PRESETS["flow-nano"], network=replace(
         FlowPrior.PRESETS["flow-nano"].network, width=32, num_heads=2, depth=2, feed_forward="gelu"
