@@ -272,11 +272,11 @@ class Pipeline(Uploadable):
         self._text_encoder = other._text_encoder
 
     def compile(self, **options: Any) -> Self:
-        """Compile what sampling runs, the blocks of the prior's network and the decoder, with
-        options of torch.compile; return self. Samples then differ by rounding. Pipelines that
-        `resized` makes of a compiled one are compiled likewise. Without options, a next-scale prior
-        on a CPU in fp32 packs its weights instead, if they are large: call it again after a change
-        of the weights."""
+        """Make sampling faster; return self. Samples then differ by rounding. Pipelines that
+        `resized` makes of this one are compiled likewise. The blocks of the prior and the decoder
+        are compiled, with options of torch.compile. Without options, on a CPU, the prior packs its
+        large weights instead, in a second and as much memory again (call it again after they
+        change), or is compiled if it has none; the decoder stays."""
         self.prior.compile_parts(**options)
         self.tokenizer.compile_parts(**options)
         return self

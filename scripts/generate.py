@@ -69,7 +69,7 @@ class GenerateConfig(Sampling, ConditionFlags):
     # next-token or next-scale prior; auto: the fastest without loss in smalti sweep --dtype. In
     # bf16 and fp16 a picture depends on how many are sampled at once.
     dtype: DType = "fp32"
-    compile: bool = False  # torch.compile, for large jobs: the first batch takes minutes
+    compile: bool = False  # torch.compile in minutes, or packed weights: for large jobs
     seed: int = 0  # picture i depends on the seed and i alone
     # Pictures sampled at once in half precision. In fp32, int8 and int4 their number is fixed,
     # because the last bits of a picture depend on it.

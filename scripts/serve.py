@@ -46,7 +46,7 @@ class ServeConfig:
     # As of smalti generate. In fp32, int8 and int4 a picture does not depend on the others of its
     # batch; bf16 and fp16 are faster on GPUs.
     dtype: DType = "fp32"
-    compile: bool = False  # torch.compile: the first request of each size takes minutes
+    compile: bool = False  # torch.compile, in minutes for each size, or packed weights
     # Sizes that requests may ask for, beside those that the prior was trained on: the side of a
     # square, or height x width as in 48x64.
     image_sizes: tuple[ImageSize, ...] = ()
