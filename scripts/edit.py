@@ -10,6 +10,7 @@ results; for super-resolution also the bicubic enlargement.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from PIL import Image
@@ -26,6 +27,7 @@ from smalti.pipelines.conditions import conditional_on, sources_of
 from smalti.pipelines.editing import STRIP, box_mask, fitted, masked, pasted, strip
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.image_tasks import make_task
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.scripts.options import Sampling, refuse_other_conditions
 
@@ -37,8 +39,7 @@ Masked = tuple[Image.Image, Image.Image | None]  # a picture and its mask
 class EditConfig(Sampling):
     """Generate a region of pictures anew, or change pictures as a whole, with a saved pipeline."""
 
-    # A pipeline: a folder, a repository on the Hub, or a checkpoint of a train-prior run.
-    model: str = DEMO
+    model: Annotated[str, place_of("A pipeline")] = DEMO
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     image: tuple[Path, ...] = ()  # picture files to edit
     # Pictures of the same size, white where to generate, black where to keep: one for all, or one

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
@@ -28,6 +28,7 @@ from smalti.errors import ConfigurationError, DataError, GenerationError
 from smalti.pipelines.conditions import conditional_on, sources_of
 from smalti.pipelines.generation import continued_labels, generate_folder
 from smalti.pipelines.guided import GuidedPipeline
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.picture_files import FormatName, Layout, PictureFormat
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.prior.flow.classifier import LatentClassifier
@@ -39,8 +40,7 @@ from smalti.training.processes import fills_folder, join_job, say, shared_work
 class GenerateConfig(Sampling, ConditionFlags):
     """Sample pictures with a saved pipeline."""
 
-    # A pipeline: a folder, a repository on the Hub, or a checkpoint of a train-prior run.
-    model: str = DEMO
+    model: Annotated[str, place_of("A pipeline")] = DEMO
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     output_dir: Path = Path("samples")  # folder of the pictures
     class_labels: tuple[str, ...] = ()  # class names or numbers; empty = all classes

@@ -16,12 +16,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, check_at_least
 from smalti.errors import EXIT_INTERRUPTED, ConfigurationError
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.pipelines.serving import Batcher
 from smalti.prior.registry import PRIORS
@@ -35,8 +36,7 @@ TOKEN = "SMALTI_SERVE_TOKEN"  # environment variable
 class ServeConfig:
     """Answer requests for pictures over HTTP with a saved pipeline."""
 
-    # A pipeline: a folder, a repository on the Hub, or a checkpoint of a train-prior run.
-    model: str = DEMO
+    model: Annotated[str, place_of("A pipeline")] = DEMO
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     host: str = "127.0.0.1"  # address to listen on; one that other machines reach needs a token
     port: int = 8000  # 0 = any free one, which is printed

@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.errors import ConfigurationError, GenerationError, SmaltiError
 from smalti.folders import contents
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.pipeline import DEMO, Pipeline
 from smalti.scripts import window
 from smalti.scripts.options import DType, SampleOption, as_flag
@@ -55,8 +56,7 @@ logger = logging.getLogger(__name__)
 class UIConfig:
     """Show saved pipelines and runs in a window of the browser."""
 
-    # Pipelines to choose from: folders, repositories on the Hub, checkpoints of train-prior runs.
-    model: tuple[str, ...] = (DEMO,)
+    model: Annotated[tuple[str, ...], place_of("Pipelines to choose from, each")] = (DEMO,)
     run: tuple[Path, ...] = ()  # folders of runs, to watch while they train
     weights: Weights = "ema"  # of checkpoints: averaged over their runs (ema), or raw
     dtype: DType = "fp32"  # precision of the models, as of smalti generate
