@@ -218,12 +218,14 @@ def serve(config: ServeConfig) -> None:
     batcher.join()
 
 
-def end_at_once() -> NoReturn:
-    """End as an interrupted command does, but not the interpreter: torch aborts a process whose
+def end_at_once(status: int = EXIT_INTERRUPTED) -> NoReturn:
+    """End as a command with this status does, but not the interpreter: torch aborts a process whose
     interpreter ends while another thread samples."""
-    print("error: interrupted", file=sys.stderr, flush=True)
+    if status == EXIT_INTERRUPTED:
+        print("error: interrupted", file=sys.stderr)
     sys.stdout.flush()
-    os._exit(EXIT_INTERRUPTED)
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def request_options(pipeline: Pipeline) -> dict[str, tuple[Any, str]]:

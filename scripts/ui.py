@@ -23,7 +23,7 @@ from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.pipeline import DEMO, Pipeline
 from smalti.scripts import window
 from smalti.scripts.options import DType, SampleOption, as_flag
-from smalti.scripts.serve import check_port, listening, loaded, needing, secret
+from smalti.scripts.serve import check_port, end_at_once, listening, loaded, needing, secret
 from smalti.scripts.window import Frame, Settings
 from smalti.training.folder import METRICS
 from smalti.training.run_info import is_run
@@ -555,9 +555,14 @@ def _captioned(frame: Frame | None) -> list[tuple[Any, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of `smalti ui`."""
-    ui(parse_config(UIConfig, argv, prog="smalti ui"))
-    return 0
+    """Command line of `smalti ui`. A call that still runs does not hold it up, nor does what else
+    is to close after a second signal."""
+    config = parse_config(UIConfig, argv, prog="smalti ui")
+    try:
+        ui(config)
+    except KeyboardInterrupt:
+        end_at_once()
+    end_at_once(0)
 
 
 if __name__ == "__main__":
