@@ -65,7 +65,7 @@ from smalti.prior.base import Prior
 from smalti.prior.conditions.base import moved, rows
 from smalti.prior.conditions.text_encoder import TextEncoder, text_encoder_of
 from smalti.randomness import Generators, check_generators
-from smalti.repository import Uploadable, check_loading_options, resolve_folder
+from smalti.repository import Uploadable, check_loading_options, resolve_folder, shipped_pipelines
 from smalti.tokenizer.base import Tokenizer, check_finite
 from smalti.weights import unwrapped
 
@@ -594,6 +594,6 @@ def check_model(model: str) -> None:
     """Raise `CheckpointError` if a command was given no model, and `smalti demo` has made none."""
     if model == DEMO and not Path(model).is_dir():
         raise CheckpointError(
-            f"there is no model in {DEMO}, which is the default of --model: train one with smalti "
-            "demo, or give --model with a folder or an id on the Hub"
+            f"there is no model in {DEMO}, the default of --model: train one with smalti demo, or "
+            f"give --model a folder, an id on the Hub, or {' or '.join(shipped_pipelines())}"
         )
