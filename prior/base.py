@@ -27,7 +27,7 @@ from smalti.prior.conditions.image import ImageConfig
 from smalti.prior.conditions.registry import CONDITIONS
 from smalti.prior.conditions.text import TextConfig
 from smalti.prior.layers import arrange_for_few_rows
-from smalti.prior.packing import Packable
+from smalti.prior.packing import Packable, share_packed_weights
 from smalti.prior.registry import PRIORS
 from smalti.prior.sampling import OnStep
 from smalti.prior.weight_only import Quantizable, share_quantized_layers
@@ -324,6 +324,7 @@ class Prior(nn.Module, Quantizable, Packable, ABC):
             prior = type(self)(config)
         share_quantized_layers(self, prior)
         prior.load_state_dict(self.state_dict(), assign=True)
+        share_packed_weights(self, prior)
         return prior.to(next(self.parameters()).device).train(self.training)
 
     def adapt_conditions(self, weights: dict[str, Tensor], source: Any) -> str:
@@ -360,11 +361,7 @@ class Prior(nn.Module, Quantizable, Packable, ABC):
             )
 
     def bits_per_dimension(
-        self,
-        latents: Tensor,
-        condition: Any,
-        *,
-        generator: Generators = None,
+        self, latents: Tensor, condition: Any, *, generator: Generators = None
     ) -> Tensor:
         """-log2 p(latents | condition) per code, or per element of continuous latents, (B,).
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.prior.packing import PackableLinear
+from smalti.prior.packing import PackableLinear, is_plain_linear
 
 
 class RMSNorm(nn.RMSNorm):
@@ -56,8 +56,11 @@ class SwiGLU(nn.Module):
             _store_by_output(self.w1, self.w3)
 
     def joined_weights(self) -> Tensor | None:
-        """w1 above w3, (2 hidden, dim), a view, if they lie as `arrange` has stored them."""
-        if not isinstance(self.w1, nn.Linear) or not isinstance(self.w3, nn.Linear):
+        """w1 above w3, (2 hidden, dim), a view, if they lie as `arrange` has stored them and calls
+        of both layers are products with them alone."""
+        if not is_plain_linear(self.w1) or not is_plain_linear(self.w3):
+            return None
+        if self.w1.bias is not None or self.w3.bias is not None:
             return None
         first, second = self.w1.weight, self.w3.weight
         if type(first) is not nn.Parameter or type(second) is not nn.Parameter:

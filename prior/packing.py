@@ -13,6 +13,8 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from smalti.hub import Pretrained
 from smalti.processor import cpu_has_wide_vectors, cpu_multiplies_bf16
@@ -23,13 +25,33 @@ PACKED_FROM_OF_MANY_ROWS = 2**16
 PACKED_ROWS = 96  # most rows of a packed fp32 product with vectors of 256 bits
 
 
-@dataclass
+@dataclass(frozen=True)
 class PackedWeight:
-    """A copy of a weight in the layout of a library, and which weight it is of."""
+    """A copy of a weight in the layout of a library, and which weight it is of. Its storage is
+    known by a weak reference, because a later one may have the same address."""
 
     weight: Any  # a tensor of oneDNN, or an object of FBGEMM
+    storage: StorageWeakRef
     address: int
     version: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weight: nn.Parameter) -> "PackedWeight":
+        """A copy of a weight as it is now."""
+        storage = StorageWeakRef(weight.untyped_storage())
+        packed = _packed(weight.detach())
+        return cls(packed, storage, weight.data_ptr(), weight._version, weight.dtype)
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether it is a copy of a weight as it is now."""
+        return (
+            type(weight) is nn.Parameter  # a tensor of torch.func has no storage
+            and weight.untyped_storage()._cdata == self.storage.cdata
+            and weight.data_ptr() == self.address
+            and weight._version == self.version
+            and weight.dtype == self.dtype
+        )
 
 
 class PackableLinear(nn.Linear):
@@ -45,7 +67,8 @@ class PackableLinear(nn.Linear):
         """Whether a library here multiplies faster with a packed copy of the weight."""
         weight = self.weight
         on_cpu = type(weight) is nn.Parameter and weight.device.type == "cpu"
-        return on_cpu and _has_packed_products(weight.dtype)
+        # Nothing tells whether a weight that was made in torch.inference_mode has changed.
+        return on_cpu and not weight.is_inference() and _has_packed_products(weight.dtype)
 
     @property
     def packed_rows(self) -> tuple[int, float]:
@@ -64,19 +87,32 @@ class PackableLinear(nn.Linear):
 
     def is_packed_for(self, rows: int) -> bool:
         """Whether products with so many rows use a packed copy of the weight as it is now."""
-        known, (fewest, most) = self._packed, self.packed_rows
-        if known is None or not fewest <= rows <= most:
+        known = self._packed
+        if known is None or not known.is_of(self.weight):
             return False
-        is_same = (known.address, known.version) == (self.weight.data_ptr(), self.weight._version)
-        return is_same and self.can_be_packed
+        fewest, most = self.packed_rows
+        return fewest <= rows <= most
 
     def pack(self) -> None:
         """Pack the weight as it is now, for passes without gradients. After a change of the weight,
         the copy is not used any more; call this again. Only changes through `weight.data`, which
         torch does not count, must not follow."""
-        if self.can_be_packed:
-            packed = _packed(self.weight.detach())
-            self._packed = PackedWeight(packed, self.weight.data_ptr(), self.weight._version)
+        if not self.can_be_packed:
+            self._packed = None
+        elif self._packed is None or not self._packed.is_of(self.weight):
+            self._packed = PackedWeight.of(self.weight)
+
+    def share_packed_copy(self, other: "PackableLinear") -> None:
+        """Take the packed copy of a layer that has the same weight."""
+        if other._packed is not None and other._packed.is_of(self.weight):
+            self._packed = other._packed
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "PackableLinear":
+        """Move or cast the layer: a copy of another weight would only take memory."""
+        super()._apply(*args, **kwargs)
+        if self._packed is not None and not self._packed.is_of(self.weight):
+            self._packed = None
+        return self
 
     def forward(self, input: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
         """x W^T + bias, or its GELU, (..., in) -> (..., out); without `bias`, the layer's own."""
@@ -91,6 +127,8 @@ class PackableLinear(nn.Linear):
             return False
         if x.dtype != self.weight.dtype or torch.is_autocast_enabled("cpu"):
             return False
+        if x.ndim < 2 or x.shape[-1] != self.in_features or forward_ad._current_level >= 0:
+            return False
         return self.is_packed_for(x.numel() // self.in_features)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,11 +136,26 @@ class PackableLinear(nn.Linear):
         return {**self.__dict__, "_packed": None}
 
 
+def share_packed_weights(source: nn.Module, target: nn.Module) -> None:
+    """Give layers the packed copies of those of a model that has the same weights."""
+    layers = dict(source.named_modules())
+    for name, layer in target.named_modules():
+        other = layers.get(name)
+        if isinstance(layer, PackableLinear) and isinstance(other, PackableLinear):
+            layer.share_packed_copy(other)
+
+
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
     """gelu(layer(x)) in its tanh approximation; one product where the layer's weight is packed."""
-    if isinstance(layer, PackableLinear) and is_called_plainly(layer):
+    if isinstance(layer, PackableLinear) and is_plain_linear(layer):
         return layer.forward(x, gelu=True)
     return F.gelu(layer(x), approximate="tanh")
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a call of the module is a product with its weight, and nothing else depends on it: a
+    subclass, such as one that adds a low-rank product, is not plain."""
+    return type(module) in (nn.Linear, PackableLinear) and is_called_plainly(module)
 
 
 def is_called_plainly(module: nn.Module) -> bool:

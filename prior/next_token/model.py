@@ -37,7 +37,7 @@ from smalti.prior.conditions.text import CaptionEmbedding, causal_mask, without_
 from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates
 from smalti.prior.next_token.config import PRESETS, NextTokenConfig
 from smalti.prior.next_token.decoding import TokenDecoder
-from smalti.prior.packing import PackableLinear, is_called_plainly
+from smalti.prior.packing import PackableLinear, is_called_plainly, is_plain_linear
 from smalti.prior.sampling import OnStep, SamplingOptions, sample_uniforms
 from smalti.randomness import Generators, RandomInputs
 
@@ -165,9 +165,9 @@ class BlockStep:
 
 def _product(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """What a linear layer computes, without the call of a module if nothing else depends on it."""
-    if not isinstance(layer, PackableLinear) or not is_called_plainly(layer):
+    if not is_plain_linear(layer):
         return layer
-    if layer.has_packed_copy:
+    if isinstance(layer, PackableLinear) and layer.has_packed_copy:
         return layer.forward
     return partial(F.linear, weight=layer.weight, bias=layer.bias)
 

@@ -91,6 +91,92 @@ def test_a_packed_weight_that_has_changed_is_not_used(packed, change: str) -> No
         assert is_used(packed)
 
 
+def test_a_later_weight_at_the_address_of_the_packed_one_is_not_taken_for_it() -> None:
+    """As when several files of weights are loaded in turn: freed memory is used again."""
+    torch.manual_seed(0)
+    layers, x = torch.nn.ModuleList(PackableLinear(64, 64) for _ in range(4)), torch.randn(5, 64)
+    with torch.no_grad():
+        for time in range(12):
+            weights = {name: torch.randn_like(w) for name, w in layers.state_dict().items()}
+            layers.load_state_dict(weights, assign=True)
+            del weights
+            for layer in layers:
+                torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+                if time == 0:
+                    layer.pack()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_layer_that_is_cast_keeps_no_packed_copy(packed, dtype) -> None:
+    """Nor does it take memory; a layer that stays where it is keeps it."""
+    packed.to("cpu", torch.float32)
+    assert is_used(packed)
+    packed.to(dtype)
+    assert not packed.has_packed_copy
+    packed.float().pack()
+    assert is_used(packed)
+
+
+def test_layers_made_in_inference_mode_are_not_packed() -> None:
+    """Nothing tells whether their weights have changed."""
+    with torch.inference_mode():
+        layer, x = PackableLinear(24, 40), torch.randn(2, 24)
+        layer.pack()
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert not layer.has_packed_copy
+
+
+def test_transformed_calls_of_a_packed_layer(packed) -> None:
+    """Forward derivatives, and weights that torch.func puts in the place of the layer's own."""
+    x, direction = torch.randn(2, 24), torch.randn(2, 24)
+    with torch.no_grad():
+        _, derivative = torch.func.jvp(packed, (x,), (direction,))
+        torch.testing.assert_close(derivative, F.linear(direction, packed.weight))
+        weights = {name: torch.stack([w, 2 * w]) for name, w in packed.state_dict().items()}
+        call = torch.func.vmap(lambda w: torch.func.functional_call(packed, w, (x,)))
+        torch.testing.assert_close(call(weights)[1], 2 * F.linear(x, packed.weight, packed.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_packed_layers_take_and_refuse_what_others_do(packed, dtype) -> None:
+    packed.to(dtype).pack()
+    with torch.no_grad():
+        assert packed(torch.ones(24, dtype=dtype)).shape == (40,)
+        for shape in ((0, 24), (2, 0, 24)):
+            assert gelu_of(packed, torch.ones(shape, dtype=dtype)).shape == (*shape[:-1], 40)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            packed(torch.ones(2, 12, dtype=dtype))
+
+
+class Halved(PackableLinear):
+    """A layer with its own product, as those that add one of low rank have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize("way", ["subclass", "hook", "bias"])
+def test_a_layer_that_someone_has_changed_is_called(way: str) -> None:
+    """Not replaced by a product with its weight, or with those of two layers."""
+    torch.manual_seed(0)
+    config = replace(NextTokenPrior.PRESETS["gpt-nano"], depth=1, width=32, num_heads=2)
+    prior = NextTokenPrior(replace(config, spec=CodeSpec(16, ((2, 2),)), num_classes=2)).eval()
+    layers, x = prior.layers[0].feed_forward, torch.randn(1, 1, 32)
+    if way == "subclass":
+        layers.w1 = Halved(layers.w1.in_features, layers.w1.out_features, bias=False)
+        assert torch.equal(gelu_of(layers.w1, x), F.gelu(layers.w1(x), approximate="tanh"))
+    elif way == "hook":
+        layers.w1.register_forward_hook(lambda module, inputs, output: output / 2)
+    else:
+        layers.w1 = torch.nn.Linear(layers.w1.in_features, layers.w1.out_features)
+    prior.half().arrange_for_sampling()
+    assert layers.joined_weights() is None
+    called = []
+    layers.w1.register_forward_hook(lambda module, inputs, output: called.append(len(inputs[0])))
+    prior.sample(torch.tensor([1]), guidance_scale=1.0)
+    assert len(called) == 4  # codes
+
+
 def test_copies_and_pickles_of_a_packed_layer_are_not_packed(packed) -> None:
     for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         assert not is_used(copied) and torch.equal(copied.weight, packed.weight)
@@ -154,3 +240,18 @@ def test_a_flow_prior_is_packed_where_many_rows_are_faster(monkeypatch) -> None:
     prior.compile_parts()
     assert asked == [prior.network] and prior.network.blocks[1].mlp.fc2.has_packed_copy
     torch.testing.assert_close(sample(), expected)
+
+
+def test_a_prior_of_another_size_shares_the_packed_copies(monkeypatch) -> None:
+    monkeypatch.setattr("smalti.prior.packing.PACKED_FROM_OF_MANY_ROWS", 1)
+    monkeypatch.setattr("smalti.prior.packing.cpu_has_wide_vectors", lambda: True)
+    prior = FlowPrior(FlowPrior.PRESETS["flow-nano"].fitted(ContinuousSpec(8, 4, 4), 2, None))
+    prior.compile_parts()
+    other = prior.resized(ContinuousSpec(8, 8, 4), None)
+    other.compile_parts()
+    pairs = list(zip(prior.modules(), other.modules(), strict=True))
+    layers = [(a, b) for a, b in pairs if isinstance(a, PackableLinear) and a.has_packed_copy]
+    assert layers and all(a._packed is b._packed for a, b in layers)
+    with torch.no_grad():
+        layers[0][0].weight.mul_(2)  # it is the weight of both
+    assert not any(layer.is_packed_for(8) for layer in layers[0])
