@@ -117,10 +117,19 @@ class PackableLinear(nn.Linear):
     def forward(self, input: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
         """x W^T + bias, or its GELU, (..., in) -> (..., out); without `bias`, the layer's own."""
         bias = self.bias if bias is None else bias
-        if self._packed is not None and self._packed_is_valid(input):
-            return _product(input, self._packed.weight, bias, gelu)
+        packed = self._packed
+        if packed is not None and self._packed_is_valid(input):
+            return _product(input, packed.weight, bias, gelu)
+        if packed is not None and self._is_trained:
+            self._packed = None
         output = F.linear(input, self.weight, bias)
         return F.gelu(output, approximate="tanh") if gelu else output
+
+    @property
+    def _is_trained(self) -> bool:
+        """Whether an optimizer may change the weight next: torch does not count what those that
+        are fused change."""
+        return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def _packed_is_valid(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or torch.is_grad_enabled():

@@ -106,6 +106,19 @@ def test_a_later_weight_at_the_address_of_the_packed_one_is_not_taken_for_it() -
                     layer.pack()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_packed_weight_is_not_used_after_a_step_of_an_optimizer(packed, fused: bool) -> None:
+    """Fused ones do not count as changes for torch. Gradients alone, as those that guide, change
+    nothing."""
+    optimizer, x = torch.optim.AdamW(packed.parameters(), lr=0.1, fused=fused), torch.randn(5, 24)
+    packed.eval()(x).sum().backward()
+    assert is_used(packed)
+    packed.train()(x).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(packed.eval()(x), F.linear(x, packed.weight, packed.bias))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_a_layer_that_is_cast_keeps_no_packed_copy(packed, dtype) -> None:
     """Nor does it take memory; a layer that stays where it is keeps it."""
