@@ -275,8 +275,9 @@ class Pipeline(Uploadable):
         """Make sampling faster; return self. Samples then differ by rounding. Pipelines that
         `resized` makes of this one are compiled likewise. The blocks of the prior and the decoder
         are compiled, with options of torch.compile. Without options, on a CPU, the prior packs its
-        large weights instead, in a second and as much memory again (call it again after they
-        change), or is compiled if it has none; the decoder stays."""
+        large weights instead, in a second and as much memory again, or is compiled if it has none;
+        the decoder stays. Call it again after weights have changed, `to` another device or type
+        too: a pipeline that was packed is not compiled there."""
         self.prior.compile_parts(**options)
         self.tokenizer.compile_parts(**options)
         return self

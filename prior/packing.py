@@ -8,7 +8,7 @@ processors that have no arithmetic in fp16. The operators are those that torch's
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class PackedWeight:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, weight: nn.Parameter) -> "PackedWeight":
+    def of(cls, weight: Tensor) -> "PackedWeight":
         """A copy of a weight as it is now."""
         storage = StorageWeakRef(weight.untyped_storage())
         packed = _packed(weight.detach())
@@ -95,8 +95,8 @@ class PackableLinear(nn.Linear):
 
     def pack(self) -> None:
         """Pack the weight as it is now, for passes without gradients. After a change of the weight,
-        the copy is not used any more; call this again. Only changes through `weight.data`, which
-        torch does not count, must not follow."""
+        the copy is not used any more; call this again. Torch does not count all changes: a pass
+        in train mode drops the copy, and changes through `weight.data` must not follow."""
         if not self.can_be_packed:
             self._packed = None
         elif self._packed is None or not self._packed.is_of(self.weight):
@@ -156,12 +156,12 @@ def share_packed_weights(source: nn.Module, target: nn.Module) -> None:
 
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
     """gelu(layer(x)) in its tanh approximation; one product where the layer's weight is packed."""
-    if isinstance(layer, PackableLinear) and is_plain_linear(layer):
+    if is_plain_linear(layer) and isinstance(layer, PackableLinear):
         return layer.forward(x, gelu=True)
     return F.gelu(layer(x), approximate="tanh")
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a call of the module is a product with its weight, and nothing else depends on it: a
     subclass, such as one that adds a low-rank product, is not plain."""
     return type(module) in (nn.Linear, PackableLinear) and is_called_plainly(module)
