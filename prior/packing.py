@@ -177,8 +177,11 @@ def _has_packed_products(dtype: torch.dtype) -> bool:
     """Whether a library here multiplies with packed weights of this type, and faster."""
     if dtype == torch.float16:
         return torch.backends.quantized.engine in ("x86", "fbgemm")
-    bf16 = dtype == torch.bfloat16 and cpu_multiplies_bf16()
-    return torch.backends.mkldnn.is_available() and (dtype == torch.float32 or bf16)
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:  # which oneDNN may have been told to leave alone
+        return cpu_multiplies_bf16() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
 
 
 def _packed(weight: Tensor) -> Any:

@@ -1,7 +1,10 @@
 """Packed weights: products, when they are used, and samples of priors that have them."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -72,7 +75,24 @@ def test_packed_weights_are_for_passes_without_gradients(packed) -> None:
 def test_bf16_is_packed_where_a_processor_multiplies_it(monkeypatch) -> None:
     for has_units in (False, True):
         monkeypatch.setattr("smalti.prior.packing.cpu_multiplies_bf16", lambda h=has_units: h)
-        assert PackableLinear(24, 40).bfloat16().can_be_packed == has_units
+        packs = has_units and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert PackableLinear(24, 40).bfloat16().can_be_packed == packs
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+def test_bf16_is_not_packed_where_onednn_may_not_use_the_processor(isa: str) -> None:
+    """As on an older processor."""
+    code = """
+import torch
+from smalti.prior import packing
+packing.cpu_multiplies_bf16 = lambda: True
+layer = packing.PackableLinear(24, 40).bfloat16()
+layer.pack()
+with torch.no_grad():
+    layer(torch.ones(2, 24, dtype=torch.bfloat16))
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 @pytest.mark.parametrize("change", ["in place", "loaded", "assigned", "replaced"])
