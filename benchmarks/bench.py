@@ -159,7 +159,7 @@ def next_token(setting: Setting) -> Iterator[Row]:
     from smalti.prior.next_token.model import PRESETS, NextTokenPrior
 
     preset = "gpt-nano" if setting.quick else "gpt-l" if setting.large else "gpt-b"
-    side = 2 if setting.quick else 8 if setting.large else 3
+    side = 2 if setting.quick else 8 if setting.large else 5
     config = replace(PRESETS[preset], spec=CodeSpec(16384, ((side, side),)), num_classes=1000)
     prior = NextTokenPrior(config)
     nn.init.normal_(prior.output.weight, std=0.02)
