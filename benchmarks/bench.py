@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from clock import Row, in_turns, table
@@ -35,6 +35,7 @@ from smalti.hub import Pretrained
 
 GUIDANCE_SCALE = 4.0
 READING = "reading the weights once"  # a limit, of next-token sampling
+EXACT = "smalti in float32"  # beside half precision
 HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 Pass = Callable[[], object]
 Model = TypeVar("Model", bound=nn.Module)
@@ -73,6 +74,12 @@ class Setting:
     def model(self, model: Model) -> Model:
         """A model on the device, in the type of numbers, in eval mode."""
         return model.to(self.device, self.dtype).eval()
+
+    def exact(self, model: Model) -> Model | None:
+        """A copy of a model in fp32, beside which half precision is timed; None in fp32."""
+        if self.dtype == torch.float32:
+            return None
+        return copy.deepcopy(model).to(self.device).eval()
 
     def autocast(self) -> torch.autocast:
         """The context in which published code runs in half precision."""
@@ -152,13 +159,15 @@ def next_token(setting: Setting) -> Iterator[Row]:
     from smalti.prior.next_token.model import PRESETS, NextTokenPrior
 
     preset = "gpt-nano" if setting.quick else "gpt-l" if setting.large else "gpt-b"
-    side = 2 if setting.quick else 8 if setting.large else 3
+    side = 2 if setting.quick else 8 if setting.large else 5
     config = replace(PRESETS[preset], spec=CodeSpec(16384, ((side, side),)), num_classes=1000)
     prior = NextTokenPrior(config)
     nn.init.normal_(prior.output.weight, std=0.02)
+    exact = setting.exact(prior)
     setting.model(prior)
     peer, limits = PlainLlamaGen(copy.deepcopy(prior)), Limits(setting)
-    prior.arrange_for_sampling()  # as a pipeline does; the peer's weights stay as published
+    for model in filter(None, (prior, exact)):
+        model.arrange_for_sampling()  # as a pipeline does; the peer's weights stay as published
     batches = (1, 2) if setting.quick else (1, 64) if setting.large else (1, 8)
     eager = copy.deepcopy(prior) if setting.compile else prior
     # CUDA graphs: a step is too short for a host that starts its kernels one by one.
@@ -184,6 +193,8 @@ def next_token(setting: Setting) -> Iterator[Row]:
                 others["smalti, not compiled"] = partial(
                     eager.sample, labels, guidance_scale=scale, top_k=2000
                 )
+            if exact is not None:
+                others[EXACT] = partial(exact.sample, labels, guidance_scale=scale, top_k=2000)
             if batch == 1 and not name:
                 others[READING] = limits.read
             size = side * side * bytes_of_products(prior)
@@ -200,8 +211,10 @@ def next_scale(setting: Setting) -> Iterator[Row]:
     sides = (1, 2) if setting.quick else (1, 2, 3, 4, 5, 6, 8, *((10, 13, 16) * setting.large))
     prior, tokenizer = build(preset, sides, setting.quick)
     peer = PlainVAR(copy.deepcopy(prior)).to(setting.device).eval()  # fp32, as published
+    exact, exact_tokenizer = setting.exact(prior), setting.exact(tokenizer)
     setting.model(prior), setting.model(tokenizer)
-    prior.arrange_for_sampling()
+    for model in filter(None, (prior, exact)):
+        model.arrange_for_sampling()
     batches = (1,) if setting.quick else (1, 16) if setting.large else (1, 4)
     stages = setting.stages(prior, tokenizer)
     for stage, batch in ((s, b) for s in stages for b in setting.batches or batches):
@@ -211,7 +224,7 @@ def next_scale(setting: Setting) -> Iterator[Row]:
             check_equal(greedy, peer.sample(labels, GUIDANCE_SCALE, top_k=1)[0])
 
         @torch.no_grad()
-        def ours(labels: Tensor = labels) -> Tensor:
+        def pictures(prior: Any, tokenizer: Any, labels: Tensor = labels) -> Tensor:
             options = {"guidance_scale": GUIDANCE_SCALE, "top_k": 900, "top_p": 0.96}
             return tokenizer.decode(prior.sample(labels, **options))
 
@@ -220,20 +233,27 @@ def next_scale(setting: Setting) -> Iterator[Row]:
                 return decode(tokenizer, peer.sample(labels, GUIDANCE_SCALE, 900, 0.96)[1])
 
         what = f"{preset}, {16 * sides[-1]} px, sampling, decoding, batch {batch}, guidance{stage}"
-        yield from setting.rows(what, ours, {"VAR, restated": theirs})
+        others: dict[str, Pass] = {"VAR, restated": theirs}
+        if exact is not None:
+            others[EXACT] = partial(pictures, exact, exact_tokenizer)
+        yield from setting.rows(what, partial(pictures, prior, tokenizer), others)
 
 
 def flow(setting: Setting) -> Iterator[Row]:
     """The network of SiT and DiT, guided sampling with it, and its training step."""
     from dit_speed import diffusers_dit, made, plain_euler, plain_network, training_step
 
+    from smalti.prior.flow.prior import FlowPrior
+
     Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
     preset = "sit-s/8" if setting.quick else "sit-b/2" if setting.large else "sit-s/2"
     batch, steps = (1, 2) if setting.quick else (32, 20) if setting.large else (1, 4)
     prior = made(preset, setting.device.type, depth=1 if setting.quick else None)
+    exact = setting.exact(prior)
     setting.model(prior)
     network, config = prior.network, prior.config.network
+    published = copy.deepcopy(network)  # neither packed nor compiled
     x = setting.randn(batch, config.in_channels, *config.grid)
     t = torch.full((batch,), 0.5, device=setting.device)
     labels = torch.arange(batch, device=setting.device) % config.num_classes
@@ -243,10 +263,11 @@ def flow(setting: Setting) -> Iterator[Row]:
 
     def plain(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         with setting.autocast():
-            return plain_network(network, x, t, labels)
+            return plain_network(published, x, t, labels)
 
-    def sample() -> Tensor:
-        options = {"num_inference_steps": steps, "solver": "euler", "noise": x}
+    def sample(prior: FlowPrior = prior) -> Tensor:
+        noise = x.to(prior.network.final_layer.linear.weight.dtype)
+        options = {"num_inference_steps": steps, "solver": "euler", "noise": noise}
         return prior.sample(labels, guidance_scale=GUIDANCE_SCALE, **options)
 
     def euler(velocity: Velocity) -> Pass:
@@ -273,6 +294,8 @@ def flow(setting: Setting) -> Iterator[Row]:
         *rows, limit = setting.rows(what, forward(ours), others)
         yield from (*rows, limits.multiplying(limit, operations))
         others = {name: euler(velocity) for name, velocity in peers.items()}
+        if exact is not None:
+            others[EXACT] = partial(sample, exact)
         what = f"{preset} sampling, {steps} Euler steps, guidance, batch {batch}{stage}"
         yield from setting.rows(what, sample, others)
     if HAS_DIFFUSERS:
@@ -310,6 +333,7 @@ def tokenizers(setting: Setting) -> Iterator[Row]:
     vq = VQTokenizer(VQConfig(image_size=side, conv=conv, quantizer=quantizer))
     their_kl = diffusers.AutoencoderKL(**options)
     their_vq = diffusers.VQModel(**options, num_vq_embeddings=vocab_size)
+    exact_kl, exact_vq = setting.exact(kl), setting.exact(vq)
     for model in (kl, vq, their_kl, their_vq):
         setting.model(model)
     shape = (batch, *vq.config.grid, conv.z_channels)
@@ -324,15 +348,25 @@ def tokenizers(setting: Setting) -> Iterator[Row]:
             entries = their_vq.quantize.get_codebook_entry(codes.flatten(), shape)
             return their_vq.decode(entries, force_not_quantize=True).sample
 
-        passes = (
-            ("KL encoding", lambda: kl.encode(images), lambda: their_kl.encode(images).latent_dist),
-            ("KL decoding", lambda: kl.decode(z), lambda: their_kl.decode(z).sample),
-            ("VQ encoding", lambda: vq.encode(images), their_codes),
-            ("VQ decoding", lambda: vq.decode(codes), their_decoding),
+        def passes(kl: Any, vq: Any, images: Tensor, z: Tensor) -> tuple[Pass, ...]:
+            return (
+                lambda: kl.encode(images),
+                lambda: kl.decode(z),
+                lambda: vq.encode(images),
+                lambda: vq.decode(codes),
+            )
+
+        peers: tuple[tuple[str, Pass], ...] = (
+            ("KL encoding", lambda: their_kl.encode(images).latent_dist),
+            ("KL decoding", lambda: their_kl.decode(z).sample),
+            ("VQ encoding", their_codes),
+            ("VQ decoding", their_decoding),
         )
-        for what, ours, theirs in passes:
-            name = f"{what}, {side} px, batch {batch}"
-            yield from setting.rows(name, ours, {"diffusers": theirs})
+        exact = passes(exact_kl, exact_vq, images.float(), z.float()) if exact_kl else ()
+        for number, ours in enumerate(passes(kl, vq, images, z)):
+            what, theirs = peers[number]
+            others = {"diffusers": theirs, **({EXACT: exact[number]} if exact else {})}
+            yield from setting.rows(f"{what}, {side} px, batch {batch}", ours, others)
 
 
 PARTS = {

@@ -8,7 +8,7 @@ larger than any cache, in the same process, after every decoding step. The resul
 other load on the machine affects little as long as every thread has a core (set OMP_NUM_THREADS):
 `step_over_weights` 1 is the speed of memory. Precisions take turns, a sampling call each;
 float32-rows is float32 with weights in the order of `nn.Linear`, as before
-`arrange_for_sampling`.
+`arrange_for_sampling`; a name with -packed is of packed weights, as after `compile_parts()`.
 
 --profile adds, on a CPU, what torch's profiler finds in a further call: the operators that a step
 runs, how long its matrix products take, and how fast these read the weights.
@@ -33,8 +33,13 @@ from smalti.weights import chosen_dtype
 PROBE_BYTES = 512 * 2**20  # of the probe's matrix: ten times a large last-level cache
 WARM_UP = 3  # first steps of every call, not counted
 ROWS = "float32-rows"
-PRODUCTS = ("::mm", "::addmm", "::mv", "pack_mm", "pack_mm_for_cpu")  # ends of names of operators
-PRECISIONS = ("float32", ROWS, "bfloat16", "float16", "int8", "int4")
+PACKED = "-packed"
+PRODUCTS = (  # ends of names of operators
+    *("::mm", "::addmm", "::mv", "pack_mm", "pack_mm_for_cpu"),
+    *("linear_pointwise", "linear_dynamic_fp16"),
+)
+FLOATING = ("float32", "bfloat16", "float16")
+PRECISIONS = (*FLOATING, ROWS, *(name + PACKED for name in FLOATING), "int8", "int4")
 
 
 @dataclass
@@ -132,11 +137,13 @@ def build(args: argparse.Namespace, name: str) -> NextTokenPrior:
     prior = NextTokenPrior(config).to(args.device).eval()
     torch.nn.init.normal_(prior.output.weight, std=0.02)
     if name != ROWS:
-        dtype = chosen_dtype(name, weight_only=True)
+        dtype = chosen_dtype(name.removesuffix(PACKED), weight_only=True)
         assert isinstance(dtype, torch.dtype)
         prior.cast(dtype).arrange_for_sampling()
-    if args.compile:
+    if name.endswith(PACKED):
         prior.compile_parts()
+    elif args.compile:
+        prior.compile_parts(backend="inductor")
     return prior
 
 

@@ -14,6 +14,7 @@ diffusers has a copy of the time and label embedders in every block.
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -138,13 +139,14 @@ def compare(
     network: DiT = prior.network
     device, config = network.pos_embed.table.device, network.config  # type: ignore[union-attr]
     theirs = diffusers_dit(config).to(device)
+    published = copy.deepcopy(network)  # neither packed nor compiled
     x = torch.randn(batch_size, config.in_channels, *config.grid, device=device)
     t = torch.rand(batch_size, device=device)
     labels = torch.randint(config.num_classes, (batch_size,), device=device)
     null, channels = config.num_classes, config.in_channels
 
     def plain(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return plain_network(network, x, t, labels)
+        return plain_network(published, x, t, labels)
 
     def their_velocity(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         return theirs(x, timestep=t, class_labels=labels).sample[:, :channels]
@@ -156,7 +158,7 @@ def compare(
     expected = plain_euler(plain, x, labels, null, steps)
     torch.testing.assert_close(sample(), expected, rtol=1e-3, atol=1e-3)
     peers: dict[str, tuple[nn.Module, Network]] = {
-        "SiT's code": (network, plain),
+        "SiT's code": (published, plain),
         "diffusers": (theirs, their_velocity),
     }
     for name, (module, velocity) in peers.items():

@@ -155,7 +155,10 @@ class TextSource(ConditionSource):
     def check_unused(cls, inputs: Inputs) -> None:
         """Raise `GenerationError` if there is a negative prompt."""
         if inputs.negative_prompt is not None:
-            raise GenerationError("negative_prompt is for a pipeline of captions: leave it out")
+            raise GenerationError(
+                "negative_prompt is for a pipeline of captions: leave it out",
+                argument="negative_prompt",
+            )
 
     @property
     def argument(self) -> str:

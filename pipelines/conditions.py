@@ -380,7 +380,8 @@ class Inputs:
                 others = sorted(name for name in unused if self.get(name) is not None)
                 raise GenerationError(
                     f"this pipeline is {conditional_on(sources)}: pass {wanted}"
-                    + (f", and no {' or '.join(others)}" if others else "")
+                    + (f", and no {' or '.join(others)}" if others else ""),
+                    argument=others[0] if others else sources[name].argument,
                 )
         for name, source in registered.items():
             if name in sources:
@@ -522,7 +523,8 @@ def check_names(prior: Prior, options: Mapping[str, Any]) -> None:
         if name not in known:
             kind = Prior.registry.name_of(type(prior))
             raise UnknownOption(
-                f'a {kind} prior has no sampling option "{name}"; {nearest(name, likely)}'
+                f'a {kind} prior has no sampling option "{name}"; {nearest(name, likely)}',
+                argument=name,
             )
 
 
@@ -544,4 +546,25 @@ def separated(prior: Prior, options: Mapping[str, Any]) -> tuple[dict[str, Any],
 def check_options(prior: Prior, options: Mapping[str, Any]) -> None:
     """Raise `SmaltiError` if `prior.sample` refuses an option; calls it with no conditions."""
     check_names(prior, options)
-    prior.sample(prior.no_conditions(), **options)
+    try:
+        prior.sample(prior.no_conditions(), **options)
+    except SmaltiError as error:
+        error.argument = _wrong_option(prior, options)
+        raise
+
+
+def _wrong_option(prior: Prior, options: Mapping[str, Any]) -> str | None:
+    """The option without which `prior.sample` takes the others, or which it refuses alone."""
+
+    def refuses(some: Mapping[str, Any]) -> bool:
+        try:
+            prior.sample(prior.no_conditions(), **some)
+        except SmaltiError:
+            return True
+        return False
+
+    without = {name: {k: v for k, v in options.items() if k != name} for name in options}
+    return next(
+        (name for name in options if not refuses(without[name])),
+        next((name for name in options if refuses({name: options[name]})), None),
+    )

@@ -93,11 +93,10 @@ def request_model(options: Mapping[str, tuple[Any, str]]) -> type[ImagesRequest]
 
 
 class RequestError(GenerationError):
-    """A field of a request is wrong."""
+    """A field of a request, or a request as a whole, is wrong."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
+        super().__init__(message, argument=param)
 
 
 def read_request(model: type[ImagesRequest], body: bytes) -> ImagesRequest:
@@ -144,7 +143,7 @@ def picture_request(
     if count > max_images:
         raise RequestError(
             f"{count} pictures are asked for; this server makes at most {max_images} in a request",
-            "n",
+            "class_labels" if given.n == 1 else "n",
         )
     own = {*ImagesRequest.model_fields}
     options = {
@@ -227,8 +226,12 @@ def error_response(
     return JSONResponse(content, status, headers)
 
 
-def response_to(error: Exception) -> JSONResponse:
-    """The answer to a request that failed."""
+def response_to(error: Exception, given: ImagesRequest | None = None) -> JSONResponse:
+    """The answer to a request that failed.
+
+    Args:
+        given: the request, if its body could be read.
+    """
     if isinstance(error, QueueFullError):
         return error_response(
             429,
@@ -240,11 +243,18 @@ def response_to(error: Exception) -> JSONResponse:
     if isinstance(error, StoppingError):
         return error_response(503, str(error), kind="server_error", code="stopping")
     if isinstance(error, SmaltiError):
-        return error_response(400, str(error), param=getattr(error, "param", None))
+        return error_response(400, str(error), param=_field_of(error.argument, given))
     logger.error("a request failed", exc_info=error)
     return error_response(
         500, "the server failed; its log says why", kind="server_error", code="failed"
     )
+
+
+def _field_of(argument: str | None, given: ImagesRequest | None) -> str | None:
+    """The field of a request that gives an argument; None: it is unknown which one is wrong."""
+    if given is None or given.class_label is None or given.class_labels is not None:
+        return argument
+    return "class_label" if argument == "class_labels" else argument
 
 
 def _answer(pictures: list[QueuedPicture], images: list[Image.Image]) -> dict[str, Any]:
@@ -395,6 +405,7 @@ def image_app(
 
     @app.post(GENERATIONS, openapi_extra={"requestBody": {"content": content, "required": True}})
     async def generations(request: Request) -> Response:
+        given: ImagesRequest | None = None
         try:
             given = read_request(request_type, await read_body(request))
             wanted = picture_request(given, batcher, model_id, max_images)
@@ -404,7 +415,7 @@ def image_app(
                 return Response(status_code=NOBODY)
             return JSONResponse(await asyncio.to_thread(_answer, pictures, images))
         except Exception as error:
-            return response_to(error)
+            return response_to(error, given)
 
     @app.get(MODELS)
     async def models() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from PIL import Image
@@ -27,6 +27,7 @@ from smalti.data.transforms import center_crop, to_tensor
 from smalti.data.value_range import limits_of
 from smalti.errors import ConfigurationError, DataError
 from smalti.folders import is_unreported, replacing_file
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.pipeline import DEMO, check_model
 from smalti.tokenizer import manipulation
 from smalti.tokenizer.base import Tokenizer
@@ -43,7 +44,7 @@ class LatentGridOptions(PictureOptions):
 
     TRAINED: ClassVar[str] = "model"
 
-    model: str = DEMO  # a tokenizer, or a pipeline whose tokenizer is used
+    model: Annotated[str, place_of("A tokenizer, or a pipeline whose tokenizer is used")] = DEMO
     images: tuple[Path, ...] = ()  # image files; or give --indices
     indices: tuple[int, ...] = ()  # positions in the data set, from 0
     output: Path = Path("strip.png")  # PNG file of the latent grid

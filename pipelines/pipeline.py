@@ -65,7 +65,7 @@ from smalti.prior.base import Prior
 from smalti.prior.conditions.base import moved, rows
 from smalti.prior.conditions.text_encoder import TextEncoder, text_encoder_of
 from smalti.randomness import Generators, check_generators
-from smalti.repository import Uploadable, check_loading_options, resolve_folder
+from smalti.repository import Uploadable, check_loading_options, resolve_folder, shipped_pipelines
 from smalti.tokenizer.base import Tokenizer, check_finite
 from smalti.weights import unwrapped
 
@@ -272,11 +272,12 @@ class Pipeline(Uploadable):
         self._text_encoder = other._text_encoder
 
     def compile(self, **options: Any) -> Self:
-        """Compile what sampling runs, the blocks of the prior's network and the decoder, with
-        options of torch.compile; return self. Samples then differ by rounding. Pipelines that
-        `resized` makes of a compiled one are compiled likewise. Without options, a next-scale prior
-        on a CPU in fp32 packs its weights instead, if they are large: call it again after a change
-        of the weights."""
+        """Make sampling faster; return self. Samples then differ by rounding. Pipelines that
+        `resized` makes of this one are compiled likewise. The blocks of the prior and the decoder
+        are compiled, with options of torch.compile. Without options, on a CPU, the prior packs its
+        large weights instead, in a second and as much memory again, or is compiled if it has none;
+        the decoder stays. Call it again after weights have changed, `to` another device or type
+        too: a pipeline that was packed is not compiled there."""
         self.prior.compile_parts(**options)
         self.tokenizer.compile_parts(**options)
         return self
@@ -594,6 +595,6 @@ def check_model(model: str) -> None:
     """Raise `CheckpointError` if a command was given no model, and `smalti demo` has made none."""
     if model == DEMO and not Path(model).is_dir():
         raise CheckpointError(
-            f"there is no model in {DEMO}, which is the default of --model: train one with smalti "
-            "demo, or give --model with a folder or an id on the Hub"
+            f"there is no model in {DEMO}, the default of --model: train one with smalti demo, or "
+            f"give --model a folder, an id on the Hub, or {' or '.join(shipped_pipelines())}"
         )

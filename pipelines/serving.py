@@ -32,7 +32,7 @@ from torch import Tensor
 from smalti.config import ImageSize
 from smalti.data.image_io import to_pil
 from smalti.data.latents import as_image_size
-from smalti.errors import ConfigurationError, GenerationError, SmaltiError
+from smalti.errors import ConfigurationError, GenerationError, SmaltiError, about
 from smalti.hub import named_options
 from smalti.pipelines.conditions import (
     Inputs,
@@ -252,21 +252,28 @@ class Batcher:
         each = integer("num_images", request.num_images)
         inputs = Inputs(request.class_labels, request.prompt, request.negative_prompt)
         if each < 1:
-            raise GenerationError(f"num_images is {each}; it must be at least 1")
-        if [*kinds] == ["none"] and inputs.has_condition:
             raise GenerationError(
-                f"this pipeline is {conditional_on(kinds)}: give no class and no prompt"
+                f"num_images is {each}; it must be at least 1", argument="num_images"
+            )
+        if [*kinds] == ["none"] and inputs.has_condition:
+            given = (name for name in REQUESTED if inputs.get(name) is not None)
+            raise GenerationError(
+                f"this pipeline is {conditional_on(kinds)}: give no class and no prompt",
+                argument=next(given, "negative_prompt"),
             )
         inputs.check(sources_of(kinds, config), 1)
         text, encoder = config.text, self.pipeline.text_encoder
         if text is not None and encoder is not None:
-            given = (request.prompt, request.negative_prompt)
-            encoder.check_captions([words for words in given if words is not None], text.length)
+            for name in ("prompt", "negative_prompt"):
+                words = inputs.get(name)
+                with about(name):
+                    encoder.check_captions([] if words is None else [words], text.length)
         labels = [0]
-        if request.class_labels is not None:
-            labels = self.pipeline.label_ids(request.class_labels)
-        if not labels:
-            raise GenerationError("class_labels is empty: give at least one class")
+        with about("class_labels"):
+            if request.class_labels is not None:
+                labels = self.pipeline.label_ids(request.class_labels)
+            if not labels:
+                raise GenerationError("class_labels is empty: give at least one class")
         return [label for label in labels for _ in range(each)]
 
     def _settings(self, request: PictureRequest) -> SharedSettings:
@@ -276,9 +283,10 @@ class Batcher:
             SmaltiError: another size, or an option that the prior refuses.
         """
         size = request.image_size
-        size = self.pipeline.tokenizer.image_size if size is None else as_image_size(size)
-        if size not in self.pipelines:
-            raise GenerationError(f"image_size is {size}; choose one of {[*self.pipelines]}")
+        with about("image_size"):
+            size = self.pipeline.tokenizer.image_size if size is None else as_image_size(size)
+            if size not in self.pipelines:
+                raise GenerationError(f"image_size is {size}; choose one of {[*self.pipelines]}")
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in request.options.items()}
         if request.guidance_scale is not None:
             options["guidance_scale"] = request.guidance_scale
@@ -292,7 +300,9 @@ class Batcher:
 
     def _check_seed(self, seed: int | None, count: int) -> None:
         if seed is not None and not 0 <= integer("seed", seed) <= SEEDS - count:
-            raise GenerationError(f"seed is {seed}; it must lie between 0 and {SEEDS - count}")
+            raise GenerationError(
+                f"seed is {seed}; it must lie between 0 and {SEEDS - count}", argument="seed"
+            )
 
     def _new_seeds(self, count: int, settings: SharedSettings) -> list[int]:
         """Random seeds of consecutive rows, so that pictures without a seed fill batches."""

@@ -27,6 +27,7 @@ from smalti.prior.conditions.image import ImageConfig
 from smalti.prior.conditions.registry import CONDITIONS
 from smalti.prior.conditions.text import TextConfig
 from smalti.prior.layers import arrange_for_few_rows
+from smalti.prior.packing import Packable, share_packed_weights
 from smalti.prior.registry import PRIORS
 from smalti.prior.sampling import OnStep
 from smalti.prior.weight_only import Quantizable, share_quantized_layers
@@ -184,7 +185,7 @@ class PriorConfig:
         return self
 
 
-class Prior(nn.Module, Quantizable, ABC):
+class Prior(nn.Module, Quantizable, Packable, ABC):
     """A distribution over the latents described by `spec`, given a condition.
 
     A condition is class labels (B,) int64 in [0, num_classes], where `num_classes` itself is the
@@ -255,8 +256,9 @@ class Prior(nn.Module, Quantizable, ABC):
         return latents
 
     def arrange_for_sampling(self) -> None:
-        """Store weights as sampling reads them fastest on their device; values stay. A pipeline
-        calls this after it has moved or cast its prior; most priors need nothing."""
+        """Store weights as sampling reads them fastest, as a pipeline does; values stay."""
+        if self.has_few_rows:
+            arrange_for_few_rows(self)
 
     @property
     def positions_per_step(self) -> int:
@@ -322,6 +324,7 @@ class Prior(nn.Module, Quantizable, ABC):
             prior = type(self)(config)
         share_quantized_layers(self, prior)
         prior.load_state_dict(self.state_dict(), assign=True)
+        share_packed_weights(self, prior)
         return prior.to(next(self.parameters()).device).train(self.training)
 
     def adapt_conditions(self, weights: dict[str, Tensor], source: Any) -> str:
@@ -358,11 +361,7 @@ class Prior(nn.Module, Quantizable, ABC):
             )
 
     def bits_per_dimension(
-        self,
-        latents: Tensor,
-        condition: Any,
-        *,
-        generator: Generators = None,
+        self, latents: Tensor, condition: Any, *, generator: Generators = None
     ) -> Tensor:
         """-log2 p(latents | condition) per code, or per element of continuous latents, (B,).
 
@@ -579,13 +578,11 @@ class KnownCodes:
 class CodePrior(Prior):
     """A distribution over codes that gives the probability of each."""
 
+    has_few_rows: ClassVar[bool] = True
+
     @abstractmethod
     def logits(self, codes: Tensor, condition: Any) -> Tensor:
         """Teacher-forced logits (B, L, V) of codes (B, L) given a condition."""
-
-    def arrange_for_sampling(self) -> None:
-        """Sampling multiplies with few rows."""
-        arrange_for_few_rows(self)
 
     @torch.no_grad()
     def bits_per_dimension(

@@ -1,14 +1,14 @@
-"""Layers that priors share: RMS norm, SwiGLU feed-forward, stochastic depth, packed products."""
+"""Layers that priors share: RMS norm, SwiGLU feed-forward, stochastic depth."""
 
 import ctypes
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from smalti.prior.packing import PackableLinear, is_plain_linear
 
 
 class RMSNorm(nn.RMSNorm):
@@ -31,32 +31,49 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w1 = PackableLinear(dim, hidden, bias=False)
+        self.w3 = PackableLinear(dim, hidden, bias=False)
+        self.w2 = PackableLinear(hidden, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim)
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
+    def is_packed_for(self, rows: int) -> bool:
+        """Whether products with so many rows use packed weights."""
+        return isinstance(self.w1, PackableLinear) and self.w1.is_packed_for(rows)
+
     def arrange(self) -> None:
-        """Store w1 beside w3, input by input, so that one product may read both; values stay."""
-        faster = _is_faster_by_input(self.w1) and _is_faster_by_input(self.w3)
-        if faster and self.joined_weights() is None:
+        """Store w1 beside w3, so that one product of few rows may read both; values stay."""
+        if not isinstance(self.w1, nn.Linear) or not isinstance(self.w3, nn.Linear):
+            return
+        weight = self.w1.weight
+        if self.joined_weights() is not None or weight.device.type != "cpu":
+            return
+        if _is_faster_by_input(self.w1):
             _store_by_input(self.w1, self.w3)
+        elif weight.dtype in (torch.bfloat16, torch.float16):
+            _store_by_output(self.w1, self.w3)
 
     def joined_weights(self) -> Tensor | None:
-        """w1 above w3, (2 hidden, dim), a view, if they lie as `arrange` has stored them."""
-        if type(self.w1) is not nn.Linear or type(self.w3) is not nn.Linear:
+        """w1 above w3, (2 hidden, dim), a view, if they lie as `arrange` has stored them and calls
+        of both layers are products with them alone."""
+        if not is_plain_linear(self.w1) or not is_plain_linear(self.w3):
+            return None
+        if self.w1.bias is not None or self.w3.bias is not None:
             return None
         first, second = self.w1.weight, self.w3.weight
         if type(first) is not nn.Parameter or type(second) is not nn.Parameter:
             return None
-        outputs, strides = len(first), first.stride()
-        beside = second.data_ptr() - first.data_ptr() == outputs * first.element_size()
-        if not beside or strides != second.stride() or strides[0] != 1 or strides[1] < 2 * outputs:
+        starts = {weight.untyped_storage().data_ptr() for weight in (first, second)}
+        (outputs, inputs), strides = first.shape, first.stride()
+        by_input = strides[0] == 1 and strides[1] >= 2 * outputs
+        if len(starts) > 1 or strides != second.stride() or not (by_input or strides[0] == inputs):
             return None
-        return first.detach().as_strided((2 * outputs, first.shape[1]), strides)
+        beside = outputs * strides[0]  # numbers from the beginning of w1 to that of w3
+        if second.storage_offset() - first.storage_offset() != beside:
+            return None
+        return first.detach().as_strided((2 * outputs, inputs), strides)
 
 
 SPACE = 16  # numbers between the columns of a matrix that is stored input by input
@@ -107,6 +124,15 @@ def _store_by_input(*linears: nn.Linear) -> None:
     _return_freed_memory()
 
 
+def _store_by_output(*linears: nn.Linear) -> None:
+    """Store the weights of layers with the same inputs one after the other, as those of one."""
+    joined = torch.cat([linear.weight.data for linear in linears])
+    parts = joined.split([linear.out_features for linear in linears])
+    for linear, part in zip(linears, parts, strict=True):
+        linear.weight.data = part
+    _return_freed_memory()
+
+
 def _return_freed_memory() -> None:
     """Give freed memory back to the system. The C library of Linux keeps pieces below 32 MB, into
     which the next, slightly larger copy does not fit: a fifth of the memory of a model."""
@@ -138,68 +164,3 @@ class DropPath(nn.Module):
 def drop_path_rates(last: float, depth: int) -> Iterator[float]:
     """The drop probability of every block: it grows linearly from 0 to `last`."""
     return (last * block / max(depth - 1, 1) for block in range(depth))
-
-
-PACKED_FROM = 2**19  # numbers of a weight from which packing saves time
-PACKED_ROWS = 96  # most rows of a packed product: with more, torch's is as fast
-
-
-@dataclass
-class PackedWeight:
-    """A copy of a weight in the order in which oneDNN multiplies, and which weight it is of."""
-
-    weight: Tensor  # in oneDNN's layout
-    address: int
-    version: int
-
-
-class PackableLinear(nn.Linear):
-    """A linear layer that may keep its weight a second time, packed for products on a CPU.
-
-    torch's product packs the weight in every call, which takes longer than the arithmetic if there
-    are few rows. A packed weight takes as much memory again, and its products round differently.
-    The operators are those that torch's compiler uses.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
-        super().__init__(in_features, out_features, bias)
-        self._packed: PackedWeight | None = None
-
-    @property
-    def can_be_packed(self) -> bool:
-        """Whether there are packed products for the weight, in fp32 on a CPU with oneDNN, and
-        they save time."""
-        weight = self.weight
-        plain = type(weight) is nn.Parameter and weight.dtype == torch.float32
-        on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        return plain and on_cpu and weight.numel() >= PACKED_FROM
-
-    def pack(self) -> None:
-        """Pack the weight as it is now, for passes without gradients. After a change of the weight,
-        the copy is not used any more; call this again. Only changes through `weight.data`, which
-        torch does not count, must not follow."""
-        if self.can_be_packed:
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().contiguous())
-            self._packed = PackedWeight(packed, self.weight.data_ptr(), self.weight._version)
-
-    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + bias, (..., in) -> (..., out); without `bias`, the layer's own."""
-        bias = self.bias if bias is None else bias
-        if self._packed is None or not self._packed_is_valid(input):
-            return F.linear(input, self.weight, bias)
-        packed = self._packed.weight
-        return torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
-
-    def _packed_is_valid(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._packed is None:
-            return False
-        if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not self.can_be_packed:
-            return False
-        if x.numel() > PACKED_ROWS * self.in_features:
-            return False
-        known = self._packed.address, self._packed.version
-        return known == (self.weight.data_ptr(), self.weight._version)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the copy: the layout of oneDNN can neither be pickled nor copied."""
-        return {**self.__dict__, "_packed": None}

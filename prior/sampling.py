@@ -163,7 +163,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Logits (B, V) with all but the k largest at -inf; logits equal to the k-th are kept."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
-    threshold = logits.topk(k, dim=-1).values[..., -1:]  # (B, 1)
+    threshold = logits.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)  # (B, 1)
     return logits.masked_fill(logits < threshold, -torch.inf)
 
 

@@ -37,6 +37,7 @@ from smalti.files import read_hashed_json, write_hashed_json, write_text
 from smalti.hub import CONFIG
 from smalti.pipelines.conditions import arguments_for, check_options
 from smalti.pipelines.generation import picture_generator
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.model_index import INDEX
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.base import Prior
@@ -71,8 +72,12 @@ class CompareConfig(DataOptions, Sampling):
     Sampling options are for all pipelines; without one, each pipeline has its own default.
     """
 
-    # Tokenizers or pipelines: their folders, folders of runs or demos, or ids on the Hub.
-    models: Positional[tuple[Annotated[str, arg(metavar="MODEL")], ...]] = ()
+    models: Positional[
+        Annotated[
+            tuple[Annotated[str, arg(metavar="MODEL")], ...],
+            place_of("Tokenizers or pipelines, each", "a folder (also of a run or demo)"),
+        ]
+    ] = ()
     output_dir: Path = Path("runs/comparison")  # continues a comparison in it
     names: tuple[str, ...] = ()  # of the models, in their order; default: from their paths
     # Allow data that a pipeline was not trained on; then all of its images are held out.

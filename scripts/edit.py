@@ -10,6 +10,7 @@ results; for super-resolution also the bicubic enlargement.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from PIL import Image
@@ -20,14 +21,15 @@ from smalti.config import check_at_least
 from smalti.data.image_io import TRANSPARENT, WHITE, FolderOptions, save_png, to_channels
 from smalti.data.latents import height_and_width
 from smalti.data.sources.folder import read_picture
-from smalti.errors import ConfigurationError
+from smalti.errors import ConfigurationError, GenerationError
 from smalti.folders import contents, replacing_folder
 from smalti.pipelines.conditions import conditional_on, sources_of
 from smalti.pipelines.editing import STRIP, box_mask, fitted, masked, pasted, strip
 from smalti.pipelines.generation import picture_generator
 from smalti.pipelines.image_tasks import make_task
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
-from smalti.scripts.options import Sampling
+from smalti.scripts.options import Sampling, refuse_other_conditions
 
 CONDITIONS = ("class_labels", "prompt", "image")  # that there is a flag for
 Masked = tuple[Image.Image, Image.Image | None]  # a picture and its mask
@@ -37,8 +39,7 @@ Masked = tuple[Image.Image, Image.Image | None]  # a picture and its mask
 class EditConfig(Sampling):
     """Generate a region of pictures anew, or change pictures as a whole, with a saved pipeline."""
 
-    # A pipeline: a folder, a repository on the Hub, or a checkpoint of a train-prior run.
-    model: str = DEMO
+    model: Annotated[str, place_of("A pipeline")] = DEMO
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     image: tuple[Path, ...] = ()  # picture files to edit
     # Pictures of the same size, white where to generate, black where to keep: one for all, or one
@@ -102,7 +103,7 @@ def edit(config: EditConfig) -> list[Path]:
     _check_output(config.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = Pipeline.from_pretrained(config.model, device=device, weights=config.weights)
-    _check_conditions(pipeline)
+    _check_conditions(config, pipeline)
     edits = config.read(pipeline.tokenizer.image_channels)
     if config.resize:
         edits = [fitted(*each, pipeline.tokenizer.image_size) for each in edits]
@@ -129,16 +130,24 @@ def edit(config: EditConfig) -> list[Path]:
     return _write(config, rows, given, results, labels if prompts or classes else [])
 
 
-def _check_conditions(pipeline: Pipeline) -> None:
-    """Raise `ConfigurationError` if a pipeline is conditional on what no flag gives."""
+def _check_conditions(config: EditConfig, pipeline: Pipeline) -> None:
+    """Raise `SmaltiError` if a pipeline is conditional on what no flag gives, or on what was not
+    given, or is not conditional on what was given."""
     prior = pipeline.prior
     sources = sources_of(prior.condition_kinds, prior.config, pipeline.classes)
+    described = f"{config.model} is {conditional_on(sources)}"
+    refuse_other_conditions(config, sources, described)
     for source in sources.values():
-        if source.is_needed(sources) and source.argument not in CONDITIONS:
+        if not source.is_needed(sources):
+            continue
+        if source.argument not in CONDITIONS:
             raise ConfigurationError(
-                f"this pipeline is {conditional_on(sources)} and needs {source.argument}, for "
-                "which there is no flag: call it in Python"
+                f"{described} and needs {source.argument}, for which there is no flag: call it in "
+                "Python"
             )
+        has_default = [*sources] == ["class"] and prior.has_null_class
+        if not getattr(config, source.argument) and not has_default:
+            raise GenerationError(f"{described}: give --{source.argument}")
 
 
 def shown_conditions(pipeline: Pipeline, rows: Sequence[Masked]) -> list[list[Image.Image]]:

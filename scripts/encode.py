@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from smalti.data.sources.base import ImageSource
 from smalti.data.transforms import VIEW_SETS, ViewSet, decoded_size, views_of
 from smalti.errors import CheckpointError, ConfigurationError, DataError
 from smalti.pipelines.conditions import CONDITION_SOURCES, ConditionEncoder, PictureEncoder
+from smalti.pipelines.model_flag import place_of
 from smalti.scripts.options import TextOptions
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import fills_folder, join_job, say, shared_work
@@ -52,8 +53,9 @@ class EncodeConfig(DataOptions):
 
     TRAINED: ClassVar[str] = "tokenizer"
 
-    # Folder of a saved tokenizer, or a checkpoint of a run that trains one.
-    tokenizer: Path = Path("runs/tokenizer/tokenizer")
+    tokenizer: Annotated[Path, place_of("A tokenizer, or a pipeline with one")] = Path(
+        "runs/tokenizer/tokenizer"
+    )
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     output_dir: Path = Path("runs/latents")  # folder of the caches of both splits
     # Pixels: the side of a square, or height x width as in 48x64; default: the tokenizer's.

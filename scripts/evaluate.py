@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ from smalti.pipelines.image_tasks import (
     with_image_condition,
 )
 from smalti.pipelines.image_tasks import resized as enlarged
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.model_index import INDEX
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.prior.conditions.base import moved
@@ -79,8 +80,7 @@ class EvaluateConfig(SetOptions):
 
     TRAINED: ClassVar[str] = "model"
 
-    # Folder of a pipeline, a tokenizer or a checkpoint, or an id on the Hub.
-    model: str = DEMO
+    model: Annotated[str, place_of("A pipeline or tokenizer")] = DEMO
     # Allow data that the pipeline was not trained on; then all of its images are held out.
     other_data: bool = False
 

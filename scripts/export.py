@@ -19,6 +19,7 @@ from smalti.files import read_json
 from smalti.hub import resolve_folder
 from smalti.pipelines.convert import PUBLISHED_SOURCES
 from smalti.pipelines.convert.convert import export
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.model_index import INDEX
 from smalti.prior.base import Prior
 from smalti.prior.registry import PRIORS
@@ -29,8 +30,7 @@ from smalti.tokenizer.base import Tokenizer
 class ExportConfig:
     """Write a model in the layout of published weights."""
 
-    # a tokenizer or a prior: a folder, a checkpoint, or a repository on the Hub
-    model: Positional[Annotated[str, arg(metavar="MODEL")]] = ""
+    model: Positional[Annotated[str, place_of("A tokenizer or a prior", metavar="MODEL")]] = ""
     # a new folder, or a new .safetensors, .pt, .pth or .ckpt file
     out: Positional[Annotated[Path, arg(metavar="OUT")]] = Path()
     # the layout; by default Diffusers' for a KL autoencoder or DiT in a folder, else the authors'

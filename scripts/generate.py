@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
@@ -25,13 +25,14 @@ from smalti.data.latent_cache.manifest import MANIFEST
 from smalti.data.sources.base import open_unverified
 from smalti.data.sources.options import SourceOptions
 from smalti.errors import ConfigurationError, DataError, GenerationError
-from smalti.pipelines.conditions import CONDITION_SOURCES, conditional_on, sources_of
+from smalti.pipelines.conditions import conditional_on, sources_of
 from smalti.pipelines.generation import continued_labels, generate_folder
 from smalti.pipelines.guided import GuidedPipeline
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.picture_files import FormatName, Layout, PictureFormat
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.prior.flow.classifier import LatentClassifier
-from smalti.scripts.options import ConditionFlags, DType, Sampling
+from smalti.scripts.options import ConditionFlags, DType, Sampling, refuse_other_conditions
 from smalti.training.processes import fills_folder, join_job, say, shared_work
 
 
@@ -39,8 +40,7 @@ from smalti.training.processes import fills_folder, join_job, say, shared_work
 class GenerateConfig(Sampling, ConditionFlags):
     """Sample pictures with a saved pipeline."""
 
-    # A pipeline: a folder, a repository on the Hub, or a checkpoint of a train-prior run.
-    model: str = DEMO
+    model: Annotated[str, place_of("A pipeline")] = DEMO
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     output_dir: Path = Path("samples")  # folder of the pictures
     class_labels: tuple[str, ...] = ()  # class names or numbers; empty = all classes
@@ -69,7 +69,7 @@ class GenerateConfig(Sampling, ConditionFlags):
     # next-token or next-scale prior; auto: the fastest without loss in smalti sweep --dtype. In
     # bf16 and fp16 a picture depends on how many are sampled at once.
     dtype: DType = "fp32"
-    compile: bool = False  # torch.compile, for large jobs: the first batch takes minutes
+    compile: bool = False  # torch.compile in minutes, or packed weights: for large jobs
     seed: int = 0  # picture i depends on the seed and i alone
     # Pictures sampled at once in half precision. In fp32, int8 and int4 their number is fixed,
     # because the last bits of a picture depend on it.
@@ -125,10 +125,7 @@ class GenerateConfig(Sampling, ConditionFlags):
         kinds = {*pipeline.prior.condition_kinds}
         described = f"{self.model} is {conditional_on(kinds)}"
         kinds |= {"class"} if pipeline.classes else set()  # of a classifier, for an unguided prior
-        for name, source in CONDITION_SOURCES.classes.items():
-            for flag in source.FLAGS if name not in kinds else ():
-                if getattr(self, flag):
-                    raise GenerationError(f"--{flag} is given, but {described}: leave it out")
+        refuse_other_conditions(self, kinds, described)
         sources = sources_of(sorted(kinds), pipeline.prior.config, pipeline.classes)
         given = {source.ARGUMENTS[0]: source.chosen(self) for source in sources.values()}
         ids, texts = given.pop("class_labels", [0]), given.pop("prompt", [])

@@ -19,6 +19,7 @@ from smalti.cli import parse_config, run_command
 from smalti.data.latent_cache.imports import Division, Format, Origin, import_latents, open_foreign
 from smalti.data.latents import CodeSpec
 from smalti.errors import ConfigurationError
+from smalti.pipelines.model_flag import place_of
 from smalti.tokenizer.base import Tokenizer
 from smalti.training.processes import fills_folder, join_job, say, shared_work
 
@@ -36,8 +37,9 @@ class ImportLatentsConfig(Division):
     # a new folder, or that of an interrupted import
     out: Positional[Annotated[Path, arg(metavar="OUT")]] = Path()
     format: Format = "llamagen"  # the code that wrote them
-    # Folder of the tokenizer that made the latents.
-    tokenizer: Path = Path("runs/tokenizer/tokenizer")
+    tokenizer: Annotated[Path, place_of("The tokenizer that made the latents")] = Path(
+        "runs/tokenizer/tokenizer"
+    )
     normalised: bool = False  # LightningDiT: latents are normalised by latents_stats.pt
 
 

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -16,7 +16,7 @@ from docstring_parser import parse
 from tyro.conf import arg
 
 from smalti.config import first_difference
-from smalti.errors import ConfigurationError
+from smalti.errors import ConfigurationError, GenerationError
 from smalti.hub import named_options
 from smalti.pipelines.conditions import CONDITION_SOURCES
 from smalti.pipelines.pipeline import Pipeline
@@ -158,6 +158,18 @@ def _condition_flags() -> list[tuple[str, Any, Any]]:
         for source in CONDITION_SOURCES.classes.values()
         if source.FLAG_HELP
     ]
+
+
+def refuse_other_conditions(config: Any, kinds: Container[str], described: str) -> None:
+    """Raise `GenerationError` if the flag of a condition is given that is not one of `kinds`.
+
+    Args:
+        described: the pipeline, and what it is conditional on.
+    """
+    for name, source in CONDITION_SOURCES.classes.items():
+        for flag in source.FLAGS if name not in kinds else ():
+            if getattr(config, flag, None):
+                raise GenerationError(f"--{flag} is given, but {described}: leave it out")
 
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from smalti.data.latent_cache.manifest import CacheInfo
 from smalti.errors import ConfigurationError
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import picture_generator
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.prior.flow.prior import FlowPrior
 from smalti.prior.flow.rectified import check_straight, generate_pairs, straightness
@@ -39,7 +41,7 @@ MEASURED_PAIRS = 64  # over which the straightness is averaged
 class ReflowConfig(Sampling):
     """Generate pairs with a trained flow, and measure how straight it is."""
 
-    model: str = DEMO  # a pipeline with a flow prior on the linear path
+    model: Annotated[str, place_of("A pipeline with a flow prior on the linear path")] = DEMO
     output_dir: Path = Path("runs/pairs")  # folder of the pairs, train/ and heldout/
     num_pairs: int = 20_000  # pairs for training, of all classes in turn
     num_heldout: int = 512  # further pairs, for validation

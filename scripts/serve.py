@@ -16,12 +16,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.config import ImageSize, check_at_least
 from smalti.errors import EXIT_INTERRUPTED, ConfigurationError
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.pipelines.serving import Batcher
 from smalti.prior.registry import PRIORS
@@ -35,8 +36,7 @@ TOKEN = "SMALTI_SERVE_TOKEN"  # environment variable
 class ServeConfig:
     """Answer requests for pictures over HTTP with a saved pipeline."""
 
-    # A pipeline: a folder, a repository on the Hub, or a checkpoint of a train-prior run.
-    model: str = DEMO
+    model: Annotated[str, place_of("A pipeline")] = DEMO
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     host: str = "127.0.0.1"  # address to listen on; one that other machines reach needs a token
     port: int = 8000  # 0 = any free one, which is printed
@@ -46,7 +46,7 @@ class ServeConfig:
     # As of smalti generate. In fp32, int8 and int4 a picture does not depend on the others of its
     # batch; bf16 and fp16 are faster on GPUs.
     dtype: DType = "fp32"
-    compile: bool = False  # torch.compile: the first request of each size takes minutes
+    compile: bool = False  # torch.compile, in minutes for each size, or packed weights
     # Sizes that requests may ask for, beside those that the prior was trained on: the side of a
     # square, or height x width as in 48x64.
     image_sizes: tuple[ImageSize, ...] = ()
@@ -218,12 +218,14 @@ def serve(config: ServeConfig) -> None:
     batcher.join()
 
 
-def end_at_once() -> NoReturn:
-    """End as an interrupted command does, but not the interpreter: torch aborts a process whose
+def end_at_once(status: int = EXIT_INTERRUPTED) -> NoReturn:
+    """End as a command with this status does, but not the interpreter: torch aborts a process whose
     interpreter ends while another thread samples."""
-    print("error: interrupted", file=sys.stderr, flush=True)
+    if status == EXIT_INTERRUPTED:
+        print("error: interrupted", file=sys.stderr)
     sys.stdout.flush()
-    os._exit(EXIT_INTERRUPTED)
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def request_options(pipeline: Pipeline) -> dict[str, tuple[Any, str]]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from html import escape
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
@@ -41,6 +41,7 @@ from smalti.files import first_difference, read_hashed_json, write_hashed_json, 
 from smalti.pipelines.card import SAMPLES
 from smalti.pipelines.conditions import check_options
 from smalti.pipelines.generation import sample_grid
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.model_index import INDEX, save_auto_dtype, save_sampling
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.pipelines.precision import check_precision
@@ -68,7 +69,7 @@ class SweepConfig(DataOptions, SamplingGrid):
 
     TRAINED: ClassVar[str] = "model"
 
-    model: str = DEMO  # folder of a pipeline, or an id on the Hub
+    model: Annotated[str, place_of("A pipeline")] = DEMO
     weights: Weights = "ema"  # of a checkpoint: averaged over its run (ema), or raw
     output_dir: Path = Path("runs/sweep")  # continues a sweep in it
     # fd_FEATURES or kid_FEATURES, such as fd_alexnet: distance of the samples to the training

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -25,6 +25,7 @@ from smalti.data.loader import stream_batches
 from smalti.data.order import DataOrder
 from smalti.errors import ConfigurationError
 from smalti.pipelines.finetune import folder_of
+from smalti.pipelines.model_flag import place_of
 from smalti.prior.base import Prior
 from smalti.prior.flow.classifier import LatentClassifier, LatentClassifierConfig
 from smalti.prior.flow.config import FlowConfig
@@ -50,8 +51,10 @@ class TrainClassifierConfig(RunConfig):
 
     output_dir: Path = Path("runs/classifier")  # folder of checkpoints, logs and the classifier
     latents: Path = Path("runs/latents")  # folder written by `smalti encode`
-    # A pipeline with the flow prior to guide: its path, times and tokenizer are used.
-    prior: str = ""
+    prior: Annotated[
+        str,
+        place_of("A pipeline with the flow prior to guide, whose path, times and tokenizer count"),
+    ] = ""
     # The one that encoded the latents; default: that of the pipeline in --prior.
     tokenizer: Path | None = None
     # Its fields about latents, classes and the tokenizer are taken from the cache.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -34,6 +34,7 @@ from smalti.pipelines.conditions import CONDITION_SOURCES, BatchConditions, chec
 from smalti.pipelines.finetune import fitted_as, load_initial_weights, saved_prior
 from smalti.pipelines.generation import condition_grid, sample_grid
 from smalti.pipelines.image_tasks import make_task
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.pipeline import Pipeline
 from smalti.pipelines.sampling import sampling_of_run
 from smalti.prior.base import Loss, Prior
@@ -77,7 +78,9 @@ class TrainPriorConfig(RunConfig, TrainingPictures):
     # Instead of --latents: pictures that are encoded for each step, with the options of the
     # pictures and the augmentation that train-tokenizer has.
     data: str = ""
-    tokenizer: Path = Path("runs/tokenizer/tokenizer")  # the one that encoded the latents
+    tokenizer: Annotated[Path, place_of("The tokenizer that encoded the latents")] = Path(
+        "runs/tokenizer/tokenizer"
+    )
     pipeline_dir: Path | None = None  # folder of the result; default: output_dir/pipeline
     # Its fields about latents, classes and the tokenizer are taken from the cache.
     prior: PriorConfig = field(default_factory=lambda: PRESETS["gpt-nano"])
@@ -93,8 +96,9 @@ class TrainPriorConfig(RunConfig, TrainingPictures):
     # memory for a third more operations, and the same gradients.
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of the blocks: the first step takes minutes
-    # A pipeline, prior or checkpoint whose settings and weights the run starts from.
-    initial: str = ""
+    initial: Annotated[
+        str, place_of("A pipeline or prior whose settings and weights the run starts from")
+    ] = ""
     weights: Weights = "ema"  # of a checkpoint in --initial: averaged over its run (ema), or raw
     # Sampling options of the preview grids, and the sampling defaults of the pipeline.
     preview: Sampling = field(default_factory=Sampling)

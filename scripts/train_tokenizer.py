@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -34,6 +34,7 @@ from smalti.data.order import DataOrder
 from smalti.errors import ConfigurationError
 from smalti.evaluation.reconstruction import code_counts, perplexity, psnr, usage
 from smalti.pipelines.finetune import load_initial_weights, saved_tokenizer
+from smalti.pipelines.model_flag import place_of
 from smalti.randomness import RandomInputs, generator
 from smalti.tokenizer.base import Tokenizer, image_channels_of
 from smalti.tokenizer.discriminators.adversarial import (
@@ -84,8 +85,9 @@ class TrainTokenizerConfig(RunConfig, TrainingPictures):
     # Pixels: the side of a square, or height x width as in 48x64; default: --tokenizer.image_size.
     # Scales of a multi-scale tokenizer are stretched to it.
     image_size: ImageSize | None = None
-    # A tokenizer, pipeline or checkpoint whose settings and weights the run starts from.
-    initial: str = ""
+    initial: Annotated[
+        str, place_of("A pipeline or tokenizer whose settings and weights the run starts from")
+    ] = ""
     weights: Weights = "ema"  # of a checkpoint in --initial: averaged over its run (ema), or raw
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # losses and weights
     # Aligns a KL tokenizer's latents with the features of a vision model; in recipes only.

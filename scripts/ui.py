@@ -13,16 +13,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from smalti.checkpoints import Weights
 from smalti.cli import parse_config, run_command
 from smalti.errors import ConfigurationError, GenerationError, SmaltiError
 from smalti.folders import contents
+from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.pipeline import DEMO, Pipeline
 from smalti.scripts import window
 from smalti.scripts.options import DType, SampleOption, as_flag
-from smalti.scripts.serve import check_port, listening, loaded, needing, secret
+from smalti.scripts.serve import check_port, end_at_once, listening, loaded, needing, secret
 from smalti.scripts.window import Frame, Settings
 from smalti.training.folder import METRICS
 from smalti.training.run_info import is_run
@@ -55,8 +56,7 @@ logger = logging.getLogger(__name__)
 class UIConfig:
     """Show saved pipelines and runs in a window of the browser."""
 
-    # Pipelines to choose from: folders, repositories on the Hub, checkpoints of train-prior runs.
-    model: tuple[str, ...] = (DEMO,)
+    model: Annotated[tuple[str, ...], place_of("Pipelines to choose from, each")] = (DEMO,)
     run: tuple[Path, ...] = ()  # folders of runs, to watch while they train
     weights: Weights = "ema"  # of checkpoints: averaged over their runs (ema), or raw
     dtype: DType = "fp32"  # precision of the models, as of smalti generate
@@ -555,9 +555,14 @@ def _captioned(frame: Frame | None) -> list[tuple[Any, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of `smalti ui`."""
-    ui(parse_config(UIConfig, argv, prog="smalti ui"))
-    return 0
+    """Command line of `smalti ui`. A call that still runs does not hold it up, nor does what else
+    is to close after a second signal."""
+    config = parse_config(UIConfig, argv, prog="smalti ui")
+    try:
+        ui(config)
+    except KeyboardInterrupt:
+        end_at_once()
+    end_at_once(0)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ FRONT_DOOR = (
     "folders",
     "hub",
     "pretrained",
+    "processor",
     "randomness",
     "repository",
     "shards",

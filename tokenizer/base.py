@@ -174,6 +174,12 @@ class Tokenizer(nn.Module, Pretrained, ABC):
         norms = [module for module in self.modules() if isinstance(module, nn.GroupNorm)]
         return self._tiling.decode(stages.tiled, stages.whole(vectors), size, norms)
 
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the decoder, with options of torch.compile. Without options nothing is done on a
+        CPU, where nearly all the time is that of convolutions, which are the same compiled."""
+        if options or next(self.parameters()).device.type != "cpu":
+            super().compile_parts(**options)
+
     def enable_slicing(self) -> None:
         """Let `decode` take one image at a time: less memory, more time."""
         self._slicing = True

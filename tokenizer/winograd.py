@@ -7,7 +7,8 @@ product, summed over channels, is 36 matrix products. For encoders and decoders 
 spend 90 % of their time in 3 x 3 convolutions: there the direct convolution already works at the
 processor's peak, so that only fewer operations make it faster.
 
-The rounding error is that of a direct convolution, about 1e-6 of the output in fp32.
+The rounding error is about 1e-6 of the outputs in fp32; that of a direct convolution is 2e-7 with
+vectors of 512 bits and 6e-7 with vectors of 256 bits.
 """
 
 import threading

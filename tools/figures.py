@@ -1,12 +1,13 @@
 """Draw the figures of docs/methods.
 
-    python tools/figures.py                                           # in two dimensions
+    python tools/figures.py                                           # all others
     python tools/figures.py --model runs/demo/pipeline --given 0 3 7  # a picture that grows
 
 In two dimensions, the data are a mixture of four narrow Gaussians, two of each class, so that the
 expectations that a network would learn are known in closed form: nothing is trained. Paths, solvers
-and guidance are those of `smalti.prior.flow`. A pipeline shows how its pictures grow. It needs
-pip install 'smalti[docs]'.
+and guidance are those of `smalti.prior.flow`, quantizers and losses those of `smalti.tokenizer`.
+The scales of a picture are decoded by a tokenizer that ships with smalti. A pipeline shows how its
+pictures grow. It needs pip install 'smalti[docs]'.
 """
 
 import argparse
@@ -19,7 +20,11 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
 
+import smalti
+from smalti.data.dataset import DataOptions
+from smalti.data.image_io import image_grid
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.flow.path import (
     GaussianPath,
@@ -32,12 +37,23 @@ from smalti.prior.flow.solvers.base import make_solver
 from smalti.prior.next_token.model import random_order_probability, sample_orders
 from smalti.prior.registry import PRIORS
 from smalti.randomness import NormalSource
+from smalti.tokenizer.kl import DiagonalGaussian
+from smalti.tokenizer.losses.perceptual import LPIPS
+from smalti.tokenizer.quantizers.base import Quantizer
+from smalti.tokenizer.quantizers.codebook import CodebookConfig
+from smalti.tokenizer.quantizers.fsq import FSQConfig, FSQuantizer
+from smalti.tokenizer.quantizers.lookup_free import LookupFreeConfig, LookupFreeQuantizer
+from smalti.tokenizer.quantizers.nearest import NearestConfig, NearestQuantizer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patches import Ellipse
 
 MEANS = torch.tensor([[2.0, 1.0], [2.0, -1.0], [-2.0, 1.0], [-2.0, -1.0]], dtype=torch.float64)
+MULTI_SCALE = "smalti/fashion-next-scale"
+EMOJI = ("emoji/video_game-Fluent",)
+FASHION = ("fashion/10000", "fashion/10001", "fashion/10002", "fashion/10018")
 CLASSES = torch.tensor([0, 1, 0, 1])  # of the four Gaussians
 STD = 0.15  # of each
 COLOURS = ("tab:blue", "tab:orange")
@@ -241,6 +257,176 @@ def draw_orders(folder: Path) -> None:
     save(figure, folder / "orders.png")
 
 
+# -------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def learned_codebook(features: Tensor, vocab_size: int = 25, steps: int = 300) -> NearestQuantizer:
+    """A codebook of running means of features (N, 2)."""
+    codebook = CodebookConfig(
+        vocab_size, 2, l2_normalise=False, learning="ema", ema_decay=0.9, revive_after=5
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        quantizer = NearestQuantizer(NearestConfig(codebook=codebook))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        quantizer(features.float()[..., None, None])
+        quantizer.after_step(generator)
+    return quantizer.eval()
+
+
+def cells(quantizer: Quantizer, reach: float, side: int = 400) -> Tensor:
+    """The code of each point of the plane, (side, side), x and y from -reach to reach."""
+    line = torch.linspace(-reach, reach, side)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    return quantizer.search(torch.stack([x, y])[None]).view(side, side)
+
+
+def features_of_two_numbers() -> Tensor:
+    """Features (600, 2) of four kinds."""
+    return 0.6 * MEANS.repeat(150, 1) + 0.25 * noise(600)
+
+
+def quantizers(features: Tensor) -> dict[str, Quantizer]:
+    """A codebook that is learned from features (N, 2), and two without a codebook."""
+    return {
+        "codebook of 25": learned_codebook(features),
+        "FSQ, levels 5 5": FSQuantizer(FSQConfig(levels=(5, 5))),
+        "LFQ, 2 bits": LookupFreeQuantizer(LookupFreeConfig(bits=2)),
+    }
+
+
+def code_vectors(quantizer: Quantizer) -> Tensor:
+    """What the decoder sees of each code, (V, d)."""
+    codes = torch.arange(quantizer.vocab_size)[None]
+    return rearrange(quantizer.lookup(codes, 1, codes.shape[1]).detach(), "1 d 1 v -> v d")
+
+
+def draw_cells(folder: Path) -> None:
+    """The cells of a learned codebook, of FSQ and of LFQ, over the same features."""
+    reach, features = 2.2, features_of_two_numbers()
+    figure, row = plt.subplots(1, 3, figsize=(9, 3.3))
+    for axes, (name, quantizer) in zip(row, quantizers(features).items(), strict=True):
+        codes = cells(quantizer, reach)
+        edges = torch.zeros_like(codes, dtype=torch.bool)
+        edges[:, 1:] |= codes[:, 1:] != codes[:, :-1]
+        edges[1:] |= codes[1:] != codes[:-1]
+        axes.imshow(edges, cmap="Greys", extent=(-reach, reach) * 2, origin="lower")
+        axes.scatter(*features.T, s=2, color=COLOURS[0], alpha=0.4, linewidths=0)
+        axes.scatter(*code_vectors(quantizer).T, s=14, color="black")
+        used = len(quantizer.search(features[..., None, None]).unique())
+        title = f"{name}: {used} of {quantizer.vocab_size} codes used"
+        axes.set_title(title, fontsize=10)
+        axes.set(xticks=[], yticks=[])
+    save(figure, folder / "cells.png")
+
+
+def linear_vae(std: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The VAE z = gain x + tau noise, x' = back z of numbers x ~ N(0, std^2), each of its own std
+    (C,), that minimises the mean of (x' - x)^2 + weight KL: gain, tau and back, each (C,).
+
+    A number with 2 std^2 < weight is given up: its latent is N(0, 1) whatever x is.
+    """
+    variance = (weight / (2 * std**2)).clamp(max=1)
+    gain = (1 - variance).sqrt() / std
+    return gain, variance.sqrt(), gain * std**2
+
+
+def rate_and_error(std: Tensor, weight: float) -> tuple[float, float]:
+    """The mean KL in nats, and the mean of |x' - x|^2, of `linear_vae`."""
+    gain, tau, back = linear_vae(std, weight)
+    mean = (gain * std)[None, :, None, None]  # x = std: its square is the mean square of x
+    kl = DiagonalGaussian(mean, 2 * tau.log()[None, :, None, None]).kl()
+    return kl.item(), (((back * gain - 1) * std) ** 2 + (back * tau) ** 2).sum().item()
+
+
+def draw_kl(folder: Path) -> None:
+    """The posteriors of 40 data at three weights of the KL term, and what the weight trades."""
+    std, weights = torch.tensor([1.0, 0.3], dtype=torch.float64), (0.004, 0.06, 0.4)
+    figure, row = plt.subplots(1, 1 + len(weights), figsize=(9, 2.6))
+    for axes, weight in zip(row, weights, strict=False):
+        gain, tau, _ = linear_vae(std, weight)
+        axes.add_patch(Ellipse((0, 0), 2, 2, fill=False, linestyle="dashed"))  # the prior
+        for centre in gain * std * noise(40):
+            axes.add_patch(Ellipse(centre.tolist(), *(2 * tau).tolist(), alpha=0.3))
+        axes.set(title=f"w = {weight:g}", aspect="equal", xticks=[], yticks=[])
+        axes.set(xlim=(-3.4, 3.4), ylim=(-3.4, 3.4))
+    curve = [rate_and_error(std, weight) for weight in torch.logspace(-3.3, 0.31, 100).tolist()]
+    row[-1].semilogy(*zip(*curve, strict=True), color="grey")
+    for weight in weights:
+        rate, error = rate_and_error(std, weight)
+        row[-1].scatter(rate, error, color=COLOURS[0], zorder=2)
+        row[-1].annotate(f"w = {weight:g}", (rate + 0.4, error))
+    row[-1].set(xlabel="KL (nats)", ylabel="squared error", xlim=(-0.3, 11))
+    save(figure, folder / "kl.png")
+
+
+def heldout(data: str, names: tuple[str, ...], size: int, channels: int) -> Tensor:
+    """Held-out pictures (B, C, size, size) of an embedded set, by their names."""
+    pictures = DataOptions(data=data).dataset("heldout", size, channels=channels)
+    indices = [i for i in range(len(pictures)) if pictures.name(i) in names]
+    (batch,) = pictures.batches_of(indices, len(names))
+    return batch.images
+
+
+def with_error(change: Callable[[float], Tensor], images: Tensor, error: float) -> Tensor:
+    """The change of images whose strength, 0 to 8, makes the mean squared error what is asked."""
+    low, high = 0.0, 8.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if (change(middle) - images).square().mean() < error:
+            low = middle
+        else:
+            high = middle
+    return change(high)
+
+
+def changed(images: Tensor) -> dict[str, Tensor]:
+    """Images (B, C, H, W), and changes of them with the squared error of a shift by two pixels."""
+    shifted, normal = images.roll(2, -1), torch.Generator().manual_seed(0)
+    disturbance = torch.randn(images.shape, generator=normal)
+    changes: dict[str, Callable[[float], Tensor]] = {
+        "darker": lambda strength: (images - strength).clamp(min=-1),
+        "noise": lambda strength: (images + strength * disturbance).clamp(-1, 1),
+        "blur": lambda strength: gaussian_blur(images, [25, 25], [strength + 0.01] * 2),
+    }
+    error = (shifted - images).square().mean().item()
+    equal = {name: with_error(change, images, error) for name, change in changes.items()}
+    return {"picture": images, "shift": shifted, **equal}
+
+
+def draw_losses(folder: Path) -> None:
+    """A picture, and changes of it that are equal to L2 and not to LPIPS."""
+    images = heldout("emoji", EMOJI, 64, 3)
+    versions = changed(images)
+    lpips = LPIPS.from_embedded()
+    labels = [f"{name}: {lpips(x, images).item():.3f}" for name, x in versions.items()]
+    file = folder / "losses.png"
+    row = torch.cat([*versions.values()])
+    image_grid(row, len(row), column_labels=labels, scale=2).save(file, optimize=True)
+    print(file)
+
+
+def scales_of(images: Tensor) -> list[Tensor]:
+    """Images (B, 1, 32, 32), decoded from their first scale, the first two and so on; and as they
+    are."""
+    tokenizer = smalti.Tokenizer.from_pretrained(MULTI_SCALE)
+    codes = tokenizer.store(images)
+    return [tokenizer.preview(codes, 1 + k) for k in range(len(tokenizer.grids))] + [images]
+
+
+def draw_scales(folder: Path) -> None:
+    """Held-out pictures, decoded from their first scales."""
+    columns = torch.stack(scales_of(heldout("fashion", FASHION, 32, 1)), 1)  # (B, k, 1, H, W)
+    grids = smalti.Tokenizer.from_pretrained(MULTI_SCALE).grids
+    labels = [f"{'+ ' * (h > 1)}{h} x {w}" for h, w in grids] + ["picture"]
+    file = folder / "scales.png"
+    grid = image_grid(columns.flatten(0, 1), len(labels), column_labels=labels, scale=3)
+    grid.save(file, optimize=True)
+    print(file)
+
+
 def save(figure: matplotlib.figure.Figure, file: Path) -> None:
     """Write a figure without a date, so that equal figures are equal files."""
     figure.tight_layout()
@@ -287,6 +473,10 @@ FIGURES = (
     draw_guidance,
     draw_reflow,
     draw_orders,
+    draw_cells,
+    draw_kl,
+    draw_losses,
+    draw_scales,
 )
 
 

@@ -32,6 +32,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from smalti.errors import CheckpointError, ConfigurationError, SmaltiError
 from smalti.folders import locked
+from smalti.processor import cpu_multiplies_bf16
 from smalti.training.blocks import blocks_of
 from smalti.training.checkpoint import Stateful, is_sharded
 from smalti.training.config import Precision
@@ -52,8 +53,8 @@ UNSUPPORTED = {
 
 
 def resolve_precision(requested: Precision, device: torch.device) -> Literal["no", "bf16"]:
-    """The precision to train in: "auto" becomes "bf16" on GPUs that support it and on CPUs with
-    matrix units for it.
+    """The precision to train in: "auto" becomes "bf16" on GPUs that support it and on CPUs that
+    multiply it faster than fp32.
 
     Raises:
         ConfigurationError: bf16 was requested on a GPU that lacks it.
@@ -69,18 +70,6 @@ def resolve_precision(requested: Precision, device: torch.device) -> Literal["no
     if device.type == "cpu":
         return "bf16" if cpu_multiplies_bf16() else "no"
     return "no"
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has matrix units for bf16 (Intel's AMX).
-
-    With them, convolutions and matrix products take half the time; CPUs without them emulate bf16
-    or gain little. The CPU's features decide, not a timing, which depends on the load of the
-    machine, so that a run could not be repeated.
-    """
-    if hasattr(torch.cpu, "get_capabilities"):
-        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
-    return torch.cpu._is_amx_tile_supported()  # older torch
 
 
 # -------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from smalti.prior.conditions.text import (
     TextConfig,
 )
 from smalti.prior.layers import RMSNorm, SwiGLU
+from smalti.prior.packing import PackableLinear, gelu_of
 
 NORM_EPS = 1e-6
 MAX_PERIOD = 10000.0
@@ -282,8 +283,8 @@ class DiTAttention(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)  # rows q | k | v, each head-major
-        self.proj = nn.Linear(config.width, config.width)
+        self.qkv = PackableLinear(config.width, 3 * config.width)  # rows q | k | v, head-major
+        self.proj = PackableLinear(config.width, config.width)
         use_norm = config.qk_norm
         self.q_norm = RMSNorm(config.head_dim, NORM_EPS) if use_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, NORM_EPS) if use_norm else nn.Identity()
@@ -304,11 +305,11 @@ class DiTMLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = PackableLinear(dim, hidden)
+        self.fc2 = PackableLinear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu_of(self.fc1, x))
 
 
 def _norm(config: DiTConfig, eps: float = NORM_EPS) -> nn.Module:

@@ -48,10 +48,11 @@ from smalti.prior.conditions.base import (
     with_vectors,
 )
 from smalti.prior.conditions.text import CaptionEmbedding, Embedded, TextAttention
-from smalti.prior.layers import DropPath, PackableLinear, drop_path_rates
+from smalti.prior.layers import DropPath, drop_path_rates
 from smalti.prior.next_scale.config import PRESETS, NextScaleConfig
 from smalti.prior.next_scale.decoding import ScaleDecoder
 from smalti.prior.next_scale.teacher_forcing import noisy_context, true_context
+from smalti.prior.packing import PackableLinear, gelu_of
 from smalti.prior.sampling import OnStep, SamplingOptions, sample_uniforms
 from smalti.randomness import Generators, RandomInputs
 from smalti.tokenizer.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
@@ -116,7 +117,7 @@ class ScaleMLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, width)
-        return self.dropout(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
+        return self.dropout(self.fc2(gelu_of(self.fc1, x)))
 
 
 class ScaleBlock(nn.Module):
@@ -363,21 +364,6 @@ class NextScalePrior(CodePrior):
         for module in self.modules():
             if isinstance(module, TextAttention):
                 module.reset_output()
-
-    def compile_parts(self, **options: Any) -> None:
-        """Compile the blocks, with options of torch.compile.
-
-        Without options, on a CPU in fp32, the weights of large linear layers are packed instead,
-        which takes a second and as much memory as they have: in a compiled block four fifths of
-        the time would still be their products.
-        """
-        layers = [layer for layer in self.modules() if isinstance(layer, PackableLinear)]
-        packable = [layer for layer in layers if layer.can_be_packed]
-        if options or not packable:
-            super().compile_parts(**options)
-            return
-        for layer in packable:
-            layer.pack()
 
     def bind(self, quantizer: nn.Module | None) -> None:
         """Copy the quantizer of the tokenizer whose codes are modelled: once, before training.

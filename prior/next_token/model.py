@@ -37,6 +37,7 @@ from smalti.prior.conditions.text import CaptionEmbedding, causal_mask, without_
 from smalti.prior.layers import DropPath, RMSNorm, SwiGLU, drop_path_rates
 from smalti.prior.next_token.config import PRESETS, NextTokenConfig
 from smalti.prior.next_token.decoding import TokenDecoder
+from smalti.prior.packing import PackableLinear, is_called_plainly, is_plain_linear
 from smalti.prior.sampling import OnStep, SamplingOptions, sample_uniforms
 from smalti.randomness import Generators, RandomInputs
 
@@ -57,8 +58,8 @@ class CausalAttention(nn.Module):
         self.num_heads, self.kv_heads = config.num_heads, config.kv_heads
         kv_dim = config.kv_heads * config.head_dim
         # rows q | k | v, each head-major
-        self.wqkv = nn.Linear(config.width, config.width + 2 * kv_dim, bias=False)
-        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.wqkv = PackableLinear(config.width, config.width + 2 * kv_dim, bias=False)
+        self.wo = PackableLinear(config.width, config.width, bias=False)
         self.q_norm = self.k_norm = None
         if config.qk_norm:  # of every head (2302.05442): keeps attention scores in range
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -134,6 +135,7 @@ class BlockStep:
         self.wqkv, self.wo = _product(attention.wqkv), _product(attention.wo)
         self.w1, self.w3 = _product(feed_forward.w1), _product(feed_forward.w3)
         self.w2, self.w1_and_w3 = _product(feed_forward.w2), feed_forward.joined_weights()
+        self.feed_forward = feed_forward
 
     @staticmethod
     def of(block: nn.Module) -> Block:
@@ -141,7 +143,7 @@ class BlockStep:
         compiling it."""
         if not isinstance(block, CausalBlock) or block.attention.q_norm is not None:
             return block
-        plain = all(map(_is_called_plainly, (block, *block.children())))
+        plain = all(map(is_called_plainly, (block, *block.children())))
         return BlockStep(block) if plain else block
 
     def __call__(
@@ -155,7 +157,7 @@ class BlockStep:
         attended = attend(rotated[:, : self.heads], key, value, mask=mask)
         x = x + self.wo(attended.reshape(rows, 1, -1))
         normed = torch.rms_norm(x, self.shape, self.ffn_norm, self.eps)
-        if self.w1_and_w3 is None:
+        if self.w1_and_w3 is None or self.feed_forward.is_packed_for(rows):
             return x + self.w2(F.silu(self.w1(normed)) * self.w3(normed))
         gate, other = F.linear(normed, self.w1_and_w3).chunk(2, -1)
         return x + self.w2(F.silu(gate) * other)
@@ -163,15 +165,11 @@ class BlockStep:
 
 def _product(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """What a linear layer computes, without the call of a module if nothing else depends on it."""
-    if type(layer) is nn.Linear and _is_called_plainly(layer):
-        return partial(F.linear, weight=layer.weight, bias=layer.bias)
-    return layer
-
-
-def _is_called_plainly(module: nn.Module) -> bool:
-    """Whether a call of the module is its class's `forward`: it has no hook and is not compiled."""
-    changed = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl
-    return not changed and "forward" not in vars(module)
+    if not is_plain_linear(layer):
+        return layer
+    if isinstance(layer, PackableLinear) and layer.has_packed_copy:
+        return layer.forward
+    return partial(F.linear, weight=layer.weight, bias=layer.bias)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -269,7 +267,7 @@ class NextTokenPrior(CodePrior):
         rates = drop_path_rates(config.drop_path, config.depth)
         self.layers = nn.ModuleList(CausalBlock(config, rate) for rate in rates)
         self.norm = RMSNorm(width, config.norm_eps)
-        self.output = nn.Linear(width, spec.vocab_size, bias=False)
+        self.output = PackableLinear(width, spec.vocab_size, bias=False)
         # A tensor, so that its new values do not recompile the model.
         order_probability = None if config.random_order is None else torch.ones(())
         self.register_buffer("order_probability", order_probability, persistent=False)

@@ -86,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: Sequence[str] | None) -> int | None:
     """Run the command that the first argument names, with the remaining arguments."""
+    if arguments and arguments[0] in ("help", "version"):  # as other programs have them
+        asked, *rest = arguments
+        arguments = ["--version"] if asked == "version" else [*rest[:1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else EXIT_INPUT_ERROR
@@ -527,5 +530,5 @@ def _usage() -> str:
         "usage: smalti COMMAND [options]\n\n"
         "Train your own image generator in two stages, on your own pictures.\n\n"
         f"{table}\n\n"
-        "smalti COMMAND --help lists the options of a command."
+        "smalti COMMAND --help lists the options of a command; smalti --version is the version."
     )

@@ -9,6 +9,9 @@ SmaltiError                 the root: catch this one to catch all
   BusyError                 a folder into which another process is writing
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_FAILURE = 1  # a machine error: disk full, no permission
 EXIT_INPUT_ERROR = 2  # the input is wrong, and the message names the remedy
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, also used for SIGTERM: saved, and ready to resume
@@ -19,7 +22,24 @@ class SmaltiError(ValueError):
 
     The message is one line: what is wrong, the value, and the remedy. The command line prints it
     without a traceback and exits with status 2; in Python it is an ordinary `ValueError`.
+
+    Args:
+        argument: the name of the argument of a call that is wrong; None: not known.
     """
+
+    def __init__(self, *message: object, argument: str | None = None) -> None:
+        super().__init__(*message)
+        self.argument = argument
+
+
+@contextmanager
+def about(argument: str | None) -> Iterator[None]:
+    """Context in which errors are about an argument of a call, unless they name another one."""
+    try:
+        yield
+    except SmaltiError as error:
+        error.argument = error.argument or argument
+        raise
 
 
 class ConfigurationError(SmaltiError):

@@ -12,6 +12,7 @@ from smalti.data.latents import CodeSpec
 from smalti.errors import GenerationError
 from smalti.pipelines.pipeline import Pipeline
 from smalti.prior.next_token.model import NextTokenConfig, NextTokenPrior
+from smalti.prior.packing import PackableLinear
 
 CLASSES = ("cat", "dog", "emu")
 SMALL = {"width": 16, "num_heads": 2, "hidden": 32}
@@ -53,6 +54,22 @@ def test_a_compiled_pipeline_samples_the_same(pipe, tmp_path) -> None:
     loaded = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "p"))
     assert loaded.prior.fingerprint == pipe.prior.fingerprint and not compiled(loaded.prior)
     torch.compiler.reset()
+
+
+def test_on_a_cpu_large_weights_are_packed_and_nothing_is_compiled(pipe, monkeypatch) -> None:
+    for name in ("PACKED_FROM", "PACKED_FROM_OF_MANY_ROWS"):
+        monkeypatch.setattr(f"smalti.prior.packing.{name}", 1)
+    monkeypatch.setattr("smalti.prior.packing.cpu_has_wide_vectors", lambda: True)
+
+    def call() -> torch.Tensor:
+        return pipe([0, 1], generator=generators(0, 1), output_type="pt").images
+
+    before = call()
+    pipe.compile()
+    packable = [m for m in pipe.prior.modules() if isinstance(m, PackableLinear)]
+    assert packable and all(layer.has_packed_copy for layer in packable)
+    assert not compiled(pipe.prior) and not compiled(pipe.tokenizer)
+    torch.testing.assert_close(call(), before, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow  # it generates code

@@ -271,27 +271,29 @@ def test_sizes_take_turns_in_a_continuous_batch(pipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "argument", "message"),
     [
-        ({"class_labels": ["cow"]}, "no class is named"),
-        ({"class_labels": [3]}, "out of range"),
-        ({"class_labels": []}, "at least one class"),
-        ({"class_labels": None}, "pass class_labels"),
-        ({"prompt": "a cat"}, "no prompt"),
-        ({"negative_prompt": "a cat"}, "negative_prompt is for"),
-        ({"num_images": 0}, "num_images is 0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**53}, "seed is"),
-        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
-        ({"options": {"temprature": 1}}, 'did you mean "temperature"'),
-        ({"options": {"top_p": 2}}, "top_p is 2"),
-        ({"image_size": 24}, "image_size is 24; choose one of"),
+        ({"class_labels": ["cow"]}, "class_labels", "no class is named"),
+        ({"class_labels": [3]}, "class_labels", "out of range"),
+        ({"class_labels": []}, "class_labels", "at least one class"),
+        ({"class_labels": None}, "class_labels", "pass class_labels"),
+        ({"prompt": "a cat"}, "prompt", "no prompt"),
+        ({"negative_prompt": "a cat"}, "negative_prompt", "negative_prompt is for"),
+        ({"num_images": 0}, "num_images", "num_images is 0"),
+        ({"seed": -1}, "seed", "seed is -1"),
+        ({"seed": 2**53}, "seed", "seed is"),
+        ({"guidance_scale": float("inf")}, "guidance_scale", "guidance_scale is inf"),
+        ({"options": {"temprature": 1}}, "temprature", 'did you mean "temperature"'),
+        ({"options": {"top_k": 1, "top_p": 2}}, "top_p", "top_p is 2"),
+        ({"options": {"temperature": -1, "top_p": 2}}, "temperature", "temperature is -1"),
+        ({"image_size": 24}, "image_size", "image_size is 24; choose one of"),
     ],
 )
-def test_a_wrong_request_is_refused_before_it_waits(pipe, changes, message: str) -> None:
+def test_a_wrong_request_is_refused_before_it_waits(pipe, changes, argument, message: str) -> None:
     batcher = Batcher(pipe)
-    with pytest.raises(GenerationError, match=message):
+    with pytest.raises(GenerationError, match=message) as caught:
         batcher.submit(replace(PictureRequest(class_labels=[0]), **changes))
+    assert caught.value.argument == argument
     assert batcher.waiting == 0
     batcher.join()
 
@@ -300,8 +302,9 @@ def test_an_unconditional_pipeline_takes_a_number(tokenizer) -> None:
     prior = NextTokenPrior(replace(TINY_PRIOR, condition="none", num_classes=0))
     batcher = Batcher(Pipeline(tokenizer, prior, ()))
     assert len(images_of(batcher, PictureRequest(num_images=2))) == 2
-    with pytest.raises(GenerationError, match="unconditional: give no class and no prompt"):
+    with pytest.raises(GenerationError, match="give no class and no prompt") as caught:
         batcher.submit(PictureRequest(prompt="x"))
+    assert caught.value.argument == "prompt"
     batcher.join()
 
 
@@ -320,8 +323,11 @@ def test_captions_are_checked_and_batched(tokenizer) -> None:
     together = [batcher.submit(request)[0] for request in requests]
     for request, picture in zip(requests, together, strict=True):
         assert images_of(batcher, request) == [picture.result.result(60).tobytes()]
-    with pytest.raises(GenerationError, match="longer than the text length of 12"):
-        batcher.submit(PictureRequest(prompt="a very long caption"))
+    for name in ("prompt", "negative_prompt"):
+        wanted = replace(PictureRequest(prompt="a cat"), **{name: "a very long caption"})
+        with pytest.raises(GenerationError, match="longer than the text length of 12") as caught:
+            batcher.submit(wanted)
+        assert caught.value.argument == name
     negative = PictureRequest(prompt="a cat", negative_prompt="x", guidance_scale=3.0, seed=0)
     assert images_of(batcher, negative) != images_of(batcher, requests[0])
     batcher.join()

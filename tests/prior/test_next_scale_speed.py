@@ -47,7 +47,7 @@ def test_no_mask_is_kept_where_attention_is_scale_by_scale() -> None:
 
 
 def test_packed_products_leave_greedy_codes_alone(model, monkeypatch) -> None:
-    monkeypatch.setattr("smalti.prior.layers.PACKED_FROM", 1)
+    monkeypatch.setattr("smalti.prior.packing.PACKED_FROM", 1)
     options = {"guidance_scale": 2.0, "temperature": 0}
     expected = model.sample(LABELS, **options)
     logits = model.eval().logits(CODES, LABELS)
@@ -56,7 +56,7 @@ def test_packed_products_leave_greedy_codes_alone(model, monkeypatch) -> None:
     assert torch.equal(model.sample(LABELS, **options), expected)
     model.arrange_for_sampling()  # as a pipeline does when it is moved
     model.compile_parts()
-    packed, x = model.blocks[1].ffn.fc1, torch.randn(1, 16)
+    packed, x = model.blocks[1].ffn.fc1, torch.randn(2, 16)
     model.arrange_for_sampling()
     with torch.no_grad():
         assert packed._packed_is_valid(x) and not packed.weight.is_contiguous()

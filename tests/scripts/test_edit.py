@@ -1,5 +1,6 @@
 """The command `smalti edit`: the files it writes, and what it refuses before it writes anything."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +154,8 @@ def test_what_is_refused(
 
 
 TEXT = replace(TINY_PRIOR, condition="text", num_classes=0, text_length=8, text_dim=8)
+CAPTIONS = replace(TEXT, text_encoder="bytes")
+ALL_LABELLED = replace(TINY_PRIOR, label_dropout=0.0)
 PAINTER = TINY_FLOW.conditioned("image", image=ImageConfig(3, "inpainting"))
 WHITE = "white.png"
 NO_FLAG = ("mask_image", "num_images_per_prompt", "known_mask", "prompt_embeds")  # of Python alone
@@ -163,9 +166,12 @@ NO_FLAG = ("mask_image", "num_images_per_prompt", "known_mask", "prompt_embeds")
     [
         (TINY_PRIOR, [], "give mask_image (smalti edit: --mask), white where it is to generate"),
         (TINY_PRIOR, ["--strength", "0.5"], "and give mask_image (smalti edit: --mask)"),
-        (TINY_PRIOR, ["--box", BOX, "--prompt", "a"], "pass class_labels, and no prompt\n"),
+        (TINY_PRIOR, ["--box", BOX, "--prompt", "a"], "--prompt is given, but "),
         (TINY_PRIOR, ["--mask", WHITE], "paint black what is to be kept, or generate without a"),
-        (TINY_PRIOR.conditioned("none"), ["--box", BOX, "--prompt", "a"], ", and no prompt\n"),
+        (TINY_PRIOR.conditioned("none"), ["--box", BOX, "--prompt", "a"], "--prompt is given, but"),
+        (CAPTIONS, ["--box", BOX, "--class_labels", "cat"], "--class_labels is given, but"),
+        (CAPTIONS, ["--box", BOX], "is text-conditional: give --prompt\n"),
+        (ALL_LABELLED, ["--box", BOX], "is class-conditional: give --class_labels\n"),
         (TINY_FLOW, ["--strength", "1"], "mask_image (smalti edit: --mask), or a strength below 1"),
         (PAINTER, [], "does inpainting: pass mask_image (smalti edit: --mask), white where it"),
         (PAINTER, ["--box", BOX, "--strength", "0.5"], "conditional on pictures: leave it out"),
@@ -180,6 +186,8 @@ def test_errors_name_flags_or_say_that_there_is_none(
         tokenizer = KLTokenizer(KLConfig(16, conv=replace(TINY_CONV, z_channels=2)))
     classes = CLASSES if prior.condition == "class" else ()
     made = PRIORS.build(prior.fitted(tokenizer.spec, len(classes), tokenizer.fingerprint))
+    if prior is ALL_LABELLED:
+        made.get_parameter(made.class_table).data[-1] = 0  # no null class
     model = Pipeline(tokenizer, made, classes)
     more = [str(tmp_path / word) if word == WHITE else word for word in more]
     assert edit(model.save_pretrained(tmp_path / "model"), files[:1], *more) == 2
@@ -187,6 +195,7 @@ def test_errors_name_flags_or_say_that_there_is_none(
     assert message in error and error.count("\n") == 1
     for name in NO_FLAG:
         assert name not in error or "smalti edit: --" in error or "no flag" in error
+    assert not re.search(r"(?<!-)\b(class_labels|prompt)\b", error)
 
 
 def test_a_picture_is_needed(capsys) -> None:

@@ -4,8 +4,11 @@ import contextlib
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -493,3 +496,53 @@ def test_the_window_in_a_browser(
         give_a_prompt(page)
         assert page.requested() == {url.split("/")[2]}
     assert os.environ["GRADIO_TEMP_DIR"] == "mine" and not folder.exists()
+
+
+# -- How the process ends --
+
+
+@contextlib.contextmanager
+def generating(model: str, errors: Any) -> Iterator[subprocess.Popen]:
+    """The process of a window in which Generate was pressed, for as many pictures as it makes."""
+    command = [sys.executable, "-m", "smalti", "ui", "--model", model, "--port", "0"]
+    out: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+    with (
+        subprocess.Popen(command, **out) as process,
+        contextlib.ExitStack() as ends,
+        httpx.Client(timeout=60) as client,
+    ):
+        ends.callback(process.kill)
+        assert process.stdout is not None
+        url = process.stdout.readline().rpartition(" ")[2].strip()
+        page = client.get(f"{url}config").json()
+        props = {part["id"]: part["props"] for part in page["components"]}
+        (press,) = (
+            call
+            for call in page["dependencies"]
+            if [props[target].get("elem_id") for target, _ in call["targets"]] == ["generate"]
+        )
+        inputs = [props[each] for each in press["inputs"]]
+        changes = {"number": window.MAX_IMAGES}
+        values = [changes.get(each.get("elem_id"), each.get("value")) for each in inputs]
+        body = {"data": values, "fn_index": press["id"], "session_hash": "s"}
+        client.post(f"{url}gradio_api/queue/join", json=body)
+        news = f"{url}gradio_api/queue/data?session_hash=s"
+        with client.stream("GET", news) as stream:  # until the first preview
+            assert any("process_generating" in line for line in stream.iter_lines())
+            yield process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signals", "status"), [(1, 0), (2, 130)])
+def test_signals_end_a_window_that_samples(tmp_path, signals: int, status: int) -> None:
+    """Before, it aborted: the interpreter ended while a thread was inside torch."""
+    with (
+        open(tmp_path / "errors", "w") as errors,
+        generating("smalti/fashion-next-scale", errors) as process,
+    ):
+        for _ in range(signals):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        assert process.wait(60) == status
+    expected = "" if status == 0 else "error: interrupted\n"
+    assert (tmp_path / "errors").read_text() == expected

@@ -275,6 +275,10 @@ def test_version_and_help(capsys) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in COMMANDS)
+    for name in ("version", "help"):
+        assert main([name]) == main([f"--{name}"]) == 0
+        out = capsys.readouterr().out
+        assert out == 2 * out[: len(out) // 2] and out
 
 
 def test_an_error_is_one_line_and_status_2(capsys) -> None:
@@ -362,6 +366,7 @@ from smalti.cli import COMMANDS, main
 
 dir(smalti)
 asked = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS), ["generate", "-h"]]
+asked += [["help"], ["help", "generate"]]
 assert all(main(arguments) == 0 for arguments in asked)
 imported = {name.partition(".")[0] for name in sys.modules}
 print("imported:", *imported & {*sys.argv[1:]})

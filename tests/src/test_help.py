@@ -9,7 +9,7 @@ import pytest
 from test_remedies import config_of
 from tyro._docstrings import get_field_docstring
 
-from smalti.cli import COMMANDS, main, parse_config
+from smalti.cli import COMMANDS, main, parse_config, saved_help
 from smalti.config import registry_of
 from smalti.errors import SmaltiError
 from smalti.prior.presets import PRESETS as PRIORS
@@ -50,6 +50,17 @@ def test_every_option_has_its_own_description(command: str) -> None:
         same = {other.partition(" ")[0] for other, value in options.items() if value == (cls, text)}
         last = {other.rpartition(".")[2] for other in same}
         assert len(last) == 1, f"{name}: {sorted(same)} are all described by: {text}"
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_a_flag_of_a_model_says_that_names_of_shipped_ones_work(command: str) -> None:
+    options = described(config_of(command))
+    flags = {"model", "models", "initial"} & options.keys()
+    if command in ("encode", "import-latents", "train-prior"):
+        flags.add("tokenizer")
+    assert all("ships with smalti by its name (smalti/" in options[flag][1] for flag in flags)
+    words = (word for line in saved_help(command).read_text().splitlines() for word in line.split())
+    assert "--model" not in words or "model" in flags
 
 
 def test_a_description_is_true_beside_every_preset() -> None:

@@ -32,20 +32,20 @@ def test_values_are_those_of_a_direct_convolution(height, width, layout, monkeyp
 
 
 def test_points_of_evaluation_are_accurate(monkeypatch) -> None:
-    """The error is within twice that of a direct convolution; that of other points is not."""
+    """The error is 1e-6 of the outputs on any processor; that of the paper's points is not. (That
+    of a direct convolution depends on the width of the vectors: 2e-7 to 6e-7.)"""
 
     def error() -> float:
         winograd._matrices.cache_clear()
-        return float((winograd.convolve(x, weight, bias) - exact).std())
+        return float((winograd.convolve(x, weight, bias) - exact).std() / exact.std())
 
     x, weight, bias = torch.randn(1, 128, 16, 16), torch.randn(128, 128, 3, 3), torch.zeros(128)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
-    direct = float((F.conv2d(x, weight, padding=1) - exact).std())
     ours = error()
-    monkeypatch.setattr(winograd, "POINTS", (0.0, 1.0, -1.0, 3.0, -3.0))
-    worse = error()
+    monkeypatch.setattr(winograd, "POINTS", (0.0, 1.0, -1.0, 2.0, -2.0))
+    papers = error()
     winograd._matrices.cache_clear()
-    assert ours < 2 * direct < worse
+    assert ours < 1.5e-6 < papers
 
 
 def test_a_picture_does_not_depend_on_its_batch() -> None:

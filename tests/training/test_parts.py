@@ -69,17 +69,16 @@ def test_seeds_depend_on_every_part_and_fit_a_cpu_generator() -> None:
     assert torch.equal(torch.rand(3, generator=a), torch.rand(3, generator=b))
 
 
-def test_bf16_is_chosen_where_it_pays(monkeypatch) -> None:
+@pytest.mark.parametrize("feature", ["_is_amx_tile_supported", "_is_avx512_bf16_supported"])
+def test_bf16_is_chosen_where_it_pays(feature: str, monkeypatch) -> None:
     cpu = torch.device("cpu")
-    for amx, expected in ((True, "bf16"), (False, "no")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda a=amx: {"amx_bf16": a}, False)
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    for has_it, expected in ((False, "no"), (True, "bf16")):
+        monkeypatch.setattr(torch.cpu, feature, lambda has=has_it: has)
         assert precision.resolve_precision("auto", cpu) == expected
         assert precision.resolve_precision("bf16", cpu) == "bf16"
         assert precision.resolve_precision("no", cpu) == "no"
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    for amx, expected in ((True, "bf16"), (False, "no")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda a=amx: a)
-        assert precision.resolve_precision("auto", cpu) == expected
 
 
 def test_the_first_signal_asks_and_the_second_stops() -> None:
