@@ -1,6 +1,6 @@
 """New pictures of a pipeline that ships with smalti, in one grid with a row for each class.
 
-    python examples/new_pictures.py --pipeline smalti/fashion-next-token --seed 7
+    python examples/new_pictures.py --pipeline smalti/emoji-next-token --seed 7
 
 `make try` runs it. Without a seed, each run makes other pictures.
 """
@@ -17,7 +17,7 @@ from smalti.pipelines.generation import sample_grid
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pipeline", default="smalti/fashion-next-token", help="or a folder")
+    parser.add_argument("--pipeline", default="smalti/emoji-next-token", help="or a folder")
     parser.add_argument("--output", type=Path, default=Path("runs/new_pictures.png"))
     parser.add_argument("--seed", type=int, help="of the pictures")
     parser.add_argument("--per_class", type=int, default=10, help="pictures of each class")
