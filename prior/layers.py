@@ -44,16 +44,10 @@ class SwiGLU(nn.Module):
         return isinstance(self.w1, PackableLinear) and self.w1.is_packed_for(rows)
 
     def arrange(self) -> None:
-        """Store w1 beside w3, so that one product of few rows may read both; values stay."""
-        if not isinstance(self.w1, nn.Linear) or not isinstance(self.w3, nn.Linear):
-            return
-        weight = self.w1.weight
-        if self.joined_weights() is not None or weight.device.type != "cpu":
-            return
-        if _is_faster_by_input(self.w1):
+        """Store w1 beside w3, input by input, so that one product may read both; values stay."""
+        faster = _is_faster_by_input(self.w1) and _is_faster_by_input(self.w3)
+        if faster and self.joined_weights() is None:
             _store_by_input(self.w1, self.w3)
-        elif weight.dtype in (torch.bfloat16, torch.float16):
-            _store_by_output(self.w1, self.w3)
 
     def joined_weights(self) -> Tensor | None:
         """w1 above w3, (2 hidden, dim), a view, if they lie as `arrange` has stored them and calls
@@ -65,15 +59,11 @@ class SwiGLU(nn.Module):
         first, second = self.w1.weight, self.w3.weight
         if type(first) is not nn.Parameter or type(second) is not nn.Parameter:
             return None
-        starts = {weight.untyped_storage().data_ptr() for weight in (first, second)}
-        (outputs, inputs), strides = first.shape, first.stride()
-        by_input = strides[0] == 1 and strides[1] >= 2 * outputs
-        if len(starts) > 1 or strides != second.stride() or not (by_input or strides[0] == inputs):
+        outputs, strides = len(first), first.stride()
+        beside = second.data_ptr() - first.data_ptr() == outputs * first.element_size()
+        if not beside or strides != second.stride() or strides[0] != 1 or strides[1] < 2 * outputs:
             return None
-        beside = outputs * strides[0]  # numbers from the beginning of w1 to that of w3
-        if second.storage_offset() - first.storage_offset() != beside:
-            return None
-        return first.detach().as_strided((2 * outputs, inputs), strides)
+        return first.detach().as_strided((2 * outputs, first.shape[1]), strides)
 
 
 SPACE = 16  # numbers between the columns of a matrix that is stored input by input
@@ -121,15 +111,6 @@ def _store_by_input(*linears: nn.Linear) -> None:
     spaced = like.new_empty(like.shape[1], sum(outputs) + SPACE)
     for linear, part in zip(linears, spaced.split([*outputs, SPACE], 1), strict=False):
         linear.weight.data = part.copy_(linear.weight.data.t()).t()
-    _return_freed_memory()
-
-
-def _store_by_output(*linears: nn.Linear) -> None:
-    """Store the weights of layers with the same inputs one after the other, as those of one."""
-    joined = torch.cat([linear.weight.data for linear in linears])
-    parts = joined.split([linear.out_features for linear in linears])
-    for linear, part in zip(linears, parts, strict=True):
-        linear.weight.data = part
     _return_freed_memory()
 
 

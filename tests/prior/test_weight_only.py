@@ -177,16 +177,14 @@ def test_only_wide_fp32_layers_are_stored_by_input():
     assert wide.weight.is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_both_weights_of_a_gated_layer_are_read_by_one_product(dtype):
+def test_both_weights_of_a_gated_layer_are_read_by_one_product():
     """As long as they lie as they were arranged: values, gradients and the saved weights stay."""
     torch.manual_seed(0)
-    plain = SwiGLU(16, 48, dropout=0.0).to(dtype)
-    arranged, x = copy.deepcopy(plain), torch.randn(3, 2, 16).to(dtype)
+    plain = SwiGLU(16, 48, dropout=0.0)
+    arranged, x = copy.deepcopy(plain), torch.randn(3, 2, 16)
     arranged.arrange()
     with torch.no_grad():
-        is_joined = dtype != torch.float32 or torch.backends.mkl.is_available()
-        assert (arranged.joined_weights() is not None) == is_joined
+        assert (arranged.joined_weights() is not None) == torch.backends.mkl.is_available()
         joined = copy.deepcopy(arranged).joined_weights()
         assert joined is None or torch.equal(joined, torch.cat([plain.w1.weight, plain.w3.weight]))
         torch.testing.assert_close(arranged(x), plain(x))
@@ -200,10 +198,8 @@ def test_both_weights_of_a_gated_layer_are_read_by_one_product(dtype):
         before = arranged.w3.weight.data_ptr()
         arranged.arrange()
         assert arranged.w3.weight.data_ptr() == before
-        arranged.w3.weight = torch.nn.Parameter(
-            torch.zeros(48, 16, dtype=dtype)
-        )  # no longer beside w1
+        arranged.w3.weight = torch.nn.Parameter(torch.zeros(48, 16))  # no longer beside w1
         assert arranged.joined_weights() is None and not arranged(x).any()
         other = copy.deepcopy(plain)
         other.arrange()
-        assert other.to(torch.float64).joined_weights() is None
+        assert other.bfloat16().joined_weights() is None
