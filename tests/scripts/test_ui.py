@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -506,8 +507,10 @@ def generating(model: str, errors: Any) -> Iterator[subprocess.Popen]:
     """The process of a window in which Generate was pressed, for as many pictures as it makes."""
     command = [sys.executable, "-m", "smalti", "ui", "--model", model, "--port", "0"]
     out: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+    # A shell starts what runs in its background without SIGINT, and its children inherit that.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with (
-        subprocess.Popen(command, **out) as process,
+        subprocess.Popen(command, preexec_fn=heeding, **out) as process,
         contextlib.ExitStack() as ends,
         httpx.Client(timeout=60) as client,
     ):
