@@ -29,7 +29,7 @@ from smalti.config import nearest
 from smalti.errors import ConfigurationError
 from smalti.files import read_json, write_json
 from smalti.pipelines.pipeline import Pipeline
-from smalti.prior.flow.times import LogitNormalTimes
+from smalti.prior.flow.times import UniformTimes
 from smalti.scripts.demo import SCALES, Scale
 from smalti.scripts.encode import EncodeConfig, encode
 from smalti.scripts.evaluate import EvaluateConfig, evaluate
@@ -148,8 +148,8 @@ GROUPS: dict[str, dict[str, Trial]] = {
         for share in (0.05, 0.1, 0.2)
     },
     "times of a flow": {
-        "uniform": FLOW,
-        "logit-normal": Trial("flow", {"prior.prior.times": LogitNormalTimes()}),
+        "logit-normal": FLOW,
+        "uniform": Trial("flow", {"prior.prior.times": UniformTimes()}),
     },
     "equivariance of latents": {
         "0": FLOW,

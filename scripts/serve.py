@@ -12,16 +12,15 @@ import ipaddress
 import math
 import os
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 from smalti.checkpoints import Weights
-from smalti.cli import parse_config, run_command
+from smalti.cli import end_at_once, parse_config, run_command
 from smalti.config import ImageSize, check_at_least
-from smalti.errors import EXIT_INTERRUPTED, ConfigurationError
+from smalti.errors import ConfigurationError
 from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.pipeline import DEMO, Pipeline, check_model
 from smalti.pipelines.serving import Batcher
@@ -216,16 +215,6 @@ def serve(config: ServeConfig) -> None:
         except KeyboardInterrupt:
             end_at_once()
     batcher.join()
-
-
-def end_at_once(status: int = EXIT_INTERRUPTED) -> NoReturn:
-    """End as a command with this status does, but not the interpreter: torch aborts a process whose
-    interpreter ends while another thread samples."""
-    if status == EXIT_INTERRUPTED:
-        print("error: interrupted", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def request_options(pipeline: Pipeline) -> dict[str, tuple[Any, str]]:

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from smalti.checkpoints import Weights
-from smalti.cli import parse_config, run_command
+from smalti.cli import end_at_once, parse_config, run_command
 from smalti.errors import ConfigurationError, GenerationError, SmaltiError
 from smalti.folders import contents
 from smalti.pipelines.model_flag import place_of
 from smalti.pipelines.pipeline import DEMO, Pipeline
 from smalti.scripts import window
 from smalti.scripts.options import DType, SampleOption, as_flag
-from smalti.scripts.serve import check_port, end_at_once, listening, loaded, needing, secret
+from smalti.scripts.serve import check_port, listening, loaded, needing, secret
 from smalti.scripts.window import Frame, Settings
 from smalti.training.folder import METRICS
 from smalti.training.run_info import is_run

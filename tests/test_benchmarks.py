@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from runs import small_demo
 from smalti.pipelines.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import bake_off  # noqa: E402
 
 
 def run(script: str, *arguments: str) -> str:
@@ -250,6 +254,13 @@ def test_start_up_and_loading_are_measured_beside_python_and_the_weights() -> No
     times, memory = (part.splitlines()[2:] for part in out.split("\n\n"))
     assert [row.split(" | ")[0] for row in times][:2] == ["| `python -c pass`", "| `import smalti`"]
     assert [row.split(" | ")[:2] for row in memory] == [["| float32", "33"], ["| bfloat16", "16"]]
+
+
+@pytest.mark.parametrize("size", bake_off.SIZES)
+@pytest.mark.parametrize("group", bake_off.GROUPS)
+def test_the_trials_of_a_group_differ(group: str, size: str) -> None:
+    scales = [trial.scale("emoji", size, Path("vgg")) for trial in bake_off.GROUPS[group].values()]
+    assert len({repr(scale) for scale in scales}) == len(scales) > 1
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 from smalti.config import (
     ImageSize,
@@ -160,6 +160,16 @@ def run_command(
         if failure is None:
             raise
         return _complain(failure, EXIT_FAILURE)
+
+
+def end_at_once(status: int = EXIT_INTERRUPTED) -> NoReturn:
+    """End as a command with this status does, but not the interpreter: torch aborts a process whose
+    interpreter ends while another thread samples."""
+    if status == EXIT_INTERRUPTED:
+        _complain("interrupted", status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def leave_job() -> None:
