@@ -80,6 +80,12 @@ def quantizer(preset: str) -> Trial:
     return Trial(changes={"tokenizer.tokenizer": TOKENIZERS[preset]})
 
 
+def network(name: str) -> Changes:
+    """A narrow and shallow network in a field of the prior's configuration, or in all of it."""
+    return {f"prior.{name}.{field}": value for field, value in SMALL_NETWORK.items()}
+
+
+SMALL_NETWORK = {"depth": 4, "num_heads": 2, "width": 128}  # in this order, each fits
 # What a size changes in the recipes: size -> kind of prior, or "" for all -> changes.
 SIZES: dict[str, dict[str, Changes]] = {
     "demo": {},
@@ -89,14 +95,14 @@ SIZES: dict[str, dict[str, Changes]] = {
             "tokenizer.tokenizer.conv.channels": 32,
             "tokenizer.objective.discriminator.channels": 16,
             "tokenizer.train_batch_size": 32,
-            "prior.prior.depth": 4,
-            "prior.prior.width": 128,
-            "prior.prior.num_heads": 2,
             "classifier_epochs": 1,
         },
+        "next-token": network("prior"),
         "next-scale": {
-            "tokenizer.tokenizer.quantizer.scales": tuple((side, side) for side in (1, 2, 3, 4))
+            "tokenizer.tokenizer.quantizer.scales": tuple((side, side) for side in (1, 2, 3, 4)),
+            **network("prior"),
         },
+        "flow": network("prior.network"),
     },
 }
 BASE = Trial()
