@@ -243,11 +243,14 @@ def notes(name: str, folder: Path) -> str:
         for words, value, limit, met in measured(summary)
     ]
     rows = [f"| `{key}` | {metric['value']:.4f} |" for key, metric in summary["metrics"].items()]
-    steps = f"{seconds_of(folder / 'prior') / 60:.0f} minutes of the prior"
+    minutes = {run: round(seconds_of(folder / run) / 60) for run in ("tokenizer", "prior")}
     if shipped.tokenizer_of:
-        steps += f"; the tokenizer is that of `{OWNER}/{shipped.tokenizer_of}`"
+        steps = f"{minutes['prior']} minutes of the prior (the tokenizer is that of "
+        steps += f"`{OWNER}/{shipped.tokenizer_of}`)"
     else:
-        steps = f"{seconds_of(folder / 'tokenizer') / 60:.0f} minutes of the tokenizer and {steps}"
+        steps = (
+            f"{minutes['tokenizer']} minutes of the tokenizer and {minutes['prior']} of the prior"
+        )
     found = " ".join(map(str, shipped.sweep))
     return "\n".join(
         [
