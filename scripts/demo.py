@@ -1,7 +1,7 @@
 """All stages in one command: pictures -> tokenizer -> latents -> prior -> new pictures.
 
-    smalti demo                      emoji; under ten minutes on two CPU cores
-    smalti demo --quick              fashion; lower quality, under two minutes
+    smalti demo                      emoji; 9 to 16 minutes on two CPU cores
+    smalti demo --quick              fashion; lower quality, in 2 to 4 minutes
     smalti demo --data my_pictures   a folder with one sub-folder per class
     smalti demo --prior var-nano     another family of priors, with the tokenizer that it needs
     smalti demo --condition text     pictures of sentences: the captions of the set
@@ -183,7 +183,7 @@ class DemoConfig(DataOptions):
 
     data: str = ""  # emoji, fashion or a folder; empty = emoji, or fashion with --quick
     output_dir: Path = Path("runs/demo")  # folder of all results; resumes a demo in it
-    quick: bool = False  # lower quality, in under two minutes
+    quick: bool = False  # lower quality, in 2 to 4 minutes
     # Pixels: the side of a square, or height x width as in 48x64; default: the tokenizer's.
     image_size: ImageSize | None = None
     seed: int = 0  # of training, sampling and evaluation
