@@ -229,12 +229,12 @@ def notes(name: str, folder: Path) -> str:
     summary = read_hashed_json(folder / "evaluation" / "summary.json")
     shipped = PIPELINES[name]
     recipes = [recipe(name, stage).relative_to(ROOT) for stage in ("tokenizer", "prior")]
+    minutes = [seconds_of(folder / stage) / 60 for stage in ("tokenizer", "prior")]
     bar = [
         f"| {words} | {value:.3f} | {limit} | {'yes' if met else '**no**'} |"
         for words, value, limit, met in measured(summary)
     ]
     rows = [f"| `{key}` | {metric['value']:.4f} |" for key, metric in summary["metrics"].items()]
-    minutes = [seconds_of(folder / stage) / 60 for stage in ("tokenizer", "prior")]
     steps = f"{minutes[0]:.0f} minutes of the tokenizer and {minutes[1]:.0f} of the prior"
     found = " ".join(map(str, shipped.sweep))
     return "\n".join(
